@@ -1,0 +1,1 @@
+from p2pclient_rs._native import __version__

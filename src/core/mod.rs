@@ -1,0 +1,8 @@
+//! The control protocol without I/O: bytes in, events out.
+
+pub mod multiaddr;
+pub mod pb;
+pub mod peer_id;
+
+pub use multiaddr::Multiaddr;
+pub use peer_id::PeerId;

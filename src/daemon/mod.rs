@@ -1,0 +1,1 @@
+//! What it takes to start a libp2p daemon, without starting it.
