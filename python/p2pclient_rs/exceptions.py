@@ -1,0 +1,189 @@
+"""The exceptions of the package: who failed, at what, and in whose words.
+
+    P2PDaemonError
+    ├── ControlFailure              a request to the daemon failed
+    │   ├── DaemonRefused           the daemon answered with an error
+    │   │   └── NotSupported        … because it cannot do this at all
+    │   ├── DaemonUnreachable       no connection to the control socket (a ConnectionError)
+    │   ├── ConnectionLost          the connection ended before the answer (a ConnectionError)
+    │   ├── ControlTimeout          no answer in time (a TimeoutError)
+    │   ├── ProtocolViolation       the daemon sent what the protocol does not allow
+    │   └── ForkedClientError       a client was used in a forked child of its process
+    ├── DispatchFailure             an inbound stream could not be given to a handler
+    └── DaemonStartError            a daemon process did not come up
+        └── DaemonNotFound          … for there is no binary to run (a FileNotFoundError)
+
+All can be pickled. Attributes live in the instance's ``__dict__`` and ``args`` is the message
+alone, which is what the default ``__reduce__`` of exceptions needs for that.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from p2pclient_rs._native import PeerID
+
+__all__ = [
+    "ConnectionLost",
+    "ControlFailure",
+    "ControlTimeout",
+    "DaemonNotFound",
+    "DaemonRefused",
+    "DaemonStartError",
+    "DaemonUnreachable",
+    "DispatchFailure",
+    "ForkedClientError",
+    "NotSupported",
+    "P2PDaemonError",
+    "ProtocolViolation",
+]
+
+
+class P2PDaemonError(Exception):
+    """The base of every exception this package defines."""
+
+
+class ControlFailure(P2PDaemonError):
+    """A request to the daemon failed. The subclass says at what point.
+
+    Args:
+        message: What went wrong, without the context given by the other arguments.
+        request: The request's name in the protocol, as ``"CONNECT"`` or ``"DHT GET_VALUE"``.
+        peer_id: The peer the request was about.
+        protocol: The protocol id the request was about, or several separated by commas.
+        daemon_message: The daemon's own words.
+    """
+
+    request: str | None
+    peer_id: PeerID | None
+    protocol: str | None
+    daemon_message: str | None
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        request: str | None = None,
+        peer_id: PeerID | None = None,
+        protocol: str | None = None,
+        daemon_message: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.request = request
+        self.peer_id = peer_id
+        self.protocol = protocol
+        self.daemon_message = daemon_message
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
+        if self.daemon_message and self.daemon_message not in text:
+            text = f"{text}: {self.daemon_message}" if text else self.daemon_message
+        context = ", ".join(
+            f"{name} {value}"
+            for name, value in (
+                ("request", self.request),
+                ("peer", self.peer_id),
+                ("protocol", self.protocol),
+            )
+            if value is not None and str(value) not in text
+        )
+        if not context:
+            return text
+        return f"{text} ({context})" if text else context
+
+
+class DaemonRefused(ControlFailure):
+    """The daemon answered with an error; its words are in ``daemon_message``."""
+
+
+class NotSupported(DaemonRefused):
+    """This daemon cannot do what was asked: another kind, an older version, or not switched on."""
+
+
+class DaemonUnreachable(ControlFailure, ConnectionError):
+    """No connection to the daemon's control socket could be made: nothing was sent."""
+
+
+class ConnectionLost(ControlFailure, ConnectionError):
+    """The control connection ended before the answer: the request may have been carried out."""
+
+
+class ControlTimeout(ControlFailure, TimeoutError):
+    """The daemon did not answer in time: the request may have been carried out."""
+
+
+class ProtocolViolation(ControlFailure):
+    """The daemon sent something that the control protocol does not allow."""
+
+
+class ForkedClientError(ControlFailure):
+    """A client was used in a forked child of the process that made it; make a new one there."""
+
+
+class DispatchFailure(P2PDaemonError):
+    """A stream the daemon handed over could not be given to a handler."""
+
+
+class DaemonStartError(P2PDaemonError):
+    """A daemon process could not be started, died, or did not answer in time.
+
+    Args:
+        message: What happened.
+        command: The command line.
+        returncode: The exit status, negative for a signal; None if it never ran or was still
+            running.
+        logs: The last lines of the daemon's output.
+        cause: The cause in one line, where it can be told.
+    """
+
+    command: list[str]
+    returncode: int | None
+    logs: list[str]
+    cause: str | None
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        command: Sequence[str] = (),
+        returncode: int | None = None,
+        logs: Sequence[str] = (),
+        cause: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.command = list(command)
+        self.returncode = returncode
+        self.logs = list(logs)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
+        if self.cause:
+            text += f": {self.cause}"
+        if self.command:
+            text += f"\n  command: {shlex.join(self.command)}"
+        if self.logs:
+            text += "\n  last output:" + "".join(f"\n    {line}" for line in self.logs)
+        return text
+
+
+class DaemonNotFound(DaemonStartError, FileNotFoundError):
+    """There is no daemon binary to run.
+
+    Args:
+        message: What was wanted.
+        looked_at: Every place looked at, each with the reason it would not do.
+    """
+
+    looked_at: list[str]
+
+    def __init__(self, message: str = "", *, looked_at: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.looked_at = list(looked_at)
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
+        return text + "".join(f"\n  {place}" for place in self.looked_at)
