@@ -4,7 +4,7 @@
 //! protobuf classes for the p2pclient dialect, so that the schema is written once.
 
 use prost::Message as _;
-use prost_types::field_descriptor_proto::Label;
+use prost_types::field_descriptor_proto::{Label, Type};
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,6 +20,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for field in &mut message.field {
                 if field.label == Some(Label::Required as i32) {
                     field.label = Some(Label::Optional as i32);
+                }
+                // The daemon's words can quote what a peer sent, in whatever encoding: a request
+                // must not fail because its error message is no UTF-8.
+                if message.name.as_deref() == Some("ErrorResponse") {
+                    field.r#type = Some(Type::Bytes as i32);
                 }
             }
         }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 /// A multiaddr. Addresses from a daemon are kept as they came, also where this version does not
 /// know one of their protocols.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Multiaddr(Bytes);
 
 impl Multiaddr {

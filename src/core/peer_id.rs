@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 /// The identity of a libp2p peer, as the bytes of a multihash.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(Bytes);
 
 impl PeerId {

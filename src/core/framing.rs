@@ -1,0 +1,175 @@
+//! Messages in a stream of bytes: an unsigned varint with the length, then that many bytes.
+
+use super::Error;
+use bytes::{Buf, Bytes, BytesMut};
+
+/// What a connection will take, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// The largest message, either way. Default: 4 MiB, which is what the Go daemons take, and
+    /// 64 KiB for what surrounds a payload of that size.
+    pub max_frame: usize,
+    /// The most that all the results of one DHT query may come to. Default: 64 MiB.
+    pub max_answer: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_frame: (4 << 20) + (64 << 10),
+            max_answer: 64 << 20,
+        }
+    }
+}
+
+/// Finds the messages in bytes that arrive in pieces of any size.
+#[derive(Debug)]
+pub struct FrameDecoder {
+    buffer: BytesMut,
+    max_frame: usize,
+}
+
+impl FrameDecoder {
+    /// A decoder that refuses messages of more than `max_frame` bytes.
+    pub fn new(max_frame: usize) -> Self {
+        Self {
+            buffer: BytesMut::new(),
+            max_frame,
+        }
+    }
+
+    /// Takes bytes that arrived.
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole message, or `None` until more bytes arrive. A declared length over the
+    /// limit is refused as soon as it is read: memory grows with what came, not with what was
+    /// announced.
+    pub fn next_frame(&mut self) -> Result<Option<Bytes>, Error> {
+        let (declared, prefix) = match unsigned_varint::decode::u64(&self.buffer) {
+            Ok((length, rest)) => (length, self.buffer.len() - rest.len()),
+            Err(unsigned_varint::decode::Error::Insufficient) => return Ok(None),
+            Err(unsigned_varint::decode::Error::NotMinimal) => {
+                return Err(Error::MalformedLength("not minimal"))
+            }
+            Err(_) => return Err(Error::MalformedLength("more than 64 bits")),
+        };
+        let length = usize::try_from(declared)
+            .ok()
+            .filter(|length| *length <= self.max_frame)
+            .ok_or(Error::FrameTooLarge {
+                declared,
+                limit: self.max_frame,
+            })?;
+        if self.buffer.len() - prefix < length {
+            return Ok(None);
+        }
+        self.buffer.advance(prefix);
+        Ok(Some(self.buffer.split_to(length).freeze()))
+    }
+
+    /// Whether no bytes are waiting.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
+    /// The bytes after the last message taken: on a connection that became a stream they are the
+    /// stream's first.
+    pub fn into_remainder(self) -> Bytes {
+        self.buffer.freeze()
+    }
+}
+
+/// `message` with its length in front.
+pub fn encode_frame(message: &impl prost::Message) -> Bytes {
+    let mut frame = BytesMut::with_capacity(message.encoded_len() + 10);
+    message
+        .encode_length_delimited(&mut frame)
+        .expect("a BytesMut grows as needed");
+    frame.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame(payload: &[u8]) -> Vec<u8> {
+        let mut buffer = unsigned_varint::encode::u64_buffer();
+        let mut bytes = unsigned_varint::encode::u64(payload.len() as u64, &mut buffer).to_vec();
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    #[test]
+    fn a_length_over_the_limit_is_refused_before_its_bytes_arrive() {
+        let mut decoder = FrameDecoder::new(1000);
+        decoder.extend(&[0xe9, 0x07]);
+        assert_eq!(
+            decoder.next_frame(),
+            Err(Error::FrameTooLarge {
+                declared: 1001,
+                limit: 1000
+            })
+        );
+    }
+
+    #[test]
+    fn a_length_of_the_limit_is_taken() {
+        let mut decoder = FrameDecoder::new(1000);
+        decoder.extend(&frame(&[7; 1000]));
+        assert_eq!(decoder.next_frame().unwrap().unwrap(), vec![7; 1000]);
+    }
+
+    #[test]
+    fn a_huge_declared_length_is_refused_not_allocated() {
+        for bytes in [
+            vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
+            vec![0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x40],
+        ] {
+            let mut decoder = FrameDecoder::new(Limits::default().max_frame);
+            decoder.extend(&bytes);
+            assert!(matches!(
+                decoder.next_frame(),
+                Err(Error::FrameTooLarge { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_length_of_eleven_bytes_is_malformed() {
+        let mut decoder = FrameDecoder::new(1000);
+        decoder.extend(&[0x80; 11]);
+        assert!(matches!(
+            decoder.next_frame(),
+            Err(Error::MalformedLength(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_the_bytes_gives_the_same_frames(
+            payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..8),
+            sizes in prop::collection::vec(1usize..50, 1..20),
+        ) {
+            let bytes: Vec<u8> = payloads.iter().flat_map(|p| frame(p)).collect();
+            let mut decoder = FrameDecoder::new(300);
+            let mut frames = Vec::new();
+            let mut rest = &bytes[..];
+            for size in sizes.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (piece, tail) = rest.split_at((*size).min(rest.len()));
+                rest = tail;
+                decoder.extend(piece);
+                while let Some(frame) = decoder.next_frame().unwrap() {
+                    frames.push(frame.to_vec());
+                }
+            }
+            prop_assert_eq!(frames, payloads);
+            prop_assert!(decoder.is_empty());
+        }
+    }
+}

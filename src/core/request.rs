@@ -1,0 +1,87 @@
+//! A request, encoded, and what its answer will look like.
+
+use super::{framing, pb::p2pd};
+use bytes::Bytes;
+
+/// One request to the daemon, made by a function of its family ([`control`](super::control),
+/// [`streams`](super::streams), [`dht`](super::dht), …).
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub(super) frame: Bytes,
+    pub(super) expect: Expect,
+}
+
+/// How the answer to a request is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Expect {
+    /// Nothing but OK.
+    Done,
+    Identity,
+    Peers,
+    /// OK with a StreamInfo; then the connection is the stream.
+    Stream,
+    /// OK; then the connection carries PSMessages.
+    Subscription,
+    Topics,
+    TopicPeers,
+    PeerstoreProtocols,
+    PeerstorePeer,
+    /// DHT values: `one` exactly, or any number.
+    Dht {
+        value: DhtValue,
+        one: bool,
+    },
+}
+
+/// What a DHT query's values are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DhtValue {
+    PeerInfo,
+    PeerId,
+    Bytes,
+}
+
+impl Request {
+    pub(super) fn new(message: &p2pd::Request, expect: Expect) -> Self {
+        Self::encode(message, expect)
+    }
+
+    pub(super) fn encode(message: &impl prost::Message, expect: Expect) -> Self {
+        Self {
+            frame: framing::encode_frame(message),
+            expect,
+        }
+    }
+
+    /// The request as it goes over the wire, length first.
+    pub fn frame(&self) -> &Bytes {
+        &self.frame
+    }
+}
+
+/// A timeout as the protocol has it: whole seconds, rounded up; a zero would mean the daemon's
+/// default of 60 s.
+pub(super) fn whole_seconds(timeout: Option<std::time::Duration>) -> Option<i64> {
+    timeout.map(|timeout| {
+        let partial = u64::from(timeout.subsec_nanos() > 0);
+        let seconds = timeout.as_secs().saturating_add(partial);
+        // The daemon multiplies by 10^9 in 64 bits; more than a century is as good as for ever.
+        i64::try_from(seconds.clamp(1, 100 * 366 * 86_400)).unwrap_or(i64::MAX)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn timeouts_are_rounded_up_to_whole_seconds_and_never_zero() {
+        assert_eq!(whole_seconds(None), None);
+        assert_eq!(whole_seconds(Some(Duration::ZERO)), Some(1));
+        assert_eq!(whole_seconds(Some(Duration::from_millis(1))), Some(1));
+        assert_eq!(whole_seconds(Some(Duration::from_millis(1500))), Some(2));
+        assert_eq!(whole_seconds(Some(Duration::from_secs(2))), Some(2));
+        assert!(whole_seconds(Some(Duration::MAX)).unwrap() < i64::MAX / 1_000_000_000);
+    }
+}
