@@ -43,30 +43,9 @@ impl FrameDecoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole message, or `None` until more bytes arrive. A declared length over the
-    /// limit is refused as soon as it is read: memory grows with what came, not with what was
-    /// announced.
+    /// The next whole message, or `None` until more bytes arrive; see [`split_frame`].
     pub fn next_frame(&mut self) -> Result<Option<Bytes>, Error> {
-        let (declared, prefix) = match unsigned_varint::decode::u64(&self.buffer) {
-            Ok((length, rest)) => (length, self.buffer.len() - rest.len()),
-            Err(unsigned_varint::decode::Error::Insufficient) => return Ok(None),
-            Err(unsigned_varint::decode::Error::NotMinimal) => {
-                return Err(Error::MalformedLength("not minimal"))
-            }
-            Err(_) => return Err(Error::MalformedLength("more than 64 bits")),
-        };
-        let length = usize::try_from(declared)
-            .ok()
-            .filter(|length| *length <= self.max_frame)
-            .ok_or(Error::FrameTooLarge {
-                declared,
-                limit: self.max_frame,
-            })?;
-        if self.buffer.len() - prefix < length {
-            return Ok(None);
-        }
-        self.buffer.advance(prefix);
-        Ok(Some(self.buffer.split_to(length).freeze()))
+        split_frame(&mut self.buffer, self.max_frame)
     }
 
     /// Whether no bytes are waiting.
@@ -79,6 +58,32 @@ impl FrameDecoder {
     pub fn into_remainder(self) -> Bytes {
         self.buffer.freeze()
     }
+}
+
+/// Takes the first whole message off the front of `buffer`, if there is one. A declared length
+/// over `max_frame` bytes is refused as soon as it is read: memory grows with what came, not with
+/// what was announced.
+pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Bytes>, Error> {
+    let (declared, prefix) = match unsigned_varint::decode::u64(buffer) {
+        Ok((length, rest)) => (length, buffer.len() - rest.len()),
+        Err(unsigned_varint::decode::Error::Insufficient) => return Ok(None),
+        Err(unsigned_varint::decode::Error::NotMinimal) => {
+            return Err(Error::MalformedLength("not minimal"))
+        }
+        Err(_) => return Err(Error::MalformedLength("more than 64 bits")),
+    };
+    let length = usize::try_from(declared)
+        .ok()
+        .filter(|length| *length <= max_frame)
+        .ok_or(Error::FrameTooLarge {
+            declared,
+            limit: max_frame,
+        })?;
+    if buffer.len() - prefix < length {
+        return Ok(None);
+    }
+    buffer.advance(prefix);
+    Ok(Some(buffer.split_to(length).freeze()))
 }
 
 /// `message` with its length in front.

@@ -47,5 +47,5 @@ pub use framing::{FrameDecoder, Limits};
 pub use multiaddr::Multiaddr;
 pub use peer_id::PeerId;
 pub use pubsub::PubsubMessage;
-pub use request::Request;
+pub use request::{Request, Results};
 pub use streams::StreamInfo;

@@ -11,6 +11,15 @@ pub struct Request {
     pub(super) expect: Expect,
 }
 
+/// How many results a DHT query has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Results {
+    /// Exactly one.
+    One,
+    /// Any number.
+    Many,
+}
+
 /// How the answer to a request is to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Expect {
@@ -50,6 +59,16 @@ impl Request {
         Self {
             frame: framing::encode_frame(message),
             expect,
+        }
+    }
+
+    /// How many results a DHT query has, which come as [`Event::Item`](super::Event::Item)s;
+    /// `None` for every other request.
+    pub fn results(&self) -> Option<Results> {
+        match self.expect {
+            Expect::Dht { one: true, .. } => Some(Results::One),
+            Expect::Dht { one: false, .. } => Some(Results::Many),
+            _ => None,
         }
     }
 

@@ -1,0 +1,259 @@
+//! A control connection: the core's exchange over a non-blocking socket. As in `stream`, nothing
+//! waits here; `connector.py` does.
+
+use super::answer;
+use super::errors::{self, ConnectionLost, DaemonRefused};
+use super::request::PyRequest;
+use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
+use super::stream::RawStream;
+use crate::core::{Answer, Error, Event, Exchange, Limits, Results, State};
+use bytes::{Buf, Bytes};
+use pyo3::prelude::*;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+
+/// A connection to the daemon's control socket.
+#[pyclass(frozen, module = "p2pclient_rs._native")]
+pub struct ControlConnection {
+    fd: RawFd,
+    pid: u32,
+    inner: Mutex<Option<Inner>>,
+}
+
+struct Inner {
+    socket: Socket,
+    connected: bool,
+    exchange: Exchange,
+    /// What the socket has not taken yet of the request.
+    output: Bytes,
+    /// What the request being served is: a DHT query has results.
+    results: Option<Results>,
+    /// Those of them that came so far.
+    items: Vec<Answer>,
+    /// How the exchange failed leaves no doubt that the daemon did not read the whole request.
+    unexecuted: bool,
+}
+
+#[pymethods]
+impl ControlConnection {
+    /// Begins to connect to a path or to `(ip, port)`. `None` if the daemon's queue of
+    /// connections is full, which a unix socket says at once: try again a little later.
+    #[staticmethod]
+    #[pyo3(signature = (address, *, max_frame = None))]
+    fn connect(address: Address, max_frame: Option<usize>) -> PyResult<Option<Self>> {
+        let (socket, connected) = match Socket::connect(&address)? {
+            Connecting::Done(socket) => (socket, true),
+            Connecting::Pending(socket) => (socket, false),
+            Connecting::Full => return Ok(None),
+        };
+        let mut limits = Limits::default();
+        if let Some(max_frame) = max_frame {
+            limits.max_frame = max_frame;
+        }
+        Ok(Some(Self {
+            fd: socket.as_raw_fd(),
+            pid: std::process::id(),
+            inner: Mutex::new(Some(Inner {
+                socket,
+                connected,
+                exchange: Exchange::new(limits),
+                output: Bytes::new(),
+                results: None,
+                items: Vec::new(),
+                unexecuted: false,
+            })),
+        }))
+    }
+
+    /// Whether the connection is made. While it is not, wait for it to be writable and call
+    /// `finish_connect`.
+    #[getter]
+    fn connected(&self) -> PyResult<bool> {
+        self.with(|inner| Ok(inner.connected))
+    }
+
+    /// Learns how a connection attempt ended.
+    fn finish_connect(&self) -> PyResult<()> {
+        self.with(|inner| match inner.socket.take_error()? {
+            Some(error) => Err(error.into()),
+            None => {
+                inner.connected = true;
+                Ok(())
+            }
+        })
+    }
+
+    /// Sends a request, as far as the socket takes it.
+    fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<()> {
+        self.with(|inner| {
+            inner.items.clear();
+            inner.results = request.0.results();
+            inner.unexecuted = false;
+            inner.output = inner
+                .exchange
+                .send(&request.0)
+                .map_err(errors::from_core)?;
+            inner.flush()
+        })
+    }
+
+    /// Goes on with the exchange as far as the socket allows. `None` while the answer is not
+    /// there; then `(answer,)`.
+    fn step<'py>(&self, py: Python<'py>) -> PyResult<Option<(Bound<'py, PyAny>,)>> {
+        Ok(match self.with(Inner::step)? {
+            None => None,
+            Some(Outcome::Answer(answer)) => Some((answer::to_python(py, answer)?,)),
+            Some(Outcome::Items(items)) => Some((answer::all_to_python(py, items)?,)),
+            Some(Outcome::Refused(words)) => {
+                let refused = DaemonRefused::new_err("the daemon refused");
+                refused.value(py).setattr("daemon_message", words)?;
+                return Err(refused);
+            }
+        })
+    }
+
+    /// Whether the rest of the request waits for the socket to be writable.
+    #[getter]
+    fn wants_write(&self) -> PyResult<bool> {
+        self.with(|inner| Ok(!inner.output.is_empty()))
+    }
+
+    /// Whether the request that failed cannot have been carried out.
+    #[getter]
+    fn unexecuted(&self) -> PyResult<bool> {
+        self.with(|inner| Ok(inner.unexecuted))
+    }
+
+    /// Whether another request can be sent.
+    #[getter]
+    fn reusable(&self) -> bool {
+        self.lock()
+            .as_ref()
+            .is_some_and(|inner| inner.exchange.is_reusable() && inner.output.is_empty())
+    }
+
+    /// Whether something came while nothing was asked: the end, most likely.
+    #[getter]
+    fn stale(&self) -> PyResult<bool> {
+        self.with(|inner| Ok(inner.socket.is_readable()))
+    }
+
+    /// Takes the stream or subscription that this connection has become, or, before any request,
+    /// the connection as it is.
+    fn into_stream(&self) -> PyResult<RawStream> {
+        errors::check_fork(self.pid, "connection")?;
+        let mut guard = self.lock();
+        let ready = matches!(&*guard, Some(inner)
+            if inner.exchange.state() == State::Consumed || inner.exchange.is_reusable());
+        match guard.take() {
+            Some(inner) if ready => Ok(RawStream::new(
+                inner.socket,
+                inner.exchange.into_remainder(),
+            )),
+            _ => Err(closed()),
+        }
+    }
+
+    fn fileno(&self) -> RawFd {
+        self.fd
+    }
+
+    /// Closes the socket, unless it became a stream.
+    fn close(&self) {
+        let inner = self.lock().take();
+        drop(inner);
+    }
+}
+
+/// How an exchange ended.
+enum Outcome {
+    Answer(Answer),
+    Items(Vec<Answer>),
+    Refused(String),
+}
+
+impl ControlConnection {
+    fn lock(&self) -> MutexGuard<'_, Option<Inner>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Inner) -> PyResult<T>) -> PyResult<T> {
+        errors::check_fork(self.pid, "connection")?;
+        f(self.lock().as_mut().ok_or_else(closed)?)
+    }
+}
+
+impl Inner {
+    fn flush(&mut self) -> PyResult<()> {
+        while !self.output.is_empty() {
+            match self.socket.write(&self.output) {
+                Ok(0) => break,
+                Ok(count) => self.output.advance(count),
+                Err(error) => {
+                    // A part of a request is no request: the daemon cannot have acted on it.
+                    self.unexecuted = true;
+                    return Err(errors::connection_lost(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> PyResult<Option<Outcome>> {
+        self.flush()?;
+        loop {
+            match self.exchange.poll().map_err(errors::from_core)? {
+                Some(Event::Item(item)) => self.items.push(item),
+                Some(Event::Refused(words)) => return Ok(Some(Outcome::Refused(words))),
+                Some(Event::Answer(answer)) => {
+                    let mut items = std::mem::take(&mut self.items);
+                    return Ok(Some(match (self.results, items.pop()) {
+                        (Some(Results::One), Some(only)) => Outcome::Answer(only),
+                        (Some(Results::Many), last) => {
+                            items.extend(last);
+                            Outcome::Items(items)
+                        }
+                        _ => Outcome::Answer(answer),
+                    }));
+                }
+                None => {
+                    if !self.read()? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads once; false if it would block.
+    fn read(&mut self) -> PyResult<bool> {
+        let Self {
+            socket, exchange, ..
+        } = self;
+        let read = socket.read_with(READ_SIZE, |bytes| {
+            exchange.receive(bytes);
+            bytes.is_empty()
+        });
+        match read {
+            Ok(Some(true)) => Err(errors::from_core(self.exchange.end_of_file())),
+            Ok(read) => Ok(read.is_some()),
+            Err(error) => {
+                let nothing_came = matches!(
+                    self.exchange.end_of_file(),
+                    Error::Closed { mid_message: false }
+                );
+                // A unix socket is reset exactly when its peer closed it with input unread, and
+                // this request was the only input there was.
+                self.unexecuted =
+                    nothing_came && self.socket.is_unix() && is_disconnect(&error);
+                Err(errors::connection_lost(error))
+            }
+        }
+    }
+}
+
+fn closed() -> PyErr {
+    ConnectionLost::new_err("the control connection is closed")
+}
+

@@ -1,0 +1,45 @@
+//! Errors of the core and of sockets as the package's Python exceptions.
+
+use crate::core;
+use pyo3::prelude::*;
+use std::io;
+
+pyo3::import_exception!(anyio, BrokenResourceError);
+pyo3::import_exception!(anyio, ClosedResourceError);
+pyo3::import_exception!(asyncio, LimitOverrunError);
+pyo3::import_exception!(p2pclient_rs.exceptions, ConnectionLost);
+pyo3::import_exception!(p2pclient_rs.exceptions, ControlFailure);
+pyo3::import_exception!(p2pclient_rs.exceptions, DaemonRefused);
+pyo3::import_exception!(p2pclient_rs.exceptions, ForkedClientError);
+pyo3::import_exception!(p2pclient_rs.exceptions, ProtocolViolation);
+
+/// The exception that says whose fault it was.
+pub fn from_core(error: core::Error) -> PyErr {
+    let words = error.to_string();
+    match error.fault() {
+        core::Fault::Caller => ControlFailure::new_err(words),
+        core::Fault::Connection => ConnectionLost::new_err(words),
+        core::Fault::Daemon => ProtocolViolation::new_err(words),
+    }
+}
+
+/// A control connection that an error of the operating system ended.
+pub fn connection_lost(error: io::Error) -> PyErr {
+    Python::attach(|py| {
+        let lost = ConnectionLost::new_err(format!("the connection was lost: {error}"));
+        lost.set_cause(py, Some(error.into()));
+        lost
+    })
+}
+
+/// Refuses what was made in another process, from which this one was forked.
+pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
+    let here = std::process::id();
+    if here == pid {
+        return Ok(());
+    }
+    Err(ForkedClientError::new_err(format!(
+        "this {what} belongs to process {pid} and cannot be used in its forked child {here}: \
+         make a new one here"
+    )))
+}

@@ -1,0 +1,218 @@
+//! A non-blocking socket: every call does what it can at once, or says that it would block.
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use socket2::{Domain, SockAddr, SockRef, Type};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr};
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+/// How much one system call reads at the most, in bytes.
+pub const READ_SIZE: usize = 256 * 1024;
+
+/// How much unread input is thrown away when a socket is closed, in bytes.
+const DRAIN_LIMIT: usize = 1024 * 1024;
+
+thread_local! {
+    /// Where reads go before it is known how much came.
+    static SCRATCH: std::cell::RefCell<Box<[u8]>> =
+        std::cell::RefCell::new(vec![0; READ_SIZE].into_boxed_slice());
+}
+
+/// A connected or connecting socket.
+#[derive(Debug)]
+pub struct Socket(socket2::Socket);
+
+/// Where to connect to or listen at: `path` for a unix socket, or `(ip, port)`.
+#[derive(FromPyObject, Debug)]
+pub enum Address {
+    /// A unix socket.
+    Unix(String),
+    /// A TCP socket.
+    Tcp(String, u16),
+}
+
+impl Address {
+    pub fn to_sock_addr(&self) -> PyResult<SockAddr> {
+        match self {
+            Address::Unix(path) => SockAddr::unix(path).map_err(|error| {
+                PyValueError::new_err(format!("{path:?} is no path for a unix socket: {error}"))
+            }),
+            Address::Tcp(ip, port) => {
+                let ip: IpAddr = ip
+                    .parse()
+                    .map_err(|_| PyValueError::new_err(format!("{ip:?} is no IP address")))?;
+                Ok(SockAddr::from(SocketAddr::new(ip, *port)))
+            }
+        }
+    }
+}
+
+/// How far a connection attempt has come.
+pub enum Connecting {
+    /// The socket is connected.
+    Done(Socket),
+    /// The socket will be writable once connected or failed.
+    Pending(Socket),
+    /// A unix listener's queue is full, which nothing announces the end of: try again later.
+    Full,
+}
+
+impl Socket {
+    /// Begins to connect.
+    pub fn connect(address: &Address) -> PyResult<Connecting> {
+        let target = address.to_sock_addr()?;
+        let socket = new_socket(&target)?;
+        match socket.connect(&target) {
+            Ok(()) => Ok(Connecting::Done(Self(socket))),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(Connecting::Full),
+            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {
+                Ok(Connecting::Pending(Self(socket)))
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Takes a socket just accepted.
+    pub fn accepted(socket: socket2::Socket) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        if !is_unix(&socket)? {
+            socket.set_tcp_nodelay(true)?;
+        }
+        Ok(Self(socket))
+    }
+
+    /// The error a pending connection ended with, if it did.
+    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
+        self.0.take_error()
+    }
+
+    /// Reads once and hands what came to `take`: nothing at all means the end of the stream.
+    /// `None` if it would block.
+    pub fn read_with<T>(
+        &self,
+        max: usize,
+        take: impl FnOnce(&[u8]) -> T,
+    ) -> io::Result<Option<T>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let size = max.min(scratch.len());
+            match unless_blocked(|| (&self.0).read(&mut scratch[..size]))? {
+                Some(count) => Ok(Some(take(&scratch[..count]))),
+                None => Ok(None),
+            }
+        })
+    }
+
+    /// Writes what fits; 0 if it would block (or `bytes` is empty).
+    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        // std and socket2 send with MSG_NOSIGNAL: a closed peer is an error, not a signal.
+        Ok(unless_blocked(|| (&self.0).write(bytes))?.unwrap_or(0))
+    }
+
+    /// Whether a read would return at once, with data, the end, or an error.
+    pub fn is_readable(&self) -> bool {
+        let mut byte = [std::mem::MaybeUninit::uninit()];
+        !matches!(unless_blocked(|| self.0.peek(&mut byte)), Ok(None))
+    }
+
+    /// Ends the writing half.
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        self.0.shutdown(Shutdown::Write)
+    }
+
+    /// Closes in good order. Input left unread would turn the close into a reset, in which the
+    /// peer can lose what was sent to it before, so that is read and thrown away first.
+    pub fn close(self) {
+        let _ = self.0.shutdown(Shutdown::Write);
+        let mut drained = 0;
+        while drained < DRAIN_LIMIT {
+            match self.read_with(READ_SIZE, <[u8]>::len) {
+                Ok(Some(count)) if count > 0 => drained += count,
+                _ => break,
+            }
+        }
+    }
+
+    /// Closes at once. A TCP peer sees a reset; a unix peer sees one if it sent what was not read.
+    pub fn abort(self) {
+        if matches!(is_unix(&self.0), Ok(false)) {
+            let _ = SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Whether this is a unix socket.
+    pub fn is_unix(&self) -> bool {
+        matches!(is_unix(&self.0), Ok(true))
+    }
+
+    pub fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        python_address(py, &self.0.local_addr()?)
+    }
+
+    pub fn remote_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        python_address(py, &self.0.peer_addr()?)
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// A non-blocking, close-on-exec socket fit for `address`.
+pub fn new_socket(address: &SockAddr) -> io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(address.domain(), Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    if address.domain() != Domain::UNIX {
+        socket.set_tcp_nodelay(true)?;
+    }
+    Ok(socket)
+}
+
+/// As Python's `socket` gives addresses: a path, or `(host, port)`.
+pub fn python_address(py: Python<'_>, address: &SockAddr) -> PyResult<Py<PyAny>> {
+    if let Some(tcp) = address.as_socket() {
+        return Ok((tcp.ip().to_string(), tcp.port())
+            .into_pyobject(py)?
+            .into_any()
+            .unbind());
+    }
+    let path = address
+        .as_pathname()
+        .map(|path| path.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    Ok(path.into_pyobject(py)?.into_any().unbind())
+}
+
+fn is_unix(socket: &socket2::Socket) -> io::Result<bool> {
+    Ok(socket.local_addr()?.domain() == Domain::UNIX)
+}
+
+fn unless_blocked<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<Option<T>> {
+    loop {
+        match call() {
+            Ok(value) => return Ok(Some(value)),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Whether an error means that the other side is gone.
+pub fn is_disconnect(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted
+    )
+}
+
+/// What the program is told when the file descriptor of `what` is gone.
+pub fn closed_error(what: &str) -> PyErr {
+    PyOSError::new_err((libc::EBADF, format!("this {what} is closed")))
+}
