@@ -2,10 +2,26 @@
 
 use pyo3::prelude::*;
 
+mod convert;
+mod datastructures;
+mod multiaddr;
+mod peer_id;
+mod public_key;
+
 /// The Rust half of `p2pclient_rs`.
 #[pymodule]
 mod _native {
     use super::*;
+
+    // --- types ---
+    #[pymodule_export]
+    use super::datastructures::{PyIdentity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+    #[pymodule_export]
+    use super::multiaddr::{InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol};
+    #[pymodule_export]
+    use super::peer_id::{InvalidPeerID, PyPeerId};
+    #[pymodule_export]
+    use super::public_key::PyPublicKey;
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
