@@ -5,7 +5,7 @@
 //!   come back, and the connection is ready again, has become a stream, or has failed.
 //! - one file per family of requests, each with its requests and how their answers are read:
 //!   [`control`], [`streams`], [`dht`], [`connmgr`], [`pubsub`], [`peerstore`].
-//! - [`peer_id`], [`multiaddr`], [`pb`]: the values they are made of.
+//! - [`peer_id`], [`multiaddr`], [`public_key`], [`pb`]: the values they are made of.
 //! - [`error`]: what can go wrong, and whose fault it is.
 //!
 //! There are no sockets, no clock and no Python here; drivers bring those.
@@ -36,6 +36,7 @@ pub mod multiaddr;
 pub mod pb;
 pub mod peer_id;
 pub mod peerstore;
+pub mod public_key;
 pub mod pubsub;
 pub mod request;
 pub mod streams;
@@ -46,6 +47,7 @@ pub use exchange::{Answer, Event, Exchange, State};
 pub use framing::{FrameDecoder, Limits};
 pub use multiaddr::Multiaddr;
 pub use peer_id::PeerId;
+pub use public_key::PublicKey;
 pub use pubsub::PubsubMessage;
 pub use request::{Request, Results};
 pub use streams::StreamInfo;

@@ -12,7 +12,6 @@ use pyo3::prelude::*;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-
 /// A connection to the daemon's control socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct ControlConnection {
@@ -90,10 +89,7 @@ impl ControlConnection {
             inner.items.clear();
             inner.results = request.0.results();
             inner.unexecuted = false;
-            inner.output = inner
-                .exchange
-                .send(&request.0)
-                .map_err(errors::from_core)?;
+            inner.output = inner.exchange.send(&request.0).map_err(errors::from_core)?;
             inner.flush()
         })
     }
@@ -245,8 +241,7 @@ impl Inner {
                 );
                 // A unix socket is reset exactly when its peer closed it with input unread, and
                 // this request was the only input there was.
-                self.unexecuted =
-                    nothing_came && self.socket.is_unix() && is_disconnect(&error);
+                self.unexecuted = nothing_came && self.socket.is_unix() && is_disconnect(&error);
                 Err(errors::connection_lost(error))
             }
         }
@@ -256,4 +251,3 @@ impl Inner {
 fn closed() -> PyErr {
     ConnectionLost::new_err("the control connection is closed")
 }
-

@@ -77,7 +77,11 @@ impl RawListener {
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 // The connection was gone again before it was accepted.
-                Err(e) if matches!(e.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        ErrorKind::ConnectionAborted | ErrorKind::Interrupted
+                    ) => {}
                 Err(e) => return Err(e.into()),
             }
         }

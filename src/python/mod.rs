@@ -2,10 +2,48 @@
 
 use pyo3::prelude::*;
 
+mod answer;
+mod connection;
+mod convert;
+mod datastructures;
+mod errors;
+mod listener;
+mod multiaddr;
+mod peer_id;
+mod public_key;
+mod readiness;
+mod request;
+mod socket;
+mod stream;
+
 /// The Rust half of `p2pclient_rs`.
 #[pymodule]
 mod _native {
     use super::*;
+
+    // --- types ---
+    #[pymodule_export]
+    use super::datastructures::{PyIdentity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+    #[pymodule_export]
+    use super::multiaddr::{endpoint, InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol};
+    #[pymodule_export]
+    use super::peer_id::{InvalidPeerID, PyPeerId};
+    #[pymodule_export]
+    use super::public_key::PyPublicKey;
+
+    // --- driver ---
+    #[pymodule_export]
+    use super::answer::{decode_pubsub_message, decode_stream_info};
+    #[pymodule_export]
+    use super::connection::ControlConnection;
+    #[pymodule_export]
+    use super::listener::RawListener;
+    #[pymodule_export]
+    use super::readiness::Readiness;
+    #[pymodule_export]
+    use super::request::PyRequest;
+    #[pymodule_export]
+    use super::stream::RawStream;
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {

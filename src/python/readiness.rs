@@ -220,9 +220,7 @@ fn wake(py: Python<'_>, waiters: Vec<Py<PyAny>>) -> PyResult<()> {
 }
 
 fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
-    future
-        .call_method0(intern!(future.py(), "done"))?
-        .extract()
+    future.call_method0(intern!(future.py(), "done"))?.extract()
 }
 
 /// Whether the socket is ready now.

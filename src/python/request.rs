@@ -48,7 +48,11 @@ impl PyRequest {
         timeout: Option<f64>,
     ) -> PyResult<Self> {
         let peer = extract_peer_id(peer)?;
-        Ok(Self(streams::stream_open(&peer, protocols, seconds(timeout)?)))
+        Ok(Self(streams::stream_open(
+            &peer,
+            protocols,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
@@ -65,7 +69,10 @@ impl PyRequest {
 
     #[staticmethod]
     fn dht_find_peer(peer: Peer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::find_peer(&extract_peer_id(peer)?, seconds(timeout)?)))
+        Ok(Self(dht::find_peer(
+            &extract_peer_id(peer)?,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
@@ -74,12 +81,19 @@ impl PyRequest {
         timeout: Option<f64>,
     ) -> PyResult<Self> {
         let peer = extract_peer_id(peer)?;
-        Ok(Self(dht::find_peers_connected_to_peer(&peer, seconds(timeout)?)))
+        Ok(Self(dht::find_peers_connected_to_peer(
+            &peer,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
     fn dht_find_providers(cid: Vec<u8>, count: i32, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::find_providers(cid.into(), count, seconds(timeout)?)))
+        Ok(Self(dht::find_providers(
+            cid.into(),
+            count,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
@@ -89,7 +103,10 @@ impl PyRequest {
 
     #[staticmethod]
     fn dht_get_public_key(peer: Peer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_public_key(&extract_peer_id(peer)?, seconds(timeout)?)))
+        Ok(Self(dht::get_public_key(
+            &extract_peer_id(peer)?,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
@@ -115,7 +132,11 @@ impl PyRequest {
 
     #[staticmethod]
     fn connmgr_tag_peer(peer: Peer<'_, '_>, tag: String, weight: i64) -> PyResult<Self> {
-        Ok(Self(connmgr::tag_peer(&extract_peer_id(peer)?, tag, weight)))
+        Ok(Self(connmgr::tag_peer(
+            &extract_peer_id(peer)?,
+            tag,
+            weight,
+        )))
     }
 
     #[staticmethod]

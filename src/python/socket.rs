@@ -1,6 +1,6 @@
 //! A non-blocking socket: every call does what it can at once, or says that it would block.
 
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef, Type};
 use std::io::{self, ErrorKind, Read, Write};
@@ -90,11 +90,7 @@ impl Socket {
 
     /// Reads once and hands what came to `take`: nothing at all means the end of the stream.
     /// `None` if it would block.
-    pub fn read_with<T>(
-        &self,
-        max: usize,
-        take: impl FnOnce(&[u8]) -> T,
-    ) -> io::Result<Option<T>> {
+    pub fn read_with<T>(&self, max: usize, take: impl FnOnce(&[u8]) -> T) -> io::Result<Option<T>> {
         SCRATCH.with_borrow_mut(|scratch| {
             let size = max.min(scratch.len());
             match unless_blocked(|| (&self.0).read(&mut scratch[..size]))? {
@@ -210,9 +206,4 @@ pub fn is_disconnect(error: &io::Error) -> bool {
         error.kind(),
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted
     )
-}
-
-/// What the program is told when the file descriptor of `what` is gone.
-pub fn closed_error(what: &str) -> PyErr {
-    PyOSError::new_err((libc::EBADF, format!("this {what} is closed")))
 }

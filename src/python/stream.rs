@@ -77,7 +77,9 @@ impl RawStream {
             }
             let read = half
                 .socket()?
-                .read_with(max_bytes, |bytes| (bytes.is_empty(), PyBytes::new(py, bytes)))
+                .read_with(max_bytes, |bytes| {
+                    (bytes.is_empty(), PyBytes::new(py, bytes))
+                })
                 .map_err(broken)?;
             return Ok(read.map(|(end, bytes)| {
                 half.at_eof = end;

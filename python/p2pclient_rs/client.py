@@ -1,0 +1,237 @@
+"""The client: everything that can be asked of a daemon, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from p2pclient_rs._native import Identity, PeerID, PeerInfo, PublicKey, StreamInfo
+from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
+from p2pclient_rs.connmgr import ConnectionManagerClient
+from p2pclient_rs.control import ControlClient, StreamHandler
+from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.pubsub import PubSubClient
+from p2pclient_rs.streams import Stream, Subscription
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Client"]
+
+
+class Client:
+    """A client of one libp2p daemon, for asyncio, uvloop and trio.
+
+    Connections are made when needed and kept for the next request. Peer ids and addresses may be
+    given as text. Every ``timeout`` is in seconds and bounds the whole call; none means the
+    daemon's own, which is 60 s where it has one. What goes wrong is a subclass of
+    ``ControlFailure``; see ``p2pclient_rs.exceptions``.
+
+    Args:
+        control_maddr: The daemon's control socket: ``/unix/PATH`` or
+            ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``; ``/unix/tmp/p2pd.sock`` if none.
+        listen_maddr: Where the daemon is to connect to for inbound streams, likewise;
+            ``/unix/tmp/p2pclient.sock`` if none.
+
+    Attributes:
+        control: Peers, connections and streams.
+        dht: The DHT.
+        connmgr: The connection manager.
+        pubsub: Pubsub.
+
+    Raises:
+        InvalidMultiaddr: An address is no multiaddr (a ValueError).
+
+    A client belongs to the process that made it: used in a forked child it raises
+    ``ForkedClientError``.
+    """
+
+    control: ControlClient
+    dht: DHTClient
+    connmgr: ConnectionManagerClient
+    pubsub: PubSubClient
+
+    def __init__(
+        self,
+        control_maddr: MultiaddrLike | None = None,
+        listen_maddr: MultiaddrLike | None = None,
+    ) -> None:
+        connector = DaemonConnector(control_maddr)
+        self.control = ControlClient(connector, listen_maddr)
+        self.dht = DHTClient(connector)
+        self.connmgr = ConnectionManagerClient(connector)
+        self.pubsub = PubSubClient(connector)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.control.daemon_connector.control_maddr}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[Self]:
+        """Accepts inbound streams, and has them handled, until the context is left; see
+        ``ControlClient.listen``."""
+        async with self.control.listen():
+            yield self
+
+    async def close(self) -> None:
+        """Stops listening, cancels the handlers at work and closes the idle connections.
+
+        Streams and subscriptions stay open. A later call opens connections again.
+        """
+        await self.control.close()
+
+    # --- control ---
+
+    async def identify(self, *, timeout: float | None = None) -> Identity:
+        """The daemon's peer id and addresses: unpacks as ``(peer_id, addrs)``."""
+        identity: Identity = await self.control.identify(timeout=timeout)
+        return identity
+
+    async def connect(
+        self,
+        peer_id: PeerIDLike,
+        maddrs: Iterable[MultiaddrLike],
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Connects to a peer at any of its addresses; see ``ControlClient.connect``."""
+        await self.control.connect(peer_id, maddrs, timeout=timeout)
+
+    async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
+        """Closes every connection to a peer; there need be none."""
+        await self.control.disconnect(peer_id, timeout=timeout)
+
+    async def list_peers(self, *, timeout: float | None = None) -> tuple[PeerInfo, ...]:
+        """The connected peers: one entry for each connection, so a peer can be there twice."""
+        return await self.control.list_peers(timeout=timeout)
+
+    async def stream_open(
+        self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
+    ) -> tuple[StreamInfo, Stream]:
+        """Opens a stream to a peer; see ``ControlClient.stream_open``."""
+        return await self.control.stream_open(peer_id, protocols, timeout=timeout)
+
+    async def stream_handler(
+        self,
+        proto: str,
+        handler_cb: StreamHandler,
+        *,
+        balanced: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Has inbound streams of a protocol handled while this client listens; see
+        ``ControlClient.stream_handler``."""
+        await self.control.stream_handler(proto, handler_cb, balanced=balanced, timeout=timeout)
+
+    async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
+        """Takes back ``stream_handler``; see ``ControlClient.remove_stream_handler``."""
+        await self.control.remove_stream_handler(proto, timeout=timeout)
+
+    # --- connection manager ---
+
+    async def connmgr_tag_peer(
+        self, peer_id: PeerIDLike, tag: str, weight: int, *, timeout: float | None = None
+    ) -> None:
+        """Gives a peer a tag; connections to peers with more weight are kept longer."""
+        await self.connmgr.tag_peer(peer_id, tag, weight, timeout=timeout)
+
+    async def connmgr_untag_peer(
+        self, peer_id: PeerIDLike, tag: str, *, timeout: float | None = None
+    ) -> None:
+        """Takes a tag off a peer."""
+        await self.connmgr.untag_peer(peer_id, tag, timeout=timeout)
+
+    async def connmgr_trim(self, *, timeout: float | None = None) -> None:
+        """Closes connections down to the low-water mark."""
+        await self.connmgr.trim(timeout=timeout)
+
+    # --- DHT ---
+
+    async def dht_find_peer(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> PeerInfo:
+        """The addresses of a peer."""
+        info: PeerInfo = await self.dht.find_peer(peer_id, timeout=timeout)
+        return info
+
+    async def dht_find_peers_connected_to_peer(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> tuple[PeerInfo, ...]:
+        """The peers connected to a peer. Today's Go daemons refuse it as not supported."""
+        return await self.dht.find_peers_connected_to_peer(peer_id, timeout=timeout)
+
+    async def dht_find_providers(
+        self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
+    ) -> tuple[PeerInfo, ...]:
+        """At most ``count`` providers of the content with a binary CID."""
+        return await self.dht.find_providers(content_id_bytes, count, timeout=timeout)
+
+    async def dht_get_closest_peers(
+        self, key: bytes, *, timeout: float | None = None
+    ) -> tuple[PeerID, ...]:
+        """The peers closest to a key."""
+        return await self.dht.get_closest_peers(key, timeout=timeout)
+
+    async def dht_get_public_key(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> PublicKey:
+        """The public key of a peer."""
+        key: PublicKey = await self.dht.get_public_key(peer_id, timeout=timeout)
+        return key
+
+    async def dht_get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
+        """The best value found for a key."""
+        return await self.dht.get_value(key, timeout=timeout)
+
+    async def dht_search_value(
+        self, key: bytes, *, timeout: float | None = None
+    ) -> tuple[bytes, ...]:
+        """The values found for a key, each better than the one before."""
+        return await self.dht.search_value(key, timeout=timeout)
+
+    async def dht_put_value(
+        self, key: bytes, value: bytes, *, timeout: float | None = None
+    ) -> None:
+        """Stores a record: only ``/pk/…`` and ``/ipns/…`` keys with valid values will do."""
+        await self.dht.put_value(key, value, timeout=timeout)
+
+    async def dht_provide(self, cid: bytes, *, timeout: float | None = None) -> None:
+        """Announces that this peer has the content with a binary CID."""
+        await self.dht.provide(cid, timeout=timeout)
+
+    # --- pubsub ---
+
+    async def pubsub_get_topics(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """The topics that the daemon is subscribed to."""
+        return await self.pubsub.get_topics(timeout=timeout)
+
+    async def pubsub_list_peers(
+        self, topic: str, *, timeout: float | None = None
+    ) -> tuple[PeerID, ...]:
+        """The peers known to be subscribed to a topic."""
+        return await self.pubsub.list_peers(topic, timeout=timeout)
+
+    async def pubsub_publish(
+        self, topic: str, data: bytes, *, timeout: float | None = None
+    ) -> None:
+        """Sends data to the subscribers of a topic."""
+        await self.pubsub.publish(topic, data, timeout=timeout)
+
+    async def pubsub_subscribe(
+        self, topic: str, *, timeout: float | None = None
+    ) -> Subscription:
+        """The messages published to a topic from now on: an async iterator of
+        ``PubsubMessage``, and a stream of the messages as the daemon sends them."""
+        return await self.pubsub.subscribe(topic, timeout=timeout)

@@ -1,0 +1,354 @@
+"""Requests to the daemon over a small pool of reused control connections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
+
+import anyio
+
+from p2pclient_rs._native import (
+    ControlConnection,
+    Identity,
+    Multiaddr,
+    PeerID,
+    PeerInfo,
+    PublicKey,
+    Request,
+    StreamInfo,
+    endpoint,
+)
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonRefused,
+    DaemonUnreachable,
+    ForkedClientError,
+    NotSupported,
+)
+from p2pclient_rs.loops import Watch, current_loop, watch
+from p2pclient_rs.streams import Stream
+
+__all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
+
+DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Stream)
+
+
+class SupportsToBytes(Protocol):
+    """A peer id or multiaddr of another library, as py-multiaddr's."""
+
+    def to_bytes(self) -> bytes: ...
+
+
+#: A peer id: a PeerID, its text (base58 or CID), its bytes, or another library's.
+PeerIDLike: TypeAlias = PeerID | str | bytes | SupportsToBytes
+#: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
+MultiaddrLike: TypeAlias = Multiaddr | str | bytes | SupportsToBytes
+
+#: What the daemons say when something is not there at all.
+_NOT_SUPPORTED = ("not supported", "not enabled", "not implemented", "err_not_implemented")
+#: What Go says when the time that the request gave it is up.
+_TIMED_OUT = ("context deadline exceeded", "i/o timeout")
+
+
+class Types:
+    """What requests return. A dialect overrides these to give the types of its ecosystem."""
+
+    def multiaddr(self, addr: Multiaddr) -> Any:
+        """A multiaddr, wherever one is returned by itself."""
+        return addr
+
+    def peer_info(self, info: PeerInfo) -> Any:
+        """An entry of ``list_peers`` and of the DHT's answers."""
+        return info
+
+    def stream_info(self, info: StreamInfo) -> Any:
+        """What is said of a stream, opened or inbound."""
+        return info
+
+    def public_key(self, key: PublicKey) -> Any:
+        """The answer to ``dht_get_public_key``."""
+        return key
+
+    def identity(self, identity: Identity) -> Any:
+        """The answer to ``identify``."""
+        return identity
+
+
+class _Connection(NamedTuple):
+    raw: ControlConnection
+    watch: Watch
+
+    def close(self) -> None:
+        self.watch.close()
+        self.raw.close()
+
+
+class _Pool:
+    """The connections that belong to one event loop."""
+
+    def __init__(self, max_connections: int, max_idle: int) -> None:
+        self._max_idle = max_idle
+        self._idle: list[_Connection] = []
+        self.free = anyio.Semaphore(max_connections, fast_acquire=True)
+
+    def take(self) -> _Connection | None:
+        """An idle connection on which nothing has arrived unasked, as the end would have."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.raw.stale:
+                return connection
+            connection.close()
+        return None
+
+    def give_back(self, connection: _Connection) -> None:
+        if connection.raw.reusable and len(self._idle) < self._max_idle:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Closes the idle connections, and those in use when they are given back."""
+        self._max_idle = 0
+        while self._idle:
+            self._idle.pop().close()
+
+
+class DaemonConnector:
+    """The way to one daemon's control socket.
+
+    Args:
+        control_maddr: ``/unix/PATH`` or ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``;
+            ``/unix/tmp/p2pd.sock`` if none.
+        max_connections: How many control connections there may be at once in one event loop;
+            further requests wait their turn. Streams and subscriptions do not count.
+        max_idle: How many connections are kept for the next requests.
+        max_message_size: The largest message taken from the daemon, in bytes; 4 MiB and a
+            little if none.
+        types: What requests return.
+
+    Raises:
+        InvalidMultiaddr: ``control_maddr`` is no multiaddr (a ValueError). Whether it can be a
+            control address shows when it is used.
+    """
+
+    def __init__(
+        self,
+        control_maddr: MultiaddrLike | None = None,
+        *,
+        max_connections: int = 64,
+        max_idle: int = 8,
+        max_message_size: int | None = None,
+        types: Types | None = None,
+    ) -> None:
+        if control_maddr is None:
+            control_maddr = DEFAULT_CONTROL_MADDR
+        self._maddr = Multiaddr(control_maddr)
+        self.types = types if types is not None else Types()
+        self.control_maddr: Any = self.types.multiaddr(self._maddr)
+        self._max_connections = max_connections
+        self._max_idle = max_idle
+        self._max_message_size = max_message_size
+        self._pid = os.getpid()
+        self._pools: WeakKeyDictionary[Any, _Pool] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._maddr}>"
+
+    async def request(
+        self,
+        name: str,
+        request: Request,
+        *,
+        timeout: float | None = None,
+        peer_id: PeerIDLike | None = None,
+        protocol: str | None = None,
+    ) -> Any:
+        """Sends a request and returns what the daemon answered.
+
+        Args:
+            name: The request's name, for errors.
+            request: The request.
+            timeout: How long to wait, in seconds, for everything together.
+            peer_id, protocol: What it is about, for errors.
+
+        Raises:
+            ControlFailure: One of its subclasses, with the arguments above.
+        """
+        work = self._exchange(request)
+        answer, _ = await self._described(work, name, timeout, peer_id, protocol)
+        return answer
+
+    async def request_stream(
+        self,
+        stream_type: type[S],
+        name: str,
+        request: Request,
+        *,
+        timeout: float | None = None,
+        peer_id: PeerIDLike | None = None,
+        protocol: str | None = None,
+    ) -> tuple[Any, S]:
+        """As ``request``, for one whose success makes its connection a stream."""
+        work = self._exchange(request)
+        answer, connection = await self._described(work, name, timeout, peer_id, protocol)
+        info = None if answer is None else self.types.stream_info(answer)
+        return info, stream_type(connection.raw.into_stream(), connection.watch, info)
+
+    async def open_connection(self, *, timeout: float | None = None) -> Stream:
+        """A new connection to the control socket, on which nothing was said yet.
+
+        Raises:
+            DaemonUnreachable: There is no daemon at the address.
+            ControlTimeout: No connection within ``timeout`` seconds.
+        """
+        self._check_fork()
+        connection = await self._described(self._connect(), "open_connection", timeout)
+        return Stream(connection.raw.into_stream(), connection.watch)
+
+    async def aclose(self) -> None:
+        """Closes the idle connections. Requests in flight end as they would; the connector can
+        be used again."""
+        self.close()
+
+    def close(self) -> None:
+        """As ``aclose``."""
+        pools = list(self._pools.values())
+        self._pools.clear()
+        for pool in pools:
+            pool.close()
+
+    async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
+        """The answer, and the connection, which is open only if it became a stream."""
+        self._check_fork()
+        loop = current_loop()
+        pool = self._pools.get(loop)
+        if pool is None:
+            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+        try:
+            pool.free.acquire_nowait()
+        except anyio.WouldBlock:
+            await pool.free.acquire()
+        try:
+            connection = pool.take()
+            if connection is not None:
+                try:
+                    return await self._drive(pool, connection, request)
+                except ConnectionLost:
+                    # The daemon closed it meanwhile, perhaps by a restart. Only where it cannot
+                    # have acted on the request is it right to send that again.
+                    if not connection.raw.unexecuted:
+                        raise
+            return await self._drive(pool, await self._connect(), request)
+        finally:
+            pool.free.release()
+
+    async def _drive(
+        self, pool: _Pool, connection: _Connection, request: Request
+    ) -> tuple[Any, _Connection]:
+        raw, watch = connection
+        try:
+            raw.start(request)
+            while (answer := raw.step()) is None:
+                await (watch.writable() if raw.wants_write else watch.readable())
+            return answer[0], connection
+        finally:
+            # A connection with half an answer on it is of no use to anybody else.
+            if not raw.consumed:
+                pool.give_back(connection)
+
+    async def _connect(self) -> _Connection:
+        try:
+            addresses = await resolve(self._maddr)
+            for attempt, address in enumerate(addresses, 1):
+                try:
+                    return await self._connect_to(address)
+                except OSError:
+                    if attempt == len(addresses):
+                        raise
+            raise OSError("the name has no address")
+        except OSError as error:
+            raise DaemonUnreachable(
+                f"no connection to the daemon's control socket at {self._maddr}: {error}"
+            ) from error
+
+    async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:
+        delay = 0.001
+        while (
+            raw := ControlConnection.connect(address, max_frame=self._max_message_size)
+        ) is None:
+            # The daemon's queue of connections is full, and nothing says when it is not.
+            await anyio.sleep(delay)
+            delay = min(2 * delay, 0.05)
+        connection = _Connection(raw, watch(raw.fileno()))
+        try:
+            if not raw.connected:
+                await connection.watch.writable()
+                raw.finish_connect()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _check_fork(self) -> None:
+        pid = os.getpid()
+        if pid != self._pid:
+            raise ForkedClientError(
+                f"this client belongs to process {self._pid} and cannot be used in its forked "
+                f"child {pid}: make a new one here"
+            )
+
+    async def _described(
+        self,
+        work: Coroutine[Any, Any, T],
+        name: str,
+        timeout: float | None,
+        peer_id: PeerIDLike | None = None,
+        protocol: str | None = None,
+    ) -> T:
+        """The result of ``work`` in time, or an error that says what it was about."""
+        try:
+            if timeout is None:
+                return await work
+            with anyio.move_on_after(timeout):
+                return await work
+            raise ControlTimeout(f"no answer within {timeout:g} s")
+        except ControlFailure as error:
+            precise = _precise(error)
+            precise.request = name
+            precise.peer_id = None if peer_id is None else PeerID(peer_id)
+            precise.protocol = protocol
+            if precise is error:
+                raise
+            raise precise from None
+
+
+def _precise(error: ControlFailure) -> ControlFailure:
+    """The subclass that the daemon's words call for."""
+    words = (error.daemon_message or "").lower()
+    for phrases, kind in ((_NOT_SUPPORTED, NotSupported), (_TIMED_OUT, ControlTimeout)):
+        if isinstance(error, DaemonRefused) and any(phrase in words for phrase in phrases):
+            return kind(str(error.args[0]), daemon_message=error.daemon_message)
+    return error
+
+
+async def resolve(maddr: Multiaddr) -> list[str | tuple[str, int]]:
+    """The addresses of sockets that a control or listen address stands for."""
+    kind, host, port = endpoint(maddr)
+    if kind == "unix":
+        return [host]
+    if kind in ("ip4", "ip6"):
+        return [(host, port)]
+    import socket
+
+    families = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}
+    found = await anyio.getaddrinfo(
+        host, port, family=families.get(kind, 0), type=socket.SOCK_STREAM
+    )
+    return list(dict.fromkeys((str(address[0]), port) for *_, address in found))

@@ -1,0 +1,322 @@
+"""Control requests: peers, connections and streams, and the listener for inbound streams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import anyio
+from anyio.abc import TaskGroup
+
+from p2pclient_rs._native import Multiaddr, RawListener, RawStream, Request, decode_stream_info
+from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike, resolve
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    DaemonRefused,
+    DispatchFailure,
+    NotSupported,
+    P2PDaemonError,
+)
+from p2pclient_rs.loops import Watch, watch
+from p2pclient_rs.streams import Stream
+
+__all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
+
+DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
+
+#: What is called for an inbound stream, in a task of its own.
+StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
+
+#: The StreamInfo before an inbound stream is small, and comes at once.
+_MAX_HEADER = 64 * 1024
+_HEADER_TIMEOUT = 30.0
+#: How long saying goodbye to the daemon may take, in seconds.
+_GOODBYE_TIMEOUT = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class ControlClient:
+    """Peers, connections and streams.
+
+    Every ``timeout`` is in seconds; CONNECT and STREAM_OPEN pass it on to the daemon, in whole
+    seconds, which otherwise gives up after 60 s. All raise subclasses of ``ControlFailure``.
+
+    Args:
+        daemon_connector: The way to the daemon.
+        listen_maddr: Where the daemon is to connect to for inbound streams;
+            ``/unix/tmp/p2pclient.sock`` if none. With TCP port 0 a free one is taken, and the
+            attribute says which while listening.
+    """
+
+    def __init__(
+        self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
+    ) -> None:
+        if listen_maddr is None:
+            listen_maddr = DEFAULT_LISTEN_MADDR
+        self.daemon_connector = daemon_connector
+        self.listen_maddr: Any = daemon_connector.types.multiaddr(Multiaddr(listen_maddr))
+        #: The handlers of inbound streams, by protocol.
+        self.handlers: dict[str, StreamHandler] = {}
+        self._scope: anyio.CancelScope | None = None
+        self._listening = False
+
+    # --- peers ---
+
+    async def identify(self, *, timeout: float | None = None) -> Any:
+        """IDENTIFY: the daemon's ``Identity``, which unpacks as ``(peer_id, addrs)``."""
+        identity = await self.daemon_connector.request(
+            "IDENTIFY", Request.identify(), timeout=timeout
+        )
+        return self.daemon_connector.types.identity(identity)
+
+    async def connect(
+        self,
+        peer_id: PeerIDLike,
+        maddrs: Iterable[MultiaddrLike],
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """CONNECT: connects to a peer at any of its addresses.
+
+        Raises:
+            DaemonRefused: It cannot be reached there, or is another peer.
+        """
+        await self.daemon_connector.request(
+            "CONNECT", Request.connect(peer_id, maddrs, timeout), timeout=timeout, peer_id=peer_id
+        )
+
+    async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
+        """DISCONNECT: closes every connection to a peer; there need be none."""
+        await self.daemon_connector.request(
+            "DISCONNECT", Request.disconnect(peer_id), timeout=timeout, peer_id=peer_id
+        )
+
+    async def list_peers(self, *, timeout: float | None = None) -> tuple[Any, ...]:
+        """LIST_PEERS: a ``PeerInfo`` for each connection; a peer can have several."""
+        infos = await self.daemon_connector.request(
+            "LIST_PEERS", Request.list_peers(), timeout=timeout
+        )
+        return tuple(map(self.daemon_connector.types.peer_info, infos))
+
+    # --- streams ---
+
+    async def stream_open(
+        self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
+    ) -> tuple[Any, Stream]:
+        """STREAM_OPEN: opens a stream to a peer.
+
+        Args:
+            peer_id: The peer.
+            protocols: Protocol ids, the one liked best first.
+
+        Returns:
+            The ``StreamInfo`` of the stream, with the protocol agreed on, and the stream.
+
+        Raises:
+            DaemonRefused: The peer cannot be reached or speaks none of the protocols.
+        """
+        if isinstance(protocols, str):
+            raise TypeError("protocols is a sequence of protocol ids, not a string")
+        return await self.daemon_connector.request_stream(
+            Stream,
+            "STREAM_OPEN",
+            Request.stream_open(peer_id, list(protocols), timeout),
+            timeout=timeout,
+            peer_id=peer_id,
+            protocol=", ".join(protocols),
+        )
+
+    async def stream_handler(
+        self,
+        proto: str,
+        handler_cb: StreamHandler,
+        *,
+        balanced: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """STREAM_HANDLER: has inbound streams of a protocol handled while this client listens.
+
+        A handler registered before for the protocol, by this client, is replaced.
+
+        Args:
+            proto: The protocol id.
+            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``. What it raises is
+                logged and resets that stream alone. When it returns, the stream stays open as
+                long as something holds it.
+            balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
+
+        Raises:
+            DaemonRefused: Another client serves the protocol (hivemind's fork).
+        """
+        await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+
+    async def _register(
+        self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
+    ) -> None:
+        request = Request.stream_handler(self.listen_maddr, proto, balanced)
+        try:
+            await self.daemon_connector.request(
+                "STREAM_HANDLER", request, timeout=timeout, protocol=proto
+            )
+        except DaemonRefused:
+            # hivemind's fork refuses what upstream takes for a replacement. The daemon connects
+            # to this client already, so nothing but the handler is to be replaced.
+            if proto not in self.handlers:
+                raise
+        self.handlers[proto] = handler_cb
+
+    async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
+        """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
+
+        Raises:
+            NotSupported: The daemon is not hivemind's: it goes on offering the protocol to its
+                peers, but their streams are refused here.
+            DaemonRefused: There is no such handler.
+        """
+        self.handlers.pop(proto, None)
+        await self._unregister(proto, timeout)
+
+    async def _unregister(self, proto: str, timeout: float | None) -> None:
+        request = Request.remove_stream_handler(self.listen_maddr, proto)
+        try:
+            await self.daemon_connector.request(
+                "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
+            )
+        except ConnectionLost as error:
+            raise NotSupported(
+                "the daemon closed the connection, as it does on a request it does not know",
+                request="REMOVE_STREAM_HANDLER",
+                protocol=proto,
+            ) from error
+
+    # --- inbound streams ---
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[ControlClient]:
+        """Accepts inbound streams, and has them handled, until the context is left.
+
+        Then handlers still at work are cancelled, and their protocols taken back where the daemon
+        knows how.
+
+        Raises:
+            ControlFailure: This client listens already.
+            OSError: The address cannot be listened at.
+        """
+        if self._listening:
+            raise ControlFailure("Listener is already listening")
+        self._listening = True
+        configured = self.listen_maddr
+        try:
+            listener, self.listen_maddr = await self._bind(Multiaddr(configured))
+            watched = watch(listener.fileno())
+            try:
+                async with _ungrouped_task_group() as tasks:
+                    self._scope = tasks.cancel_scope
+                    tasks.start_soon(self._accept, listener, watched, tasks)
+                    try:
+                        yield self
+                    finally:
+                        await self._unregister_all()
+                        tasks.cancel_scope.cancel()
+            finally:
+                watched.close()
+                listener.close()
+        finally:
+            self._scope = None
+            self._listening = False
+            self.listen_maddr = configured
+
+    async def close(self) -> None:
+        """Stops listening, cancels the handlers at work and closes the idle connections."""
+        if self._scope is not None:
+            self._scope.cancel()
+        await self.daemon_connector.aclose()
+
+    async def _bind(self, maddr: Multiaddr) -> tuple[RawListener, Any]:
+        for attempt, address in enumerate(addresses := await resolve(maddr), 1):
+            try:
+                listener = RawListener(address)
+            except OSError as error:
+                if attempt < len(addresses):
+                    continue
+                error.add_note(f"listening at {maddr}") if hasattr(error, "add_note") else None
+                raise
+            if isinstance(address, str):
+                return listener, self.listen_maddr
+            host, port = listener.local_address
+            actual = Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+            return listener, self.daemon_connector.types.multiaddr(actual)
+        raise OSError(f"no address to listen at: {maddr}")
+
+    async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
+        while True:
+            try:
+                raw = listener.try_accept()
+            except OSError as error:
+                # Out of descriptors, most likely: others will be closed.
+                logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+                await anyio.sleep(0.1)
+                continue
+            if raw is None:
+                await watched.readable()
+            else:
+                tasks.start_soon(self._dispatch, raw)
+
+    async def _dispatch(self, raw: RawStream) -> None:
+        stream = Stream(raw, watch(raw.fileno()))
+        handler = None
+        try:
+            with anyio.fail_after(_HEADER_TIMEOUT):
+                header = await stream.receive_frame(_MAX_HEADER)
+            info = self.daemon_connector.types.stream_info(decode_stream_info(header))
+            stream.info = info
+            handler = self.handlers.get(info.proto)
+            if handler is None:
+                raise DispatchFailure(f"no handler for the protocol {info.proto!r}")
+        except (P2PDaemonError, anyio.EndOfStream, anyio.BrokenResourceError, TimeoutError) as error:
+            logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
+            stream.abort()
+            return
+        except BaseException:
+            stream.abort()
+            raise
+        try:
+            await handler(info, stream)
+        except Exception:
+            logger.exception("the handler of %r failed on a stream from %s", info.proto, info.peer_id)
+            stream.abort()
+        except BaseException:
+            stream.abort()
+            raise
+
+    async def _unregister_all(self) -> None:
+        """Tells the daemon that nobody will be there; its answer does not matter."""
+        handlers, self.handlers = self.handlers, {}
+        with anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True):
+            for proto in handlers:
+                try:
+                    await self._unregister(proto, None)
+                except NotSupported:
+                    break
+                except DaemonRefused:
+                    continue
+                except ControlFailure:
+                    break
+
+
+@asynccontextmanager
+async def _ungrouped_task_group() -> AsyncIterator[TaskGroup]:
+    """A task group whose tasks do not fail: what its body raises comes out as it is."""
+    failure = None
+    async with anyio.create_task_group() as tasks:
+        try:
+            yield tasks
+        except Exception as error:
+            failure = error
+            tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -1,0 +1,111 @@
+"""DHT requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from p2pclient_rs._native import PeerID, PublicKey, Request
+from p2pclient_rs.connector import DaemonConnector, PeerIDLike
+
+__all__ = ["DHTClient"]
+
+
+class DHTClient:
+    """The daemon's Kademlia DHT, if it was started with one.
+
+    Every ``timeout`` is in seconds; the daemon gets it too, in whole seconds, and gives up by
+    itself after 60 s if there is none. All raise subclasses of ``ControlFailure``:
+    ``DaemonRefused`` where nothing was found, ``NotSupported`` where the daemon has no DHT,
+    ``ControlTimeout``.
+
+    Args:
+        daemon_connector: The way to the daemon.
+    """
+
+    def __init__(self, daemon_connector: DaemonConnector) -> None:
+        self.daemon_connector = daemon_connector
+
+    async def find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
+        """FIND_PEER: the ``PeerInfo`` of a peer."""
+        info = await self.daemon_connector.request(
+            "DHT FIND_PEER",
+            Request.dht_find_peer(peer_id, timeout),
+            timeout=timeout,
+            peer_id=peer_id,
+        )
+        return self.daemon_connector.types.peer_info(info)
+
+    async def find_peers_connected_to_peer(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> tuple[Any, ...]:
+        """FIND_PEERS_CONNECTED_TO_PEER: a ``PeerInfo`` of each. Today's Go daemons refuse it as
+        not supported."""
+        infos = await self.daemon_connector.request(
+            "DHT FIND_PEERS_CONNECTED_TO_PEER",
+            Request.dht_find_peers_connected_to_peer(peer_id, timeout),
+            timeout=timeout,
+            peer_id=peer_id,
+        )
+        return tuple(map(self.daemon_connector.types.peer_info, infos))
+
+    async def find_providers(
+        self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
+    ) -> tuple[Any, ...]:
+        """FIND_PROVIDERS: a ``PeerInfo`` of each provider of a content.
+
+        Args:
+            content_id_bytes: The content's CID in binary.
+            count: How many providers at the most; 0 for the daemon's default.
+        """
+        infos = await self.daemon_connector.request(
+            "DHT FIND_PROVIDERS",
+            Request.dht_find_providers(content_id_bytes, count, timeout),
+            timeout=timeout,
+        )
+        return tuple(map(self.daemon_connector.types.peer_info, infos))
+
+    async def get_closest_peers(
+        self, key: bytes, *, timeout: float | None = None
+    ) -> tuple[PeerID, ...]:
+        """GET_CLOSEST_PEERS: the peers closest to a key."""
+        peers: tuple[PeerID, ...] = await self.daemon_connector.request(
+            "DHT GET_CLOSEST_PEERS", Request.dht_get_closest_peers(key, timeout), timeout=timeout
+        )
+        return peers
+
+    async def get_public_key(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
+        """GET_PUBLIC_KEY: the ``PublicKey`` of a peer."""
+        serialized = await self.daemon_connector.request(
+            "DHT GET_PUBLIC_KEY",
+            Request.dht_get_public_key(peer_id, timeout),
+            timeout=timeout,
+            peer_id=peer_id,
+        )
+        return self.daemon_connector.types.public_key(PublicKey.from_bytes(serialized))
+
+    async def get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
+        """GET_VALUE: the best value found for a key."""
+        value: bytes = await self.daemon_connector.request(
+            "DHT GET_VALUE", Request.dht_get_value(key, timeout), timeout=timeout
+        )
+        return value
+
+    async def search_value(self, key: bytes, *, timeout: float | None = None) -> tuple[bytes, ...]:
+        """SEARCH_VALUE: the values found for a key, each better than the one before."""
+        values: tuple[bytes, ...] = await self.daemon_connector.request(
+            "DHT SEARCH_VALUE", Request.dht_search_value(key, timeout), timeout=timeout
+        )
+        return values
+
+    async def put_value(self, key: bytes, value: bytes, *, timeout: float | None = None) -> None:
+        """PUT_VALUE: stores a record, which the daemons validate: only ``/pk/…`` and ``/ipns/…``
+        keys will do."""
+        await self.daemon_connector.request(
+            "DHT PUT_VALUE", Request.dht_put_value(key, value, timeout), timeout=timeout
+        )
+
+    async def provide(self, cid: bytes, *, timeout: float | None = None) -> None:
+        """PROVIDE: announces that this peer has the content with the binary CID ``cid``."""
+        await self.daemon_connector.request(
+            "DHT PROVIDE", Request.dht_provide(cid, timeout), timeout=timeout
+        )

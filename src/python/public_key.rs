@@ -1,0 +1,96 @@
+//! `PublicKey`.
+
+use super::convert::bytes_of;
+use super::peer_id::PyPeerId;
+use crate::core::PublicKey;
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyType};
+
+/// A peer's public key, as libp2p serialises it (crypto.pb.PublicKey).
+#[pyclass(frozen, eq, hash, weakref, name = "PublicKey", module = "p2pclient_rs")]
+#[derive(PartialEq, Eq, Hash)]
+pub struct PyPublicKey(PublicKey);
+
+impl From<PublicKey> for PyPublicKey {
+    fn from(key: PublicKey) -> Self {
+        Self(key)
+    }
+}
+
+impl PyPublicKey {
+    /// The key itself.
+    pub fn core(&self) -> &PublicKey {
+        &self.0
+    }
+}
+
+#[pymethods]
+impl PyPublicKey {
+    #[new]
+    fn new(key_type: i32, data: PyBackedBytes) -> Self {
+        Self(PublicKey {
+            key_type,
+            data: data.as_ref().to_vec().into(),
+        })
+    }
+
+    /// The key in these bytes, a serialised crypto.pb.PublicKey. Raises ValueError.
+    #[staticmethod]
+    fn from_bytes(data: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let Some(bytes) = bytes_of(data)? else {
+            let message = format!("expected bytes, not {}", data.get_type());
+            return Err(PyTypeError::new_err(message));
+        };
+        let key = PublicKey::decode(&bytes);
+        key.map(Self)
+            .map_err(|error| PyValueError::new_err(error.to_string()))
+    }
+
+    /// 0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA.
+    #[getter]
+    fn key_type(&self) -> i32 {
+        self.0.key_type
+    }
+
+    /// The key, in the encoding usual for its type.
+    #[getter]
+    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.data)
+    }
+
+    /// The id of the peer that has this key.
+    #[getter]
+    fn peer_id(&self) -> PyPeerId {
+        self.0.peer_id().into()
+    }
+
+    /// The key as a serialised crypto.pb.PublicKey.
+    fn serialize<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.encode())
+    }
+
+    /// The same as serialize(), under the name protobuf messages give it.
+    #[pyo3(name = "SerializeToString")]
+    fn serialize_to_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        self.serialize(py)
+    }
+
+    fn __bytes__<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        self.serialize(py)
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "<PublicKey key_type={} peer_id={}>",
+            self.0.key_type,
+            self.0.peer_id()
+        )
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> (Bound<'py, PyType>, (i32, Bound<'py, PyBytes>)) {
+        let key = slf.get();
+        (slf.get_type(), (key.0.key_type, key.data(slf.py())))
+    }
+}
