@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod convert;
+#[allow(dead_code)] // until there are requests that return them
 mod datastructures;
 mod multiaddr;
 mod peer_id;
@@ -15,7 +16,7 @@ mod _native {
 
     // --- types ---
     #[pymodule_export]
-    use super::datastructures::{PyIdentity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+    use super::datastructures::{PyPeerInfo, PyPubsubMessage, PyStreamInfo};
     #[pymodule_export]
     use super::multiaddr::{InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol};
     #[pymodule_export]
@@ -25,6 +26,7 @@ mod _native {
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("DEBUG_BUILD", cfg!(debug_assertions))
     }
