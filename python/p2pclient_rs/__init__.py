@@ -1,4 +1,9 @@
+"""The libp2p daemon's client and manager for asyncio, uvloop and trio, on a Rust core."""
+
+import warnings as _warnings
+
 from p2pclient_rs._native import (
+    DEBUG_BUILD as _DEBUG_BUILD,
     Identity,
     InvalidMultiaddr,
     InvalidPeerID,
@@ -12,21 +17,72 @@ from p2pclient_rs._native import (
     StreamInfo,
     __version__,
 )
+from p2pclient_rs.client import Client
+from p2pclient_rs.connector import DaemonConnector
+from p2pclient_rs.connmgr import ConnectionManagerClient
+from p2pclient_rs.control import ControlClient
+from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonNotFound,
+    DaemonRefused,
+    DaemonStartError,
+    DaemonUnreachable,
+    DispatchFailure,
+    ForkedClientError,
+    NotSupported,
+    P2PDaemonError,
+    ProtocolViolation,
+)
+from p2pclient_rs.pubsub import PubSubClient
+from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
 
+if _DEBUG_BUILD:
+    _warnings.warn(
+        "p2pclient_rs was built without optimisation: do not measure it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+#: The name that p2pclient has for it.
 ID = PeerID
 
 __all__ = [
     "ID",
+    "Client",
+    "ConnectionLost",
+    "ConnectionManagerClient",
+    "ControlClient",
+    "ControlFailure",
+    "ControlTimeout",
+    "DHTClient",
+    "DaemonConnector",
+    "DaemonNotFound",
+    "DaemonRefused",
+    "DaemonStartError",
+    "DaemonUnreachable",
+    "DispatchFailure",
+    "ForkedClientError",
     "Identity",
+    "IncompleteRead",
     "InvalidMultiaddr",
     "InvalidPeerID",
     "Multiaddr",
+    "NotSupported",
+    "P2PDaemonError",
     "PeerID",
     "PeerInfo",
     "Protocol",
     "ProtocolLookupError",
+    "ProtocolViolation",
+    "PubSubClient",
     "PublicKey",
     "PubsubMessage",
+    "Stream",
+    "StreamAttribute",
     "StreamInfo",
+    "Subscription",
     "__version__",
 ]

@@ -51,10 +51,10 @@ PeerIDLike: TypeAlias = PeerID | str | bytes | SupportsToBytes
 #: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
 MultiaddrLike: TypeAlias = Multiaddr | str | bytes | SupportsToBytes
 
-#: What the daemons say when something is not there at all.
-_NOT_SUPPORTED = ("not supported", "not enabled", "not implemented", "err_not_implemented")
+#: What the Go daemons say when something is not there at all.
+_NOT_SUPPORTED = ("not supported", "DHT not enabled", "PubSub not enabled")
 #: What Go says when the time that the request gave it is up.
-_TIMED_OUT = ("context deadline exceeded", "i/o timeout")
+_TIMED_OUT = "context deadline exceeded"
 
 
 class Types:
@@ -199,7 +199,7 @@ class DaemonConnector:
         work = self._exchange(request)
         answer, connection = await self._described(work, name, timeout, peer_id, protocol)
         info = None if answer is None else self.types.stream_info(answer)
-        return info, stream_type(connection.raw.into_stream(), connection.watch, info)
+        return info, stream_type(connection.raw.take_stream(), connection.watch, info)
 
     async def open_connection(self, *, timeout: float | None = None) -> Stream:
         """A new connection to the control socket, on which nothing was said yet.
@@ -210,7 +210,7 @@ class DaemonConnector:
         """
         self._check_fork()
         connection = await self._described(self._connect(), "open_connection", timeout)
-        return Stream(connection.raw.into_stream(), connection.watch)
+        return Stream(connection.raw.take_stream(), connection.watch)
 
     async def aclose(self) -> None:
         """Closes the idle connections. Requests in flight end as they would; the connector can
@@ -331,10 +331,12 @@ class DaemonConnector:
 
 def _precise(error: ControlFailure) -> ControlFailure:
     """The subclass that the daemon's words call for."""
-    words = (error.daemon_message or "").lower()
-    for phrases, kind in ((_NOT_SUPPORTED, NotSupported), (_TIMED_OUT, ControlTimeout)):
-        if isinstance(error, DaemonRefused) and any(phrase in words for phrase in phrases):
-            return kind(str(error.args[0]), daemon_message=error.daemon_message)
+    words = error.daemon_message
+    if isinstance(error, DaemonRefused) and words is not None:
+        if words in _NOT_SUPPORTED:
+            return NotSupported(str(error.args[0]), daemon_message=words)
+        if words.endswith(_TIMED_OUT):
+            return ControlTimeout("the daemon gave up", daemon_message=words)
     return error
 
 

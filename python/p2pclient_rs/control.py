@@ -243,8 +243,7 @@ class ControlClient:
             except OSError as error:
                 if attempt < len(addresses):
                     continue
-                error.add_note(f"listening at {maddr}") if hasattr(error, "add_note") else None
-                raise
+                raise type(error)(error.errno, f"cannot listen at {maddr}: {error.strerror}") from None
             if isinstance(address, str):
                 return listener, self.listen_maddr
             host, port = listener.local_address

@@ -64,7 +64,8 @@ class Stream(ByteStream):
     def __init__(self, raw: RawStream, watch: Watch, info: Any = None) -> None:
         self._raw = raw
         self._watch = watch
-        self._info = info
+        #: The StreamInfo of a stream to a peer.
+        self.info = info
         self._pid = os.getpid()
         self._reading = False
         self._sending = False
@@ -75,7 +76,7 @@ class Stream(ByteStream):
 
     def __repr__(self) -> str:
         state = "closed" if self._raw.closed else f"fd={self._raw.fileno()}"
-        about = "" if self._info is None else f" {self._info.proto!r} {self._info.peer_id}"
+        about = "" if self.info is None else f" {self.info.proto!r} {self.info.peer_id}"
         return f"<{type(self).__name__}{about} {state}>"
 
     # --- anyio's ByteStream ---
@@ -164,8 +165,8 @@ class Stream(ByteStream):
         if not unix:
             attributes[SocketAttribute.local_port] = lambda: raw.local_address[1]
             attributes[SocketAttribute.remote_port] = lambda: raw.remote_address[1]
-        if self._info is not None:
-            attributes[StreamAttribute.stream_info] = lambda: self._info
+        if self.info is not None:
+            attributes[StreamAttribute.stream_info] = lambda: self.info
         return attributes
 
     # --- asyncio's StreamReader ---
@@ -226,6 +227,22 @@ class Stream(ByteStream):
             return await self.readuntil(b"\n")
         except IncompleteRead as error:
             return error.partial
+
+    async def receive_frame(self, max_bytes: int = 4 << 20) -> bytes:
+        """Reads a message with its length, an unsigned varint, in front of it.
+
+        Args:
+            max_bytes: How long it may be. More is refused before anything is allocated for it.
+
+        Raises:
+            anyio.EndOfStream: The stream ended before it.
+            ConnectionLost: The stream ended within it.
+            ProtocolViolation: It is longer, or its length is malformed.
+        """
+        frames = await self._pull(lambda: self._raw.try_read_frame(max_bytes))
+        if not frames:
+            raise anyio.EndOfStream
+        return frames[0]
 
     def at_eof(self) -> bool:
         """Whether the end was reached and everything before it was read."""
@@ -403,11 +420,7 @@ class Subscription(Stream):
             ProtocolViolation: The daemon sent something else.
         """
         await checkpoint_if_cancelled()
-        size = self._max_message_size
-        frames = await self._pull(lambda: self._raw.try_read_frame(size))
-        if not frames:
-            raise anyio.EndOfStream
-        return decode_pubsub_message(frames[0])
+        return decode_pubsub_message(await self.receive_frame(self._max_message_size))
 
     def __aiter__(self) -> Self:
         return self

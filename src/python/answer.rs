@@ -1,6 +1,6 @@
 //! What the daemon answered, as Python objects.
 
-use super::datastructures::{PyIdentity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+use super::datastructures::{identity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
 use super::errors;
 use super::peer_id::PyPeerId;
 use crate::core::{pubsub, streams, Answer, PeerInfo, StreamInfo};
@@ -11,9 +11,7 @@ use pyo3::types::{PyBytes, PyTuple};
 pub fn to_python(py: Python<'_>, answer: Answer) -> PyResult<Bound<'_, PyAny>> {
     Ok(match answer {
         Answer::Done | Answer::Subscribed => py.None().into_bound(py),
-        Answer::Identity { peer_id, addrs } => {
-            Bound::new(py, PyIdentity::from_core(py, peer_id, &addrs)?)?.into_any()
-        }
+        Answer::Identity { peer_id, addrs } => identity(py, peer_id, &addrs)?,
         Answer::Peers(peers) => tuple(py, peers.into_iter().map(peer_info))?,
         Answer::StreamOpened(info) => Bound::new(py, stream_info(info))?.into_any(),
         Answer::Topics(names) | Answer::Protocols(names) => PyTuple::new(py, names)?.into_any(),

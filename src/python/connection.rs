@@ -129,6 +129,14 @@ impl ControlConnection {
             .is_some_and(|inner| inner.exchange.is_reusable() && inner.output.is_empty())
     }
 
+    /// Whether the connection has become a stream or a subscription.
+    #[getter]
+    fn consumed(&self) -> bool {
+        self.lock()
+            .as_ref()
+            .is_some_and(|inner| inner.exchange.state() == State::Consumed)
+    }
+
     /// Whether something came while nothing was asked: the end, most likely.
     #[getter]
     fn stale(&self) -> PyResult<bool> {
@@ -137,7 +145,7 @@ impl ControlConnection {
 
     /// Takes the stream or subscription that this connection has become, or, before any request,
     /// the connection as it is.
-    fn into_stream(&self) -> PyResult<RawStream> {
+    fn take_stream(&self) -> PyResult<RawStream> {
         errors::check_fork(self.pid, "connection")?;
         let mut guard = self.lock();
         let ready = matches!(&*guard, Some(inner)

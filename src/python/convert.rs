@@ -106,6 +106,14 @@ pub fn bytes_of(object: &Bound<'_, PyAny>) -> PyResult<Option<Bytes>> {
     Ok(Some(Bytes::copy_from_slice(&bytes)))
 }
 
+/// As [`bytes_of`], where nothing but bytes will do.
+///
+/// # Errors
+/// `TypeError` for other objects.
+pub fn extract_bytes(object: &Bound<'_, PyAny>) -> PyResult<Bytes> {
+    bytes_of(object)?.ok_or_else(|| wrong_type("bytes", object))
+}
+
 /// Whether an object is of a class with one of these names: how a peer id or multiaddr of another
 /// library is told from anything else that has bytes.
 pub fn is_named(object: &Bound<'_, PyAny>, names: &[&str]) -> PyResult<bool> {

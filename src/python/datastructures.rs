@@ -1,14 +1,14 @@
 //! What requests return: `PeerInfo`, `StreamInfo`, `Identity`, `PubsubMessage`.
 
-use super::convert::{extract_multiaddr, extract_multiaddrs, extract_peer_id};
+use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
 use super::multiaddr::PyMultiaddr;
 use super::peer_id::PyPeerId;
 use crate::core::{Multiaddr, PeerId, PubsubMessage};
 use bytes::Bytes;
 use pyo3::exceptions::PyAttributeError;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyBytes, PyIterator, PyList, PyString, PyTuple, PyType};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{IntoPyDict, PyBytes, PyList, PyString, PyTuple, PyType};
 
 /// A peer and the addresses it can be reached at.
 #[pyclass(
@@ -158,96 +158,32 @@ impl PyStreamInfo {
     }
 }
 
-/// Who a daemon is: its peer id and the addresses it listens on.
+/// The class `Identity`: who a daemon is.
 ///
-/// Also the tuple of the two: `peer_id, addrs = await client.identify()`.
-#[pyclass(frozen, sequence, weakref, name = "Identity", module = "p2pclient_rs")]
-pub struct PyIdentity {
-    peer_id: Py<PyPeerId>,
-    addrs: Py<PyTuple>,
+/// A named tuple, since that is what type checkers unpack item by item and what the incumbents'
+/// callers expect, and no `#[pyclass]` can be a tuple.
+pub fn identity_type(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static IDENTITY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let class = IDENTITY.get_or_try_init(py, || {
+        let module = [("module", "p2pclient_rs")].into_py_dict(py)?;
+        let class = py.import("collections")?.getattr("namedtuple")?;
+        let class = class.call(("Identity", ("peer_id", "addrs")), Some(&module))?;
+        class.setattr("id", class.getattr("peer_id")?)?;
+        let doc = "Who a daemon is: its peer id (also as id) and the addresses it listens on.";
+        class.setattr("__doc__", doc)?;
+        Ok::<_, PyErr>(class.unbind())
+    })?;
+    Ok(class.bind(py))
 }
 
-impl PyIdentity {
-    /// From what a daemon said.
-    pub fn from_core(py: Python<'_>, peer_id: PeerId, addrs: &[Multiaddr]) -> PyResult<Self> {
-        let addrs = PyTuple::new(py, multiaddrs(py, addrs)?)?.unbind();
-        Ok(Self {
-            peer_id: Py::new(py, PyPeerId::from(peer_id))?,
-            addrs,
-        })
-    }
-
-    fn as_tuple<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        (&self.peer_id, &self.addrs).into_pyobject(py)
-    }
-}
-
-#[pymethods]
-impl PyIdentity {
-    #[new]
-    fn new(peer_id: &Bound<'_, PyAny>, addrs: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Self::from_core(
-            peer_id.py(),
-            extract_peer_id(peer_id)?,
-            &extract_multiaddrs(addrs)?,
-        )
-    }
-
-    /// The daemon's peer id.
-    #[getter]
-    fn peer_id(&self, py: Python<'_>) -> Py<PyPeerId> {
-        self.peer_id.clone_ref(py)
-    }
-
-    /// The same as peer_id.
-    #[getter]
-    fn id(&self, py: Python<'_>) -> Py<PyPeerId> {
-        self.peer_id.clone_ref(py)
-    }
-
-    /// The addresses it listens on.
-    #[getter]
-    fn addrs(&self, py: Python<'_>) -> Py<PyTuple> {
-        self.addrs.clone_ref(py)
-    }
-
-    fn __len__(&self) -> usize {
-        2
-    }
-
-    fn __getitem__<'py>(&self, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        self.as_tuple(index.py())?.as_any().get_item(index)
-    }
-
-    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
-        self.as_tuple(py)?.try_iter()
-    }
-
-    fn __eq__<'py>(&self, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let py = other.py();
-        let other = match other.cast::<Self>() {
-            Ok(other) => other.get().as_tuple(py)?,
-            Err(_) => match other.cast::<PyTuple>() {
-                Ok(other) => other.clone(),
-                Err(_) => return Ok(py.NotImplemented().into_bound(py)),
-            },
-        };
-        let equal = self.as_tuple(py)?.eq(other)?;
-        Ok(equal.into_pyobject(py)?.to_owned().into_any())
-    }
-
-    fn __hash__(&self, py: Python<'_>) -> PyResult<isize> {
-        self.as_tuple(py)?.hash()
-    }
-
-    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        let (peer_id, addrs) = (self.peer_id.bind(py).repr()?, self.addrs.bind(py).repr()?);
-        Ok(format!("Identity(peer_id={peer_id}, addrs={addrs})"))
-    }
-
-    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<Reduced<'py>> {
-        Ok((slf.get_type(), slf.get().as_tuple(slf.py())?))
-    }
+/// An `Identity` from what a daemon said.
+pub fn identity<'py>(
+    py: Python<'py>,
+    peer_id: PeerId,
+    addrs: &[Multiaddr],
+) -> PyResult<Bound<'py, PyAny>> {
+    let addrs = PyTuple::new(py, multiaddrs(py, addrs)?)?;
+    identity_type(py)?.call1((PyPeerId::from(peer_id), addrs))
 }
 
 /// A message received on a pubsub topic.
@@ -287,24 +223,32 @@ impl From<PubsubMessage> for PyPubsubMessage {
 #[pymethods]
 impl PyPubsubMessage {
     #[new]
-    #[pyo3(signature = (peer_id, data, seqno, topic_ids, signature = None, key = None))]
+    #[pyo3(
+        signature = (peer_id, data, seqno, topic_ids, signature = None, key = None),
+        text_signature = "(peer_id, data, seqno, topic_ids, signature=b'', key=b'')"
+    )]
     fn new(
         peer_id: Option<&Bound<'_, PyAny>>,
-        data: PyBackedBytes,
-        seqno: PyBackedBytes,
-        topic_ids: Vec<String>,
-        signature: Option<PyBackedBytes>,
-        key: Option<PyBackedBytes>,
+        data: &Bound<'_, PyAny>,
+        seqno: &Bound<'_, PyAny>,
+        topic_ids: &Bound<'_, PyAny>,
+        signature: Option<&Bound<'_, PyAny>>,
+        key: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let from = peer_id.map(extract_peer_id).transpose()?;
-        let bytes = |b: Option<PyBackedBytes>| b.map_or_else(Bytes::new, |b| b.to_vec().into());
         Ok(Self {
             from: from.map(|peer_id| peer_id.to_bytes()).unwrap_or_default(),
-            data: bytes(Some(data)),
-            seqno: bytes(Some(seqno)),
-            topic_ids,
-            signature: bytes(signature),
-            key: bytes(key),
+            data: extract_bytes(data)?,
+            seqno: extract_bytes(seqno)?,
+            topic_ids: topic_ids
+                .try_iter()?
+                .map(|id| id?.extract())
+                .collect::<PyResult<_>>()?,
+            signature: signature
+                .map(extract_bytes)
+                .transpose()?
+                .unwrap_or_default(),
+            key: key.map(extract_bytes).transpose()?.unwrap_or_default(),
         })
     }
 

@@ -23,9 +23,11 @@ mod _native {
 
     // --- types ---
     #[pymodule_export]
-    use super::datastructures::{PyIdentity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+    use super::datastructures::{PyPeerInfo, PyPubsubMessage, PyStreamInfo};
     #[pymodule_export]
-    use super::multiaddr::{endpoint, InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol};
+    use super::multiaddr::{
+        endpoint, InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol,
+    };
     #[pymodule_export]
     use super::peer_id::{InvalidPeerID, PyPeerId};
     #[pymodule_export]
@@ -47,6 +49,7 @@ mod _native {
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("DEBUG_BUILD", cfg!(debug_assertions))
     }

@@ -1,9 +1,9 @@
 //! `Multiaddr` and `Protocol`, and their exceptions.
 
-use super::convert::{bytes_of, extract_multiaddr, is_named};
+use super::convert::{bytes_of, extract_bytes, extract_multiaddr, is_named};
 use crate::core::multiaddr::{Component, Endpoint, Host, MultiaddrError};
 use crate::core::Multiaddr;
-use pyo3::exceptions::{PyLookupError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyLookupError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::pyclass::CompareOp;
@@ -67,13 +67,7 @@ impl PyMultiaddr {
     /// The address with this binary form, taken as it is, not checked.
     #[staticmethod]
     fn from_bytes(data: &Bound<'_, PyAny>) -> PyResult<Self> {
-        match bytes_of(data)? {
-            Some(bytes) => Ok(Self(Multiaddr::from_bytes(bytes))),
-            None => Err(PyTypeError::new_err(format!(
-                "expected bytes, not {}",
-                data.get_type()
-            ))),
-        }
+        extract_bytes(data).map(|bytes| Self(Multiaddr::from_bytes(bytes)))
     }
 
     /// These addresses one after the other. Raises InvalidMultiaddr.
@@ -147,7 +141,7 @@ impl PyMultiaddr {
 
     /// Each protocol with its value as an address of its own; after maxsplit of them, if that is
     /// not negative, the rest as one. Raises InvalidMultiaddr.
-    #[pyo3(signature = (maxsplit = -1))]
+    #[pyo3(signature = (maxsplit = -1), text_signature = "($self, maxsplit=-1)")]
     fn split(&self, maxsplit: isize) -> PyResult<Vec<Self>> {
         let mut rest = self.0.to_bytes();
         let mut addrs = Vec::new();
@@ -166,10 +160,6 @@ impl PyMultiaddr {
     /// This address and another after it. Raises InvalidMultiaddr, also for anything after /unix.
     fn encapsulate(slf: &Bound<'_, Self>, other: &Bound<'_, PyAny>) -> PyResult<Self> {
         Self::join(&PyTuple::new(slf.py(), [slf.as_any(), other])?)
-    }
-
-    fn __truediv__(slf: &Bound<'_, Self>, other: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Self::encapsulate(slf, other)
     }
 
     /// This address up to the last place where the other is in it. Raises ValueError when it is

@@ -1,10 +1,10 @@
 //! `PeerID`, and the exception for what is none.
 
-use super::convert::{bytes_of, extract_peer_id, is_named, parse_peer_id};
+use super::convert::{bytes_of, extract_bytes, extract_peer_id, is_named, parse_peer_id};
 use super::public_key::PyPublicKey;
 use crate::core::peer_id::ParsePeerIdError;
 use crate::core::{PeerId, PublicKey};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pyclass::CompareOp;
 use pyo3::sync::PyOnceLock;
@@ -116,13 +116,7 @@ impl PyPeerId {
         cls: &Bound<'py, PyType>,
         data: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        match bytes_of(data)? {
-            Some(bytes) => Self::instance(cls, PeerId::from_bytes(bytes)),
-            None => Err(PyTypeError::new_err(format!(
-                "expected bytes, not {}",
-                data.get_type()
-            ))),
-        }
+        Self::instance(cls, PeerId::from_bytes(extract_bytes(data)?))
     }
 
     /// The id of the peer that has a public key: a PublicKey, a serialised one, or an object whose
@@ -136,12 +130,9 @@ impl PyPeerId {
             return Self::instance(cls, key.get().core().peer_id());
         }
         let serialized = match key.getattr_opt("serialize")? {
-            Some(serialize) => bytes_of(&serialize.call0()?)?,
-            None => bytes_of(key)?,
+            Some(serialize) => extract_bytes(&serialize.call0()?)?,
+            None => extract_bytes(key)?,
         };
-        let serialized = serialized.ok_or_else(|| {
-            PyTypeError::new_err(format!("expected a public key, not {}", key.get_type()))
-        })?;
         PublicKey::decode(&serialized)
             .map_err(|error| InvalidPeerID::new_err(error.to_string()))?;
         Self::instance(cls, PeerId::from_public_key(&serialized))

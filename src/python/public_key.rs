@@ -1,11 +1,10 @@
 //! `PublicKey`.
 
-use super::convert::bytes_of;
+use super::convert::extract_bytes;
 use super::peer_id::PyPeerId;
 use crate::core::PublicKey;
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyType};
 
 /// A peer's public key, as libp2p serialises it (crypto.pb.PublicKey).
@@ -29,21 +28,15 @@ impl PyPublicKey {
 #[pymethods]
 impl PyPublicKey {
     #[new]
-    fn new(key_type: i32, data: PyBackedBytes) -> Self {
-        Self(PublicKey {
-            key_type,
-            data: data.as_ref().to_vec().into(),
-        })
+    fn new(key_type: i32, data: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let data = extract_bytes(data)?;
+        Ok(Self(PublicKey { key_type, data }))
     }
 
     /// The key in these bytes, a serialised crypto.pb.PublicKey. Raises ValueError.
     #[staticmethod]
     fn from_bytes(data: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let Some(bytes) = bytes_of(data)? else {
-            let message = format!("expected bytes, not {}", data.get_type());
-            return Err(PyTypeError::new_err(message));
-        };
-        let key = PublicKey::decode(&bytes);
+        let key = PublicKey::decode(&extract_bytes(data)?);
         key.map(Self)
             .map_err(|error| PyValueError::new_err(error.to_string()))
     }
