@@ -159,9 +159,7 @@ class Client:
 
     # --- DHT ---
 
-    async def dht_find_peer(
-        self, peer_id: PeerIDLike, *, timeout: float | None = None
-    ) -> PeerInfo:
+    async def dht_find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
         """The addresses of a peer."""
         info: PeerInfo = await self.dht.find_peer(peer_id, timeout=timeout)
         return info
@@ -229,9 +227,7 @@ class Client:
         """Sends data to the subscribers of a topic."""
         await self.pubsub.publish(topic, data, timeout=timeout)
 
-    async def pubsub_subscribe(
-        self, topic: str, *, timeout: float | None = None
-    ) -> Subscription:
+    async def pubsub_subscribe(self, topic: str, *, timeout: float | None = None) -> Subscription:
         """The messages published to a topic from now on: an async iterator of
         ``PubsubMessage``, and a stream of the messages as the daemon sends them."""
         return await self.pubsub.subscribe(topic, timeout=timeout)

@@ -47,9 +47,9 @@ class SupportsToBytes(Protocol):
 
 
 #: A peer id: a PeerID, its text (base58 or CID), its bytes, or another library's.
-PeerIDLike: TypeAlias = PeerID | str | bytes | SupportsToBytes
+PeerIDLike: TypeAlias = PeerID | str | bytes | bytearray | memoryview | SupportsToBytes
 #: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
-MultiaddrLike: TypeAlias = Multiaddr | str | bytes | SupportsToBytes
+MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | SupportsToBytes
 
 #: What the Go daemons say when something is not there at all.
 _NOT_SUPPORTED = ("not supported", "DHT not enabled", "PubSub not enabled")
@@ -96,7 +96,8 @@ class _Pool:
     def __init__(self, max_connections: int, max_idle: int) -> None:
         self._max_idle = max_idle
         self._idle: list[_Connection] = []
-        self.free = anyio.Semaphore(max_connections, fast_acquire=True)
+        self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
+        self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
 
     def take(self) -> _Connection | None:
         """An idle connection on which nothing has arrived unasked, as the end would have."""
@@ -126,9 +127,11 @@ class DaemonConnector:
     Args:
         control_maddr: ``/unix/PATH`` or ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``;
             ``/unix/tmp/p2pd.sock`` if none.
-        max_connections: How many control connections there may be at once in one event loop;
-            further requests wait their turn. Streams and subscriptions do not count.
-        max_idle: How many connections are kept for the next requests.
+        max_connections: How many requests for which the daemon asks other peers (CONNECT,
+            STREAM_OPEN, DHT) may be under way at once in one event loop, each on a connection of
+            its own; further ones wait their turn. Open streams do not count.
+        max_idle: How many connections are kept for the next requests, and how many of the other
+            requests, which the daemon answers at once, may be under way.
         max_message_size: The largest message taken from the daemon, in bytes; 4 MiB and a
             little if none.
         types: What requests return.
@@ -231,10 +234,11 @@ class DaemonConnector:
         pool = self._pools.get(loop)
         if pool is None:
             pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+        turn = pool.slow if request.waits_for_peers else pool.quick
         try:
-            pool.free.acquire_nowait()
+            turn.acquire_nowait()
         except anyio.WouldBlock:
-            await pool.free.acquire()
+            await turn.acquire()
         try:
             connection = pool.take()
             if connection is not None:
@@ -247,7 +251,7 @@ class DaemonConnector:
                         raise
             return await self._drive(pool, await self._connect(), request)
         finally:
-            pool.free.release()
+            turn.release()
 
     async def _drive(
         self, pool: _Pool, connection: _Connection, request: Request
@@ -280,9 +284,7 @@ class DaemonConnector:
 
     async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:
         delay = 0.001
-        while (
-            raw := ControlConnection.connect(address, max_frame=self._max_message_size)
-        ) is None:
+        while (raw := ControlConnection.connect(address, max_frame=self._max_message_size)) is None:
             # The daemon's queue of connections is full, and nothing says when it is not.
             await anyio.sleep(delay)
             delay = min(2 * delay, 0.05)

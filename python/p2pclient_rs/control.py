@@ -243,7 +243,7 @@ class ControlClient:
             except OSError as error:
                 if attempt < len(addresses):
                     continue
-                raise type(error)(error.errno, f"cannot listen at {maddr}: {error.strerror}") from None
+                raise OSError(error.errno, f"cannot listen at {maddr}: {error.strerror}") from None
             if isinstance(address, str):
                 return listener, self.listen_maddr
             host, port = listener.local_address
@@ -276,7 +276,12 @@ class ControlClient:
             handler = self.handlers.get(info.proto)
             if handler is None:
                 raise DispatchFailure(f"no handler for the protocol {info.proto!r}")
-        except (P2PDaemonError, anyio.EndOfStream, anyio.BrokenResourceError, TimeoutError) as error:
+        except (
+            P2PDaemonError,
+            anyio.EndOfStream,
+            anyio.BrokenResourceError,
+            TimeoutError,
+        ) as error:
             logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
             stream.abort()
             return
@@ -286,7 +291,9 @@ class ControlClient:
         try:
             await handler(info, stream)
         except Exception:
-            logger.exception("the handler of %r failed on a stream from %s", info.proto, info.peer_id)
+            logger.exception(
+                "the handler of %r failed on a stream from %s", info.proto, info.peer_id
+            )
             stream.abort()
         except BaseException:
             stream.abort()

@@ -9,6 +9,7 @@ use bytes::Bytes;
 pub struct Request {
     pub(super) frame: Bytes,
     pub(super) expect: Expect,
+    pub(super) waits_for_peers: bool,
 }
 
 /// How many results a DHT query has.
@@ -52,13 +53,19 @@ pub(super) enum DhtValue {
 
 impl Request {
     pub(super) fn new(message: &p2pd::Request, expect: Expect) -> Self {
-        Self::encode(message, expect)
+        let asks_peers =
+            message.connect.is_some() || message.stream_open.is_some() || message.dht.is_some();
+        Self {
+            waits_for_peers: asks_peers,
+            ..Self::encode(message, expect)
+        }
     }
 
     pub(super) fn encode(message: &impl prost::Message, expect: Expect) -> Self {
         Self {
             frame: framing::encode_frame(message),
             expect,
+            waits_for_peers: false,
         }
     }
 
@@ -70,6 +77,12 @@ impl Request {
             Expect::Dht { one: false, .. } => Some(Results::Many),
             _ => None,
         }
+    }
+
+    /// Whether the daemon asks other peers before it answers. That can take as long as the
+    /// request's timeout, in which a connection serves nothing else.
+    pub fn waits_for_peers(&self) -> bool {
+        self.waits_for_peers
     }
 
     /// The request as it goes over the wire, length first.

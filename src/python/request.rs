@@ -15,6 +15,12 @@ type Peer<'a, 'py> = &'a Bound<'py, PyAny>;
 
 #[pymethods]
 impl PyRequest {
+    /// Whether the daemon asks other peers before it answers, which can take long.
+    #[getter]
+    fn waits_for_peers(&self) -> bool {
+        self.0.waits_for_peers()
+    }
+
     #[staticmethod]
     fn identify() -> Self {
         Self(control::identify())
