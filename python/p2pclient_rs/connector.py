@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -120,6 +121,10 @@ class _Pool:
         while self._idle:
             self._idle.pop().close()
 
+    def __del__(self) -> None:
+        for connection in self._idle:
+            connection.watch.abandon(connection.raw)
+
 
 class DaemonConnector:
     """The way to one daemon's control socket.
@@ -231,9 +236,7 @@ class DaemonConnector:
         """The answer, and the connection, which is open only if it became a stream."""
         self._check_fork()
         loop = current_loop()
-        pool = self._pools.get(loop)
-        if pool is None:
-            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+        pool = self._pools.get(loop) or self._new_pool(loop)
         turn = pool.slow if request.waits_for_peers else pool.quick
         try:
             turn.acquire_nowait()
@@ -244,14 +247,22 @@ class DaemonConnector:
             if connection is not None:
                 try:
                     return await self._drive(pool, connection, request)
-                except ConnectionLost:
+                except ConnectionLost as error:
                     # The daemon closed it meanwhile, perhaps by a restart. Only where it cannot
                     # have acted on the request is it right to send that again.
-                    if not connection.raw.unexecuted:
+                    if not error.unexecuted:
                         raise
             return await self._drive(pool, await self._connect(), request)
         finally:
             turn.release()
+
+    def _new_pool(self, loop: Any) -> _Pool:
+        # A closed loop can live on, with what was idle on it.
+        for other in list(self._pools):
+            if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
+                self._pools.pop(other).close()
+        pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+        return pool
 
     async def _drive(
         self, pool: _Pool, connection: _Connection, request: Request

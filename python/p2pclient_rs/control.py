@@ -212,19 +212,14 @@ class ControlClient:
         configured = self.listen_maddr
         try:
             listener, self.listen_maddr = await self._bind(Multiaddr(configured))
-            watched = watch(listener.fileno())
-            try:
-                async with _ungrouped_task_group() as tasks:
-                    self._scope = tasks.cancel_scope
-                    tasks.start_soon(self._accept, listener, watched, tasks)
-                    try:
-                        yield self
-                    finally:
-                        await self._unregister_all()
-                        tasks.cancel_scope.cancel()
-            finally:
-                watched.close()
-                listener.close()
+            self._scope = anyio.CancelScope()
+            async with _ungrouped_task_group() as tasks:
+                tasks.start_soon(self._serve, listener, self._scope)
+                try:
+                    yield self
+                finally:
+                    await self._unregister_all()
+                    tasks.cancel_scope.cancel()
         finally:
             self._scope = None
             self._listening = False
@@ -251,19 +246,29 @@ class ControlClient:
             return listener, self.daemon_connector.types.multiaddr(actual)
         raise OSError(f"no address to listen at: {maddr}")
 
+    async def _serve(self, listener: RawListener, scope: anyio.CancelScope) -> None:
+        watched = watch(listener.fileno())
+        try:
+            with scope:
+                async with anyio.create_task_group() as tasks:
+                    while True:
+                        await self._accept(listener, watched, tasks)
+        finally:
+            watched.close()
+            listener.close()
+
     async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
-        while True:
-            try:
-                raw = listener.try_accept()
-            except OSError as error:
-                # Out of descriptors, most likely: others will be closed.
-                logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
-                await anyio.sleep(0.1)
-                continue
-            if raw is None:
-                await watched.readable()
-            else:
-                tasks.start_soon(self._dispatch, raw)
+        try:
+            raw = listener.try_accept()
+        except OSError as error:
+            # Out of descriptors, most likely: others will be closed.
+            logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+            await anyio.sleep(0.1)
+            return
+        if raw is None:
+            await watched.readable()
+        else:
+            tasks.start_soon(self._dispatch, raw)
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))

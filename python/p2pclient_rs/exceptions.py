@@ -108,7 +108,13 @@ class DaemonUnreachable(ControlFailure, ConnectionError):
 
 
 class ConnectionLost(ControlFailure, ConnectionError):
-    """The control connection ended before the answer: the request may have been carried out."""
+    """The control connection ended before the answer: the request may have been carried out.
+
+    Attributes:
+        unexecuted: It cannot have been: the daemon did not read the whole request.
+    """
+
+    unexecuted: bool = False
 
 
 class ControlTimeout(ControlFailure, TimeoutError):

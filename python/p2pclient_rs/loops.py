@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import anyio
 
-from p2pclient_rs._native import RawStream, Readiness
-
-if TYPE_CHECKING:
-    import trio
+from p2pclient_rs._native import ControlConnection, RawStream, Readiness
 
 __all__ = ["Watch", "current_loop", "watch"]
 
@@ -25,6 +23,8 @@ class Watch(Protocol):
 
     #: How many operations may find their data ready before the loop gets a turn.
     turns: int
+    #: Whether the loop runs callbacks by itself, without a task that waits.
+    runs_callbacks: bool
 
     def readable(self) -> Awaitable[object]:
         """Waits until the socket may be readable."""
@@ -35,8 +35,9 @@ class Watch(Protocol):
     def close(self) -> None:
         """Ends every wait, for the descriptor is about to be closed."""
 
-    def abandon(self, raw: RawStream) -> None:
-        """Closes a stream that nobody holds any more, from whichever thread finds it so."""
+    def abandon(self, raw: RawStream | ControlConnection) -> None:
+        """Closes a socket that nobody holds any more, in whichever thread or forked child that is
+        found."""
 
 
 def current_loop() -> Any:
@@ -57,29 +58,32 @@ def watch(fd: int) -> Watch:
     loop = current_loop()
     if isinstance(loop, asyncio.AbstractEventLoop):
         return AsyncioWatch(loop, fd)
-    return TrioWatch(loop, fd)
+    return TrioWatch(fd)
 
 
 class AsyncioWatch:
     """A watch of an asyncio or uvloop loop."""
 
     turns = 16
+    runs_callbacks = True
 
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self._loop = loop
+        self._pid = os.getpid()
         readiness = Readiness(loop, fd)
         self.readable = readiness.readable
         self.writable = readiness.writable
         self.close = readiness.close
 
-    def abandon(self, raw: RawStream) -> None:
+    def abandon(self, raw: RawStream | ControlConnection) -> None:
         # A finalizer can run in any thread, and a loop is not to be touched from another.
-        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
+        in_thread = asyncio._get_running_loop() is self._loop or not self._loop.is_running()
+        if in_thread or os.getpid() != self._pid:
             self._close_both(raw)
         else:
             self._loop.call_soon_threadsafe(self._close_both, raw)
 
-    def _close_both(self, raw: RawStream) -> None:
+    def _close_both(self, raw: RawStream | ControlConnection) -> None:
         self.close()
         raw.close()
 
@@ -88,13 +92,14 @@ class TrioWatch:
     """A watch of a trio run."""
 
     turns = 1
+    runs_callbacks = False
 
-    def __init__(self, token: trio.lowlevel.TrioToken, fd: int) -> None:
+    def __init__(self, fd: int) -> None:
         import trio
 
         self._trio = trio
-        self._token = token
         self._fd = fd
+        self._pid = os.getpid()
 
     async def readable(self) -> None:
         try:
@@ -109,9 +114,10 @@ class TrioWatch:
             raise anyio.ClosedResourceError from None
 
     def close(self) -> None:
-        if self._trio.lowlevel.in_trio_run():
+        # In a forked child trio's epoll is the parent's too.
+        if self._trio.lowlevel.in_trio_run() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
-    def abandon(self, raw: RawStream) -> None:
+    def abandon(self, raw: RawStream | ControlConnection) -> None:
         # Whoever waited would hold the stream: there is nobody to tell.
         raw.close()

@@ -71,6 +71,7 @@ class Stream(ByteStream):
         self._sending = False
         self._turns = watch.turns
         self._flushing = False
+        self._ending = False
         self._closing = False
         self._socket: socket.socket | None = None
 
@@ -274,8 +275,10 @@ class Stream(ByteStream):
         On trio, where nothing runs by itself, what ``write`` left over is sent only by this,
         ``send``, ``send_eof`` and ``aclose``.
         """
-        if self._raw.buffered > HIGH_WATER or self._watch.turns == 1:
-            await self._flush(LOW_WATER if self._watch.turns > 1 else 0)
+        if not self._watch.runs_callbacks:
+            await self._flush(0)
+        elif self._raw.buffered > HIGH_WATER:
+            await self._flush(LOW_WATER)
         await self._turn()
 
     def can_write_eof(self) -> bool:
@@ -283,10 +286,9 @@ class Stream(ByteStream):
         return True
 
     def write_eof(self) -> None:
-        """As ``send_eof``, where nothing is left in the buffer."""
-        if self._raw.flush():
-            raise RuntimeError("drain() first: there is data in the buffer")
-        self._raw.shutdown_write()
+        """As ``send_eof``, after what is left in the buffer."""
+        self._ending = True
+        self._after_flush(self._raw.flush())
 
     def close(self) -> Awaitable[None]:
         """Closes the stream, after sending what is left in the buffer.
@@ -355,12 +357,13 @@ class Stream(ByteStream):
 
     async def _flush(self, until: int) -> None:
         """Sends what is buffered until no more than ``until`` bytes are."""
-        while self._raw.flush() > until:
+        while (buffered := self._raw.flush()) > until:
             await self._watch.writable()
+        self._after_flush(buffered)
 
     def _flush_later(self) -> None:
         """On asyncio, has the loop send what is buffered when the socket takes it."""
-        if self._flushing or self._watch.turns == 1:
+        if self._flushing or not self._watch.runs_callbacks:
             return
         self._flushing = True
         waiting = self._watch.writable()
@@ -370,14 +373,20 @@ class Stream(ByteStream):
     def _on_writable(self, waiting: object) -> None:
         self._flushing = False
         try:
-            if self._raw.flush():
-                self._flush_later()
-            elif self._closing:
-                self._close()
+            self._after_flush(self._raw.flush())
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             # Whoever reads or writes next is told.
             if self._closing:
                 self._close()
+
+    def _after_flush(self, buffered: int) -> None:
+        """Does what waited for the buffer to be empty, or sees to it that it will be."""
+        if buffered:
+            self._flush_later()
+        elif self._closing:
+            self._close()
+        elif self._ending:
+            self._raw.shutdown_write()
 
     def _close(self, abort: bool = False) -> None:
         self._closing = True

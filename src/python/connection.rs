@@ -30,8 +30,6 @@ struct Inner {
     results: Option<Results>,
     /// Those of them that came so far.
     items: Vec<Answer>,
-    /// How the exchange failed leaves no doubt that the daemon did not read the whole request.
-    unexecuted: bool,
 }
 
 #[pymethods]
@@ -60,7 +58,6 @@ impl ControlConnection {
                 output: Bytes::new(),
                 results: None,
                 items: Vec::new(),
-                unexecuted: false,
             })),
         }))
     }
@@ -88,7 +85,6 @@ impl ControlConnection {
         self.with(|inner| {
             inner.items.clear();
             inner.results = request.0.results();
-            inner.unexecuted = false;
             inner.output = inner.exchange.send(&request.0).map_err(errors::from_core)?;
             inner.flush()
         })
@@ -113,12 +109,6 @@ impl ControlConnection {
     #[getter]
     fn wants_write(&self) -> PyResult<bool> {
         self.with(|inner| Ok(!inner.output.is_empty()))
-    }
-
-    /// Whether the request that failed cannot have been carried out.
-    #[getter]
-    fn unexecuted(&self) -> PyResult<bool> {
-        self.with(|inner| Ok(inner.unexecuted))
     }
 
     /// Whether another request can be sent.
@@ -196,8 +186,7 @@ impl Inner {
                 Ok(count) => self.output.advance(count),
                 Err(error) => {
                     // A part of a request is no request: the daemon cannot have acted on it.
-                    self.unexecuted = true;
-                    return Err(errors::connection_lost(error));
+                    return Err(errors::connection_lost(error, true));
                 }
             }
         }
@@ -249,8 +238,8 @@ impl Inner {
                 );
                 // A unix socket is reset exactly when its peer closed it with input unread, and
                 // this request was the only input there was.
-                self.unexecuted = nothing_came && self.socket.is_unix() && is_disconnect(&error);
-                Err(errors::connection_lost(error))
+                let unread = self.socket.is_unix() && is_disconnect(&error);
+                Err(errors::connection_lost(error, nothing_came && unread))
             }
         }
     }

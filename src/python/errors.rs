@@ -23,12 +23,16 @@ pub fn from_core(error: core::Error) -> PyErr {
     }
 }
 
-/// A control connection that an error of the operating system ended.
-pub fn connection_lost(error: io::Error) -> PyErr {
+/// A control connection that an error of the operating system ended. `unexecuted` says that the
+/// daemon cannot have read the whole request.
+pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     Python::attach(|py| {
         let lost = ConnectionLost::new_err(format!("the connection was lost: {error}"));
         lost.set_cause(py, Some(error.into()));
-        lost
+        match lost.value(py).setattr("unexecuted", unexecuted) {
+            Ok(()) => lost,
+            Err(error) => error,
+        }
     })
 }
 

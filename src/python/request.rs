@@ -1,8 +1,7 @@
 //! Every request of the core, as constructors of one opaque Python class.
 
-use super::convert::{extract_multiaddr, extract_multiaddrs, extract_peer_id};
+use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
 use crate::core::{connmgr, control, dht, pubsub, streams, Request};
-use bytes::Bytes;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::time::Duration;
@@ -12,6 +11,7 @@ use std::time::Duration;
 pub struct PyRequest(pub Request);
 
 type Peer<'a, 'py> = &'a Bound<'py, PyAny>;
+type Buffer<'a, 'py> = &'a Bound<'py, PyAny>;
 
 #[pymethods]
 impl PyRequest {
@@ -94,17 +94,20 @@ impl PyRequest {
     }
 
     #[staticmethod]
-    fn dht_find_providers(cid: Vec<u8>, count: i32, timeout: Option<f64>) -> PyResult<Self> {
+    fn dht_find_providers(cid: Buffer<'_, '_>, count: i32, timeout: Option<f64>) -> PyResult<Self> {
         Ok(Self(dht::find_providers(
-            cid.into(),
+            extract_bytes(cid)?,
             count,
             seconds(timeout)?,
         )))
     }
 
     #[staticmethod]
-    fn dht_get_closest_peers(key: Vec<u8>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_closest_peers(key.into(), seconds(timeout)?)))
+    fn dht_get_closest_peers(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
+        Ok(Self(dht::get_closest_peers(
+            extract_bytes(key)?,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
@@ -116,24 +119,31 @@ impl PyRequest {
     }
 
     #[staticmethod]
-    fn dht_get_value(key: Vec<u8>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_value(key.into(), seconds(timeout)?)))
+    fn dht_get_value(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
+        Ok(Self(dht::get_value(extract_bytes(key)?, seconds(timeout)?)))
     }
 
     #[staticmethod]
-    fn dht_search_value(key: Vec<u8>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::search_value(key.into(), seconds(timeout)?)))
+    fn dht_search_value(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
+        Ok(Self(dht::search_value(
+            extract_bytes(key)?,
+            seconds(timeout)?,
+        )))
     }
 
     #[staticmethod]
-    fn dht_put_value(key: Vec<u8>, value: Vec<u8>, timeout: Option<f64>) -> PyResult<Self> {
-        let (key, value) = (Bytes::from(key), Bytes::from(value));
+    fn dht_put_value(
+        key: Buffer<'_, '_>,
+        value: Buffer<'_, '_>,
+        timeout: Option<f64>,
+    ) -> PyResult<Self> {
+        let (key, value) = (extract_bytes(key)?, extract_bytes(value)?);
         Ok(Self(dht::put_value(key, value, seconds(timeout)?)))
     }
 
     #[staticmethod]
-    fn dht_provide(cid: Vec<u8>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::provide(cid.into(), seconds(timeout)?)))
+    fn dht_provide(cid: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
+        Ok(Self(dht::provide(extract_bytes(cid)?, seconds(timeout)?)))
     }
 
     #[staticmethod]
@@ -166,8 +176,8 @@ impl PyRequest {
     }
 
     #[staticmethod]
-    fn pubsub_publish(topic: String, data: Vec<u8>) -> Self {
-        Self(pubsub::publish(topic, data.into()))
+    fn pubsub_publish(topic: String, data: Buffer<'_, '_>) -> PyResult<Self> {
+        Ok(Self(pubsub::publish(topic, extract_bytes(data)?)))
     }
 
     #[staticmethod]

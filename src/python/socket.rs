@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef, Type};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
@@ -13,6 +13,13 @@ pub const READ_SIZE: usize = 256 * 1024;
 
 /// How much unread input is thrown away when a socket is closed, in bytes.
 const DRAIN_LIMIT: usize = 1024 * 1024;
+
+/// A peer that is gone is an error, not a signal. (Where there is no such flag, Python has SIGPIPE
+/// ignored anyway.)
+#[cfg(target_os = "linux")]
+const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL;
+#[cfg(not(target_os = "linux"))]
+const SEND_FLAGS: i32 = 0;
 
 thread_local! {
     /// Where reads go before it is known how much came.
@@ -105,8 +112,7 @@ impl Socket {
         if bytes.is_empty() {
             return Ok(0);
         }
-        // std and socket2 send with MSG_NOSIGNAL: a closed peer is an error, not a signal.
-        Ok(unless_blocked(|| (&self.0).write(bytes))?.unwrap_or(0))
+        Ok(unless_blocked(|| self.0.send_with_flags(bytes, SEND_FLAGS))?.unwrap_or(0))
     }
 
     /// Whether a read would return at once, with data, the end, or an error.

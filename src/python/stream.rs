@@ -15,6 +15,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Reads of less than this fetch more at once and keep the rest, in bytes.
 const READ_AHEAD: usize = 16 * 1024;
 
+/// How much is read before the event loop gets a turn, in bytes.
+const TURN: usize = 2 * 1024 * 1024;
+
 /// The socket of a stream, with what was read ahead and what is still to be written.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct RawStream {
@@ -100,8 +103,10 @@ impl RawStream {
         count: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let mut half = self.open()?;
+        let begin = half.input.len();
         while half.input.len() < count && !half.at_eof {
-            if !half.fill()? {
+            // A sender that keeps up must not keep the loop from everything else.
+            if half.input.len() - begin >= TURN || !half.fill()? {
                 return Ok(None);
             }
         }

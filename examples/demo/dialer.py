@@ -1,0 +1,53 @@
+"""The other half of the demo: a daemon and a program that reaches the listener's.
+
+Usage: dialer.py ADDRESS, as the listener prints it: `/ip4/…/tcp/…/p2p/PEER_ID`.
+"""
+
+import hashlib
+import os
+import sys
+import time
+
+import anyio
+
+from p2pclient_rs import Daemon, PeerID
+
+SIZE = 256 << 20
+
+
+async def main(address: str) -> None:
+    maddr, _, peer = address.rpartition("/p2p/")
+    listener = PeerID(peer)
+    async with Daemon(dht="server") as daemon, daemon.client() as client:
+        await client.connect(listener, [maddr], timeout=10)
+
+        # A record, which the listener will get from the DHT: this daemon's public key.
+        key = await client.dht_get_public_key(daemon.peer_id)
+        await client.dht_put_value(b"/pk/" + daemon.peer_id.to_bytes(), key.serialize(), timeout=10)
+
+        info, stream = await client.stream_open(listener, ["/demo/message/1"])
+        async with stream:
+            await stream.send(b"hello\n")
+            print((await stream.readline()).decode().strip(), "over", info.addr, flush=True)
+
+        _, stream = await client.stream_open(listener, ["/demo/bulk/1"])
+        async with stream:
+            data = os.urandom(1 << 20) * (SIZE >> 20)
+            begin = time.perf_counter()
+            await stream.send(f"{SIZE}\n".encode())
+            await stream.send(data)
+            digest = (await stream.readline()).decode().strip()
+            seconds = time.perf_counter() - begin
+            right = digest == hashlib.sha256(data).hexdigest()
+            print(
+                f"{SIZE >> 20} MiB in {seconds:.2f} s ({SIZE / seconds / 1e6:.0f} MB/s), "
+                f"{'the same' if right else 'DIFFERENT'} at the other end",
+                flush=True,
+            )
+            await stream.read()  # until the listener has its record and closes
+            if not right:
+                raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1])
