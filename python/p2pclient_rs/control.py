@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from p2pclient_rs._native import Multiaddr, RawListener, RawStream, Request, decode_stream_info
 from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike, resolve
@@ -269,6 +270,7 @@ class ControlClient:
             await watched.readable()
         else:
             tasks.start_soon(self._dispatch, raw)
+            await checkpoint()
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))

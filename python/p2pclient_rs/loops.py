@@ -115,7 +115,7 @@ class TrioWatch:
 
     def close(self) -> None:
         # In a forked child trio's epoll is the parent's too.
-        if self._trio.lowlevel.in_trio_run() and os.getpid() == self._pid:
+        if self._trio.lowlevel.in_trio_task() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
