@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
 
 from typing_extensions import Buffer, Self, disjoint_base
 
 __all__ = [
-    "ControlConnection",
     "DEBUG_BUILD",
+    "ControlConnection",
+    "DaemonOptions",
     "Identity",
     "InvalidMultiaddr",
     "InvalidPeerID",
@@ -25,9 +28,13 @@ __all__ = [
     "Request",
     "StreamInfo",
     "__version__",
+    "daemon_startup",
     "decode_pubsub_message",
     "decode_stream_info",
+    "diagnose_daemon",
     "endpoint",
+    "excerpt_daemon_output",
+    "find_daemon",
 ]
 
 __version__: str
@@ -433,3 +440,47 @@ class Readiness:
     def close(self) -> None: ...
     def _on_readable(self) -> None: ...
     def _on_writable(self) -> None: ...
+
+# --- daemon ---
+
+@final
+class DaemonOptions:
+    """A daemon's options, checked. Raises ValueError when they contradict each other."""
+
+    def __new__(
+        cls,
+        *,
+        dht: bool | str,
+        relay: bool | None,
+        pubsub: bool | str,
+        connmgr: bool | tuple[int, int, float],
+        host_addrs: list[str],
+        announce_addrs: list[str],
+        bootstrap_peers: list[str],
+        identity: str | PathLike[str] | None,
+        extra_args: list[str],
+    ) -> Self: ...
+    def arguments(self, binary: str | PathLike[str], control: str) -> list[str]:
+        """The arguments for this binary, serving the control protocol at this multiaddr.
+
+        Raises ValueError for what this kind of daemon cannot do."""
+
+def find_daemon(
+    explicit: str | PathLike[str] | None,
+    variable: str | None,
+    path: str | None,
+    hivemind: list[str],
+) -> tuple[Path | None, list[str]]:
+    """The daemon's binary, or None and every place looked at, with what was wrong there.
+
+    Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
+    hivemind."""
+
+def daemon_startup(output: str) -> tuple[bool, str | None]:
+    """Whether a daemon's output says that it has started, and its peer id if it prints one."""
+
+def diagnose_daemon(output: str, returncode: int | None, arguments: list[str]) -> str | None:
+    """Why a start failed, where that can be told: returncode is None of a running daemon."""
+
+def excerpt_daemon_output(output: str, limit: int) -> list[str]:
+    """The last lines of a daemon's output, without the list of flags that follows a wrong one."""

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod answer;
 mod connection;
 mod convert;
+mod daemon;
 mod datastructures;
 mod errors;
 mod listener;
@@ -46,6 +47,12 @@ mod _native {
     use super::request::PyRequest;
     #[pymodule_export]
     use super::stream::RawStream;
+
+    // --- daemon ---
+    #[pymodule_export]
+    use super::daemon::{
+        daemon_startup, diagnose_daemon, excerpt_daemon_output, find_daemon, DaemonOptions,
+    };
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {

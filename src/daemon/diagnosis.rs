@@ -1,0 +1,357 @@
+//! What a daemon's output says: that it has started, or why it has not.
+//!
+//! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
+
+/// What a daemon prints once it has started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Startup {
+    /// Whether it said that it has started.
+    pub started: bool,
+    /// `Control socket:`, a multiaddr.
+    pub control_socket: Option<String>,
+    /// `Peer ID:`, in base58.
+    pub peer_id: Option<String>,
+    /// `Peer Addrs:`, the multiaddrs it listens on.
+    pub peer_addrs: Vec<String>,
+}
+
+impl Startup {
+    /// Reads the output so far; a last line without its newline may still grow and is left out.
+    pub fn read(output: &str) -> Self {
+        let mut startup = Startup::default();
+        let mut in_addrs = false;
+        for line in output
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n'))
+        {
+            let line = line.trim_end();
+            if in_addrs && line.starts_with('/') {
+                startup.peer_addrs.push(line.into());
+                continue;
+            }
+            in_addrs = line == "Peer Addrs:";
+            if let Some(address) = line.strip_prefix("Control socket: ") {
+                startup.control_socket = Some(address.into());
+            } else if let Some(peer_id) = line.strip_prefix("Peer ID: ") {
+                startup.peer_id = Some(peer_id.into());
+                startup.started = true;
+            } else if line == "daemon has started" {
+                startup.started = true;
+            }
+        }
+        startup
+    }
+}
+
+/// The lines of the output worth showing: the last `limit` ones, without the list of flags that
+/// Go prints after the line that says which one was wrong.
+pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
+    let lines = output
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty());
+    let mut lines: Vec<_> = lines
+        .take_while(|line| !line.starts_with("Usage of "))
+        .collect();
+    lines.drain(..lines.len().saturating_sub(limit));
+    lines
+}
+
+/// Tells the cause of a failed start in one line, where it can be told.
+///
+/// `status` is the exit status, negative for a signal, `None` if the daemon is still running;
+/// `arguments` are those it was started with.
+///
+/// ```
+/// use p2pclient_rs::daemon::diagnose;
+///
+/// let output = "2026/01/02 03:04:05 listen tcp4 127.0.0.1:4001: bind: address already in use\n";
+/// let cause = diagnose(output, Some(1), &[]).unwrap();
+/// assert_eq!(cause, "127.0.0.1:4001 is already in use");
+/// ```
+pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Option<String> {
+    let lines = excerpt(output, usize::MAX);
+    let told = lines
+        .iter()
+        .rev()
+        .find_map(|line| known(without_time(line), arguments));
+    told.or_else(|| match status {
+        None => {
+            let peers = option(arguments, "bootstrapPeers")?;
+            Some(format!(
+                "it may still be trying to reach its bootstrap peers: {peers}"
+            ))
+        }
+        Some(0) => None,
+        Some(126) => Some("the binary cannot be executed".into()),
+        Some(127) => Some("a command was not found".into()),
+        Some(-9) => Some("something killed it, maybe for lack of memory".into()),
+        Some(_) => {
+            // Go's `log.Fatal` is the last thing a daemon says.
+            let last = lines.last()?;
+            let message = without_time(last);
+            (message != *last).then(|| message.into())
+        }
+    })
+}
+
+/// The cause, if this is a message whose meaning is known.
+fn known(message: &str, arguments: &[String]) -> Option<String> {
+    let lower = message.to_lowercase();
+    if let Some(flag) = message.strip_prefix("flag provided but not defined: ") {
+        return Some(format!("this daemon has no option {flag}"));
+    }
+    if message.starts_with("invalid value ") && message.contains(" for flag ")
+        || message.starts_with("failed to parse multiaddr")
+        || message.starts_with("panic: ")
+        || message.starts_with("fatal error: ")
+    {
+        return Some(message.into());
+    }
+    if lower.contains("exec format error") || lower.contains("cannot execute binary file") {
+        let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+        return Some(format!(
+            "the binary is not for this machine ({os} on {arch})"
+        ));
+    }
+    if message == "failed to connect to bootstrap peers" {
+        let peers = option(arguments, "bootstrapPeers").unwrap_or("the built-in list of IPFS's");
+        return Some(format!("no bootstrap peer could be reached: {peers}"));
+    }
+    if message == "invalid p2p multiaddr" {
+        let peers = option(arguments, "bootstrapPeers")?;
+        let wrong = |peer: &&str| !peer.contains("/p2p/") && !peer.contains("/ipfs/");
+        let wrong: Vec<_> = peers.split(',').filter(wrong).collect();
+        let wrong = if wrong.is_empty() {
+            peers.into()
+        } else {
+            wrong.join(", ")
+        };
+        return Some(format!(
+            "a bootstrap peer must end in /p2p/<peer id>: {wrong}"
+        ));
+    }
+    if let Some(cause) = of_identity(message, arguments) {
+        return Some(cause);
+    }
+    of_listening(message)
+}
+
+/// The cause, if it lies in the file given with `-id`.
+fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
+    let file = option(arguments, "id")?;
+    let of_file = message.strip_prefix(&format!("open {file}: "));
+    if let Some(why) = of_file.or_else(|| message.strip_prefix(&format!("read {file}: "))) {
+        return Some(format!("cannot read the identity file {file}: {why}"));
+    }
+    let not_a_key = message.starts_with("proto:")
+        || message.contains("unmarshal")
+        || message.contains("invalid or unsupported key type")
+        || message.contains("expected ed25519 data size")
+        || message.contains("asn1:")
+        || message.contains("x509:");
+    not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
+}
+
+/// The cause, if it lies in an address to listen on.
+fn of_listening(message: &str) -> Option<String> {
+    // "listen tcp4 127.0.0.1:4001: bind: address already in use", in Go's words, maybe in "[…]";
+    // "Error: listen EADDRINUSE: address already in use 127.0.0.1:4001", in those of Node.
+    let (what, why) = if let Some((before, why)) = message.split_once(": bind: ") {
+        let (_, address) = before.rsplit_once("listen ")?;
+        let (_network, address) = address.split_once(' ')?;
+        (address, why.trim_end_matches(']'))
+    } else {
+        let (_, listen) = message.split_once("listen E")?;
+        let (_code, reason) = listen.split_once(": ")?;
+        (reason.rsplit_once(' ')?.1, reason)
+    };
+    Some(if why.starts_with("address already in use") {
+        format!("{what} is already in use")
+    } else if why.starts_with("cannot assign requested address") {
+        format!("{what} is not an address of this machine")
+    } else if why.starts_with("permission denied") {
+        format!("no permission to listen on {what}")
+    } else if why.starts_with("no such file or directory") {
+        format!("the directory of {what} does not exist")
+    } else if why.starts_with("invalid argument") && what.starts_with('/') {
+        format!("{what} is too long for the path of a socket")
+    } else {
+        format!("cannot listen on {what}: {why}")
+    })
+}
+
+/// The value of `-name=value` in the arguments.
+fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    arguments.iter().rev().find_map(|argument| {
+        argument
+            .strip_prefix('-')?
+            .trim_start_matches('-')
+            .strip_prefix(name)?
+            .strip_prefix('=')
+    })
+}
+
+/// A line without the date and time that Go's `log` puts before it.
+fn without_time(line: &str) -> &str {
+    let is = |text: &str, separator: char| {
+        text.split(separator).count() == 3
+            && text
+                .chars()
+                .all(|c| c == separator || c == '.' || c.is_ascii_digit())
+    };
+    let mut words = line.splitn(3, ' ');
+    match (words.next(), words.next(), words.next()) {
+        (Some(date), Some(time), Some(rest)) if is(date, '/') && is(time, ':') => rest,
+        _ => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cause(output: &str, arguments: &[&str]) -> Option<String> {
+        let arguments: Vec<_> = arguments
+            .iter()
+            .map(|argument| argument.to_string())
+            .collect();
+        diagnose(output, Some(1), &arguments)
+    }
+
+    #[test]
+    fn a_started_daemon_is_read() {
+        let output = "Control socket: /unix/tmp/c.sock\nPeer ID: QmA\nPeer Addrs:\n\
+                      /ip4/127.0.0.1/tcp/1\n/ip6/::1/tcp/2\nBootstrap peers:\n/ip4/1.2.3.4/tcp/3\n";
+        let startup = Startup {
+            started: true,
+            control_socket: Some("/unix/tmp/c.sock".into()),
+            peer_id: Some("QmA".into()),
+            peer_addrs: vec!["/ip4/127.0.0.1/tcp/1".into(), "/ip6/::1/tcp/2".into()],
+        };
+        assert_eq!(Startup::read(output), startup);
+    }
+
+    #[test]
+    fn half_a_line_says_nothing_yet() {
+        let startup = Startup::read("Control socket: /unix/c.sock\nPeer ID: QmYyQSo1c1Ym7orWx");
+        assert_eq!(startup.control_socket.as_deref(), Some("/unix/c.sock"));
+        assert_eq!(startup.peer_id, None);
+        assert!(!startup.started);
+    }
+
+    #[test]
+    fn jsp2pd_says_only_that_it_has_started() {
+        let startup = Startup {
+            started: true,
+            ..Startup::default()
+        };
+        assert_eq!(Startup::read("daemon has started\n"), startup);
+    }
+
+    #[test]
+    fn the_excerpt_is_the_end_without_the_list_of_flags() {
+        assert_eq!(excerpt("a\n\nb\nc  \n", 2), ["b", "c"]);
+        assert_eq!(
+            excerpt("flag x\nUsage of p2pd:\n  -a\n    \tthe a\n", 20),
+            ["flag x"]
+        );
+        assert!(excerpt("", 20).is_empty());
+    }
+
+    #[test]
+    fn each_known_message_has_its_cause() {
+        let time = "2026/11/21 04:24:53";
+        for (line, arguments, expected) in [
+            ("listen tcp4 127.0.0.1:39791: bind: address already in use", vec![],
+             "127.0.0.1:39791 is already in use"),
+            ("failed to listen on any addresses: [listen tcp4 127.0.0.1:39: bind: address already in use]",
+             vec![], "127.0.0.1:39 is already in use"),
+            ("failed to listen on any addresses: [listen tcp4 8.8.8.8:0: bind: cannot assign requested address]",
+             vec![], "8.8.8.8:0 is not an address of this machine"),
+            ("listen tcp4 127.0.0.1:1: bind: permission denied", vec![],
+             "no permission to listen on 127.0.0.1:1"),
+            ("listen unix /no/x.sock: bind: no such file or directory", vec![],
+             "the directory of /no/x.sock does not exist"),
+            ("listen unix /tmp/long.sock: bind: invalid argument", vec![],
+             "/tmp/long.sock is too long for the path of a socket"),
+            ("listen tcp4 127.0.0.1:1: bind: no buffer space", vec![],
+             "cannot listen on 127.0.0.1:1: no buffer space"),
+            ("failed to parse multiaddr \"/foo\": unknown protocol foo", vec![],
+             "failed to parse multiaddr \"/foo\": unknown protocol foo"),
+            ("failed to connect to bootstrap peers", vec!["-b", "-bootstrapPeers=/a,/b"],
+             "no bootstrap peer could be reached: /a,/b"),
+            ("failed to connect to bootstrap peers", vec!["-b"],
+             "no bootstrap peer could be reached: the built-in list of IPFS's"),
+            ("invalid p2p multiaddr", vec!["-bootstrapPeers=/tcp/1/p2p/Qm,/tcp/2"],
+             "a bootstrap peer must end in /p2p/<peer id>: /tcp/2"),
+            ("open key: permission denied", vec!["-id=key"],
+             "cannot read the identity file key: permission denied"),
+            ("read key: is a directory", vec!["--id=key"],
+             "cannot read the identity file key: is a directory"),
+            ("proto: cannot parse invalid wire-format data", vec!["-id=key"],
+             "the identity file key holds no private key of libp2p: \
+              proto: cannot parse invalid wire-format data"),
+            ("can't have autorelay enabled", vec![], "can't have autorelay enabled"),
+        ] {
+            let output = format!("Something before\n{time} {line}\n");
+            assert_eq!(cause(&output, &arguments).as_deref(), Some(expected), "{line}");
+        }
+    }
+
+    #[test]
+    fn causes_without_a_time_before_them() {
+        let flags = "flag provided but not defined: -nope\nUsage of p2pd:\n  -a string\n";
+        assert_eq!(
+            cause(flags, &[]).unwrap(),
+            "this daemon has no option -nope"
+        );
+        let value = "invalid value \"5\" for flag -connGrace: parse error";
+        assert_eq!(
+            cause(&format!("{value}\nUsage of p2pd:\n  -a\n"), &[]).unwrap(),
+            value
+        );
+        let node = "Error: listen EADDRINUSE: address already in use 127.0.0.1:5\n    at Server\n";
+        assert_eq!(cause(node, &[]).unwrap(), "127.0.0.1:5 is already in use");
+        let panic = "panic: no\n\ngoroutine 1 [running]:\nmain.main()\n";
+        assert_eq!(cause(panic, &[]).unwrap(), "panic: no");
+        for line in [
+            "Exec format error",
+            "p2pd: cannot execute binary file: Exec format error",
+        ] {
+            assert!(cause(line, &[])
+                .unwrap()
+                .starts_with("the binary is not for this machine ("));
+        }
+    }
+
+    #[test]
+    fn the_status_tells_what_the_output_does_not() {
+        assert!(diagnose("", Some(-9), &[])
+            .unwrap()
+            .starts_with("something killed it"));
+        assert_eq!(
+            diagnose("", Some(127), &[]).unwrap(),
+            "a command was not found"
+        );
+        assert_eq!(
+            diagnose("", Some(126), &[]).unwrap(),
+            "the binary cannot be executed"
+        );
+        let peers = ["-bootstrapPeers=/ip4/192.0.2.1/tcp/1/p2p/Qm".to_string()];
+        let waiting = diagnose("", None, &peers).unwrap();
+        assert!(
+            waiting.ends_with("bootstrap peers: /ip4/192.0.2.1/tcp/1/p2p/Qm"),
+            "{waiting}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_not_made_up() {
+        assert_eq!(diagnose("", Some(1), &[]), None);
+        assert_eq!(diagnose("", None, &[]), None);
+        assert_eq!(diagnose("Peer ID: QmA\n", Some(3), &[]), None);
+        assert_eq!(diagnose("2026/11/21 04:24:53 bye", Some(0), &[]), None);
+        assert_eq!(cause("open other: permission denied", &["-id=key"]), None);
+    }
+}

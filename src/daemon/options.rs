@@ -1,0 +1,447 @@
+//! A daemon's options, and the command-line arguments they make.
+//!
+//! An option that is not set is not passed, so that an older daemon is not given a flag it lacks.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Whose daemon it is: they spell their flags differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Flavour {
+    /// `p2pd`: upstream's, hivemind's fork, and those that copy their flags.
+    #[default]
+    Go,
+    /// `jsp2pd`, of the npm package `libp2p-daemon`.
+    Js,
+}
+
+impl Flavour {
+    /// Tells the flavour from the binary's file name.
+    pub fn of(binary: &Path) -> Self {
+        let name = binary.file_name().unwrap_or(OsStr::new(""));
+        if name.to_string_lossy().starts_with("jsp2pd") {
+            Flavour::Js
+        } else {
+            Flavour::Go
+        }
+    }
+}
+
+/// The part the daemon plays in the DHT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dht {
+    /// A client, and a server too once the daemon finds that it is publicly reachable. On
+    /// loopback that never happens: daemons on one machine need [`Dht::Server`].
+    Auto,
+    /// Queries the DHT and stores nothing for others.
+    Client,
+    /// Stores records for others from the start.
+    Server,
+}
+
+/// The pubsub router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Router {
+    /// The daemon's own choice, which for today's daemons is gossipsub.
+    Default,
+    /// Gossipsub.
+    Gossipsub,
+    /// Floodsub.
+    Floodsub,
+}
+
+/// The connection manager, which closes connections when there are too many.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ConnectionManager {
+    /// With the daemon's own limits.
+    Default,
+    /// With these limits.
+    Limits {
+        /// The number of connections it trims down to.
+        low: u32,
+        /// The number of connections that makes it trim.
+        high: u32,
+        /// The age up to which a connection is spared. `jsp2pd` has no such option.
+        grace: Duration,
+    },
+}
+
+/// Everything a daemon can be told when it is started.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DaemonOptions {
+    /// Whose daemon the arguments are for.
+    pub flavour: Flavour,
+    /// The multiaddr to serve the control protocol on; `/unix/tmp/p2pd.sock` if none.
+    pub control: Option<String>,
+    /// A file with a private key in libp2p's protobuf encoding; a new identity if none.
+    pub identity: Option<PathBuf>,
+    /// The multiaddrs to listen on for peers. With none, daemons listen on *every* interface.
+    pub host_addrs: Vec<String>,
+    /// The multiaddrs to tell peers instead of those listened on.
+    pub announce_addrs: Vec<String>,
+    /// Peers to connect to at the start, each a multiaddr that ends in `/p2p/<peer id>`. With
+    /// none, the daemon connects to nobody, its built-in list of IPFS peers included.
+    pub bootstrap_peers: Vec<String>,
+    /// The DHT; off if none.
+    pub dht: Option<Dht>,
+    /// Circuit relay; the daemon's own default if none.
+    pub relay: Option<bool>,
+    /// Pubsub; off if none.
+    pub pubsub: Option<Router>,
+    /// The connection manager; off if none.
+    pub connection_manager: Option<ConnectionManager>,
+    /// Arguments to pass as they are, after all others.
+    pub extra_args: Vec<String>,
+}
+
+/// Options that no arguments can be made of.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum OptionsError {
+    /// Daemons take lists separated by commas, so a comma would make two addresses of one.
+    #[error("an address of {option} is empty or has a comma in it: {address:?}")]
+    Address {
+        /// The field it is in.
+        option: &'static str,
+        /// The address.
+        address: String,
+    },
+    /// A connection manager that could never be satisfied.
+    #[error(
+        "the connection manager's low water mark ({low}) is over its high water mark ({high})"
+    )]
+    WaterMarks {
+        /// The low water mark.
+        low: u32,
+        /// The high water mark.
+        high: u32,
+    },
+    /// An extra argument that would move the control socket from where the client looks for it.
+    #[error("the extra argument {0:?} sets the control address; use the option for that")]
+    ControlInExtraArgs(String),
+    /// Something that this flavour of daemon has no flag for.
+    #[error("jsp2pd cannot do this: {0}")]
+    NotInJs(&'static str),
+}
+
+impl DaemonOptions {
+    /// Checks what can be checked without knowing which daemon it will be.
+    pub fn validate(&self) -> Result<(), OptionsError> {
+        for (option, addresses) in [
+            ("host_addrs", &self.host_addrs),
+            ("announce_addrs", &self.announce_addrs),
+            ("bootstrap_peers", &self.bootstrap_peers),
+        ] {
+            let wrong = |address: &&String| address.is_empty() || address.contains(',');
+            if let Some(address) = addresses.iter().find(wrong) {
+                let address = address.clone();
+                return Err(OptionsError::Address { option, address });
+            }
+        }
+        if let Some(ConnectionManager::Limits { low, high, .. }) = self.connection_manager {
+            if low > high {
+                return Err(OptionsError::WaterMarks { low, high });
+            }
+        }
+        let sets_control = |arg: &&String| {
+            let flag = arg.trim_start_matches('-');
+            arg.starts_with('-') && (flag == "listen" || flag.starts_with("listen="))
+        };
+        match self.extra_args.iter().find(sets_control) {
+            Some(arg) => Err(OptionsError::ControlInExtraArgs(arg.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The arguments to start the daemon with, without the binary itself.
+    pub fn arguments(&self) -> Result<Vec<String>, OptionsError> {
+        self.validate()?;
+        let mut arguments = match self.flavour {
+            Flavour::Go => self.go_arguments(),
+            Flavour::Js => self.js_arguments()?,
+        };
+        arguments.extend(self.extra_args.iter().cloned());
+        Ok(arguments)
+    }
+
+    /// The flags that both flavours have, but for the number of dashes.
+    fn common_arguments(&self, dashes: &str) -> Vec<String> {
+        let identity = self
+            .identity
+            .as_ref()
+            .map(|path| path.display().to_string());
+        let list = |addresses: &[String]| (!addresses.is_empty()).then(|| addresses.join(","));
+        [
+            ("listen", self.control.clone()),
+            ("id", identity),
+            ("hostAddrs", list(&self.host_addrs)),
+            ("announceAddrs", list(&self.announce_addrs)),
+            ("bootstrapPeers", list(&self.bootstrap_peers)),
+        ]
+        .into_iter()
+        .filter_map(|(flag, value)| Some(format!("{dashes}{flag}={}", value?)))
+        .collect()
+    }
+
+    fn go_arguments(&self) -> Vec<String> {
+        let mut arguments = self.common_arguments("-");
+        // Without `-b` the list would be ignored; `-b` without a list would mean the IPFS peers.
+        if !self.bootstrap_peers.is_empty() {
+            arguments.push("-b".into());
+        }
+        if let Some(dht) = self.dht {
+            let flag = match dht {
+                Dht::Auto => "-dht",
+                Dht::Client => "-dhtClient",
+                Dht::Server => "-dhtServer",
+            };
+            arguments.push(flag.into());
+        }
+        if let Some(relay) = self.relay {
+            arguments.push(format!("-relay={relay}"));
+        }
+        if let Some(router) = self.pubsub {
+            arguments.push("-pubsub".into());
+            arguments.extend(router.argument("-"));
+        }
+        if let Some(manager) = self.connection_manager {
+            arguments.push("-connManager".into());
+            if let ConnectionManager::Limits { low, high, grace } = manager {
+                arguments.push(format!("-connLo={low}"));
+                arguments.push(format!("-connHi={high}"));
+                // A Go duration: a bare number is refused.
+                arguments.push(format!("-connGrace={}s", grace.as_secs_f64()));
+            }
+        }
+        arguments
+    }
+
+    fn js_arguments(&self) -> Result<Vec<String>, OptionsError> {
+        let mut arguments = self.common_arguments("--");
+        if !self.bootstrap_peers.is_empty() {
+            arguments.push("--bootstrap=true".into());
+        }
+        match self.dht {
+            Some(Dht::Client) => return Err(OptionsError::NotInJs("a DHT client")),
+            Some(Dht::Auto | Dht::Server) => arguments.push("--dht=true".into()),
+            None => {}
+        }
+        // Its relay is always on.
+        if self.relay == Some(false) {
+            return Err(OptionsError::NotInJs("switching the relay off"));
+        }
+        if let Some(router) = self.pubsub {
+            arguments.push("--pubsub=true".into());
+            arguments.extend(router.argument("--"));
+        }
+        if let Some(manager) = self.connection_manager {
+            arguments.push("--connMgr=true".into());
+            if let ConnectionManager::Limits { low, high, .. } = manager {
+                arguments.push(format!("--connMgrLo={low}"));
+                arguments.push(format!("--connMgrHi={high}"));
+            }
+        }
+        Ok(arguments)
+    }
+}
+
+impl Router {
+    fn argument(self, dashes: &str) -> Option<String> {
+        let name = match self {
+            Router::Default => return None,
+            Router::Gossipsub => "gossipsub",
+            Router::Floodsub => "floodsub",
+        };
+        Some(format!("{dashes}pubsubRouter={name}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: &str = "/ip4/127.0.0.1/tcp/4001/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
+
+    fn everything(flavour: Flavour) -> DaemonOptions {
+        DaemonOptions {
+            flavour,
+            control: Some("/unix/tmp/c.sock".into()),
+            identity: Some("key".into()),
+            host_addrs: vec!["/ip4/127.0.0.1/tcp/0".into(), "/ip6/::1/tcp/0".into()],
+            announce_addrs: vec!["/dns4/example.org/tcp/4001".into()],
+            bootstrap_peers: vec![PEER.into()],
+            dht: Some(Dht::Server),
+            relay: Some(true),
+            pubsub: Some(Router::Floodsub),
+            connection_manager: Some(ConnectionManager::Limits {
+                low: 1,
+                high: 2,
+                grace: Duration::from_millis(1500),
+            }),
+            extra_args: vec!["-q".into()],
+        }
+    }
+
+    #[test]
+    fn nothing_set_passes_nothing() {
+        for flavour in [Flavour::Go, Flavour::Js] {
+            let options = DaemonOptions {
+                flavour,
+                ..Default::default()
+            };
+            assert_eq!(options.arguments().unwrap(), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn everything_for_go() {
+        let expected = [
+            "-listen=/unix/tmp/c.sock",
+            "-id=key",
+            "-hostAddrs=/ip4/127.0.0.1/tcp/0,/ip6/::1/tcp/0",
+            "-announceAddrs=/dns4/example.org/tcp/4001",
+            &format!("-bootstrapPeers={PEER}"),
+            "-b",
+            "-dhtServer",
+            "-relay=true",
+            "-pubsub",
+            "-pubsubRouter=floodsub",
+            "-connManager",
+            "-connLo=1",
+            "-connHi=2",
+            "-connGrace=1.5s",
+            "-q",
+        ];
+        assert_eq!(everything(Flavour::Go).arguments().unwrap(), expected);
+    }
+
+    #[test]
+    fn everything_for_js() {
+        let expected = [
+            "--listen=/unix/tmp/c.sock",
+            "--id=key",
+            "--hostAddrs=/ip4/127.0.0.1/tcp/0,/ip6/::1/tcp/0",
+            "--announceAddrs=/dns4/example.org/tcp/4001",
+            &format!("--bootstrapPeers={PEER}"),
+            "--bootstrap=true",
+            "--dht=true",
+            "--pubsub=true",
+            "--pubsubRouter=floodsub",
+            "--connMgr=true",
+            "--connMgrLo=1",
+            "--connMgrHi=2",
+            "-q",
+        ];
+        assert_eq!(everything(Flavour::Js).arguments().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_daemons_own_choices_are_left_to_it() {
+        let options = DaemonOptions {
+            dht: Some(Dht::Auto),
+            pubsub: Some(Router::Default),
+            connection_manager: Some(ConnectionManager::Default),
+            ..Default::default()
+        };
+        assert_eq!(
+            options.arguments().unwrap(),
+            ["-dht", "-pubsub", "-connManager"]
+        );
+    }
+
+    #[test]
+    fn relay_off_is_passed_and_the_dht_client_has_its_flag() {
+        let options = DaemonOptions {
+            dht: Some(Dht::Client),
+            relay: Some(false),
+            ..Default::default()
+        };
+        assert_eq!(options.arguments().unwrap(), ["-dhtClient", "-relay=false"]);
+    }
+
+    #[test]
+    fn js_says_what_it_cannot_do() {
+        let js = DaemonOptions {
+            flavour: Flavour::Js,
+            ..Default::default()
+        };
+        let client = DaemonOptions {
+            dht: Some(Dht::Client),
+            ..js.clone()
+        };
+        assert_eq!(
+            client.arguments(),
+            Err(OptionsError::NotInJs("a DHT client"))
+        );
+        let relay = DaemonOptions {
+            relay: Some(false),
+            ..js
+        };
+        assert_eq!(
+            relay.arguments(),
+            Err(OptionsError::NotInJs("switching the relay off"))
+        );
+    }
+
+    #[test]
+    fn an_address_with_a_comma_or_of_nothing_is_refused() {
+        for address in ["/ip4/127.0.0.1/tcp/0,/ip4/0.0.0.0/tcp/0", ""] {
+            let options = DaemonOptions {
+                host_addrs: vec![address.into()],
+                ..Default::default()
+            };
+            let error = OptionsError::Address {
+                option: "host_addrs",
+                address: address.into(),
+            };
+            assert_eq!(options.arguments(), Err(error));
+        }
+    }
+
+    #[test]
+    fn crossed_water_marks_are_refused() {
+        let limits = ConnectionManager::Limits {
+            low: 3,
+            high: 2,
+            grace: Duration::ZERO,
+        };
+        let options = DaemonOptions {
+            connection_manager: Some(limits),
+            ..Default::default()
+        };
+        assert_eq!(
+            options.validate(),
+            Err(OptionsError::WaterMarks { low: 3, high: 2 })
+        );
+    }
+
+    #[test]
+    fn extra_args_cannot_move_the_control_socket() {
+        for arg in ["-listen=/unix/x", "--listen=/unix/x", "-listen"] {
+            let options = DaemonOptions {
+                extra_args: vec![arg.into()],
+                ..Default::default()
+            };
+            assert_eq!(
+                options.validate(),
+                Err(OptionsError::ControlInExtraArgs(arg.into()))
+            );
+        }
+        let others = ["-listenWell".to_string(), "listen=1".to_string()];
+        let options = DaemonOptions {
+            extra_args: others.to_vec(),
+            ..Default::default()
+        };
+        assert_eq!(options.arguments().unwrap(), others);
+    }
+
+    #[test]
+    fn the_flavour_is_in_the_name() {
+        assert_eq!(Flavour::of(Path::new("/usr/bin/p2pd")), Flavour::Go);
+        assert_eq!(
+            Flavour::of(Path::new("node_modules/.bin/jsp2pd")),
+            Flavour::Js
+        );
+        assert_eq!(Flavour::of(Path::new("/opt/jsp2pd/p2pd")), Flavour::Go);
+    }
+}
