@@ -21,6 +21,7 @@ from p2pclient_rs.client import Client
 from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient
+from p2pclient_rs.daemon import Daemon
 from p2pclient_rs.dht import DHTClient
 from p2pclient_rs.exceptions import (
     ConnectionLost,
@@ -58,6 +59,7 @@ __all__ = [
     "ControlFailure",
     "ControlTimeout",
     "DHTClient",
+    "Daemon",
     "DaemonConnector",
     "DaemonNotFound",
     "DaemonRefused",
