@@ -112,7 +112,7 @@ async def main(kind: str, control: str, peer: str) -> None:
     async with KINDS[kind](control, peer) as contender:
         ping = await contender.open_echo()
 
-        async def ping_pong(_: Contender, count: int) -> None:
+        async def ping_pong(contender: Contender, count: int) -> None:
             for _ in range(count):
                 if await ping(PING) != PING:
                     raise SystemExit("the echo is wrong")
@@ -120,9 +120,9 @@ async def main(kind: str, control: str, peer: str) -> None:
         scenarios = {"identify": identify, "identify-64": identify_64, "ping-pong": ping_pong}
         print("ready", flush=True)
         while line := await anyio.to_thread.run_sync(sys.stdin.readline):
-            name, count = line.split()
+            name, number = line.split()
             wall, cpu = time.perf_counter(), time.process_time()
-            await scenarios[name](contender, int(count))
+            await scenarios[name](contender, int(number))
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             print(wall, cpu, flush=True)
 

@@ -44,7 +44,8 @@ class Worker:
     """A contender's process."""
 
     def __init__(self, kind: str, loop: str, control: str, peer: str) -> None:
-        command = [sys.executable, Path(__file__).with_name("contender.py"), kind, loop]
+        program = str(Path(__file__).with_name("contender.py"))
+        command = [sys.executable, program, kind, loop]
         self.process = subprocess.Popen(
             [*command, control, peer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -59,7 +60,8 @@ class Worker:
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        answer: str = self.process.stdout.readline()
+        return answer.strip()
 
     def stop(self) -> None:
         assert self.process.stdin is not None

@@ -10,7 +10,7 @@ import time
 
 import anyio
 
-from p2pclient_rs import Daemon, PeerID
+from p2pclient_rs import Client, Daemon, DaemonRefused, PeerID
 
 SIZE = 256 << 20
 
@@ -23,7 +23,8 @@ async def main(address: str) -> None:
 
         # A record, which the listener will get from the DHT: this daemon's public key.
         key = await client.dht_get_public_key(daemon.peer_id)
-        await client.dht_put_value(b"/pk/" + daemon.peer_id.to_bytes(), key.serialize(), timeout=10)
+        with anyio.fail_after(10):
+            await put_record(client, b"/pk/" + daemon.peer_id.to_bytes(), key.serialize())
 
         info, stream = await client.stream_open(listener, ["/demo/message/1"])
         async with stream:
@@ -47,6 +48,18 @@ async def main(address: str) -> None:
             await stream.read()  # until the listener has its record and closes
             if not right:
                 raise SystemExit(1)
+
+
+async def put_record(client: Client, key: bytes, value: bytes) -> None:
+    """Puts a record as soon as there is anybody to put it with."""
+    while True:
+        try:
+            return await client.dht_put_value(key, value)
+        except DaemonRefused as error:
+            # A peer enters the DHT's table a moment after it is connected.
+            if error.daemon_message != "failed to find any peer in table":
+                raise
+            await anyio.sleep(0.05)
 
 
 if __name__ == "__main__":
