@@ -52,8 +52,13 @@ PeerIDLike: TypeAlias = PeerID | str | bytes | bytearray | memoryview | Supports
 #: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
 MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | SupportsToBytes
 
-#: What the Go daemons say when something is not there at all.
-_NOT_SUPPORTED = ("not supported", "DHT not enabled", "PubSub not enabled")
+#: What the daemons say when something is not there at all; the last is the JS daemon's.
+_NOT_SUPPORTED = (
+    "not supported",
+    "DHT not enabled",
+    "PubSub not enabled",
+    "ERR_INVALID_REQUEST_TYPE",
+)
 #: What Go says when the time that the request gave it is up.
 _TIMED_OUT = "context deadline exceeded"
 
