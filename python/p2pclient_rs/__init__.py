@@ -37,6 +37,7 @@ from p2pclient_rs.exceptions import (
     P2PDaemonError,
     ProtocolViolation,
 )
+from p2pclient_rs.install import InstallReport, install, uninstall
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
 
@@ -69,6 +70,7 @@ __all__ = [
     "ForkedClientError",
     "Identity",
     "IncompleteRead",
+    "InstallReport",
     "InvalidMultiaddr",
     "InvalidPeerID",
     "Multiaddr",
@@ -87,4 +89,6 @@ __all__ = [
     "StreamInfo",
     "Subscription",
     "__version__",
+    "install",
+    "uninstall",
 ]

@@ -54,6 +54,12 @@ mod _native {
         daemon_startup, diagnose_daemon, excerpt_daemon_output, find_daemon, DaemonOptions,
     };
 
+    /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
+    #[pyfunction]
+    fn p2pd_descriptors() -> &'static [u8] {
+        crate::core::pb::DESCRIPTORS
+    }
+
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;

@@ -1,0 +1,306 @@
+"""install(), uninstall() and `python -m p2pclient_rs run`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import p2pclient_rs
+
+PEER_ID = "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7"
+
+
+@pytest.fixture(autouse=True)
+def swap_undone() -> Iterator[None]:
+    yield
+    p2pclient_rs.uninstall()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "p2pclient"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package called p2pclient that is not ours."""
+    package = tmp_path / "site" / "p2pclient"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("original = True\n")
+    (package / "dht.py").write_text("original = True\n")
+    (package / "only_in_original.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+    return package
+
+
+def test_imports_give_the_dialects_own_modules_under_both_names() -> None:
+    p2pclient_rs.install()
+    import p2pclient.pb.p2pd_pb2 as p  # type: ignore[import-not-found]
+    from p2pclient import config, dht  # type: ignore[import-not-found]
+    from p2pclient.libp2p_stubs.peer.id import ID  # type: ignore[import-not-found]
+
+    import p2pclient_rs.p2pclient.config as own_config
+    import p2pclient_rs.p2pclient.dht as own_dht
+    import p2pclient_rs.p2pclient.pb.p2pd_pb2 as own_p
+
+    assert p is own_p
+    assert p.__name__ == "p2pclient_rs.p2pclient.pb.p2pd_pb2"
+    assert dht is own_dht
+    assert config is own_config
+    assert ID is p2pclient_rs.PeerID
+
+
+def test_the_package_brings_the_modules_it_uses_as_the_original_does() -> None:
+    p2pclient_rs.install()
+    package = importlib.import_module("p2pclient")
+    assert sys.modules["p2pclient.control"] is package.control
+    assert sys.modules["p2pclient.pb.p2pd_pb2"] is package.pb.p2pd_pb2
+
+
+def test_nothing_is_imported_until_asked_for() -> None:
+    code = dedent("""
+        import sys, p2pclient_rs
+        before = set(sys.modules)
+        report = p2pclient_rs.install()
+        assert not {"multiaddr", "google.protobuf", "p2pclient_rs.p2pclient"} & set(sys.modules)
+        assert set(sys.modules) == before, set(sys.modules) - before
+        import p2pclient.config
+        assert "p2pclient_rs.p2pclient.daemon" not in sys.modules
+    """)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_original_is_hidden_while_installed_and_back_after(original: Path) -> None:
+    report = p2pclient_rs.install()
+    assert report.replaced[0].original == str(original / "__init__.py")
+    assert report.replaced[0].imported == ()
+    assert not hasattr(importlib.import_module("p2pclient"), "original")
+    with pytest.raises(ModuleNotFoundError, match=r"p2pclient\.only_in_original") as raised:
+        importlib.import_module("p2pclient.only_in_original")
+    assert raised.value.name == "p2pclient.only_in_original"
+    p2pclient_rs.uninstall()
+    assert importlib.import_module("p2pclient").original
+    assert importlib.import_module("p2pclient.dht").original
+
+
+def test_modules_of_the_original_imported_before_are_put_back(original: Path) -> None:
+    before = importlib.import_module("p2pclient"), importlib.import_module("p2pclient.dht")
+    report = p2pclient_rs.install()
+    assert report.replaced[0].imported == ("p2pclient", "p2pclient.dht")
+    assert "already imported: p2pclient, p2pclient.dht" in repr(report)
+    assert not hasattr(importlib.import_module("p2pclient.dht"), "original")
+    p2pclient_rs.uninstall()
+    assert (sys.modules["p2pclient"], sys.modules["p2pclient.dht"]) == before
+    assert before[0].dht is before[1]
+
+
+def test_without_an_original_there_is_nothing_after_uninstall() -> None:
+    if importlib.util.find_spec("p2pclient"):
+        pytest.skip("the original is installed here")
+    assert "original not installed" in repr(p2pclient_rs.install())
+    importlib.import_module("p2pclient.dht")
+    p2pclient_rs.uninstall()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("p2pclient")
+
+
+def test_both_are_idempotent() -> None:
+    finders = list(sys.meta_path)
+    p2pclient_rs.uninstall()
+    assert sys.meta_path == finders
+    report = p2pclient_rs.install()
+    assert p2pclient_rs.install() is report
+    assert len(sys.meta_path) == len(finders) + 1
+    p2pclient_rs.uninstall()
+    p2pclient_rs.uninstall()
+    assert sys.meta_path == finders
+
+
+def test_many_threads_may_install_and_import_at_once() -> None:
+    barrier = threading.Barrier(8)
+    seen: list[object] = []
+
+    def swap_and_import() -> None:
+        barrier.wait()
+        p2pclient_rs.install()
+        seen.append(importlib.import_module("p2pclient.libp2p_stubs.peer.id").ID)
+
+    threads = [threading.Thread(target=swap_and_import) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [p2pclient_rs.PeerID] * 8
+
+
+def test_reload_works_under_the_alias() -> None:
+    p2pclient_rs.install()
+    config = importlib.import_module("p2pclient.config")
+    config.control_maddr_str = "/unix/elsewhere"
+    assert importlib.reload(config) is config
+    assert config.control_maddr_str == "/unix/tmp/p2pd.sock"
+    package = importlib.import_module("p2pclient")
+    assert importlib.reload(package) is package
+
+
+def test_ids_pickle_while_installed_and_unpickle_after() -> None:
+    p2pclient_rs.install()
+    cls = importlib.import_module("p2pclient.libp2p_stubs.peer.id").ID
+    pickled = pickle.dumps(cls.from_base58(PEER_ID))
+    assert pickle.loads(pickled) == PEER_ID
+    p2pclient_rs.uninstall()
+    assert pickle.loads(pickled) == PEER_ID
+
+
+def test_the_metadata_of_distributions_is_untouched() -> None:
+    def version() -> str | None:
+        try:
+            return importlib.metadata.version("p2pclient")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    before = version()
+    p2pclient_rs.install()
+    assert version() == before
+
+
+def test_a_missing_dependency_is_named_with_what_brings_it() -> None:
+    code = dedent("""
+        import sys, p2pclient_rs
+        sys.modules["multiaddr"] = None
+        p2pclient_rs.install()
+        import p2pclient
+    """)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'p2pclient-rs[p2pclient]'" in result.stderr.splitlines()[-1]
+    assert "multiaddr" in result.stderr.splitlines()[-1]
+
+
+# --- python -m p2pclient_rs run ---
+
+PROBE = dedent("""
+    import sys, inspect
+    main = sys.modules["__main__"]
+    spec = __spec__ and (__spec__.name, __spec__.origin)
+    print(sys.argv, sys.path, __name__, __file__, spec, type(__loader__), __package__)
+    print(main.__dict__ is globals(), __builtins__, inspect.currentframe().f_code.co_filename)
+    print(sorted(name for name in globals() if name != "__annotations__"))
+""")
+
+
+def python(*args: str, cwd: Path, ours: bool) -> subprocess.CompletedProcess[str]:
+    flags = [arg for arg in args[:1] if arg == "-P"]
+    swap = ["-m", "p2pclient_rs", "run"] if ours else []
+    command = [sys.executable, *flags, *swap, *args[len(flags) :]]
+    # A debug build says so with a warning; that is none of the program's.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore:p2pclient_rs was built:RuntimeWarning"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """The same program as a script, a module, a directory and a zip file."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "link.py").symlink_to("package/__main__.py")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "__main__.py").write_text(PROBE)
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+        archive.writestr("__main__.py", PROBE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "probe.py -m x -- --version -h",
+        "./package/../probe.py",
+        "link.py",
+        "package a",
+        "app.zip b",
+        "-m probe -x",
+        "-m package y",
+        *(["-P probe.py", "-P package"] if sys.version_info >= (3, 11) else []),
+    ],
+)
+def test_a_program_sees_what_it_would_see_without_us(programs: Path, command: str) -> None:
+    theirs = python(*command.split(), cwd=programs, ours=False)
+    ours = python(*command.split(), cwd=programs, ours=True)
+    assert theirs.returncode == 0, theirs.stderr
+    assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, 0)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "def f():\n    raise ValueError('it')\nf()",
+        "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError('it') from e",
+        "x = = 1",
+        "raise SystemExit(7)",
+        "import sys; sys.exit('said why')",
+        "raise KeyboardInterrupt",
+        "import sys; sys.excepthook = lambda *a: print('hook', a[1]); raise ValueError('it')",
+        "import atexit; atexit.register(print, __name__); raise ValueError('it')",
+    ],
+)
+def test_failures_look_as_they_would_without_us(tmp_path: Path, program: str) -> None:
+    (tmp_path / "program.py").write_text(program)
+    theirs = python("program.py", cwd=tmp_path, ours=False)
+    ours = python("program.py", cwd=tmp_path, ours=True)
+    assert theirs.returncode != 0
+    assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
+    assert ours.returncode == theirs.returncode
+
+
+def test_a_program_can_pickle_its_own_classes_after_its_end(tmp_path: Path) -> None:
+    program = "import atexit, pickle\nclass C: pass\natexit.register(lambda: pickle.dumps(C()))"
+    (tmp_path / "program.py").write_text(program)
+    result = python("program.py", cwd=tmp_path, ours=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_program_run_by_us_gets_the_swap(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(original.parent))
+    (tmp_path / "program.py").write_text("import p2pclient; print(p2pclient.__name__)")
+    result = python("program.py", cwd=tmp_path, ours=True)
+    assert result.stdout == "p2pclient_rs.p2pclient\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ("", "which command?"),
+        ("ran x.py", "unknown command or option 'ran'"),
+        ("run", "run: which program?"),
+        ("run -m", "run: which program?"),
+        ("run --fast x.py", "run: unknown option --fast"),
+        ("run -m --fast x", "run: unknown option --fast"),
+        ("run nothere.py", "can't open 'nothere.py': No such file or directory"),
+    ],
+)
+def test_wrong_usage_is_explained(tmp_path: Path, args: str, complaint: str) -> None:
+    command = [sys.executable, "-m", "p2pclient_rs", *args.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"python -m p2pclient_rs: {complaint}"
+    assert result.stdout == ""
+
+
+def test_version_and_help() -> None:
+    def run(option: str) -> str:
+        command = [sys.executable, "-m", "p2pclient_rs", option]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert run("--version") == f"p2pclient_rs {p2pclient_rs.__version__}\n"
+    assert run("--help").startswith("usage: python -m p2pclient_rs ")
