@@ -1,0 +1,386 @@
+"""The p2pclient dialect: its surface against the original's, and the types it deals in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import anyio
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
+from google.protobuf.message import EncodeError, Message
+from multiaddr import Multiaddr, protocols
+from p2pclient_suite import sdist
+
+import p2pclient_rs
+from p2pclient_rs.p2pclient import config, serialization, utils
+from p2pclient_rs.p2pclient.control import ControlClient, DaemonConnector, parse_conn_protocol
+from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
+from p2pclient_rs.p2pclient.libp2p_stubs.crypto.keys import KeyType, PrivateKey, PublicKey
+from p2pclient_rs.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
+from p2pclient_rs.p2pclient.libp2p_stubs.crypto.rsa import RSAPublicKey, create_new_key_pair
+from p2pclient_rs.p2pclient.libp2p_stubs.peer.id import ID
+from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import (
+    InvalidAddrError,
+    info_from_p2p_addr,
+)
+from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
+from p2pclient_rs.p2pclient.pb import p2pd_pb2
+
+REQUIRED = FieldDescriptorProto.LABEL_REQUIRED
+PEER_ID = ID.from_base58("QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to import the original p2pclient from."""
+    directory = tmp_path_factory.mktemp("original")
+    with tarfile.open(sdist.fetch()) as archive:
+        archive.extractall(directory, filter="data")
+    return directory / "p2pclient-0.3.0"
+
+
+# --- the surface ---
+
+# Prints, for each module of the original, the names it defines or has from another of its modules;
+# of functions and classes, the parameters, and of classes those of each method, too.
+SURFACE = """
+import importlib, inspect, json, pkgutil, types, p2pclient
+
+def parameters(thing):
+    try:
+        return [p for p in inspect.signature(thing).parameters if p != "self"]
+    except (TypeError, ValueError):
+        return None
+
+def described(thing):
+    if inspect.isclass(thing) and not hasattr(thing, "DESCRIPTOR"):
+        own = {n: m for n, m in vars(thing).items() if not n.startswith("_")}
+        return {"methods": {n: parameters(getattr(thing, n)) for n in own},
+                "parameters": parameters(thing)}
+    return {"parameters": parameters(thing) if callable(thing) else None}
+
+def is_own(thing):
+    home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", "p2pclient")
+    return home.startswith("p2pclient")
+
+surface = {}
+for info in pkgutil.walk_packages(p2pclient.__path__, "p2pclient."):
+    module = importlib.import_module(info.name)
+    surface[info.name] = {
+        name: described(thing) for name, thing in vars(module).items()
+        if is_own(thing) and not name.startswith("_") and name != "annotations"
+    }
+print(json.dumps(surface))
+"""
+
+# What is left out on purpose: the insides of the listener, and the words by which p2pclient
+# guesses that a daemon is ready.
+LEFT_OUT = {"listener", "task_group", "logger", "LINES_HEAD_PATTERN"}
+
+
+def test_every_public_name_of_the_original_is_there_with_its_parameters(original: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(original)}
+    output = subprocess.check_output([sys.executable, "-c", SURFACE], env=environment)
+    surface = json.loads(output)
+    assert len(surface) > 15
+    missing = []
+    for module_name, names in surface.items():
+        module = importlib.import_module(f"p2pclient_rs.{module_name}")
+        for name, description in names.items():
+            if not hasattr(module, name):
+                missing.append(f"{module_name}.{name}")
+                continue
+            ours = getattr(module, name)
+            missing += differences(f"{module_name}.{name}", ours, description["parameters"])
+            for method, parameters in description.get("methods", {}).items():
+                if method in LEFT_OUT:
+                    continue
+                where = f"{module_name}.{name}.{method}"
+                if not hasattr(ours, method):
+                    missing.append(where)
+                else:
+                    missing += differences(where, getattr(ours, method), parameters)
+    assert missing == []
+
+
+def differences(where: str, ours: Any, parameters: list[str] | None) -> list[str]:
+    if parameters is None or not callable(ours):
+        return []
+    mine = [name for name in inspect.signature(ours).parameters if name != "self"]
+    return [] if mine[: len(parameters)] == parameters else [f"{where}{parameters}: {mine}"]
+
+
+# --- messages ---
+
+
+@pytest.fixture(scope="session")
+def original_pb(original: Path) -> list[tuple[ModuleType, ModuleType]]:
+    """The original's generated modules, each with ours."""
+
+    def load(path: str) -> ModuleType:
+        file = original / "p2pclient" / path
+        spec = importlib.util.spec_from_file_location(f"original_{file.stem}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return [
+        (load("pb/p2pd_pb2.py"), p2pd_pb2),
+        (load("libp2p_stubs/crypto/pb/crypto_pb2.py"), crypto_pb2),
+    ]
+
+
+def test_messages_have_all_fields_and_values_of_the_originals(
+    original_pb: list[tuple[ModuleType, ModuleType]],
+) -> None:
+    for theirs, ours in original_pb:
+        assert theirs.DESCRIPTOR is not ours.DESCRIPTOR
+        for name, message in theirs.DESCRIPTOR.message_types_by_name.items():
+            fields = fields_of(getattr(ours, name).DESCRIPTOR)
+            for field_name, field in fields_of(message).items():
+                assert fields.pop(field_name) == field
+            # Programs written for the original do not set what it does not have.
+            assert REQUIRED not in [label for _, _, label, _ in fields.values()]
+            for enum in message.enum_types:
+                for value in enum.values:
+                    assert getattr(getattr(ours, name), value.name) == value.number
+                    assert getattr(getattr(ours, name), enum.name).Name(value.number) == value.name
+        for enum in theirs.DESCRIPTOR.enum_types_by_name.values():
+            assert getattr(ours, enum.name).items() == getattr(theirs, enum.name).items()
+            for value in enum.values:
+                assert getattr(ours, value.name) == value.number
+
+
+def fields_of(descriptor: Descriptor) -> dict[str, tuple[int, int, int, str]]:
+    message = DescriptorProto()
+    descriptor.CopyToProto(message)
+    return {
+        field.name: (field.number, field.type, field.label, field.type_name.rpartition(".")[2])
+        for field in message.field
+    }
+
+
+def test_messages_read_and_write_what_the_originals_do(
+    original_pb: list[tuple[ModuleType, ModuleType]],
+) -> None:
+    for theirs, ours in original_pb:
+        for name in theirs.DESCRIPTOR.message_types_by_name:
+            filled = fill(getattr(theirs, name)()).SerializeToString()
+            own = getattr(ours, name).FromString(filled)
+            assert own.SerializeToString() == filled
+            assert own == fill(getattr(ours, name)(), only=getattr(theirs, name).DESCRIPTOR)
+
+
+def fill(message: Message, only: Descriptor | None = None) -> Message:
+    """Sets every field (that another descriptor has) to something."""
+    samples: dict[int, Any] = {
+        FieldDescriptor.TYPE_STRING: "text",
+        FieldDescriptor.TYPE_BYTES: b"\x00\xff",
+        FieldDescriptor.TYPE_INT64: -(2**40),
+        FieldDescriptor.TYPE_INT32: 7,
+    }
+    for field in message.DESCRIPTOR.fields:
+        counterpart = only.fields_by_name.get(field.name) if only else field
+        if counterpart is None:
+            continue
+        value = getattr(message, field.name)
+        repeated = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if field.message_type:
+            fill(value.add() if repeated else value, counterpart.message_type)
+            continue
+        enum = counterpart.enum_type
+        sample = enum.values[-1].number if enum else samples[field.type]
+        if repeated:
+            value.extend([sample, sample])
+        else:
+            setattr(message, field.name, sample)
+    return message
+
+
+def test_a_required_field_that_is_not_set_is_an_error() -> None:
+    with pytest.raises(EncodeError):
+        p2pd_pb2.StreamInfo(peer=b"1").SerializeToString()
+
+
+def test_field_9_of_a_request_is_the_peerstore() -> None:
+    request = p2pd_pb2.Request(
+        type=p2pd_pb2.Request.PEERSTORE,
+        peerStore=p2pd_pb2.PeerstoreRequest(type=p2pd_pb2.PeerstoreRequest.GET_PROTOCOLS, id=b"1"),
+    )
+    assert request.SerializeToString() == b"\x08\x09\x4a\x05\x08\x01\x12\x011"
+
+
+def test_messages_pickle() -> None:
+    key = crypto_pb2.PublicKey(key_type=crypto_pb2.Ed25519, data=b"k")
+    assert pickle.loads(pickle.dumps(type(key))) is type(key)
+
+
+# --- data structures ---
+
+
+def test_peer_info_is_a_mutable_value_with_a_list() -> None:
+    addr = Multiaddr("/ip4/127.0.0.1/tcp/1")
+    message = p2pd_pb2.PeerInfo(id=PEER_ID.to_bytes(), addrs=[addr.to_bytes()])
+    info = PeerInfo.from_pb(message)
+    assert type(info) is PeerInfoLibP2P
+    assert info == PeerInfo(PEER_ID, (addr,)) != PeerInfo(PEER_ID, [])
+    info.addrs.append(addr)
+    assert info.addrs == [addr, addr]
+
+
+def test_stream_info_is_what_its_message_says() -> None:
+    info = StreamInfo(PEER_ID, Multiaddr("/unix/a/b"), "p")
+    assert (
+        info.to_pb().SerializeToString()
+        == StreamInfo.from_pb(info.to_pb()).to_pb().SerializeToString()
+    )
+    assert repr(info) == f"<StreamInfo peer_id={PEER_ID} addr=/unix/a/b proto=p>"
+
+
+@pytest.mark.parametrize(
+    ("addr", "addrs"),
+    [
+        (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER_ID}", ["/ip4/1.2.3.4/tcp/5"]),
+        (f"/p2p/{PEER_ID}", [f"/p2p/{PEER_ID}"]),
+    ],
+)
+def test_a_p2p_address_is_a_peer_with_the_rest_as_its_address(addr: str, addrs: list[str]) -> None:
+    info = info_from_p2p_addr(Multiaddr(addr))
+    assert (info.peer_id, [str(a) for a in info.addrs]) == (PEER_ID, addrs)
+
+
+@pytest.mark.parametrize("addr", [None, Multiaddr("/ip4/1.2.3.4/tcp/5")])
+def test_an_address_that_names_no_peer_is_an_error(addr: Multiaddr | None) -> None:
+    with pytest.raises(InvalidAddrError, match="/p2p/"):
+        info_from_p2p_addr(addr)
+
+
+def test_rsa_keys_sign_serialise_and_give_ids() -> None:
+    pair = create_new_key_pair(1024)
+    signature = pair.private_key.sign(b"data")
+    assert pair.public_key.verify(b"data", signature)
+    assert not pair.public_key.verify(b"other", signature)
+
+    serialized = pair.public_key.serialize()
+    message = PublicKey.deserialize_from_protobuf(serialized)
+    assert message.key_type == KeyType.RSA.value == crypto_pb2.RSA
+    assert RSAPublicKey.from_bytes(message.data) == pair.public_key
+    assert PrivateKey.deserialize_from_protobuf(pair.private_key.serialize()).data == (
+        pair.private_key.to_bytes()
+    )
+    assert ID.from_pubkey(pair.public_key).to_bytes() == (
+        b"\x12\x20" + hashlib.sha256(serialized).digest()
+    )
+
+
+# --- addresses ---
+
+
+def test_a_connector_and_a_client_have_the_ecosystems_addresses() -> None:
+    connector = DaemonConnector(Multiaddr("/ip4/127.0.0.1/tcp/1"))
+    assert isinstance(connector.control_maddr, Multiaddr)
+    assert connector.control_maddr == Multiaddr("/ip4/127.0.0.1/tcp/1")
+    control = ControlClient(connector, Multiaddr("/unix/a"))
+    assert isinstance(control.listen_maddr, Multiaddr)
+    assert control.listen_maddr == Multiaddr("/unix/a")
+
+
+def test_default_addresses_are_read_from_config_when_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "control_maddr_str", "/unix/c")
+    monkeypatch.setattr(config, "listen_maddr_str", "/unix/l")
+    control = ControlClient(DaemonConnector())
+    assert str(control.daemon_connector.control_maddr) == "/unix/c"
+    assert str(control.listen_maddr) == "/unix/l"
+
+
+def test_an_address_without_one_way_to_connect_is_refused() -> None:
+    assert (
+        parse_conn_protocol(Multiaddr("/ip6/::1/tcp/1")) == Multiaddr("/ip6/::").protocols()[0].code
+    )
+    for addr in (f"/p2p/{PEER_ID}", "/ip4/1.2.3.4/tcp/1/p2p-circuit/ip6/::1/tcp/2"):
+        with pytest.raises(ValueError, match="neither"):
+            parse_conn_protocol(Multiaddr(addr))
+
+
+# --- messages on streams ---
+
+
+class Pipe(io.BytesIO):
+    """As much of a stream as reading and writing messages needs."""
+
+    sent = 0
+
+    async def receive(self, max_bytes: int) -> bytes:
+        if not (data := self.read(min(max_bytes, 1000))):
+            raise anyio.EndOfStream
+        return data
+
+    async def send(self, item: bytes) -> None:
+        self.sent += 1
+        self.write(item)
+
+
+@pytest.mark.anyio
+async def test_a_message_is_sent_in_one_piece_and_read_back() -> None:
+    pipe = Pipe()
+    message = p2pd_pb2.PSMessage(data=b"x" * 5000)
+    await utils.write_pbmsg(pipe, message)
+    assert pipe.sent == 1
+    pipe.write(b"rest")
+    pipe.seek(0)
+    received = p2pd_pb2.PSMessage()
+    await utils.read_pbmsg_safe(pipe, received)
+    assert received == message
+    assert pipe.read() == b"rest"
+
+
+@pytest.mark.anyio
+async def test_a_message_longer_than_allowed_is_refused_unread() -> None:
+    pipe = Pipe(b"\xff\xff\xff\xff\x0f" + b"x" * 10)
+    with pytest.raises(ValueError, match="4294967295 bytes"):
+        await utils.read_pbmsg_safe(pipe, p2pd_pb2.Response())
+    assert pipe.tell() == 5
+
+
+@pytest.mark.anyio
+async def test_an_end_within_a_message_is_an_incomplete_read() -> None:
+    for data in (b"", b"\x80", b"\x05abc"):
+        with pytest.raises(anyio.IncompleteRead):
+            await utils.read_pbmsg_safe(Pipe(data), p2pd_pb2.Response())
+
+
+@pytest.mark.anyio
+async def test_a_varint_that_never_ends_is_refused() -> None:
+    pipe = Pipe(b"\x80" * 100)
+    with pytest.raises(ValueError, match="64 bits"):
+        await serialization.read_unsigned_varint(pipe)
+    assert pipe.tell() <= 10
+
+
+def test_an_error_answer_raises_with_the_daemons_words() -> None:
+    response = p2pd_pb2.Response(
+        type=p2pd_pb2.Response.ERROR, error=p2pd_pb2.ErrorResponse(msg="no such peer")
+    )
+    with pytest.raises(p2pclient_rs.p2pclient.ControlFailure, match="no such peer") as raised:
+        utils.raise_if_failed(response)
+    assert isinstance(raised.value, p2pclient_rs.exceptions.DaemonRefused)
+    response.type = p2pd_pb2.Response.OK
+    utils.raise_if_failed(response)
