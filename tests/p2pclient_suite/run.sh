@@ -1,0 +1,38 @@
+#!/bin/sh
+# Runs p2pclient 0.3.0's own test suite, unmodified, with p2pclient_rs in p2pclient's place.
+#
+#   run.sh [--incumbent] [PYTEST_ARGS ...]
+#
+# --incumbent runs it on the original p2pclient instead. Of the environment it uses
+#   PYTHON     an interpreter that has p2pclient-rs[p2pclient], trio and pytest (python3)
+#   P2PD_PATH  the daemon to test on (p2pd on PATH)
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+sdist=$("$python" "$here/sdist.py")
+tar -xzf "$sdist" -C "$work"
+mv "$work/p2pclient-0.3.0/tests" "$work/tests"
+cp "$here/suite_conftest.py" "$work/tests/conftest.py"
+
+for argument; do
+    if [ "$argument" = --incumbent ]; then
+        # The package alone, off every path but this run's: p2pclient_rs[p2pclient] brings the rest.
+        mkdir "$work/incumbent"
+        mv "$work/p2pclient-0.3.0/p2pclient" "$work/incumbent/"
+        export PYTHONPATH="$work/incumbent"
+    fi
+done
+rm -rf "$work/p2pclient-0.3.0"
+
+if [ -n "${P2PD_PATH:-}" ]; then
+    mkdir "$work/bin"
+    ln -s "$P2PD_PATH" "$work/bin/p2pd"
+    export PATH="$work/bin:$PATH"
+fi
+
+cd "$work"
+"$python" -m pytest -c /dev/null --rootdir "$work" -p no:cacheprovider tests "$@"
