@@ -199,23 +199,8 @@ class Daemon:
                 `start_timeout` seconds. No process and no file is left.
             RuntimeError: It is running.
         """
-        if self._process is not None and not self._process.ended:
-            raise RuntimeError("the daemon has been started already")
-        binary = _find_binary(self._binary)
-        control, directory = self._wanted_control, _make_private_directory()
-        if control is None:
-            control = Multiaddr(f"/unix{directory}/control.sock")
+        process = self._launch()
         try:
-            control = _with_free_port(control)
-            self._command = [str(binary), *self._options.arguments(binary, str(control))]
-        except BaseException:
-            os.rmdir(directory)
-            raise
-        self._control_maddr, self._identity = control, None
-        process = self._process = _Process(directory, _socket_file(control))
-        self._finalizer = weakref.finalize(self, _abandoned, process)
-        try:
-            self._spawn(process)
             await self._become_ready(process)
         finally:
             if self._identity is None:
@@ -306,6 +291,30 @@ class Daemon:
         if self._identity is None:
             raise RuntimeError("the daemon has not been started")
         return self._identity
+
+    def _launch(self) -> _Process:
+        """Runs the daemon, without waiting for it."""
+        if self._process is not None and not self._process.ended:
+            raise RuntimeError("the daemon has been started already")
+        binary = _find_binary(self._binary)
+        control, directory = self._wanted_control, _make_private_directory()
+        if control is None:
+            control = Multiaddr(f"/unix{directory}/control.sock")
+        try:
+            control = _with_free_port(control)
+            self._command = [str(binary), *self._options.arguments(binary, str(control))]
+        except BaseException:
+            os.rmdir(directory)
+            raise
+        self._control_maddr, self._identity = control, None
+        process = self._process = _Process(directory, _socket_file(control))
+        self._finalizer = weakref.finalize(self, _abandoned, process)
+        try:
+            self._spawn(process)
+        except BaseException:
+            self._end(process)
+            raise
+        return process
 
     def _spawn(self, process: _Process) -> None:
         try:
