@@ -101,7 +101,7 @@ def _read_script(path: str) -> CodeType:
     absolute = os.path.join(os.getcwd(), path)
     try:
         with io.open_code(absolute) as file:
-            compiled = pkgutil.read_code(file)  # type: ignore[attr-defined]
+            compiled = pkgutil.read_code(file)
             if isinstance(compiled, CodeType):
                 return compiled
             file.seek(0)

@@ -484,3 +484,8 @@ def diagnose_daemon(output: str, returncode: int | None, arguments: list[str]) -
 
 def excerpt_daemon_output(output: str, limit: int) -> list[str]:
     """The last lines of a daemon's output, without the list of flags that follows a wrong one."""
+
+# --- schema ---
+
+def p2pd_descriptors() -> bytes:
+    """The descriptors of ``proto/``, as a serialised ``FileDescriptorSet``."""

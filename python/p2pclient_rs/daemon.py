@@ -388,7 +388,7 @@ class _Process:
         self.directory = directory
         self.ended = False
         self._owner = os.getpid()
-        self._log = os.path.join(directory, "log")
+        self.log = os.path.join(directory, "log")
         self._last_output: str | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
         self._reaped = False
@@ -419,7 +419,7 @@ class _Process:
 
     def spawn(self, command: list[str]) -> None:
         """Runs the daemon. Raises OSError if it cannot be executed."""
-        with open(self._log, "xb") as log:
+        with open(self.log, "xb") as log:
             self._daemon = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -436,6 +436,13 @@ class _Process:
     def owned(self) -> bool:
         """Whether this is the process that started the daemon."""
         return self._owner == os.getpid()
+
+    @property
+    def popen(self) -> subprocess.Popen[bytes]:
+        """The process itself. Raises RuntimeError before it was spawned."""
+        if self._daemon is None:
+            raise RuntimeError("the daemon has not been started")
+        return self._daemon
 
     @property
     def pid(self) -> int | None:
@@ -472,7 +479,7 @@ class _Process:
         if self._last_output is not None:
             return self._last_output
         try:
-            with open(self._log, "rb") as log:
+            with open(self.log, "rb") as log:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - _OUTPUT_LIMIT))
                 return log.read(_OUTPUT_LIMIT).decode(errors="replace")
         except FileNotFoundError:

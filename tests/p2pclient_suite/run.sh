@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-sdist=$("$python" "$here/sdist.py")
+sdist=$("$python" "$here/../get_p2pclient.py")
 tar -xzf "$sdist" -C "$work"
 mv "$work/p2pclient-0.3.0/tests" "$work/tests"
 cp "$here/suite_conftest.py" "$work/tests/conftest.py"

@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    import p2pclient  # type: ignore[import-not-found]
+    import p2pclient
 
     executable = _EXECUTABLES[config.getoption("daemon")]
     return f"p2pclient: {p2pclient.__file__}\ndaemon: {shutil.which(executable)}"

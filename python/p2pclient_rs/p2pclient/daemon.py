@@ -1,35 +1,33 @@
-"""Daemons as child processes, each with a client: for tests of programs that use p2pclient.
+"""Daemons that run from their constructor on, each with a client: for the tests of programs.
 
-`p2pclient_rs.Daemon` is the class for everything else.
+`p2pclient_rs.Daemon`, on which these rest, is the class for everything else.
 """
 
 from __future__ import annotations
 
-import abc
-import os
+import signal
 import subprocess
 import tempfile
 import time
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import anyio
 from multiaddr import Multiaddr
 
-from p2pclient_rs.exceptions import DaemonStartError, DaemonUnreachable
+from p2pclient_rs import daemon
 from p2pclient_rs.p2pclient.p2pclient import Client
 from p2pclient_rs.p2pclient.utils import get_unused_tcp_port
 
 __all__ = [
+    "TIMEOUT_DURATION",
     "Client",
     "Daemon",
     "DaemonTuple",
     "GoDaemon",
     "JsDaemon",
-    "TIMEOUT_DURATION",
     "get_unused_tcp_port",
     "make_p2pd_pair",
     "make_p2pd_pair_ip4",
@@ -38,10 +36,6 @@ __all__ = [
 ]
 
 TIMEOUT_DURATION = 30  # seconds
-
-_EXIT_SECONDS = 5.0
-_POLL_SECONDS = 0.01
-_LOG_LINES = 20
 
 
 async def try_until_success(
@@ -60,31 +54,25 @@ async def try_until_success(
     while not await coro_func():
         if time.monotonic() >= deadline:
             raise AssertionError(f"{coro_func} still failed after {timeout} seconds")
-        await anyio.sleep(_POLL_SECONDS)
+        await anyio.sleep(0.01)
 
 
-class Daemon(abc.ABC):
+class Daemon(daemon.Daemon):
     """A daemon that runs from the moment the object is made until `close`.
 
     Args:
-        daemon_executable: The binary, by name or path.
-        control_maddr: Where it is to listen for clients.
+        daemon_executable: The binary, by path or name. Plain ``p2pd`` is searched for as
+            `p2pclient_rs.Daemon` does. With the name ``jsp2pd`` it is the JavaScript daemon.
+        control_maddr: Where it is to serve the control protocol.
         enable_control: Does nothing: there is no daemon without.
-        enable_connmgr: Whether it limits its connections: to 1 after 2 have been reached.
+        enable_connmgr: Whether it closes connections down to 1 when there are over 2.
         enable_dht: Whether it serves the DHT.
         enable_pubsub: Whether it speaks gossipsub.
 
-    Attributes:
-        proc_daemon: The process.
-        log_filename: The file that has its output, for as long as this object lives.
-        is_closed: Whether `close` was called.
+    Raises:
+        DaemonNotFound: There is no such binary.
+        DaemonStartError: It cannot be run.
     """
-
-    control_maddr: Multiaddr
-    proc_daemon: subprocess.Popen[bytes]
-    log_filename: str = ""
-    f_log: BinaryIO | None = None
-    is_closed: bool
 
     def __init__(
         self,
@@ -95,36 +83,41 @@ class Daemon(abc.ABC):
         enable_dht: bool,
         enable_pubsub: bool,
     ) -> None:
+        super().__init__(
+            None if daemon_executable == "p2pd" else daemon_executable,
+            control_maddr=str(control_maddr),
+            connmgr=enable_connmgr and (1, 2, 0),
+            dht="server" if enable_dht else False,
+            pubsub="gossipsub" if enable_pubsub else False,
+            start_timeout=TIMEOUT_DURATION,
+        )
         self.daemon_executable = daemon_executable
-        self.control_maddr = control_maddr
         self.enable_control = enable_control
         self.enable_connmgr = enable_connmgr
         self.enable_dht = enable_dht
         self.enable_pubsub = enable_pubsub
-        self.is_closed = False
-        self._start_logging()
-        self._run(daemon_executable)
+        self._ecosystem_maddr = control_maddr
+        self._running = self._launch()
 
-    def _start_logging(self) -> None:
-        fd, self.log_filename = tempfile.mkstemp(prefix="log_p2pd_", suffix=".txt")
-        self.f_log = open(fd, "wb")
-        weakref.finalize(self, Path(self.log_filename).unlink, missing_ok=True)
+    @property
+    def control_maddr(self) -> Multiaddr:
+        """Where it serves the control protocol."""
+        return self._ecosystem_maddr
 
-    @abc.abstractmethod
-    def _make_command_line_options(self) -> list[str]:
-        """The arguments that make the daemon what the constructor's said."""
+    @property
+    def proc_daemon(self) -> subprocess.Popen[bytes]:
+        """The process."""
+        return self._running.popen
 
-    @abc.abstractmethod
-    def _terminate(self) -> None:
-        """Tells the process to end."""
+    @property
+    def log_filename(self) -> str:
+        """The file with its output. It goes with `close`; ``logs`` has it then, too."""
+        return self._running.log
 
-    def _run(self, daemon_executable: str) -> None:
-        self.proc_daemon = subprocess.Popen(
-            [daemon_executable, *self._make_command_line_options()],
-            stdin=subprocess.DEVNULL,
-            stdout=self.f_log,
-            stderr=self.f_log,
-        )
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._running.ended
 
     async def wait_until_ready(self) -> None:
         """Waits until the daemon answers on its control socket.
@@ -132,74 +125,24 @@ class Daemon(abc.ABC):
         Raises:
             DaemonStartError: It ended, or did not answer within `TIMEOUT_DURATION`.
         """
-        client = Client(self.control_maddr)
-        with anyio.move_on_after(TIMEOUT_DURATION):
-            while self.proc_daemon.poll() is None:
-                try:
-                    await client.identify()
-                except DaemonUnreachable:
-                    await anyio.sleep(_POLL_SECONDS)
-                else:
-                    await client.close()
-                    return
-        returncode = self.proc_daemon.poll()
-        raise DaemonStartError(
-            f"no answer from the daemon in {TIMEOUT_DURATION} seconds"
-            if returncode is None
-            else f"the daemon ended with status {returncode}",
-            command=[self.daemon_executable, *self._make_command_line_options()],
-            returncode=returncode,
-            logs=Path(self.log_filename).read_text(errors="replace").splitlines()[-_LOG_LINES:],
-        )
+        await self._become_ready(self._running)
 
     def close(self) -> None:
-        """Ends the daemon and waits for that. Once is enough; more does nothing."""
+        """Stops the daemon, waits until it has ended, and removes its files."""
         if self.is_closed:
             return
-        self._terminate()
-        try:
-            self.proc_daemon.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.proc_daemon.kill()
-            self.proc_daemon.wait()
-        if self.f_log is not None:
-            self.f_log.close()
-        self.is_closed = True
+        self._running.send(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.proc_daemon.wait(self._stop_timeout)
+        self._end(self._running)
 
 
 class GoDaemon(Daemon):
-    """The Go daemon, p2pd, or one with its options."""
-
-    def _make_command_line_options(self) -> list[str]:
-        options = [f"-listen={self.control_maddr}", "-hostAddrs=/ip4/127.0.0.1/tcp/0"]
-        if self.enable_connmgr:
-            options += ["-connManager=true", "-connLo=1", "-connHi=2", "-connGrace=0"]
-        if self.enable_dht:
-            options += ["-dhtServer=true"]
-        if self.enable_pubsub:
-            options += ["-pubsub=true", "-pubsubRouter=gossipsub"]
-        return options
-
-    def _terminate(self) -> None:
-        self.proc_daemon.terminate()
+    """The Go daemon, p2pd."""
 
 
 class JsDaemon(Daemon):
     """The JavaScript daemon, jsp2pd."""
-
-    def _make_command_line_options(self) -> list[str]:
-        options = [f"--listen={self.control_maddr}"]
-        if self.enable_connmgr:
-            options += ["--connManager=true", "--connLo=1", "--connHi=2", "--connGrace=0"]
-        if self.enable_dht:
-            options += ["--dht=true"]
-        if self.enable_pubsub:
-            options += ["--pubsub=true", "--pubsubRouter=gossipsub"]
-        return options
-
-    def _terminate(self) -> None:
-        # Told to terminate, it may stay for as long as it has connections.
-        self.proc_daemon.kill()
 
 
 class DaemonTuple(NamedTuple):
@@ -218,7 +161,7 @@ async def make_p2pd_pair_unix(
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
     """`make_p2pd_pair` on unix sockets, in a private directory."""
-    with tempfile.TemporaryDirectory(prefix="p2pclient-") as directory:
+    with tempfile.TemporaryDirectory(prefix="p2pd-") as directory:
         async with make_p2pd_pair(
             daemon_executable=daemon_executable,
             control_maddr=Multiaddr(f"/unix{directory}/control.sock"),
@@ -265,18 +208,17 @@ async def make_p2pd_pair(
     """Starts a daemon and a client of it that listens; both end with the context.
 
     Args:
-        daemon_executable: The binary: the Go daemon if it is called ``p2pd``, else the JavaScript
-            one.
-        control_maddr: Where the daemon is to listen for clients.
-        listen_maddr: Where the client is to listen for inbound streams.
+        daemon_executable: The binary, as for `Daemon`.
+        control_maddr: Where the daemon is to serve the control protocol.
+        listen_maddr: Where the client is to take inbound streams.
         enable_control, enable_connmgr, enable_dht, enable_pubsub: As for `Daemon`.
 
     Raises:
-        OSError: The binary cannot be run.
+        DaemonNotFound: There is no such binary.
         DaemonStartError: The daemon ended, or did not answer within `TIMEOUT_DURATION`.
     """
-    daemon_class = GoDaemon if os.path.basename(daemon_executable) == "p2pd" else JsDaemon
-    daemon = daemon_class(
+    is_js = Path(daemon_executable).name == "jsp2pd"
+    p2pd = (JsDaemon if is_js else GoDaemon)(
         daemon_executable=daemon_executable,
         control_maddr=control_maddr,
         enable_control=enable_control,
@@ -285,13 +227,10 @@ async def make_p2pd_pair(
         enable_pubsub=enable_pubsub,
     )
     try:
-        await daemon.wait_until_ready()
+        await p2pd.wait_until_ready()
         client = Client(control_maddr=control_maddr, listen_maddr=listen_maddr)
         async with client.listen():
-            try:
-                yield DaemonTuple(daemon=daemon, client=client)
-            finally:
-                # Before the listener ends, so that handlers see their streams end.
-                daemon.close()
+            yield DaemonTuple(daemon=p2pd, client=client)
+        await client.close()
     finally:
-        daemon.close()
+        p2pd.close()
