@@ -28,6 +28,9 @@ HIGH_WATER = 64 * 1024
 #: … until no more than this is.
 LOW_WATER = 16 * 1024
 
+#: How long the end of a subscription may take, in seconds.
+_UNSUBSCRIBE_TIMEOUT = 1.0
+
 
 class IncompleteRead(asyncio.IncompleteReadError, anyio.IncompleteRead):
     """The stream ended within what was to be read, under asyncio's and anyio's names.
@@ -420,6 +423,30 @@ class Subscription(Stream):
     """
 
     _max_message_size = (4 << 20) + (64 << 10)
+
+    async def aclose(self) -> None:
+        """Unsubscribes: after it, the daemon no longer names the topic among its own.
+
+        It waits for that for up to a second; cancelled, or while another task receives, it closes
+        at once.
+        """
+        if not self._raw.closed and not self._reading and os.getpid() == self._pid:
+            with anyio.move_on_after(_UNSUBSCRIBE_TIMEOUT):
+                try:
+                    await self.send_eof()
+                    # The daemon ends its side once it has unsubscribed.
+                    while await self.read(65536):
+                        pass
+                except (
+                    anyio.BrokenResourceError,
+                    anyio.ClosedResourceError,
+                    anyio.BusyResourceError,
+                ):
+                    pass
+                except BaseException:
+                    self._close()
+                    raise
+        await super().aclose()
 
     async def receive_message(self) -> PubsubMessage:
         """The next message.
