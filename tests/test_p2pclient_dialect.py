@@ -10,10 +10,13 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,8 +30,17 @@ from google.protobuf.message import EncodeError, Message
 from multiaddr import Multiaddr, protocols
 
 import p2pclient_rs
-from p2pclient_rs.p2pclient import config, serialization, utils
+from p2pclient_rs import Stream
+from p2pclient_rs.exceptions import ConnectionLost, DaemonStartError
+from p2pclient_rs.p2pclient import Client, ControlFailure, config, serialization, utils
 from p2pclient_rs.p2pclient.control import ControlClient, DaemonConnector, parse_conn_protocol
+from p2pclient_rs.p2pclient.daemon import (
+    GoDaemon,
+    JsDaemon,
+    make_p2pd_pair_ip4,
+    make_p2pd_pair_unix,
+    try_until_success,
+)
 from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
 from p2pclient_rs.p2pclient.libp2p_stubs.crypto.keys import KeyType, PrivateKey, PublicKey
 from p2pclient_rs.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
@@ -382,3 +394,177 @@ def test_an_error_answer_raises_with_the_daemons_words() -> None:
     assert isinstance(raised.value, p2pclient_rs.exceptions.DaemonRefused)
     response.type = p2pd_pb2.Response.OK
     utils.raise_if_failed(response)
+
+
+# --- on a real daemon ---
+
+
+@asynccontextmanager
+async def two_clients() -> AsyncIterator[tuple[Client, Client]]:
+    """Two listening clients of two connected daemons, with everything switched on."""
+    async with (
+        make_p2pd_pair_unix("p2pd", True, False, True, True) as alice,
+        make_p2pd_pair_ip4("p2pd", True, False, True, True) as bob,
+    ):
+        await alice.client.connect(*await bob.client.identify())
+        yield alice.client, bob.client
+
+
+@pytest.mark.anyio
+async def test_answers_have_the_types_that_p2pclients_have() -> None:
+    async with two_clients() as (alice, bob):
+        identity = await bob.identify()
+        assert type(identity) is tuple
+        bob_id, addrs = identity
+        assert type(addrs) is tuple
+        assert {type(addr) for addr in addrs} == {Multiaddr}
+
+        (peer,) = await alice.list_peers()
+        assert type(peer) is PeerInfoLibP2P
+        assert peer.peer_id == bob_id
+        assert set(peer.addrs) <= set(addrs)
+
+        async def handler(info: StreamInfo, stream: Stream) -> None:
+            await stream.send(repr((type(info), type(info.addr), info.peer_id)).encode())
+            await stream.aclose()
+
+        await bob.stream_handler("p", handler)
+        assert bob.control.handlers == {"p": handler}
+        info, stream = await alice.stream_open(bob_id, ("p",))
+        assert type(info) is StreamInfo
+        assert (info.peer_id, info.proto) == (bob_id, "p")
+        assert info.addr in addrs
+        alice_id, _ = await alice.identify()
+        assert (await stream.read()).decode() == repr((StreamInfo, Multiaddr, alice_id))
+        await stream.aclose()
+
+        key = await alice.dht_get_public_key(bob_id)
+        assert isinstance(key, crypto_pb2.PublicKey)
+        assert ID.from_pubkey(key.SerializeToString()) == bob_id
+
+        async def is_found() -> bool:
+            try:
+                found = await alice.dht_find_peer(bob_id)
+            except ControlFailure:
+                return False
+            return type(found) is PeerInfoLibP2P and found.peer_id == bob_id
+
+        await try_until_success(is_found)
+
+
+@pytest.mark.anyio
+async def test_a_program_may_speak_the_protocol_itself() -> None:
+    async with make_p2pd_pair_ip4("p2pd", True, False, False, True) as (_, client):
+        stream = await client.control.daemon_connector.open_connection()
+        await utils.write_pbmsg(stream, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        response = p2pd_pb2.Response()
+        await utils.read_pbmsg_safe(stream, response)
+        peer_id, _ = await client.identify()
+        assert response.identify.id == peer_id.to_bytes()
+        await stream.aclose()
+
+        subscription = await client.pubsub_subscribe("topic")
+        await client.pubsub_publish("topic", b"data")
+        message = p2pd_pb2.PSMessage()
+        await utils.read_pbmsg_safe(subscription, message)
+        assert (message.data, getattr(message, "from")) == (b"data", peer_id.to_bytes())
+        await subscription.aclose()
+        assert await client.pubsub_get_topics() == ()
+
+
+@pytest.mark.anyio
+async def test_a_client_can_be_used_after_close_and_listen_again() -> None:
+    async with make_p2pd_pair_unix("p2pd", True, False, False, False) as (_, client):
+        identity = await client.identify()
+        await client.close()
+        assert await client.identify() == identity
+        other = Client(
+            client.control.daemon_connector.control_maddr, Multiaddr("/ip4/127.0.0.1/tcp/0")
+        )
+        for _ in range(2):
+            async with other.listen() as listening:
+                assert listening is other
+                with pytest.raises(ControlFailure, match="already"):
+                    async with other.control.listen():
+                        pass
+        assert await other.identify() == identity
+        await other.close()
+
+
+def test_a_client_can_be_used_in_one_event_loop_after_another() -> None:
+    async def identify_and_close() -> object:
+        try:
+            return await client.identify()
+        finally:
+            await client.close()
+
+    with tempfile.TemporaryDirectory() as directory:
+        p2pd = GoDaemon("p2pd", Multiaddr(f"/unix{directory}/p2pd"), True, False, False, False)
+        try:
+            anyio.run(p2pd.wait_until_ready)
+            client = Client(p2pd.control_maddr)
+            first = anyio.run(identify_and_close)
+            assert anyio.run(identify_and_close, backend="trio") == first
+            assert anyio.run(client.identify) == first
+            assert anyio.run(identify_and_close) == first
+        finally:
+            p2pd.close()
+
+
+@pytest.mark.anyio
+async def test_handlers_that_the_daemon_cannot_take_back_are_there_for_the_next_listen() -> None:
+    class Upstream(DaemonConnector):
+        async def request(self, name: str, *args: Any, **kwargs: Any) -> Any:
+            if name == "REMOVE_STREAM_HANDLER":
+                raise ConnectionLost("as the Go daemon answers a request it does not know")
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        raise AssertionError("not called")
+
+    control = ControlClient(Upstream(), Multiaddr("/ip4/127.0.0.1/tcp/0"))
+    async with control.listen():
+        await control.stream_handler("p", handler)
+    assert control.handlers == {"p": handler}
+
+
+@pytest.mark.anyio
+async def test_a_daemon_runs_from_its_constructor_until_close(tmp_path: Path) -> None:
+    p2pd = GoDaemon("p2pd", Multiaddr(f"/unix{tmp_path}/p2pd"), True, True, False, False)
+    try:
+        assert p2pd.control_maddr == Multiaddr(f"/unix{tmp_path}/p2pd")
+        assert p2pd.proc_daemon.poll() is None
+        await p2pd.wait_until_ready()
+        assert "Peer ID:" in Path(p2pd.log_filename).read_text()
+        assert not p2pd.is_closed
+    finally:
+        p2pd.close()
+    assert p2pd.is_closed
+    assert p2pd.proc_daemon.returncode is not None
+    p2pd.close()
+
+
+@pytest.mark.anyio
+async def test_a_daemon_that_ends_is_not_waited_for() -> None:
+    addr = Multiaddr("/ip4/127.0.0.1/tcp/1")
+    p2pd = GoDaemon(shutil.which("false") or "", addr, True, False, False, False)
+    with pytest.raises(DaemonStartError, match="exited with status 1"):
+        await p2pd.wait_until_ready()
+    p2pd.close()
+    with pytest.raises(FileNotFoundError):
+        JsDaemon("/nowhere/jsp2pd", addr, True, False, False, False)
+
+
+@pytest.mark.anyio
+async def test_trying_until_success_ends_with_it_or_with_the_time() -> None:
+    answers = iter([False, False, True])
+
+    async def answer() -> bool:
+        return next(answers)
+
+    async def never() -> bool:
+        return False
+
+    await try_until_success(answer)
+    assert list(answers) == []
+    with pytest.raises(AssertionError, match=r"still failed after 0\.05 seconds"):
+        await try_until_success(never, timeout=0.05)

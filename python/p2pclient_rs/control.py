@@ -308,17 +308,17 @@ class ControlClient:
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
-        handlers, self.handlers = self.handlers, {}
         with anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True):
-            for proto in handlers:
+            for proto in list(self.handlers):
                 try:
                     await self._unregister(proto, None)
-                except NotSupported:
-                    break
-                except DaemonRefused:
-                    continue
+                except DaemonRefused as error:
+                    if isinstance(error, NotSupported):
+                        # The daemon goes on offering the protocol: for the next listen() to serve.
+                        break
                 except ControlFailure:
                     break
+                del self.handlers[proto]
 
 
 @asynccontextmanager

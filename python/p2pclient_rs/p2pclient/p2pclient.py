@@ -1,5 +1,8 @@
 """The client: every request of the protocol, and the listener for inbound streams."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from multiaddr import Multiaddr
 
 from p2pclient_rs import client
@@ -9,7 +12,9 @@ from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
 from p2pclient_rs.p2pclient.dht import DHTClient
 from p2pclient_rs.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2 as crypto_pb
 from p2pclient_rs.p2pclient.libp2p_stubs.peer.id import ID
+from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.p2pclient.pubsub import PubSubClient
+from p2pclient_rs.streams import Stream
 
 __all__ = [
     "ID",
@@ -44,3 +49,34 @@ class Client(client.Client):
         self.connmgr = ConnectionManagerClient(connector)
         self.dht = DHTClient(connector)
         self.pubsub = PubSubClient(connector)
+
+    if TYPE_CHECKING:
+        # The connector's types say what these return.
+
+        async def identify(  # type: ignore[override]
+            self, *, timeout: float | None = None
+        ) -> tuple[ID, tuple[Multiaddr, ...]]: ...
+
+        async def list_peers(  # type: ignore[override]
+            self, *, timeout: float | None = None
+        ) -> tuple[PeerInfoLibP2P, ...]: ...
+
+        async def stream_open(  # type: ignore[override]
+            self, peer_id: ID, protocols: Sequence[str], *, timeout: float | None = None
+        ) -> tuple[StreamInfo, Stream]: ...
+
+        async def dht_find_peer(  # type: ignore[override]
+            self, peer_id: ID, *, timeout: float | None = None
+        ) -> PeerInfoLibP2P: ...
+
+        async def dht_find_peers_connected_to_peer(  # type: ignore[override]
+            self, peer_id: ID, *, timeout: float | None = None
+        ) -> tuple[PeerInfoLibP2P, ...]: ...
+
+        async def dht_find_providers(  # type: ignore[override]
+            self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
+        ) -> tuple[PeerInfoLibP2P, ...]: ...
+
+        async def dht_get_public_key(  # type: ignore[override]
+            self, peer_id: ID, *, timeout: float | None = None
+        ) -> crypto_pb.PublicKey: ...
