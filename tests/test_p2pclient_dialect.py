@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -225,6 +226,23 @@ def fill(message: Message, only: Any = None) -> Message:
         else:
             setattr(message, field.name, sample)
     return message
+
+
+@pytest.mark.parametrize("module", [p2pd_pb2, crypto_pb2])
+def test_the_stubs_name_what_the_modules_have(module: ModuleType) -> None:
+    def names(body: list[ast.stmt]) -> set[str]:
+        classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
+        targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
+        return classes | {target.id for target in targets if isinstance(target, ast.Name)}
+
+    stub = ast.parse(Path(str(module.__file__)).with_suffix(".pyi").read_text()).body
+    public = {name for name in vars(module) if name[0] != "_"}
+    assert names(stub) - {"_Message"} == public
+    for node in stub:
+        if isinstance(node, ast.ClassDef) and node.name in public:
+            message = getattr(module, node.name)
+            values = {v.name for enum in message.DESCRIPTOR.enum_types for v in enum.values}
+            assert values <= names(node.body), node.name
 
 
 def test_a_required_field_that_is_not_set_is_an_error() -> None:
