@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -32,6 +32,8 @@ from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
 
 pytestmark = pytest.mark.anyio
 
+Backend: TypeAlias = tuple[str, dict[str, Any]]
+
 UNREACHABLE = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 
@@ -39,8 +41,9 @@ UNREACHABLE = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7D
     params=[("asyncio", {}), ("asyncio", {"use_uvloop": True}), ("trio", {})],
     ids=["asyncio", "uvloop", "trio"],
 )
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    backend: Backend = request.param
+    return backend
 
 
 @pytest.fixture(scope="session")
@@ -592,9 +595,12 @@ async def test_a_daemon_that_dies_is_noticed_and_cleared_up(
 ) -> None:
     told: list[int] = []
     tell = _Process._tell_janitor
-    monkeypatch.setattr(
-        _Process, "_tell_janitor", lambda self, group: (told.append(group), tell(self, group))
-    )
+
+    def record(process: _Process, group: int) -> None:
+        told.append(group)
+        tell(process, group)
+
+    monkeypatch.setattr(_Process, "_tell_janitor", record)
     async with Daemon() as daemon:
         pid = daemon.pid
         assert pid is not None
@@ -662,20 +668,15 @@ async def main():
     sys.stdin.readline()
     {then}
 
-anyio.run(main, backend="{backend}")
+anyio.run(main, backend={backend[0]!r}, backend_options={backend[1]!r})
 """
 FOREVER = "await anyio.sleep_forever()"
-
-
-@pytest.fixture
-def backend(anyio_backend: tuple[str, dict[str, Any]]) -> str:
-    return anyio_backend[0]
 
 
 class Program:
     """A Python process that starts a daemon."""
 
-    def __init__(self, backend: str, then: str) -> None:
+    def __init__(self, backend: Backend, then: str) -> None:
         code = PROGRAM.format(backend=backend, then=then)
         home = {**os.environ, "TMPDIR": str(tempfile.tempdir)}
         self.process = subprocess.Popen(
@@ -705,27 +706,27 @@ class Program:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_parent_leaves_no_orphan(backend: str, number: signal.Signals) -> None:
-    program = Program(backend, FOREVER)
+def test_a_killed_parent_leaves_no_orphan(anyio_backend: Backend, number: signal.Signals) -> None:
+    program = Program(anyio_backend, FOREVER)
     status, _ = program.end(number)
     assert status == -number
     eventually(lambda: not program.left())
 
 
-def test_ctrl_c_reaches_the_parent_which_stops_it(backend: str) -> None:
-    program = Program(backend, FOREVER)
+def test_ctrl_c_reaches_the_parent_which_stops_it(anyio_backend: Backend) -> None:
+    program = Program(anyio_backend, FOREVER)
     assert program.end(signal.SIGINT)[0] != 0
     assert not program.left()
 
 
 @pytest.mark.parametrize("then", ["return", "sys.exit(3)", "1 / 0"])
-def test_at_the_interpreters_end_it_is_killed(backend: str, then: str) -> None:
-    program = Program(backend, f"globals()['kept'] = daemon; {then}")
+def test_at_the_interpreters_end_it_is_killed(anyio_backend: Backend, then: str) -> None:
+    program = Program(anyio_backend, f"globals()['kept'] = daemon; {then}")
     program.end()
     assert not program.left()
 
 
-def test_a_forked_child_leaves_it_alone(backend: str) -> None:
+def test_a_forked_child_leaves_it_alone(anyio_backend: Backend) -> None:
     then = """
     if (pid := os.fork()) == 0:
         try:
@@ -742,13 +743,13 @@ def test_a_forked_child_leaves_it_alone(backend: str) -> None:
     await daemon.stop()
     print(daemon.returncode)
     """
-    program = Program(backend, then)
+    program = Program(anyio_backend, then)
     status, out = program.end()
     assert (status, out.split()) == (0, ["0", "True", "0"])
     assert not program.left()
 
 
-def test_finalizers_at_the_end_of_a_forked_child_leave_it_alone(backend: str) -> None:
+def test_finalizers_at_the_end_of_a_forked_child_leave_it_alone(anyio_backend: Backend) -> None:
     # Not with sys.exit(): a child that unwinds trio's loop breaks its parent's.
     then = """
     if (pid := os.fork()) == 0:
@@ -758,12 +759,12 @@ def test_finalizers_at_the_end_of_a_forked_child_leave_it_alone(backend: str) ->
     print(daemon.running)
     await daemon.stop()
     """
-    program = Program(backend, then)
+    program = Program(anyio_backend, then)
     assert program.end()[1].split() == ["True"]
     assert not program.left()
 
 
-def test_a_forked_child_does_not_keep_it_alive(backend: str) -> None:
+def test_a_forked_child_does_not_keep_it_alive(anyio_backend: Backend) -> None:
     then = """
     ready, written = os.pipe()
     if os.fork() == 0:
@@ -776,7 +777,7 @@ def test_a_forked_child_does_not_keep_it_alive(backend: str) -> None:
     print("forked", flush=True)
     await anyio.sleep_forever()
     """
-    program = Program(backend, then)
+    program = Program(anyio_backend, then)
     assert program.process.stdout is not None and program.process.stdin is not None
     assert program.process.stdout.readline() == b"forked\n"
     program.process.kill()
