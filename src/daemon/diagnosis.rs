@@ -134,7 +134,18 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
     if let Some(cause) = of_identity(message, arguments) {
         return Some(cause);
     }
-    of_listening(message)
+    of_listening(message).or_else(|| {
+        // What Node says of an error that nobody caught: "TypeError: …", or plainly "Error: …".
+        let (kind, rest) = message.split_once(": ")?;
+        let is_error = kind.ends_with("Error") && kind.chars().all(|c| c.is_ascii_alphabetic());
+        is_error.then(|| {
+            if kind == "Error" {
+                rest.into()
+            } else {
+                message.into()
+            }
+        })
+    })
 }
 
 /// The cause, if it lies in the file given with `-id`.
@@ -142,6 +153,10 @@ fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
     let file = option(arguments, "id")?;
     let of_file = message.strip_prefix(&format!("open {file}: "));
     if let Some(why) = of_file.or_else(|| message.strip_prefix(&format!("read {file}: "))) {
+        return Some(format!("cannot read the identity file {file}: {why}"));
+    }
+    let by_node = message.strip_suffix(&format!(", open '{file}'"));
+    if let Some((_, why)) = by_node.and_then(|message| message.rsplit_once(": ")) {
         return Some(format!("cannot read the identity file {file}: {why}"));
     }
     let not_a_key = message.starts_with("proto:")
@@ -313,6 +328,13 @@ mod tests {
         );
         let node = "Error: listen EADDRINUSE: address already in use 127.0.0.1:5\n    at Server\n";
         assert_eq!(cause(node, &[]).unwrap(), "127.0.0.1:5 is already in use");
+        let node =
+            "/d.js:4\n  conn.remoteAddr\n\nTypeError: it is null\n    at /d.js:4\n\nNode.js v20\n";
+        assert_eq!(cause(node, &[]).unwrap(), "TypeError: it is null");
+        let node =
+            "Error: ENOENT: no such file or directory, open 'key'\n    at f {\n  errno: -2\n}";
+        let identity = "cannot read the identity file key: no such file or directory";
+        assert_eq!(cause(node, &["--id=key"]).unwrap(), identity);
         let panic = "panic: no\n\ngoroutine 1 [running]:\nmain.main()\n";
         assert_eq!(cause(panic, &[]).unwrap(), "panic: no");
         for line in [

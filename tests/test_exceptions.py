@@ -1,0 +1,68 @@
+"""The exceptions: what they carry, how they read, and that they survive pickling."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from p2pclient_rs import PeerID, exceptions
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonNotFound,
+    DaemonRefused,
+    DaemonStartError,
+    DaemonUnreachable,
+    NotSupported,
+    P2PDaemonError,
+)
+
+PEER = PeerID("QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
+ALL: list[type[P2PDaemonError]] = [getattr(exceptions, name) for name in exceptions.__all__]
+
+
+def example(kind: type[P2PDaemonError]) -> P2PDaemonError:
+    if issubclass(kind, ControlFailure):
+        return kind(
+            "failed", request="CONNECT", peer_id=PEER, protocol="/x/1", daemon_message="no dial"
+        )
+    if issubclass(kind, DaemonNotFound):
+        return kind("failed", looked_at=["PATH: no p2pd in /bin"])
+    if issubclass(kind, DaemonStartError):
+        return kind("failed", command=["p2pd", "-b"], returncode=-9, logs=["a", "b"], cause="why")
+    return kind("failed")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_pickling_keeps_everything(kind: type[P2PDaemonError]) -> None:
+    error = example(kind)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert copy.args == ("failed",)
+    assert vars(copy) == vars(error)
+    assert str(copy) == str(error)
+
+
+def test_a_control_failure_says_what_it_was_about_and_what_the_daemon_said() -> None:
+    text = str(example(DaemonRefused))
+    assert text == f"failed: no dial (request CONNECT, peer {PEER}, protocol /x/1)"
+    assert str(ControlFailure("failed")) == "failed"
+    assert str(ControlFailure(daemon_message="no dial")) == "no dial"
+    assert str(ControlFailure("CONNECT failed", request="CONNECT")) == "CONNECT failed"
+
+
+def test_a_start_error_shows_cause_command_and_output() -> None:
+    assert str(example(DaemonStartError)) == (
+        "failed: why\n  command: p2pd -b\n  last output:\n    a\n    b"
+    )
+    assert str(example(DaemonNotFound)) == "failed\n  PATH: no p2pd in /bin"
+
+
+def test_the_builtin_kinds_catch_ours() -> None:
+    assert issubclass(DaemonUnreachable, ConnectionError)
+    assert issubclass(ConnectionLost, ConnectionError)
+    assert issubclass(ControlTimeout, TimeoutError)
+    assert issubclass(DaemonNotFound, FileNotFoundError)
+    assert issubclass(NotSupported, DaemonRefused)
