@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import pytest
 import uvloop
 from support import (
@@ -22,6 +25,25 @@ from support import (
 )
 
 from p2pclient_rs import Client
+
+
+#: How long an async test may take, in seconds: none hangs for ever.
+LIMIT = 60.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.obj = _limited(item.obj)
+
+
+def _limited(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def run(*args: object, **kwargs: object) -> None:
+        with anyio.fail_after(LIMIT):
+            await test(*args, **kwargs)
+
+    return run
 
 
 @pytest.fixture(params=BACKENDS)
