@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -18,7 +19,6 @@ from p2pclient_rs import (
     Client,
     ConnectionLost,
     ControlClient,
-    ControlFailure,
     ControlTimeout,
     DaemonConnector,
     DaemonRefused,
@@ -401,7 +401,7 @@ async def test_what_is_no_cid_is_refused(dht_pair: Pair) -> None:
         ("DHT FIND_PROVIDERS", lambda: dht_pair.alice.dht_find_providers(b"no cid", 1)),
     ):
         with pytest.raises(DaemonRefused, match="invalid cid") as error:
-            await call()  # type: ignore[no-untyped-call]
+            await call()
         assert error.value.request == name
 
 
@@ -725,6 +725,7 @@ async def test_no_daemon_is_daemon_unreachable() -> None:
             await client.identify(timeout=5)
         assert isinstance(error.value, ConnectionError)
         assert isinstance(error.value.__cause__, OSError)
+        assert error.value.__cause__.errno in (errno.ENOENT, errno.ECONNREFUSED)
         assert error.value.request == "IDENTIFY"
         assert addr in str(error.value)
         with pytest.raises(DaemonUnreachable, match="peer Qm"):
@@ -808,14 +809,3 @@ async def test_sub_clients_share_the_connections_of_the_client(pair: Pair) -> No
     alone = ControlClient(DaemonConnector(pair.alice_daemon.control_maddr))
     assert await alone.identify() == await client.identify()
     await alone.close()
-
-
-async def test_every_error_of_a_request_is_a_control_failure(pair: Pair) -> None:
-    for call in (
-        lambda: pair.alice.connect(unknown_peer(), []),
-        lambda: pair.alice.stream_open(pair.bob_daemon.peer_id, ["/nobody"]),
-        lambda: Client("/unix/nobody").identify(),
-    ):
-        with pytest.raises(ControlFailure) as error:
-            await call()  # type: ignore[no-untyped-call]
-        assert error.value.request in str(error.value)

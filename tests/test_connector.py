@@ -399,6 +399,10 @@ async def test_a_raw_connection_is_one_on_which_nothing_was_said() -> None:
 # --- time ---
 
 
+async def ignore(info: object, stream: object) -> None:
+    """A handler."""
+
+
 @pytest.mark.parametrize("timeout", [0.2, 1.0])
 async def test_a_call_that_is_not_answered_ends_in_its_time(timeout: float) -> None:
     def silent(connection: Connection) -> None:
@@ -469,7 +473,7 @@ async def test_what_is_no_length_of_time_is_a_value_error(timeout: float) -> Non
                 lambda: client.disconnect(peer, timeout=timeout),
                 lambda: client.list_peers(timeout=timeout),
                 lambda: client.stream_open(peer, ["/echo"], timeout=timeout),
-                lambda: client.stream_handler("/echo", anyio.sleep, timeout=timeout),
+                lambda: client.stream_handler("/echo", ignore, timeout=timeout),
                 lambda: client.connmgr_trim(timeout=timeout),
                 lambda: client.dht_get_value(b"key", timeout=timeout),
                 lambda: client.pubsub_subscribe("topic", timeout=timeout),
