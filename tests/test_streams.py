@@ -697,6 +697,52 @@ async def test_send_after_write_keeps_the_order() -> None:
     assert received == [b"".join(parts)]
 
 
+async def test_a_write_does_not_land_in_the_middle_of_what_another_task_sends() -> None:
+    received: list[bytes] = []
+
+    def script(connection: Connection) -> None:
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    release = threading.Event()
+    data = os.urandom(8 * MIB)
+    async with raw_stream(script) as stream, anyio.create_task_group() as tasks:
+        tasks.start_soon(stream.send, data)
+        await until(lambda: stream._sending)
+        with pytest.raises(anyio.BusyResourceError):
+            stream.write(b"intruder")
+        release.set()
+    assert received == [data]
+
+
+async def test_several_tasks_may_drain_and_one_close_at_once() -> None:
+    received: list[bytes] = []
+
+    def script(connection: Connection) -> None:
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    async def drain() -> None:
+        waiting.append(True)
+        await stream.drain()
+
+    release = threading.Event()
+    waiting: list[bool] = []
+    data = os.urandom(8 * MIB)
+    async with raw_stream(script) as stream:
+        stream.write(data)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(drain)
+            await until(lambda: len(waiting) == 3)
+            with anyio.move_on_after(0.05) as scope:
+                await stream.drain()
+            assert scope.cancelled_caught
+            release.set()
+            await stream.aclose()
+    assert received == [data]
+
+
 async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
     chunk = os.urandom(64 * 1024)
     async with both_ends(pair) as (near, far):
