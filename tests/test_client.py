@@ -8,10 +8,11 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import multiaddr as py_multiaddr  # type: ignore[import-untyped]
+import multiaddr as py_multiaddr
 import pytest
 from support import DaemonProcess, eventually, new_directory, unknown_peer, until
 
@@ -675,18 +676,42 @@ async def test_an_address_that_is_no_socket_is_named_when_it_is_used(addr: str) 
 # --- time ---
 
 
+class BlackHole:
+    """A listener that never says anything, so that connecting a peer to it hangs."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._accepted: list[socket.socket] = []
+        self.addr = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}"
+
+    def connections(self) -> int:
+        """How many were made to it so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._accepted.append(self._listener.accept()[0])
+        return len(self._accepted)
+
+    def close(self) -> None:
+        while self._accepted:
+            self._accepted.pop().close()
+
+
 @pytest.fixture
-def black_hole() -> Iterator[str]:
-    """The address of a listener that never says anything, so that connecting to it hangs."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}"
+def black_hole() -> Iterator[BlackHole]:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        hole = BlackHole(listener)
+        yield hole
+        hole.close()
 
 
-async def test_a_call_ends_in_its_time_and_the_next_one_works(pair: Pair, black_hole: str) -> None:
+async def test_a_call_ends_in_its_time_and_the_next_one_works(
+    pair: Pair, black_hole: BlackHole
+) -> None:
     stranger = unknown_peer()
     start = time.monotonic()
     with pytest.raises(ControlTimeout) as error:
-        await pair.alice.connect(stranger, [black_hole], timeout=0.3)
+        await pair.alice.connect(stranger, [black_hole.addr], timeout=0.3)
     assert 0.3 <= time.monotonic() - start < 1.3
     assert (error.value.request, error.value.peer_id) == ("CONNECT", stranger)
     assert isinstance(error.value, TimeoutError)
@@ -694,10 +719,10 @@ async def test_a_call_ends_in_its_time_and_the_next_one_works(pair: Pair, black_
     assert (await pair.alice.identify(timeout=5)).peer_id == pair.alice_daemon.peer_id
 
 
-async def test_slow_calls_do_not_hold_up_others(pair: Pair, black_hole: str) -> None:
+async def test_slow_calls_do_not_hold_up_others(pair: Pair, black_hole: BlackHole) -> None:
     async def hang() -> None:
         with pytest.raises(ControlTimeout):
-            await pair.alice.connect(unknown_peer(), [black_hole], timeout=1.0)
+            await pair.alice.connect(unknown_peer(), [black_hole.addr], timeout=1.0)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(20):
@@ -739,27 +764,18 @@ async def test_a_host_that_does_not_exist_is_daemon_unreachable() -> None:
         await Client("/dns4/nowhere.invalid/tcp/1").identify(timeout=20)
 
 
-def sockets_of(daemon: DaemonProcess) -> int:
-    """How many sockets a daemon has open."""
-    directory = f"/proc/{daemon.process.pid}/fd"
-    return sum(
-        os.readlink(f"{directory}/{fd}").startswith("socket") for fd in os.listdir(directory)
-    )
-
-
 @pytest.mark.parametrize("transport_of_daemon", ["unix", "tcp"])
 async def test_a_killed_daemon_ends_every_pending_call_at_once(
-    transport_of_daemon: str, black_hole: str
+    transport_of_daemon: str, black_hole: BlackHole
 ) -> None:
     ended = []
     with DaemonProcess("-pubsub", transport=transport_of_daemon) as daemon:
         async with daemon.client() as client:
             subscription = await client.pubsub_subscribe("topic")
-            before = sockets_of(daemon)
 
             async def call(number: int) -> None:
                 with pytest.raises(ConnectionLost) as error:
-                    await client.connect(unknown_peer(), [black_hole])
+                    await client.connect(unknown_peer(), [black_hole.addr])
                 assert error.value.request == "CONNECT"
                 ended.append(number)
 
@@ -772,7 +788,7 @@ async def test_a_killed_daemon_ends_every_pending_call_at_once(
                 for number in range(10):
                     tasks.start_soon(call, number)
                 tasks.start_soon(listen)
-                await until(lambda: sockets_of(daemon) >= before + 20)  # two for each call
+                await until(lambda: black_hole.connections() == 10)
                 daemon.kill()
                 start = time.monotonic()
             assert time.monotonic() - start < 1

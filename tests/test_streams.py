@@ -906,29 +906,40 @@ async def test_a_client_listens_once_at_a_time(pair: Pair) -> None:
         assert await far.receive() == b"x"
 
 
-async def test_closing_the_client_ends_the_body_of_listen_as_in_p2pclient(
+async def test_closing_the_client_ends_listening_but_not_the_body_of_listen(
     bare_daemon: DaemonProcess,
 ) -> None:
     client = bare_daemon.client()
     path = Path(str(client.control.listen_maddr).removeprefix("/unix"))
-
-    async def listen() -> None:
+    for _ in range(2):
+        reached = False
         async with client.listen():
             assert path.is_socket()
-            listening.set()
-            await anyio.sleep_forever()
-        left.set()
-
-    for _ in range(2):
-        listening, left = anyio.Event(), anyio.Event()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listen)
-            await listening.wait()
             await client.close()
-            await left.wait()
-        assert not path.exists()
-        assert (await client.identify()).peer_id == bare_daemon.peer_id
+            await until(lambda: not path.exists())
+            assert (await client.identify()).peer_id == bare_daemon.peer_id
+            reached = True
+        assert reached
     await client.close()
+
+
+async def test_closing_the_client_cancels_its_handlers(pair: Pair) -> None:
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        events.append("begun")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            events.append("ended")
+
+    events: list[str] = []
+    await pair.bob.stream_handler("/wait", handler)
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/wait"])
+    async with stream:
+        await until(lambda: events)
+        await pair.bob.close()
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await stream.receive()
+        assert events == ["begun", "ended"]
 
 
 async def test_the_socket_file_is_private_and_goes_with_the_listener() -> None:
