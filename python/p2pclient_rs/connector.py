@@ -331,6 +331,9 @@ class DaemonConnector:
         protocol: str | None = None,
     ) -> T:
         """The result of ``work`` in time, or an error that says what it was about."""
+        if timeout is not None and not timeout >= 0:  # NaN, too
+            work.close()
+            raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
         try:
             if timeout is None:
                 return await work

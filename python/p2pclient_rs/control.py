@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -63,6 +64,7 @@ class ControlClient:
         #: The handlers of inbound streams, by protocol.
         self.handlers: dict[str, StreamHandler] = {}
         self._scope: anyio.CancelScope | None = None
+        self._pid = os.getpid()
         self._listening = False
 
     # --- peers ---
@@ -228,7 +230,8 @@ class ControlClient:
 
     async def close(self) -> None:
         """Stops listening, cancels the handlers at work and closes the idle connections."""
-        if self._scope is not None:
+        # In a forked child the tasks are the parent's, whose epoll cancelling them would touch.
+        if self._scope is not None and os.getpid() == self._pid:
             self._scope.cancel()
         await self.daemon_connector.aclose()
 

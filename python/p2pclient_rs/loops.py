@@ -100,6 +100,7 @@ class TrioWatch:
         self._trio = trio
         self._fd = fd
         self._pid = os.getpid()
+        self._writing: trio.Event | None = None
 
     async def readable(self) -> None:
         try:
@@ -108,10 +109,18 @@ class TrioWatch:
             raise anyio.ClosedResourceError from None
 
     async def writable(self) -> None:
+        if self._writing is not None:
+            # Trio lets one task wait for a descriptor; several may drain the same stream.
+            await self._writing.wait()
+            return
+        self._writing = self._trio.Event()
         try:
             await self._trio.lowlevel.wait_writable(self._fd)
         except self._trio.ClosedResourceError:
             raise anyio.ClosedResourceError from None
+        finally:
+            self._writing.set()
+            self._writing = None
 
     def close(self) -> None:
         # In a forked child trio's epoll is the parent's too.

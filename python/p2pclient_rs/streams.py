@@ -261,8 +261,11 @@ class Stream(ByteStream):
             Something to await, as ``drain()``. It need not be awaited.
 
         Raises:
-            anyio.ClosedResourceError, anyio.BrokenResourceError
+            anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
         """
+        if self._sending:
+            # It would land in the middle of what the other task has sent a part of.
+            raise anyio.BusyResourceError("writing to")
         if self._raw.write(_bytes(data)):
             self._flush_later()
         return _Later(self.drain)

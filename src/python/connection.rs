@@ -72,7 +72,7 @@ impl ControlConnection {
     /// Learns how a connection attempt ended.
     fn finish_connect(&self) -> PyResult<()> {
         self.with(|inner| match inner.socket.take_error()? {
-            Some(error) => Err(error.into()),
+            Some(error) => Err(errors::os_error(error)),
             None => {
                 inner.connected = true;
                 Ok(())

@@ -1,6 +1,7 @@
 //! Errors of the core and of sockets as the package's Python exceptions.
 
 use crate::core;
+use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use std::io;
 
@@ -23,12 +24,29 @@ pub fn from_core(error: core::Error) -> PyErr {
     }
 }
 
+/// The OSError with its number, by which Python and its programs tell one from another; PyO3's own
+/// conversion leaves it out.
+pub fn os_error(error: io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(number) => Python::attach(|py| {
+            let words = py
+                .import("os")
+                .and_then(|os| os.call_method1("strerror", (number,)));
+            match words {
+                Ok(words) => PyOSError::new_err((number, words.unbind())),
+                Err(failed) => failed,
+            }
+        }),
+        None => error.into(),
+    }
+}
+
 /// A control connection that an error of the operating system ended. `unexecuted` says that the
 /// daemon cannot have read the whole request.
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     Python::attach(|py| {
         let lost = ConnectionLost::new_err(format!("the connection was lost: {error}"));
-        lost.set_cause(py, Some(error.into()));
+        lost.set_cause(py, Some(os_error(error)));
         match lost.value(py).setattr("unexecuted", unexecuted) {
             Ok(()) => lost,
             Err(error) => error,

@@ -31,33 +31,7 @@ impl RawListener {
     #[new]
     fn new(address: Address) -> PyResult<Self> {
         let target = address.to_sock_addr()?;
-        let socket = new_socket(&target)?;
-        let mut file = None;
-        match &address {
-            Address::Unix(path) => {
-                let path = PathBuf::from(path);
-                remove_stale(&path, &target)?;
-                socket.bind(&target)?;
-                let inode = fs::metadata(&path).map(|file| file.ino());
-                file = Some((path.clone(), inode.unwrap_or_default()));
-                let private = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
-                if let Err(error) = private.and_then(|()| socket.listen(BACKLOG)) {
-                    let _ = fs::remove_file(&path);
-                    return Err(error.into());
-                }
-            }
-            Address::Tcp(..) => {
-                socket.set_reuse_address(true)?;
-                socket.bind(&target)?;
-                socket.listen(BACKLOG)?;
-            }
-        }
-        Ok(Self {
-            fd: socket.as_raw_fd(),
-            pid: std::process::id(),
-            socket: Mutex::new(Some(socket)),
-            file,
-        })
+        Self::listen(&address, &target).map_err(errors::os_error)
     }
 
     /// The next connection, or `None` if there is none yet.
@@ -82,7 +56,7 @@ impl RawListener {
                         e.kind(),
                         ErrorKind::ConnectionAborted | ErrorKind::Interrupted
                     ) => {}
-                Err(e) => return Err(e.into()),
+                Err(e) => return Err(errors::os_error(e)),
             }
         }
     }
@@ -116,6 +90,38 @@ impl RawListener {
                 let _ = fs::remove_file(path);
             }
         }
+    }
+}
+
+impl RawListener {
+    fn listen(address: &Address, target: &socket2::SockAddr) -> io::Result<Self> {
+        let socket = new_socket(target)?;
+        let mut file = None;
+        match address {
+            Address::Unix(path) => {
+                let path = PathBuf::from(path);
+                remove_stale(&path, target)?;
+                socket.bind(target)?;
+                let inode = fs::metadata(&path).map(|file| file.ino());
+                file = Some((path.clone(), inode.unwrap_or_default()));
+                let private = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
+                if let Err(error) = private.and_then(|()| socket.listen(BACKLOG)) {
+                    let _ = fs::remove_file(&path);
+                    return Err(error);
+                }
+            }
+            Address::Tcp(..) => {
+                socket.set_reuse_address(true)?;
+                socket.bind(target)?;
+                socket.listen(BACKLOG)?;
+            }
+        }
+        Ok(Self {
+            fd: socket.as_raw_fd(),
+            pid: std::process::id(),
+            socket: Mutex::new(Some(socket)),
+            file,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! A non-blocking socket: every call does what it can at once, or says that it would block.
 
+use super::errors;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef, Type};
@@ -70,14 +71,14 @@ impl Socket {
     /// Begins to connect.
     pub fn connect(address: &Address) -> PyResult<Connecting> {
         let target = address.to_sock_addr()?;
-        let socket = new_socket(&target)?;
+        let socket = new_socket(&target).map_err(errors::os_error)?;
         match socket.connect(&target) {
             Ok(()) => Ok(Connecting::Done(Self(socket))),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(Connecting::Full),
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {
                 Ok(Connecting::Pending(Self(socket)))
             }
-            Err(e) => Err(e.into()),
+            Err(e) => Err(errors::os_error(e)),
         }
     }
 

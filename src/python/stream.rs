@@ -368,7 +368,7 @@ impl Half {
 fn broken(error: io::Error) -> PyErr {
     Python::attach(|py| {
         let broken = BrokenResourceError::new_err(format!("the stream is broken: {error}"));
-        broken.set_cause(py, Some(error.into()));
+        broken.set_cause(py, Some(errors::os_error(error)));
         broken
     })
 }

@@ -1,0 +1,212 @@
+"""A daemon that does as a script says: one function, run in a thread for each connection."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import TypeAlias
+
+from support import new_directory
+
+#: How long anything may take before a test fails, in seconds.
+PATIENCE = 20.0
+
+
+def varint(number: int) -> bytes:
+    """An unsigned varint."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """A field of a protobuf message."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def frame(message: bytes) -> bytes:
+    """A message as it goes over the wire."""
+    return varint(len(message)) + message
+
+
+PEER = b"\x00\x24\x08\x01\x12\x20" + bytes(range(32))
+ADDR = b"\x04\x7f\x00\x00\x01\x06\x0f\xa1"  # /ip4/127.0.0.1/tcp/4001
+
+OK = field(1, 0)
+ERROR = field(1, 1) + field(2, field(1, b"no such luck"))
+IDENTITY = OK + field(4, field(1, PEER) + field(2, ADDR))
+STREAM_INFO = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
+STREAM_OPENED = OK + field(3, STREAM_INFO)
+
+
+def dht(kind: int, **fields: bytes) -> bytes:
+    """A DHTResponse: BEGIN 0, VALUE 1, END 2."""
+    numbers = {"peer": 2, "value": 3}
+    return field(1, kind) + b"".join(field(numbers[name], v) for name, v in fields.items())
+
+
+class Gone(Exception):
+    """The client closed the connection."""
+
+
+class Connection:
+    """A client's connection, seen from the daemon."""
+
+    def __init__(self, number: int, sock: socket.socket, requests: list[bytes]) -> None:
+        #: 1 for the first that was accepted.
+        self.number = number
+        self.socket = sock
+        self._requests = requests
+
+    def read(self, count: int) -> bytes:
+        """That many bytes."""
+        data = b""
+        while len(data) < count:
+            part = self.socket.recv(count - len(data))
+            if not part:
+                raise Gone
+            data += part
+        return data
+
+    def read_request(self) -> bytes:
+        """The next request, which is noted."""
+        length, shift = 0, 0
+        while True:
+            byte = self.read(1)[0]
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        request = self.read(length)
+        self._requests.append(request)
+        return request
+
+    def wait_readable(self) -> None:
+        """Waits until something came, without reading it."""
+        assert select.select([self.socket], [], [], PATIENCE)[0]
+
+    def send(self, data: bytes) -> None:
+        """Sends bytes as they are."""
+        self.socket.sendall(data)
+
+    def answer(self, message: bytes) -> None:
+        """Reads a request and answers it."""
+        self.read_request()
+        self.send(frame(message))
+
+    def wait_closed(self) -> bytes:
+        """What else the client sends before it closes the connection."""
+        data = b""
+        while part := self.socket.recv(1 << 16):
+            data += part
+        return data
+
+    def reset(self) -> None:
+        """Closes so that a TCP client sees a reset."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+Script: TypeAlias = Callable[[Connection], None]
+
+
+def honest(connection: Connection) -> None:
+    """Answers every request as IDENTIFY."""
+    while True:
+        connection.answer(IDENTITY)
+
+
+class FakeDaemon:
+    """Listens while its context lasts; what goes wrong in a script comes out of the context.
+
+    Args:
+        script: What to do on a connection, which is closed when it returns. The end of the
+            connection ends it too.
+        transport: "unix" or "tcp".
+    """
+
+    def __init__(self, script: Script, transport: str = "unix") -> None:
+        self._script = script
+        self.transport = transport
+        #: The requests read so far, on whichever connection.
+        self.requests: list[bytes] = []
+        #: How many connections were accepted, and how many of them are open.
+        self.accepted = self.open = 0
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._stopping = False
+
+    def __enter__(self) -> FakeDaemon:
+        if self.transport == "unix":
+            path = str(new_directory() / "fake.sock")
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self.control_maddr = f"/unix{path}"
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.control_maddr = f"/ip4/127.0.0.1/tcp/{self._listener.getsockname()[1]}"
+        self._listener.listen(1024)
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            for sock in self._sockets:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it is closed on the other side
+        while self._threads:
+            self._threads.pop().join(PATIENCE)
+        if self.transport == "unix":
+            os.unlink(self.control_maddr.removeprefix("/unix"))
+        self._listener.close()
+        for error in self._errors:
+            raise error
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._stopping:
+                    sock.close()
+                    return
+                self.accepted += 1
+                self.open += 1
+                self._sockets.add(sock)
+                self._start(self._serve, sock, self.accepted)
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        sock.settimeout(PATIENCE)
+        try:
+            self._script(Connection(number, sock, self.requests))
+        except (Gone, ConnectionError):
+            pass
+        except BaseException as error:
+            if not self._stopping:
+                self._errors.append(error)
+        finally:
+            sock.close()
+            with self._lock:
+                self._sockets.discard(sock)
+                self.open -= 1

@@ -1,0 +1,186 @@
+"""What the tests share: real daemons, temporary directories and waiting for what has no event."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import pytest
+
+from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
+
+T = TypeVar("T")
+
+#: The event loops: parameters for ``anyio.run`` and for anyio's pytest plugin.
+BACKENDS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+#: Every directory the tests made: conftest looks for forgotten sockets there.
+DIRECTORIES: list[Path] = []
+
+
+def new_directory() -> Path:
+    """A directory whose path is short enough for unix sockets, which conftest removes."""
+    directory = Path(tempfile.mkdtemp(prefix="p2p-"))
+    DIRECTORIES.append(directory)
+    return directory
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago: the daemon does not say which one 0 became."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def unknown_peer() -> PeerID:
+    """The id of a peer that nobody has heard of, with an Ed25519 key."""
+    return PeerID(b"\x00\x24\x08\x01\x12\x20" + os.urandom(32))
+
+
+async def eventually(check: Callable[[], Awaitable[T]], within: float = 15.0) -> T:
+    """The result of ``check`` once it neither fails an assertion nor is refused by the daemon."""
+    deadline = time.monotonic() + within
+    while True:
+        try:
+            return await check()
+        except (AssertionError, DaemonRefused):
+            if time.monotonic() > deadline:
+                raise
+        await anyio.sleep(0.01)
+
+
+async def until(condition: Callable[[], object], within: float = 15.0) -> None:
+    """Waits until ``condition()`` is true."""
+
+    async def check() -> None:
+        assert condition()
+
+    await eventually(check, within)
+
+
+class DaemonProcess:
+    """A p2pd, started and stopped.
+
+    Args:
+        options: Command line options, as ``"-dht"``.
+        transport: What its control socket is, and what its clients listen at: "unix", "tcp",
+            "ip6" or "dns4".
+        control_maddr: Its control address, if it is to be a certain one.
+    """
+
+    def __init__(
+        self, *options: str, transport: str = "unix", control_maddr: str | None = None
+    ) -> None:
+        binary = os.environ.get("P2PD_PATH")
+        if not binary or not os.path.isfile(binary):
+            pytest.fail(f"P2PD_PATH must name a p2pd binary, not {binary!r}")
+        self.transport = transport
+        self.directory = new_directory()
+        self.control_maddr = control_maddr or self._control_maddr()
+        # The daemon resolves no names.
+        listen = self.control_maddr.replace("/dns4/localhost", "/ip4/127.0.0.1")
+        with open(self.directory / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                [binary, "-listen", listen, "-hostAddrs", "/ip4/127.0.0.1/tcp/0"]
+                + ["-bootstrapPeers", "", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        self.peer_id, self.addrs = self._read_banner()
+        self._clients = 0
+
+    def _control_maddr(self) -> str:
+        if self.transport == "unix":
+            return f"/unix{self.directory}/control.sock"
+        if self.transport == "ip6":
+            return f"/ip6/::1/tcp/{free_port('::1')}"
+        host = {"tcp": "/ip4/127.0.0.1", "dns4": "/dns4/localhost"}[self.transport]
+        return f"{host}/tcp/{free_port()}"
+
+    def _read_banner(self) -> tuple[PeerID, list[Multiaddr]]:
+        """What it prints once it can be talked to."""
+        assert self.process.stdout is not None
+        peer_id = None
+        for line in self.process.stdout:
+            key, _, value = line.decode().strip().partition(": ")
+            if key == "Peer ID":
+                peer_id = PeerID(value)
+            elif key.startswith("/ip4/") and peer_id is not None:
+                return peer_id, [Multiaddr(key)]
+        self.stop()
+        raise RuntimeError(f"p2pd did not start:\n{(self.directory / 'log').read_text()}")
+
+    def listen_maddr(self) -> str:
+        """A new address for a client to listen at."""
+        if self.transport == "unix":
+            self._clients += 1
+            return f"/unix{self.directory}/client{self._clients}.sock"
+        hosts = {"tcp": "/ip4/127.0.0.1", "ip6": "/ip6/::1", "dns4": "/dns4/localhost"}
+        return f"{hosts[self.transport]}/tcp/0"
+
+    def client(self) -> Client:
+        """A new client of it."""
+        return Client(self.control_maddr, self.listen_maddr())
+
+    def kill(self) -> None:
+        """Ends it at once, as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ends it and removes the socket file, which a killed daemon leaves."""
+        self.kill()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self.control_maddr.startswith("/unix"):
+            Path(self.control_maddr.removeprefix("/unix")).unlink(missing_ok=True)
+
+    def __enter__(self) -> DaemonProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def remove_directories() -> list[Path]:
+    """Removes every directory the tests made; returns the socket files that were in them."""
+    sockets = [
+        path for directory in DIRECTORIES for path in directory.rglob("*") if path.is_socket()
+    ]
+    while DIRECTORIES:
+        shutil.rmtree(DIRECTORIES.pop(), ignore_errors=True)
+    return sockets
+
+
+def open_descriptors() -> list[str]:
+    """What this process has open, one entry for each descriptor."""
+    targets = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that listdir used
+            targets.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(targets)
+
+
+def child_processes() -> set[int]:
+    """The ids of this process's children."""
+    children = set()
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == os.getpid():
+                children.add(int(entry))
+    return children

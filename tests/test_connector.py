@@ -1,0 +1,706 @@
+"""The pool of control connections, and what becomes of a call when the daemon misbehaves."""
+
+from __future__ import annotations
+
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+from fake_daemon import (
+    ADDR,
+    ERROR,
+    IDENTITY,
+    OK,
+    PEER,
+    STREAM_OPENED,
+    Connection,
+    FakeDaemon,
+    Gone,
+    Script,
+    dht,
+    field,
+    frame,
+    honest,
+    varint,
+)
+from support import BACKENDS, until
+
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    ControlClient,
+    ControlFailure,
+    ControlTimeout,
+    DaemonConnector,
+    DaemonRefused,
+    PeerID,
+    ProtocolViolation,
+)
+
+pytestmark = pytest.mark.anyio
+
+FAKE_PEER = PeerID(PEER)
+
+transports = pytest.mark.parametrize("transport", ["unix", "tcp"])
+
+
+def first(script: Script, *others: Script) -> Script:
+    """The scripts of the first connections; further ones are honest."""
+    scripts = (script, *others)
+
+    def run(connection: Connection) -> None:
+        number = connection.number
+        (scripts[number - 1] if number <= len(scripts) else honest)(connection)
+
+    return run
+
+
+async def works(client: Client) -> None:
+    """Asserts that the next call succeeds."""
+    assert (await client.identify(timeout=10)).peer_id == FAKE_PEER
+
+
+# --- the pool ---
+
+
+@transports
+async def test_calls_one_after_another_share_a_connection(transport: str) -> None:
+    with FakeDaemon(honest, transport) as fake:
+        async with Client(fake.control_maddr) as client:
+            for _ in range(50):
+                await works(client)
+            assert len(fake.requests) == 50
+            assert fake.accepted == fake.open == 1
+        await until(lambda: fake.open == 0)
+
+
+@transports
+async def test_a_thousand_calls_at_once_are_all_answered_over_a_few_connections(
+    transport: str,
+) -> None:
+    results = []
+    with FakeDaemon(honest, transport) as fake:
+        async with Client(fake.control_maddr) as client:
+
+            async def call() -> None:
+                results.append(await client.identify())
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(1000):
+                    tasks.start_soon(call)
+            assert {identity.peer_id for identity in results} == {FAKE_PEER}
+            assert len(results) == len(fake.requests) == 1000
+            assert fake.accepted <= 8
+
+
+async def test_connections_are_bounded_and_no_more_than_max_idle_are_kept() -> None:
+    lock = threading.Lock()
+    busy: list[int] = [0]
+
+    def slow(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            with lock:
+                busy.append(busy[-1] + 1)
+            # Nobody is answered before there are as many requests as there may be.
+            deadline = time.monotonic() + 10
+            while max(busy) < 5 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            with lock:
+                busy.append(busy[-1] - 1)
+            connection.send(frame(OK))
+
+    with FakeDaemon(slow) as fake:
+        connector = DaemonConnector(fake.control_maddr, max_connections=5, max_idle=2)
+        control = ControlClient(connector)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(30):
+                tasks.start_soon(control.connect, FAKE_PEER, [ADDR])
+        assert len(fake.requests) == 30
+        assert max(busy) == 5
+        await until(lambda: fake.open == 2)
+        await connector.aclose()
+        await until(lambda: fake.open == 0)
+
+
+async def test_calls_answered_at_once_do_not_wait_behind_those_that_wait_for_peers() -> None:
+    def script(connection: Connection) -> None:
+        while True:
+            request = connection.read_request()
+            if request.startswith(field(1, 1)):  # CONNECT: never
+                connection.wait_closed()
+                return
+            connection.send(frame(IDENTITY))
+
+    with FakeDaemon(script) as fake:
+        connector = DaemonConnector(fake.control_maddr, max_connections=2)
+        control = ControlClient(connector)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(control.connect, FAKE_PEER, [ADDR])
+            await until(lambda: len(fake.requests) == 2)
+            await control.identify(timeout=10)
+            tasks.cancel_scope.cancel()
+        await connector.aclose()
+        await until(lambda: fake.open == 0)
+
+
+async def test_a_connection_that_became_a_stream_takes_no_more_requests() -> None:
+    def script(connection: Connection) -> None:
+        if connection.number > 1:
+            return honest(connection)
+        connection.answer(STREAM_OPENED)
+        assert connection.read(4) == b"ping"
+        connection.send(b"pong")
+        assert connection.wait_closed() == b""
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            info, stream = await client.stream_open(FAKE_PEER, ["/echo"])
+            assert (info.peer_id, info.proto) == (FAKE_PEER, "/echo")
+            await works(client)
+            await stream.send(b"ping")
+            assert await stream.readexactly(4) == b"pong"
+            await stream.aclose()
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_bytes_that_follow_the_answer_to_stream_open_are_the_first_of_the_stream() -> None:
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(frame(STREAM_OPENED) + b"at once")
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            _, stream = await client.stream_open(FAKE_PEER, ["/echo"])
+            async with stream:
+                assert await stream.receive() == b"at once"
+
+
+async def test_a_refusal_leaves_the_connection_usable() -> None:
+    def script(connection: Connection) -> None:
+        for _ in range(3):
+            connection.answer(ERROR)
+        honest(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                client.identify,
+                lambda: client.stream_open(FAKE_PEER, ["/echo"]),
+                lambda: client.pubsub_subscribe("topic"),
+            ]
+            for call in calls:
+                with pytest.raises(DaemonRefused) as error:
+                    await call()
+                assert error.value.daemon_message == "no such luck"
+            await works(client)
+            assert fake.accepted == 1
+
+
+async def test_the_connection_of_a_cancelled_call_is_not_used_again() -> None:
+    def silent(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait_closed()
+
+    with FakeDaemon(first(silent)) as fake:
+        async with Client(fake.control_maddr) as client:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(client.identify)
+                await until(lambda: fake.requests)
+                tasks.cancel_scope.cancel()
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_a_call_cancelled_while_it_waits_its_turn_does_no_harm() -> None:
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        release.wait()
+        connection.send(frame(OK))
+        honest(connection)
+
+    release = threading.Event()
+    with FakeDaemon(script) as fake:
+        connector = DaemonConnector(fake.control_maddr, max_connections=1)
+        control = ControlClient(connector)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(control.connect, FAKE_PEER, [ADDR])
+            await until(lambda: fake.requests)
+            with pytest.raises(ControlTimeout):
+                await control.connect(FAKE_PEER, [ADDR], timeout=0.05)
+            release.set()
+        await control.identify(timeout=10)
+        assert fake.accepted == 1
+        assert len(fake.requests) == 2
+        await connector.aclose()
+
+
+@transports
+async def test_an_idle_connection_that_the_daemon_closed_is_replaced(transport: str) -> None:
+    with FakeDaemon(first(lambda c: c.answer(IDENTITY)), transport) as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert len(fake.requests) == fake.accepted == 2
+
+
+async def test_a_request_that_could_not_be_written_is_sent_on_a_new_connection() -> None:
+    def deaf(connection: Connection) -> None:
+        connection.answer(IDENTITY)
+        connection.socket.shutdown(socket.SHUT_RD)  # a unix peer's write fails, its read does not
+        stopped.append(connection.number)
+        until_closed(connection)
+
+    def until_closed(connection: Connection) -> None:
+        poll = select.poll()
+        poll.register(connection.socket, select.POLLHUP)
+        assert poll.poll(10_000)
+
+    stopped: list[int] = []
+    with FakeDaemon(first(deaf)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            await until(lambda: stopped)
+            await works(client)
+            assert len(fake.requests) == fake.accepted == 2
+
+
+async def test_a_request_that_a_unix_daemon_closed_upon_unread_is_sent_again() -> None:
+    def closes_unread(connection: Connection) -> None:
+        connection.answer(IDENTITY)
+        connection.wait_readable()
+
+    with FakeDaemon(first(closes_unread)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            await works(client)
+            assert len(fake.requests) == fake.accepted == 2
+
+
+@transports
+@pytest.mark.parametrize("idle_before", [False, True], ids=["new", "reused"])
+async def test_a_request_that_the_daemon_has_read_is_never_sent_again(
+    transport: str, idle_before: bool
+) -> None:
+    def reads_and_closes(connection: Connection) -> None:
+        if idle_before:
+            connection.answer(IDENTITY)
+        connection.read_request()
+
+    with FakeDaemon(first(reads_and_closes), transport) as fake:
+        async with Client(fake.control_maddr) as client:
+            if idle_before:
+                await works(client)
+            sent = len(fake.requests)
+            with pytest.raises(ConnectionLost, match="without answering") as error:
+                await client.connect(FAKE_PEER, [ADDR])
+            assert (error.value.request, error.value.peer_id) == ("CONNECT", FAKE_PEER)
+            assert isinstance(error.value, ConnectionError)
+            assert len(fake.requests) == sent + 1
+            assert fake.accepted == 1
+            await works(client)
+
+
+async def test_a_reset_over_tcp_leaves_it_open_whether_the_request_was_read() -> None:
+    def resets(connection: Connection) -> None:
+        connection.answer(IDENTITY)
+        connection.wait_readable()
+        connection.reset()
+
+    with FakeDaemon(first(resets), "tcp") as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            with pytest.raises(ConnectionLost, match="reset") as error:
+                await client.connect(FAKE_PEER, [ADDR])
+            assert isinstance(error.value.__cause__, ConnectionResetError)
+            assert fake.accepted == 1
+            await works(client)
+
+
+async def test_a_new_connection_that_fails_is_not_tried_again() -> None:
+    with FakeDaemon(first(lambda c: c.wait_readable())) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ConnectionLost):
+                await client.identify()
+            assert fake.accepted == 1
+            await works(client)
+
+
+async def test_a_closed_client_can_be_used_again() -> None:
+    with FakeDaemon(honest) as fake:
+        client = Client(fake.control_maddr)
+        for times in (1, 2):
+            await works(client)
+            await client.close()
+            await client.close()
+            await until(lambda: fake.open == 0)
+            assert fake.accepted == times
+
+
+async def test_closing_lets_calls_in_flight_finish_and_keeps_none_of_their_connections() -> None:
+    release = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        release.wait()
+        connection.send(frame(IDENTITY))
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        client = Client(fake.control_maddr)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(works, client)
+            await until(lambda: fake.requests)
+            await client.close()
+            release.set()
+        await until(lambda: fake.open == 0)
+
+
+@pytest.mark.parametrize("backend_and_options", BACKENDS)
+def test_a_client_serves_one_event_loop_after_another(backend_and_options: Any) -> None:
+    backend, options = backend_and_options
+
+    async def run(client: Client) -> None:
+        await works(client)
+        await works(client)
+
+    with FakeDaemon(honest) as fake:
+        client = Client(fake.control_maddr)
+        for _ in range(3):
+            anyio.run(run, client, backend=backend, backend_options=options)
+        assert len(fake.requests) == 6
+        assert fake.accepted == 3  # a connection belongs to its loop
+        anyio.run(client.close, backend=backend, backend_options=options)
+
+
+async def test_a_raw_connection_is_one_on_which_nothing_was_said() -> None:
+    def script(connection: Connection) -> None:
+        assert connection.read(3) == b"raw"
+        connection.send(b"war")
+
+    with FakeDaemon(script) as fake:
+        async with await DaemonConnector(fake.control_maddr).open_connection() as stream:
+            await stream.send(b"raw")
+            assert await stream.read() == b"war"
+            assert fake.requests == []
+
+
+# --- time ---
+
+
+async def ignore(info: object, stream: object) -> None:
+    """A handler."""
+
+
+@pytest.mark.parametrize("timeout", [0.2, 1.0])
+async def test_a_call_that_is_not_answered_ends_in_its_time(timeout: float) -> None:
+    def silent(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait_closed()
+
+    with FakeDaemon(first(silent)) as fake:
+        async with Client(fake.control_maddr) as client:
+            start = time.monotonic()
+            with pytest.raises(ControlTimeout, match=f"no answer within {timeout:g} s") as error:
+                await client.identify(timeout=timeout)
+            assert timeout <= time.monotonic() - start < timeout + 1
+            assert isinstance(error.value, TimeoutError)
+            assert error.value.request == "IDENTIFY"
+            assert error.value.daemon_message is None
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_half_an_answer_counts_as_none() -> None:
+    def half(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(frame(IDENTITY)[:-1])
+        connection.wait_closed()
+
+    with FakeDaemon(first(half)) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlTimeout):
+                await client.identify(timeout=0.2)
+            await works(client)
+            assert fake.accepted == 2
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds"), [(None, None), (0.1, 1), (1.0, 1), (1.2, 2), (59.5, 60)]
+)
+async def test_the_daemon_is_told_the_timeout_in_whole_seconds(
+    timeout: float | None, seconds: int | None
+) -> None:
+    def script(connection: Connection) -> None:
+        for answer in (OK, STREAM_OPENED):
+            connection.answer(answer)
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.connect(FAKE_PEER, [], timeout=timeout)
+            _, stream = await client.stream_open(FAKE_PEER, ["/echo"], timeout=timeout)
+            await stream.aclose()
+    told = b"" if seconds is None else field(3, seconds)
+    peer = field(1, PEER)
+    assert fake.requests == [
+        field(1, 1) + field(2, peer + told),
+        field(1, 2) + field(3, peer + field(2, b"/echo") + told),
+    ]
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("-inf")])
+async def test_what_is_no_length_of_time_is_a_value_error(timeout: float) -> None:
+    peer, maddrs = FAKE_PEER, [ADDR]
+    with FakeDaemon(honest) as fake:
+        async with Client(fake.control_maddr) as client:
+            connector = client.control.daemon_connector
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                lambda: client.identify(timeout=timeout),
+                lambda: client.connect(peer, maddrs, timeout=timeout),
+                lambda: client.disconnect(peer, timeout=timeout),
+                lambda: client.list_peers(timeout=timeout),
+                lambda: client.stream_open(peer, ["/echo"], timeout=timeout),
+                lambda: client.stream_handler("/echo", ignore, timeout=timeout),
+                lambda: client.connmgr_trim(timeout=timeout),
+                lambda: client.dht_get_value(b"key", timeout=timeout),
+                lambda: client.pubsub_subscribe("topic", timeout=timeout),
+                lambda: connector.open_connection(timeout=timeout),
+            ]
+            for call in calls:
+                with pytest.raises(ValueError, match="timeout"):
+                    await call()
+            assert fake.accepted == 0
+            await client.identify(timeout=float("inf"))
+
+
+# --- daemons that misbehave ---
+
+
+def sends(data: bytes, close: bool) -> Script:
+    """Answers a request with bytes as they are, and closes the connection, or does not."""
+
+    def run(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(data)
+        if not close:
+            connection.wait_closed()
+
+    return run
+
+
+@transports
+async def test_every_beginning_of_an_answer_is_a_lost_connection(transport: str) -> None:
+    answer = frame(IDENTITY)
+    scripts = [sends(answer[:size], close=True) for size in range(len(answer))]
+    with FakeDaemon(first(*scripts), transport) as fake:
+        async with Client(fake.control_maddr) as client:
+            for size in range(len(answer)):
+                words = "in the middle of its answer" if size else "without answering"
+                with pytest.raises(ConnectionLost, match=words):
+                    await client.identify(timeout=10)
+            await works(client)
+            assert fake.accepted == len(answer) + 1
+
+
+BROKEN = {
+    "garbage": (b"\x05hello", "malformed Response"),
+    "an error message in text": (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, "malformed Response"),
+    "a length of eleven bytes": (b"\x80" * 10 + b"\x01", "malformed length"),
+    "a length that is not minimal": (b"\x80\x00", "malformed length"),
+    "a length of 2^63": (varint(1 << 63), "message of 9223372036854775808 bytes"),
+    "a length over the limit": (varint((4 << 20) + (64 << 10) + 1), "the limit is 4259840"),
+    "an empty message": (b"\x00", "Response without `type`"),
+    "an unknown type": (frame(field(1, 7)), "unknown type 7"),
+    "another request's answer": (frame(STREAM_OPENED), "Response without `identify`"),
+    "no content": (frame(OK), "Response without `identify`"),
+    "no peer id": (frame(OK + field(4, field(2, ADDR))), "IdentifyResponse without `id`"),
+    "a content that is none": (frame(OK + field(4, b"\xff")), "malformed Response"),
+    "a content of another wire type": (frame(OK + field(4, 1)), "malformed Response"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), BROKEN.values(), ids=BROKEN)
+async def test_what_is_no_answer_is_a_protocol_violation_at_once(data: bytes, words: str) -> None:
+    with FakeDaemon(first(sends(data, close=False))) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ProtocolViolation, match=words) as error:
+                await client.identify(timeout=10)
+            assert error.value.request == "IDENTIFY"
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert fake.accepted == 2
+
+
+BEGIN, END = frame(OK + field(5, dht(0))), frame(dht(2))
+VALUE = frame(dht(1, value=b"value"))
+INFO = field(1, PEER) + field(2, ADDR)
+
+BROKEN_DHT = {
+    "end before begin": (frame(OK + field(5, dht(2))), False, "END before BEGIN"),
+    "begin twice": (BEGIN + frame(dht(0)), False, "BEGIN after BEGIN"),
+    "no dht": (frame(OK), False, "Response without `dht`"),
+    "no type": (frame(OK + field(5, b"")), False, "DHTResponse without `type`"),
+    "unknown type": (BEGIN + frame(field(1, 9)), False, "unknown type 9"),
+    "no value": (BEGIN + frame(dht(1)), False, "DHTResponse without `value`"),
+    "a peer for a value": (BEGIN + frame(dht(1, peer=INFO)), False, "without `value`"),
+    "cut off after a value": (BEGIN + VALUE, True, "in the middle of its answer"),
+    "cut off after begin": (BEGIN, True, "in the middle of its answer"),
+    "cut off in a value": (BEGIN + VALUE[:-1], True, "in the middle of its answer"),
+}
+
+
+@pytest.mark.parametrize(("data", "close", "words"), BROKEN_DHT.values(), ids=BROKEN_DHT)
+async def test_a_broken_row_of_dht_values_is_an_error_at_once(
+    data: bytes, close: bool, words: str
+) -> None:
+    with FakeDaemon(first(sends(data, close))) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ConnectionLost if close else ProtocolViolation, match=words):
+                await client.dht_search_value(b"key", timeout=10)
+            await until(lambda: fake.open == 0)
+            await works(client)
+
+
+async def test_dht_values_arrive_one_or_many_and_leave_the_connection_usable() -> None:
+    def script(connection: Connection) -> None:
+        peers = [frame(dht(1, peer=INFO))] * 3
+        for answer in (
+            BEGIN + VALUE + VALUE + END,
+            BEGIN + END,
+            BEGIN + b"".join(peers) + END,
+            frame(OK + field(5, dht(1, value=b"only"))),
+            frame(OK + field(5, dht(1, peer=INFO))),
+            BEGIN + VALUE + END,
+        ):
+            connection.read_request()
+            connection.send(answer)
+        honest(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            assert await client.dht_search_value(b"key") == (b"value", b"value")
+            assert await client.dht_search_value(b"key") == ()
+            providers = await client.dht_find_providers(b"cid", 3)
+            assert [info.peer_id for info in providers] == [FAKE_PEER] * 3
+            assert await client.dht_get_value(b"key") == b"only"
+            assert (await client.dht_find_peer(FAKE_PEER)).addrs[0].to_bytes() == ADDR
+            assert await client.dht_get_value(b"key") == b"value"
+            await works(client)
+            assert fake.accepted == 1
+
+
+async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            for byte in frame(IDENTITY):
+                connection.send(bytes([byte]))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            for _ in range(5):
+                await works(client)
+            assert fake.accepted == 1
+
+
+@pytest.mark.parametrize("extra", [b"\x00", frame(IDENTITY)])
+async def test_a_connection_with_bytes_after_the_answer_is_not_used_again(extra: bytes) -> None:
+    with FakeDaemon(first(sends(frame(IDENTITY) + extra, close=False))) as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_a_connection_on_which_something_came_unasked_is_not_used_again() -> None:
+    sent: list[int] = []
+
+    def talks(connection: Connection) -> None:
+        connection.answer(IDENTITY)
+        answered.wait()
+        connection.send(frame(ERROR))
+        sent.append(1)
+        connection.wait_closed()
+
+    answered = threading.Event()
+    with FakeDaemon(first(talks)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            answered.set()
+            await until(lambda: sent)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_random_bytes_never_hang_or_break_the_client() -> None:
+    rng = random.Random(7)
+    blobs = [rng.randbytes(rng.randrange(1, 60)) for _ in range(100)]
+    with FakeDaemon(first(*(sends(blob, close=True) for blob in blobs))) as fake:
+        async with Client(fake.control_maddr) as client:
+            for _ in blobs:
+                with pytest.raises(ControlFailure) as error:
+                    await client.identify(timeout=10)
+                assert type(error.value) in (ConnectionLost, ProtocolViolation, DaemonRefused)
+            await works(client)
+
+
+async def test_a_request_over_the_limit_is_refused_here() -> None:
+    with FakeDaemon(honest) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlFailure, match="the limit is 4259840") as error:
+                await client.pubsub_publish("topic", bytes(5 << 20))
+            assert error.value.request == "PUBSUB PUBLISH"
+            await works(client)
+            assert len(fake.requests) == 1
+
+
+async def test_a_large_request_goes_through_a_daemon_that_reads_slowly() -> None:
+    def slow(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(frame(OK))
+        connection.wait_closed()
+
+    data = random.Random(1).randbytes(4 << 20)
+    with FakeDaemon(slow) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.pubsub_publish("topic", data, timeout=20)
+    assert fake.requests == [
+        field(1, 8) + field(8, field(1, 2) + field(2, b"topic") + field(3, data))
+    ]
+
+
+async def test_the_limit_on_answers_can_be_set() -> None:
+    with FakeDaemon(honest) as fake:
+        connector = DaemonConnector(fake.control_maddr, max_message_size=len(IDENTITY) - 1)
+        with pytest.raises(ProtocolViolation, match=f"the limit is {len(IDENTITY) - 1}"):
+            await ControlClient(connector).identify()
+        connector = DaemonConnector(fake.control_maddr, max_message_size=len(IDENTITY))
+        assert (await ControlClient(connector).identify()).peer_id == FAKE_PEER
+        await connector.aclose()
+
+
+def test_the_fake_daemon_notices_what_a_script_asserts() -> None:
+    def wrong(connection: Connection) -> None:
+        raise Gone if connection.number == 2 else AssertionError("wrong")
+
+    async def call() -> None:
+        for _ in range(2):
+            with pytest.raises(ConnectionLost):
+                await client.identify()
+
+    with pytest.raises(AssertionError, match="wrong"), FakeDaemon(wrong) as fake:
+        client = Client(fake.control_maddr)
+        anyio.run(call)

@@ -1,0 +1,301 @@
+"""Forked processes: a client and its streams belong to the process that made them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from fake_daemon import IDENTITY, Connection, FakeDaemon, frame
+from support import DaemonProcess, until
+
+from p2pclient_rs import (
+    Client,
+    ForkedClientError,
+    Stream,
+    StreamInfo,
+)
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+#: How long a child may take, in seconds.
+LIMIT = 20
+
+
+async def in_child(work: Callable[[], None]) -> None:
+    """Runs ``work`` in a forked child, and fails with its traceback if it fails there."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads, from 3.12 on
+        pid = os.fork()
+    if pid == 0:
+        status, report = 1, ""
+        try:
+            signal.alarm(LIMIT)
+            work()
+            status = 0
+        except BaseException:
+            report = traceback.format_exc()
+        finally:
+            os.write(write_end, report.encode())
+            os._exit(status)
+    os.close(write_end)
+    result: list[int] = []
+
+    def exited() -> bool:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            result.append(os.waitstatus_to_exitcode(status))
+        return bool(done)
+
+    try:
+        await until(exited, within=2 * LIMIT)
+        report = os.read(read_end, 1 << 16).decode()
+    finally:
+        os.close(read_end)
+    assert result == [0], report
+
+
+def run(backend: Any, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs an event loop in a new thread of the child: that of the parent is still in this one."""
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            anyio.run(work, backend=backend[0], backend_options=backend[1])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    for error in errors:
+        raise error
+
+
+async def echo(info: StreamInfo, stream: Stream) -> None:
+    async with stream:
+        async for data in stream:
+            await stream.send(data)
+
+
+async def opened(pair: Pair) -> Stream:
+    """A stream that echoes."""
+    await pair.bob.stream_handler("/echo", echo)
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
+    return stream
+
+
+async def echoes(stream: Stream, data: bytes) -> None:
+    await stream.send(data)
+    assert await stream.readexactly(len(data)) == data
+
+
+async def test_a_client_of_the_parent_is_refused_in_the_child(
+    pair: Pair, anyio_backend: Any
+) -> None:
+    client = pair.alice
+    await client.identify()
+    stream = await opened(pair)
+
+    async def use() -> None:
+        for call in (
+            client.identify,
+            client.list_peers,
+            lambda: client.identify(timeout=5),
+            lambda: client.stream_open(pair.bob_daemon.peer_id, ["/echo"]),
+            lambda: client.pubsub_subscribe("topic"),
+            lambda: client.dht_get_value(b"key"),
+            client.control.daemon_connector.open_connection,
+            stream.receive,
+            lambda: stream.send(b"data"),
+        ):
+            with pytest.raises(ForkedClientError, match=f"process {os.getppid()} .* make a new"):
+                await call()
+        with pytest.raises(ForkedClientError) as error:
+            await client.connect(pair.bob_daemon.peer_id, [])
+        assert error.value.request == "CONNECT"
+        assert error.value.peer_id == pair.bob_daemon.peer_id
+        with pytest.raises(ForkedClientError):
+            stream.write(b"data")
+
+    async with stream:
+        await in_child(lambda: run(anyio_backend, use))
+        await echoes(stream, b"the parent's")
+        assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
+
+
+async def test_a_new_client_works_in_the_child(pair: Pair, anyio_backend: Any) -> None:
+    await pair.alice.identify()
+    await pair.bob.stream_handler("/echo", echo)
+
+    async def use() -> None:
+        async with pair.alice_daemon.client() as client:
+            assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
+            _, stream = await client.stream_open(pair.bob_daemon.peer_id, ["/echo"])
+            async with stream:
+                await echoes(stream, b"the child's")
+
+    await in_child(lambda: run(anyio_backend, use))
+    assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
+
+
+async def test_closing_in_the_child_disturbs_nothing_of_the_parent(
+    pair: Pair, anyio_backend: Any
+) -> None:
+    async def close_all() -> None:
+        await pair.alice.close()
+        await pair.bob.close()
+        await stream.aclose()
+        await subscription.aclose()
+
+    stream = await opened(pair)
+    subscription = await pair.alice.pubsub_subscribe("forked")
+    async with stream, subscription:
+        await pair.alice.identify()  # so that there is an idle connection, too
+        await in_child(lambda: run(anyio_backend, close_all))
+        await still_works(pair, stream, subscription)
+
+
+async def still_works(pair: Pair, stream: Stream, subscription: Any) -> None:
+    """Asserts that nothing in the parent was disturbed."""
+    await echoes(stream, b"ping")
+    await pair.alice.pubsub_publish("forked", b"message")
+    assert (await subscription.receive_message()).data == b"message"
+    assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
+    async with await opened(pair) as another:
+        await echoes(another, b"another")
+
+
+@pytest.mark.parametrize("how", ["abort", "close", "connector.close"])
+async def test_what_a_child_does_without_a_loop_disturbs_no_task_that_waits_in_the_parent(
+    pair: Pair, how: str
+) -> None:
+    """In the child, the parent's loop looks as if it was running."""
+    received = []
+
+    async def wait_for_data() -> None:
+        received.append(await stream.receive())
+
+    async def wait_for_message() -> None:
+        received.append((await subscription.receive_message()).data)
+
+    def disturb() -> None:
+        if how == "connector.close":
+            pair.alice.control.daemon_connector.close()
+        else:
+            getattr(stream, how)()
+            getattr(subscription, how)()
+
+    stream = await opened(pair)
+    subscription = await pair.alice.pubsub_subscribe("forked")
+    async with stream, subscription:
+        await pair.alice.identify()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_for_data)
+            tasks.start_soon(wait_for_message)
+            await until(lambda: stream._reading and subscription._reading)
+            await in_child(disturb)
+            await stream.send(b"ping")
+            await pair.alice.pubsub_publish("forked", b"message")
+        assert sorted(received) == [b"message", b"ping"]
+        await still_works(pair, stream, subscription)
+
+
+async def test_garbage_collected_in_the_child_stays_open_in_the_parent(pair: Pair) -> None:
+    streams = [await opened(pair)]
+    with anyio.move_on_after(0.01):
+        await streams[0].receive()  # so that the loop watches it
+    await anyio.lowlevel.checkpoint()  # until then the loop holds the cancellation's traceback
+    number = streams[0]._raw.fileno()
+
+    def forget() -> None:
+        streams.clear()
+        gc.collect()
+        assert not os.path.exists(f"/proc/self/fd/{number}")
+
+    await in_child(forget)
+    (stream,) = streams
+    async with stream:
+        await echoes(stream, b"still open")
+
+
+async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend: Any) -> None:
+    release = threading.Event()
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            release.wait(LIMIT)
+            connection.send(frame(IDENTITY))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            answers = []
+
+            async def call() -> None:
+                answers.append(await client.identify())
+
+            async def close() -> None:
+                await client.close()
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(call)
+                await until(lambda: len(fake.requests) == 3)
+                await in_child(lambda: run(anyio_backend, close))
+                await in_child(client.control.daemon_connector.close)
+                release.set()
+            assert len(answers) == len(fake.requests) == 3
+            assert fake.accepted == 3
+            await client.identify()
+            assert fake.accepted == 3  # its connections were kept
+
+
+async def test_the_parents_listener_goes_on_when_the_child_leaves_it(
+    pair: Pair, anyio_backend: Any
+) -> None:
+    async def close() -> None:
+        await pair.bob.close()
+
+    await in_child(lambda: run(anyio_backend, close))
+    async with await opened(pair) as stream:
+        await echoes(stream, b"still listening")
+
+
+def test_descriptors_are_not_passed_on_to_programs(bare_daemon: DaemonProcess) -> None:
+    async def main() -> None:
+        async with bare_daemon.client() as client, client.listen():
+            await client.identify()
+            stream = await client.control.daemon_connector.open_connection()
+            async with stream:
+                fds = [stream._raw.fileno()]
+                fds += [
+                    int(fd)
+                    for fd in os.listdir("/proc/self/fd")
+                    if os.path.islink(f"/proc/self/fd/{fd}")
+                    and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+                ]
+                assert [fd for fd in fds if os.get_inheritable(fd)] == []
+                listed = subprocess.run(
+                    [sys.executable, "-c", "import os; print(os.listdir('/proc/self/fd'))"],
+                    close_fds=False,
+                    capture_output=True,
+                    check=True,
+                    text=True,
+                ).stdout
+                assert f"'{fds[0]}'" not in listed
+
+    anyio.run(main)

@@ -1,0 +1,1080 @@
+"""Streams between two daemons, the handlers at their ends, and the listener that receives them."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import gc
+import hashlib
+import logging
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from anyio.abc import SocketAttribute
+from fake_daemon import ADDR, PEER, Connection, FakeDaemon, field, frame
+from support import DaemonProcess, new_directory, open_descriptors, until
+
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    ControlFailure,
+    DaemonConnector,
+    IncompleteRead,
+    ProtocolViolation,
+    Stream,
+    StreamAttribute,
+    StreamInfo,
+)
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+#: What the pipeline between two daemons' clients can hold at the most: several windows and buffers.
+PIPELINE = 64 * MIB
+
+
+@asynccontextmanager
+async def both_ends(pair: Pair, protocol: str = "/both") -> AsyncIterator[tuple[Stream, Stream]]:
+    """A stream from alice to bob, and bob's end of it."""
+    arrived: list[Stream] = []
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        arrived.append(stream)
+
+    await pair.bob.stream_handler(protocol, handler)
+    _, near = await pair.alice.stream_open(pair.bob_daemon.peer_id, [protocol])
+    await until(lambda: arrived)
+    far = arrived.pop()
+    async with near, far:
+        yield near, far
+
+
+async def echo(info: StreamInfo, stream: Stream) -> None:
+    """Sends back what comes."""
+    async with stream:
+        async for data in stream:
+            await stream.send(data)
+
+
+# --- bytes there and back ---
+
+
+@pytest.mark.parametrize("size", [1, 64 * 1024], ids=["1 byte", "64 KiB"])
+async def test_small_payloads_go_both_ways(pair: Pair, size: int) -> None:
+    there, back = os.urandom(size), os.urandom(size)
+    async with both_ends(pair) as (near, far):
+        await near.send(there)
+        assert await far.readexactly(size) == there
+        await far.send(back)
+        assert await near.readexactly(size) == back
+
+
+async def test_64_mib_go_both_ways_at_once_unharmed(pair: Pair) -> None:
+    blocks = [random.Random(seed).randbytes(MIB) for seed in range(4)]
+
+    def block(number: int, salt: int) -> bytes:
+        return number.to_bytes(4, "big") + blocks[(number + salt) % 4]
+
+    async def send(stream: Stream, salt: int) -> None:
+        for number in range(64):
+            await stream.send(block(number, salt))
+
+    async def receive(stream: Stream, salt: int) -> None:
+        expected, actual, size = hashlib.sha1(), hashlib.sha1(), 64 * (MIB + 4)
+        for number in range(64):
+            expected.update(block(number, salt))
+        while size:
+            data = await stream.receive(min(size, MIB))
+            actual.update(data)
+            size -= len(data)
+        assert actual.digest() == expected.digest()
+        done.append(salt)
+
+    done: list[int] = []
+    async with both_ends(pair) as (near, far), anyio.create_task_group() as tasks:
+        tasks.start_soon(send, near, 1)
+        tasks.start_soon(send, far, 2)
+        tasks.start_soon(receive, far, 1)
+        tasks.start_soon(receive, near, 2)
+    assert sorted(done) == [1, 2]
+
+
+async def test_200_streams_at_once_do_not_mix(pair: Pair) -> None:
+    answers = {}
+
+    async def talk(number: int) -> None:
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
+        async with stream:
+            opened.append(number)
+            await until(lambda: len(opened) == 200)
+            data = b"%d " % number * 500
+            await stream.send(data)
+            answers[number] = await stream.readexactly(len(data)) == data
+
+    opened: list[int] = []
+    await pair.bob.stream_handler("/echo", echo)
+    async with anyio.create_task_group() as tasks:
+        for number in range(200):
+            tasks.start_soon(talk, number)
+    assert answers == dict.fromkeys(range(200), True)
+
+
+@pytest.mark.parametrize("size", [64 * 1024, MIB, 8 * MIB], ids=["64 KiB", "1 MiB", "8 MiB"])
+async def test_what_is_written_before_closing_arrives_whole_at_a_slow_reader(
+    pair: Pair, size: int
+) -> None:
+    data = os.urandom(size)
+
+    async def write_and_close() -> None:
+        near.write(data)
+        near.close()
+        assert near.is_closing()
+        await near.wait_closed()
+        assert near._raw.closed
+
+    async with both_ends(pair) as (near, far), anyio.create_task_group() as tasks:
+        tasks.start_soon(write_and_close)
+        if size == 64 * 1024:  # which fits on the way
+            await until(lambda: near._raw.closed)
+        received = bytearray()
+        while part := await far.read(size // 250):
+            received += part
+            await anyio.lowlevel.checkpoint()
+        assert received == data
+
+
+async def test_what_a_handler_sends_before_closing_arrives_whole(pair: Pair) -> None:
+    data = os.urandom(MIB)
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        async with stream:
+            await stream.send(data)
+
+    await pair.bob.stream_handler("/burst", handler)
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/burst"])
+    async with stream:
+        received = bytearray()
+        while part := await stream.read(4096):
+            received += part
+            await anyio.lowlevel.checkpoint()
+        assert received == data
+
+
+async def test_without_awaiting_close_the_loop_sends_the_rest(
+    pair: Pair, anyio_backend: Any
+) -> None:
+    if anyio_backend[0] == "trio":
+        # Where nothing runs by itself, closing must be awaited.
+        return
+    data = os.urandom(8 * MIB)
+    async with both_ends(pair) as (near, far):
+        near.write(data)
+        near.close()
+        assert await far.read() == data
+        await until(lambda: near._raw.closed)
+
+
+# --- the ends of a stream ---
+
+
+async def test_send_eof_ends_the_stream_as_the_go_daemon_does(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        await near.send(b"all of it")
+        await near.send_eof()
+        # The other peer gets every byte and the end of the stream …
+        assert await far.read() == b"all of it"
+        assert far.at_eof()
+        # … but so does this one, at once …
+        with pytest.raises(anyio.EndOfStream):
+            await near.receive()
+        # … and what the other peer sends is lost.
+        with pytest.raises(anyio.BrokenResourceError):
+            while True:
+                await far.send(b"answer")
+                await anyio.lowlevel.checkpoint()
+        with pytest.raises(anyio.ClosedResourceError):
+            await near.send(b"more")
+        await near.send_eof()  # again
+
+
+async def test_the_end_is_reported_again_and_again(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        await far.send(b"last")
+        await far.aclose()
+        assert await near.receive() == b"last"
+        for _ in range(3):
+            with pytest.raises(anyio.EndOfStream):
+                await near.receive()
+            assert await near.read() == await near.read(10) == await near.readline() == b""
+            with pytest.raises(IncompleteRead):
+                await near.readexactly(1)
+            assert near.at_eof()
+
+
+async def test_nothing_can_be_done_with_a_closed_stream(pair: Pair) -> None:
+    async with both_ends(pair) as (near, _):
+        await near.aclose()
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            near.receive,
+            near.read,
+            near.send_eof,
+            near.readline,
+            near.receive_frame,
+            lambda: near.send(b"data"),
+            lambda: near.readexactly(1),
+            lambda: near.write(b"data"),
+        ]
+        for call in calls:
+            with pytest.raises(anyio.ClosedResourceError):
+                await call()
+        await near.aclose()
+        near.close()
+        await near.wait_closed()
+        near.abort()
+        assert near.is_closing()
+        assert "closed" in repr(near)
+
+
+@pytest.mark.parametrize("how", ["aclose", "close", "abort"])
+async def test_closing_wakes_a_task_that_waits(pair: Pair, how: str) -> None:
+    woken = []
+
+    async def receive(stream: Stream) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await stream.receive()
+        woken.append("receive")
+
+    async def send(stream: Stream) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            while True:
+                await stream.send(bytes(MIB))
+        woken.append("send")
+
+    async with both_ends(pair) as (near, _):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive, near)
+            tasks.start_soon(send, near)
+            await until(lambda: is_stuck(near))
+            result = getattr(near, how)()
+            if how == "aclose":
+                await result
+        assert sorted(woken) == ["receive", "send"]
+
+
+def is_stuck(stream: Stream) -> bool:
+    """Whether the socket takes no more, and somebody waits to receive, too."""
+    poll = select.poll()
+    poll.register(stream._raw.fileno(), select.POLLOUT)
+    return stream._reading and stream._sending and not poll.poll(20)
+
+
+async def test_only_one_task_at_a_time_may_read_and_one_write(pair: Pair) -> None:
+    async def keep_receiving() -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await near.receive()
+
+    async def keep_sending() -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            while True:
+                await near.send(bytes(MIB))
+
+    async with both_ends(pair) as (near, _), anyio.create_task_group() as tasks:
+        tasks.start_soon(keep_receiving)
+        tasks.start_soon(keep_sending)
+        await until(lambda: is_stuck(near))
+        for call in (near.receive, near.read, near.readline, lambda: near.readexactly(1)):
+            with pytest.raises(anyio.BusyResourceError, match="reading"):
+                await call()
+        with pytest.raises(anyio.BusyResourceError, match="writing"):
+            await near.send(b"data")
+        with pytest.raises(anyio.BusyResourceError, match="writing"):
+            await near.send_eof()
+        await near.aclose()
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_a_killed_daemon_breaks_its_streams(kind: str) -> None:
+    with DaemonProcess(transport=kind) as here, DaemonProcess(transport=kind) as there:
+        async with here.client() as alice, there.client() as bob, bob.listen():
+            await alice.connect(there.peer_id, there.addrs)
+            await bob.stream_handler("/echo", echo)
+            _, stream = await alice.stream_open(there.peer_id, ["/echo"])
+            async with stream:
+                await stream.send(b"ping")
+                assert await stream.readexactly(4) == b"ping"
+                here.kill()
+                start = time.monotonic()
+                with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                    await stream.receive()
+                with pytest.raises(anyio.BrokenResourceError) as error:
+                    while True:
+                        await stream.send(b"ping")
+                assert isinstance(error.value.__cause__, ConnectionError)
+                with pytest.raises(anyio.BrokenResourceError):
+                    stream.write(b"ping")
+                assert time.monotonic() - start < 1
+
+
+async def test_a_stream_left_to_the_garbage_collector_closes_its_descriptor(
+    pair: Pair, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with both_ends(pair) as (_, far):
+        sockets = []
+
+        async def open_and_forget() -> None:
+            _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
+            await stream.send(b"ping")
+            assert await stream.readexactly(4) == b"ping"
+            with anyio.move_on_after(0.01):
+                await stream.receive()  # so that the loop watches it
+            stream.write(b"unsent")
+            sockets.append(os.readlink(f"/proc/self/fd/{stream._raw.fileno()}"))
+
+        async def handler(info: StreamInfo, stream: Stream) -> None:
+            assert await stream.readexactly(4) == b"ping"
+            await stream.send(b"ping")
+            with suppress(anyio.BrokenResourceError):
+                assert await stream.read() in (b"", b"unsent")
+            ended.append(True)
+
+        ended: list[bool] = []
+        await pair.bob.stream_handler("/echo", handler)
+        for _ in range(3):
+            await open_and_forget()
+        gc.collect()
+        await until(lambda: len(ended) == 3)  # the other side has seen the end
+        assert len(set(sockets)) == 3
+        assert not set(sockets) & set(open_descriptors())
+        await far.send(b"others are left alone")
+    assert capfd.readouterr().err == ""
+
+
+async def test_the_context_closes_the_stream_on_errors_too(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        with pytest.raises(KeyError):
+            async with near:
+                raise KeyError
+        with pytest.raises(anyio.ClosedResourceError):
+            await near.receive()
+        assert await far.read() == b""
+
+
+# --- what a stream says of itself ---
+
+
+async def test_extra_attributes_are_those_of_anyio_and_of_the_stream(
+    pair: Pair, transport: str
+) -> None:
+    async with both_ends(pair) as (near, far):
+        for stream, remote in ((near, pair.bob_daemon), (far, pair.alice_daemon)):
+            info = stream.extra(StreamAttribute.stream_info)
+            assert info is stream.info
+            assert (info.peer_id, info.proto) == (remote.peer_id, "/both")
+            sock = stream.extra(SocketAttribute.raw_socket)
+            assert isinstance(sock, socket.socket) and sock.family == stream.extra(
+                SocketAttribute.family
+            )
+            assert stream.get_extra_info("socket") is sock
+            assert stream.extra(SocketAttribute.local_address) == sock.getsockname()
+            assert stream.get_extra_info("sockname") == sock.getsockname()
+            assert stream.extra(SocketAttribute.remote_address) == sock.getpeername()
+            assert stream.get_extra_info("peername") == sock.getpeername()
+            if transport == "tcp":
+                assert sock.family == socket.AF_INET
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert stream.extra(SocketAttribute.local_port) == sock.getsockname()[1]
+                assert stream.extra(SocketAttribute.remote_port) == sock.getpeername()[1]
+            else:
+                assert sock.family == socket.AF_UNIX
+                assert stream.extra(SocketAttribute.local_port, None) is None
+            assert stream.get_extra_info("nonsense", 5) == 5
+            assert "/both" in repr(stream) and str(remote.peer_id) in repr(stream)
+            assert stream.can_write_eof()
+        control = pair.alice_daemon.control_maddr
+        if transport == "unix":
+            assert f"/unix{near.extra(SocketAttribute.remote_address)}" == control
+        else:
+            assert control.endswith(f"/tcp/{near.extra(SocketAttribute.remote_port)}")
+    assert sock.fileno() == -1  # closed with its stream
+    assert near.get_extra_info("peername") is None
+
+
+# --- reading: against a scripted other end, so that it is known what has come ---
+
+
+@asynccontextmanager
+async def raw_stream(script: Callable[[Connection], None]) -> AsyncIterator[Stream]:
+    """A stream whose other end is a script."""
+    with FakeDaemon(script) as fake:
+        async with await DaemonConnector(fake.control_maddr).open_connection() as stream:
+            yield stream
+        await until(lambda: fake.accepted and not fake.open)
+
+
+async def test_reads_give_what_was_asked_for() -> None:
+    def script(connection: Connection) -> None:
+        connection.send(b"0123456789" * 10)
+        connection.wait_closed()
+
+    async with raw_stream(script) as stream:
+        assert await stream.read(0) == b""
+        assert await stream.readexactly(0) == b""
+        assert await stream.receive(3) == b"012"
+        assert await stream.read(4) == b"3456"
+        assert await stream.readexactly(5) == b"78901"
+        assert not stream.at_eof()
+        assert await stream.receive() == (b"0123456789" * 10)[12:]
+        for wrong in (stream.receive(0), stream.receive(-1), stream.readexactly(-1)):
+            with pytest.raises(ValueError):
+                await wrong
+
+
+async def test_read_without_a_limit_reads_to_the_end() -> None:
+    data = os.urandom(3 * MIB)
+    async with raw_stream(lambda c: c.send(data)) as stream:
+        assert await stream.read() == data
+        assert stream.at_eof()
+
+
+async def test_readexactly_says_what_there_was_before_the_end() -> None:
+    async with raw_stream(lambda c: c.send(b"seven b")) as stream:
+        with pytest.raises(IncompleteRead) as error:
+            await stream.readexactly(10)
+        assert (error.value.partial, error.value.expected) == (b"seven b", 10)
+        assert isinstance(error.value, asyncio.IncompleteReadError)
+        assert isinstance(error.value, anyio.IncompleteRead)
+        assert await stream.read() == b""
+
+
+async def test_lines_and_other_separators() -> None:
+    async with raw_stream(lambda c: c.send(b"one\ntwo\n\nENDthree END, four")) as stream:
+        assert await stream.readline() == b"one\n"
+        assert await stream.readuntil() == b"two\n"
+        assert await stream.readline() == b"\n"
+        assert await stream.readuntil(b"END") == b"END"
+        assert await stream.readuntil(bytearray(b"END")) == b"three END"
+        assert await stream.readline() == b", four"
+        assert await stream.readline() == b""
+        with pytest.raises(ValueError, match="at least one-byte"):
+            await stream.readuntil(b"")
+
+
+async def test_readuntil_without_a_separator_before_the_end() -> None:
+    async with raw_stream(lambda c: c.send(b"no newline")) as stream:
+        with pytest.raises(IncompleteRead) as error:
+            await stream.readuntil(b"\n")
+        assert (error.value.partial, error.value.expected) == (b"no newline", None)
+
+
+async def test_a_separator_that_comes_in_pieces_is_found() -> None:
+    def script(connection: Connection) -> None:
+        for byte in b"ab-=-=--=-=!rest":
+            connection.send(bytes([byte]))
+
+    async with raw_stream(script) as stream:
+        assert await stream.readuntil(b"-=-=!") == b"ab-=-=--=-=!"
+        assert await stream.read() == b"rest"
+
+
+async def test_a_line_over_the_limit_is_an_error_and_stays() -> None:
+    data = b"x" * 100_000 + b"\nrest"
+    async with raw_stream(lambda c: c.send(data)) as stream:
+        for _ in range(2):
+            with pytest.raises(asyncio.LimitOverrunError) as error:
+                await stream.readuntil(b"\n")
+            assert error.value.consumed > 65536 - 1
+            with pytest.raises(asyncio.LimitOverrunError):
+                await stream.readuntil(b"\n", limit=10)
+        assert await stream.readuntil(b"\n", limit=1 << 20) == data[:-4]
+        assert await stream.read() == b"rest"
+
+
+async def test_frames_of_any_size_are_read_and_broken_ones_reported() -> None:
+    frames = [b"", b"x", b"y" * 127, b"z" * 128, os.urandom(100_000)]
+
+    def script(connection: Connection) -> None:
+        connection.send(b"".join(map(frame, frames)) + frame(bytes(50))[:-1])
+
+    async with raw_stream(script) as stream:
+        assert [await stream.receive_frame() for _ in frames] == frames
+        with pytest.raises(ConnectionLost):
+            await stream.receive_frame()
+    async with raw_stream(lambda c: c.send(frame(bytes(1001)))) as stream:
+        with pytest.raises(ProtocolViolation, match="1001 bytes; the limit is 1000"):
+            await stream.receive_frame(1000)
+    async with raw_stream(lambda c: None) as stream:
+        with pytest.raises(anyio.EndOfStream):
+            await stream.receive_frame()
+
+
+@pytest.mark.parametrize("size", [20, 200_000])
+async def test_a_cancelled_read_loses_nothing(size: int) -> None:
+    data = os.urandom(size)
+
+    def script(connection: Connection) -> None:
+        connection.send(data[: size // 2])
+        assert connection.read(1) == b"!"
+        connection.send(data[size // 2 :])
+
+    async with raw_stream(script) as stream:
+        received = await stream.readexactly(5)
+        cancelled: list[Callable[[], Awaitable[bytes]]] = [
+            lambda: stream.readexactly(size - 5),
+            lambda: stream.readuntil(b"no such thing", limit=MIB),
+            lambda: stream.readexactly(size),
+        ]
+        for read in cancelled:
+            with anyio.move_on_after(0.03) as scope:
+                await read()
+            assert scope.cancelled_caught
+        await stream.send(b"!")
+        received += await stream.readexactly(7)
+        received += await stream.read()
+        assert received == data
+
+
+async def test_a_cancelled_receive_loses_nothing() -> None:
+    def script(connection: Connection) -> None:
+        for number in range(100):
+            assert connection.read(1) == b"!"
+            connection.send(b"%03d" % number)
+
+    async with raw_stream(script) as stream:
+        received = b""
+        for _ in range(100):
+            with anyio.CancelScope(deadline=anyio.current_time() - 1) as scope:
+                await stream.receive()
+            assert scope.cancelled_caught
+            await stream.send(b"!")
+            with anyio.move_on_after(0.0001):
+                received += await stream.receive()
+        received += await stream.read()
+        assert received == b"".join(b"%03d" % number for number in range(100))
+
+
+async def test_iteration_gives_everything_up_to_the_end() -> None:
+    data = os.urandom(300_000)
+    async with raw_stream(lambda c: c.send(data)) as stream:
+        assert b"".join([part async for part in stream]) == data
+
+
+async def test_a_stream_that_always_has_data_lets_other_tasks_run() -> None:
+    def script(connection: Connection) -> None:
+        while True:
+            connection.send(bytes(MIB))
+
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with raw_stream(script) as stream, anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        for _ in range(2000):
+            await stream.readexactly(100)
+        tasks.cancel_scope.cancel()
+    assert turns >= 2000 // 20
+
+
+# --- writing ---
+
+
+async def test_buffers_of_every_kind_are_written() -> None:
+    numbers = array.array("d", [1.5, -2.0, float("inf")])
+    grid = memoryview(bytes(range(12))).cast("B", (3, 4))
+    buffers: list[Any] = [
+        b"bytes",
+        bytearray(b"bytearray"),
+        memoryview(b"memoryview"),
+        memoryview(b"a slice of one")[2:7],
+        memoryview(b"every second byte")[::2],
+        numbers,
+        memoryview(numbers),
+        grid,
+        b"",
+        memoryview(b""),
+    ]
+    expected = b"".join(memoryview(buffer).tobytes() for buffer in buffers)
+    received = []
+
+    def script(connection: Connection) -> None:
+        received.append(connection.wait_closed())
+
+    async with raw_stream(script) as stream:
+        for buffer in buffers:
+            await stream.send(buffer)
+        for buffer in buffers:
+            stream.write(buffer)
+        await stream.drain()
+        for buffer in buffers:
+            await stream.write(buffer)
+        stream.writelines(buffers)
+        await stream.drain()
+        for wrong in ("text", 5, None):
+            with pytest.raises(TypeError):
+                await stream.send(wrong)  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                stream.write(wrong)  # type: ignore[arg-type]
+    assert received == [expected * 4]
+
+
+async def test_a_buffer_written_can_be_changed_at_once() -> None:
+    received = []
+
+    def script(connection: Connection) -> None:
+        received.append(connection.wait_closed())
+
+    buffer = bytearray(os.urandom(4 * MIB))
+    expected = bytes(buffer)
+    async with raw_stream(script) as stream:
+        stream.write(buffer)
+        buffer[:] = bytes(4 * MIB)
+    assert received == [expected]
+
+
+async def test_write_eof_wants_the_buffer_drained() -> None:
+    received = []
+
+    def script(connection: Connection) -> None:
+        connection.read(1)
+        received.append(connection.wait_closed())
+        connection.send(b"answer")
+
+    async with raw_stream(script) as stream:
+        await stream.send(b"!")
+        stream.write(bytes(4 * MIB))
+        while stream._raw.buffered:
+            await stream.drain()
+            await anyio.lowlevel.checkpoint()
+        stream.write_eof()
+        assert await stream.read() == b"answer"  # here nothing but a socket is involved
+        with pytest.raises(anyio.ClosedResourceError):
+            stream.write(b"more")
+    assert received == [bytes(4 * MIB)]
+
+
+async def test_send_eof_sends_what_is_buffered_first() -> None:
+    received = []
+
+    def script(connection: Connection) -> None:
+        received.append(connection.wait_closed())
+
+    async with raw_stream(script) as stream:
+        stream.write(bytes(4 * MIB))
+        await stream.send_eof()
+        assert await stream.read() == b""
+    assert received == [bytes(4 * MIB)]
+
+
+async def test_send_after_write_keeps_the_order() -> None:
+    received = []
+
+    def script(connection: Connection) -> None:
+        received.append(connection.wait_closed())
+
+    parts = [os.urandom(300_000) for _ in range(10)]
+    async with raw_stream(script) as stream:
+        for first, second in zip(parts[::2], parts[1::2], strict=True):
+            stream.write(first)
+            await stream.send(second)
+    assert received == [b"".join(parts)]
+
+
+async def test_a_write_does_not_land_in_the_middle_of_what_another_task_sends() -> None:
+    received: list[bytes] = []
+
+    def script(connection: Connection) -> None:
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    release = threading.Event()
+    data = os.urandom(8 * MIB)
+    async with raw_stream(script) as stream, anyio.create_task_group() as tasks:
+        tasks.start_soon(stream.send, data)
+        await until(lambda: stream._sending)
+        with pytest.raises(anyio.BusyResourceError):
+            stream.write(b"intruder")
+        release.set()
+    assert received == [data]
+
+
+async def test_several_tasks_may_drain_and_one_close_at_once() -> None:
+    received: list[bytes] = []
+
+    def script(connection: Connection) -> None:
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    async def drain() -> None:
+        waiting.append(True)
+        await stream.drain()
+
+    release = threading.Event()
+    waiting: list[bool] = []
+    data = os.urandom(8 * MIB)
+    async with raw_stream(script) as stream:
+        stream.write(data)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(drain)
+            await until(lambda: len(waiting) == 3)
+            with anyio.move_on_after(0.05) as scope:
+                await stream.drain()
+            assert scope.cancelled_caught
+            release.set()
+            await stream.aclose()
+    assert received == [data]
+
+
+async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
+    chunk = os.urandom(64 * 1024)
+    async with both_ends(pair) as (near, far):
+        written, progress = 0, True
+        while progress:
+            assert written < PIPELINE
+            with anyio.move_on_after(0.5) as scope:
+                near.write(chunk)
+                written += len(chunk)
+                assert near._raw.buffered <= 64 * 1024 + len(chunk)
+                await near.drain()
+            progress = not scope.cancelled_caught
+        # Nothing of it is lost, and the writer goes on when it is read.
+        digest = hashlib.sha1(chunk * (written // len(chunk)))
+        actual = hashlib.sha1()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(near.drain)
+            while written:
+                data = await far.receive(min(written, MIB))
+                actual.update(data)
+                written -= len(data)
+        assert actual.digest() == digest.digest()
+        await near.send(b"more")
+        assert await far.readexactly(4) == b"more"
+
+
+async def test_a_cancelled_send_leaves_the_stream_usable_for_reading() -> None:
+    def script(connection: Connection) -> None:
+        connection.send(b"unasked")
+        connection.wait_readable()
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    release = threading.Event()
+    received: list[bytes] = []
+    data = os.urandom(8 * MIB)
+    async with raw_stream(script) as stream:
+        with anyio.move_on_after(0.1) as scope:
+            await stream.send(data)
+        assert scope.cancelled_caught
+        release.set()
+        assert await stream.receive() == b"unasked"
+        await stream.send(b"next")
+    assert received[0].endswith(b"next") and data.startswith(received[0][:-4])
+
+
+# --- handlers ---
+
+
+async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        if await stream.readline() == b"fail\n":
+            raise LookupError("a bug in the handler")
+        await echo(info, stream)
+
+    await pair.bob.stream_handler("/fragile", handler)
+
+    async def opened() -> Stream:
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/fragile"])
+        return stream
+
+    async with await opened() as good:
+        await good.send(b"fine\n")
+        async with await opened() as bad:
+            await bad.send(b"fail\n")
+            with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await bad.receive()
+        await good.send(b"ping")
+        assert await good.readexactly(4) == b"ping"
+    async with await opened() as later:
+        await later.send(b"fine\nping")
+        assert await later.readexactly(4) == b"ping"
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.name == "p2pclient_rs.control"
+    assert "/fragile" in record.getMessage()
+    assert str(pair.alice_daemon.peer_id) in record.getMessage()
+    assert record.exc_info is not None and record.exc_info[0] is LookupError
+    assert "a bug in the handler" in caplog.text and "in handler" in caplog.text
+
+
+async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:
+    events = []
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        events.append("begun")
+        try:
+            await stream.receive()
+        except anyio.get_cancelled_exc_class():
+            events.append("cancelled")
+            raise
+
+    async with pair.bob_daemon.client() as client:
+        async with client.listen():
+            await client.stream_handler("/wait", handler)
+            _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/wait"])
+            await until(lambda: events)
+        assert events == ["begun", "cancelled"]
+        async with stream:
+            with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await stream.receive()
+
+
+async def test_an_exception_in_the_body_of_listen_comes_out_as_it_is(pair: Pair) -> None:
+    async def wait(info: StreamInfo, stream: Stream) -> None:
+        begun.append(True)
+        await stream.receive()
+
+    begun: list[bool] = []
+    async with pair.bob_daemon.client() as client:
+        with pytest.raises(KeyError, match="mine") as error:
+            async with client.listen():
+                await client.stream_handler("/wait", wait)
+                _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/wait"])
+                await until(lambda: begun)
+                raise KeyError("mine")
+        assert error.type is KeyError
+        await stream.aclose()
+        with anyio.CancelScope() as scope:
+            async with client.listen():
+                scope.cancel()
+                await anyio.sleep(10)
+        assert scope.cancelled_caught
+
+
+async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: Pair) -> None:
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        assert await stream.readexactly(2) == b"hi"
+        done.append(True)
+
+    done: list[bool] = []
+    await pair.bob.stream_handler("/forgets", handler)
+    before = open_descriptors()
+    for times in range(1, 6):
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/forgets"])
+        async with stream:
+            await stream.send(b"hi")
+            await until(lambda: len(done) == times)  # noqa: B023
+            gc.collect()
+            assert await stream.read() == b""
+    await until(lambda: len(open_descriptors()) <= len(before))
+
+
+async def test_a_handler_may_keep_its_stream(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        gc.collect()
+        await near.send(b"still there?")
+        assert await far.receive() == b"still there?"
+
+
+# --- the listener ---
+
+
+async def test_a_client_listens_once_at_a_time(pair: Pair) -> None:
+    with pytest.raises(ControlFailure, match="already listening"):
+        async with pair.alice.listen():
+            pass
+    async with both_ends(pair) as (near, far):  # the first goes on
+        await near.send(b"x")
+        assert await far.receive() == b"x"
+
+
+async def test_closing_the_client_ends_listening_but_not_the_body_of_listen(
+    bare_daemon: DaemonProcess,
+) -> None:
+    client = bare_daemon.client()
+    path = Path(str(client.control.listen_maddr).removeprefix("/unix"))
+    for _ in range(2):
+        reached = False
+        async with client.listen():
+            assert path.is_socket()
+            await client.close()
+            await until(lambda: not path.exists())
+            assert (await client.identify()).peer_id == bare_daemon.peer_id
+            reached = True
+        assert reached
+    await client.close()
+
+
+async def test_closing_the_client_cancels_its_handlers(pair: Pair) -> None:
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        events.append("begun")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            events.append("ended")
+
+    events: list[str] = []
+    await pair.bob.stream_handler("/wait", handler)
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/wait"])
+    async with stream:
+        await until(lambda: events)
+        await pair.bob.close()
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await stream.receive()
+        assert events == ["begun", "ended"]
+
+
+async def test_the_socket_file_is_private_and_goes_with_the_listener() -> None:
+    path = new_directory() / "listen.sock"
+    async with Client(None, f"/unix{path}").listen() as client:
+        assert client.control.handlers == {}
+        assert path.is_socket()
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
+
+
+async def test_a_stale_socket_file_is_replaced() -> None:
+    path = new_directory() / "listen.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    assert path.is_socket()
+    async with Client(None, f"/unix{path}").listen():
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+    assert not path.exists()
+
+
+async def test_an_address_that_is_in_use_is_an_os_error_that_names_it() -> None:
+    directory = new_directory()
+    path, file = directory / "listen.sock", directory / "file"
+    file.write_text("precious")
+    with socket.socket(socket.AF_UNIX) as live, socket.create_server(("127.0.0.1", 0)) as tcp:
+        live.bind(str(path))
+        live.listen()
+        for addr in (
+            f"/unix{path}",
+            f"/unix{file}",
+            f"/ip4/127.0.0.1/tcp/{tcp.getsockname()[1]}",
+        ):
+            client = Client(None, addr)
+            for _ in range(2):  # not "already listening" the second time
+                with pytest.raises(OSError, match=addr) as error:
+                    async with client.listen():
+                        pass
+                assert "in use" in str(error.value)
+                assert error.value.errno == errno.EADDRINUSE
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))  # it was left alone
+    assert file.read_text() == "precious"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="/missing/listen.sock"):
+        async with Client(None, f"/unix{directory}/missing/listen.sock").listen():
+            pass
+
+
+def connect_to_listener(client: Client) -> socket.socket:
+    """A connection to a client's listener, as the daemon would make it."""
+    _, kind, *rest = str(client.control.listen_maddr).split("/")
+    if kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect("/" + "/".join(rest))
+        return sock
+    return socket.create_connection((rest[0], int(rest[2])))
+
+
+HEADER = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
+NONSENSE = {
+    "nothing": b"",
+    "garbage": b"GET / HTTP/1.1\r\n\r\n",
+    "an endless length": b"\xff" * 11,
+    "a length over the limit": b"\xff\xff\xff\x7f",
+    "half a header": frame(HEADER)[:-3],
+    "an unknown protocol": frame(field(1, PEER) + field(2, ADDR) + field(3, b"/unknown")),
+    "no peer": frame(field(2, ADDR) + field(3, b"/echo")),
+}
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
+async def test_a_stranger_at_the_listener_does_no_harm(
+    pair: Pair, nonsense: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    await pair.bob.stream_handler("/echo", echo)
+    with connect_to_listener(pair.bob) as stranger, connect_to_listener(pair.bob) as silent:
+        stranger.sendall(nonsense)
+        stranger.shutdown(socket.SHUT_WR)
+        # Its connection is closed, and that of one that says nothing yet is not.
+        stranger.setblocking(False)
+        await until(lambda: is_closed(stranger))
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.recv(1)
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
+        async with stream:
+            await stream.send(b"ping")
+            assert await stream.readexactly(4) == b"ping"
+    assert "refused an inbound stream" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the other side of a non-blocking socket has closed it."""
+    try:
+        return sock.recv(100) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+async def test_a_stream_whose_header_comes_byte_by_byte_is_handled(pair: Pair) -> None:
+    await pair.bob.stream_handler("/echo", echo)
+    with connect_to_listener(pair.bob) as daemon:
+        for byte in frame(HEADER):
+            daemon.sendall(bytes([byte]))
+            await anyio.lowlevel.checkpoint()
+        daemon.sendall(b"ping")
+        daemon.setblocking(False)
+        received = bytearray()
+
+        def answered() -> bool:
+            try:
+                received.extend(daemon.recv(100))
+            except BlockingIOError:
+                pass
+            return bytes(received) == b"ping"
+
+        await until(answered)
+
+
+async def test_bytes_right_behind_the_header_are_the_first_of_the_stream(pair: Pair) -> None:
+    got: list[bytes] = []
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        async with stream:
+            got.append(await stream.read())
+
+    await pair.bob.stream_handler("/echo", handler)
+    with connect_to_listener(pair.bob) as daemon:
+        daemon.sendall(frame(HEADER) + b"first bytes")
+        daemon.shutdown(socket.SHUT_WR)
+        await until(lambda: got)
+    assert got == [b"first bytes"]
