@@ -31,7 +31,7 @@ test-python: $(VENV)/.wheel
 
 # PyPI p2pclient's own test suite, unmodified, with this package in its place.
 test-p2pclient: $(VENV)/.wheel
-	P2PD_PATH=$(P2PD) PYTHON=$(BIN)/python bash tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
+	P2PD_PATH=$(P2PD) PYTHON=$(CURDIR)/$(BIN)/python sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
 
 # Against the bindings it replaces, in one run.
 bench: $(VENV)/.wheel
