@@ -9,7 +9,7 @@ import pickle
 from typing import Any
 
 import base58
-import multiaddr as py_multiaddr  # type: ignore[import-untyped]
+import multiaddr as py_multiaddr
 import multihash  # type: ignore[import-untyped]
 import pytest
 

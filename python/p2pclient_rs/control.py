@@ -190,6 +190,8 @@ class ControlClient:
                 "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
             )
         except ConnectionLost as error:
+            # A daemon that is there and closes the connection does not know the request.
+            await self.identify(timeout=timeout)
             raise NotSupported(
                 "the daemon closed the connection, as it does on a request it does not know",
                 request="REMOVE_STREAM_HANDLER",

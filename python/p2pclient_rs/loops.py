@@ -97,7 +97,7 @@ class TrioWatch:
     def __init__(self, fd: int) -> None:
         import trio
 
-        self._trio = trio
+        self._trio: Any = trio  # typed as it is, whatever stubs of an older trio are about
         self._fd = fd
         self._pid = os.getpid()
         self._writing: trio.Event | None = None

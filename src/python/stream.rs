@@ -62,6 +62,13 @@ impl RawStream {
         errors::check_fork(self.pid, "stream")?;
         Ok(self.lock())
     }
+
+    /// As `open`; a closed stream is an error even if its end had been reached.
+    fn open_to_read(&self) -> PyResult<MutexGuard<'_, Half>> {
+        let half = self.open()?;
+        half.socket()?;
+        Ok(half)
+    }
 }
 
 #[pymethods]
@@ -72,7 +79,7 @@ impl RawStream {
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open()?;
+        let mut half = self.open_to_read()?;
         if half.input.is_empty() && max_bytes >= READ_AHEAD {
             // Nothing was read ahead: what comes goes to the caller without another copy.
             if half.at_eof {
@@ -102,7 +109,7 @@ impl RawStream {
         py: Python<'py>,
         count: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open()?;
+        let mut half = self.open_to_read()?;
         let begin = half.input.len();
         while half.input.len() < count && !half.at_eof {
             // A sender that keeps up must not keep the loop from everything else.
@@ -122,7 +129,7 @@ impl RawStream {
         separator: &[u8],
         limit: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open()?;
+        let mut half = self.open_to_read()?;
         let mut searched = 0;
         loop {
             let found = memchr::memmem::find(&half.input[searched..], separator);
@@ -159,7 +166,7 @@ impl RawStream {
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Vec<Bound<'py, PyBytes>>>> {
-        let mut half = self.open()?;
+        let mut half = self.open_to_read()?;
         loop {
             let frame = framing::split_frame(&mut half.input, max_bytes);
             if let Some(frame) = frame.map_err(errors::from_core)? {
