@@ -35,6 +35,7 @@ __all__ = [
     "endpoint",
     "excerpt_daemon_output",
     "find_daemon",
+    "p2pd_descriptors",
 ]
 
 __version__: str
