@@ -211,8 +211,14 @@ class DaemonConnector:
         """As ``request``, for one whose success makes its connection a stream."""
         work = self._exchange(request)
         answer, connection = await self._described(work, name, timeout, peer_id, protocol)
-        info = None if answer is None else self.types.stream_info(answer)
-        return info, stream_type(connection.raw.take_stream(), connection.watch, info)
+        stream = stream_type(connection.raw.take_stream(), connection.watch)
+        if answer is not None:
+            try:
+                stream.info = self.types.stream_info(answer)
+            except BaseException:
+                stream.abort()
+                raise
+        return stream.info, stream
 
     async def open_connection(self, *, timeout: float | None = None) -> Stream:
         """A new connection to the control socket, on which nothing was said yet.
@@ -273,14 +279,16 @@ class DaemonConnector:
         self, pool: _Pool, connection: _Connection, request: Request
     ) -> tuple[Any, _Connection]:
         raw, watch = connection
+        consumed = False
         try:
             raw.start(request)
             while (answer := raw.step()) is None:
                 await (watch.writable() if raw.wants_write else watch.readable())
+            consumed = raw.consumed
             return answer[0], connection
         finally:
             # A connection with half an answer on it is of no use to anybody else.
-            if not raw.consumed:
+            if not consumed:
                 pool.give_back(connection)
 
     async def _connect(self) -> _Connection:

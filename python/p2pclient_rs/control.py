@@ -20,7 +20,6 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     DispatchFailure,
     NotSupported,
-    P2PDaemonError,
 )
 from p2pclient_rs.loops import Watch, watch
 from p2pclient_rs.streams import Stream
@@ -161,16 +160,23 @@ class ControlClient:
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
     ) -> None:
         request = Request.stream_handler(self.listen_maddr, proto, balanced)
+        before = self.handlers.get(proto)
+        # In place before the daemon has it: a stream can come sooner than the daemon's answer.
+        self.handlers[proto] = handler_cb
         try:
             await self.daemon_connector.request(
                 "STREAM_HANDLER", request, timeout=timeout, protocol=proto
             )
-        except DaemonRefused:
+        except BaseException as error:
             # hivemind's fork refuses what upstream takes for a replacement. The daemon connects
             # to this client already, so nothing but the handler is to be replaced.
-            if proto not in self.handlers:
-                raise
-        self.handlers[proto] = handler_cb
+            if before is not None and isinstance(error, DaemonRefused):
+                return
+            if before is None:
+                self.handlers.pop(proto, None)
+            else:
+                self.handlers[proto] = before
+            raise
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
@@ -191,7 +197,7 @@ class ControlClient:
             )
         except ConnectionLost as error:
             # A daemon that is there and closes the connection does not know the request.
-            await self.identify(timeout=timeout)
+            await self.daemon_connector.request("IDENTIFY", Request.identify(), timeout=timeout)
             raise NotSupported(
                 "the daemon closed the connection, as it does on a request it does not know",
                 request="REMOVE_STREAM_HANDLER",
@@ -288,12 +294,7 @@ class ControlClient:
             handler = self.handlers.get(info.proto)
             if handler is None:
                 raise DispatchFailure(f"no handler for the protocol {info.proto!r}")
-        except (
-            P2PDaemonError,
-            anyio.EndOfStream,
-            anyio.BrokenResourceError,
-            TimeoutError,
-        ) as error:
+        except Exception as error:
             logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
             stream.abort()
             return
@@ -323,7 +324,7 @@ class ControlClient:
                         break
                 except ControlFailure:
                     break
-                del self.handlers[proto]
+                self.handlers.pop(proto, None)
 
 
 @asynccontextmanager

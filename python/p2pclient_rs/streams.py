@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -185,10 +186,7 @@ class Stream(ByteStream):
             return b""
         if n > 0:
             return await self._pull(lambda: self._raw.try_receive(n))
-        parts = []
-        while part := await self._pull(lambda: self._raw.try_receive(1 << 18)):
-            parts.append(part)
-        return b"".join(parts)
+        return await self._pull(lambda: self._raw.try_read_exactly(sys.maxsize))
 
     async def readexactly(self, n: int) -> bytes:
         """Reads ``n`` bytes.
@@ -306,6 +304,9 @@ class Stream(ByteStream):
         self._closing = True
         if self._raw.closed or not self._raw.buffered or os.getpid() != self._pid:
             self._close()
+        elif self._watch.runs_callbacks and not self._flushing:
+            # Whoever was to send the rest has failed at it.
+            self._on_writable(None)
         return _Later(self.wait_closed)
 
     def is_closing(self) -> bool:

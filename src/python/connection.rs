@@ -153,10 +153,13 @@ impl ControlConnection {
         self.fd
     }
 
-    /// Closes the socket, unless it became a stream.
+    /// Closes the socket, unless it became a stream. In a forked child only the descriptor is
+    /// closed: the connection is the parent's.
     fn close(&self) {
         let inner = self.lock().take();
-        drop(inner);
+        if let Some(inner) = inner.filter(|_| std::process::id() == self.pid) {
+            inner.socket.end();
+        }
     }
 }
 

@@ -82,9 +82,11 @@ impl RawListener {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if socket.is_none() || std::process::id() != self.pid {
+        let Some(socket) = socket.filter(|_| std::process::id() == self.pid) else {
             return;
-        }
+        };
+        // A forked child may hold the descriptor too, and must not keep the address.
+        let _ = socket.shutdown(std::net::Shutdown::Both);
         if let Some((path, inode)) = &self.file {
             if fs::metadata(path).is_ok_and(|file| file.ino() == *inode) {
                 let _ = fs::remove_file(path);

@@ -138,6 +138,12 @@ impl Socket {
                 _ => break,
             }
         }
+        self.end();
+    }
+
+    /// Ends the connection although a forked child may hold the descriptor too.
+    pub fn end(&self) {
+        let _ = self.0.shutdown(Shutdown::Both);
     }
 
     /// Closes at once. A TCP peer sees a reset; a unix peer sees one if it sent what was not read.
