@@ -41,7 +41,9 @@ from p2pclient_rs import (
     DaemonRefused,
     PeerID,
     ProtocolViolation,
+    StreamInfo,
 )
+from p2pclient_rs.connector import Types
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +172,22 @@ async def test_a_connection_that_became_a_stream_takes_no_more_requests() -> Non
             await stream.aclose()
             await works(client)
             assert fake.accepted == 2
+
+
+async def test_a_stream_whose_info_cannot_be_converted_is_closed() -> None:
+    class Refusing(Types):
+        def stream_info(self, info: StreamInfo) -> Any:
+            raise ValueError("not an address of this ecosystem")
+
+    def script(connection: Connection) -> None:
+        connection.answer(STREAM_OPENED)
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        control = ControlClient(DaemonConnector(fake.control_maddr, types=Refusing()))
+        with pytest.raises(ValueError, match="not an address"):
+            await control.stream_open(FAKE_PEER, ["/echo"])
+        await until(lambda: fake.accepted == 1 and not fake.open)
 
 
 async def test_bytes_that_follow_the_answer_to_stream_open_are_the_first_of_the_stream() -> None:
