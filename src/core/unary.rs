@@ -711,11 +711,11 @@ fn scan(bytes: &[u8], len: usize) -> Scan {
         let id: CallId = at.value(1)?.try_into().map_err(|_| Scan::Other)?;
         let head = match at.key()? {
             2 => {
-                at.to_the_end()?;
+                at.enter_last()?;
                 Head::Reply { id }
             }
             3 => {
-                at.to_the_end()?;
+                at.enter_last()?;
                 let peer = Bytes::copy_from_slice(at.value(1)?);
                 let protocol = std::str::from_utf8(at.value(2)?).map_err(|_| Scan::Other)?;
                 Head::Call {
@@ -734,7 +734,7 @@ fn scan(bytes: &[u8], len: usize) -> Scan {
         if at.key()? != payload {
             return Err(Scan::Other);
         }
-        at.to_the_end()?;
+        at.enter_last()?;
         Ok(Scan::Payload(head, at.offset))
     })();
     scanned.unwrap_or_else(|stopped| stopped)
@@ -788,7 +788,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Enters a field that must reach to the end.
-    fn to_the_end(&mut self) -> Result<(), Scan> {
+    fn enter_last(&mut self) -> Result<(), Scan> {
         if self.length()? + self.offset == self.end {
             return Ok(());
         }
