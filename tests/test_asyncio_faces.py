@@ -58,6 +58,8 @@ async def connected(kind: str, family: str) -> AsyncIterator[Ends]:
         listener.bind(f"{directory}/s" if family == "unix" else ("127.0.0.1", 0))
         listener.listen()
         address = listener.getsockname()
+        reader: asyncio.StreamReader
+        writer: asyncio.StreamWriter
         if kind == "ours":
             maddr = f"/unix{address}" if family == "unix" else f"/ip4/127.0.0.1/tcp/{address[1]}"
             stream = await DaemonConnector(maddr).open_connection()
