@@ -208,6 +208,8 @@ def test_constants(all_bindings: dict[str, Bindings]) -> None:
         assert len({getattr(b, name) for b in all_bindings.values()}) == 1
 
 
+# The original's __del__ fails on what was not made.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <function (Client|ControlClient).__del__")
 async def test_clients_are_made_by_create(b: Bindings) -> None:
     with pytest.raises(AssertionError, match=r"Please use Client\.create"):
         b.Client()

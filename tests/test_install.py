@@ -242,6 +242,63 @@ def test_hivemind_gets_our_clients_and_then_its_own_back(hivemind: Path) -> None
     )
 
 
+P2P_PROGRAM = """
+import asyncio
+from hivemind.p2p import P2P
+from hivemind.proto import test_pb2
+
+async def double(request, context):
+    return test_pb2.TestResponse(number=2 * request.number)
+
+async def squares(requests, context):
+    async for request in requests:
+        yield test_pb2.TestResponse(number=request.number**2)
+
+async def numbers(count):
+    for number in range(count):
+        yield test_pb2.TestRequest(number=number)
+
+async def echo(info, reader, writer):
+    await P2P.send_raw_data(await P2P.receive_raw_data(reader), writer)
+    writer.close()
+
+async def main():
+    server = await P2P.create()
+    client = await P2P.create(initial_peers=await server.get_visible_maddrs())
+    replica = await P2P.replicate(client.daemon_listen_maddr)
+    assert replica.peer_id == client.peer_id
+    print(*client._client.__class__.__module__.split(".")[:1])
+    types = {"input_protobuf_type": test_pb2.TestRequest}
+    await server.add_protobuf_handler("double", double, **types)
+    await server.add_protobuf_handler(
+        "squares", squares, **types, stream_input=True, stream_output=True)
+    await server.add_binary_stream_handler("echo", echo)
+    for p2p in (client, replica):
+        reply = await p2p.call_protobuf_handler(
+            server.peer_id, "double", test_pb2.TestRequest(number=21), test_pb2.TestResponse)
+        replies = await p2p.iterate_protobuf_handler(
+            server.peer_id, "squares", numbers(100), test_pb2.TestResponse)
+        print(reply.number, [reply.number async for reply in replies])
+        _, reader, writer = await p2p.call_binary_stream_handler(server.peer_id, "echo")
+        data = bytes(range(256)) * 40_000
+        await P2P.send_raw_data(data, writer)
+        assert await P2P.receive_raw_data(reader) == data
+        writer.close()
+    for p2p in (replica, client, server):
+        await p2p.shutdown()
+
+asyncio.run(main())
+"""
+
+
+def test_hivemind_s_p2p_does_the_same_with_and_without_the_swap(hivemind: Path) -> None:
+    theirs = run_with(hivemind, P2P_PROGRAM).splitlines()
+    swap = "import p2pclient_rs; p2pclient_rs.install()"
+    ours = run_with(hivemind, swap + P2P_PROGRAM).splitlines()
+    assert (theirs.pop(0), ours.pop(0)) == ("hivemind", "p2pclient_rs")
+    assert ours == theirs == [f"42 {[number**2 for number in range(100)]}"] * 2
+
+
 def test_hivemind_imported_before_gets_our_clients_everywhere(hivemind: Path) -> None:
     run_with(
         hivemind,
