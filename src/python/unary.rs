@@ -28,10 +28,15 @@ const BEHIND: usize = 4 * 1024;
 /// How much is read before the event loop gets a turn, in bytes.
 const TURN: usize = 1024 * 1024;
 
-/// While more than this waits to be sent, in bytes, callers wait and nothing is read, …
+/// While more than this waits to be sent, in bytes, callers wait, …
 const HIGH_WATER: usize = 1024 * 1024;
 /// … until no more than this does.
 const LOW_WATER: usize = 256 * 1024;
+
+/// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
+/// would only wait too. Far above the rest, for a daemon that writes before it reads on would
+/// otherwise wait for us as we for it.
+const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
 /// A payload of at least this many bytes is sent from where it is, not copied behind its head.
 const SHARE: usize = 16 * 1024;
@@ -386,32 +391,32 @@ impl PersistentConnection {
         let this = slf.get();
         errors::check_fork(this.pid, "connection")?;
         let mut failed = None;
-        let sent = {
+        let (sent, chores) = {
             let mut inner = this.lock();
             if inner.socket.is_none() {
-                return Err(errors::connection_gone(
-                    "the persistent connection is closed",
-                ));
+                let words = "the persistent connection is closed";
+                return Err(errors::connection_gone(words));
             }
             inner.head.clear();
-            match encode(&mut inner) {
-                Err(error) => return Err(MessageTooLarge::new_err(error.to_string())),
+            let sent = match encode(&mut inner) {
                 Ok(None) => return Ok(None),
+                Err(error) => Ok(Err(error)),
                 Ok(Some(id)) => match inner.send(tail) {
-                    Ok(()) => Ok((PyBytes::new(py, &id), inner.chores())),
+                    Ok(()) => Ok(Ok(PyBytes::new(py, &id))),
                     Err(error) => {
                         failed = inner.core.cancel(&id, &mut BytesMut::new());
                         Err(error)
                     }
                 },
-            }
+            };
+            // Also if nothing was sent: somebody else may wait for the room.
+            (sent, inner.chores())
         };
         drop(failed);
+        Self::run(slf, chores)?;
         match sent {
-            Ok((id, chores)) => {
-                Self::run(slf, chores)?;
-                Ok(Some(id))
-            }
+            Ok(Ok(id)) => Ok(Some(id)),
+            Ok(Err(error)) => Err(MessageTooLarge::new_err(error.to_string())),
             Err(error) => {
                 let words = format!("the connection was lost: {error}");
                 Self::lose(slf, error.into())?;
@@ -643,7 +648,7 @@ impl Inner {
     }
 
     fn wants_input(&self) -> bool {
-        self.core.wants_input() && self.output.size <= HIGH_WATER
+        self.core.wants_input() && self.output.size <= MAX_OUTPUT
     }
 
     /// What the event loop has to be told after a change.
