@@ -227,6 +227,16 @@ impl RawStream {
         })
     }
 
+    /// Keeps a copy of `data` to be written by `flush`. Returns how many bytes wait.
+    fn cork(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+        with_bytes(data, |bytes| {
+            let mut half = self.open()?;
+            half.writable()?;
+            half.output.extend_from_slice(bytes);
+            Ok(half.output.len())
+        })
+    }
+
     /// Writes what waits; says how many bytes still do.
     fn flush(&self) -> PyResult<usize> {
         let mut half = self.open()?;

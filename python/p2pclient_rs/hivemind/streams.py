@@ -28,6 +28,11 @@ T = TypeVar("T")
 #: asyncio's own: how long a line may be, in bytes.
 _LIMIT = 64 * 1024
 
+#: Writes of less than this wait for those that follow in the same turn of the loop, in bytes:
+#: hivemind writes a marker, a length and a message, which are one system call then, and one message
+#: to the daemon.
+_CORK = 4096
+
 
 class StreamReader(asyncio.StreamReader):
     """asyncio's reader over a ``Stream``."""
@@ -164,6 +169,8 @@ class StreamTransport(asyncio.Transport):
         self._raw = stream._raw
         self._reader = reader
         self._high, self._low = HIGH_WATER, LOW_WATER
+        self._loop = asyncio.get_running_loop()
+        self._corked = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._stream!r}>"
@@ -178,9 +185,16 @@ class StreamTransport(asyncio.Transport):
         stream = self._stream
         if stream._ending:
             raise RuntimeError("Cannot call write() after write_eof()")
+        data = _bytes(data)
         try:
-            if self._raw.write(_bytes(data)):
-                stream._flush_later()
+            if len(data) >= _CORK:
+                if self._raw.write(data):
+                    stream._flush_later()
+            elif self._raw.cork(data) >= HIGH_WATER:
+                self._uncork()
+            elif not (self._corked or stream._flushing):
+                self._corked = True
+                self._loop.call_soon(self._uncork)
         except anyio.ClosedResourceError:
             pass
         except anyio.BrokenResourceError as error:
@@ -241,8 +255,21 @@ class StreamTransport(asyncio.Transport):
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self._high, self._low = high, low
 
+    def _uncork(self) -> None:
+        """Sends what waits."""
+        self._corked = False
+        try:
+            if self._raw.flush():
+                self._stream._flush_later()
+        except anyio.ClosedResourceError:
+            pass
+        except anyio.BrokenResourceError as error:
+            self._reader._lose(error)
+
     async def _drain(self) -> None:
         stream = self._stream
+        if self._corked:
+            self._uncork()
         if stream._closing:
             await asyncio.sleep(0)
         if self._reader._lost is not None:
