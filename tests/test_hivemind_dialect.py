@@ -22,6 +22,7 @@ from typing import Any
 import anyio
 import hivemind_tree
 import pytest
+from google.protobuf import descriptor_pool
 from support import BACKENDS, DaemonProcess, new_directory, until
 
 import p2pclient_rs
@@ -72,8 +73,12 @@ def all_bindings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     forget("p2pclient_rs.hivemind")
     path = str(hivemind_tree.make(tmp_path_factory.mktemp("hivemind")))
     sys.path.insert(0, path)
+    # Of its own, for p2pclient's has files of the same names, and cannot be loaded again.
+    pool = descriptor_pool.DescriptorPool()
     try:
-        original = Bindings("original", "hivemind.p2p.p2p_daemon_bindings")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(descriptor_pool, "Default", lambda: pool)
+            original = Bindings("original", "hivemind.p2p.p2p_daemon_bindings")
         yield {
             "original": original,
             "ours": Bindings("ours", "p2pclient_rs.hivemind"),
