@@ -267,24 +267,25 @@ class StreamTransport(asyncio.Transport):
             self._reader._lose(error)
 
     async def _drain(self) -> None:
-        stream = self._stream
         if self._corked:
             self._uncork()
+        stream = self._stream
         if stream._closing:
             await asyncio.sleep(0)
-        if self._reader._lost is not None:
-            raise self._reader._lost
-        raw = self._raw
-        if raw.closed:
-            raise ConnectionResetError("Connection lost")
-        buffered = raw.buffered
+            if self._reader._lost is not None:
+                raise self._reader._lost
+            if self._raw.closed:
+                raise ConnectionResetError("Connection lost")
         try:
+            buffered = self._raw.buffered
             if buffered > self._high:
                 await stream._flush(self._low)
             elif buffered and not stream._flushing:
                 # The loop was to send it, and failed.
                 await stream._flush(buffered)
-            await stream._turn()
+            stream._turns -= 1
+            if stream._turns < 0:
+                await stream._turn()
         except anyio.BrokenResourceError as error:
             raise self._reader._lose(error) from None
         except anyio.ClosedResourceError:
