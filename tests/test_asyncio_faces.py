@@ -305,12 +305,14 @@ async def test_a_cancelled_wait_closed_drops_nothing(ends: Ends) -> None:
     assert bytes(received) == data
 
 
-async def test_abort_drops_what_is_buffered(ends: Ends) -> None:
-    ends.writer.write(bytes(4 * MIB))
-    ends.writer.transport.abort()
-    received, receiver = receive_all(ends.peer)
-    await finished(receiver)
-    assert len(received) < 4 * MIB
+async def test_abort_drops_what_is_buffered(anyio_backend: Any) -> None:
+    # uvloop's own sends it now and then.
+    async with connected("ours", "unix") as ends:
+        ends.writer.write(bytes(4 * MIB))
+        ends.writer.transport.abort()
+        received, receiver = receive_all(ends.peer)
+        await finished(receiver)
+        assert len(received) < 4 * MIB
 
 
 # --- losing the connection ---
