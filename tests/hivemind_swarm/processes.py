@@ -76,9 +76,7 @@ class Peer:
 
 
 @contextmanager
-def serving(
-    setup: Callable[[P2P], Awaitable[None]], *, replicate: Any = None
-) -> Iterator[Peer]:
+def serving(setup: Callable[[P2P], Awaitable[None]], *, replicate: Any = None) -> Iterator[Peer]:
     """Another process that serves until the end of the block.
 
     Args:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hivemind import DHT
-from hivemind.utils import get_dht_time
 from hivemind.moe import (
     ModuleBackend,
     RemoteExpert,
@@ -22,6 +21,7 @@ from hivemind.moe import (
     get_experts,
 )
 from hivemind.p2p import P2PHandlerError
+from hivemind.utils import get_dht_time
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 HIDDEN = 256

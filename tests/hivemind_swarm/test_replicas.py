@@ -88,9 +88,7 @@ async def _ask_twice(stub: Any) -> int:
 
 
 @pytest.mark.parametrize("ask", [_ask, _ask_twice], ids=["unary", "stream"])
-async def test_calls_are_spread_over_the_processes(
-    setting: Setting, stub: Any, ask: Any
-) -> None:
+async def test_calls_are_spread_over_the_processes(setting: Setting, stub: Any, ask: Any) -> None:
     answers = Counter(await asyncio.gather(*(ask(stub) for _ in range(CALLS))))
     assert {worker.peer_id for worker in setting.workers} == {setting.daemon.peer_id}
     assert answers.keys() == setting.pids
