@@ -49,6 +49,7 @@ async def echo_raw(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamW
         data = await P2P.receive_raw_data(reader)
         await P2P.send_raw_data(digest(data), writer)
         await P2P.send_raw_data(data, writer)
+        await reader.read()  # until the caller, who has it all, closes: p2pd may cut it short else
 
 
 async def _register(p2p: P2P) -> None:
