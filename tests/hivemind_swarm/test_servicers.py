@@ -159,8 +159,8 @@ async def test_many_streams_at_once(call: Call) -> None:
         async def ask() -> Yields[Request]:
             async for request in requests(20):
                 yield request
-            # p2pd may reset a stream before the end of what a handler wrote has been read, about
-            # once in a thousand when many end at once. So this one ends only when all is here.
+            # Where many streams end at once, one in a thousand or two loses the end of what its
+            # handler wrote, with any bindings. So this one ends only when all is here.
             await have_all.wait()
 
         responses = await call.stub.rpc_squares(ask())
