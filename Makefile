@@ -1,16 +1,21 @@
 # Everything sets itself up: a virtual environment in .venv, the wheel, a real p2pd.
-# Needed on the machine: Rust (cargo), Python 3.10 or later, a C linker; no root.
+# Needed on the machine: Rust (cargo), Python 3.10 or later, a C linker; no root, but for
+# Debian's torch, on which hivemind runs (hivemind-env), where it is not there yet.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where real hivemind runs: see tests/hivemind_swarm/env.sh.
+HIVEMIND_VENV := .venv-hivemind
+HIVEMIND_BIN := $(HIVEMIND_VENV)/bin
 # Asked for when a recipe runs, by when it is there.
 P2PD = $$($(BIN)/python tests/get_p2pd.py)
 
 SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo examples test test-rust test-python test-p2pclient lint bench wheel fmt clean
+.PHONY: demo examples test test-rust test-python test-p2pclient test-hivemind hivemind-env \
+	lint bench wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -35,6 +40,13 @@ test-python: $(VENV)/.wheel
 test-p2pclient: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) PYTHON=$(CURDIR)/$(BIN)/python sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
 
+# Whole swarms of real hivemind, on its own bindings and with this package in their place.
+test-hivemind: hivemind-env
+	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=off $(PYTEST_ARGS)
+	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=on $(PYTEST_ARGS)
+
+hivemind-env: $(HIVEMIND_VENV)/.wheel
+
 # Against the bindings it replaces, in one run.
 bench: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python benches/run.py $(BENCH_ARGS)
@@ -57,7 +69,7 @@ fmt: $(VENV)/.tools
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist target
+	rm -rf $(VENV) $(HIVEMIND_VENV) dist target
 
 $(VENV)/.tools: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,4 +80,17 @@ $(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
 	rm -rf dist
 	$(BIN)/maturin build --locked --release --quiet --interpreter $(BIN)/python --out dist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+$(HIVEMIND_VENV)/.tools: tests/hivemind_swarm/env.sh tests/hivemind_swarm/requirements.txt
+	sh tests/hivemind_swarm/env.sh $(HIVEMIND_VENV)
+	touch $@
+
+# The same wheel if that interpreter can use it, else one of its own.
+$(HIVEMIND_VENV)/.wheel: $(HIVEMIND_VENV)/.tools $(VENV)/.wheel
+	tag=$$($(HIVEMIND_BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])') && \
+	{ ls dist/*-$$tag-*.whl >/dev/null 2>&1 || $(BIN)/maturin build --locked --release --quiet \
+		--interpreter $(HIVEMIND_BIN)/python --out dist; } && \
+	$(HIVEMIND_BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall \
+		--no-deps dist/*-$$tag-*.whl
 	touch $@

@@ -1,0 +1,102 @@
+"""The swap, on or off; and the check that no test leaves a process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hivemind_swarm.processes import kill, living_descendants, until
+
+PR_SET_CHILD_SUBREAPER = 36
+
+_reports = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--swap",
+        choices=["off", "on"],
+        default="off",
+        help="whether hivemind runs on p2pclient_rs or on its own bindings (the default)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_reports] = []
+    swap = config.getoption("--swap")
+    if swap == "on":
+        import p2pclient_rs
+
+        p2pclient_rs.install()
+    module = _bindings_client().__module__
+    if module.startswith("p2pclient_rs") != (swap == "on"):
+        raise pytest.UsageError(f"with --swap={swap} hivemind's Client is that of {module}")
+
+    import torch
+
+    # A pool of threads in this process would be broken in every process forked from it.
+    torch.set_num_threads(1)
+    # What loses its parent becomes our child, so that it cannot hide from the check below.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _bindings_client() -> Any:
+    """The class that hivemind's ``P2P`` makes its clients of."""
+    from hivemind.p2p import p2p_daemon
+
+    return p2p_daemon.p2pclient.Client
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    client = _bindings_client()
+    swap = config.getoption("--swap")
+    return f"swap: {swap}: hivemind runs on {client.__module__}.{client.__qualname__}"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[_reports]:
+        terminalreporter.section(f"measured, swap {config.getoption('--swap')}")
+    for line in config.stash[_reports]:
+        terminalreporter.line(line)
+
+
+@pytest.fixture
+def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Has a line printed at the end, to compare the run with the swap with the one without."""
+    return pytestconfig.stash[_reports].append
+
+
+@pytest.fixture(scope="session")
+def swapped(pytestconfig: pytest.Config) -> bool:
+    """Whether the swap is on."""
+    return bool(pytestconfig.getoption("--swap") == "on")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    ],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fails a module whose processes or daemons, or those that these started, outlive it."""
+    assert living_descendants() == {}
+    yield
+    gc.collect()
+    try:
+        until(lambda: not living_descendants(), within=15)
+    finally:
+        left = living_descendants()
+        for pid in left:
+            kill(pid)
+    assert left == {}

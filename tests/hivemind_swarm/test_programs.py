@@ -1,0 +1,54 @@
+"""Programs of their own: one that swaps late, and hivemind's command line under ``run``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from hivemind import DHT
+from hivemind.utils import get_dht_time
+
+
+def test_the_swap_works_after_hivemind_was_imported(swapped: bool) -> None:
+    program = str(Path(__file__).with_name("late_swap.py"))
+    result = subprocess.run(
+        [sys.executable, program, "on" if swapped else "off"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    bindings = "p2pclient_rs" if swapped else "hivemind"
+    assert result.stdout.split() == [bindings, "144", "value"]
+    assert result.returncode == 0
+
+
+def test_hiveminds_run_dht_serves_a_node(swapped: bool) -> None:
+    run = ["-m", "p2pclient_rs", "run"] if swapped else []
+    program = ["-m", "hivemind.hivemind_cli.run_dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+    process = subprocess.Popen(
+        [sys.executable, *run, *program],
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process:
+        try:
+            said = ""
+            while not (found := re.search(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+)\s", said)):
+                line = process.stdout.readline()
+                assert line, f"it ended, saying:\n{said}"
+                said += line
+            dht = DHT(initial_peers=[found[1]], start=True)
+            try:
+                expiration = get_dht_time() + 60
+                assert dht.store("key", "value", expiration)
+                assert dht.get("key", latest=True) == ("value", expiration)
+            finally:
+                dht.shutdown()
+        finally:
+            process.terminate()
+            process.stdout.read()
+    assert process.returncode == 0
