@@ -73,8 +73,8 @@ def first(script: Script, *others: Script) -> Script:
     return run
 
 
-def ask(client: Client, data: bytes = b"data", timeout: float | None = None) -> Awaitable[bytes]:
-    return client.call_unary(FAKE_PEER, "echo", data, timeout=timeout)
+async def ask(client: Client, data: bytes = b"data", timeout: float | None = None) -> bytes:
+    return await client.call_unary(FAKE_PEER, "echo", data, timeout=timeout)
 
 
 async def works(client: Client) -> None:
