@@ -33,13 +33,16 @@ from p2pclient_rs.exceptions import (
     DaemonUnreachable,
     DispatchFailure,
     ForkedClientError,
+    MessageTooLarge,
     NotSupported,
     P2PDaemonError,
+    P2PHandlerError,
     ProtocolViolation,
 )
 from p2pclient_rs.install import InstallReport, install, uninstall
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
+from p2pclient_rs.unary import UnaryClient
 
 if _DEBUG_BUILD:
     _warnings.warn(
@@ -73,9 +76,11 @@ __all__ = [
     "InstallReport",
     "InvalidMultiaddr",
     "InvalidPeerID",
+    "MessageTooLarge",
     "Multiaddr",
     "NotSupported",
     "P2PDaemonError",
+    "P2PHandlerError",
     "PeerID",
     "PeerInfo",
     "Protocol",
@@ -88,6 +93,7 @@ __all__ = [
     "StreamAttribute",
     "StreamInfo",
     "Subscription",
+    "UnaryClient",
     "__version__",
     "install",
     "uninstall",

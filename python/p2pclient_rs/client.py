@@ -14,9 +14,10 @@ from p2pclient_rs.control import ControlClient, StreamHandler
 from p2pclient_rs.dht import DHTClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import Stream, Subscription
+from p2pclient_rs.unary import DEFAULT_MAX_MESSAGE_SIZE, UnaryClient, UnaryHandler
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Buffer, Self
 
 __all__ = ["Client"]
 
@@ -34,12 +35,15 @@ class Client:
             ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``; ``/unix/tmp/p2pd.sock`` if none.
         listen_maddr: Where the daemon is to connect to for inbound streams, likewise;
             ``/unix/tmp/p2pclient.sock`` if none.
+        persistent_conn_max_msg_size: The largest message of a unary call, in bytes; what the
+            daemon was started with, which is 4 MiB unless told otherwise.
 
     Attributes:
         control: Peers, connections and streams.
         dht: The DHT.
         connmgr: The connection manager.
         pubsub: Pubsub.
+        unary: Unary calls, which hivemind's daemon has.
 
     Raises:
         InvalidMultiaddr: An address is no multiaddr (a ValueError).
@@ -52,17 +56,21 @@ class Client:
     dht: DHTClient
     connmgr: ConnectionManagerClient
     pubsub: PubSubClient
+    unary: UnaryClient
 
     def __init__(
         self,
         control_maddr: MultiaddrLike | None = None,
         listen_maddr: MultiaddrLike | None = None,
+        *,
+        persistent_conn_max_msg_size: int = DEFAULT_MAX_MESSAGE_SIZE,
     ) -> None:
         connector = DaemonConnector(control_maddr)
         self.control = ControlClient(connector, listen_maddr)
         self.dht = DHTClient(connector)
         self.connmgr = ConnectionManagerClient(connector)
         self.pubsub = PubSubClient(connector)
+        self.unary = UnaryClient(connector, max_message_size=persistent_conn_max_msg_size)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.control.daemon_connector.control_maddr}>"
@@ -86,10 +94,12 @@ class Client:
             yield self
 
     async def close(self) -> None:
-        """Stops listening, cancels the handlers at work and closes the idle connections.
+        """Stops listening and serving unary calls, cancels the handlers at work and closes the idle
+        connections and the persistent one.
 
         Streams and subscriptions stay open. A later call opens connections again.
         """
+        self.unary.close()
         await self.control.close()
 
     # --- control ---
@@ -138,6 +148,29 @@ class Client:
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """Takes back ``stream_handler``; see ``ControlClient.remove_stream_handler``."""
         await self.control.remove_stream_handler(proto, timeout=timeout)
+
+    # --- unary calls ---
+
+    async def call_unary(
+        self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
+    ) -> bytes:
+        """Calls a peer's unary handler and returns its reply; see ``UnaryClient.call``."""
+        return await self.unary.call(peer_id, proto, data, timeout=timeout)
+
+    async def add_unary_handler(
+        self,
+        proto: str,
+        handler: UnaryHandler,
+        *,
+        balanced: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Serves the peers' unary calls of a name; see ``UnaryClient.add_handler``."""
+        await self.unary.add_handler(proto, handler, balanced=balanced, timeout=timeout)
+
+    async def remove_unary_handler(self, proto: str, *, timeout: float | None = None) -> None:
+        """Takes back ``add_unary_handler``; see ``UnaryClient.remove_handler``."""
+        await self.unary.remove_handler(proto, timeout=timeout)
 
     # --- connection manager ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from p2pclient_rs._native import (
     Multiaddr,
     PeerID,
     PeerInfo,
+    PersistentConnection,
     PublicKey,
     Request,
     StreamInfo,
@@ -30,7 +31,7 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import Watch, current_loop, watch
+from p2pclient_rs.loops import Reactor, Watch, current_loop, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
@@ -85,6 +86,14 @@ class Types:
     def identity(self, identity: Identity) -> Any:
         """The answer to ``identify``."""
         return identity
+
+    def peer_id(self, peer_id: PeerID) -> Any:
+        """The caller that a unary handler is told. What is returned is kept for the next call."""
+        return peer_id
+
+    def error(self, error: Exception) -> Exception:
+        """What is raised in the place of a ``ControlFailure`` or a ``P2PHandlerError``."""
+        return error
 
 
 class _Connection(NamedTuple):
@@ -220,6 +229,57 @@ class DaemonConnector:
                 raise
         return stream.info, stream
 
+    async def open_persistent_connection(
+        self,
+        max_message_size: int,
+        reactor: Reactor,
+        owner: Callable[[], object],
+        *,
+        timeout: float | None = None,
+    ) -> PersistentConnection:
+        """A new persistent connection, for unary calls.
+
+        Args:
+            max_message_size: The largest message to send, in bytes.
+            reactor: The running event loop.
+            owner: Gives what incoming calls are handed to, or None if that is gone.
+
+        Raises:
+            NotSupported: The daemon is not hivemind's.
+            ControlFailure: As from ``request``.
+        """
+        name = "PERSISTENT_CONN_UPGRADE"
+        work = self._upgrade(name)
+        connection = await self._described(work, name, timeout)
+        connection.watch.close()
+        persistent, rest = connection.raw.take_persistent(
+            os.urandom(32), max_message_size, reactor, owner
+        )
+        persistent.start(rest)
+        return persistent
+
+    async def _upgrade(self, name: str) -> _Connection:
+        try:
+            _, connection = await self._exchange(Request.persistent_conn_upgrade())
+        except DaemonRefused as error:
+            raise NotSupported(
+                "the daemon has no persistent connections", daemon_message=error.daemon_message
+            ) from error
+        except ConnectionLost as error:
+            raise await self.unknown_request(error) from error
+        return connection
+
+    async def unknown_request(self, error: ConnectionLost) -> ControlFailure:
+        """What it means that the daemon closed the connection: if it is there still, that it does
+        not know the request."""
+        try:
+            await self._exchange(Request.identify())
+        except ControlFailure:
+            return error
+        return NotSupported(
+            "the daemon closed the connection, as it does on a request it does not know"
+        )
+
     async def open_connection(self, *, timeout: float | None = None) -> Stream:
         """A new connection to the control socket, on which nothing was said yet.
 
@@ -349,13 +409,24 @@ class DaemonConnector:
                 return await work
             raise ControlTimeout(f"no answer within {timeout:g} s")
         except ControlFailure as error:
-            precise = _precise(error)
-            precise.request = name
-            precise.peer_id = None if peer_id is None else PeerID(peer_id)
-            precise.protocol = protocol
-            if precise is error:
+            raised = self.describe(error, name, peer_id, protocol)
+            if raised is error:
                 raise
-            raise precise from None
+            raise raised from error.__cause__
+
+    def describe(
+        self,
+        error: ControlFailure,
+        request: str,
+        peer_id: PeerIDLike | None = None,
+        protocol: str | None = None,
+    ) -> Exception:
+        """What is raised for ``error``, which says what it was about."""
+        precise = _precise(error)
+        precise.request = request
+        precise.peer_id = None if peer_id is None else PeerID(peer_id)
+        precise.protocol = protocol
+        return self.types.error(precise)
 
 
 def _precise(error: ControlFailure) -> ControlFailure:

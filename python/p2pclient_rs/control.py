@@ -196,12 +196,9 @@ class ControlClient:
                 "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
             )
         except ConnectionLost as error:
-            # A daemon that is there and closes the connection does not know the request.
-            await self.daemon_connector.request("IDENTIFY", Request.identify(), timeout=timeout)
-            raise NotSupported(
-                "the daemon closed the connection, as it does on a request it does not know",
-                request="REMOVE_STREAM_HANDLER",
-                protocol=proto,
+            unknown = await self.daemon_connector.unknown_request(error)
+            raise self.daemon_connector.describe(
+                unknown, "REMOVE_STREAM_HANDLER", protocol=proto
             ) from error
 
     # --- inbound streams ---

@@ -8,10 +8,12 @@
     │   ├── ConnectionLost          the connection ended before the answer (a ConnectionError)
     │   ├── ControlTimeout          no answer in time (a TimeoutError)
     │   ├── ProtocolViolation       the daemon sent what the protocol does not allow
+    │   ├── MessageTooLarge         more than the daemon takes: nothing was sent
     │   └── ForkedClientError       a client was used in a forked child of its process
     ├── DispatchFailure             an inbound stream could not be given to a handler
     └── DaemonStartError            a daemon process did not come up
         └── DaemonNotFound          … for there is no binary to run (a FileNotFoundError)
+    P2PHandlerError                 a peer's unary handler failed, not the daemon
 
 All can be pickled. Attributes live in the instance's ``__dict__`` and ``args`` is the message
 alone, which is what the default ``__reduce__`` of exceptions needs for that.
@@ -36,14 +38,16 @@ __all__ = [
     "DaemonUnreachable",
     "DispatchFailure",
     "ForkedClientError",
+    "MessageTooLarge",
     "NotSupported",
     "P2PDaemonError",
+    "P2PHandlerError",
     "ProtocolViolation",
 ]
 
 
 class P2PDaemonError(Exception):
-    """The base of every exception this package defines."""
+    """The base of every exception this package defines, but ``P2PHandlerError``."""
 
 
 class ControlFailure(P2PDaemonError):
@@ -125,8 +129,38 @@ class ProtocolViolation(ControlFailure):
     """The daemon sent something that the control protocol does not allow."""
 
 
+class MessageTooLarge(ControlFailure):
+    """A message exceeds what the daemon takes: nothing was sent, and the connection is good."""
+
+
 class ForkedClientError(ControlFailure):
     """A client was used in a forked child of the process that made it; make a new one there."""
+
+
+class P2PHandlerError(Exception):
+    """A unary handler failed at the peer that was called: no fault of a daemon, and, as in
+    hivemind, no ``P2PDaemonError``.
+
+    Args:
+        message: What the peer says of it: with this package's handlers, and hivemind's, the
+            ``repr`` of what the handler raised.
+        peer_id: The peer that was called.
+        protocol: The handler's name.
+    """
+
+    peer_id: PeerID | None
+    protocol: str | None
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        peer_id: PeerID | None = None,
+        protocol: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+        self.protocol = protocol
 
 
 class DispatchFailure(P2PDaemonError):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context
 from typing import Any, Protocol
 
 import anyio
 
 from p2pclient_rs._native import ControlConnection, RawStream, Readiness
 
-__all__ = ["Watch", "current_loop", "watch"]
+__all__ = ["Promise", "Reactor", "Watch", "Work", "current_loop", "reactor", "watch"]
+
+logger = logging.getLogger(__name__)
 
 
 class Watch(Protocol):
@@ -130,3 +134,213 @@ class TrioWatch:
     def abandon(self, raw: RawStream | ControlConnection) -> None:
         # Whoever waited would hold the stream: there is nobody to tell.
         raw.close()
+
+
+class Promise(Protocol):
+    """Something to await that is set from outside, once: an asyncio future or alike."""
+
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, exception: Any, /) -> None: ...
+    def done(self) -> bool: ...
+    def __await__(self) -> Generator[Any, None, Any]: ...
+
+
+class Work(Protocol):
+    """A task of its own, which can be cancelled."""
+
+    def cancel(self) -> object: ...
+
+
+class Reactor(Protocol):
+    """An event loop as something that calls back, for what is served without a task that waits.
+
+    ``closing`` says that a file descriptor is about to be closed: its callbacks are removed.
+    """
+
+    def add_reader(self, fd: int, callback: Callable[[], object], /) -> object: ...
+    def remove_reader(self, fd: int, /) -> object: ...
+    def add_writer(self, fd: int, callback: Callable[[], object], /) -> object: ...
+    def remove_writer(self, fd: int, /) -> object: ...
+    def call_soon(self, callback: Callable[[], object], /) -> object: ...
+
+    def promise(self) -> Promise:
+        """Something new to wait for."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the loop is no more."""
+
+    def closing(self, fd: int) -> None: ...
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+        """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        """Calls back in the loop's thread, now or soon, or here if the loop has stopped."""
+
+
+def reactor() -> Reactor:
+    """The running event loop.
+
+    Raises:
+        RuntimeError: None is running.
+    """
+    loop = current_loop()
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return AsyncioReactor(loop)
+    return TrioReactor(loop)
+
+
+class AsyncioReactor:
+    """An asyncio or uvloop loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.add_reader = loop.add_reader
+        self.remove_reader = loop.remove_reader
+        self.add_writer = loop.add_writer
+        self.remove_writer = loop.remove_writer
+        self.call_soon = loop.call_soon
+        self.promise: Callable[[], Promise] = loop.create_future
+
+    @property
+    def ended(self) -> bool:
+        return self._loop.is_closed()
+
+    def closing(self, fd: int) -> None:
+        if not self._loop.is_closed():
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+        # A new task copies the context that it is made in.
+        return context.run(self._loop.create_task, work())
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
+            callback()
+        else:
+            self._loop.call_soon_threadsafe(callback)
+
+
+class TrioReactor:
+    """A trio run, whose system tasks do the calling back.
+
+    They end with the run, without a word to whoever is waited for: nobody is left to wait then.
+    """
+
+    def __init__(self, token: Any) -> None:
+        import trio
+
+        self._trio: Any = trio
+        self._token = token
+        self.ended = False
+        self._watches: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        self._add(fd, "wait_readable", callback)
+
+    def remove_reader(self, fd: int) -> None:
+        self._remove(fd, "wait_readable")
+
+    def add_writer(self, fd: int, callback: Callable[[], object]) -> None:
+        self._add(fd, "wait_writable", callback)
+
+    def remove_writer(self, fd: int) -> None:
+        self._remove(fd, "wait_writable")
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        self._token.run_sync_soon(callback)
+
+    def promise(self) -> Promise:
+        return _TrioPromise(self._trio)
+
+    def closing(self, fd: int) -> None:
+        self.remove_reader(fd)
+        self.remove_writer(fd)
+        if self._trio.lowlevel.in_trio_run():
+            self._trio.lowlevel.notify_closing(fd)
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+        scope = self._trio.CancelScope()
+
+        async def run() -> None:
+            with scope:
+                await work()
+
+        self._trio.lowlevel.spawn_system_task(run, context=context.copy())
+        return _TrioWork(scope)
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        trio = self._trio
+        if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self._token:
+            callback()
+            return
+        try:
+            self._token.run_sync_soon(callback)
+        except trio.RunFinishedError:
+            callback()
+
+    def _add(self, fd: int, wait: str, callback: Callable[[], object]) -> None:
+        _, before = self._watches.get((fd, wait), (None, None))
+        scope, ended = self._trio.CancelScope(), self._trio.Event()
+        self._watches[fd, wait] = scope, ended
+
+        async def run() -> None:
+            try:
+                with scope:
+                    if before is not None:
+                        # Trio lets one task wait for a descriptor: the last must be off it.
+                        await before.wait()
+                    while not scope.cancel_called:
+                        await getattr(self._trio.lowlevel, wait)(fd)
+                        try:
+                            callback()
+                        except Exception:
+                            logger.exception("a callback failed")
+            except self._trio.ClosedResourceError:
+                pass
+            except self._trio.Cancelled:
+                self.ended = True  # with the run
+                raise
+            finally:
+                ended.set()
+
+        self._trio.lowlevel.spawn_system_task(run)
+
+    def _remove(self, fd: int, wait: str) -> None:
+        scope, _ = self._watches.get((fd, wait), (None, None))
+        if scope is not None:
+            scope.cancel()
+
+
+class _TrioWork:
+    def __init__(self, scope: Any) -> None:
+        self._scope = scope
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+
+class _TrioPromise:
+    def __init__(self, trio: Any) -> None:
+        self._set = trio.Event()
+        self._result: Any = None
+        self._exception: BaseException | None = None
+
+    def set_result(self, result: Any) -> None:
+        self._result = result
+        self._set.set()
+
+    def set_exception(self, exception: Any) -> None:
+        self._exception = exception
+        self._set.set()
+
+    def done(self) -> bool:
+        return bool(self._set.is_set())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from self._set.wait().__await__()
+        if self._exception is not None:
+            raise self._exception
+        return self._result

@@ -21,7 +21,7 @@ pub enum State {
     Ready,
     /// It waits for an answer.
     Busy,
-    /// It carries a stream or a subscription and takes no requests any more.
+    /// It carries a stream, a subscription or unary calls and takes no requests any more.
     Consumed,
     /// The protocol was broken or the connection lost.
     Failed,
@@ -237,7 +237,7 @@ impl Exchange {
             }
         }
         let answer = match expect {
-            Expect::Done => Answer::Done,
+            Expect::Done | Expect::Persistent => Answer::Done,
             Expect::Identity => control::identity(response)?,
             Expect::Peers => control::peers(response)?,
             Expect::Stream => streams::opened(response)?,
@@ -249,7 +249,7 @@ impl Exchange {
             Expect::Dht { value, .. } => return self.dht_response(response, value),
         };
         let next = match expect {
-            Expect::Stream | Expect::Subscription => State::Consumed,
+            Expect::Stream | Expect::Subscription | Expect::Persistent => State::Consumed,
             _ => State::Ready,
         };
         Ok(Some(self.finish(Event::Answer(answer), next)))

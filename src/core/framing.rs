@@ -64,8 +64,20 @@ impl FrameDecoder {
 /// over `max_frame` bytes is refused as soon as it is read: memory grows with what came, not with
 /// what was announced.
 pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Bytes>, Error> {
-    let (declared, prefix) = match unsigned_varint::decode::u64(buffer) {
-        Ok((length, rest)) => (length, buffer.len() - rest.len()),
+    match split_length(buffer, max_frame)? {
+        Some((prefix, length)) if buffer.len() - prefix >= length => {
+            buffer.advance(prefix);
+            Ok(Some(buffer.split_to(length).freeze()))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Reads the length at the front of `bytes`: how many bytes it takes itself, and what it says. One
+/// over `max_frame` is refused; `None` until all of it is there.
+pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usize)>, Error> {
+    let (declared, prefix) = match unsigned_varint::decode::u64(bytes) {
+        Ok((length, rest)) => (length, bytes.len() - rest.len()),
         Err(unsigned_varint::decode::Error::Insufficient) => return Ok(None),
         Err(unsigned_varint::decode::Error::NotMinimal) => {
             return Err(Error::MalformedLength("not minimal"))
@@ -79,11 +91,7 @@ pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Byt
             declared,
             limit: max_frame,
         })?;
-    if buffer.len() - prefix < length {
-        return Ok(None);
-    }
-    buffer.advance(prefix);
-    Ok(Some(buffer.split_to(length).freeze()))
+    Ok(Some((prefix, length)))
 }
 
 /// `message` with its length in front.

@@ -5,6 +5,7 @@
 //!   come back, and the connection is ready again, has become a stream, or has failed.
 //! - one file per family of requests, each with its requests and how their answers are read:
 //!   [`control`], [`streams`], [`dht`], [`connmgr`], [`pubsub`], [`peerstore`].
+//! - [`unary`]: a connection that was upgraded for unary calls as another state machine.
 //! - [`peer_id`], [`multiaddr`], [`public_key`], [`pb`]: the values they are made of.
 //! - [`error`]: what can go wrong, and whose fault it is.
 //!
@@ -40,6 +41,7 @@ pub mod public_key;
 pub mod pubsub;
 pub mod request;
 pub mod streams;
+pub mod unary;
 
 pub use control::PeerInfo;
 pub use error::{Error, Fault};
@@ -51,3 +53,4 @@ pub use public_key::PublicKey;
 pub use pubsub::PubsubMessage;
 pub use request::{Request, Results};
 pub use streams::StreamInfo;
+pub use unary::{Persistent, UnaryEvent, UnaryLimits};

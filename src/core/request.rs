@@ -32,6 +32,8 @@ pub(super) enum Expect {
     Stream,
     /// OK; then the connection carries PSMessages.
     Subscription,
+    /// OK; then the connection carries the messages of unary calls.
+    Persistent,
     Topics,
     TopicPeers,
     PeerstoreProtocols,

@@ -6,9 +6,11 @@ use super::errors::{self, ConnectionLost, DaemonRefused};
 use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
+use super::unary::PersistentConnection;
 use crate::core::{Answer, Error, Event, Exchange, Limits, Results, State};
 use bytes::{Buf, Bytes};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -145,6 +147,27 @@ impl ControlConnection {
                 inner.socket,
                 inner.exchange.into_remainder(),
             )),
+            _ => Err(closed()),
+        }
+    }
+
+    /// Takes the connection that was upgraded for unary calls.
+    fn take_persistent(
+        slf: &Bound<'_, Self>,
+        seed: [u8; 32],
+        max_message: usize,
+        reactor: Py<PyAny>,
+        owner: Py<PyAny>,
+    ) -> PyResult<(PersistentConnection, Py<PyBytes>)> {
+        let this = slf.get();
+        errors::check_fork(this.pid, "connection")?;
+        match this.lock().take() {
+            Some(inner) if inner.exchange.state() == State::Consumed => {
+                let rest = PyBytes::new(slf.py(), &inner.exchange.into_remainder());
+                let connection =
+                    PersistentConnection::new(inner.socket, seed, max_message, reactor, owner);
+                Ok((connection, rest.unbind()))
+            }
             _ => Err(closed()),
         }
     }

@@ -4,6 +4,7 @@ use super::multiaddr::{invalid_multiaddr, InvalidMultiaddr, PyMultiaddr};
 use super::peer_id::{invalid_peer_id, InvalidPeerID, PyPeerId};
 use crate::core::{Multiaddr, PeerId};
 use bytes::Bytes;
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
@@ -119,6 +120,27 @@ pub fn extract_bytes(object: &Bound<'_, PyAny>) -> PyResult<Bytes> {
 pub fn is_named(object: &Bound<'_, PyAny>, names: &[&str]) -> PyResult<bool> {
     let name = object.get_type().name()?;
     Ok(names.iter().any(|known| name == *known))
+}
+
+/// Calls `f` with the bytes of a bytes object or of any contiguous buffer of bytes.
+#[allow(unsafe_code)]
+pub fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<T>) -> PyResult<T> {
+    if let Ok(bytes) = data.cast::<PyBytes>() {
+        return f(bytes.as_bytes());
+    }
+    let buffer = PyBuffer::<u8>::get(data)?;
+    if !buffer.is_c_contiguous() {
+        return f(&buffer.to_vec(data.py())?);
+    }
+    if buffer.len_bytes() == 0 {
+        return f(&[]);
+    }
+    // SAFETY: the buffer is contiguous and `len_bytes` long, its exporter keeps it in place while
+    // the PyBuffer is held, and no Python code, which could change it, runs in `f`: `f` writes to
+    // a socket. Copying instead would cost a pass over every large payload sent.
+    let bytes =
+        unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast::<u8>(), buffer.len_bytes()) };
+    f(bytes)
 }
 
 fn wrong_type(wanted: &str, object: &Bound<'_, PyAny>) -> PyErr {

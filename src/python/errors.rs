@@ -12,6 +12,8 @@ pyo3::import_exception!(p2pclient_rs.exceptions, ConnectionLost);
 pyo3::import_exception!(p2pclient_rs.exceptions, ControlFailure);
 pyo3::import_exception!(p2pclient_rs.exceptions, DaemonRefused);
 pyo3::import_exception!(p2pclient_rs.exceptions, ForkedClientError);
+pyo3::import_exception!(p2pclient_rs.exceptions, MessageTooLarge);
+pyo3::import_exception!(p2pclient_rs.exceptions, P2PHandlerError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ProtocolViolation);
 
 /// The exception that says whose fault it was.
@@ -48,6 +50,17 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
         let lost = ConnectionLost::new_err(format!("the connection was lost: {error}"));
         lost.set_cause(py, Some(os_error(error)));
         match lost.value(py).setattr("unexecuted", unexecuted) {
+            Ok(()) => lost,
+            Err(error) => error,
+        }
+    })
+}
+
+/// A connection that was lost before it took the whole of a request.
+pub fn connection_gone(words: &str) -> PyErr {
+    Python::attach(|py| {
+        let lost = ConnectionLost::new_err(words.to_owned());
+        match lost.value(py).setattr("unexecuted", true) {
             Ok(()) => lost,
             Err(error) => error,
         }

@@ -16,6 +16,7 @@ mod readiness;
 mod request;
 mod socket;
 mod stream;
+mod unary;
 
 /// The Rust half of `p2pclient_rs`.
 #[pymodule]
@@ -47,6 +48,8 @@ mod _native {
     use super::request::PyRequest;
     #[pymodule_export]
     use super::stream::RawStream;
+    #[pymodule_export]
+    use super::unary::PersistentConnection;
 
     // --- daemon ---
     #[pymodule_export]

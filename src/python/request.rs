@@ -1,7 +1,7 @@
 //! Every request of the core, as constructors of one opaque Python class.
 
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
-use crate::core::{connmgr, control, dht, pubsub, streams, Request};
+use crate::core::{connmgr, control, dht, pubsub, streams, unary, Request};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::time::Duration;
@@ -24,6 +24,11 @@ impl PyRequest {
     #[staticmethod]
     fn identify() -> Self {
         Self(control::identify())
+    }
+
+    #[staticmethod]
+    fn persistent_conn_upgrade() -> Self {
+        Self(unary::upgrade())
     }
 
     #[staticmethod]

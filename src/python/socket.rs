@@ -4,7 +4,7 @@ use super::errors;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef, Type};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
@@ -26,6 +26,11 @@ thread_local! {
     /// Where reads go before it is known how much came.
     static SCRATCH: std::cell::RefCell<Box<[u8]>> =
         std::cell::RefCell::new(vec![0; READ_SIZE].into_boxed_slice());
+}
+
+/// Lends the thread's room for reads. No Python may run in `f`.
+pub fn with_scratch<T>(f: impl FnOnce(&mut [u8]) -> T) -> T {
+    SCRATCH.with_borrow_mut(|scratch| f(scratch))
 }
 
 /// A connected or connecting socket.
@@ -99,13 +104,31 @@ impl Socket {
     /// Reads once and hands what came to `take`: nothing at all means the end of the stream.
     /// `None` if it would block.
     pub fn read_with<T>(&self, max: usize, take: impl FnOnce(&[u8]) -> T) -> io::Result<Option<T>> {
-        SCRATCH.with_borrow_mut(|scratch| {
+        with_scratch(|scratch| {
             let size = max.min(scratch.len());
             match unless_blocked(|| (&self.0).read(&mut scratch[..size]))? {
                 Some(count) => Ok(Some(take(&scratch[..count]))),
                 None => Ok(None),
             }
         })
+    }
+
+    /// Reads once; 0 at the end of the stream, `None` if it would block.
+    pub fn read(&self, room: &mut [u8]) -> io::Result<Option<usize>> {
+        unless_blocked(|| (&self.0).read(room))
+    }
+
+    /// As `read`, into two places one after the other.
+    pub fn read_both(&self, room: &mut [u8], more: &mut [u8]) -> io::Result<Option<usize>> {
+        unless_blocked(|| {
+            (&self.0).read_vectored(&mut [IoSliceMut::new(room), IoSliceMut::new(more)])
+        })
+    }
+
+    /// Writes what fits of several pieces; 0 if it would block.
+    pub fn write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let write = || self.0.send_vectored_with_flags(pieces, SEND_FLAGS);
+        Ok(unless_blocked(write)?.unwrap_or(0))
     }
 
     /// Writes what fits; 0 if it would block (or `bytes` is empty).

@@ -1,11 +1,11 @@
 //! A byte stream over a non-blocking socket. Nothing here waits: what cannot be done at once
 //! answers `None` (or a count of 0), and `streams.py` waits and tries again.
 
+use super::convert::with_bytes;
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
 use super::socket::{Socket, READ_SIZE};
 use crate::core::framing;
 use bytes::{Bytes, BytesMut};
-use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::io;
@@ -378,25 +378,4 @@ fn broken(error: io::Error) -> PyErr {
         broken.set_cause(py, Some(errors::os_error(error)));
         broken
     })
-}
-
-/// Calls `f` with the bytes of a bytes object or of any contiguous buffer of bytes.
-#[allow(unsafe_code)]
-fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<T>) -> PyResult<T> {
-    if let Ok(bytes) = data.cast::<PyBytes>() {
-        return f(bytes.as_bytes());
-    }
-    let buffer = PyBuffer::<u8>::get(data)?;
-    if !buffer.is_c_contiguous() {
-        return f(&buffer.to_vec(data.py())?);
-    }
-    if buffer.len_bytes() == 0 {
-        return f(&[]);
-    }
-    // SAFETY: the buffer is contiguous and `len_bytes` long, its exporter keeps it in place while
-    // the PyBuffer is held, and no Python code, which could change it, runs in `f`: `f` writes to
-    // a socket. Copying instead would cost a pass over every large payload sent.
-    let bytes =
-        unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast::<u8>(), buffer.len_bytes()) };
-    f(bytes)
 }

@@ -1,0 +1,471 @@
+"""Unary calls: requests to a peer's handlers and their replies, over a persistent connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import anyio
+
+from p2pclient_rs._native import PeerID, PersistentConnection
+from p2pclient_rs.connector import DaemonConnector, PeerIDLike
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonRefused,
+    P2PHandlerError,
+)
+from p2pclient_rs.loops import Work, current_loop, reactor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["DEFAULT_MAX_MESSAGE_SIZE", "UnaryClient", "UnaryHandler"]
+
+#: What hivemind's daemon takes unless told otherwise, in bytes.
+DEFAULT_MAX_MESSAGE_SIZE = 4 << 20
+
+#: What is called for an incoming call, in a task of its own, with the request and the caller's
+#: peer id. What it returns is the reply.
+UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable["Buffer"]]
+
+#: How many callers are remembered as the objects that handlers get.
+_MAX_PEERS = 4096
+
+logger = logging.getLogger(__name__)
+
+
+class UnaryClient:
+    """Unary calls, for daemons that have them: hivemind's.
+
+    All calls, in both directions, share one persistent connection to the daemon, which the first of
+    them opens. When it is lost, everything that waits for it fails at once, handlers at work are
+    cancelled, and the next call opens another one and registers the handlers again. hivemind's
+    daemon ends when its last persistent connection is closed.
+
+    Calls of peers are bounded: when 4096 of them, or 64 MiB, wait for their replies, no more are
+    read, so that it is the peers who wait; unless a call of ours is under way, on which a handler
+    may depend: then calls over four times the bound are answered with an error.
+
+    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``.
+
+    Args:
+        daemon_connector: The way to the daemon.
+        max_message_size: The largest message to send, in bytes: the payload, the handler's name
+            and less than 100 bytes more. It must not exceed the daemon's
+            ``-persistentConnMaxMsgSize``.
+    """
+
+    def __init__(
+        self,
+        daemon_connector: DaemonConnector,
+        *,
+        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+    ) -> None:
+        self.daemon_connector = daemon_connector
+        self.max_message_size = max_message_size
+        #: By event loop.
+        self._links: dict[Any, _Link] = {}
+        #: The last one used, and its asyncio loop.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._recent: _Link | None = None
+
+    async def open(self, *, timeout: float | None = None) -> None:
+        """Opens the persistent connection, if it is not open.
+
+        Raises:
+            NotSupported: The daemon is not hivemind's.
+            DaemonUnreachable: There is no daemon.
+        """
+        link = self._link()
+        with _deadline(timeout):
+            await link.connection()
+            return
+        raise self.daemon_connector.describe(_timed_out(timeout), "PERSISTENT_CONN_UPGRADE")
+
+    async def call(
+        self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
+    ) -> bytes:
+        """Calls a peer's handler and returns its reply.
+
+        Cancelling it, or running out of time, cancels the handler.
+
+        Args:
+            peer_id: The peer, to which the daemon must be connected or know the way.
+            proto: The handler's name.
+            data: What the handler gets.
+
+        Raises:
+            P2PHandlerError: The handler failed, or there is none of that name.
+            DaemonRefused: The peer cannot be reached, or does not serve calls of that name.
+            MessageTooLarge: The request exceeds ``max_message_size``; nothing was sent.
+            ConnectionLost: The connection to the daemon ended before the reply.
+            ControlTimeout: No reply within ``timeout`` seconds.
+        """
+        link = self._recent
+        if link is None or asyncio._get_running_loop() is not self._loop:
+            link = self._link()
+        try:
+            if timeout is None:
+                return await link.call(peer_id, proto, data)
+            with _deadline(timeout):
+                return await link.call(peer_id, proto, data)
+            raise _timed_out(timeout)
+        except ControlFailure as error:
+            described = self.daemon_connector.describe(error, "CALL_UNARY", peer_id, proto)
+            if described is error:
+                raise
+            raise described from error.__cause__
+        except P2PHandlerError as error:
+            error.peer_id, error.protocol = PeerID(peer_id), proto
+            converted = self.daemon_connector.types.error(error)
+            if converted is error:
+                raise
+            raise converted from None
+
+    async def add_handler(
+        self,
+        proto: str,
+        handler: UnaryHandler,
+        *,
+        balanced: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Serves the peers' calls of a handler, from now until ``remove_handler`` or ``close``.
+
+        Each call runs in a task of its own, in a copy of the context of the call to this method,
+        and is cancelled if the caller is gone. On trio that is a system task.
+
+        Args:
+            proto: The handler's name.
+            handler: An async function of a request and the caller's peer id, which returns the
+                reply, any buffer of bytes. What it raises reaches the caller as its ``repr``.
+            balanced: Whether several clients may serve the name in turn.
+
+        Raises:
+            ControlFailure: This client serves the name already.
+            DaemonRefused: Another client does.
+        """
+        link = self._link()
+        try:
+            with _deadline(timeout):
+                await link.add_handler(proto, _Handler(handler, balanced, copy_context()))
+                return
+            raise _timed_out(timeout)
+        except ControlFailure as error:
+            raise self.daemon_connector.describe(
+                error, "ADD_UNARY_HANDLER", protocol=proto
+            ) from error.__cause__
+
+    async def remove_handler(self, proto: str, *, timeout: float | None = None) -> None:
+        """Takes back ``add_handler``. Calls at work are finished.
+
+        Raises:
+            ControlFailure: This client does not serve the name.
+        """
+        link = self._link()
+        try:
+            with _deadline(timeout):
+                await link.remove_handler(proto)
+                return
+            raise _timed_out(timeout)
+        except ControlFailure as error:
+            raise self.daemon_connector.describe(
+                error, "REMOVE_UNARY_HANDLER", protocol=proto
+            ) from error.__cause__
+
+    def close(self) -> None:
+        """Closes the persistent connection, fails what waits for it, cancels the handlers at work
+        and forgets all handlers. A later call opens another connection.
+
+        In a forked child only the descriptor is closed.
+        """
+        self._recent = self._loop = None
+        for link in list(self._links.values()):
+            link.close()
+        self._links.clear()
+
+    @property
+    def handlers(self) -> dict[str, UnaryHandler]:
+        """The handlers by name, of whichever event loop. A copy."""
+        links = list(self._links.values())
+        return {name: entry.handler for link in links for name, entry in link.handlers.items()}
+
+    @property
+    def connected(self) -> bool:
+        """Whether the persistent connection is open."""
+        return any(link.connected for link in self._links.values())
+
+    @property
+    def pending_calls(self) -> int:
+        """How many calls, and changes of handlers, wait for their answers."""
+        return sum(link.pending for link in self._links.values())
+
+    @property
+    def unanswered_calls(self) -> int:
+        """How many calls of peers are at work here."""
+        return sum(link.unanswered for link in self._links.values())
+
+    def _link(self) -> _Link:
+        """This loop's."""
+        loop = current_loop()
+        link = self._links.get(loop)
+        if link is None:
+            for other, used in list(self._links.items()):
+                if used.ended:
+                    del self._links[other]
+                    used.close()
+            link = self._links[loop] = _Link(self.daemon_connector, self.max_message_size)
+        if isinstance(loop, asyncio.AbstractEventLoop):
+            self._loop, self._recent = loop, link
+        return link
+
+
+@dataclass(frozen=True)
+class _Handler:
+    handler: UnaryHandler
+    balanced: bool
+    context: Context
+
+
+class _Link:
+    """The persistent connection that belongs to one event loop, with what it serves."""
+
+    def __init__(self, connector: DaemonConnector, max_message_size: int) -> None:
+        self._connector = connector
+        self._max_message_size = max_message_size
+        self._reactor = reactor()
+        self._promise = self._reactor.promise
+        self._connection: PersistentConnection | None = None
+        self._connecting = anyio.Lock()
+        self._closed = False
+        self._pid = os.getpid()
+        self.handlers: dict[str, _Handler] = {}
+        self._work: dict[bytes, Work | None] = {}
+        self._peers: dict[bytes, Any] = {}
+
+    # --- out ---
+
+    async def call(self, peer_id: PeerIDLike, proto: str, data: Buffer) -> bytes:
+        retried = False
+        while True:
+            connection = self._connection
+            if connection is None:
+                connection = await self.connection()
+            promise = self._promise()
+            try:
+                call_id = connection.call(peer_id, proto, data, promise)
+            except ConnectionLost as error:
+                # The daemon may be there again, and cannot have seen this call.
+                if retried or not error.unexecuted:
+                    raise
+                retried = True
+                continue
+            if call_id is not None:
+                break
+            await self._room(connection)
+        try:
+            reply: bytes = await promise
+            return reply
+        except BaseException:
+            # Cancelled, most likely: whoever answered has no call to be given up.
+            connection.cancel(call_id)
+            raise
+
+    async def add_handler(self, proto: str, entry: _Handler) -> None:
+        retried = False
+        while True:
+            if proto in self.handlers:
+                raise ControlFailure(f"Handler for protocol {proto} already registered")
+            connection = self._connection
+            if connection is None:
+                connection = await self.connection()
+                continue
+            # In place before the daemon has it: a call can come sooner than the daemon's answer.
+            self.handlers[proto] = entry
+            try:
+                await self._register(connection, proto, entry)
+                return
+            except BaseException as error:
+                self.handlers.pop(proto, None)
+                # As in `call`.
+                if retried or not isinstance(error, ConnectionLost) or not error.unexecuted:
+                    raise
+                retried = True
+
+    async def remove_handler(self, proto: str) -> None:
+        if proto not in self.handlers:
+            raise ControlFailure(f"Handler for protocol {proto} is not registered")
+        connection = self._connection
+        if connection is not None:
+            promise = self._promise()
+            await self._answer(connection, connection.remove_handler(proto, promise), promise)
+        self.handlers.pop(proto, None)
+
+    async def connection(self) -> PersistentConnection:
+        """The connection, opened and with all handlers registered."""
+        async with self._connecting:
+            if self._connection is not None:
+                return self._connection
+            opened = await self._connector.open_persistent_connection(
+                self._max_message_size, self._reactor, weakref.ref(self)
+            )
+            try:
+                for proto, entry in list(self.handlers.items()):
+                    try:
+                        await self._register(opened, proto, entry)
+                    except DaemonRefused as error:
+                        # Taken by another client meanwhile: no reason to do without the rest.
+                        logger.error("lost the handler of %r: %s", proto, error.daemon_message)
+                if self._closed:
+                    raise ConnectionLost("the client was closed")
+            except BaseException:
+                opened.close()
+                raise
+            self._connection = opened
+            return opened
+
+    async def _register(
+        self, connection: PersistentConnection, proto: str, entry: _Handler
+    ) -> None:
+        promise = self._promise()
+        asked = connection.add_handler(proto, entry.balanced, promise)
+        try:
+            await self._answer(connection, asked, promise)
+        except ControlFailure:
+            raise
+        except BaseException:
+            # The daemon is about to have a handler that nobody is going to know of.
+            if not connection.closed:
+                connection.remove_handler(proto, self._promise())
+            raise
+
+    async def _answer(
+        self, connection: PersistentConnection, call_id: bytes, promise: Awaitable[Any]
+    ) -> None:
+        try:
+            await promise
+        except BaseException:
+            connection.cancel(call_id)
+            raise
+
+    async def _room(self, connection: PersistentConnection) -> None:
+        """Waits until there is room for another call, one caller after the other."""
+        promise = self._promise()
+        if not connection.room(promise):
+            try:
+                await promise
+            except BaseException:
+                connection.pass_on()
+                raise
+
+    # --- in: called back by the connection ---
+
+    def on_call(
+        self, connection: PersistentConnection, call_id: bytes, proto: str, peer: bytes, data: bytes
+    ) -> None:
+        entry = self.handlers.get(proto)
+        if entry is None:
+            connection.reply_error(call_id, f"no handler for the protocol {proto!r}")
+            return
+        caller = self._peers.get(peer)
+        if caller is None:
+            if len(self._peers) >= _MAX_PEERS:
+                self._peers.clear()
+            caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
+        handler = entry.handler
+        self._work[call_id] = None
+        work = self._reactor.spawn(
+            lambda: self._handle(connection, call_id, handler, data, caller), entry.context
+        )
+        # Unless it has ended already.
+        if call_id in self._work:
+            self._work[call_id] = work
+
+    def on_cancelled(self, call_id: bytes) -> None:
+        work = self._work.get(call_id)
+        if work is not None:
+            work.cancel()
+
+    def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
+        if self._connection is connection:
+            self._connection = None
+        if not self._closed:
+            logger.warning("the persistent connection to the daemon was lost: %s", error)
+        for work in list(self._work.values()):
+            if work is not None:
+                work.cancel()
+
+    async def _handle(
+        self,
+        connection: PersistentConnection,
+        call_id: bytes,
+        handler: UnaryHandler,
+        data: bytes,
+        caller: Any,
+    ) -> None:
+        try:
+            connection.reply(call_id, await handler(data, caller))
+        except Exception as error:
+            connection.reply_error(call_id, _repr(error))
+        except BaseException as error:
+            connection.reply_error(call_id, _repr(error))
+            raise
+        finally:
+            self._work.pop(call_id, None)
+
+    # --- its end ---
+
+    @property
+    def ended(self) -> bool:
+        """Whether the event loop is no more."""
+        return self._reactor.ended
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def pending(self) -> int:
+        return self._connection.pending if self._connection is not None else 0
+
+    @property
+    def unanswered(self) -> int:
+        return self._connection.unanswered if self._connection is not None else 0
+
+    def close(self) -> None:
+        self._closed = True
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if os.getpid() == self._pid:
+                self._reactor.call_from_anywhere(connection.close)
+            else:
+                connection.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_connection", None) is not None:
+            self.close()
+
+
+def _deadline(timeout: float | None) -> anyio.CancelScope:
+    if timeout is not None and not timeout >= 0:  # NaN, too
+        raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
+    return anyio.move_on_after(timeout)
+
+
+def _repr(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception:
+        return f"<{type(error).__name__}>"
+
+
+def _timed_out(timeout: float | None) -> ControlTimeout:
+    return ControlTimeout(f"no answer within {timeout:g} s")

@@ -1,0 +1,841 @@
+//! Unary calls: the persistent connection of hivemind's fork, on which calls and replies in both
+//! directions are matched by call ids and come in any order.
+//!
+//! Payloads never pass through here when they go out: what is encoded is the head of a frame, and
+//! the payload is its tail. Coming in, a large one is received straight into its final place, which
+//! the driver provides as a [`Payload`].
+
+use super::pb::p2pd::{
+    self, call_unary_response, persistent_connection_request as request,
+    persistent_connection_response as response, request::Type,
+};
+use super::request::Expect;
+use super::{control, framing, Error, Request};
+use bytes::{BufMut, Bytes, BytesMut};
+use prost::encoding::{encode_key, encode_varint, encoded_len_varint, key_len, WireType};
+use prost::Message as _;
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// What matches a reply to its call.
+pub type CallId = [u8; 16];
+
+/// A payload of at least this many bytes is received straight into its final place.
+const DIRECT: usize = 16 * 1024;
+
+/// How much of a frame may come before the payload in it, in bytes, for that.
+const MAX_HEAD: usize = 1024;
+
+/// How much of a handler's error is passed on, in bytes.
+const MAX_ERROR: usize = 16 * 1024;
+
+/// Upgrades a control connection to a persistent one. After the answer it takes no requests any
+/// more but the messages of a [`Persistent`].
+pub fn upgrade() -> Request {
+    Request::new(
+        &control::message(Type::PersistentConnUpgrade),
+        Expect::Persistent,
+    )
+}
+
+/// What a persistent connection will take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnaryLimits {
+    /// The largest message to send, without its length, in bytes: the daemon closes the connection
+    /// on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
+    pub max_message: usize,
+    /// So many incoming calls may wait for their reply before no more are read. Default: 4096.
+    pub max_unanswered: usize,
+    /// So many bytes their payloads may have. Default: 64 MiB.
+    pub max_unanswered_bytes: usize,
+}
+
+impl Default for UnaryLimits {
+    fn default() -> Self {
+        Self {
+            max_message: 4 << 20,
+            max_unanswered: 4096,
+            max_unanswered_bytes: 64 << 20,
+        }
+    }
+}
+
+impl UnaryLimits {
+    /// The largest message taken. The daemon checks what a peer sent before it puts the caller's
+    /// peer id in the place of ours.
+    fn max_incoming(&self) -> usize {
+        self.max_message.saturating_add(64 << 10)
+    }
+}
+
+/// Where the bytes of a payload end up.
+pub trait Payload: Sized {
+    /// Room for `len` bytes, which are going to be written.
+    fn with_len(len: usize) -> Self;
+    /// These bytes.
+    fn copy_from(bytes: &[u8]) -> Self;
+    /// The room.
+    fn as_mut(&mut self) -> &mut [u8];
+}
+
+impl Payload for Vec<u8> {
+    fn with_len(len: usize) -> Self {
+        vec![0; len]
+    }
+
+    fn copy_from(bytes: &[u8]) -> Self {
+        bytes.to_vec()
+    }
+
+    fn as_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
+/// What came of the bytes received. `T` is the driver's token of a call, `P` a payload.
+#[derive(Debug, PartialEq, Eq)]
+pub enum UnaryEvent<T, P> {
+    /// The reply to a call.
+    Reply {
+        /// The call.
+        token: T,
+        /// What the handler returned.
+        payload: P,
+    },
+    /// A handler was added or removed.
+    Acknowledged {
+        /// The request to do so.
+        token: T,
+    },
+    /// The peer's handler failed, in these words.
+    HandlerFailed {
+        /// The call.
+        token: T,
+        /// The words.
+        error: String,
+    },
+    /// The daemon refused a call, or to add or remove a handler, in these words.
+    Refused {
+        /// The call.
+        token: T,
+        /// The words.
+        error: String,
+    },
+    /// The answer is none. The connection is good still: it is the peer that sent it.
+    Broken {
+        /// The call.
+        token: T,
+        /// What is wrong with it.
+        error: Error,
+    },
+    /// A peer calls.
+    Call {
+        /// What the reply must carry.
+        id: CallId,
+        /// The caller.
+        peer: Bytes,
+        /// The handler.
+        protocol: String,
+        /// What it is called with.
+        payload: P,
+    },
+    /// Whoever made the call with this id is gone: there is nobody to reply to.
+    Cancelled {
+        /// The call.
+        id: CallId,
+    },
+    /// There are too many calls at work to take another one, which is to be
+    /// [refused](Persistent::refuse).
+    Overload {
+        /// The call.
+        id: CallId,
+    },
+}
+
+/// Unpredictable call ids: the daemons match replies by the id alone, so a peer that could guess
+/// the next ones could take replies that are not for it.
+#[derive(Debug)]
+struct CallIds {
+    seed: [u8; 32],
+    counter: u64,
+    spare: Option<CallId>,
+}
+
+impl CallIds {
+    fn next(&mut self) -> CallId {
+        if let Some(id) = self.spare.take() {
+            return id;
+        }
+        let mut hash = Sha256::new();
+        hash.update(self.seed);
+        hash.update(self.counter.to_le_bytes());
+        self.counter += 1;
+        let hash = hash.finalize();
+        let (first, second) = hash.split_at(16);
+        self.spare = second.try_into().ok();
+        first.try_into().expect("half of 32 bytes")
+    }
+}
+
+/// For keys that are random already.
+#[derive(Debug, Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk::<8>() {
+            self.0 = u64::from_ne_bytes(*first);
+        }
+    }
+
+    fn write_usize(&mut self, _: usize) {} // the length of the id
+}
+
+#[derive(Debug)]
+struct Pending<T> {
+    token: T,
+    is_call: bool,
+}
+
+/// A payload on its way, and what it belongs to.
+#[derive(Debug)]
+struct Partial<P> {
+    head: Head,
+    payload: P,
+    filled: usize,
+    len: usize,
+}
+
+/// What comes before the payload of a frame that is read without waiting for the whole of it.
+#[derive(Debug, PartialEq, Eq)]
+enum Head {
+    Reply {
+        id: CallId,
+    },
+    Call {
+        id: CallId,
+        peer: Bytes,
+        protocol: String,
+    },
+}
+
+/// How far the head of a frame could be read.
+#[derive(Debug, PartialEq, Eq)]
+enum Scan {
+    /// The payload is all from this offset on.
+    Payload(Head, usize),
+    /// There is more to come before the payload.
+    Incomplete,
+    /// It is laid out in another way, or has no payload.
+    Other,
+}
+
+/// A persistent connection: frames out, bytes in, events out.
+///
+/// ```
+/// use p2pclient_rs::core::{Persistent, UnaryEvent, UnaryLimits};
+/// use bytes::BytesMut;
+///
+/// let mut connection = Persistent::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
+/// let mut out = BytesMut::new();
+/// let id = connection.call(b"peer", "echo", 2, "my call", &mut out)?;
+/// out.extend_from_slice(b"hi"); // the payload goes right behind the head
+///
+/// let mut reply = vec![24, 10, 16];
+/// reply.extend_from_slice(&id);
+/// reply.extend_from_slice(&[18, 4, 10, 2, b'h', b'o']);
+/// let event = connection.poll(&mut &reply[..])?;
+/// assert_eq!(event, Some(UnaryEvent::Reply { token: "my call", payload: b"ho".to_vec() }));
+/// # Ok::<(), p2pclient_rs::core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Persistent<T, P> {
+    limits: UnaryLimits,
+    ids: CallIds,
+    pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
+    /// The incoming calls at work, with the sizes of their payloads. The ids are the peers'
+    /// choice, hence the standard hasher.
+    unanswered: HashMap<CallId, usize>,
+    unanswered_bytes: usize,
+    /// The beginning of a frame.
+    buffer: BytesMut,
+    partial: Option<Partial<P>>,
+}
+
+impl<T, P: Payload> Persistent<T, P> {
+    /// A connection that was just upgraded. `seed` is random and used for no other.
+    pub fn new(seed: [u8; 32], limits: UnaryLimits) -> Self {
+        Self {
+            limits,
+            ids: CallIds {
+                seed,
+                counter: 0,
+                spare: None,
+            },
+            pending: HashMap::default(),
+            unanswered: HashMap::new(),
+            unanswered_bytes: 0,
+            buffer: BytesMut::new(),
+            partial: None,
+        }
+    }
+
+    // --- out ---
+
+    /// Calls the handler of `protocol` at a peer. Appends to `out` the head of the frame, which the
+    /// payload of `len` bytes is to follow.
+    pub fn call(
+        &mut self,
+        peer: &[u8],
+        protocol: &str,
+        len: usize,
+        token: T,
+        out: &mut BytesMut,
+    ) -> Result<CallId, Error> {
+        let inner = field_len(1, peer.len()) + field_len(2, protocol.len()) + field_len(3, len);
+        let size = 18 + field_len(3, inner);
+        self.check_size(size)?;
+        let id = self.expect(token, true);
+        begin(out, size, &id, 3, inner);
+        put_field(out, 1, peer);
+        put_field(out, 2, protocol.as_bytes());
+        put_header(out, 3, len);
+        Ok(id)
+    }
+
+    /// Asks for calls of `protocol`; `balanced` if others may serve it in turn.
+    pub fn add_handler(
+        &mut self,
+        protocol: &str,
+        balanced: bool,
+        token: T,
+        out: &mut BytesMut,
+    ) -> Result<CallId, Error> {
+        let message = p2pd::AddUnaryHandlerRequest {
+            proto: Some(protocol.to_owned()),
+            balanced: Some(balanced),
+        };
+        self.ask(request::Message::AddUnaryHandler(message), token, out)
+    }
+
+    /// Asks for no more calls of `protocol`.
+    pub fn remove_handler(
+        &mut self,
+        protocol: &str,
+        token: T,
+        out: &mut BytesMut,
+    ) -> Result<CallId, Error> {
+        let message = p2pd::RemoveUnaryHandlerRequest {
+            proto: Some(protocol.to_owned()),
+        };
+        self.ask(request::Message::RemoveUnaryHandler(message), token, out)
+    }
+
+    /// Gives up waiting for an answer, and tells the daemon if it was a call. `None` if it came
+    /// before.
+    pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
+        let pending = self.pending.remove(id)?;
+        if pending.is_call {
+            put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
+        }
+        Some(pending.token)
+    }
+
+    /// Replies to a call, if the caller is still there. Appends to `out` the head of the frame and
+    /// returns true if the payload of `len` bytes is to follow: one that is too large becomes an
+    /// error at the caller.
+    pub fn reply(&mut self, id: &CallId, len: usize, out: &mut BytesMut) -> bool {
+        if !self.answered(id) {
+            return false;
+        }
+        let inner = field_len(1, len);
+        let size = 18 + field_len(4, inner);
+        if self.check_size(size).is_err() {
+            let limit = self.limits.max_message;
+            let words =
+                format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes");
+            put_error(out, id, &words);
+            return false;
+        }
+        begin(out, size, id, 4, inner);
+        put_header(out, 1, len);
+        true
+    }
+
+    /// Replies to a call with an error, if the caller is still there.
+    pub fn reply_error(&mut self, id: &CallId, error: &str, out: &mut BytesMut) {
+        if self.answered(id) {
+            put_error(out, id, error);
+        }
+    }
+
+    /// Refuses a call that was not taken.
+    pub fn refuse(&self, id: &CallId, out: &mut BytesMut) {
+        put_error(out, id, "busy: too many calls at once");
+    }
+
+    // --- in ---
+
+    /// The next event. Takes what it needs off the front of `input`; `None` if it has taken it all
+    /// and more is to come. After an error the connection is of no more use.
+    pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<UnaryEvent<T, P>>, Error> {
+        loop {
+            if let Some(partial) = &mut self.partial {
+                let count = input.len().min(partial.len - partial.filled);
+                partial.payload.as_mut()[partial.filled..partial.filled + count]
+                    .copy_from_slice(&input[..count]);
+                partial.filled += count;
+                *input = &input[count..];
+                if partial.filled < partial.len {
+                    return Ok(None);
+                }
+                if let Some(Partial {
+                    head, payload, len, ..
+                }) = self.partial.take()
+                {
+                    if let Some(event) = self.arrived(head, payload, len) {
+                        return Ok(Some(event));
+                    }
+                }
+                continue;
+            }
+            if self.buffer.is_empty() {
+                // Most frames come whole: those are not copied here.
+                match self.frame(input)? {
+                    Frame::Whole { prefix, end } => {
+                        let (frame, rest) = input.split_at(end);
+                        *input = rest;
+                        if let Some(event) = self.whole(&frame[prefix..])? {
+                            return Ok(Some(event));
+                        }
+                        continue;
+                    }
+                    Frame::Large(partial) => {
+                        self.partial = Some(partial);
+                        *input = &[];
+                        return Ok(None);
+                    }
+                    Frame::Needs(_) => {
+                        self.buffer.extend_from_slice(input);
+                        *input = &[];
+                        return Ok(None);
+                    }
+                }
+            }
+            // No further than the frame's end, or than its head may reach.
+            match self.frame(&self.buffer)? {
+                Frame::Whole { prefix, end } => {
+                    let frame = self.buffer.split_to(end);
+                    if let Some(event) = self.whole(&frame[prefix..])? {
+                        return Ok(Some(event));
+                    }
+                }
+                Frame::Large(partial) => {
+                    self.partial = Some(partial);
+                    self.buffer.clear();
+                }
+                Frame::Needs(count) => {
+                    if input.is_empty() {
+                        return Ok(None);
+                    }
+                    let (some, rest) = input.split_at(count.min(input.len()));
+                    self.buffer.extend_from_slice(some);
+                    *input = rest;
+                }
+            }
+        }
+    }
+
+    /// The rest of the room for the payload being received, which can be read right into, with
+    /// [`payload_filled`](Self::payload_filled) to follow.
+    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
+        let partial = self.partial.as_mut()?;
+        let filled = partial.filled;
+        Some(&mut partial.payload.as_mut()[filled..partial.len])
+    }
+
+    /// Tells that `count` bytes were read into [`payload_room`](Self::payload_room).
+    pub fn payload_filled(&mut self, count: usize) {
+        if let Some(partial) = &mut self.partial {
+            partial.filled = partial.len.min(partial.filled + count);
+        }
+    }
+
+    /// What is to be said of the end of the connection, seen now.
+    pub fn end_of_file(&self) -> Error {
+        Error::Closed {
+            mid_message: self.partial.is_some() || !self.buffer.is_empty(),
+        }
+    }
+
+    /// Whether more input is to be read: not while too many calls are at work, unless something of
+    /// ours is waited for, on which these might depend.
+    pub fn wants_input(&self) -> bool {
+        !self.pending.is_empty() || !self.exceeds(1)
+    }
+
+    /// How many answers are awaited.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// How many incoming calls are at work.
+    pub fn unanswered(&self) -> usize {
+        self.unanswered.len()
+    }
+
+    /// The tokens of everything that is awaited, for a driver that visits them.
+    pub fn tokens(&self) -> impl Iterator<Item = &T> {
+        self.pending.values().map(|pending| &pending.token)
+    }
+
+    /// Gives up on everything that is awaited, since the connection is lost.
+    pub fn take_pending(&mut self) -> Vec<T> {
+        let pending = self.pending.drain();
+        pending.map(|(_, pending)| pending.token).collect()
+    }
+
+    // --- within ---
+
+    fn check_size(&self, size: usize) -> Result<(), Error> {
+        let limit = self.limits.max_message;
+        if size > limit {
+            return Err(Error::RequestTooLarge { size, limit });
+        }
+        Ok(())
+    }
+
+    fn expect(&mut self, token: T, is_call: bool) -> CallId {
+        let id = self.ids.next();
+        self.pending.insert(id, Pending { token, is_call });
+        id
+    }
+
+    fn ask(
+        &mut self,
+        message: request::Message,
+        token: T,
+        out: &mut BytesMut,
+    ) -> Result<CallId, Error> {
+        self.check_size(message.encoded_len() + 18)?;
+        let id = self.expect(token, false);
+        put_message(out, &id, message);
+        Ok(id)
+    }
+
+    fn answered(&mut self, id: &CallId) -> bool {
+        let size = self.unanswered.remove(id);
+        self.unanswered_bytes -= size.unwrap_or_default();
+        size.is_some()
+    }
+
+    fn exceeds(&self, times: usize) -> bool {
+        self.unanswered.len() >= self.limits.max_unanswered.saturating_mul(times)
+            || self.unanswered_bytes >= self.limits.max_unanswered_bytes.saturating_mul(times)
+    }
+
+    /// What of a frame is at the front of `bytes`.
+    fn frame(&self, bytes: &[u8]) -> Result<Frame<P>, Error> {
+        let limit = self.limits.max_incoming();
+        let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
+            return Ok(Frame::Needs(1));
+        };
+        let end = prefix + len;
+        if bytes.len() >= end {
+            return Ok(Frame::Whole { prefix, end });
+        }
+        let missing = end - bytes.len();
+        if len < DIRECT {
+            return Ok(Frame::Needs(missing));
+        }
+        match scan(&bytes[prefix..], len) {
+            Scan::Payload(head, offset) => {
+                let len = len - offset;
+                let mut payload = P::with_len(len);
+                let there = &bytes[prefix + offset..];
+                payload.as_mut()[..there.len()].copy_from_slice(there);
+                let partial = Partial {
+                    head,
+                    payload,
+                    filled: there.len(),
+                    len,
+                };
+                Ok(Frame::Large(partial))
+            }
+            Scan::Incomplete if bytes.len() < MAX_HEAD => {
+                Ok(Frame::Needs(missing.min(MAX_HEAD - bytes.len())))
+            }
+            _ => Ok(Frame::Needs(missing)),
+        }
+    }
+
+    /// Reads a whole message.
+    fn whole(&mut self, message: &[u8]) -> Result<Option<UnaryEvent<T, P>>, Error> {
+        if let Scan::Payload(head, offset) = scan(message, message.len()) {
+            let payload = &message[offset..];
+            // An answer that nobody waits for is not worth a copy.
+            return Ok(match head {
+                Head::Reply { id } if !self.pending.contains_key(&id) => None,
+                head => self.arrived(head, P::copy_from(payload), payload.len()),
+            });
+        }
+        let message = p2pd::PersistentConnectionResponse::decode(message)
+            .map_err(|e| Error::malformed("PersistentConnectionResponse", &e))?;
+        let id = message.call_id.ok_or(Error::MissingField {
+            message: "PersistentConnectionResponse",
+            field: "callId",
+        })?;
+        let id: CallId = id[..]
+            .try_into()
+            .map_err(|_| Error::Unexpected(format!("a call id of {} bytes", id.len())))?;
+        match message.message {
+            None => Ok(self.acknowledged(id)),
+            Some(response::Message::CallUnaryResponse(reply)) => Ok(self.replied(id, reply)),
+            Some(response::Message::DaemonError(error)) => {
+                let words = error.message.unwrap_or_default();
+                Ok(self.pending.remove(&id).map(|pending| UnaryEvent::Refused {
+                    token: pending.token,
+                    error: String::from_utf8_lossy(&words).into_owned(),
+                }))
+            }
+            Some(response::Message::Cancel(_)) => {
+                Ok(self.answered(&id).then_some(UnaryEvent::Cancelled { id }))
+            }
+            Some(response::Message::RequestHandling(call)) => {
+                let missing = |field| Error::MissingField {
+                    message: "CallUnaryRequest",
+                    field,
+                };
+                let head = Head::Call {
+                    id,
+                    peer: call.peer.ok_or(missing("peer"))?,
+                    protocol: call.proto.ok_or(missing("proto"))?,
+                };
+                let data = call.data.ok_or(missing("data"))?;
+                Ok(self.arrived(head, P::copy_from(&data), data.len()))
+            }
+        }
+    }
+
+    fn acknowledged(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
+        let Pending { token, is_call } = self.pending.remove(&id)?;
+        Some(if is_call {
+            // What Go's daemon makes of a peer that replied with something else.
+            let error = Error::MissingField {
+                message: "PersistentConnectionResponse",
+                field: "callUnaryResponse",
+            };
+            UnaryEvent::Broken { token, error }
+        } else {
+            UnaryEvent::Acknowledged { token }
+        })
+    }
+
+    fn replied(&mut self, id: CallId, reply: p2pd::CallUnaryResponse) -> Option<UnaryEvent<T, P>> {
+        let Pending { token, is_call } = self.pending.remove(&id)?;
+        if !is_call {
+            let error = Error::Unexpected("a reply to what is no call".to_owned());
+            return Some(UnaryEvent::Broken { token, error });
+        }
+        Some(match reply.result {
+            Some(call_unary_response::Result::Response(data)) => UnaryEvent::Reply {
+                token,
+                payload: P::copy_from(&data),
+            },
+            Some(call_unary_response::Result::Error(words)) => UnaryEvent::HandlerFailed {
+                token,
+                error: String::from_utf8_lossy(&words).into_owned(),
+            },
+            None => {
+                let error = Error::MissingField {
+                    message: "CallUnaryResponse",
+                    field: "response",
+                };
+                UnaryEvent::Broken { token, error }
+            }
+        })
+    }
+
+    fn arrived(&mut self, head: Head, payload: P, len: usize) -> Option<UnaryEvent<T, P>> {
+        match head {
+            Head::Reply { id } => {
+                let Pending { token, is_call } = self.pending.remove(&id)?;
+                Some(if is_call {
+                    UnaryEvent::Reply { token, payload }
+                } else {
+                    let error = Error::Unexpected("a reply to what is no call".to_owned());
+                    UnaryEvent::Broken { token, error }
+                })
+            }
+            Head::Call { id, peer, protocol } => {
+                // An id that is at work already cannot be told apart in a reply.
+                if self.exceeds(4) || self.unanswered.contains_key(&id) {
+                    return Some(UnaryEvent::Overload { id });
+                }
+                self.unanswered.insert(id, len);
+                self.unanswered_bytes += len;
+                Some(UnaryEvent::Call {
+                    id,
+                    peer,
+                    protocol,
+                    payload,
+                })
+            }
+        }
+    }
+}
+
+enum Frame<P> {
+    /// All of it is there: where the message begins and ends.
+    Whole { prefix: usize, end: usize },
+    /// Its payload is to be received on its own. It has all the bytes there were.
+    Large(Partial<P>),
+    /// So many bytes more.
+    Needs(usize),
+}
+
+/// Looks for the payload in a message of `len` bytes of which `bytes` are there, if it is laid out
+/// as Go and prost do it: fields in the order of their numbers, the payload last.
+fn scan(bytes: &[u8], len: usize) -> Scan {
+    let mut at = Cursor {
+        bytes,
+        offset: 0,
+        end: len,
+    };
+    let scanned = (|| {
+        let id: CallId = at.value(1)?.try_into().map_err(|_| Scan::Other)?;
+        let head = match at.key()? {
+            2 => {
+                at.enter_last()?;
+                Head::Reply { id }
+            }
+            3 => {
+                at.enter_last()?;
+                let peer = Bytes::copy_from_slice(at.value(1)?);
+                let protocol = std::str::from_utf8(at.value(2)?).map_err(|_| Scan::Other)?;
+                Head::Call {
+                    id,
+                    peer,
+                    protocol: protocol.to_owned(),
+                }
+            }
+            _ => return Err(Scan::Other),
+        };
+        let payload = if matches!(head, Head::Reply { .. }) {
+            1
+        } else {
+            3
+        };
+        if at.key()? != payload {
+            return Err(Scan::Other);
+        }
+        at.enter_last()?;
+        Ok(Scan::Payload(head, at.offset))
+    })();
+    scanned.unwrap_or_else(|stopped| stopped)
+}
+
+/// Reads length-delimited fields.
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    offset: usize,
+    end: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn byte(&mut self) -> Result<u8, Scan> {
+        let byte = self.bytes.get(self.offset).ok_or(Scan::Incomplete)?;
+        self.offset += 1;
+        Ok(*byte)
+    }
+
+    /// The number of a length-delimited field, below 16.
+    fn key(&mut self) -> Result<u8, Scan> {
+        match self.byte()? {
+            key if key & 0x87 == 2 => Ok(key >> 3),
+            _ => Err(Scan::Other),
+        }
+    }
+
+    fn length(&mut self) -> Result<usize, Scan> {
+        let mut length = 0;
+        for shift in [0, 7, 14, 21] {
+            let byte = self.byte()?;
+            length |= usize::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Ok(length);
+            }
+        }
+        Err(Scan::Other)
+    }
+
+    fn value(&mut self, number: u8) -> Result<&'a [u8], Scan> {
+        if self.key()? != number {
+            return Err(Scan::Other);
+        }
+        let end = self.length()? + self.offset;
+        if end > self.end {
+            return Err(Scan::Other);
+        }
+        let value = self.bytes.get(self.offset..end).ok_or(Scan::Incomplete)?;
+        self.offset = end;
+        Ok(value)
+    }
+
+    /// Enters a field that must reach to the end.
+    fn enter_last(&mut self) -> Result<(), Scan> {
+        if self.length()? + self.offset == self.end {
+            return Ok(());
+        }
+        Err(Scan::Other)
+    }
+}
+
+fn field_len(number: u32, len: usize) -> usize {
+    key_len(number) + encoded_len_varint(len as u64) + len
+}
+
+fn put_header(out: &mut BytesMut, number: u32, len: usize) {
+    encode_key(number, WireType::LengthDelimited, out);
+    encode_varint(len as u64, out);
+}
+
+fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
+    put_header(out, number, value.len());
+    out.put_slice(value);
+}
+
+/// The length of a message of `size` bytes, its call id, and the header of the field `number`,
+/// which is the rest of it.
+fn begin(out: &mut BytesMut, size: usize, id: &CallId, number: u32, len: usize) {
+    encode_varint(size as u64, out);
+    put_field(out, 1, id);
+    put_header(out, number, len);
+}
+
+fn put_message(out: &mut BytesMut, id: &CallId, message: request::Message) {
+    let message = p2pd::PersistentConnectionRequest {
+        call_id: Some(Bytes::copy_from_slice(id)),
+        message: Some(message),
+    };
+    message
+        .encode_length_delimited(out)
+        .expect("a BytesMut grows as needed");
+}
+
+fn put_error(out: &mut BytesMut, id: &CallId, words: &str) {
+    let words = &words.as_bytes()[..words.len().min(MAX_ERROR)];
+    let error = call_unary_response::Result::Error(Bytes::copy_from_slice(words));
+    let response = p2pd::CallUnaryResponse {
+        result: Some(error),
+    };
+    put_message(out, id, request::Message::UnaryResponse(response));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,415 @@
+//! Two ends of a persistent connection, the daemon's written with prost.
+
+use super::*;
+use crate::core::framing::encode_frame;
+use proptest::prelude::*;
+
+type Connection = Persistent<u32, Vec<u8>>;
+type Event = UnaryEvent<u32, Vec<u8>>;
+
+fn connection(limits: UnaryLimits) -> Connection {
+    Persistent::new([1; 32], limits)
+}
+
+fn response(id: CallId, message: Option<response::Message>) -> Vec<u8> {
+    encode_frame(&p2pd::PersistentConnectionResponse {
+        call_id: Some(Bytes::copy_from_slice(&id)),
+        message,
+    })
+    .to_vec()
+}
+
+fn reply(id: CallId, payload: &[u8]) -> Vec<u8> {
+    let result = call_unary_response::Result::Response(Bytes::copy_from_slice(payload));
+    let reply = p2pd::CallUnaryResponse {
+        result: Some(result),
+    };
+    response(id, Some(response::Message::CallUnaryResponse(reply)))
+}
+
+fn call(id: CallId, payload: &[u8]) -> Vec<u8> {
+    let call = p2pd::CallUnaryRequest {
+        peer: Some(Bytes::from_static(b"peer")),
+        proto: Some("echo".to_owned()),
+        data: Some(Bytes::copy_from_slice(payload)),
+    };
+    response(id, Some(response::Message::RequestHandling(call)))
+}
+
+/// Everything that comes of `bytes`, given in pieces, the large payloads read in place.
+fn feed(connection: &mut Connection, bytes: &[u8], sizes: &[usize]) -> Result<Vec<Event>, Error> {
+    let mut events = Vec::new();
+    let mut rest = bytes;
+    for size in sizes.iter().cycle() {
+        if rest.is_empty() {
+            break;
+        }
+        let (piece, tail) = rest.split_at((*size).min(rest.len()));
+        rest = tail;
+        let mut input = piece;
+        if let Some(room) = connection.payload_room() {
+            let count = room.len().min(input.len());
+            room[..count].copy_from_slice(&input[..count]);
+            connection.payload_filled(count);
+            input = &input[count..];
+        }
+        while let Some(event) = connection.poll(&mut input)? {
+            events.push(event);
+        }
+        assert!(input.is_empty());
+    }
+    Ok(events)
+}
+
+/// The messages in `out`.
+fn sent(out: BytesMut) -> Vec<p2pd::PersistentConnectionRequest> {
+    let mut out = out.freeze();
+    let mut messages = Vec::new();
+    while !out.is_empty() {
+        messages
+            .push(p2pd::PersistentConnectionRequest::decode_length_delimited(&mut out).unwrap());
+    }
+    messages
+}
+
+#[test]
+fn a_call_is_what_the_schema_says() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let payload = vec![9; 300];
+    let id = connection.call(b"peer", "echo", 300, 1, &mut out).unwrap();
+    out.extend_from_slice(&payload);
+    let call = p2pd::CallUnaryRequest {
+        peer: Some(Bytes::from_static(b"peer")),
+        proto: Some("echo".to_owned()),
+        data: Some(payload.into()),
+    };
+    let expected = p2pd::PersistentConnectionRequest {
+        call_id: Some(Bytes::copy_from_slice(&id)),
+        message: Some(request::Message::CallUnary(call)),
+    };
+    assert_eq!(sent(out), [expected]);
+}
+
+#[test]
+fn a_reply_is_what_the_schema_says() {
+    let mut connection = connection(UnaryLimits::default());
+    let events = feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
+    assert_eq!(
+        events,
+        [UnaryEvent::Call {
+            id: [5; 16],
+            peer: Bytes::from_static(b"peer"),
+            protocol: "echo".to_owned(),
+            payload: b"ping".to_vec(),
+        }]
+    );
+    let mut out = BytesMut::new();
+    assert!(connection.reply(&[5; 16], 4, &mut out));
+    out.extend_from_slice(b"pong");
+    assert!(!connection.reply(&[5; 16], 4, &mut out), "only once");
+    let result = call_unary_response::Result::Response(Bytes::from_static(b"pong"));
+    let expected = p2pd::PersistentConnectionRequest {
+        call_id: Some(Bytes::from_static(&[5; 16])),
+        message: Some(request::Message::UnaryResponse(p2pd::CallUnaryResponse {
+            result: Some(result),
+        })),
+    };
+    assert_eq!(sent(out), [expected]);
+    assert_eq!(connection.unanswered(), 0);
+}
+
+#[test]
+fn what_exceeds_the_limit_is_not_sent() {
+    let limits = UnaryLimits {
+        max_message: 1000,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    let mut out = BytesMut::new();
+    // 18 for the call id, 3 for the call, 6 + 6 for peer and protocol, 3 before the data.
+    let fits = 1000 - 18 - 3 - 6 - 6 - 3;
+    connection.call(b"peer", "echo", fits, 1, &mut out).unwrap();
+    let head = out.len();
+    assert_eq!(head + fits, 1000 + 2);
+    let refused = connection.call(b"peer", "echo", fits + 1, 2, &mut out);
+    assert_eq!(
+        refused,
+        Err(Error::RequestTooLarge {
+            size: 1001,
+            limit: 1000
+        })
+    );
+    assert_eq!((out.len(), connection.pending()), (head, 1));
+}
+
+#[test]
+fn too_large_a_reply_becomes_an_error_at_the_caller() {
+    let limits = UnaryLimits {
+        max_message: 1000,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
+    let mut out = BytesMut::new();
+    assert!(!connection.reply(&[5; 16], 1000, &mut out));
+    let message = sent(out).pop().unwrap().message;
+    let Some(request::Message::UnaryResponse(response)) = message else {
+        panic!("{message:?}")
+    };
+    let Some(call_unary_response::Result::Error(words)) = response.result else {
+        panic!("{response:?}")
+    };
+    assert_eq!(
+        words,
+        "the reply of 1000 bytes exceeds the message size limit of 1000 bytes"
+    );
+}
+
+#[test]
+fn replies_to_unknown_repeated_and_cancelled_calls_are_dropped() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let first = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let second = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+    out.clear();
+    assert_eq!(connection.cancel(&second, &mut out), Some(2));
+    let message = sent(out).pop().unwrap();
+    assert_eq!(message.call_id.unwrap(), second[..]);
+    assert_eq!(
+        message.message,
+        Some(request::Message::Cancel(p2pd::Cancel {}))
+    );
+    let large = vec![0; 3 * DIRECT];
+    let mut bytes = reply([9; 16], b"unknown");
+    for id in [first, first, second] {
+        bytes.extend(reply(id, b"yes"));
+        bytes.extend(reply(id, &large));
+    }
+    let events = feed(&mut connection, &bytes, &[7000]).unwrap();
+    let payload = b"yes".to_vec();
+    assert_eq!(events, [UnaryEvent::Reply { token: 1, payload }]);
+    assert_eq!(connection.pending(), 0);
+    assert_eq!(connection.cancel(&first, &mut BytesMut::new()), None);
+}
+
+#[test]
+fn an_error_of_the_daemon_need_not_be_utf_8() {
+    let mut connection = connection(UnaryLimits::default());
+    let id = connection
+        .call(b"p", "x", 0, 1, &mut BytesMut::new())
+        .unwrap();
+    let error = p2pd::DaemonError {
+        message: Some(Bytes::from_static(b"no \xff")),
+    };
+    let bytes = response(id, Some(response::Message::DaemonError(error)));
+    let error = "no \u{fffd}".to_owned();
+    assert_eq!(
+        feed(&mut connection, &bytes, &[1000]).unwrap(),
+        [UnaryEvent::Refused { token: 1, error }]
+    );
+}
+
+#[test]
+fn a_call_that_is_only_acknowledged_is_broken_and_the_connection_is_not() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let id = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let added = connection.add_handler("y", true, 2, &mut out).unwrap();
+    let mut bytes = response(id, None);
+    bytes.extend(response(added, None));
+    let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+    assert!(matches!(events[0], UnaryEvent::Broken { token: 1, .. }));
+    assert_eq!(events[1], UnaryEvent::Acknowledged { token: 2 });
+}
+
+#[test]
+fn a_cancelled_call_cannot_be_replied_to() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut bytes = call([5; 16], b"ping");
+    let cancel = response([5; 16], Some(response::Message::Cancel(p2pd::Cancel {})));
+    bytes.extend(&cancel);
+    bytes.extend(&cancel);
+    let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+    assert_eq!(events[1..], [UnaryEvent::Cancelled { id: [5; 16] }]);
+    let mut out = BytesMut::new();
+    assert!(!connection.reply(&[5; 16], 4, &mut out));
+    connection.reply_error(&[5; 16], "late", &mut out);
+    assert!(out.is_empty());
+}
+
+#[test]
+fn a_call_id_of_another_length_breaks_the_connection() {
+    let mut connection = connection(UnaryLimits::default());
+    let bytes = encode_frame(&p2pd::PersistentConnectionResponse {
+        call_id: Some(Bytes::from_static(b"short")),
+        message: None,
+    });
+    let error = feed(&mut connection, &bytes, &[1000]).unwrap_err();
+    assert_eq!(error, Error::Unexpected("a call id of 5 bytes".to_owned()));
+}
+
+#[test]
+fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
+    let limits = UnaryLimits {
+        max_unanswered: 2,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    let mut out = BytesMut::new();
+    for id in 0..8u8 {
+        assert_eq!(connection.wants_input(), id < 2);
+        let events = feed(&mut connection, &call([id; 16], b""), &[1000]).unwrap();
+        assert!(matches!(events[..], [UnaryEvent::Call { .. }]));
+    }
+    let id = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    assert!(connection.wants_input(), "a reply is awaited");
+    let events = feed(&mut connection, &call([9; 16], b""), &[1000]).unwrap();
+    assert_eq!(events, [UnaryEvent::Overload { id: [9; 16] }]);
+    connection.cancel(&id, &mut out);
+    for id in 0..7u8 {
+        assert!(!connection.wants_input());
+        connection.reply_error(&[id; 16], "no", &mut out);
+    }
+    assert!(connection.wants_input());
+}
+
+#[test]
+fn the_bytes_of_calls_are_limited_too() {
+    let limits = UnaryLimits {
+        max_unanswered_bytes: 100,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    feed(&mut connection, &call([1; 16], &[0; 99]), &[1000]).unwrap();
+    assert!(connection.wants_input());
+    feed(&mut connection, &call([2; 16], &[0; 1]), &[1000]).unwrap();
+    assert!(!connection.wants_input());
+    connection.reply_error(&[1; 16], "no", &mut BytesMut::new());
+    assert!(connection.wants_input());
+}
+
+#[test]
+fn a_second_call_with_an_id_that_is_at_work_is_refused() {
+    let mut connection = connection(UnaryLimits::default());
+    let bytes = [call([1; 16], b"a"), call([1; 16], b"b")].concat();
+    let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+    assert_eq!(events[1], UnaryEvent::Overload { id: [1; 16] });
+    assert_eq!(connection.unanswered(), 1);
+}
+
+#[test]
+fn a_frame_of_which_too_much_is_announced_is_refused() {
+    let limits = UnaryLimits {
+        max_message: 1000,
+        ..UnaryLimits::default()
+    };
+    let error = feed(&mut connection(limits), &[0xff, 0xff, 0x7f], &[1]).unwrap_err();
+    assert!(matches!(error, Error::FrameTooLarge { .. }));
+}
+
+#[test]
+fn call_ids_do_not_repeat_and_differ_between_seeds() {
+    let mut out = BytesMut::new();
+    let mut seen = std::collections::HashSet::new();
+    for seed in 0..4u8 {
+        let mut connection = Connection::new([seed; 32], UnaryLimits::default());
+        for token in 0..1000 {
+            assert!(seen.insert(connection.call(b"p", "x", 0, token, &mut out).unwrap()));
+        }
+    }
+}
+
+/// A message of any shape, canonical or not.
+fn any_payload() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..50),
+        (0..3 * DIRECT).prop_map(|len| (0..len).map(|i| i as u8).collect()),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_split_of_the_bytes_gives_the_same_events(
+        payloads in prop::collection::vec((any::<bool>(), any_payload()), 0..8),
+        sizes in prop::collection::vec(prop_oneof![1usize..40, 1usize..40_000], 1..20),
+    ) {
+        let mut connection = connection(UnaryLimits::default());
+        let mut bytes = Vec::new();
+        let mut expected = Vec::new();
+        for (token, (is_reply, payload)) in payloads.into_iter().enumerate() {
+            let token = token as u32;
+            if is_reply {
+                let id = connection.call(b"p", "x", 0, token, &mut BytesMut::new()).unwrap();
+                bytes.extend(reply(id, &payload));
+                expected.push(UnaryEvent::Reply { token, payload });
+            } else {
+                let id = [token as u8; 16];
+                bytes.extend(call(id, &payload));
+                let peer = Bytes::from_static(b"peer");
+                let protocol = "echo".to_owned();
+                expected.push(UnaryEvent::Call { id, peer, protocol, payload });
+            }
+        }
+        prop_assert_eq!(feed(&mut connection, &bytes, &sizes).unwrap(), expected);
+        prop_assert_eq!(connection.end_of_file(), Error::Closed { mid_message: false });
+    }
+
+    #[test]
+    fn any_bytes_end_in_events_or_an_error(
+        bytes in prop::collection::vec(any::<u8>(), 0..300),
+        sizes in prop::collection::vec(1usize..40, 1..5),
+    ) {
+        let _ = feed(&mut connection(UnaryLimits::default()), &bytes, &sizes);
+    }
+
+    #[test]
+    fn a_frame_with_its_fields_in_another_order_is_read_too(
+        payload in any_payload(),
+        sizes in prop::collection::vec(1usize..40_000, 1..5),
+    ) {
+        // The data before the peer and the protocol, the call before its id, an unknown field.
+        let mut inner = BytesMut::new();
+        put_field(&mut inner, 3, &payload);
+        put_field(&mut inner, 15, b"?");
+        put_field(&mut inner, 2, b"echo");
+        put_field(&mut inner, 1, b"peer");
+        let mut message = BytesMut::new();
+        put_field(&mut message, 3, &inner);
+        put_field(&mut message, 1, &[5; 16]);
+        let mut bytes = BytesMut::new();
+        encode_varint(message.len() as u64, &mut bytes);
+        bytes.extend_from_slice(&message);
+        let events = feed(&mut connection(UnaryLimits::default()), &bytes, &sizes).unwrap();
+        let peer = Bytes::from_static(b"peer");
+        let protocol = "echo".to_owned();
+        prop_assert_eq!(events, [UnaryEvent::Call { id: [5; 16], peer, protocol, payload }]);
+    }
+
+    #[test]
+    fn the_quick_reading_agrees_with_prost(
+        bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(10), Just(18), Just(26), Just(16), Just(1)], 0..60),
+    ) {
+        if let Scan::Payload(head, offset) = scan(&bytes, bytes.len()) {
+            let message = p2pd::PersistentConnectionResponse::decode(&bytes[..]).unwrap();
+            let payload = Bytes::copy_from_slice(&bytes[offset..]);
+            let expected = match head {
+                Head::Reply { id } => {
+                    prop_assert_eq!(message.call_id.as_deref(), Some(&id[..]));
+                    response::Message::CallUnaryResponse(p2pd::CallUnaryResponse {
+                        result: Some(call_unary_response::Result::Response(payload)),
+                    })
+                }
+                Head::Call { id, peer, protocol } => {
+                    prop_assert_eq!(message.call_id.as_deref(), Some(&id[..]));
+                    response::Message::RequestHandling(p2pd::CallUnaryRequest {
+                        peer: Some(peer),
+                        proto: Some(protocol),
+                        data: Some(payload),
+                    })
+                }
+            };
+            prop_assert_eq!(message.message, Some(expected));
+        }
+    }
+}

@@ -1,0 +1,811 @@
+//! A persistent connection: the core's state machine over a non-blocking socket, on the event
+//! loop's own thread. `unary.py` opens it, and gives it the loop and something to hand calls to.
+//!
+//! No Python is called while the state is locked: it could come back to this connection. Only bytes
+//! objects are made there, whose making runs nothing.
+
+use super::convert::{extract_peer_id, with_bytes};
+use super::errors::{self, ConnectionLost, DaemonRefused, MessageTooLarge};
+use super::errors::{P2PHandlerError, ProtocolViolation};
+use super::socket::{with_scratch, Socket};
+use crate::core::unary::{CallId, Payload};
+use crate::core::{Error, Persistent, UnaryEvent, UnaryLimits};
+use bytes::{Buf, BytesMut};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use pyo3::{intern, PyTraverseError, PyVisit};
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// How much one read takes that is not into a payload's own place, in bytes.
+const READ: usize = 64 * 1024;
+
+/// What is read behind a payload in the same system call, so that the next head comes with it.
+const BEHIND: usize = 4 * 1024;
+
+/// How much is read before the event loop gets a turn, in bytes.
+const TURN: usize = 1024 * 1024;
+
+/// While more than this waits to be sent, in bytes, callers wait and nothing is read, …
+const HIGH_WATER: usize = 1024 * 1024;
+/// … until no more than this does.
+const LOW_WATER: usize = 256 * 1024;
+
+/// A payload of at least this many bytes is sent from where it is, not copied behind its head.
+const SHARE: usize = 16 * 1024;
+
+/// How many pieces one system call sends.
+const PIECES: usize = 64;
+
+type Token = Py<PyAny>;
+type Event = UnaryEvent<Token, PyPayload>;
+
+/// A persistent connection to the daemon.
+#[pyclass(frozen, module = "p2pclient_rs._native")]
+pub struct PersistentConnection {
+    fd: RawFd,
+    pid: u32,
+    /// `add_reader`, `add_writer`, `remove_reader`, `remove_writer`, `call_soon`, `closing`.
+    reactor: Py<PyAny>,
+    /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
+    owner: Py<PyAny>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// `None` once lost or closed.
+    socket: Option<Socket>,
+    core: Persistent<Token, PyPayload>,
+    output: Output,
+    /// Where the head of a frame is made.
+    head: BytesMut,
+    /// A flush is scheduled, before which nothing is sent: the answers to what one read brought
+    /// go out together.
+    corked: bool,
+    reading: bool,
+    writing: bool,
+    /// Futures of those who wait for room in the output.
+    waiters: VecDeque<Token>,
+}
+
+/// What is to be done to the event loop once the state is unlocked.
+#[derive(Default)]
+struct Chores {
+    add_reader: bool,
+    remove_reader: bool,
+    add_writer: bool,
+    remove_writer: bool,
+    /// Somebody who waited for room.
+    wake: Option<Token>,
+}
+
+/// Why a connection is no more.
+#[derive(Clone)]
+enum Loss {
+    Protocol(Error),
+    Socket(String),
+    Closed,
+}
+
+impl Loss {
+    fn to_err(&self) -> PyErr {
+        match self {
+            Loss::Protocol(error) => errors::from_core(error.clone()),
+            Loss::Socket(words) => ConnectionLost::new_err(words.clone()),
+            Loss::Closed => ConnectionLost::new_err("the client was closed"),
+        }
+    }
+}
+
+impl From<io::Error> for Loss {
+    fn from(error: io::Error) -> Self {
+        Loss::Socket(format!("the connection was lost: {error}"))
+    }
+}
+
+/// A payload that is a Python bytes object from the start.
+pub struct PyPayload(Py<PyBytes>);
+
+#[allow(unsafe_code)]
+impl Payload for PyPayload {
+    fn with_len(len: usize) -> Self {
+        Python::attach(|py| {
+            let size = isize::try_from(len).expect("a frame's limit is far below");
+            // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
+            // back is a new reference or null with an exception set. Zeroing it instead would cost
+            // a pass over every large payload; the core emits it only when all is written.
+            let bytes = unsafe {
+                let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
+                Bound::from_owned_ptr_or_err(py, new)
+            };
+            let bytes = bytes.and_then(|bytes| Ok(bytes.cast_into::<PyBytes>()?));
+            Self(bytes.expect("there is memory for a frame").unbind())
+        })
+    }
+
+    fn copy_from(bytes: &[u8]) -> Self {
+        Python::attach(|py| Self(PyBytes::new(py, bytes).unbind()))
+    }
+
+    fn as_mut(&mut self) -> &mut [u8] {
+        Python::attach(|py| {
+            let bytes = self.0.bind(py).as_bytes();
+            // SAFETY: the object is changed only while it is being received, when nothing but this
+            // `&mut self` refers to it, and whoever writes there writes bytes only.
+            unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr().cast_mut(), bytes.len()) }
+        })
+    }
+}
+
+impl PersistentConnection {
+    /// A connection that was just upgraded, and what came right behind the answer.
+    pub fn new(
+        socket: Socket,
+        seed: [u8; 32],
+        max_message: usize,
+        reactor: Py<PyAny>,
+        owner: Py<PyAny>,
+    ) -> Self {
+        let limits = UnaryLimits {
+            max_message,
+            ..UnaryLimits::default()
+        };
+        Self {
+            fd: socket.as_raw_fd(),
+            pid: std::process::id(),
+            reactor,
+            owner,
+            inner: Mutex::new(Inner {
+                socket: Some(socket),
+                core: Persistent::new(seed, limits),
+                output: Output::default(),
+                head: BytesMut::new(),
+                corked: false,
+                reading: false,
+                writing: false,
+                waiters: VecDeque::new(),
+            }),
+        }
+    }
+}
+
+#[pymethods]
+impl PersistentConnection {
+    /// Begins to read. `input` came right behind the upgrade's answer.
+    fn start(slf: &Bound<'_, Self>, input: &[u8]) -> PyResult<()> {
+        let this = slf.get();
+        let mut events = Vec::new();
+        let read = {
+            let mut inner = this.lock();
+            let mut rest = input;
+            let read = inner.poll(&mut rest, &mut events);
+            read.map(|()| inner.chores())
+        };
+        Self::dispatch(slf, events, read)
+    }
+
+    /// Calls the handler of `protocol` at a peer: `token.set_result` is called with the reply, or
+    /// `token.set_exception`. Returns the call's id, or `None` if too much waits to be sent: wait
+    /// for `room`.
+    fn call<'py>(
+        slf: &Bound<'py, Self>,
+        peer: &Bound<'py, PyAny>,
+        protocol: &str,
+        data: &Bound<'py, PyAny>,
+        token: Token,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let peer = extract_peer_id(peer)?;
+        with_bytes(data, |bytes| {
+            Self::submit(slf, Tail::of(data, bytes), |inner| {
+                if inner.output.size > HIGH_WATER {
+                    return Ok(None);
+                }
+                let Inner { core, head, .. } = inner;
+                core.call(peer.as_bytes(), protocol, bytes.len(), token, head)
+                    .map(Some)
+            })
+        })
+    }
+
+    /// Asks for calls of `protocol`, as `call` does.
+    fn add_handler<'py>(
+        slf: &Bound<'py, Self>,
+        protocol: &str,
+        balanced: bool,
+        token: Token,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Self::submit(slf, Tail::None, |inner| {
+            let Inner { core, head, .. } = inner;
+            core.add_handler(protocol, balanced, token, head).map(Some)
+        })
+    }
+
+    /// Asks for no more calls of `protocol`, as `call` does.
+    fn remove_handler<'py>(
+        slf: &Bound<'py, Self>,
+        protocol: &str,
+        token: Token,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Self::submit(slf, Tail::None, |inner| {
+            let Inner { core, head, .. } = inner;
+            core.remove_handler(protocol, token, head).map(Some)
+        })
+    }
+
+    /// Gives up on what was called, and tells the daemon. Does nothing if its answer came, or in a
+    /// forked child, whose parent it is that called.
+    fn cancel(slf: &Bound<'_, Self>, id: CallId) -> PyResult<()> {
+        if std::process::id() != slf.get().pid {
+            return Ok(());
+        }
+        let mut token = None;
+        Self::change(slf, |inner| {
+            inner.head.clear();
+            token = inner.core.cancel(&id, &mut inner.head);
+            inner.send(Tail::None)
+        })?;
+        drop(token);
+        Ok(())
+    }
+
+    /// Replies to a call, unless its caller is gone.
+    fn reply(slf: &Bound<'_, Self>, id: CallId, data: &Bound<'_, PyAny>) -> PyResult<()> {
+        errors::check_fork(slf.get().pid, "connection")?;
+        with_bytes(data, |bytes| {
+            Self::change(slf, |inner| {
+                inner.head.clear();
+                let Inner { core, head, .. } = inner;
+                let follows = core.reply(&id, bytes.len(), head);
+                inner.send(if follows {
+                    Tail::of(data, bytes)
+                } else {
+                    Tail::None
+                })
+            })
+        })
+    }
+
+    /// Replies to a call with an error, unless its caller is gone.
+    fn reply_error(slf: &Bound<'_, Self>, id: CallId, error: &str) -> PyResult<()> {
+        errors::check_fork(slf.get().pid, "connection")?;
+        Self::change(slf, |inner| {
+            inner.head.clear();
+            let Inner { core, head, .. } = inner;
+            core.reply_error(&id, error, head);
+            inner.send(Tail::None)
+        })
+    }
+
+    /// Whether a call would find room now. If not, `token.set_result` is called when there may be;
+    /// who then does not call must call `pass_on`.
+    fn room(&self, token: Token) -> bool {
+        let mut inner = self.lock();
+        if inner.socket.is_none() || inner.output.size <= HIGH_WATER {
+            return true;
+        }
+        inner.waiters.push_back(token);
+        false
+    }
+
+    /// Wakes the next who waits for room, if there is any.
+    fn pass_on(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let chores = slf.get().lock().chores();
+        Self::run(slf, chores)
+    }
+
+    /// Closes the connection. In a forked child only the descriptor is closed.
+    fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
+        if std::process::id() != slf.get().pid {
+            let socket = slf.get().lock().socket.take();
+            drop(socket);
+            return Ok(());
+        }
+        Self::lose(slf, Loss::Closed)
+    }
+
+    /// Whether the connection was closed or lost.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.lock().socket.is_none()
+    }
+
+    /// How many answers are awaited.
+    #[getter]
+    fn pending(&self) -> usize {
+        self.lock().core.pending()
+    }
+
+    /// How many incoming calls are at work.
+    #[getter]
+    fn unanswered(&self) -> usize {
+        self.lock().core.unanswered()
+    }
+
+    fn _on_readable(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let this = slf.get();
+        let mut events = Vec::new();
+        let read = {
+            let mut inner = this.lock();
+            let read = inner.read(&mut events);
+            // The answers to several are better sent at once, when all of those who were woken
+            // have had their turn.
+            inner.corked |= events.len() > 1;
+            read.map(|()| inner.chores())
+        };
+        Self::dispatch(slf, events, read)
+    }
+
+    fn _on_writable(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::change(slf, Inner::flush)
+    }
+
+    fn _flush(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::change(slf, |inner| {
+            inner.corked = false;
+            inner.flush()
+        })
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.reactor)?;
+        visit.call(&self.owner)?;
+        if let Ok(inner) = self.inner.try_lock() {
+            for token in inner.core.tokens().chain(&inner.waiters) {
+                visit.call(token)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let tokens = match self.inner.try_lock() {
+            Ok(mut inner) => (
+                inner.core.take_pending(),
+                std::mem::take(&mut inner.waiters),
+            ),
+            Err(_) => return,
+        };
+        drop(tokens);
+    }
+}
+
+impl PersistentConnection {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends the head that `encode` makes and `tail`. If this fails, nothing was carried out.
+    fn submit<'py>(
+        slf: &Bound<'py, Self>,
+        tail: Tail<'_, '_>,
+        encode: impl FnOnce(&mut Inner) -> Result<Option<CallId>, Error>,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let py = slf.py();
+        let this = slf.get();
+        errors::check_fork(this.pid, "connection")?;
+        let mut failed = None;
+        let sent = {
+            let mut inner = this.lock();
+            if inner.socket.is_none() {
+                return Err(errors::connection_gone(
+                    "the persistent connection is closed",
+                ));
+            }
+            inner.head.clear();
+            match encode(&mut inner) {
+                Err(error) => return Err(MessageTooLarge::new_err(error.to_string())),
+                Ok(None) => return Ok(None),
+                Ok(Some(id)) => match inner.send(tail) {
+                    Ok(()) => Ok((PyBytes::new(py, &id), inner.chores())),
+                    Err(error) => {
+                        failed = inner.core.cancel(&id, &mut BytesMut::new());
+                        Err(error)
+                    }
+                },
+            }
+        };
+        drop(failed);
+        match sent {
+            Ok((id, chores)) => {
+                Self::run(slf, chores)?;
+                Ok(Some(id))
+            }
+            Err(error) => {
+                let words = format!("the connection was lost: {error}");
+                Self::lose(slf, error.into())?;
+                Err(errors::connection_gone(&words))
+            }
+        }
+    }
+
+    /// Does something that may send, on a connection that may be gone.
+    fn change(slf: &Bound<'_, Self>, f: impl FnOnce(&mut Inner) -> io::Result<()>) -> PyResult<()> {
+        let changed = {
+            let mut inner = slf.get().lock();
+            if inner.socket.is_none() {
+                return Ok(());
+            }
+            f(&mut inner).map(|()| inner.chores())
+        };
+        match changed {
+            Ok(chores) => Self::run(slf, chores),
+            Err(error) => Self::lose(slf, error.into()),
+        }
+    }
+
+    /// Hands out what came, and loses the connection if that is what came last. What one handler
+    /// raises does not keep the rest from theirs.
+    fn dispatch(
+        slf: &Bound<'_, Self>,
+        events: Vec<Event>,
+        read: Result<Chores, Loss>,
+    ) -> PyResult<()> {
+        let py = slf.py();
+        let mut outcome = Ok(());
+        for event in events {
+            let handed = Self::hand_out(slf, event);
+            outcome = outcome.and(handed);
+        }
+        let finished = match read {
+            Err(loss) => Self::lose(slf, loss),
+            Ok(chores) => {
+                let corked = slf.get().lock().corked;
+                let scheduled = if corked {
+                    let flush = slf.getattr(intern!(py, "_flush"))?;
+                    let reactor = slf.get().reactor.bind(py);
+                    reactor
+                        .call_method1(intern!(py, "call_soon"), (flush,))
+                        .map(drop)
+                } else {
+                    Ok(())
+                };
+                scheduled.and(Self::run(slf, chores))
+            }
+        };
+        outcome.and(finished)
+    }
+
+    fn hand_out(slf: &Bound<'_, Self>, event: Event) -> PyResult<()> {
+        let py = slf.py();
+        match event {
+            Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any()),
+            Event::Acknowledged { token } => resolve(py, &token, py.None()),
+            Event::HandlerFailed { token, error } => {
+                fail(py, &token, P2PHandlerError::new_err(error))
+            }
+            Event::Refused { token, error } => {
+                let refused = DaemonRefused::new_err("the daemon refused");
+                refused.value(py).setattr("daemon_message", error)?;
+                fail(py, &token, refused)
+            }
+            Event::Broken { token, error } => {
+                let words = format!("the peer's daemon sent no reply: {error}");
+                fail(py, &token, ProtocolViolation::new_err(words))
+            }
+            Event::Call {
+                id,
+                peer,
+                protocol,
+                payload,
+            } => {
+                let Some(owner) = Self::owner(slf)? else {
+                    return Ok(());
+                };
+                let arguments = (slf, PyBytes::new(py, &id), protocol, &peer[..], payload.0);
+                owner
+                    .call_method1(intern!(py, "on_call"), arguments)
+                    .map(drop)
+            }
+            Event::Cancelled { id } => {
+                let Some(owner) = Self::owner(slf)? else {
+                    return Ok(());
+                };
+                let id = PyBytes::new(py, &id);
+                owner
+                    .call_method1(intern!(py, "on_cancelled"), (id,))
+                    .map(drop)
+            }
+            Event::Overload { id } => Self::change(slf, |inner| {
+                inner.head.clear();
+                inner.core.refuse(&id, &mut inner.head);
+                inner.send(Tail::None)
+            }),
+        }
+    }
+
+    fn owner<'py>(slf: &Bound<'py, Self>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let owner = slf.get().owner.bind(slf.py()).call0()?;
+        Ok((!owner.is_none()).then_some(owner))
+    }
+
+    /// Ends the connection: everything that is awaited fails now.
+    fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
+        let py = slf.py();
+        let this = slf.get();
+        let (socket, pending, waiters, output) = {
+            let mut inner = this.lock();
+            let Some(socket) = inner.socket.take() else {
+                return Ok(());
+            };
+            (
+                socket,
+                inner.core.take_pending(),
+                std::mem::take(&mut inner.waiters),
+                std::mem::take(&mut inner.output),
+            )
+        };
+        drop(output);
+        let reactor = this.reactor.bind(py);
+        let mut outcome = reactor
+            .call_method1(intern!(py, "closing"), (this.fd,))
+            .map(drop);
+        socket.end();
+        drop(socket);
+        for token in pending {
+            outcome = outcome.and(fail(py, &token, loss.to_err()));
+        }
+        for token in waiters {
+            outcome = outcome.and(resolve(py, &token, py.None()));
+        }
+        if let Some(owner) = Self::owner(slf)? {
+            let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err()));
+            outcome = outcome.and(told.map(drop));
+        }
+        outcome
+    }
+
+    fn run(slf: &Bound<'_, Self>, chores: Chores) -> PyResult<()> {
+        let py = slf.py();
+        let this = slf.get();
+        let reactor = this.reactor.bind(py);
+        let fd = this.fd;
+        if chores.add_reader {
+            let callback = slf.getattr(intern!(py, "_on_readable"))?;
+            reactor.call_method1(intern!(py, "add_reader"), (fd, callback))?;
+        }
+        if chores.remove_reader {
+            reactor.call_method1(intern!(py, "remove_reader"), (fd,))?;
+        }
+        if chores.add_writer {
+            let callback = slf.getattr(intern!(py, "_on_writable"))?;
+            reactor.call_method1(intern!(py, "add_writer"), (fd, callback))?;
+        }
+        if chores.remove_writer {
+            reactor.call_method1(intern!(py, "remove_writer"), (fd,))?;
+        }
+        if let Some(token) = chores.wake {
+            resolve(py, &token, py.None())?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Sends the head that was encoded, if any, and its tail; later, what cannot be now.
+    fn send(&mut self, tail: Tail<'_, '_>) -> io::Result<()> {
+        let Self {
+            socket,
+            output,
+            head,
+            corked,
+            ..
+        } = self;
+        if head.is_empty() {
+            return Ok(());
+        }
+        let socket = socket.as_ref().filter(|_| !*corked);
+        output.send(socket, head, tail)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &self.socket {
+            Some(socket) if !self.corked => self.output.flush(socket),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads what is there, within the bounds of a turn.
+    fn read(&mut self, events: &mut Vec<Event>) -> Result<(), Loss> {
+        let mut budget = TURN;
+        with_scratch(|scratch| loop {
+            let Some(socket) = &self.socket else {
+                return Ok(());
+            };
+            let (room, wanted, read) = match self.core.payload_room() {
+                Some(room) => {
+                    let (len, behind) = (room.len(), &mut scratch[..BEHIND]);
+                    (len, len + BEHIND, socket.read_both(room, behind)?)
+                }
+                None => (0, READ, socket.read(&mut scratch[..READ])?),
+            };
+            let Some(count) = read else {
+                return Ok(());
+            };
+            if count == 0 {
+                return Err(Loss::Protocol(self.core.end_of_file()));
+            }
+            self.core.payload_filled(count.min(room));
+            self.poll(&mut &scratch[..count.saturating_sub(room)], events)?;
+            budget = budget.saturating_sub(count);
+            if count < wanted || budget == 0 || !self.wants_input() {
+                return Ok(());
+            }
+        })
+    }
+
+    fn poll(&mut self, input: &mut &[u8], events: &mut Vec<Event>) -> Result<(), Loss> {
+        while let Some(event) = self.core.poll(input).map_err(Loss::Protocol)? {
+            events.push(event);
+        }
+        Ok(())
+    }
+
+    fn wants_input(&self) -> bool {
+        self.core.wants_input() && self.output.size <= HIGH_WATER
+    }
+
+    /// What the event loop has to be told after a change.
+    fn chores(&mut self) -> Chores {
+        let mut chores = Chores::default();
+        if self.socket.is_none() {
+            return chores;
+        }
+        let read = self.wants_input();
+        if read != self.reading {
+            self.reading = read;
+            chores.add_reader = read;
+            chores.remove_reader = !read;
+        }
+        let write = !self.output.chunks.is_empty() && !self.corked;
+        if write != self.writing {
+            self.writing = write;
+            chores.add_writer = write;
+            chores.remove_writer = !write;
+        }
+        if self.output.size <= LOW_WATER {
+            chores.wake = self.waiters.pop_front();
+        }
+        chores
+    }
+}
+
+/// What follows the head of a frame.
+enum Tail<'a, 'py> {
+    None,
+    /// A bytes object, which can be kept.
+    Shared(&'a Bound<'py, PyBytes>),
+    /// Something else, which may change.
+    Borrowed(&'a [u8]),
+}
+
+impl<'a, 'py> Tail<'a, 'py> {
+    fn of(data: &'a Bound<'py, PyAny>, bytes: &'a [u8]) -> Self {
+        match data.cast::<PyBytes>() {
+            Ok(data) if bytes.len() >= SHARE => Tail::Shared(data),
+            _ => Tail::Borrowed(bytes),
+        }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            Tail::None => &[],
+            Tail::Shared(data) => data.as_bytes(),
+            Tail::Borrowed(bytes) => bytes,
+        }
+    }
+}
+
+/// What waits to be sent.
+#[derive(Default)]
+struct Output {
+    chunks: VecDeque<Chunk>,
+    /// How many bytes that is.
+    size: usize,
+}
+
+enum Chunk {
+    Copied(BytesMut),
+    Shared { data: Py<PyBytes>, sent: usize },
+}
+
+impl Output {
+    /// Sends `head` and `tail`, or keeps what the socket does not take. With no socket it keeps all.
+    fn send(&mut self, socket: Option<&Socket>, head: &[u8], tail: Tail<'_, '_>) -> io::Result<()> {
+        let payload = tail.as_bytes();
+        let mut sent = 0;
+        if let (Some(socket), true) = (socket, self.chunks.is_empty()) {
+            let pieces = [IoSlice::new(head), IoSlice::new(payload)];
+            sent = socket.write_vectored(&pieces)?;
+            if sent == head.len() + payload.len() {
+                return Ok(());
+            }
+        }
+        self.size += head.len() + payload.len() - sent;
+        self.copy(&head[sent.min(head.len())..]);
+        let sent = sent.saturating_sub(head.len());
+        match tail {
+            Tail::Shared(data) => self.chunks.push_back(Chunk::Shared {
+                data: data.clone().unbind(),
+                sent,
+            }),
+            _ => self.copy(&payload[sent..]),
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        match self.chunks.back_mut() {
+            Some(Chunk::Copied(chunk)) => chunk.extend_from_slice(bytes),
+            _ => self.chunks.push_back(Chunk::Copied(bytes.into())),
+        }
+    }
+
+    fn flush(&mut self, socket: &Socket) -> io::Result<()> {
+        while !self.chunks.is_empty() {
+            let sent = Python::attach(|py| {
+                let pieces = self.chunks.iter().take(PIECES).map(|chunk| {
+                    IoSlice::new(match chunk {
+                        Chunk::Copied(bytes) => bytes,
+                        Chunk::Shared { data, sent } => &data.bind(py).as_bytes()[*sent..],
+                    })
+                });
+                socket.write_vectored(&pieces.collect::<Vec<_>>())
+            })?;
+            if sent == 0 {
+                break;
+            }
+            self.sent(sent);
+        }
+        Ok(())
+    }
+
+    /// Lets go of so many bytes at the front.
+    fn sent(&mut self, mut count: usize) {
+        self.size -= count;
+        while let Some(chunk) = self.chunks.front_mut() {
+            let len = match chunk {
+                Chunk::Copied(bytes) => bytes.len(),
+                Chunk::Shared { data, sent } => {
+                    Python::attach(|py| data.bind(py).as_bytes().len()) - *sent
+                }
+            };
+            if count < len {
+                match chunk {
+                    Chunk::Copied(bytes) => bytes.advance(count),
+                    Chunk::Shared { sent, .. } => *sent += count,
+                }
+                return;
+            }
+            count -= len;
+            self.chunks.pop_front();
+        }
+    }
+}
+
+/// Sets a future's result, unless whoever awaited it was cancelled.
+fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>) -> PyResult<()> {
+    let set = token.call_method1(py, intern!(py, "set_result"), (value,));
+    unless_done(py, token, set)
+}
+
+fn fail(py: Python<'_>, token: &Token, error: PyErr) -> PyResult<()> {
+    let set = token.call_method1(py, intern!(py, "set_exception"), (error,));
+    unless_done(py, token, set)
+}
+
+fn unless_done(py: Python<'_>, token: &Token, set: PyResult<Py<PyAny>>) -> PyResult<()> {
+    let Err(error) = set else {
+        return Ok(());
+    };
+    let done: bool = token.call_method0(py, intern!(py, "done"))?.extract(py)?;
+    if done {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
