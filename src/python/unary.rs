@@ -28,10 +28,15 @@ const BEHIND: usize = 4 * 1024;
 /// How much is read before the event loop gets a turn, in bytes.
 const TURN: usize = 1024 * 1024;
 
-/// While more than this waits to be sent, in bytes, callers wait and nothing is read, …
+/// While more than this waits to be sent, in bytes, callers wait, …
 const HIGH_WATER: usize = 1024 * 1024;
 /// … until no more than this does.
 const LOW_WATER: usize = 256 * 1024;
+
+/// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
+/// would only wait too. Far above the rest, for a daemon that writes before it reads on would
+/// otherwise wait for us as we for it.
+const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
 /// A payload of at least this many bytes is sent from where it is, not copied behind its head.
 const SHARE: usize = 16 * 1024;
@@ -643,7 +648,7 @@ impl Inner {
     }
 
     fn wants_input(&self) -> bool {
-        self.core.wants_input() && self.output.size <= HIGH_WATER
+        self.core.wants_input() && self.output.size <= MAX_OUTPUT
     }
 
     /// What the event loop has to be told after a change.
