@@ -20,6 +20,8 @@ examples: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py asyncio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py trio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/pubsub.py
+	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py asyncio
+	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py trio
 
 test: test-rust test-python
 

@@ -213,6 +213,9 @@ class AsyncioReactor:
             self._loop.remove_writer(fd)
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+            # It ends here and now if it can, which is 1 us less than another turn of the loop.
+            return asyncio.Task(work(), loop=self._loop, context=context.copy(), eager_start=True)
         # A new task copies the context that it is made in.
         return context.run(self._loop.create_task, work())
 

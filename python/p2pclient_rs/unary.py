@@ -344,7 +344,7 @@ class _Link:
         except BaseException:
             # The daemon is about to have a handler that nobody is going to know of.
             if not connection.closed:
-                connection.remove_handler(proto, self._promise())
+                connection.remove_handler(proto, _Nobody())
             raise
 
     async def _answer(
@@ -452,6 +452,13 @@ class _Link:
     def __del__(self) -> None:
         if getattr(self, "_connection", None) is not None:
             self.close()
+
+
+class _Nobody:
+    """Awaits an answer that does not matter."""
+
+    def set_result(self, result: object) -> None: ...
+    def set_exception(self, exception: object) -> None: ...
 
 
 def _deadline(timeout: float | None) -> anyio.CancelScope:

@@ -15,6 +15,7 @@ from p2pclient_rs.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.p2pclient.pubsub import PubSubClient
 from p2pclient_rs.streams import Stream
+from p2pclient_rs.unary import UnaryClient
 
 __all__ = [
     "ID",
@@ -49,6 +50,8 @@ class Client(client.Client):
         self.connmgr = ConnectionManagerClient(connector)
         self.dht = DHTClient(connector)
         self.pubsub = PubSubClient(connector)
+        # Not p2pclient's, but what is inherited needs it.
+        self.unary = UnaryClient(connector)
 
     if TYPE_CHECKING:
         # The connector's types say what these return.
