@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from fake_daemon import field
+from fake_daemon import field, frame
 from support import BACKENDS, DaemonProcess, all_of, eventually, unknown_peer, until
 
 from p2pclient_rs import (
@@ -28,6 +28,9 @@ from p2pclient_rs import (
     P2PDaemonError,
     P2PHandlerError,
     PeerID,
+    ProtocolViolation,
+    Stream,
+    StreamInfo,
 )
 
 pytestmark = pytest.mark.anyio
@@ -369,7 +372,6 @@ async def test_the_limit_can_be_set(swarm: tuple[DaemonProcess, DaemonProcess]) 
         assert client.unary.max_message_size == 1000
         with pytest.raises(MessageTooLarge, match="1000"):
             await client.call_unary(other.peer_id, "echo", bytes(1000))
-        assert not client.unary.connected
 
 
 @pytest.mark.parametrize("timeout", [-1.0, float("nan")])
@@ -384,6 +386,73 @@ async def test_what_is_no_length_of_time_is_a_value_error(pair: Pair, timeout: f
         with pytest.raises(ValueError, match="timeout"):
             await call()
     assert not pair.alice.unary.connected
+
+
+# --- strangers: what a peer sends that is no client of a daemon ---
+
+
+async def read_frame(stream: Stream) -> bytes:
+    """The next message."""
+    length, shift = 0, 0
+    while True:
+        (byte,) = await stream.readexactly(1)
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return await stream.readexactly(length)
+
+
+async def test_what_a_stranger_asks_disturbs_nobody(pair: Pair) -> None:
+    """A daemon passes on a call as it was sent, but for the caller's peer id."""
+    await pair.bob.add_unary_handler("echo", echo)
+    peer = field(1, pair.bob_daemon.peer_id.to_bytes())
+    call_id = bytes(range(16))
+    for proto, data in ((b"\xff\xfe", bytes(10)), (b"\xff\xfe", bytes(100_000)), (b"other", b"")):
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["echo"])
+        async with stream:
+            call = field(3, peer + field(2, proto) + field(3, data))
+            await stream.send(frame(field(1, call_id) + call))
+            answer = await read_frame(stream)
+            assert b"no handler" in answer
+        assert await pair.ask("echo", b"still there", timeout=10) == b"still there"
+
+
+async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
+    async def stranger(info: StreamInfo, stream: Stream) -> None:
+        async with stream:
+            request = await read_frame(stream)
+            call_id, answer = request[2:18], b""
+            if b"nothing" in request:
+                answer = field(1, call_id)
+            elif b"empty" in request:
+                answer = field(1, call_id) + field(4, b"")
+            elif b"another field" in request:
+                answer = field(1, call_id) + field(2, field(1, b"data") + field(2, 0))
+            elif b"not text" in request:
+                answer = field(1, call_id) + field(4, field(2, b"\xff"))
+            elif b"another id" in request:
+                answer = field(1, bytes(16)) + field(4, field(1, b"data"))
+            else:
+                assert b"hang up" in request
+                return
+            await stream.send(frame(answer))
+
+    await pair.bob.add_unary_handler("echo", echo)
+    async with pair.bob.listen():
+        await pair.bob.stream_handler("stranger", stranger)
+        errors = {
+            b"nothing": ProtocolViolation,
+            b"empty": ProtocolViolation,
+            b"another field": ProtocolViolation,
+            b"not text": P2PHandlerError,
+            b"hang up": DaemonRefused,
+        }
+        await pair.alice.unary.open()
+        results = await all_of(pair.ask("stranger", data, timeout=10) for data in errors)
+        assert [type(result) for result in results] == list(errors.values())
+        # Which is the daemon's to match.
+        assert await pair.ask("stranger", b"another id", timeout=10) == b"data"
+        assert await pair.ask("echo", b"still there") == b"still there"
 
 
 # --- cancelling ---
@@ -424,8 +493,8 @@ async def test_cancelling_a_call_cancels_its_handler_and_no_other(pair: Pair) ->
             assert (pair.alice.unary.pending_calls, pair.bob.unary.unanswered_calls) == (11, 11)
             cancelled.cancel_scope.cancel()
         assert pair.alice.unary.pending_calls == 1
-        await until(lambda: pair.bob.unary.unanswered_calls == 1)
-        assert (gate.cancelled, gate.finished) == (10, 0)
+        await until(lambda: pair.bob.unary.unanswered_calls == 1 and gate.cancelled == 10)
+        assert gate.finished == 0
         gate.open.set()
     assert results == [b"stays"]
     assert (gate.cancelled, gate.finished) == (10, 1)
@@ -479,9 +548,9 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
 
     async def caller(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(50):
+        for _ in range(200):
             data = rng.randbytes(rng.choice([1, 100, 5000]))
-            with anyio.move_on_after(rng.random() / 25):
+            with anyio.move_on_after(rng.random() / 20):
                 assert await pair.ask("handler", data) == data
                 done["answered"] += 1
                 continue
@@ -489,7 +558,7 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
 
     await pair.bob.add_unary_handler("handler", handler)
     async with anyio.create_task_group() as tasks:
-        for seed in range(200):
+        for seed in range(50):
             tasks.start_soon(caller, seed)
     assert pair.alice.unary.pending_calls == 0
     await until(pair.idle)
@@ -738,7 +807,7 @@ async def test_the_connection_is_made_when_it_is_needed(pair: Pair) -> None:
     assert unary.max_message_size == LIMIT
 
 
-async def test_closing_fails_what_is_pending_and_cancels_handlers(pair: Pair) -> None:
+async def test_closing_fails_what_is_pending_and_tells_the_callers_of_handlers(pair: Pair) -> None:
     gate = Gate()
     await pair.alice.add_unary_handler("gate", gate.handler)
     await pair.bob.add_unary_handler("gate", gate.handler)
@@ -750,21 +819,21 @@ async def test_closing_fails_what_is_pending_and_cancels_handlers(pair: Pair) ->
         pair.alice.unary.close()
 
     calls: list[Awaitable[Any]] = [pair.ask("gate") for _ in range(3)]
-    calls += [pair.bob.call_unary(here, "gate", b"") for _ in range(3)]
-    *mine, a, b, c, none = await all_of([*calls, close()])
-    for error in mine:
+    calls += [pair.bob.call_unary(here, "gate", b"", timeout=10) for _ in range(3)]
+    *errors, _ = await all_of([*calls, close()])
+    for error in errors[:3]:
         assert isinstance(error, ConnectionLost), error
         assert (error.peer_id, error.protocol) == (pair.bob_daemon.peer_id, "gate")
-    # The daemon tells the callers of handlers that are gone nothing good.
-    assert none is None
-    assert all(isinstance(error, (ControlFailure, P2PHandlerError)) for error in (a, b, c))
+    # Go's daemon has no word for them: they would wait for ever.
+    assert {type(error) for error in errors[3:]} == {P2PHandlerError}
     await until(lambda: gate.cancelled == 6)
     await until(pair.idle)
     assert not pair.alice.unary.connected
-    # It can be used again, and its handlers are there again.
+    # It can be used again, without its handlers.
     gate.open.set()
     assert await pair.ask("gate", b"again") == b"again"
-    assert await eventually(lambda: pair.bob.call_unary(here, "gate", b"too")) == b"too"
+    with pytest.raises(DaemonRefused):
+        await pair.bob.call_unary(here, "gate", b"", timeout=10)
 
 
 @pytest.mark.parametrize("backend_and_options", BACKENDS)
@@ -776,22 +845,19 @@ def test_a_client_serves_one_event_loop_after_another(
     first, second = swarm
     alice, bob = first.client(), second.client()
 
-    async def run(new: bool) -> None:
-        if new:
-            await bob.add_unary_handler("echo", backwards)
-        else:
-            await bob.unary.open()  # which registers it again
+    async def run() -> None:
+        # The daemon may not have noticed yet that the last loop's connection is gone.
+        await eventually(lambda: bob.add_unary_handler("backwards", backwards))
         asked = [b"%02d" % number for number in range(20)]
-        results = await all_of(alice.call_unary(second.peer_id, "echo", data) for data in asked)
-        assert results == [data[::-1] for data in asked]
+        calls = (alice.call_unary(second.peer_id, "backwards", data) for data in asked)
+        assert await all_of(calls) == [data[::-1] for data in asked]
         if closed:
-            await alice.close()
-            await bob.close()
+            await close()
 
     async def close() -> None:
         await alice.close()
         await bob.close()
 
-    for new in (True, False, False):
-        anyio.run(run, new, backend=backend, backend_options=options)
+    for _ in range(3):
+        anyio.run(run, backend=backend, backend_options=options)
     anyio.run(close, backend=backend, backend_options=options)
