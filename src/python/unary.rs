@@ -391,32 +391,32 @@ impl PersistentConnection {
         let this = slf.get();
         errors::check_fork(this.pid, "connection")?;
         let mut failed = None;
-        let sent = {
+        let (sent, chores) = {
             let mut inner = this.lock();
             if inner.socket.is_none() {
-                return Err(errors::connection_gone(
-                    "the persistent connection is closed",
-                ));
+                let words = "the persistent connection is closed";
+                return Err(errors::connection_gone(words));
             }
             inner.head.clear();
-            match encode(&mut inner) {
-                Err(error) => return Err(MessageTooLarge::new_err(error.to_string())),
+            let sent = match encode(&mut inner) {
                 Ok(None) => return Ok(None),
+                Err(error) => Ok(Err(error)),
                 Ok(Some(id)) => match inner.send(tail) {
-                    Ok(()) => Ok((PyBytes::new(py, &id), inner.chores())),
+                    Ok(()) => Ok(Ok(PyBytes::new(py, &id))),
                     Err(error) => {
                         failed = inner.core.cancel(&id, &mut BytesMut::new());
                         Err(error)
                     }
                 },
-            }
+            };
+            // Also if nothing was sent: somebody else may wait for the room.
+            (sent, inner.chores())
         };
         drop(failed);
+        Self::run(slf, chores)?;
         match sent {
-            Ok((id, chores)) => {
-                Self::run(slf, chores)?;
-                Ok(Some(id))
-            }
+            Ok(Ok(id)) => Ok(Some(id)),
+            Ok(Err(error)) => Err(MessageTooLarge::new_err(error.to_string())),
             Err(error) => {
                 let words = format!("the connection was lost: {error}");
                 Self::lose(slf, error.into())?;
