@@ -436,6 +436,7 @@ async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
                 assert b"hang up" in request
                 return
             await stream.send(frame(answer))
+            await stream.read()  # the caller's daemon is to have it all before the stream ends
 
     await pair.bob.add_unary_handler("echo", echo)
     async with pair.bob.listen():
