@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
+import hivemind_tree
 import pytest
 
 import p2pclient_rs
+from p2pclient_rs.install import KNOWN_HIVEMIND
 
 PEER_ID = "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7"
 
@@ -183,6 +185,345 @@ def test_a_missing_dependency_is_named_with_what_brings_it() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'p2pclient-rs[p2pclient]'" in result.stderr.splitlines()[-1]
     assert "multiaddr" in result.stderr.splitlines()[-1]
+
+
+# --- hivemind: in processes of their own, since its modules stay imported ---
+
+WHERE = """
+import sys, importlib
+def where():
+    control = importlib.import_module("hivemind.p2p.p2p_daemon_bindings.control")
+    client = importlib.import_module("hivemind.p2p.p2p_daemon_bindings.p2pclient")
+    found = [control.ControlClient, control.DaemonConnector,
+             client.Client, client.ControlClient, client.DaemonConnector]
+    (package,) = {cls.__module__.partition(".")[0] for cls in found}
+    return package
+"""
+
+
+@pytest.fixture(scope="module")
+def hivemind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to import hivemind from."""
+    return hivemind_tree.make(tmp_path_factory.mktemp("hivemind"))
+
+
+def run_with(path: Path, code: str, *args: str, **more: str) -> str:
+    """What a program prints that finds packages in ``path``."""
+    environment = {**os.environ, "PYTHONPATH": str(path), **more}
+    environment["PYTHONWARNINGS"] = "ignore:p2pclient_rs was built:RuntimeWarning"
+    command = [sys.executable, *args, "-c", WHERE + dedent(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_hivemind_gets_our_clients_and_then_its_own_back(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import p2pclient_rs
+        p2pclient_rs.install()
+        assert "hivemind" not in sys.modules
+        assert where() == "p2pclient_rs"
+        from hivemind.p2p.p2p_daemon_bindings import control
+        import p2pclient_rs.hivemind.control as ours
+        # What it takes and gives is hivemind's.
+        assert ours.PeerID is control.PeerID and ours.P2PDaemonError is control.P2PDaemonError
+        # The module looks as it would without us.
+        import importlib.machinery, inspect
+        assert type(control.__loader__) is importlib.machinery.SourceFileLoader
+        assert control.__spec__.loader is control.__loader__
+        assert "class ControlClient" in inspect.getsource(control)
+        importlib.reload(control)
+        assert where() == "p2pclient_rs"
+        p2pclient_rs.uninstall()
+        assert where() == "hivemind"
+        """,
+    )
+
+
+P2P_PROGRAM = """
+import asyncio
+from hivemind.p2p import P2P
+from hivemind.proto import test_pb2
+
+async def double(request, context):
+    return test_pb2.TestResponse(number=2 * request.number)
+
+async def squares(requests, context):
+    async for request in requests:
+        yield test_pb2.TestResponse(number=request.number**2)
+
+async def numbers(count):
+    for number in range(count):
+        yield test_pb2.TestRequest(number=number)
+
+async def echo(info, reader, writer):
+    await P2P.send_raw_data(await P2P.receive_raw_data(reader), writer)
+    writer.close()
+
+async def main():
+    server = await P2P.create()
+    client = await P2P.create(initial_peers=await server.get_visible_maddrs())
+    replica = await P2P.replicate(client.daemon_listen_maddr)
+    assert replica.peer_id == client.peer_id
+    print(*client._client.__class__.__module__.split(".")[:1])
+    types = {"input_protobuf_type": test_pb2.TestRequest}
+    await server.add_protobuf_handler("double", double, **types)
+    await server.add_protobuf_handler(
+        "squares", squares, **types, stream_input=True, stream_output=True)
+    await server.add_binary_stream_handler("echo", echo)
+    for p2p in (client, replica):
+        reply = await p2p.call_protobuf_handler(
+            server.peer_id, "double", test_pb2.TestRequest(number=21), test_pb2.TestResponse)
+        replies = await p2p.iterate_protobuf_handler(
+            server.peer_id, "squares", numbers(100), test_pb2.TestResponse)
+        print(reply.number, [reply.number async for reply in replies])
+        _, reader, writer = await p2p.call_binary_stream_handler(server.peer_id, "echo")
+        data = bytes(range(256)) * 40_000
+        await P2P.send_raw_data(data, writer)
+        assert await P2P.receive_raw_data(reader) == data
+        writer.close()
+    for p2p in (replica, client, server):
+        await p2p.shutdown()
+
+asyncio.run(main())
+"""
+
+
+def test_hivemind_s_p2p_does_the_same_with_and_without_the_swap(hivemind: Path) -> None:
+    theirs = run_with(hivemind, P2P_PROGRAM).splitlines()
+    swap = "import p2pclient_rs; p2pclient_rs.install()"
+    ours = run_with(hivemind, swap + P2P_PROGRAM).splitlines()
+    assert (theirs.pop(0), ours.pop(0)) == ("hivemind", "p2pclient_rs")
+    assert ours == theirs == [f"42 {[number**2 for number in range(100)]}"] * 2
+
+
+def test_hivemind_imported_before_gets_our_clients_everywhere(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import types
+        assert where() == "hivemind"
+        from hivemind.p2p.p2p_daemon_bindings import p2pclient
+        user, other = types.ModuleType("petals.user"), types.ModuleType("other")
+        user.TheClient = other.TheClient = original = p2pclient.Client
+        sys.modules.update({"petals.user": user, "other": other, "petals.nothing": None})
+        before = {name: dict(vars(module)) for name, module in sys.modules.items()
+                  if name.partition(".")[0] in ("hivemind", "petals") and module}
+        import p2pclient_rs
+        report = p2pclient_rs.install()
+        assert report.replaced[1].imported == (
+            "hivemind.p2p.p2p_daemon_bindings.control",
+            "hivemind.p2p.p2p_daemon_bindings.p2pclient", "petals.user"), report
+        assert p2pclient_rs.install() is report
+        assert where() == "p2pclient_rs"
+        assert user.TheClient is p2pclient.Client
+        assert other.TheClient is original
+        p2pclient_rs.uninstall()
+        assert {name: vars(sys.modules[name]) for name in before} == before
+        p2pclient_rs.install()
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
+def test_the_report_says_which_hivemind_it_is(hivemind: Path) -> None:
+    output = run_with(hivemind, "import p2pclient_rs; print(p2pclient_rs.install())")
+    assert f"hivemind 1.1.12 -> p2pclient_rs.hivemind (original: {hivemind}/hivemind/" in output
+    assert "refused" not in output
+    nothing = run_with(Path("/nonexistent"), "import p2pclient_rs; print(p2pclient_rs.install())")
+    assert "hivemind -> p2pclient_rs.hivemind (original not installed)" in nothing
+
+
+def test_only_what_is_asked_for_is_replaced(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import p2pclient_rs
+        report = p2pclient_rs.install(hivemind=False)
+        assert [replacement.name for replacement in report.replaced] == ["p2pclient"]
+        assert where() == "hivemind"
+        p2pclient_rs.uninstall()
+        report = p2pclient_rs.install(p2pclient=False)
+        assert [replacement.name for replacement in report.replaced] == ["hivemind"]
+        assert where() == "p2pclient_rs"
+        import importlib.util
+        assert importlib.util.find_spec("p2pclient") is None
+        """,
+    )
+
+
+@pytest.fixture
+def unknown_hivemind(tmp_path: Path) -> Path:
+    """A hivemind whose version is not known, nor are its bindings."""
+    directory = hivemind_tree.make(tmp_path, "1.3.0")
+    p2p = directory / "hivemind" / "p2p"
+    source = p2p.resolve()
+    p2p.unlink()
+    (p2p / "p2p_daemon_bindings").mkdir(parents=True)
+    for file in [*source.glob("*.py"), *source.glob("*/*.py")]:
+        text = file.read_text() + ("\n# changed\n" if file.name == "control.py" else "")
+        (p2p / file.relative_to(source)).write_text(text)
+    return directory
+
+
+def test_an_unknown_hivemind_is_refused_by_its_import_and_nothing_else_is(
+    unknown_hivemind: Path,
+) -> None:
+    output = run_with(
+        unknown_hivemind,
+        """
+        import p2pclient_rs
+        report = p2pclient_rs.install()
+        assert "does not know the bindings of hivemind 1.3.0" in report.replaced[1].refused
+        import p2pclient
+        assert p2pclient.__name__ == "p2pclient_rs.p2pclient"
+        for _ in range(2):
+            try:
+                import hivemind
+            except p2pclient_rs.UnsupportedVersion as error:
+                print(error)
+        p2pclient_rs.uninstall()
+        assert where() == "hivemind"
+        try:
+            p2pclient_rs.install()
+        except p2pclient_rs.UnsupportedVersion as error:
+            print(error)
+        assert where() == "hivemind"
+        assert "p2pclient" not in sys.modules
+        """,
+    )
+    lines = output.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert f"hivemind 1.3.0 at {unknown_hivemind}" in line
+        assert all(version in line for version in KNOWN_HIVEMIND)
+
+
+def test_a_checkout_with_known_bindings_will_do(tmp_path: Path) -> None:
+    directory = hivemind_tree.make(tmp_path, "1.2.0.dev0")
+    run_with(
+        directory,
+        "import p2pclient_rs; p2pclient_rs.install(); assert where() == 'p2pclient_rs'",
+    )
+
+
+# --- processes started afresh ---
+
+PARENT = WHERE + dedent("""
+    import multiprocessing
+
+    def child(queue):
+        queue.put(where())
+
+    def grandchild(queue, method):
+        process = multiprocessing.get_context(method).Process(target=child, args=(queue,))
+        process.start()
+        process.join()
+
+    if __name__ == "__main__":
+        method = sys.argv[1]
+        if "install" in sys.argv:
+            import p2pclient_rs
+            p2pclient_rs.install(p2pclient=False)
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        for target, args in ((child, (queue,)), (grandchild, (queue, method))):
+            process = context.Process(target=target, args=args)
+            process.start()
+            print(queue.get())
+            process.join()
+        assert "hivemind" not in sys.modules
+""")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["install", "run", "neither"])
+def test_children_of_multiprocessing_have_the_swap(
+    tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str, how: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(hivemind))
+    (tmp_path / "parent.py").write_text(PARENT)
+    result = python("parent.py", method, how, cwd=tmp_path, ours=how == "run")
+    package = "hivemind" if how == "neither" else "p2pclient_rs"
+    assert (result.stdout, result.stderr) == (f"{package}\n" * 2, "")
+
+
+def test_after_uninstall_children_are_told_nothing(hivemind: Path, tmp_path: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import p2pclient_rs, multiprocessing.spawn
+        before = multiprocessing.spawn.get_preparation_data
+        p2pclient_rs.install()
+        assert "p2pclient_rs" in multiprocessing.spawn.get_preparation_data("x")
+        p2pclient_rs.uninstall()
+        assert multiprocessing.spawn.get_preparation_data is before
+        """,
+    )
+
+
+def test_a_child_finds_us_where_only_the_parent_was_told_to_look(
+    tmp_path: Path, hivemind: Path
+) -> None:
+    # As a zip application or a notebook would: no interpreter knows the path by itself.
+    code = PARENT.replace("import p2pclient_rs", "sys.path += sys.argv[3:]; import p2pclient_rs")
+    (tmp_path / "parent.py").write_text(code)
+    paths = [str(hivemind), *sys.path[1:]]
+    command = [sys.executable, "-I", "-S", "parent.py", "spawn", "install", *paths]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "p2pclient_rs\n" * 2, result.stderr
+
+
+def test_python_processes_below_a_program_run_by_us_have_the_swap(
+    tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(hivemind))
+    (tmp_path / "grandchild.py").write_text(WHERE + "print(where())\n")
+    (tmp_path / "child.py").write_text(
+        "import subprocess, sys; subprocess.check_call([sys.executable, 'grandchild.py'])\n"
+        "import hivemind; print(hivemind.p2p.p2p_daemon.p2pclient.Client.__module__)\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import subprocess, sys; subprocess.check_call([sys.executable, 'child.py'])\n"
+    )
+    result = python("program.py", cwd=tmp_path, ours=True)
+    assert result.stdout == "p2pclient_rs\np2pclient_rs.hivemind.p2pclient\n", result.stderr
+
+
+def test_python_processes_below_see_what_they_would_without_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import sys; sys.customized = __file__\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    (tmp_path / "child.py").write_text(
+        "import sys, sitecustomize\n"
+        "print(sys.path, sys.customized, sitecustomize.__file__)\n"
+        "print('p2pclient_rs' in sys.modules, 'anyio' in sys.modules)\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import subprocess, sys; subprocess.check_call([sys.executable, 'child.py'])\n"
+    )
+    theirs = python("program.py", cwd=tmp_path, ours=False)
+    ours = python("program.py", cwd=tmp_path, ours=True)
+    assert str(site / "sitecustomize.py") in theirs.stdout
+    assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
+
+
+def test_a_python_below_that_has_no_p2pclient_rs_says_so(
+    tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = "import sys; sys.modules['p2pclient_rs'] = None; import hivemind"
+    (tmp_path / "hivemind.py").write_text("print('its own')")
+    (tmp_path / "program.py").write_text(
+        f"import subprocess, sys; subprocess.check_call([sys.executable, '-c', {hidden!r}])\n"
+    )
+    result = python("program.py", cwd=tmp_path, ours=True)
+    assert result.stdout == "its own\n"
+    assert "hivemind runs as it is" in result.stderr
 
 
 # --- python -m p2pclient_rs run ---

@@ -39,7 +39,7 @@ from p2pclient_rs.exceptions import (
     P2PHandlerError,
     ProtocolViolation,
 )
-from p2pclient_rs.install import InstallReport, install, uninstall
+from p2pclient_rs.install import InstallReport, UnsupportedVersion, install, uninstall
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
 from p2pclient_rs.unary import UnaryClient
@@ -94,6 +94,7 @@ __all__ = [
     "StreamInfo",
     "Subscription",
     "UnaryClient",
+    "UnsupportedVersion",
     "__version__",
     "install",
     "uninstall",

@@ -9,6 +9,7 @@ import pkgutil
 import runpy
 import sys
 from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn
 
@@ -19,8 +20,9 @@ _NAME = "python -m p2pclient_rs"
 _USAGE = f"usage: {_NAME} [-h] [--version] run [-m] PROGRAM [ARGS ...]"
 _HELP = f"""{_USAGE}
 
-Runs a Python program with `p2pclient` replaced by p2pclient_rs, as `python PROGRAM ARGS ...` or
-`python -m PROGRAM ARGS ...` would run it.
+Runs a Python program with `p2pclient`, and the daemon's bindings in `hivemind`, replaced by
+p2pclient_rs, as `python PROGRAM ARGS ...` or `python -m PROGRAM ARGS ...` would run it. Python
+processes that it starts have the swap on, too.
 
   PROGRAM      a script, or a directory or zip file with a __main__.py; with -m, a module
   ARGS         what the program finds in sys.argv
@@ -69,6 +71,7 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
         BaseException: What the program raises.
     """
     install()
+    _install_in_children()
     # Anew rather than emptied, since this function's own globals are the old one's.
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins
@@ -95,6 +98,14 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
     except BaseException:
         _hide_own_frames()
         raise
+
+
+def _install_in_children() -> None:
+    """Has Python processes that the program starts run ``children/sitecustomize.py``."""
+    folder = str(Path(__file__).with_name("children"))
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [folder, *(path for path in others if path and path != folder)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def _read_script(path: str) -> CodeType:

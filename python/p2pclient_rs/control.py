@@ -299,7 +299,7 @@ class ControlClient:
             stream.abort()
             raise
         try:
-            await handler(info, stream)
+            await self._handle(handler, info, stream)
         except Exception:
             logger.exception(
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
@@ -308,6 +308,9 @@ class ControlClient:
         except BaseException:
             stream.abort()
             raise
+
+    async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
+        await handler(info, stream)
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""

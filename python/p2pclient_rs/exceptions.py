@@ -98,6 +98,10 @@ class ControlFailure(P2PDaemonError):
             return text
         return f"{text} ({context})" if text else context
 
+    def __repr__(self) -> str:
+        # Programs log it, and hivemind sends it to callers: with the daemon's words.
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class DaemonRefused(ControlFailure):
     """The daemon answered with an error; its words are in ``daemon_message``."""

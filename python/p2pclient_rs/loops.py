@@ -222,8 +222,11 @@ class AsyncioReactor:
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
         if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
             callback()
-        else:
+            return
+        try:
             self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # it was closed meanwhile
+            callback()
 
 
 class TrioReactor:

@@ -77,6 +77,8 @@ class Stream(ByteStream):
         self._flushing = False
         self._ending = False
         self._closing = False
+        #: Whether closing leaves what was read ahead to be read: asyncio's way, not anyio's.
+        self._keep_input = False
         self._socket: socket.socket | None = None
 
     def __repr__(self) -> str:
@@ -99,7 +101,7 @@ class Stream(ByteStream):
         if max_bytes < 1:
             raise ValueError("max_bytes must be positive")
         await checkpoint_if_cancelled()
-        data = await self._pull(lambda: self._raw.try_receive(max_bytes))
+        data = await self._pull(self._raw.try_receive, max_bytes)
         if not data:
             raise anyio.EndOfStream
         return data
@@ -185,8 +187,8 @@ class Stream(ByteStream):
         if n == 0:
             return b""
         if n > 0:
-            return await self._pull(lambda: self._raw.try_receive(n))
-        return await self._pull(lambda: self._raw.try_read_exactly(sys.maxsize))
+            return await self._pull(self._raw.try_receive, n)
+        return await self._pull(self._raw.try_read_exactly, sys.maxsize)
 
     async def readexactly(self, n: int) -> bytes:
         """Reads ``n`` bytes.
@@ -199,7 +201,7 @@ class Stream(ByteStream):
             raise ValueError("readexactly size can not be less than zero")
         if n == 0:
             return b""
-        data = await self._pull(lambda: self._raw.try_read_exactly(n))
+        data = await self._pull(self._raw.try_read_exactly, n)
         if len(data) < n:
             raise IncompleteRead(data, n)
         return data
@@ -218,7 +220,7 @@ class Stream(ByteStream):
         sought = bytes(separator)
         if not sought:
             raise ValueError("Separator should be at least one-byte string")
-        data = await self._pull(lambda: self._raw.try_read_until(sought, limit))
+        data = await self._pull(self._raw.try_read_until, sought, limit)
         if not data.endswith(sought):
             raise IncompleteRead(data, None)
         return data
@@ -241,7 +243,7 @@ class Stream(ByteStream):
             ConnectionLost: The stream ended within it.
             ProtocolViolation: It is longer, or its length is malformed.
         """
-        frames = await self._pull(lambda: self._raw.try_read_frame(max_bytes))
+        frames = await self._pull(self._raw.try_read_frame, max_bytes)
         if not frames:
             raise anyio.EndOfStream
         return frames[0]
@@ -335,15 +337,18 @@ class Stream(ByteStream):
         as far as the daemon passes it on."""
         self._close(abort=True)
 
-    async def _pull(self, attempt: Callable[[], T | None]) -> T:
+    async def _pull(self, attempt: Callable[..., T | None], *args: Any) -> T:
         """What ``attempt`` gives, once the socket has enough for it to give something."""
-        # Before anything is taken: nothing is lost by being cancelled here.
-        await self._turn()
+        self._turns -= 1
+        if self._turns < 0:
+            self._turns = self._watch.turns
+            # Before anything is taken: nothing is lost by being cancelled here.
+            await checkpoint()
         if self._reading:
             raise anyio.BusyResourceError("reading from")
         self._reading = True
         try:
-            while (result := attempt()) is None:
+            while (result := attempt(*args)) is None:
                 await self._watch.readable()
                 self._turns = self._watch.turns
             return result
@@ -402,7 +407,7 @@ class Stream(ByteStream):
             self._socket = None
         if not self._raw.closed:
             self._watch.close()
-            self._raw.close(abort=abort)
+            self._raw.close(abort=abort, keep_input=self._keep_input)
 
     def _family(self) -> socket.AddressFamily:
         return socket.AF_INET6 if ":" in self._raw.local_address[0] else socket.AF_INET

@@ -34,6 +34,8 @@ struct Half {
     /// Written by `write`, not yet taken by the socket.
     output: BytesMut,
     at_eof: bool,
+    /// Closed so that what was read ahead can still be read, and then the end.
+    readable_to_end: bool,
     write_ended: bool,
 }
 
@@ -48,6 +50,7 @@ impl RawStream {
                 input: BytesMut::from(input),
                 output: BytesMut::new(),
                 at_eof: false,
+                readable_to_end: false,
                 write_ended: false,
             }),
         }
@@ -63,10 +66,13 @@ impl RawStream {
         Ok(self.lock())
     }
 
-    /// As `open`; a closed stream is an error even if its end had been reached.
+    /// As `open`; a closed stream is an error even if its end had been reached, unless it was
+    /// closed with `keep_input`.
     fn open_to_read(&self) -> PyResult<MutexGuard<'_, Half>> {
         let half = self.open()?;
-        half.socket()?;
+        if !half.readable_to_end {
+            half.socket()?;
+        }
         Ok(half)
     }
 }
@@ -221,6 +227,16 @@ impl RawStream {
         })
     }
 
+    /// Keeps a copy of `data` to be written by `flush`. Returns how many bytes wait.
+    fn cork(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+        with_bytes(data, |bytes| {
+            let mut half = self.open()?;
+            half.writable()?;
+            half.output.extend_from_slice(bytes);
+            Ok(half.output.len())
+        })
+    }
+
     /// Writes what waits; says how many bytes still do.
     fn flush(&self) -> PyResult<usize> {
         let mut half = self.open()?;
@@ -262,16 +278,31 @@ impl RawStream {
         Ok(())
     }
 
-    /// Closes the socket, in good order or, with `abort`, at once. In a forked child only the
-    /// descriptor is closed: the socket is the parent's.
-    #[pyo3(signature = (*, abort = false))]
-    fn close(&self, abort: bool) {
+    /// Reads ahead if nothing was, so that `at_eof` knows of an end that has come.
+    fn look_ahead(&self) -> PyResult<()> {
+        let mut half = self.open_to_read()?;
+        if half.input.is_empty() {
+            half.fill()?;
+        }
+        Ok(())
+    }
+
+    /// Closes the socket, in good order or, with `abort`, at once. With `keep_input` what was read
+    /// ahead can still be read, and then the end. In a forked child only the descriptor is closed:
+    /// the socket is the parent's.
+    #[pyo3(signature = (*, abort = false, keep_input = false))]
+    fn close(&self, abort: bool, keep_input: bool) {
         let mut half = self.lock();
-        half.input.clear();
         half.output.clear();
         let Some(socket) = half.socket.take() else {
             return;
         };
+        if keep_input {
+            half.at_eof = true;
+            half.readable_to_end = true;
+        } else {
+            half.input.clear();
+        }
         if std::process::id() != self.pid {
             drop(socket);
         } else if abort {
@@ -328,10 +359,10 @@ impl Half {
 
     /// Reads once into `input`; false if it would block.
     fn fill(&mut self) -> PyResult<bool> {
-        self.socket()?;
         if self.at_eof {
             return Ok(true);
         }
+        self.socket()?;
         let Self { socket, input, .. } = self;
         let socket = socket.as_ref().expect("checked above");
         let read = socket.read_with(READ_SIZE, |bytes| {

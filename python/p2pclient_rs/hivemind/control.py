@@ -1,0 +1,324 @@
+"""The daemon's control socket: requests, unary calls, streams, and the listener for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+from uuid import UUID
+
+import p2pclient_rs
+from p2pclient_rs import connector, control
+from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
+from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
+from p2pclient_rs.hivemind.exceptions import of_hivemind
+from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter, reader_and_writer
+from p2pclient_rs.hivemind.utils import (
+    DispatchFailure,
+    P2PDaemonError,
+    P2PHandlerError,
+    raise_if_failed,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
+from p2pclient_rs.loops import reactor
+from p2pclient_rs.streams import Stream
+from p2pclient_rs.unary import UnaryClient
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer, Self
+
+__all__ = [
+    "DEFAULT_MAX_MSG_SIZE",
+    "MAX_UNARY_PAYLOAD_SIZE",
+    "SUPPORTED_PROTOS",
+    "SUPPORT_CONN_PROTOCOLS",
+    "CallID",
+    "ControlClient",
+    "DaemonConnector",
+    "DispatchFailure",
+    "Multiaddr",
+    "P2PDaemonError",
+    "P2PHandlerError",
+    "PeerID",
+    "PeerInfo",
+    "StreamHandler",
+    "StreamInfo",
+    "TUnaryHandler",
+    "logger",
+    "parse_conn_protocol",
+    "raise_if_failed",
+    "read_pbmsg_safe",
+    "write_pbmsg",
+]
+
+#: What is called for an inbound stream, in a task of its own.
+StreamHandler: TypeAlias = Callable[
+    [StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
+]
+#: What is called for an incoming unary call, with the request and the caller.
+TUnaryHandler: TypeAlias = Callable[[bytes, PeerID], Awaitable[bytes]]
+CallID = UUID
+
+#: The codes of the ways to a socket, in a multiaddr: ip4, ip6, dns, dns4, dns6 and unix.
+SUPPORT_CONN_PROTOCOLS = (4, 41, 53, 54, 55, 400)
+SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
+
+#: The largest message of a unary call unless told otherwise, in bytes.
+DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
+#: What hivemind sends in one call and not through a stream, in bytes.
+MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
+
+#: How many peer ids are kept: to make one, hivemind computes its base58 in Python.
+_MAX_PEER_IDS = 4096
+
+logger = logging.getLogger(__name__)
+
+
+def parse_conn_protocol(maddr: Multiaddr) -> int:
+    """The protocol that says how a control or listen address is reached.
+
+    Returns:
+        The code of its one protocol out of ``SUPPORT_CONN_PROTOCOLS``.
+
+    Raises:
+        ValueError: It has none of them, or several.
+    """
+    found = {protocol.code for protocol in maddr.protocols()}.intersection(SUPPORT_CONN_PROTOCOLS)
+    if len(found) != 1:
+        raise ValueError(
+            f"connection protocol should be only one protocol out of {SUPPORTED_PROTOS}, "
+            f"maddr={maddr}"
+        )
+    (code,) = found
+    return int(code)
+
+
+@lru_cache(_MAX_PEER_IDS)
+def _peer_id(peer: bytes) -> PeerID:
+    return PeerID(peer)
+
+
+class _Types(connector.Types):
+    """hivemind's, where this package has types of its own."""
+
+    def multiaddr(self, addr: p2pclient_rs.Multiaddr) -> Multiaddr:
+        return Multiaddr(addr.to_bytes())
+
+    def peer_id(self, peer_id: p2pclient_rs.PeerID) -> PeerID:
+        return _peer_id(peer_id.to_bytes())
+
+    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfo:
+        return PeerInfo(self.peer_id(info.peer_id), [self.multiaddr(addr) for addr in info.addrs])
+
+    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:
+        return StreamInfo(self.peer_id(info.peer_id), self.multiaddr(info.addr), info.proto)
+
+    def identity(self, identity: p2pclient_rs.Identity) -> tuple[PeerID, tuple[Multiaddr, ...]]:
+        return self.peer_id(identity.peer_id), tuple(map(self.multiaddr, identity.addrs))
+
+    def error(self, error: Exception) -> Exception:
+        peer_id = getattr(error, "peer_id", None)
+        if peer_id is not None:
+            error.peer_id = self.peer_id(peer_id)  # type: ignore[attr-defined]
+        return of_hivemind(error)
+
+
+class DaemonConnector(connector.DaemonConnector):
+    """The way to a daemon's control socket.
+
+    Args:
+        control_maddr: Where it is; ``/unix/tmp/p2pd.sock`` if None.
+
+    Raises:
+        ValueError: It cannot be the address of a control socket.
+    """
+
+    DEFAULT_CONTROL_MADDR = connector.DEFAULT_CONTROL_MADDR
+
+    def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
+        if control_maddr is None or isinstance(control_maddr, str):
+            control_maddr = Multiaddr(control_maddr or self.DEFAULT_CONTROL_MADDR)
+        super().__init__(control_maddr, types=_Types())
+        self.control_maddr = control_maddr
+        self.proto_code = parse_conn_protocol(control_maddr)
+
+    async def open_connection(  # type: ignore[override]
+        self, *, timeout: float | None = None
+    ) -> tuple[StreamReader, StreamWriter]:
+        """A new connection to the control socket, on which nothing was said yet.
+
+        Raises:
+            ControlFailure: There is no daemon at the address (a ConnectionError, too).
+        """
+        try:
+            return reader_and_writer(await super().open_connection(timeout=timeout))
+        except OwnControlFailure as error:
+            raise of_hivemind(error) from error.__cause__
+
+    async def open_persistent_connection(self, *args: Any, **kwargs: Any) -> Any:
+        """Called with nothing, a new persistent connection as a reader and a writer, for those who
+        speak its protocol themselves.
+
+        Raises:
+            ControlFailure: There is no daemon at the address, or not hivemind's.
+        """
+        if args or kwargs:
+            return await super().open_persistent_connection(*args, **kwargs)
+        name = "PERSISTENT_CONN_UPGRADE"
+        connection = await self._described(self._upgrade(name), name, None)
+        return reader_and_writer(Stream(connection.raw.take_stream(), connection.watch))
+
+
+class ControlClient(control.ControlClient):
+    """Requests about the daemon itself, its peers and streams; unary calls; the listener for
+    streams. To be made by ``create``.
+
+    All raise hivemind's ``P2PDaemonError``, and ``P2PHandlerError`` for what a peer's handler
+    raised.
+
+    Attributes:
+        daemon_connector: The way to the daemon.
+        listen_maddr: Where it listens for streams.
+        handlers: The handlers of inbound streams, by protocol.
+        persistent_conn_max_msg_size: The largest message of a unary call, in bytes.
+    """
+
+    DEFAULT_LISTEN_MADDR = control.DEFAULT_LISTEN_MADDR
+
+    handlers: dict[str, StreamHandler]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        daemon_connector: DaemonConnector,
+        listen_maddr: Multiaddr | str | None = None,
+        *,
+        _initialized_with_create: bool = False,
+        persistent_conn_max_msg_size: int = DEFAULT_MAX_MSG_SIZE,
+    ) -> None:
+        assert _initialized_with_create, (
+            "Please use ControlClient.create coroutine to spawn new control instances"
+        )
+        if not isinstance(daemon_connector, DaemonConnector):
+            # hivemind's own, from before the swap, or this package's.
+            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
+        if listen_maddr is None or isinstance(listen_maddr, str):
+            listen_maddr = Multiaddr(listen_maddr or self.DEFAULT_LISTEN_MADDR)
+        super().__init__(daemon_connector, listen_maddr)
+        self.listen_maddr = listen_maddr
+        self.persistent_conn_max_msg_size = persistent_conn_max_msg_size
+        self._unary = UnaryClient(daemon_connector, max_message_size=persistent_conn_max_msg_size)
+        self._reactor = reactor()
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        daemon_connector: DaemonConnector,
+        listen_maddr: Multiaddr | str | None = None,
+        use_persistent_conn: bool = True,
+        persistent_conn_max_msg_size: int = 2 << 22,
+    ) -> Self:
+        """A new client.
+
+        Args:
+            daemon_connector: The way to the daemon.
+            listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
+            use_persistent_conn: Whether the persistent connection is opened now, and not when it
+                is first used.
+            persistent_conn_max_msg_size: The largest message of a unary call, in bytes.
+        """
+        client = cls(
+            daemon_connector,
+            listen_maddr,
+            _initialized_with_create=True,
+            persistent_conn_max_msg_size=persistent_conn_max_msg_size,
+        )
+        if use_persistent_conn:
+            await client._unary.open()
+        return client
+
+    def close(self) -> None:  # type: ignore[override]
+        """Closes the persistent connection and the idle ones; unary calls and handlers at work end.
+
+        Listening and streams go on. May be called from any thread, with the event loop closed, and
+        in a forked child, where it leaves alone what is the parent's.
+        """
+        self._closed = True
+        self._unary.close()
+        if os.getpid() == self._pid:
+            self._reactor.call_from_anywhere(self.daemon_connector.close)
+        else:
+            self.daemon_connector.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()
+
+    # --- unary calls ---
+
+    @property
+    def unary_handlers(self) -> dict[str, TUnaryHandler]:
+        """The unary handlers, by protocol. A copy."""
+        return dict(self._unary.handlers)  # type: ignore[arg-type]
+
+    async def add_unary_handler(
+        self, proto: str, handler: TUnaryHandler, balanced: bool = False
+    ) -> None:
+        """Serves the peers' unary calls of a protocol; see ``UnaryClient.add_handler``."""
+        await self._unary.add_handler(proto, handler, balanced=balanced)
+
+    async def remove_unary_handler(self, proto: str) -> None:
+        """Takes back ``add_unary_handler``."""
+        await self._unary.remove_handler(proto)
+
+    def call_unary_handler(self, peer_id: PeerID, proto: str, data: Buffer) -> Awaitable[bytes]:
+        """Calls a peer's unary handler; the reply is to be awaited. See ``UnaryClient.call``."""
+        # Its coroutine itself, for there are many of them.
+        return self._unary.call(peer_id, proto, data)
+
+    # --- peers ---
+
+    async def connect(self, peer_id: PeerID, maddrs: Iterable[Multiaddr]) -> None:  # type: ignore[override]
+        """Connects to a peer at any of its addresses, or at those that the daemon knows."""
+        await super().connect(peer_id, maddrs)
+
+    # --- streams ---
+
+    async def stream_open(  # type: ignore[override]
+        self, peer_id: PeerID, protocols: Sequence[str]
+    ) -> tuple[StreamInfo, StreamReader, StreamWriter]:
+        """Opens a stream to a peer, with the first of the protocols that it speaks."""
+        info, stream = await super().stream_open(peer_id, protocols)
+        return info, *reader_and_writer(stream)
+
+    async def stream_handler(  # type: ignore[override]
+        self, proto: str, handler_cb: StreamHandler, balanced: bool = False
+    ) -> None:
+        """Has inbound streams of a protocol handled while this client listens.
+
+        Args:
+            proto: The protocol.
+            handler_cb: An async function of a ``StreamInfo``, a reader and a writer.
+            balanced: Whether several clients may serve the protocol in turn.
+        """
+        await super().stream_handler(proto, handler_cb, balanced=balanced)  # type: ignore[arg-type]
+
+    async def _handle(self, handler: Any, info: StreamInfo, stream: Stream) -> None:
+        await handler(info, *reader_and_writer(stream))
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[Self]:
+        """Accepts inbound streams, and has them handled, until the context is left. Handlers still
+        at work are cancelled then."""
+        async with super().listen():
+            yield self
+
+    async def _unregister_all(self) -> None:
+        # After close() the daemon, or the event loop, is about to end: nobody waits for either.
+        if not self._closed:
+            await super()._unregister_all()

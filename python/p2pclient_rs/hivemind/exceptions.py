@@ -1,0 +1,67 @@
+"""What the dialect raises: exceptions that are hivemind's and this package's at once.
+
+For every ``ControlFailure`` of this package, and for ``P2PHandlerError``, there is a class of the
+same name here that is a subclass of it and of hivemind's class. They can be pickled, as hivemind
+does to pass them between its processes, and read again where there is no hivemind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from p2pclient_rs import exceptions
+
+try:
+    from hivemind.p2p.p2p_daemon_bindings.utils import (
+        ControlFailure,
+        DispatchFailure,
+        P2PDaemonError,
+        P2PHandlerError,
+    )
+except ImportError:
+    from p2pclient_rs.exceptions import (
+        ControlFailure,
+        DispatchFailure,
+        P2PDaemonError,
+        P2PHandlerError,
+    )
+
+__all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "of_hivemind"]
+
+_CLASSES: dict[type[Exception], type[Exception]] = {}
+
+
+def _define(ours: type[Exception], theirs: type[Exception]) -> None:
+    name = f"_{ours.__name__}" if ours.__name__ in __all__ else ours.__name__
+    if not issubclass(ours, theirs):
+        namespace = {"__module__": __name__, "__qualname__": name, "__doc__": ours.__doc__}
+        cls: Any = type(ours.__name__, (ours, theirs), namespace)
+    else:
+        cls = ours
+    globals()[name] = _CLASSES[ours] = cls
+
+
+for _name in exceptions.__all__:
+    _ours = getattr(exceptions, _name)
+    if issubclass(_ours, exceptions.ControlFailure):
+        _define(_ours, ControlFailure)
+_define(exceptions.P2PHandlerError, P2PHandlerError)
+
+
+def of_hivemind(error: Exception) -> Exception:
+    """The same error as one of hivemind's, too.
+
+    Args:
+        error: An exception of this package.
+
+    Returns:
+        ``error`` itself, if there is no hivemind or it is not of the kind that hivemind knows.
+    """
+    cls = _CLASSES.get(type(error))
+    if cls is None or cls is type(error):
+        return error
+    twin = cls(*error.args)
+    twin.__dict__.update(error.__dict__)
+    twin.__cause__ = error.__cause__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)

@@ -1,0 +1,379 @@
+"""A stream with asyncio's two faces, as hivemind's bindings give it out: a reader and a writer.
+
+They are asyncio's classes by inheritance only, for those who ask with ``isinstance``. Whatever is
+read or written goes straight to the stream's socket, and behaves as in ``asyncio.streams``:
+closing leaves what had come to be read, and then the end; a lost connection is a
+``ConnectionResetError`` for readers and for ``drain``, and nothing to ``write``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from p2pclient_rs.exceptions import ForkedClientError
+from p2pclient_rs.streams import HIGH_WATER, LOW_WATER, IncompleteRead, Stream, _bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["StreamReader", "StreamTransport", "StreamWriter", "reader_and_writer"]
+
+T = TypeVar("T")
+
+#: asyncio's own: how long a line may be, in bytes.
+_LIMIT = 64 * 1024
+
+#: Writes of less than this wait for those that follow in the same turn of the loop, in bytes:
+#: hivemind writes a marker, a length and a message, which are one system call then, and one message
+#: to the daemon.
+_CORK = 4096
+
+
+class StreamReader(asyncio.StreamReader):
+    """asyncio's reader over a ``Stream``."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._lost: OSError | None = None
+        self._closed: asyncio.Future[None] | None = None
+        raw = stream._raw
+        self._try_receive = raw.try_receive
+        self._try_read_exactly = raw.try_read_exactly
+        self._try_read_until = raw.try_read_until
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._stream!r}>"
+
+    async def read(self, n: int = -1) -> bytes:
+        """Up to ``n`` bytes, at least one; all up to the end if negative. ``b""`` at the end.
+
+        Raises:
+            ConnectionResetError: The connection was lost. It may be another ConnectionError.
+            RuntimeError: Another task is reading.
+        """
+        if n > 0:
+            return await self._pull("read", self._try_receive, n)
+        if self._lost is not None:
+            raise self._lost
+        if n == 0:
+            return b""
+        return await self._pull("read", self._try_read_exactly, sys.maxsize)
+
+    async def readexactly(self, n: int) -> bytes:
+        """``n`` bytes.
+
+        Raises:
+            asyncio.IncompleteReadError: The stream ended before, or was closed here. Its
+                ``partial`` has what there was.
+            ConnectionResetError, RuntimeError: As for ``read``.
+        """
+        if n < 0:
+            raise ValueError("readexactly size can not be less than zero")
+        if n == 0 and self._lost is None:
+            return b""
+        data = await self._pull("readexactly", self._try_read_exactly, n)
+        if len(data) < n:
+            raise IncompleteRead(data, n)
+        return data
+
+    async def readuntil(self, separator: Buffer = b"\n") -> bytes:
+        """What there is up to and including ``separator``.
+
+        Raises:
+            asyncio.IncompleteReadError: The stream ended before, or was closed here.
+            asyncio.LimitOverrunError: No separator within 64 KiB. The data stays.
+            ConnectionResetError, RuntimeError: As for ``read``.
+        """
+        sought = bytes(separator)
+        if not sought:
+            raise ValueError("Separator should be at least one-byte string")
+        limit = _LIMIT + len(sought)
+        data = await self._pull("readuntil", self._try_read_until, sought, limit)
+        if not data.endswith(sought):
+            raise IncompleteRead(data, None)
+        return data
+
+    async def readline(self) -> bytes:
+        """A line with its newline; what is left if the stream ends before one.
+
+        Raises:
+            ValueError: It is longer than 64 KiB. What there is of it is dropped.
+            ConnectionResetError, RuntimeError: As for ``read``.
+        """
+        try:
+            return await self.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            return error.partial
+        except asyncio.LimitOverrunError as error:
+            newline_found = "not found" not in str(error.args[0])
+            await self.readexactly(error.consumed + newline_found)
+            raise ValueError(error.args[0]) from None
+
+    def at_eof(self) -> bool:
+        """Whether the end has come and everything before it was read."""
+        if self._lost is not None:
+            return False
+        try:
+            self._stream._raw.look_ahead()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ForkedClientError):
+            return False  # which the next read will say
+        return self._stream._raw.at_eof
+
+    def exception(self) -> Exception | None:
+        """What the connection was lost by, if it was."""
+        return self._lost
+
+    async def _pull(self, name: str, attempt: Callable[..., T | None], *args: Any) -> T:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return await self._stream._pull(attempt, *args)
+        except anyio.BrokenResourceError as error:
+            raise self._lose(error) from None
+        except anyio.BusyResourceError:
+            raise RuntimeError(
+                f"{name}() called while another coroutine is already waiting for incoming data"
+            ) from None
+
+    def _lose(self, error: BaseException) -> OSError:
+        """Remembers that the connection is lost, which closes the stream, and why."""
+        if self._lost is None:
+            cause = error.__cause__
+            self._lost = (
+                cause if isinstance(cause, ConnectionError) else ConnectionResetError(str(error))
+            )
+            self._stream.abort()
+            self._wake()
+        return self._lost
+
+    async def _until_closed(self) -> None:
+        if self._closed is None:
+            self._closed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._closed)
+
+    def _wake(self) -> None:
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+
+
+class StreamTransport(asyncio.Transport):
+    """As much of asyncio's transport as is reached through a writer."""
+
+    def __init__(self, stream: Stream, reader: StreamReader) -> None:
+        self._stream = stream
+        self._raw = stream._raw
+        self._reader = reader
+        self._high, self._low = HIGH_WATER, LOW_WATER
+        self._loop = asyncio.get_running_loop()
+        self._corked = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._stream!r}>"
+
+    def write(self, data: Buffer) -> None:
+        """Writes ``data``, buffering a copy of what the socket does not take at once. On a closed
+        or lost connection it does nothing."""
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(
+                f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+            )
+        stream = self._stream
+        if stream._ending:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        data = _bytes(data)
+        try:
+            if len(data) >= _CORK:
+                if self._raw.write(data):
+                    stream._flush_later()
+            elif self._raw.cork(data) >= HIGH_WATER:
+                self._uncork()
+            elif not (self._corked or stream._flushing):
+                self._corked = True
+                self._loop.call_soon(self._uncork)
+        except anyio.ClosedResourceError:
+            pass
+        except anyio.BrokenResourceError as error:
+            self._reader._lose(error)
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        """Writes everything in ``list_of_data``, in one piece."""
+        self.write(b"".join(list_of_data))
+
+    def write_eof(self) -> None:
+        """Says that nothing more will be written. With the Go daemons that ends the stream in both
+        directions; see ``Stream.send_eof``."""
+        if self._stream._closing or self._stream._ending:
+            return
+        try:
+            self._stream.write_eof()
+        except anyio.BrokenResourceError as error:
+            self._reader._lose(error)
+
+    def can_write_eof(self) -> bool:
+        """True."""
+        return True
+
+    def is_closing(self) -> bool:
+        """Whether the stream is closed, being closed or lost."""
+        return self._stream._closing
+
+    def close(self) -> None:
+        """Closes the stream, after sending what is buffered. Whoever reads finds the end."""
+        self._stream.close()
+        self._reader._wake()
+
+    def abort(self) -> None:
+        """Closes the stream at once. What is buffered is lost."""
+        self._stream.abort()
+        self._reader._wake()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``"socket"``, ``"sockname"`` and ``"peername"``, of a stream that is open."""
+        return self._stream.get_extra_info(name, default)
+
+    def get_write_buffer_size(self) -> int:
+        """How many bytes are buffered."""
+        return self._raw.buffered
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """The low- and the high-water mark, in bytes."""
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Sets what ``drain`` waits for: above ``high`` bytes, until there are no more than
+        ``low``."""
+        if high is None:
+            high = HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        self._high, self._low = high, low
+
+    def _uncork(self) -> None:
+        """Sends what waits."""
+        self._corked = False
+        try:
+            if self._raw.flush():
+                self._stream._flush_later()
+        except anyio.ClosedResourceError:
+            pass
+        except anyio.BrokenResourceError as error:
+            self._reader._lose(error)
+
+    async def _drain(self) -> None:
+        if self._corked:
+            self._uncork()
+        stream = self._stream
+        if stream._closing:
+            await asyncio.sleep(0)
+            if self._reader._lost is not None:
+                raise self._reader._lost
+            if self._raw.closed:
+                raise ConnectionResetError("Connection lost")
+        try:
+            buffered = self._raw.buffered
+            if buffered > self._high:
+                await stream._flush(self._low)
+            elif buffered and not stream._flushing:
+                # The loop was to send it, and failed.
+                await stream._flush(buffered)
+            stream._turns -= 1
+            if stream._turns < 0:
+                await stream._turn()
+        except anyio.BrokenResourceError as error:
+            raise self._reader._lose(error) from None
+        except anyio.ClosedResourceError:
+            raise ConnectionResetError("Connection lost") from None
+
+    async def _wait_closed(self) -> None:
+        stream = self._stream
+        if not stream._closing:
+            await self._reader._until_closed()
+        try:
+            if self._raw.closed:
+                await asyncio.sleep(0)
+            else:
+                await stream._flush(0)
+        except anyio.ClosedResourceError:
+            pass
+        except anyio.BrokenResourceError as error:
+            self._reader._lose(error)
+        if self._reader._lost is not None:
+            raise self._reader._lost
+
+
+class StreamWriter(asyncio.StreamWriter):
+    """asyncio's writer over a ``Stream``."""
+
+    def __init__(self, stream: Stream, reader: StreamReader) -> None:
+        self._transport = transport = StreamTransport(stream, reader)
+        self._reader = reader
+        # asyncio's methods would only pass these on.
+        self.write = transport.write  # type: ignore[method-assign]
+        self.drain = transport._drain  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._transport!r}>"
+
+    @property
+    def transport(self) -> StreamTransport:
+        """What the writer writes to."""
+        return self._transport
+
+    def writelines(self, data: Iterable[Buffer]) -> None:
+        """Writes everything in ``data``, in one piece."""
+        self._transport.writelines(data)
+
+    def write_eof(self) -> None:
+        """Says that nothing more will be written. With the Go daemons that ends the stream in both
+        directions; see ``Stream.send_eof``."""
+        self._transport.write_eof()
+
+    def can_write_eof(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Closes the stream, after sending what is buffered. Whoever reads finds the end."""
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether the stream is closed, being closed or lost."""
+        return self._transport.is_closing()
+
+    async def wait_closed(self) -> None:
+        """Waits until the stream is closed, which only ``close`` does.
+
+        Raises:
+            ConnectionResetError: It was lost before. It may be another ConnectionError.
+        """
+        await self._transport._wait_closed()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``"socket"``, ``"sockname"`` and ``"peername"``, of a stream that is open."""
+        return self._transport.get_extra_info(name, default)
+
+    async def start_tls(self, *_: Any, **__: Any) -> None:
+        """Not to be had: the daemon encrypts.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a stream through the daemon has no TLS of its own")
+
+    def __del__(self) -> None:
+        # The stream closes itself once nobody holds it; asyncio's would look at its own state.
+        pass
+
+
+def reader_and_writer(stream: Stream) -> tuple[StreamReader, StreamWriter]:
+    """The two faces of a stream, whose use is theirs from now on. It is of asyncio or uvloop."""
+    stream._keep_input = True
+    reader = StreamReader(stream)
+    return reader, StreamWriter(stream, reader)

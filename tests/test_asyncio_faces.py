@@ -1,0 +1,471 @@
+"""The reader and writer of the hivemind dialect do what asyncio's do: every test runs on both."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from support import BACKENDS, new_directory, until
+
+from p2pclient_rs import DaemonConnector
+from p2pclient_rs.hivemind.streams import reader_and_writer
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=BACKENDS[:2])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Ends:
+    """A reader and a writer, and the plain socket at their other end."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: socket.socket
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.peer = peer
+
+    def reset(self) -> None:
+        """Has the other end reset the connection."""
+        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.peer.close()
+
+
+@pytest.fixture(params=["asyncio", "ours"])
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@asynccontextmanager
+async def connected(kind: str, family: str) -> AsyncIterator[Ends]:
+    listener = socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET)
+    directory = new_directory()
+    with listener:
+        listener.bind(f"{directory}/s" if family == "unix" else ("127.0.0.1", 0))
+        listener.listen()
+        address = listener.getsockname()
+        reader: asyncio.StreamReader
+        writer: asyncio.StreamWriter
+        if kind == "ours":
+            maddr = f"/unix{address}" if family == "unix" else f"/ip4/127.0.0.1/tcp/{address[1]}"
+            stream = await DaemonConnector(maddr).open_connection()
+            reader, writer = reader_and_writer(stream)
+            del stream
+        elif family == "unix":
+            reader, writer = await asyncio.open_unix_connection(address)
+        else:
+            reader, writer = await asyncio.open_connection(*address)
+        peer, _ = listener.accept()
+    if family == "unix":
+        os.unlink(address)
+    peer.settimeout(5)
+    with peer:
+        ends = Ends(reader, writer, peer)
+        del reader, writer
+        try:
+            yield ends
+        finally:
+            with suppress(AttributeError, OSError, asyncio.CancelledError):
+                ends.writer.transport.abort()
+                await ends.writer.wait_closed()
+
+
+@pytest.fixture
+async def ends(kind: str, anyio_backend: Any) -> AsyncIterator[Ends]:
+    async with connected(kind, "unix") as ends:
+        yield ends
+
+
+@pytest.fixture
+async def tcp_ends(kind: str, anyio_backend: Any) -> AsyncIterator[Ends]:
+    async with connected(kind, "tcp") as ends:
+        yield ends
+
+
+async def soon(task: asyncio.Task[Any]) -> None:
+    """Lets a task get to where it waits."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not task.done()
+
+
+# --- reading ---
+
+
+async def test_they_are_of_asyncios_classes(ends: Ends) -> None:
+    assert isinstance(ends.reader, asyncio.StreamReader)
+    assert isinstance(ends.writer, asyncio.StreamWriter)
+    assert "Stream" in repr(ends.reader) and "Stream" in repr(ends.writer)
+
+
+async def test_reads_give_what_they_say(ends: Ends) -> None:
+    ends.peer.sendall(b"\x00" + (5).to_bytes(8, "big") + b"hello" + b"line\nrest|more")
+    assert await ends.reader.readexactly(1) == b"\x00"
+    assert await ends.reader.readexactly(8) == b"\x00\x00\x00\x00\x00\x00\x00\x05"
+    assert await ends.reader.readexactly(0) == b""
+    assert await ends.reader.readexactly(5) == b"hello"
+    assert await ends.reader.readline() == b"line\n"
+    assert await ends.reader.readuntil(b"|") == b"rest|"
+    assert await ends.reader.read(0) == b""
+    assert await ends.reader.read(100) == b"more"
+    ends.peer.sendall(b"to the end")
+    ends.peer.shutdown(socket.SHUT_WR)
+    assert await ends.reader.read() == b"to the end"
+    assert ends.reader.at_eof()
+    assert await ends.reader.read() == b""
+    assert await ends.reader.read(1) == b""
+    assert await ends.reader.readline() == b""
+    assert ends.reader.exception() is None
+
+
+@pytest.mark.parametrize("size", [1, 70_000, 3 * MIB])
+async def test_readexactly_waits_for_everything(ends: Ends, size: int) -> None:
+    data = os.urandom(size)
+    sender = threading.Thread(target=ends.peer.sendall, args=(data,))
+    sender.start()
+    try:
+        assert await ends.reader.readexactly(size) == data
+    finally:
+        await finished(sender)
+
+
+async def test_the_end_within_what_is_read_gives_the_part(ends: Ends) -> None:
+    ends.peer.sendall(b"some")
+    ends.peer.close()
+    with pytest.raises(asyncio.IncompleteReadError) as raised:
+        await ends.reader.readexactly(10)
+    assert (raised.value.partial, raised.value.expected) == (b"some", 10)
+    with pytest.raises(asyncio.IncompleteReadError) as raised:
+        await ends.reader.readexactly(10)
+    assert (raised.value.partial, raised.value.expected) == (b"", 10)
+    with pytest.raises(asyncio.IncompleteReadError) as raised:
+        await ends.reader.readuntil(b"\n")
+    assert (raised.value.partial, raised.value.expected) == (b"", None)
+
+
+async def test_lines_can_be_iterated_over(ends: Ends) -> None:
+    ends.peer.sendall(b"one\ntwo\n\nlast")
+    ends.peer.close()
+    assert [line async for line in ends.reader] == [b"one\n", b"two\n", b"\n", b"last"]
+
+
+async def test_at_eof_knows_of_an_end_that_nobody_has_read(ends: Ends) -> None:
+    assert not ends.reader.at_eof()
+    ends.peer.sendall(b"abc")
+    ends.peer.close()
+    assert await ends.reader.readexactly(2) == b"ab"
+    assert not ends.reader.at_eof()
+    assert await ends.reader.readexactly(1) == b"c"
+    await until(ends.reader.at_eof)
+
+
+@pytest.mark.parametrize("length", [65536, 65537])
+async def test_a_line_has_a_limit(ends: Ends, length: int) -> None:
+    line = b"x" * length + b"\n"
+    sender = threading.Thread(target=ends.peer.sendall, args=(line + b"next\n",))
+    sender.start()
+    try:
+        if length <= 65536:
+            assert await ends.reader.readline() == line
+        else:
+            with pytest.raises(asyncio.LimitOverrunError) as raised:
+                await ends.reader.readuntil(b"\n")
+            assert raised.value.consumed == length
+            with pytest.raises(ValueError, match="[Ss]eparator is|separator was"):
+                await ends.reader.readline()
+        assert await ends.reader.readline() == b"next\n"
+    finally:
+        await finished(sender)
+
+
+async def test_wrong_arguments_are_refused(ends: Ends) -> None:
+    with pytest.raises(ValueError, match="less than zero"):
+        await ends.reader.readexactly(-1)
+    with pytest.raises(ValueError, match="at least one-byte"):
+        await ends.reader.readuntil(b"")
+    with pytest.raises(TypeError):
+        ends.writer.write("text")  # type: ignore[arg-type]
+
+
+async def test_one_task_reads_at_a_time(ends: Ends) -> None:
+    first = asyncio.create_task(ends.reader.readexactly(3))
+    await soon(first)
+    with pytest.raises(RuntimeError, match=r"read\(\) called while another coroutine"):
+        await ends.reader.read(1)
+    ends.peer.sendall(b"abc")
+    assert await first == b"abc"
+
+
+async def test_a_cancelled_read_loses_nothing(ends: Ends) -> None:
+    ends.peer.sendall(b"ab")
+    task = asyncio.create_task(ends.reader.readexactly(4))
+    await soon(task)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ends.peer.sendall(b"cd")
+    assert await ends.reader.readexactly(4) == b"abcd"
+
+
+# --- closing ---
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_closing_ends_a_pending_read(ends: Ends, how: str) -> None:
+    reading = asyncio.create_task(ends.reader.read(10))
+    await soon(reading)
+    if how == "close":
+        ends.writer.close()
+    else:
+        ends.writer.transport.abort()
+    assert await reading == b""
+    assert ends.reader.at_eof()
+
+
+async def test_closing_gives_a_pending_readexactly_what_there_is(ends: Ends) -> None:
+    ends.peer.sendall(b"ab")
+    reading = asyncio.create_task(ends.reader.readexactly(4))
+    await soon(reading)
+    ends.writer.close()
+    with pytest.raises(asyncio.IncompleteReadError) as raised:
+        await reading
+    assert (raised.value.partial, raised.value.expected) == (b"ab", 4)
+
+
+async def test_what_was_read_ahead_can_be_read_after_closing(ends: Ends) -> None:
+    ends.peer.sendall(b"abcdef\nxyz")
+    assert await ends.reader.readexactly(2) == b"ab"
+    ends.writer.close()
+    await ends.writer.wait_closed()
+    assert await ends.reader.readexactly(2) == b"cd"
+    assert await ends.reader.readline() == b"ef\n"
+    assert await ends.reader.read() == b"xyz"
+    assert await ends.reader.read(5) == b""
+    assert ends.reader.at_eof()
+
+
+async def test_a_closed_writer_takes_and_drops_what_is_written(ends: Ends) -> None:
+    assert not ends.writer.is_closing()
+    assert not ends.writer.transport.is_closing()
+    ends.writer.close()
+    assert ends.writer.is_closing()
+    assert ends.writer.transport.is_closing()
+    ends.writer.write(b"nothing")
+    ends.writer.writelines([b"at", b"all"])
+    ends.writer.close()
+    await ends.writer.wait_closed()
+    with pytest.raises(ConnectionResetError):
+        await ends.writer.drain()
+    assert await receive(ends.peer, 10) == b""
+
+
+async def test_close_sends_what_is_buffered(ends: Ends) -> None:
+    data = os.urandom(4 * MIB)
+    ends.writer.write(data)
+    assert ends.writer.transport.get_write_buffer_size() > 0
+    ends.writer.close()
+    received, receiver = receive_all(ends.peer)
+    await ends.writer.wait_closed()
+    await finished(receiver)
+    assert bytes(received) == data
+
+
+async def test_wait_closed_waits_for_close(ends: Ends) -> None:
+    waiting = asyncio.create_task(ends.writer.wait_closed())
+    await soon(waiting)
+    ends.writer.close()
+    await waiting
+
+
+async def test_a_cancelled_wait_closed_drops_nothing(ends: Ends) -> None:
+    data = os.urandom(4 * MIB)
+    ends.writer.write(data)
+    ends.writer.close()
+    waiting = asyncio.create_task(ends.writer.wait_closed())
+    await soon(waiting)
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    received, receiver = receive_all(ends.peer)
+    await finished(receiver)
+    assert bytes(received) == data
+
+
+async def test_abort_drops_what_is_buffered(anyio_backend: Any) -> None:
+    # uvloop's own sends it now and then.
+    async with connected("ours", "unix") as ends:
+        ends.writer.write(bytes(4 * MIB))
+        ends.writer.transport.abort()
+        received, receiver = receive_all(ends.peer)
+        await finished(receiver)
+        assert len(received) < 4 * MIB
+
+
+# --- losing the connection ---
+
+
+async def test_a_pending_read_is_told_of_a_lost_connection(tcp_ends: Ends) -> None:
+    reading = asyncio.create_task(tcp_ends.reader.readexactly(4))
+    await soon(reading)
+    tcp_ends.reset()
+    with pytest.raises(ConnectionResetError):
+        await reading
+    assert isinstance(tcp_ends.reader.exception(), ConnectionResetError)
+    assert tcp_ends.writer.is_closing()
+    assert not tcp_ends.reader.at_eof()
+    for read in (tcp_ends.reader.read, tcp_ends.reader.readexactly):
+        for count in (0, 3):
+            with pytest.raises(ConnectionResetError):
+                await read(count)
+    with pytest.raises(ConnectionResetError):
+        await tcp_ends.reader.readline()
+    with suppress(RuntimeError):  # uvloop's own
+        tcp_ends.writer.write(b"nothing")
+    with pytest.raises(ConnectionResetError):
+        await tcp_ends.writer.drain()
+    with pytest.raises(ConnectionResetError):
+        await tcp_ends.writer.wait_closed()
+
+
+async def test_writing_to_a_peer_that_is_gone_shows_in_drain(ends: Ends) -> None:
+    ends.peer.close()
+    with pytest.raises(ConnectionError):
+        for _ in range(100):
+            ends.writer.write(b"x" * 1000)
+            await ends.writer.drain()
+            await asyncio.sleep(0)
+    with suppress(RuntimeError):  # uvloop's own
+        ends.writer.write(b"x")
+    assert ends.writer.is_closing()
+
+
+async def test_a_draining_writer_is_told_of_a_lost_connection(tcp_ends: Ends) -> None:
+    tcp_ends.writer.write(bytes(64 * MIB))
+    draining = asyncio.create_task(tcp_ends.writer.drain())
+    await soon(draining)
+    tcp_ends.reset()
+    with pytest.raises(ConnectionError):
+        await draining
+
+
+# --- writing ---
+
+
+@pytest.mark.parametrize("as_what", [bytes, bytearray, memoryview])
+async def test_any_buffer_is_written(ends: Ends, as_what: Callable[[bytes], Any]) -> None:
+    data = os.urandom(64 * 1024)
+    received, receiver = receive_all(ends.peer)
+    view = memoryview(as_what(data))
+    for offset in range(0, len(data), 5000):
+        ends.writer.write(view[offset : offset + 5000])
+    await ends.writer.drain()
+    ends.writer.writelines([as_what(b"one"), as_what(b""), as_what(b"two")])
+    assert ends.writer.can_write_eof()
+    ends.writer.write_eof()
+    await finished(receiver)
+    assert bytes(received) == data + b"onetwo"
+
+
+async def test_what_was_written_may_be_changed_after(anyio_backend: Any) -> None:
+    # Only with uvloop's own it may not.
+    async with connected("ours", "unix") as ends:
+        data = bytearray(b"a" * 4 * MIB)
+        ends.writer.write(data)
+        data[:] = bytes(len(data))
+        received, receiver = receive_all(ends.peer)
+        await ends.writer.drain()
+        ends.writer.close()
+        await finished(receiver)
+        assert received == b"a" * 4 * MIB
+
+
+async def test_drain_waits_while_much_is_buffered(ends: Ends) -> None:
+    ends.writer.write(bytes(4 * MIB))
+    draining = asyncio.create_task(ends.writer.drain())
+    await soon(draining)
+    received, receiver = receive_all(ends.peer)
+    await draining
+    assert ends.writer.transport.get_write_buffer_size() <= 64 * 1024
+    await ends.writer.drain()
+    ends.writer.close()
+    await finished(receiver)
+    assert len(received) == 4 * MIB
+
+
+async def test_drain_follows_the_limits_that_were_set(ends: Ends) -> None:
+    ends.writer.transport.set_write_buffer_limits(high=64 * MIB)
+    ends.writer.write(bytes(4 * MIB))
+    await ends.writer.drain()
+    assert ends.writer.transport.get_write_buffer_size() > MIB
+    with pytest.raises(ValueError, match="must be >="):
+        ends.writer.transport.set_write_buffer_limits(high=1, low=2)
+
+
+async def test_nothing_is_written_after_the_end(ends: Ends) -> None:
+    ends.writer.write(b"all")
+    ends.writer.write_eof()
+    ends.writer.write_eof()
+    with pytest.raises(RuntimeError, match="after write_eof"):
+        ends.writer.write(b"more")
+    assert await receive(ends.peer, 10) == b"all"
+    assert await receive(ends.peer, 10) == b""
+    ends.peer.sendall(b"answer")
+    assert await ends.reader.readexactly(6) == b"answer"
+
+
+async def test_extra_info(ends: Ends, tcp_ends: Ends) -> None:
+    name = tcp_ends.peer.getsockname()
+    assert tcp_ends.writer.get_extra_info("peername") == name
+    assert tcp_ends.writer.transport.get_extra_info("peername") == name
+    assert tcp_ends.writer.get_extra_info("sockname") == tcp_ends.peer.getpeername()
+    assert tcp_ends.writer.get_extra_info("socket").getpeername() == name
+    assert ends.writer.get_extra_info("nonsense", 7) == 7
+    assert ends.writer.get_extra_info("nonsense") is None
+
+
+async def test_ours_is_closed_when_nobody_holds_it(anyio_backend: Any) -> None:
+    async with connected("ours", "unix") as ends:
+        ends.writer.write(b"bye")
+        del ends.reader, ends.writer
+        gc.collect()
+        assert await receive(ends.peer, 10) == b"bye"
+        assert await receive(ends.peer, 10) == b""
+
+
+async def receive(peer: socket.socket, count: int) -> bytes:
+    """What comes next, while the loop goes on."""
+    peer.setblocking(False)
+    return await asyncio.get_running_loop().sock_recv(peer, count)
+
+
+async def finished(thread: threading.Thread) -> None:
+    """Waits for a thread, while the loop goes on."""
+    await until(lambda: not thread.is_alive())
+
+
+def receive_all(peer: socket.socket) -> tuple[bytearray, threading.Thread]:
+    """What a thread receives up to the end, and the thread."""
+    received = bytearray()
+
+    def work() -> None:
+        with suppress(ConnectionResetError):
+            while part := peer.recv(1 << 16):
+                received.extend(part)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return received, thread
