@@ -17,13 +17,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // IDENTIFY or OK. Read everything as optional; the core says what must be there.
     for file in &mut files.file {
         for message in &mut file.message_type {
-            let quotes_peers = matches!(message.name(), "ErrorResponse" | "DaemonError");
+            let quotes_peers = matches!(
+                message.name(),
+                "ErrorResponse" | "DaemonError" | "CallUnaryRequest"
+            );
             for field in &mut message.field {
                 if field.label == Some(Label::Required as i32) {
                     field.label = Some(Label::Optional as i32);
                 }
                 // The daemon's words can quote what a peer sent, in whatever encoding: a request
-                // must not fail because its error message is no UTF-8.
+                // must not fail because its error message is no UTF-8, nor a connection because
+                // of the protocol in a peer's call, which the daemon passes on as it is.
                 if quotes_peers {
                     field.r#type = Some(Type::Bytes as i32);
                 }

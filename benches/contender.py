@@ -2,40 +2,54 @@
 
 Usage: contender.py KIND LOOP CONTROL_MADDR PEER_ID
 
-Reads lines `SCENARIO COUNT` and answers each with `WALL CPU`: seconds for COUNT operations.
+Reads lines, and answers each with one:
+  SCENARIO COUNT                    `WALL CPU`: seconds for COUNT operations
+  unary COUNT PROTO SIZE PARALLEL   likewise, for calls of the peer's echo, so many at once
+  serve PROTO                       adds an echo, and answers `ready`
+  cpu                               the process's CPU time so far, in seconds
 """
 
+import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import anyio
 import incumbents
 
 PING = b"p" * 100
 
+Echo: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
+
+@dataclass
 class Contender:
     """What a scenario needs of a client."""
 
-    def __init__(
-        self,
-        identify: Callable[[], Awaitable[Any]],
-        open_echo: Callable[[], Awaitable[Callable[[bytes], Awaitable[bytes]]]],
-    ) -> None:
-        self.identify = identify
-        #: Opens a stream to the echo; what it gives sends a message and reads that much back.
-        self.open_echo = open_echo
+    identify: Callable[[], Awaitable[Any]]
+    #: Opens a stream to the echo; what it gives sends a message and reads that much back.
+    open_echo: Callable[[], Awaitable[Echo]]
+    #: Calls a protocol of the peer.
+    call: Callable[[str, bytes], Awaitable[bytes]] | None = None
+    #: Has calls of a protocol answered with their data.
+    serve: Callable[[str], Awaitable[None]] | None = None
+
+
+async def unary_echo(data: bytes, peer_id: object) -> bytes:
+    return data
 
 
 @asynccontextmanager
 async def ours(control: str, peer: str) -> AsyncIterator[Contender]:
-    from p2pclient_rs import Client
+    from p2pclient_rs import Client, PeerID
 
-    async def open_echo() -> Callable[[bytes], Awaitable[bytes]]:
-        _, stream = await client.stream_open(peer, ["echo"])
+    peer_id = PeerID(peer)
+
+    async def open_echo() -> Echo:
+        _, stream = await client.stream_open(peer_id, ["echo"])
 
         async def ping(data: bytes) -> bytes:
             await stream.send(data)
@@ -43,8 +57,14 @@ async def ours(control: str, peer: str) -> AsyncIterator[Contender]:
 
         return ping
 
+    async def call(proto: str, data: bytes) -> bytes:
+        return await client.call_unary(peer_id, proto, data)
+
+    async def serve(proto: str) -> None:
+        await client.add_unary_handler(proto, unary_echo)
+
     async with Client(control) as client:
-        yield Contender(client.identify, open_echo)
+        yield Contender(client.identify, open_echo, call, serve)
 
 
 @asynccontextmanager
@@ -54,7 +74,7 @@ async def p2pclient(control: str, peer: str) -> AsyncIterator[Contender]:
     from p2pclient import Client
     from p2pclient.libp2p_stubs.peer.id import ID
 
-    async def open_echo() -> Callable[[bytes], Awaitable[bytes]]:
+    async def open_echo() -> Echo:
         _, stream = await client.stream_open(ID.from_base58(peer), ["echo"])
 
         async def ping(data: bytes) -> bytes:
@@ -77,8 +97,10 @@ async def hivemind(control: str, peer: str) -> AsyncIterator[Contender]:
     from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
     from multiaddr import Multiaddr
 
-    async def open_echo() -> Callable[[bytes], Awaitable[bytes]]:
-        _, reader, writer = await client.stream_open(PeerID.from_base58(peer), ["echo"])
+    peer_id = PeerID.from_base58(peer)
+
+    async def open_echo() -> Echo:
+        _, reader, writer = await client.stream_open(peer_id, ["echo"])
 
         async def ping(data: bytes) -> bytes:
             writer.write(data)
@@ -88,8 +110,15 @@ async def hivemind(control: str, peer: str) -> AsyncIterator[Contender]:
 
         return ping
 
+    async def call(proto: str, data: bytes) -> bytes:
+        result: bytes = await client.call_unary_handler(peer_id, proto, data)
+        return result
+
+    async def serve(proto: str) -> None:
+        await client.add_unary_handler(proto, unary_echo)
+
     client = await Client.create(Multiaddr(control), Multiaddr("/unix/tmp/unused.sock"))
-    yield Contender(client.identify, open_echo)
+    yield Contender(client.identify, open_echo, call, serve)
     client.close()
 
 
@@ -108,23 +137,77 @@ async def identify_64(contender: Contender, count: int) -> None:
             tasks.start_soon(some)
 
 
+class Pinger:
+    """Messages over one stream, which is opened for the first."""
+
+    def __init__(self) -> None:
+        self._ping: Echo | None = None
+
+    async def run(self, contender: Contender, count: int) -> None:
+        ping = self._ping = self._ping or await contender.open_echo()
+        for _ in range(count):
+            if await ping(PING) != PING:
+                raise SystemExit("the echo is wrong")
+
+
+async def unary(contender: Contender, count: int, proto: str, size: int, parallel: int) -> None:
+    assert contender.call is not None
+    call, data = contender.call, bytes(size)
+
+    async def some() -> None:
+        for _ in range(count // parallel):
+            if len(await call(proto, data)) != size:
+                raise SystemExit("the echo is wrong")
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(parallel):
+            tasks.start_soon(some)
+
+
+async def check(contender: Contender, proto: str, size: int, parallel: int) -> None:
+    """Ends the process if what comes back is not what was sent."""
+    assert contender.call is not None
+    call = contender.call
+
+    async def one() -> None:
+        data = os.urandom(size)
+        if await call(proto, data) != data:
+            raise SystemExit("the echo is wrong")
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(parallel):
+            tasks.start_soon(one)
+
+
 async def main(kind: str, control: str, peer: str) -> None:
+    scenarios: dict[str, Callable[[Contender, int], Coroutine[Any, Any, None]]] = {
+        "identify": identify,
+        "identify-64": identify_64,
+        "ping-pong": Pinger().run,
+    }
+
+    async def answer(name: str, *arguments: str) -> str:
+        if name == "cpu":
+            return str(time.process_time())
+        if name == "serve":
+            assert contender.serve is not None
+            await contender.serve(*arguments)
+            return "ready"
+        count = int(arguments[0])
+        if name == "unary":
+            proto, size, parallel = arguments[1], int(arguments[2]), int(arguments[3])
+            await check(contender, proto, size, parallel)
+            work = unary(contender, count, proto, size, parallel)
+        else:
+            work = scenarios[name](contender, count)
+        wall, cpu = time.perf_counter(), time.process_time()
+        await work
+        return f"{time.perf_counter() - wall} {time.process_time() - cpu}"
+
     async with KINDS[kind](control, peer) as contender:
-        ping = await contender.open_echo()
-
-        async def ping_pong(contender: Contender, count: int) -> None:
-            for _ in range(count):
-                if await ping(PING) != PING:
-                    raise SystemExit("the echo is wrong")
-
-        scenarios = {"identify": identify, "identify-64": identify_64, "ping-pong": ping_pong}
         print("ready", flush=True)
         while line := await anyio.to_thread.run_sync(sys.stdin.readline):
-            name, number = line.split()
-            wall, cpu = time.perf_counter(), time.process_time()
-            await scenarios[name](contender, int(number))
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            print(wall, cpu, flush=True)
+            print(await answer(*line.split()), flush=True)
 
 
 KINDS = {"ours": ours, "p2pclient": p2pclient, "hivemind": hivemind}

@@ -5,38 +5,50 @@ hivemind itself would need torch; its bindings do not, so its packages above the
 `__init__`s.
 """
 
-import subprocess
 import sys
 import types
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from get_p2pd import cache_dir  # noqa: E402
+from downloads import HIVEMIND_VERSION, cache_dir, download, hivemind_wheel  # noqa: E402
 
-WHEELS = {"p2pclient": "0.3.0", "hivemind": "1.1.12"}
+P2PCLIENT_SHA256 = "430f4aba54194ed467dcf961babcaccfd7a278271be0574bb2aa2a6606b10f85"
+
+
+def p2pclient_wheel() -> AbstractContextManager[Path]:
+    return download("p2pclient==0.3.0", P2PCLIENT_SHA256, "--only-binary=:all:")
+
+
+WHEELS: dict[str, Callable[[], AbstractContextManager[Path]]] = {
+    "p2pclient-0.3.0": p2pclient_wheel,
+    f"hivemind-{HIVEMIND_VERSION}": hivemind_wheel,
+}
 
 
 def fetch(name: str) -> Path:
-    """The folder that has the unpacked wheel, and nothing that it depends on."""
-    folder = cache_dir() / "incumbents" / f"{name}-{WHEELS[name]}"
+    """The folder that has the unpacked wheel of that name and version, and nothing that it
+    depends on."""
+    folder = cache_dir() / "incumbents" / name
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run(
-            [*command, "--target", str(folder), f"{name}=={WHEELS[name]}"],
-            check=True,
-            stdout=sys.stderr,
-        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with WHEELS[name]() as wheel, zipfile.ZipFile(wheel) as archive:
+            unpacked = wheel.with_suffix("")
+            archive.extractall(unpacked)
+            unpacked.rename(folder)
     return folder
 
 
 def load_p2pclient() -> None:
     """Makes `import p2pclient` find the original."""
-    sys.path.insert(0, str(fetch("p2pclient")))
+    sys.path.insert(0, str(fetch("p2pclient-0.3.0")))
 
 
 def load_hivemind() -> None:
     """Makes `import hivemind.p2p.p2p_daemon_bindings` find the original."""
-    root = fetch("hivemind") / "hivemind"
+    root = fetch(f"hivemind-{HIVEMIND_VERSION}") / "hivemind"
     for name in ("", "p2p", "utils"):
         module = types.ModuleType(f"hivemind.{name}".rstrip("."))
         module.__path__ = [str(root / name)]

@@ -3,20 +3,20 @@
 Every contender is a process of its own; rounds are interleaved, so that whatever else the machine
 does falls on all of them alike. The echo at the other end of streams is the same for all.
 Prints medians per operation and the ratio to ours on asyncio, of wall time and of CPU time.
+Unary calls are measured by unary.py.
 
-Usage: run.py [--rounds N]
+Usage: run.py [--rounds N] [--only requests|unary]
 """
 
 import argparse
 import platform
 import statistics
-import subprocess
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import anyio
 import incumbents
+import unary
+from worker import Worker
 
 from p2pclient_rs import Daemon, Stream, StreamInfo
 
@@ -40,35 +40,6 @@ DESCRIPTIONS = {
 Times = dict[tuple[str, str, str], list[tuple[float, float]]]
 
 
-class Worker:
-    """A contender's process."""
-
-    def __init__(self, kind: str, loop: str, control: str, peer: str) -> None:
-        program = str(Path(__file__).with_name("contender.py"))
-        command = [sys.executable, program, kind, loop]
-        self.process = subprocess.Popen(
-            [*command, control, peer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if self._answer() != "ready":
-            raise SystemExit(f"{kind} on {loop} did not start")
-
-    def round(self, scenario: str, count: int) -> tuple[float, float]:
-        assert self.process.stdin is not None
-        print(scenario, count, file=self.process.stdin, flush=True)
-        wall, cpu = self._answer().split()
-        return float(wall) / count, float(cpu) / count
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        answer: str = self.process.stdout.readline()
-        return answer.strip()
-
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 async def echo(info: StreamInfo, stream: Stream) -> None:
     async for chunk in stream:
         await stream.send(chunk)
@@ -90,10 +61,7 @@ def measure(control: str, peer: str, rounds: int) -> Times:
     return times
 
 
-def report(times: Times, rounds: int) -> None:
-    machine = platform.processor() or platform.machine()
-    print(f"{platform.python_implementation()} {platform.python_version()}, {machine}, ", end="")
-    print(f"medians of {rounds} interleaved rounds")
+def report(times: Times) -> None:
     for scenario, count in SCENARIOS.items():
         print(f"\n{DESCRIPTIONS[scenario]} ({count} a round)")
         print(f"{'':22}{'wall us':>9}{'spread':>14}{'CPU us':>9}{'x wall':>8}{'x CPU':>8}")
@@ -108,19 +76,31 @@ def report(times: Times, rounds: int) -> None:
             )
 
 
-async def main(rounds: int) -> None:
+async def main(rounds: int, only: str | None) -> None:
     for name in incumbents.WHEELS:
         incumbents.fetch(name)
+    machine = platform.processor() or platform.machine()
+    print(f"{platform.python_implementation()} {platform.python_version()}, {machine}, ", end="")
+    print(f"medians of {rounds} interleaved rounds")
     async with Daemon() as here, Daemon() as there:
         async with there.client() as server, server.listen():
             await server.stream_handler("echo", echo)
             async with here.client() as client:
                 await client.connect(there.peer_id, there.addrs)
-            control, peer = str(here.control_maddr), str(there.peer_id)
-            report(await anyio.to_thread.run_sync(measure, control, peer, rounds), rounds)
+                # Those daemons end with their last persistent connection.
+                await client.unary.open()
+                await server.unary.open()
+                near = str(here.control_maddr), str(there.peer_id)
+                far = str(there.control_maddr), str(here.peer_id)
+                if only != "unary":
+                    report(await anyio.to_thread.run_sync(measure, *near, rounds))
+                if only != "requests":
+                    unary.report(await anyio.to_thread.run_sync(unary.measure, near, far, rounds))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
-    anyio.run(main, parser.parse_args().rounds)
+    parser.add_argument("--only", choices=["requests", "unary"])
+    arguments = parser.parse_args()
+    anyio.run(main, arguments.rounds, arguments.only)

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from support import new_directory
@@ -53,6 +54,112 @@ def dht(kind: int, **fields: bytes) -> bytes:
     return field(1, kind) + b"".join(field(numbers[name], v) for name, v in fields.items())
 
 
+# --- the persistent connection ---
+
+UPGRADE = field(1, 9)
+
+
+def acknowledgement(call_id: bytes) -> bytes:
+    """A PersistentConnectionResponse that says a handler was added or removed."""
+    return field(1, call_id)
+
+
+def reply(call_id: bytes, data: bytes) -> bytes:
+    """One with the result of a call."""
+    return field(1, call_id) + field(2, field(1, data))
+
+
+def handler_error(call_id: bytes, text: bytes) -> bytes:
+    """One with the error of a remote handler."""
+    return field(1, call_id) + field(2, field(2, text))
+
+
+def incoming(call_id: bytes, proto: str, data: bytes, peer: bytes = PEER) -> bytes:
+    """One with a call of another peer."""
+    call = field(1, peer) + field(2, proto.encode()) + field(3, data)
+    return field(1, call_id) + field(3, call)
+
+
+def daemon_error(call_id: bytes, text: bytes) -> bytes:
+    """One with an error of the daemon itself."""
+    return field(1, call_id) + field(4, field(1, text))
+
+
+def cancellation(call_id: bytes) -> bytes:
+    """One that says that the caller is gone."""
+    return field(1, call_id) + field(5, b"")
+
+
+@dataclass
+class Message:
+    """A PersistentConnectionRequest, read."""
+
+    call_id: bytes
+    #: "add", "call", "response", "error", "cancel" or "remove".
+    kind: str
+    proto: str = ""
+    peer: bytes = b""
+    data: bytes = b""
+    balanced: bool = False
+
+    @classmethod
+    def decode(cls, message: bytes) -> Message:
+        fields = decode(message)
+        call_id = fields.pop(1)
+        assert isinstance(call_id, bytes) and len(call_id) == 16
+        ((number, content),) = fields.items()  # there must be one
+        assert isinstance(content, bytes)
+        inner = decode(content)
+
+        def text(number: int) -> bytes:
+            value = inner[number]
+            assert isinstance(value, bytes)
+            return value
+
+        if number == 2:
+            return cls(call_id, "add", text(1).decode(), balanced=bool(inner[2]))
+        if number == 3:
+            return cls(call_id, "call", text(2).decode(), text(1), text(3))
+        if number == 4:
+            ((result, data),) = inner.items()
+            assert isinstance(data, bytes)
+            return cls(call_id, {1: "response", 2: "error"}[result], data=data)
+        if number == 5:
+            assert not inner
+            return cls(call_id, "cancel")
+        assert number == 6
+        return cls(call_id, "remove", text(1).decode())
+
+
+def decode(message: bytes) -> dict[int, int | bytes]:
+    """The fields of a protobuf message that has each at most once."""
+    fields: dict[int, int | bytes] = {}
+    position = 0
+
+    def number() -> int:
+        nonlocal position
+        value, shift = 0, 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        key, wire_type = divmod(number(), 8)
+        assert key not in fields and wire_type in (0, 2)
+        value: int | bytes = number()
+        if wire_type == 2:
+            end = position + int(value)
+            assert end <= len(message)
+            value = message[position:end]
+            position = end
+        fields[key] = value
+    return fields
+
+
 class Gone(Exception):
     """The client closed the connection."""
 
@@ -68,13 +175,13 @@ class Connection:
 
     def read(self, count: int) -> bytes:
         """That many bytes."""
-        data = b""
+        data = bytearray()
         while len(data) < count:
             part = self.socket.recv(count - len(data))
             if not part:
                 raise Gone
             data += part
-        return data
+        return bytes(data)
 
     def read_request(self) -> bytes:
         """The next request, which is noted."""
@@ -102,6 +209,15 @@ class Connection:
         self.read_request()
         self.send(frame(message))
 
+    def upgrade(self) -> None:
+        """Makes it a persistent connection, as the client is to ask for first."""
+        assert self.read_request() == UPGRADE
+        self.send(frame(OK))
+
+    def read_message(self) -> Message:
+        """The next request on a persistent connection."""
+        return Message.decode(self.read_request())
+
     def wait_closed(self) -> bytes:
         """What else the client sends before it closes the connection."""
         data = b""
@@ -122,6 +238,22 @@ def honest(connection: Connection) -> None:
     """Answers every request as IDENTIFY."""
     while True:
         connection.answer(IDENTITY)
+
+
+def unary_echo(connection: Connection) -> None:
+    """A persistent connection on which every call has its data for a result."""
+    connection.upgrade()
+    serve_echo(connection)
+
+
+def serve_echo(connection: Connection) -> None:
+    """The rest of it."""
+    while True:
+        message = connection.read_message()
+        if message.kind == "call":
+            connection.send(frame(reply(message.call_id, message.data)))
+        elif message.kind in ("add", "remove"):
+            connection.send(frame(acknowledgement(message.call_id)))
 
 
 class FakeDaemon:

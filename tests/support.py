@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +62,22 @@ async def eventually(check: Callable[[], Awaitable[T]], within: float = 15.0) ->
         await anyio.sleep(0.01)
 
 
+async def all_of(calls: Iterable[Awaitable[T]]) -> list[T | Exception]:
+    """The results of awaiting all at once, in their order, or the exceptions."""
+    results: dict[int, T | Exception] = {}
+
+    async def note(number: int, call: Awaitable[T]) -> None:
+        try:
+            results[number] = await call
+        except Exception as error:
+            results[number] = error
+
+    async with anyio.create_task_group() as tasks:
+        for number, call in enumerate(calls):
+            tasks.start_soon(note, number, call)
+    return [results[number] for number in range(len(results))]
+
+
 async def until(condition: Callable[[], object], within: float = 15.0) -> None:
     """Waits until ``condition()`` is true."""
 
@@ -100,8 +116,9 @@ class DaemonProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
-        self.peer_id, self.addrs = self._read_banner()
         self._clients = 0
+        self._kept: socket.socket | None = None
+        self.peer_id, self.addrs = self._read_banner()
 
     def _control_maddr(self) -> str:
         if self.transport == "unix":
@@ -136,6 +153,17 @@ class DaemonProcess:
         """A new client of it."""
         return Client(self.control_maddr, self.listen_maddr())
 
+    def keep(self) -> None:
+        """Has it outlive its last client: hivemind's ends when no persistent connection is left."""
+        if self.transport == "unix":
+            self._kept = socket.socket(socket.AF_UNIX)
+            self._kept.connect(self.control_maddr.removeprefix("/unix"))
+        else:
+            _, _, host, _, port = self.control_maddr.split("/")
+            self._kept = socket.create_connection((host, int(port)))
+        self._kept.sendall(b"\x02\x08\x09")  # Request{PERSISTENT_CONN_UPGRADE}
+        assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
+
     def kill(self) -> None:
         """Ends it at once, as a crash would."""
         self.process.kill()
@@ -144,6 +172,8 @@ class DaemonProcess:
     def stop(self) -> None:
         """Ends it and removes the socket file, which a killed daemon leaves."""
         self.kill()
+        if self._kept is not None:
+            self._kept.close()
         if self.process.stdout is not None:
             self.process.stdout.close()
         if self.control_maddr.startswith("/unix"):

@@ -205,7 +205,7 @@ async def test_bytes_that_follow_the_answer_to_stream_open_are_the_first_of_the_
 
 async def test_a_refusal_leaves_the_connection_usable() -> None:
     def script(connection: Connection) -> None:
-        for _ in range(3):
+        for _ in range(4):
             connection.answer(ERROR)
         honest(connection)
 
@@ -215,6 +215,7 @@ async def test_a_refusal_leaves_the_connection_usable() -> None:
                 client.identify,
                 lambda: client.stream_open(FAKE_PEER, ["/echo"]),
                 lambda: client.pubsub_subscribe("topic"),
+                lambda: client.dht_get_value(b"key"),
             ]
             for call in calls:
                 with pytest.raises(DaemonRefused) as error:

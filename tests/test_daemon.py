@@ -402,6 +402,13 @@ async def test_unreachable_bootstrap_peers_are_named() -> None:
     assert caught.value.cause == f"no bootstrap peer could be reached: {UNREACHABLE}"
 
 
+async def test_an_unreachable_bootstrap_peer_among_others_is_not_fatal() -> None:
+    async with Daemon() as other:
+        peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
+        async with Daemon(bootstrap_peers=[UNREACHABLE, peer]) as daemon, daemon.client() as client:
+            assert other.peer_id in [info.peer_id for info in await client.list_peers()]
+
+
 async def test_it_is_not_ready_before_its_bootstrap_peers_are_reached(tmp_path: Path) -> None:
     # As upstream's daemon does: it answers, tries to bootstrap, and gives up.
     body = """

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 import threading
-import traceback
-import warnings
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from fake_daemon import IDENTITY, Connection, FakeDaemon, frame
+from forking import CHILD_LIMIT, in_child, run_in_thread
 from support import DaemonProcess, until
 
 from p2pclient_rs import (
@@ -29,60 +26,6 @@ if TYPE_CHECKING:
     from conftest import Pair
 
 pytestmark = pytest.mark.anyio
-
-#: How long a child may take, in seconds.
-LIMIT = 20
-
-
-async def in_child(work: Callable[[], None]) -> None:
-    """Runs ``work`` in a forked child, and fails with its traceback if it fails there."""
-    read_end, write_end = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads, from 3.12 on
-        pid = os.fork()
-    if pid == 0:
-        status, report = 1, ""
-        try:
-            signal.alarm(LIMIT)
-            work()
-            status = 0
-        except BaseException:
-            report = traceback.format_exc()
-        finally:
-            os.write(write_end, report.encode())
-            os._exit(status)
-    os.close(write_end)
-    result: list[int] = []
-
-    def exited() -> bool:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            result.append(os.waitstatus_to_exitcode(status))
-        return bool(done)
-
-    try:
-        await until(exited, within=2 * LIMIT)
-        report = os.read(read_end, 1 << 16).decode()
-    finally:
-        os.close(read_end)
-    assert result == [0], report
-
-
-def run(backend: Any, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs an event loop in a new thread of the child: that of the parent is still in this one."""
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            anyio.run(work, backend=backend[0], backend_options=backend[1])
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    for error in errors:
-        raise error
 
 
 async def echo(info: StreamInfo, stream: Stream) -> None:
@@ -132,7 +75,7 @@ async def test_a_client_of_the_parent_is_refused_in_the_child(
             stream.write(b"data")
 
     async with stream:
-        await in_child(lambda: run(anyio_backend, use))
+        await in_child(lambda: run_in_thread(anyio_backend, use))
         await echoes(stream, b"the parent's")
         assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
 
@@ -148,7 +91,7 @@ async def test_a_new_client_works_in_the_child(pair: Pair, anyio_backend: Any) -
             async with stream:
                 await echoes(stream, b"the child's")
 
-    await in_child(lambda: run(anyio_backend, use))
+    await in_child(lambda: run_in_thread(anyio_backend, use))
     assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
 
 
@@ -165,7 +108,7 @@ async def test_closing_in_the_child_disturbs_nothing_of_the_parent(
     subscription = await pair.alice.pubsub_subscribe("forked")
     async with stream, subscription:
         await pair.alice.identify()  # so that there is an idle connection, too
-        await in_child(lambda: run(anyio_backend, close_all))
+        await in_child(lambda: run_in_thread(anyio_backend, close_all))
         await still_works(pair, stream, subscription)
 
 
@@ -238,7 +181,7 @@ async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend:
     def script(connection: Connection) -> None:
         while True:
             connection.read_request()
-            release.wait(LIMIT)
+            release.wait(CHILD_LIMIT)
             connection.send(frame(IDENTITY))
 
     with FakeDaemon(script) as fake:
@@ -255,7 +198,7 @@ async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend:
                 for _ in range(3):
                     tasks.start_soon(call)
                 await until(lambda: len(fake.requests) == 3)
-                await in_child(lambda: run(anyio_backend, close))
+                await in_child(lambda: run_in_thread(anyio_backend, close))
                 await in_child(client.control.daemon_connector.close)
                 release.set()
             assert len(answers) == len(fake.requests) == 3
@@ -270,7 +213,7 @@ async def test_the_parents_listener_goes_on_when_the_child_leaves_it(
     async def close() -> None:
         await pair.bob.close()
 
-    await in_child(lambda: run(anyio_backend, close))
+    await in_child(lambda: run_in_thread(anyio_backend, close))
     async with await opened(pair) as stream:
         await echoes(stream, b"still listening")
 

@@ -287,7 +287,7 @@ class DaemonConnector:
             DaemonUnreachable: There is no daemon at the address.
             ControlTimeout: No connection within ``timeout`` seconds.
         """
-        self._check_fork()
+        self.check_fork()
         connection = await self._described(self._connect(), "open_connection", timeout)
         return Stream(connection.raw.take_stream(), connection.watch)
 
@@ -305,7 +305,7 @@ class DaemonConnector:
 
     async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
         """The answer, and the connection, which is open only if it became a stream."""
-        self._check_fork()
+        self.check_fork()
         loop = current_loop()
         pool = self._pools.get(loop) or self._new_pool(loop)
         turn = pool.slow if request.waits_for_peers else pool.quick
@@ -382,7 +382,8 @@ class DaemonConnector:
             raise
         return connection
 
-    def _check_fork(self) -> None:
+    def check_fork(self) -> None:
+        """Raises ForkedClientError in a forked child of the process that made this."""
         pid = os.getpid()
         if pid != self._pid:
             raise ForkedClientError(
@@ -423,7 +424,8 @@ class DaemonConnector:
     ) -> Exception:
         """What is raised for ``error``, which says what it was about."""
         precise = _precise(error)
-        precise.request = request
+        if not (isinstance(precise, NotSupported) and precise.request):  # of what it needed first
+            precise.request = request
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
         precise.protocol = protocol
         return self.types.error(precise)

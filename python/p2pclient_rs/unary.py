@@ -302,6 +302,7 @@ class _Link:
 
     async def remove_handler(self, proto: str) -> None:
         if proto not in self.handlers:
+            self._connector.check_fork()
             raise ControlFailure(f"Handler for protocol {proto} is not registered")
         connection = self._connection
         if connection is not None:
@@ -363,7 +364,7 @@ class _Link:
             try:
                 await promise
             except BaseException:
-                connection.pass_on()
+                connection.pass_on(promise)
                 raise
 
     # --- in: called back by the connection ---

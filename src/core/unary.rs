@@ -379,6 +379,18 @@ impl<T, P: Payload> Persistent<T, P> {
         put_error(out, id, "busy: too many calls at once");
     }
 
+    /// Says good-bye: replies to all calls at work with an error, and tells of all of ours that
+    /// nobody waits any more. Those stay [pending](Self::take_pending).
+    pub fn leave(&mut self, error: &str, out: &mut BytesMut) {
+        for (id, _) in self.unanswered.drain() {
+            put_error(out, &id, error);
+        }
+        self.unanswered_bytes = 0;
+        for (id, _) in self.pending.iter().filter(|(_, pending)| pending.is_call) {
+            put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
+        }
+    }
+
     // --- in ---
 
     /// The next event. Takes what it needs off the front of `input`; `None` if it has taken it all
@@ -611,10 +623,11 @@ impl<T, P: Payload> Persistent<T, P> {
                     message: "CallUnaryRequest",
                     field,
                 };
+                let protocol = call.proto.ok_or(missing("proto"))?;
                 let head = Head::Call {
                     id,
                     peer: call.peer.ok_or(missing("peer"))?,
-                    protocol: call.proto.ok_or(missing("proto"))?,
+                    protocol: String::from_utf8_lossy(&protocol).into_owned(),
                 };
                 let data = call.data.ok_or(missing("data"))?;
                 Ok(self.arrived(head, P::copy_from(&data), data.len()))

@@ -5,7 +5,7 @@ use super::peer_id::{invalid_peer_id, InvalidPeerID, PyPeerId};
 use crate::core::{Multiaddr, PeerId};
 use bytes::Bytes;
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyByteArray, PyBytes, PyInt, PyMemoryView, PyString};
@@ -128,7 +128,15 @@ pub fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<
     if let Ok(bytes) = data.cast::<PyBytes>() {
         return f(bytes.as_bytes());
     }
-    let buffer = PyBuffer::<u8>::get(data)?;
+    let buffer = match PyBuffer::<u8>::get(data) {
+        Ok(buffer) => buffer,
+        Err(error) if error.is_instance_of::<PyBufferError>(data.py()) => {
+            // Of other items than bytes, as an array of floats: rare enough for a copy.
+            let bytes = PyMemoryView::from(data)?.call_method0("tobytes")?;
+            return f(bytes.cast::<PyBytes>()?.as_bytes());
+        }
+        Err(error) => return Err(error),
+    };
     if !buffer.is_c_contiguous() {
         return f(&buffer.to_vec(data.py())?);
     }

@@ -294,9 +294,17 @@ impl PersistentConnection {
         false
     }
 
-    /// Wakes the next who waits for room, if there is any.
-    fn pass_on(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let chores = slf.get().lock().chores();
+    /// Takes back `room`: that token waits no more, or if its turn has come, it is the next one's.
+    fn pass_on(slf: &Bound<'_, Self>, token: Token) -> PyResult<()> {
+        let (waited, chores) = {
+            let mut inner = slf.get().lock();
+            let place = inner.waiters.iter().position(|waiter| waiter.is(&token));
+            match place.and_then(|place| inner.waiters.remove(place)) {
+                None => (None, inner.chores()),
+                waited => (waited, Chores::default()),
+            }
+        };
+        drop(waited);
         Self::run(slf, chores)
     }
 
@@ -307,6 +315,16 @@ impl PersistentConnection {
             drop(socket);
             return Ok(());
         }
+        // Go's daemon does not tell the peers that a client left: callers would wait for ever, and
+        // handlers be at work for nobody. What the socket does not take at once cannot be helped.
+        let _ = Self::change(slf, |inner| {
+            inner.corked = false;
+            inner.head.clear();
+            let Inner { core, head, .. } = inner;
+            core.leave("the handler's client was closed", head);
+            inner.send(Tail::None)?;
+            inner.flush()
+        });
         Self::lose(slf, Loss::Closed)
     }
 

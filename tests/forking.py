@@ -1,0 +1,68 @@
+"""Forked children of a test: what they do, and what went wrong in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+from support import until
+
+#: How long a child may take, in seconds.
+CHILD_LIMIT = 20
+
+
+async def in_child(work: Callable[[], None]) -> None:
+    """Runs ``work`` in a forked child, and fails with its traceback if it fails there."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads, from 3.12 on
+        pid = os.fork()
+    if pid == 0:
+        status, report = 1, ""
+        try:
+            signal.alarm(CHILD_LIMIT)
+            work()
+            status = 0
+        except BaseException:
+            report = traceback.format_exc()
+        finally:
+            os.write(write_end, report.encode())
+            os._exit(status)
+    os.close(write_end)
+    result: list[int] = []
+
+    def exited() -> bool:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            result.append(os.waitstatus_to_exitcode(status))
+        return bool(done)
+
+    try:
+        await until(exited, within=2 * CHILD_LIMIT)
+        report = os.read(read_end, 1 << 16).decode()
+    finally:
+        os.close(read_end)
+    assert result == [0], report
+
+
+def run_in_thread(backend: Any, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs an event loop in a new thread of the child: that of the parent is still in this one."""
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            anyio.run(work, backend=backend[0], backend_options=backend[1])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    for error in errors:
+        raise error

@@ -1,0 +1,864 @@
+"""Unary calls between clients of two real daemons of hivemind's fork."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import pytest
+from fake_daemon import field, frame
+from support import BACKENDS, DaemonProcess, all_of, eventually, unknown_peer, until
+
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonRefused,
+    InvalidPeerID,
+    MessageTooLarge,
+    P2PDaemonError,
+    P2PHandlerError,
+    PeerID,
+    ProtocolViolation,
+    Stream,
+    StreamInfo,
+)
+
+pytestmark = pytest.mark.anyio
+
+#: What clients and daemons take, in bytes.
+LIMIT = 4 << 20
+
+
+def connected(first: DaemonProcess, second: DaemonProcess) -> None:
+    """Connects two daemons, which stay when their clients leave."""
+    first.keep()
+    second.keep()
+
+    async def connect() -> None:
+        async with first.client() as client:
+            await client.connect(second.peer_id, second.addrs)
+
+    anyio.run(connect)
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
+    """Two connected daemons."""
+    with DaemonProcess() as first, DaemonProcess() as second:
+        connected(first, second)
+        yield first, second
+
+
+@dataclass
+class Pair:
+    """A client of each of two connected daemons."""
+
+    alice: Client
+    bob: Client
+    alice_daemon: DaemonProcess
+    bob_daemon: DaemonProcess
+
+    async def ask(self, proto: str, data: Any = b"", timeout: float | None = None) -> bytes:
+        """Alice calls Bob."""
+        return await self.alice.call_unary(self.bob_daemon.peer_id, proto, data, timeout=timeout)
+
+    def idle(self) -> bool:
+        """Whether neither has anything under way."""
+        clients = (self.alice.unary, self.bob.unary)
+        return not any(c.pending_calls or c.unanswered_calls for c in clients)
+
+
+@pytest.fixture
+async def pair(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair]:
+    first, second = swarm
+    async with first.client() as alice, second.client() as bob:
+        pair = Pair(alice, bob, first, second)
+        yield pair
+        await until(pair.idle)
+
+
+async def echo(data: bytes, peer_id: PeerID) -> bytes:
+    return data
+
+
+async def backwards(data: bytes, peer_id: PeerID) -> bytes:
+    await anyio.lowlevel.checkpoint()
+    return data[::-1]
+
+
+# --- calls and results ---
+
+
+async def test_calls_go_both_ways_and_name_the_caller(pair: Pair) -> None:
+    callers = []
+
+    async def greet(data: bytes, peer_id: PeerID) -> bytes:
+        assert type(data) is bytes and isinstance(peer_id, PeerID)
+        callers.append(peer_id)
+        return b"hello " + data
+
+    await pair.alice.add_unary_handler("greet", greet)
+    await pair.bob.add_unary_handler("greet", greet)
+    there, here = pair.bob_daemon.peer_id, pair.alice_daemon.peer_id
+    for peer_id in (there, str(there), there.to_bytes()):
+        assert await pair.alice.call_unary(peer_id, "greet", b"Bob") == b"hello Bob"
+    assert await pair.bob.call_unary(here, "greet", b"Alice", timeout=10) == b"hello Alice"
+    assert callers == [here] * 3 + [there]
+
+
+async def test_over_tcp_it_is_the_same() -> None:
+    with DaemonProcess(transport="tcp") as first, DaemonProcess(transport="tcp") as second:
+        async with first.client() as alice, second.client() as bob:
+            await alice.unary.open()
+            await bob.add_unary_handler("backwards", backwards)
+            await alice.connect(second.peer_id, second.addrs)
+            data = random.Random(2).randbytes(1 << 20)
+            calls = (
+                alice.call_unary(second.peer_id, "backwards", data[:n]) for n in (0, 9, 1 << 20)
+            )
+            assert await all_of(calls) == [b"", data[8::-1], data[::-1]]
+
+
+@pytest.mark.parametrize("handler", [echo, backwards])
+@pytest.mark.parametrize("size", [0, 1, 1 << 10, 1 << 16, 1 << 20, LIMIT - 256])
+async def test_payloads_of_any_size_arrive_unharmed(
+    pair: Pair, size: int, handler: Callable[[bytes, PeerID], Awaitable[bytes]]
+) -> None:
+    await pair.bob.add_unary_handler("handler", handler)
+    data = random.Random(size).randbytes(size)
+    for _ in range(2):
+        result = await pair.ask("handler", data)
+        assert type(result) is bytes
+        assert result == (data if handler is echo else data[::-1])
+
+
+async def test_payloads_of_mixed_sizes_at_once_do_not_mix(pair: Pair) -> None:
+    async def digest(data: bytes, peer_id: PeerID) -> bytes:
+        return data[:32] + hashlib.sha256(data).digest()
+
+    rng = random.Random(3)
+    sizes = [rng.choice([0, 1, 100, 4095, 4096, 70_000, 300_000]) for _ in range(150)]
+    await pair.bob.add_unary_handler("digest", digest)
+    payloads = [rng.randbytes(size) for size in sizes]
+    results = await all_of(pair.ask("digest", data) for data in payloads)
+    assert results == [data[:32] + hashlib.sha256(data).digest() for data in payloads]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytearray(b"bytearray"),
+        memoryview(b"a memoryview")[2:],
+        memoryview(b"every other byte")[::2],
+        array.array("d", [1.0, 2.0]),
+        bytearray(b"large" * 50_000),
+    ],
+    ids=["bytearray", "memoryview", "strided", "array", "large"],
+)
+async def test_buffers_of_every_kind_are_sent(pair: Pair, data: Any) -> None:
+    await pair.bob.add_unary_handler("echo", echo)
+    assert await pair.ask("echo", data) == memoryview(data).tobytes()
+
+
+@pytest.mark.parametrize("data", ["text", None, 7])
+async def test_what_is_no_buffer_is_a_type_error(pair: Pair, data: Any) -> None:
+    with pytest.raises(TypeError):
+        await pair.ask("echo", data)
+
+
+async def test_a_result_may_be_any_buffer(pair: Pair) -> None:
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        return {b"a": bytearray(b"mutable"), b"m": memoryview(b"view")}[data]  # type: ignore[return-value]
+
+    await pair.bob.add_unary_handler("handler", handler)
+    assert await pair.ask("handler", b"a") == b"mutable"
+    assert await pair.ask("handler", b"m") == b"view"
+
+
+async def test_a_thousand_calls_each_way_are_answered_in_any_order(pair: Pair) -> None:
+    rng = random.Random(4)
+    order = []
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        if rng.random() < 0.8:
+            await anyio.sleep(rng.random() / 20)
+        order.append(data)
+        return data[::-1]
+
+    await pair.alice.add_unary_handler("handler", handler)
+    await pair.bob.add_unary_handler("handler", handler)
+    here = pair.alice_daemon.peer_id
+    asked = [b"alice %04d" % number for number in range(1000)]
+    calls = [pair.ask("handler", data) for data in asked]
+    calls += [pair.bob.call_unary(here, "handler", data) for data in asked]
+    assert await all_of(calls) == [data[::-1] for data in asked] * 2
+    assert sorted(order) == sorted(asked * 2) and order != sorted(order)
+    assert pair.idle()
+
+
+async def test_a_handler_may_call_its_caller_and_so_on(pair: Pair) -> None:
+    def countdown(client: Client) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
+        async def handler(data: bytes, peer_id: PeerID) -> bytes:
+            left = int(data)
+            if left == 0:
+                return b"0"
+            return data + b" " + await client.call_unary(peer_id, "countdown", b"%d" % (left - 1))
+
+        return handler
+
+    await pair.alice.add_unary_handler("countdown", countdown(pair.alice))
+    await pair.bob.add_unary_handler("countdown", countdown(pair.bob))
+    results = await all_of(pair.ask("countdown", b"10") for _ in range(20))
+    assert results == [b"10 9 8 7 6 5 4 3 2 1 0"] * 20
+
+
+# --- what goes wrong in calls ---
+
+
+async def test_what_a_handler_raises_the_caller_is_told(pair: Pair) -> None:
+    async def at_once(data: bytes, peer_id: PeerID) -> bytes:
+        raise ValueError("no good")
+
+    async def later(data: bytes, peer_id: PeerID) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        raise KeyError(data)
+
+    await pair.bob.add_unary_handler("at once", at_once)
+    await pair.bob.add_unary_handler("later", later)
+    for proto, text in (("at once", "ValueError('no good')"), ("later", "KeyError(b'data')")):
+        with pytest.raises(P2PHandlerError) as error:
+            await pair.ask(proto, b"data")
+        assert str(error.value) == text
+        assert error.value.peer_id == pair.bob_daemon.peer_id
+        assert error.value.protocol == proto
+        assert not isinstance(error.value, P2PDaemonError)
+
+
+class Unspeakable(Exception):
+    def __repr__(self) -> str:
+        raise RuntimeError("no words for it")
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (ValueError("x" * (LIMIT + 1)), "xxx"),
+        (ValueError("\udcff é"), "ValueError"),
+        (Unspeakable(), "Unspeakable"),
+        (TimeoutError(), r"TimeoutError\(\)"),
+        (StopAsyncIteration("stopped"), "stopped"),
+    ],
+    ids=["huge", "surrogate", "repr fails", "timeout", "stop"],
+)
+async def test_an_error_that_is_hard_to_tell_is_told_all_the_same(
+    pair: Pair, failure: Exception, words: str, suspends: bool
+) -> None:
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        if suspends:
+            await anyio.lowlevel.checkpoint()
+        raise failure
+
+    await pair.bob.add_unary_handler("handler", handler)
+    await pair.bob.add_unary_handler("echo", echo)
+    with pytest.raises(P2PHandlerError, match=words):
+        await pair.ask("handler", timeout=10)
+    assert await pair.ask("echo", b"still there") == b"still there"
+
+
+@pytest.mark.parametrize("result", [None, "text", 1, [1]])
+async def test_a_result_that_is_no_bytes_is_a_type_error_of_the_handlers(
+    pair: Pair, result: Any
+) -> None:
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        return result  # type: ignore[no-any-return]
+
+    await pair.bob.add_unary_handler("handler", handler)
+    with pytest.raises(P2PHandlerError, match=f"TypeError.*{type(result).__name__}"):
+        await pair.ask("handler", timeout=10)
+
+
+async def test_a_handler_that_is_no_coroutine_function_is_an_error_of_the_handlers(
+    pair: Pair,
+) -> None:
+    def handler(data: bytes, peer_id: PeerID) -> bytes:
+        return data
+
+    await pair.bob.add_unary_handler("handler", handler)  # type: ignore[arg-type]
+    with pytest.raises(P2PHandlerError, match="TypeError"):
+        await pair.ask("handler", timeout=10)
+
+
+async def test_a_protocol_that_the_peer_does_not_have_is_refused_at_once(pair: Pair) -> None:
+    with pytest.raises(DaemonRefused, match="not supported") as error:
+        await pair.ask("no such protocol", timeout=10)
+    assert error.value.request == "CALL_UNARY"
+    assert error.value.peer_id == pair.bob_daemon.peer_id
+    assert error.value.protocol == "no such protocol"
+    assert error.value.daemon_message and "no such protocol" in error.value.daemon_message
+
+
+async def test_a_peer_that_nobody_knows_is_refused_at_once(pair: Pair) -> None:
+    peer_id = unknown_peer()
+    with pytest.raises(DaemonRefused, match=str(peer_id)) as error:
+        await pair.alice.call_unary(peer_id, "echo", b"data", timeout=10)
+    assert error.value.daemon_message
+
+
+async def test_what_is_no_peer_id_is_refused_here(pair: Pair) -> None:
+    with pytest.raises(InvalidPeerID):
+        await pair.alice.call_unary("nobody", "echo", b"data")
+    with pytest.raises(DaemonRefused):
+        await pair.alice.call_unary(b"\x00", "echo", b"data", timeout=10)
+
+
+def largest_request(peer_id: PeerID, proto: str) -> int:
+    """How much data a call's message of exactly the limit has."""
+    envelope = field(1, bytes(16)) + field(3, b"")[:1]
+    call = field(1, peer_id.to_bytes()) + field(2, proto.encode())
+    size = LIMIT - len(envelope) - 4 - len(call) - 1 - 4
+    assert len(envelope[:-1] + field(3, call + field(3, bytes(size)))) == LIMIT
+    return size
+
+
+def largest_result() -> int:
+    """How much data a reply's message of exactly the limit has."""
+    size = LIMIT - 18 - 5 - 5
+    assert len(field(1, bytes(16)) + field(4, field(1, bytes(size)))) == LIMIT
+    return size
+
+
+async def test_a_request_over_the_limit_is_refused_before_it_is_sent(pair: Pair) -> None:
+    async def length(data: bytes, peer_id: PeerID) -> bytes:
+        return b"%d" % len(data)
+
+    await pair.bob.add_unary_handler("length", length)
+    size = largest_request(pair.bob_daemon.peer_id, "length")
+    with pytest.raises(MessageTooLarge, match=str(LIMIT)) as error:
+        await pair.ask("length", bytes(size + 1))
+    assert isinstance(error.value, ControlFailure)
+    assert error.value.request == "CALL_UNARY"
+    assert error.value.peer_id == pair.bob_daemon.peer_id
+    assert error.value.protocol == "length"
+    # The daemon would have closed the connection, and forgotten the handlers.
+    assert await pair.ask("length", bytes(size)) == b"%d" % size
+
+
+async def test_a_result_over_the_limit_is_an_error_for_the_caller(pair: Pair) -> None:
+    async def zeros(data: bytes, peer_id: PeerID) -> bytes:
+        return bytes(int(data))
+
+    await pair.bob.add_unary_handler("zeros", zeros)
+    size = largest_result()
+    with pytest.raises(P2PHandlerError, match=str(LIMIT)):
+        await pair.ask("zeros", b"%d" % (size + 1), timeout=10)
+    assert await pair.ask("zeros", b"%d" % size, timeout=10) == bytes(size)
+
+
+async def test_the_limit_can_be_set(swarm: tuple[DaemonProcess, DaemonProcess]) -> None:
+    daemon, other = swarm
+    client = Client(daemon.control_maddr, persistent_conn_max_msg_size=1000)
+    async with client:
+        assert client.unary.max_message_size == 1000
+        with pytest.raises(MessageTooLarge, match="1000"):
+            await client.call_unary(other.peer_id, "echo", bytes(1000))
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
+async def test_what_is_no_length_of_time_is_a_value_error(pair: Pair, timeout: float) -> None:
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: pair.ask("echo", timeout=timeout),
+        lambda: pair.alice.add_unary_handler("echo", echo, timeout=timeout),
+        lambda: pair.alice.remove_unary_handler("echo", timeout=timeout),
+        lambda: pair.alice.unary.open(timeout=timeout),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="timeout"):
+            await call()
+    assert not pair.alice.unary.connected
+
+
+# --- strangers: what a peer sends that is no client of a daemon ---
+
+
+async def read_frame(stream: Stream) -> bytes:
+    """The next message."""
+    length, shift = 0, 0
+    while True:
+        (byte,) = await stream.readexactly(1)
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return await stream.readexactly(length)
+
+
+async def test_what_a_stranger_asks_disturbs_nobody(pair: Pair) -> None:
+    """A daemon passes on a call as it was sent, but for the caller's peer id."""
+    await pair.bob.add_unary_handler("echo", echo)
+    peer = field(1, pair.bob_daemon.peer_id.to_bytes())
+    call_id = bytes(range(16))
+    for proto, data in ((b"\xff\xfe", bytes(10)), (b"\xff\xfe", bytes(100_000)), (b"other", b"")):
+        _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["echo"])
+        async with stream:
+            call = field(3, peer + field(2, proto) + field(3, data))
+            await stream.send(frame(field(1, call_id) + call))
+            answer = await read_frame(stream)
+            assert b"no handler" in answer
+        assert await pair.ask("echo", b"still there", timeout=10) == b"still there"
+
+
+async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
+    async def stranger(info: StreamInfo, stream: Stream) -> None:
+        async with stream:
+            request = await read_frame(stream)
+            call_id, answer = request[2:18], b""
+            if b"nothing" in request:
+                answer = field(1, call_id)
+            elif b"empty" in request:
+                answer = field(1, call_id) + field(4, b"")
+            elif b"another field" in request:
+                answer = field(1, call_id) + field(2, field(1, b"data") + field(2, 0))
+            elif b"not text" in request:
+                answer = field(1, call_id) + field(4, field(2, b"\xff"))
+            elif b"another id" in request:
+                answer = field(1, bytes(16)) + field(4, field(1, b"data"))
+            else:
+                assert b"hang up" in request
+                return
+            await stream.send(frame(answer))
+            await stream.read()  # the caller's daemon is to have it all before the stream ends
+
+    await pair.bob.add_unary_handler("echo", echo)
+    async with pair.bob.listen():
+        await pair.bob.stream_handler("stranger", stranger)
+        errors = {
+            b"nothing": ProtocolViolation,
+            b"empty": ProtocolViolation,
+            b"another field": ProtocolViolation,
+            b"not text": P2PHandlerError,
+            b"hang up": DaemonRefused,
+        }
+        await pair.alice.unary.open()
+        results = await all_of(pair.ask("stranger", data, timeout=10) for data in errors)
+        assert [type(result) for result in results] == list(errors.values())
+        # Which is the daemon's to match.
+        assert await pair.ask("stranger", b"another id", timeout=10) == b"data"
+        assert await pair.ask("echo", b"still there") == b"still there"
+
+
+# --- cancelling ---
+
+
+class Gate:
+    """A handler that waits, and what becomes of it."""
+
+    def __init__(self) -> None:
+        self.open = anyio.Event()
+        self.entered = self.cancelled = self.finished = 0
+
+    async def handler(self, data: bytes, peer_id: PeerID) -> bytes:
+        self.entered += 1
+        try:
+            await self.open.wait()
+        except anyio.get_cancelled_exc_class():
+            self.cancelled += 1
+            raise
+        self.finished += 1
+        return data
+
+
+async def test_cancelling_a_call_cancels_its_handler_and_no_other(pair: Pair) -> None:
+    gate = Gate()
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    results = []
+
+    async def stays() -> None:
+        results.append(await pair.ask("gate", b"stays"))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stays)
+        async with anyio.create_task_group() as cancelled:
+            for _ in range(10):
+                cancelled.start_soon(pair.ask, "gate", b"goes")
+            await until(lambda: gate.entered == 11)
+            assert (pair.alice.unary.pending_calls, pair.bob.unary.unanswered_calls) == (11, 11)
+            cancelled.cancel_scope.cancel()
+        assert pair.alice.unary.pending_calls == 1
+        await until(lambda: pair.bob.unary.unanswered_calls == 1 and gate.cancelled == 10)
+        assert gate.finished == 0
+        gate.open.set()
+    assert results == [b"stays"]
+    assert (gate.cancelled, gate.finished) == (10, 1)
+    assert pair.idle()
+
+
+async def test_a_call_that_times_out_cancels_its_handler(pair: Pair) -> None:
+    gate = Gate()
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    start = time.monotonic()
+    with pytest.raises(ControlTimeout, match="0.3 s") as error:
+        await pair.ask("gate", timeout=0.3)
+    assert 0.3 <= time.monotonic() - start < 1.3
+    assert isinstance(error.value, TimeoutError)
+    assert error.value.request == "CALL_UNARY"
+    assert (error.value.peer_id, error.value.protocol) == (pair.bob_daemon.peer_id, "gate")
+    await until(lambda: gate.cancelled == 1)
+    await until(pair.idle)
+    gate.open.set()
+    assert await pair.ask("gate", b"the next") == b"the next"
+
+
+async def test_a_handler_may_be_slow_to_go_when_cancelled(pair: Pair) -> None:
+    swept = []
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.1)
+                swept.append(data)
+        raise AssertionError
+
+    await pair.bob.add_unary_handler("handler", handler)
+    await pair.bob.add_unary_handler("echo", echo)
+    with pytest.raises(ControlTimeout):
+        await pair.ask("handler", b"late", timeout=0.1)
+    assert await pair.ask("echo", b"meanwhile") == b"meanwhile"
+    await until(lambda: swept == [b"late"])
+    await until(pair.idle)
+
+
+async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) -> None:
+    done = {"answered": 0, "cancelled": 0}
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        if data[0] & 1:
+            await anyio.sleep(data[0] / 255 / 50)
+        return data
+
+    async def caller(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(200):
+            data = rng.randbytes(rng.choice([1, 100, 5000]))
+            with anyio.move_on_after(rng.random() / 20):
+                assert await pair.ask("handler", data) == data
+                done["answered"] += 1
+                continue
+            done["cancelled"] += 1
+
+    await pair.bob.add_unary_handler("handler", handler)
+    async with anyio.create_task_group() as tasks:
+        for seed in range(50):
+            tasks.start_soon(caller, seed)
+    assert pair.alice.unary.pending_calls == 0
+    await until(pair.idle)
+    assert sum(done.values()) == 10_000
+    assert min(done.values()) > 500, done
+    assert await pair.ask("handler", b"\x00") == b"\x00"
+
+
+# --- what handlers can do ---
+
+
+async def test_a_handler_has_a_context_of_its_own(pair: Pair) -> None:
+    who: ContextVar[bytes] = ContextVar("who", default=b"nobody")
+
+    async def at_once(data: bytes, peer_id: PeerID) -> bytes:
+        before = who.get()
+        who.set(data)
+        return before + b" " + who.get()
+
+    async def later(data: bytes, peer_id: PeerID) -> bytes:
+        before = who.get()
+        who.set(data)
+        for _ in range(3):
+            await anyio.sleep(0.001)
+        return before + b" " + who.get()
+
+    who.set(b"first")
+    await pair.bob.add_unary_handler("at once", at_once)
+    await pair.bob.add_unary_handler("later", later)
+    await pair.alice.unary.open()
+    who.set(b"caller")
+    names = [b"%d" % number for number in range(20)]
+    for proto in ("at once", "later"):
+        results = await all_of(pair.ask(proto, name) for name in names)
+        assert results == [b"first " + name for name in names]
+    assert who.get() == b"caller"
+
+
+async def test_a_handler_that_never_waits_may_use_all_of_its_loop(
+    pair: Pair, anyio_backend: Any
+) -> None:
+    """Even if its implementation has no need of a task."""
+
+    async def with_anyio(data: bytes, peer_id: PeerID) -> bytes:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+                assert anyio.get_current_task().id
+                tasks.start_soon(anyio.lowlevel.checkpoint)
+        with anyio.move_on_after(0) as scope:
+            await anyio.sleep(10)
+        assert scope.cancelled_caught
+        return data
+
+    async def with_asyncio(data: bytes, peer_id: PeerID) -> bytes:
+        task = asyncio.current_task()
+        assert task is not None and task in asyncio.all_tasks()
+        if data == b"timeout":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.sleep(10), 0.01)
+        elif data == b"gather":
+            await asyncio.gather(asyncio.sleep(0), asyncio.sleep(0.01))
+            assert asyncio.current_task() is task
+        elif data == b"name":
+            return task.get_name().encode()
+        return data
+
+    await pair.bob.add_unary_handler("anyio", with_anyio)
+    assert await all_of(pair.ask("anyio", b"%d" % n) for n in range(10)) == [
+        b"%d" % n for n in range(10)
+    ]
+    if anyio_backend[0] != "trio":
+        await pair.bob.add_unary_handler("asyncio", with_asyncio)
+        for data in (b"timeout", b"gather", b"nothing"):
+            assert await pair.ask("asyncio", data) == data
+        names = await all_of(pair.ask("asyncio", b"name") for _ in range(5))
+        assert all(isinstance(name, bytes) for name in names)
+        assert len({name for name in names if isinstance(name, bytes)}) == 5
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="from Python 3.11 on")
+@pytest.mark.parametrize("suspends", [False, True])
+def test_asyncios_timeout_and_task_group_work_in_a_handler(
+    swarm: tuple[DaemonProcess, DaemonProcess], suspends: bool
+) -> None:
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        async def one() -> int:
+            return 1
+
+        async with asyncio.timeout(10):
+            if suspends:
+                await asyncio.sleep(0)
+            async with asyncio.TaskGroup() as tasks:
+                results = [tasks.create_task(one()) for _ in range(3)]
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(10)
+        except TimeoutError:
+            return data * sum(task.result() for task in results)
+        raise AssertionError
+
+    async def immediate(data: bytes, peer_id: PeerID) -> bytes:
+        async with asyncio.timeout(10):
+            return data
+
+    async def main() -> None:
+        first, second = swarm
+        async with first.client() as alice, second.client() as bob:
+            await bob.add_unary_handler("handler", handler)
+            await bob.add_unary_handler("immediate", immediate)
+            results = await all_of(
+                alice.call_unary(second.peer_id, "handler", b"%d" % n) for n in range(5)
+            )
+            assert results == [b"%d" % n * 3 for n in range(5)]
+            assert await alice.call_unary(second.peer_id, "immediate", b"data") == b"data"
+
+    asyncio.run(main())
+
+
+async def test_handlers_at_work_do_not_hold_each_other_up(pair: Pair) -> None:
+    gate = Gate()
+
+    async def opens(data: bytes, peer_id: PeerID) -> bytes:
+        gate.open.set()
+        return b"open"
+
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    await pair.bob.add_unary_handler("opens", opens)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(50):
+            tasks.start_soon(pair.ask, "gate", b"data")
+        await until(lambda: gate.entered == 50)
+        assert await pair.ask("opens") == b"open"
+    assert gate.finished == 50
+
+
+# --- handlers come and go ---
+
+
+async def test_a_removed_handler_is_not_called_any_more(pair: Pair) -> None:
+    await pair.bob.add_unary_handler("echo", echo)
+    await pair.bob.add_unary_handler("other", echo)
+    assert await pair.ask("echo", b"data") == b"data"
+    await pair.bob.remove_unary_handler("echo", timeout=10)
+
+    with pytest.raises(DaemonRefused):
+        await pair.ask("echo", timeout=10)
+    assert await pair.ask("other", b"data") == b"data"
+    await pair.bob.add_unary_handler("echo", backwards, timeout=10)
+    assert await eventually(lambda: pair.ask("echo", b"data")) == b"atad"
+
+
+async def test_a_handler_that_is_not_there_cannot_be_removed(pair: Pair) -> None:
+    with pytest.raises(ControlFailure, match="echo.*not registered"):
+        await pair.bob.remove_unary_handler("echo")
+
+
+async def test_a_handler_at_work_finishes_when_it_is_removed(pair: Pair) -> None:
+    gate = Gate()
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    results = []
+
+    async def call() -> None:
+        results.append(await pair.ask("gate", b"data"))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await until(lambda: gate.entered)
+        await pair.bob.remove_unary_handler("gate")
+        gate.open.set()
+    assert results == [b"data"]
+
+
+async def test_a_protocol_has_one_handler_in_a_client(pair: Pair) -> None:
+    await pair.bob.add_unary_handler("echo", echo)
+    for balanced in (False, True):
+        with pytest.raises(ControlFailure, match="echo already registered"):
+            await pair.bob.add_unary_handler("echo", backwards, balanced=balanced)
+    assert await pair.ask("echo", b"data") == b"data"
+
+
+async def test_a_protocol_that_another_client_has_is_refused_and_nothing_is_changed(
+    pair: Pair,
+) -> None:
+    await pair.bob.add_unary_handler("echo", echo)
+    async with pair.bob_daemon.client() as second:
+        with pytest.raises(DaemonRefused, match="already set") as error:
+            await second.add_unary_handler("echo", backwards)
+        assert error.value.protocol == "echo"
+        with pytest.raises(ControlFailure, match="not registered"):
+            await second.remove_unary_handler("echo")
+        for _ in range(4):
+            assert await pair.ask("echo", b"data") == b"data"
+        await pair.bob.remove_unary_handler("echo")
+        await second.add_unary_handler("echo", backwards)
+        assert await eventually(lambda: pair.ask("echo", b"data")) == b"atad"
+
+
+async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> None:
+    served = []
+
+    def handler(name: str) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
+        async def serve(data: bytes, peer_id: PeerID) -> bytes:
+            served.append(name)
+            return name.encode() + data
+
+        return serve
+
+    await pair.bob.add_unary_handler("shared", handler("one"), balanced=True)
+    async with pair.bob_daemon.client() as second:
+        await second.add_unary_handler("shared", handler("two"), balanced=True)
+        results = await all_of(pair.ask("shared", b"%d" % n) for n in range(40))
+        assert sorted(served) == ["one"] * 20 + ["two"] * 20
+        assert {r[3:] for r in results if isinstance(r, bytes)} == {b"%d" % n for n in range(40)}
+    await until(lambda: second.unary.connected is False)
+
+    async def only_one_is_left() -> None:
+        served.clear()
+        assert await pair.ask("shared", b"") == b"one"
+        assert await pair.ask("shared", b"") == b"one"
+
+    await eventually(only_one_is_left)
+
+
+async def test_handlers_can_be_added_and_removed_all_at_once(pair: Pair) -> None:
+    names = [f"handler {number}" for number in range(50)]
+    assert await all_of(pair.bob.add_unary_handler(name, echo) for name in names) == [None] * 50
+    results = await all_of(pair.ask(name, name.encode()) for name in names)
+    assert results == [name.encode() for name in names]
+    assert await all_of(pair.bob.remove_unary_handler(name) for name in names) == [None] * 50
+    errors = await all_of(pair.ask(name) for name in names)
+    assert {type(error) for error in errors} == {DaemonRefused}
+
+
+# --- the connection ---
+
+
+async def test_the_connection_is_made_when_it_is_needed(pair: Pair) -> None:
+    unary = pair.alice.unary
+    assert not unary.connected
+    await pair.alice.identify()
+    assert not unary.connected
+    await unary.open(timeout=10)
+    await unary.open()
+    assert unary.connected
+    assert unary.daemon_connector is pair.alice.control.daemon_connector
+    assert unary.max_message_size == LIMIT
+
+
+async def test_closing_fails_what_is_pending_and_tells_the_callers_of_handlers(pair: Pair) -> None:
+    gate = Gate()
+    await pair.alice.add_unary_handler("gate", gate.handler)
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    here = pair.alice_daemon.peer_id
+
+    async def close() -> None:
+        await until(lambda: gate.entered == 6)
+        pair.alice.unary.close()
+        pair.alice.unary.close()
+
+    calls: list[Awaitable[Any]] = [pair.ask("gate") for _ in range(3)]
+    calls += [pair.bob.call_unary(here, "gate", b"", timeout=10) for _ in range(3)]
+    *errors, _ = await all_of([*calls, close()])
+    for error in errors[:3]:
+        assert isinstance(error, ConnectionLost), error
+        assert (error.peer_id, error.protocol) == (pair.bob_daemon.peer_id, "gate")
+    # Go's daemon has no word for them: they would wait for ever.
+    assert {type(error) for error in errors[3:]} == {P2PHandlerError}
+    await until(lambda: gate.cancelled == 6)
+    await until(pair.idle)
+    assert not pair.alice.unary.connected
+    # It can be used again, without its handlers.
+    gate.open.set()
+    assert await pair.ask("gate", b"again") == b"again"
+    with pytest.raises(DaemonRefused):
+        await pair.bob.call_unary(here, "gate", b"", timeout=10)
+
+
+@pytest.mark.parametrize("backend_and_options", BACKENDS)
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_client_serves_one_event_loop_after_another(
+    swarm: tuple[DaemonProcess, DaemonProcess], backend_and_options: Any, closed: bool
+) -> None:
+    backend, options = backend_and_options
+    first, second = swarm
+    alice, bob = first.client(), second.client()
+
+    async def run() -> None:
+        # The daemon may not have noticed yet that the last loop's connection is gone.
+        await eventually(lambda: bob.add_unary_handler("backwards", backwards))
+        asked = [b"%02d" % number for number in range(20)]
+        calls = (alice.call_unary(second.peer_id, "backwards", data) for data in asked)
+        assert await all_of(calls) == [data[::-1] for data in asked]
+        if closed:
+            await close()
+
+    async def close() -> None:
+        await alice.close()
+        await bob.close()
+
+    for _ in range(3):
+        anyio.run(run, backend=backend, backend_options=options)
+    anyio.run(close, backend=backend, backend_options=options)

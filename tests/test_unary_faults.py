@@ -1,0 +1,1138 @@
+"""Unary calls when something is wrong: daemons that lie, die or are deaf, floods, forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from fake_daemon import (
+    ERROR,
+    OK,
+    PATIENCE,
+    PEER,
+    UPGRADE,
+    Connection,
+    FakeDaemon,
+    Gone,
+    Message,
+    Script,
+    acknowledgement,
+    cancellation,
+    daemon_error,
+    field,
+    frame,
+    handler_error,
+    incoming,
+    reply,
+    serve_echo,
+    unary_echo,
+    varint,
+)
+from forking import in_child, run_in_thread
+from support import BACKENDS, DaemonProcess, all_of, open_descriptors, until
+
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonRefused,
+    DaemonUnreachable,
+    ForkedClientError,
+    MessageTooLarge,
+    NotSupported,
+    P2PHandlerError,
+    PeerID,
+    ProtocolViolation,
+)
+
+pytestmark = pytest.mark.anyio
+
+FAKE_PEER = PeerID(PEER)
+#: Ids of incoming calls.
+IDS = [bytes([number]) * 16 for number in range(1, 100)]
+
+
+def first(script: Script, *others: Script) -> Script:
+    """The scripts of the first connections; on further ones every call has its data for a
+    result."""
+    scripts = (script, *others)
+
+    def run(connection: Connection) -> None:
+        number = connection.number
+        (scripts[number - 1] if number <= len(scripts) else unary_echo)(connection)
+
+    return run
+
+
+async def ask(client: Client, data: bytes = b"data", timeout: float | None = None) -> bytes:
+    return await client.call_unary(FAKE_PEER, "echo", data, timeout=timeout)
+
+
+async def works(client: Client) -> None:
+    """Asserts that the next call succeeds."""
+    assert await ask(client, b"the next", timeout=10) == b"the next"
+
+
+async def echo(data: bytes, peer_id: PeerID) -> bytes:
+    return data
+
+
+# --- the upgrade ---
+
+
+def upstream(connection: Connection) -> None:
+    """A Go daemon without unary calls."""
+    request = connection.read_request()
+    while request != UPGRADE:
+        connection.send(frame(OK + field(4, field(1, PEER))))
+        request = connection.read_request()
+
+
+def refuses(connection: Connection) -> None:
+    """As the JS daemon."""
+    request = connection.read_request()
+    while True:
+        answer = ERROR if request == UPGRADE else OK + field(4, field(1, PEER))
+        connection.send(frame(answer))
+        request = connection.read_request()
+
+
+@pytest.mark.parametrize("script", [upstream, refuses])
+async def test_a_daemon_without_persistent_connections_is_not_supported(script: Script) -> None:
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                lambda: ask(client, timeout=10),
+                lambda: client.add_unary_handler("echo", echo, timeout=10),
+                lambda: client.unary.open(timeout=10),
+            ]
+            for call in calls:
+                with pytest.raises(NotSupported) as error:
+                    await call()
+                assert error.value.request == "PERSISTENT_CONN_UPGRADE"
+                assert not client.unary.connected and client.unary.pending_calls == 0
+            with pytest.raises(ControlFailure, match="not registered"):
+                await client.remove_unary_handler("echo")
+            assert (await client.identify()).peer_id == FAKE_PEER
+    # A refusal is in the daemon's own words.
+    assert (error.value.daemon_message == "no such luck") == (script is refuses)
+
+
+async def test_no_daemon_is_daemon_unreachable(tmp_path: Path) -> None:
+    async with Client(f"/unix{tmp_path}/nobody.sock") as client:
+        for call in (ask(client), client.add_unary_handler("echo", echo), client.unary.open()):
+            with pytest.raises(DaemonUnreachable):
+                await call
+
+
+async def test_an_upgrade_that_is_not_answered_ends_in_its_time() -> None:
+    def silent(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait_closed()
+
+    with FakeDaemon(first(silent)) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlTimeout):
+                await ask(client, timeout=0.2)
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_calls_at_once_share_one_upgrade() -> None:
+    with FakeDaemon(unary_echo) as fake:
+        async with Client(fake.control_maddr) as client:
+            asked = [b"%d" % number for number in range(100)]
+            assert await all_of(ask(client, data) for data in asked) == asked
+            assert fake.accepted == 1
+            assert len(fake.requests) == 101
+
+
+async def test_a_call_cancelled_during_the_upgrade_does_not_disturb_the_others() -> None:
+    go_on = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        go_on.wait(PATIENCE)
+        connection.send(frame(OK))
+        serve_echo(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            results = []
+
+            async def stays() -> None:
+                results.append(await ask(client, b"stays"))
+
+            async with anyio.create_task_group() as tasks:
+                async with anyio.create_task_group() as cancelled:
+                    cancelled.start_soon(ask, client, b"goes")
+                    await until(lambda: fake.requests)
+                    tasks.start_soon(stays)
+                    await anyio.lowlevel.checkpoint()
+                    cancelled.cancel_scope.cancel()
+                go_on.set()
+            assert results == [b"stays"]
+            assert client.unary.pending_calls == 0
+            await until(lambda: fake.open == 1)
+
+
+# --- lost connections ---
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_lost_connection_fails_every_pending_call_at_once(how: str) -> None:
+    lose = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        for _ in range(100):
+            connection.read_message()
+        lose.wait(PATIENCE)
+        if how == "reset":
+            connection.reset()
+
+    with FakeDaemon(first(script), "tcp") as fake:
+        async with Client(fake.control_maddr) as client:
+
+            async def lose_it() -> None:
+                await until(lambda: client.unary.pending_calls == 100)
+                lose.set()
+
+            calls = [client.call_unary(FAKE_PEER, f"p{n}", b"data") for n in range(100)]
+            *errors, _ = await all_of([*calls, lose_it()])
+            for number, error in enumerate(errors):
+                assert type(error) is ConnectionLost
+                assert error.request == "CALL_UNARY"
+                assert (error.peer_id, error.protocol) == (FAKE_PEER, f"p{number}")
+                assert str(FAKE_PEER) in str(error) and f"p{number}" in str(error)
+            assert len({id(error) for error in errors}) == 100  # each has a traceback of its own
+            assert client.unary.pending_calls == 0 and not client.unary.connected
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> None:
+    lose = threading.Event()
+    again: list[Message] = []
+
+    def loses(connection: Connection) -> None:
+        connection.upgrade()
+        for _ in range(3):
+            message = connection.read_message()
+            connection.send(frame(acknowledgement(message.call_id)))
+        lose.wait(PATIENCE)
+
+    def second(connection: Connection) -> None:
+        connection.upgrade()
+        while True:
+            message = connection.read_message()
+            again.append(message)
+            answer = reply(message.call_id, message.data)
+            if message.kind == "add":
+                answer = acknowledgement(message.call_id)
+            connection.send(frame(answer))
+            if len(again) == 3:  # and is called itself
+                connection.send(frame(incoming(IDS[0], "kept", b"hello")))
+
+    with FakeDaemon(first(loses, second)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("kept", echo)
+            await client.add_unary_handler("shared", echo, balanced=True)
+            await client.remove_unary_handler("shared")
+            lose.set()
+            await until(lambda: fake.open == 0)
+            await until(lambda: not client.unary.connected)
+            await client.add_unary_handler("new", echo, balanced=True)
+            await works(client)
+            await until(lambda: len(again) == 4)
+    added = [(m.proto, m.balanced) for m in again if m.kind == "add"]
+    assert added == [("kept", False), ("new", True)]
+    assert [m.data for m in again if m.kind == "call"] == [b"the next"]
+    assert [m.data for m in again if m.kind == "response"] == [b"hello"]
+
+
+async def test_handlers_at_work_are_cancelled_when_the_connection_is_lost() -> None:
+    lose = threading.Event()
+
+    def loses(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        for call_id in IDS[:5]:
+            connection.send(frame(incoming(call_id, "waits", b"")))
+        lose.wait(PATIENCE)
+
+    events = []
+
+    async def waits(data: bytes, peer_id: PeerID) -> bytes:
+        events.append("entered")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            events.append("left")
+        raise AssertionError
+
+    with FakeDaemon(first(loses)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("waits", waits)
+            await until(lambda: events == ["entered"] * 5)
+            assert client.unary.unanswered_calls == 5
+            lose.set()
+            await until(lambda: events.count("left") == 5)
+            await until(lambda: client.unary.unanswered_calls == 0)
+            await works(client)
+
+
+async def test_a_lost_connection_fails_a_handler_that_is_being_added_which_is_not_kept() -> None:
+    def loses(connection: Connection) -> None:
+        connection.upgrade()
+        connection.read_message()
+
+    with FakeDaemon(first(loses)) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ConnectionLost) as error:
+                await client.add_unary_handler("echo", echo, timeout=10)
+            assert error.value.protocol == "echo"
+            await works(client)
+            assert len(fake.requests) == 4  # two upgrades, a handler, a call
+            await client.add_unary_handler("echo", echo)
+
+
+async def test_a_killed_daemon_fails_a_thousand_pending_calls_within_a_second() -> None:
+    never = anyio.Event()
+
+    async def waits(data: bytes, peer_id: PeerID) -> bytes:
+        await never.wait()
+        return data
+
+    with DaemonProcess() as here, DaemonProcess() as there:
+        async with here.client() as alice, there.client() as bob:
+            await alice.unary.open()
+            await bob.add_unary_handler("waits", waits)
+            await alice.connect(there.peer_id, there.addrs)
+            killed = []
+
+            async def kill() -> None:
+                await until(lambda: alice.unary.pending_calls == 1000)
+                await until(lambda: bob.unary.unanswered_calls > 0)
+                here.process.kill()
+                killed.append(time.monotonic())
+
+            calls: list[Awaitable[Any]] = [
+                alice.call_unary(there.peer_id, "waits", b"%d" % n) for n in range(1000)
+            ]
+            *errors, none = await all_of([*calls, kill()])
+            assert time.monotonic() - killed[0] < 1.0
+            assert none is None
+            assert {type(error) for error in errors} == {ConnectionLost}
+            assert alice.unary.pending_calls == 0
+            # The callee is told by its own daemon.
+            await until(lambda: bob.unary.unanswered_calls == 0)
+            start = time.monotonic()
+            with pytest.raises(DaemonUnreachable):
+                await alice.call_unary(there.peer_id, "waits", b"later")
+            assert time.monotonic() - start < 1.0
+
+
+async def test_a_killed_daemon_of_the_other_side_fails_the_calls_to_it() -> None:
+    with DaemonProcess() as here, DaemonProcess() as there:
+        async with here.client() as alice, there.client() as bob:
+            await alice.unary.open()
+
+            async def waits(data: bytes, peer_id: PeerID) -> bytes:
+                await anyio.sleep_forever()
+                raise AssertionError
+
+            await bob.add_unary_handler("waits", waits)
+            await alice.connect(there.peer_id, there.addrs)
+
+            async def kill() -> None:
+                await until(lambda: bob.unary.unanswered_calls == 50)
+                there.process.kill()
+
+            calls: list[Awaitable[Any]] = [
+                alice.call_unary(there.peer_id, "waits", b"") for _ in range(50)
+            ]
+            *errors, _ = await all_of([*calls, kill()])
+            assert {type(error) for error in errors} == {DaemonRefused}
+            await until(lambda: bob.unary.unanswered_calls == 0)
+            assert alice.unary.connected and not bob.unary.connected
+
+
+async def test_a_daemon_restarted_at_its_address_has_the_handlers_again() -> None:
+    with DaemonProcess() as here:
+        async with here.client() as alice:
+            await alice.unary.open()
+            there = DaemonProcess()
+            try:
+                bob = there.client()
+                await bob.add_unary_handler("echo", echo)
+                await alice.connect(there.peer_id, there.addrs)
+                assert await alice.call_unary(there.peer_id, "echo", b"before") == b"before"
+                address = there.control_maddr
+            finally:
+                there.stop()
+            with DaemonProcess(control_maddr=address) as there:
+                async with bob:
+                    await until(lambda: not bob.unary.connected)
+                    await bob.unary.open(timeout=10)
+                    await alice.connect(there.peer_id, there.addrs)
+                    assert await alice.call_unary(there.peer_id, "echo", b"after") == b"after"
+
+
+# --- answers that are none ---
+
+
+async def test_answers_to_nobody_are_ignored() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        while True:
+            call = connection.read_message()
+            if call.kind == "cancel":
+                continue
+            strange = os.urandom(16)
+            for answer in (
+                reply(strange, b"unknown"),
+                handler_error(strange, b"unknown"),
+                acknowledgement(strange),
+                daemon_error(strange, b"unknown"),
+                cancellation(strange),
+                reply(call.call_id, call.data),
+                reply(call.call_id, b"repeated"),
+                handler_error(call.call_id, b"repeated"),
+                daemon_error(call.call_id, b"repeated"),
+                acknowledgement(call.call_id),
+                cancellation(call.call_id),
+            ):
+                connection.send(frame(answer))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            for number in range(20):
+                assert await ask(client, b"%d" % number, timeout=10) == b"%d" % number
+            assert fake.accepted == 1 and client.unary.pending_calls == 0
+
+
+async def test_a_cancelled_call_is_told_to_the_daemon_and_its_late_reply_dropped() -> None:
+    late: list[Message] = []
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        while True:
+            message = connection.read_message()
+            if message.kind == "cancel":
+                (call,) = (m for m in late if m.call_id == message.call_id)
+                # What Go says, and what was under way already.
+                connection.send(frame(reply(call.call_id, b"late")))
+                connection.send(frame(cancellation(call.call_id)))
+                late.append(message)
+            elif message.data == b"silence":
+                late.append(message)
+            else:
+                connection.send(frame(reply(message.call_id, message.data)))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlTimeout):
+                await ask(client, b"silence", timeout=0.1)
+            await until(lambda: len(late) == 2)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask, client, b"silence")
+                await until(lambda: len(late) == 3)
+                tasks.cancel_scope.cancel()
+            await until(lambda: len(late) == 4)
+            for _ in range(5):
+                await works(client)
+            assert [message.kind for message in late] == ["call", "cancel"] * 2
+            assert len({message.call_id for message in late}) == 2
+            assert fake.accepted == 1 and client.unary.pending_calls == 0
+
+
+async def test_a_daemons_error_is_a_refusal_in_its_words() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        while True:
+            connection.send(frame(daemon_error(connection.read_message().call_id, b"no way")))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(DaemonRefused, match="no way") as error:
+                await ask(client)
+            assert error.value.daemon_message == "no way"
+            assert (error.value.request, error.value.peer_id) == ("CALL_UNARY", FAKE_PEER)
+            assert error.value.protocol == "echo"
+            with pytest.raises(DaemonRefused, match="no way") as error:
+                await client.add_unary_handler("echo", echo)
+            assert error.value.protocol == "echo"
+            # Which changed nothing: it can be asked again, and is not there to be removed.
+            with pytest.raises(DaemonRefused, match="no way"):
+                await client.add_unary_handler("echo", echo)
+            with pytest.raises(ControlFailure, match="not registered"):
+                await client.remove_unary_handler("echo")
+            assert fake.accepted == 1
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [lambda c: acknowledgement(c), lambda c: field(1, c) + field(2, b"")],
+    ids=["no message", "no result"],
+)
+async def test_a_reply_with_nothing_in_it_fails_its_call_alone(
+    strange: Callable[[bytes], bytes],
+) -> None:
+    """It is what a Go daemon makes of a remote peer's nonsense: not to be everybody's loss."""
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        calls = [connection.read_message() for _ in range(3)]
+        for call in sorted(calls, key=lambda call: call.data):
+            answer = reply(call.call_id, call.data)
+            connection.send(frame(strange(call.call_id) if call.data == b"1" else answer))
+        serve_echo(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            before, error, after = await all_of(
+                ask(client, b"%d" % number, timeout=10) for number in range(3)
+            )
+            assert (before, after) == (b"0", b"2")
+            assert isinstance(error, ProtocolViolation)
+            assert (error.request, error.peer_id) == ("CALL_UNARY", FAKE_PEER)
+            await works(client)
+            assert fake.accepted == 1
+
+
+CALL_ID = IDS[0]
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], bool]] = {
+    # What is sent in answer to a call with that id, and whether the daemon closes then.
+    "garbage": (lambda c: b"\x05hello", False),
+    "text": (lambda c: b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, False),
+    "a length of eleven bytes": (lambda c: b"\x80" * 10 + b"\x01", False),
+    "a length that is not minimal": (lambda c: b"\x80\x00", False),
+    "a length of 2^63": (lambda c: varint(1 << 63), False),
+    "a length of 1 GiB": (lambda c: varint(1 << 30) + reply(c, b""), False),
+    "an empty message": (lambda c: b"\x00", False),
+    "no call id": (lambda c: frame(field(2, field(1, b"data"))), False),
+    "a call id of 15 bytes": (lambda c: frame(reply(c[:15], b"data")), False),
+    "a call id of 17 bytes": (lambda c: frame(reply(c + b"x", b"data")), False),
+    "an empty call id": (lambda c: frame(reply(b"", b"data")), False),
+    "a call id of an incoming call": (lambda c: frame(incoming(b"short", "echo", b"")), False),
+    "a reply that is none": (lambda c: frame(field(1, c) + field(2, b"\xff")), False),
+    "a reply of another wire type": (lambda c: frame(field(1, c) + field(2, 7)), False),
+    "a field that ends too late": (lambda c: frame(reply(c, b"data")[:-1]), False),
+    "nothing": (lambda c: b"", True),
+    "half a length": (lambda c: b"\xff", True),
+    "half a reply": (lambda c: frame(reply(c, bytes(1000)))[:500], True),
+    "half a large reply": (lambda c: frame(reply(c, bytes(1 << 20)))[: 1 << 19], True),
+    "all but a byte": (lambda c: frame(reply(c, bytes(100)))[:-1], True),
+}
+
+
+@pytest.mark.parametrize(("answer", "close"), BROKEN.values(), ids=BROKEN)
+async def test_what_is_no_answer_fails_what_is_pending_at_once(
+    answer: Callable[[bytes], bytes], close: bool
+) -> None:
+    def broken(connection: Connection) -> None:
+        connection.upgrade()
+        calls = [connection.read_message() for _ in range(5)]
+        connection.send(answer(calls[0].call_id))
+        if not close:
+            connection.wait_closed()
+
+    with FakeDaemon(first(broken)) as fake:
+        async with Client(fake.control_maddr) as client:
+            errors = await all_of(ask(client, timeout=10) for _ in range(5))
+            kinds = {type(error) for error in errors}
+            assert kinds == {ConnectionLost} if close else ProtocolViolation in kinds
+            # Those whose answer it was not may say either.
+            assert kinds <= {ConnectionLost, ProtocolViolation}
+            for error in errors:
+                assert isinstance(error, ControlFailure)
+                assert (error.request, error.peer_id) == ("CALL_UNARY", FAKE_PEER)
+            await until(lambda: fake.open == 0)
+            assert client.unary.pending_calls == 0
+            await works(client)
+            assert fake.accepted == 2
+
+
+@pytest.mark.parametrize("close", [True, False])
+async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
+    rng = random.Random(6)
+
+    def script(blob: bytes) -> Script:
+        def run(connection: Connection) -> None:
+            connection.upgrade()
+            call = connection.read_message()
+            good = frame(reply(call.call_id, bytes(50)))
+            damaged = bytearray(good)
+            damaged[blob[0] % len(good)] ^= 1 << (blob[1] % 8)
+            connection.send(blob if blob[2] & 1 else bytes(damaged))
+            if not close:
+                # What is cut off is cut off in the end.
+                select.select([connection.socket], [], [], 0.05)
+
+        return run
+
+    scripts = [script(rng.randbytes(rng.randrange(3, 60))) for _ in range(100)]
+    with FakeDaemon(first(*scripts)) as fake:
+        async with Client(fake.control_maddr) as client:
+            for _ in range(300):
+                try:
+                    await ask(client, timeout=10)
+                except (ConnectionLost, ProtocolViolation, DaemonRefused, P2PHandlerError):
+                    pass
+                if fake.accepted > 100:
+                    break
+            assert fake.accepted > 100
+            assert client.unary.pending_calls == 0
+            await works(client)
+
+
+async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
+    def script(connection: Connection) -> None:
+        for byte in frame(OK):
+            if not connection._requests:
+                connection.read_request()
+            connection.send(bytes([byte]))
+        call_number = 0
+        while True:
+            message = connection.read_message()
+            if message.kind == "response":
+                continue
+            call_number += 1
+            answer = frame(reply(message.call_id, message.data))
+            if message.kind == "add":
+                answer = frame(acknowledgement(message.call_id))
+            answer += frame(incoming(IDS[call_number], "echo", b"an incoming call"))
+            for byte in answer:
+                connection.send(bytes([byte]))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            for size in (0, 1, 200, 5000):
+                data = random.Random(size).randbytes(size)
+                assert await ask(client, data) == data
+            await until(lambda: len(fake.requests) == 1 + 5 + 5)
+    responses = [Message.decode(request) for request in fake.requests[1:]]
+    assert [m.data for m in responses if m.kind == "response"] == [b"an incoming call"] * 5
+
+
+async def test_everything_at_once_is_taken_apart() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        calls = [connection.read_message() for _ in range(50)]
+        answers = [frame(reply(call.call_id, call.data)) for call in calls]
+        answers += [frame(incoming(call_id, "echo", call_id * 300)) for call_id in IDS[:50]]
+        rng.shuffle(answers)
+        connection.send(b"".join(answers))
+        serve_echo(connection)
+
+    rng = random.Random(8)
+    asked = [rng.randbytes(rng.choice([0, 10, 5000, 100_000])) for _ in range(50)]
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            assert await all_of(ask(client, data) for data in asked) == asked
+            await until(lambda: len(fake.requests) == 102)
+            await works(client)
+    messages = [Message.decode(request) for request in fake.requests[52:]]
+    answered = {m.call_id: m.data for m in messages if m.kind == "response"}
+    assert answered == {call_id: call_id * 300 for call_id in IDS[:50]}
+
+
+# --- incoming calls ---
+
+
+def one_call(call: bytes, answers: list[Message]) -> Script:
+    """Makes a call once there is a handler, and notes the answer."""
+
+    def run(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        connection.send(frame(call))
+        answers.append(connection.read_message())
+        serve_echo(connection)
+
+    return run
+
+
+async def test_a_call_for_a_protocol_without_a_handler_is_answered_with_an_error() -> None:
+    answers: list[Message] = []
+    with FakeDaemon(one_call(incoming(CALL_ID, "other", b"data"), answers)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await until(lambda: answers)
+            assert (answers[0].kind, answers[0].call_id) == ("error", CALL_ID)
+            assert b"other" in answers[0].data
+            assert client.unary.unanswered_calls == 0
+            await works(client)
+            assert fake.accepted == 1
+
+
+async def test_a_call_for_what_is_no_text_is_answered_with_an_error_and_disturbs_nobody() -> None:
+    """The protocol in a call is the caller's word: Go passes on whatever bytes there are."""
+    call = field(1, PEER) + field(2, b"\xff\xfe") + field(3, b"data")
+    answers: list[Message] = []
+    with FakeDaemon(one_call(field(1, CALL_ID) + field(3, call), answers)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await until(lambda: answers)
+            assert (answers[0].kind, answers[0].call_id) == ("error", CALL_ID)
+            await works(client)
+            assert fake.accepted == 1
+
+
+async def test_a_cancelled_handler_sends_nothing() -> None:
+    answers: list[Message] = []
+    entered, sent = [], threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        for call_id in IDS[:3]:
+            connection.send(frame(incoming(call_id, "handler", call_id)))
+        sent.wait(PATIENCE)
+        # The first is cancelled, and again; another that is unknown; the others are not.
+        for call_id in (IDS[0], IDS[0], IDS[9]):
+            connection.send(frame(cancellation(call_id)))
+        answers.append(connection.read_message())
+        answers.append(connection.read_message())
+        serve_echo(connection)
+
+    left = []
+    opened = anyio.Event()
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        entered.append(data)
+        try:
+            await opened.wait()
+        finally:
+            left.append(data)
+        return data
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("handler", handler)
+            await until(lambda: len(entered) == 3)
+            sent.set()
+            await until(lambda: left == [IDS[0]])
+            await until(lambda: client.unary.unanswered_calls == 2)
+            opened.set()
+            await until(lambda: len(answers) == 2)
+            await works(client)
+    assert {m.call_id: m.data for m in answers} == {i: i for i in IDS[1:3]}
+    assert all(message.kind == "response" for message in answers)
+
+
+async def test_a_handler_may_ask_its_own_daemon() -> None:
+    answers: list[Message] = []
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        connection.send(frame(incoming(CALL_ID, "asks", b"data")))
+        call = connection.read_message()
+        connection.send(frame(reply(call.call_id, call.data + b" and more")))
+        answers.append(connection.read_message())
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+
+            async def asks(data: bytes, peer_id: PeerID) -> bytes:
+                return await client.call_unary(peer_id, "more", data)
+
+            await client.add_unary_handler("asks", asks)
+            await until(lambda: answers)
+    assert (answers[0].call_id, answers[0].data) == (CALL_ID, b"data and more")
+
+
+class Flood:
+    """A daemon that has more incoming calls than anybody can hold."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self.sent = 0
+        #: Whether the client has stopped reading.
+        self.blocked = threading.Event()
+        self.answers: dict[bytes, Message] = {}
+
+    def call_id(self, number: int) -> bytes:
+        return number.to_bytes(16, "big")
+
+    def data(self, number: int) -> bytes:
+        return number.to_bytes(4, "big") * (self.size // 4)
+
+    def script(self, connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        reader = threading.Thread(target=self.read, args=(connection,))
+        reader.start()
+        for number in range(self.count):
+            rest = memoryview(frame(incoming(self.call_id(number), "handler", self.data(number))))
+            while rest:
+                if not select.select([], [connection.socket], [], 0.5)[1]:
+                    self.blocked.set()
+                    select.select([], [connection.socket], [], PATIENCE)
+                rest = rest[connection.socket.send(rest, socket.MSG_DONTWAIT) :]
+            self.sent += 1
+        reader.join(PATIENCE)
+
+    def read(self, connection: Connection) -> None:
+        while len(self.answers) < self.count:
+            try:
+                message = connection.read_message()
+            except (OSError, Gone):
+                return
+            assert message.call_id not in self.answers
+            self.answers[message.call_id] = message
+
+
+def resident() -> int:
+    """How much memory this process has, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(20_000, 4), (400, 1 << 20)], ids=["many small", "large"]
+)
+async def test_a_flood_of_calls_is_held_back_and_nothing_of_it_is_lost(
+    count: int, size: int
+) -> None:
+    flood = Flood(count, size)
+    go_on = anyio.Event()
+    entered = []
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        entered.append(data[:4])
+        await go_on.wait()
+        assert data == data[:4] * (flood.size // 4)
+        return data[:4]
+
+    before = resident()
+    with FakeDaemon(flood.script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("handler", handler)
+            await until(flood.blocked.is_set)
+            assert flood.sent < count
+            assert len(entered) <= client.unary.unanswered_calls < count
+            assert resident() - before < 128 << 20
+            assert flood.answers == {}
+            go_on.set()
+            await until(lambda: len(flood.answers) == count, within=25)
+            assert client.unary.unanswered_calls == 0
+            assert fake.accepted == 1
+    assert all(message.kind == "response" for message in flood.answers.values())
+    assert [flood.answers[flood.call_id(n)].data for n in range(count)] == [
+        flood.data(n)[:4] for n in range(count)
+    ]
+
+
+async def test_a_flood_does_not_keep_ones_own_call_from_its_answer() -> None:
+    """Where an answer is awaited there must be read on: what is too much is refused."""
+    count = 20_000
+    kinds: list[str] = []
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        call = connection.read_message()
+
+        def read() -> None:
+            while len(kinds) < count:
+                message = connection.read_message()
+                kinds.append(message.kind)
+                if message.kind == "error":
+                    assert b"busy" in message.data.lower()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for number in range(count):
+            connection.send(frame(incoming(number.to_bytes(16, "big"), "handler", b"data")))
+        connection.send(frame(reply(call.call_id, b"answer")))
+        reader.join(PATIENCE)
+
+    go_on = anyio.Event()
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        await go_on.wait()
+        return data
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("handler", handler)
+            assert await ask(client, timeout=25) == b"answer"
+            assert client.unary.unanswered_calls < count
+            go_on.set()
+            await until(lambda: len(kinds) == count)
+            assert fake.accepted == 1
+    assert set(kinds) == {"error", "response"}
+
+
+async def test_callers_are_held_back_by_a_daemon_that_does_not_read() -> None:
+    read_on = threading.Event()
+    answered = []
+
+    def deaf(connection: Connection) -> None:
+        connection.upgrade()
+        read_on.wait(PATIENCE)
+        while True:
+            message = connection.read_message()
+            if message.kind == "call":
+                answered.append(message.data[:1])
+                connection.send(frame(reply(message.call_id, message.data)))
+
+    data = bytes(1 << 20)
+    with FakeDaemon(deaf) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            before = resident()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(300):
+                    tasks.start_soon(ask, client, data)
+                await until(lambda: client.unary.pending_calls)
+                await anyio.sleep(0.3)  # nothing says that nothing more is going to be taken
+                assert resident() - before < 128 << 20
+                # And it can still be cancelled, or be out of time.
+                with pytest.raises(ControlTimeout):
+                    await ask(client, data, timeout=0.1)
+                tasks.cancel_scope.cancel()
+            assert client.unary.pending_calls == 0
+            read_on.set()
+            # Whatever was half written was finished: the daemon reads whole messages.
+            data = b"x" + data
+            results = await all_of(ask(client, data, timeout=20) for _ in range(20))
+            assert all(result == data for result in results)
+            assert fake.accepted == 1
+            assert answered.count(b"x") == 20
+            assert answered.count(b"\0") < 300
+
+
+async def test_a_call_that_gives_up_its_turn_leaves_it_to_the_next() -> None:
+    read_on = threading.Event()
+
+    def deaf(connection: Connection) -> None:
+        connection.upgrade()
+        read_on.wait(PATIENCE)
+        serve_echo(connection)
+
+    results = []
+    with FakeDaemon(deaf) as fake:
+        async with Client(fake.control_maddr) as client:
+
+            async def call(size: int) -> None:
+                results.append(len(await ask(client, bytes(size), timeout=20)))
+
+            async def too_large() -> None:
+                with pytest.raises(MessageTooLarge):
+                    await ask(client, bytes(5 << 20), timeout=20)
+                results.append(-1)
+
+            await client.unary.open()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(call, 1 << 20)
+                await until(lambda: client.unary.pending_calls)
+                for _ in range(5):
+                    tasks.start_soon(too_large)
+                    tasks.start_soon(call, 10)
+                async with anyio.create_task_group() as cancelled:
+                    cancelled.start_soon(call, 20)
+                    await anyio.sleep(0.05)
+                    cancelled.cancel_scope.cancel()
+                tasks.start_soon(call, 30)
+                await anyio.sleep(0.05)
+                read_on.set()
+            assert sorted(results) == [-1] * 5 + [10] * 5 + [30] + [1 << 20] * 3
+            assert fake.accepted == 1
+
+
+async def test_a_daemon_that_does_not_read_and_dies_fails_all_callers() -> None:
+    die = threading.Event()
+
+    def deaf(connection: Connection) -> None:
+        connection.upgrade()
+        die.wait(PATIENCE)
+
+    with FakeDaemon(first(deaf)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            pending: list[Awaitable[Any]] = [ask(client, bytes(1 << 20)) for _ in range(50)]
+
+            async def kill() -> None:
+                await until(lambda: client.unary.pending_calls)
+                die.set()
+
+            *errors, _ = await all_of([*pending, kill()])
+            # Those that could not have been sent may have been sent to the next daemon.
+            assert {type(error) for error in errors} <= {ConnectionLost, bytes}
+            assert ConnectionLost in {type(error) for error in errors}
+            await works(client)
+
+
+# --- call ids, forked processes ---
+
+
+async def test_call_ids_are_unique_over_clients_and_forks(anyio_backend: Any) -> None:
+    """Daemons tell the calls of all their clients, and of other peers, apart by them."""
+    with FakeDaemon(unary_echo) as fake:
+
+        async def calls() -> None:
+            async with Client(fake.control_maddr) as client:
+                asked = [b"%d" % number for number in range(50)]
+                assert await all_of(ask(client, data) for data in asked) == asked
+
+        async with Client(fake.control_maddr) as client:
+            await works(client)
+            for _ in range(4):
+                await in_child(lambda: run_in_thread(anyio_backend, calls))
+            await calls()
+            await works(client)
+            await works(client)
+        ids = [Message.decode(r).call_id for r in fake.requests if r != UPGRADE]
+    assert len(ids) == len(set(ids)) == 3 + 5 * 50
+
+
+async def test_a_client_of_the_parent_is_refused_in_the_child(anyio_backend: Any) -> None:
+    with FakeDaemon(unary_echo) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await works(client)
+
+            async def use() -> None:
+                calls: list[Callable[[], Awaitable[Any]]] = [
+                    lambda: ask(client),
+                    lambda: ask(client, timeout=5),
+                    lambda: client.add_unary_handler("another", echo),
+                    lambda: client.remove_unary_handler("echo"),
+                    client.unary.open,
+                ]
+                for call in calls:
+                    with pytest.raises(ForkedClientError, match=f"process {os.getppid()} .*new"):
+                        await call()
+                with pytest.raises(ForkedClientError) as error:
+                    await ask(client)
+                assert (error.value.request, error.value.peer_id) == ("CALL_UNARY", FAKE_PEER)
+                assert error.value.protocol == "echo"
+
+            await in_child(lambda: run_in_thread(anyio_backend, use))
+            await works(client)
+            assert fake.accepted == 1
+
+
+@pytest.mark.parametrize("how", ["unary.close", "client.close", "garbage"])
+async def test_a_child_that_lets_go_of_it_does_not_disturb_a_pending_call(
+    how: str, anyio_backend: Any
+) -> None:
+    go_on = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        call = connection.read_message()
+        connection.send(frame(incoming(CALL_ID, "handler", b"incoming")))
+        go_on.wait(PATIENCE)
+        connection.send(frame(reply(call.call_id, call.data)))
+        response = connection.read_message()
+        assert (response.kind, response.data) == ("response", b"incoming")
+        serve_echo(connection)
+
+    opened = anyio.Event()
+    entered = []
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        entered.append(data)
+        await opened.wait()
+        return data
+
+    with FakeDaemon(script) as fake:
+        clients = [Client(fake.control_maddr)]
+        async with clients[0] as client:
+            await client.add_unary_handler("handler", handler)
+
+            def let_go() -> None:
+                nonlocal client
+                if how == "unary.close":
+                    client.unary.close()
+                elif how == "garbage":
+                    clients.clear()
+                    del client
+                    gc.collect()
+                else:
+                    run_in_thread(anyio_backend, client.close)
+
+            results = []
+
+            async def call() -> None:
+                results.append(await ask(client))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call)
+                await until(lambda: entered)
+                await in_child(let_go)
+                assert client.unary.pending_calls == client.unary.unanswered_calls == 1
+                go_on.set()
+            opened.set()
+            assert results == [b"data"]
+            await until(lambda: client.unary.unanswered_calls == 0)
+            await works(client)
+            assert fake.accepted == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "rounds"),
+    [
+        pytest.param(backend.values[0], rounds, id=backend.id)
+        for backend, rounds in zip(BACKENDS, (1000, 100, 100), strict=True)
+    ],
+)
+def test_forks_that_use_it_and_exit_leak_nothing(backend: Any, rounds: int) -> None:
+    async def main() -> None:
+        with DaemonProcess() as here, DaemonProcess() as there:
+            here.keep()
+            there.keep()
+            async with here.client() as alice, there.client() as bob:
+                await alice.connect(there.peer_id, there.addrs)
+                await bob.add_unary_handler("echo", echo)
+                await alice.add_unary_handler("echo", echo)
+
+                async def child() -> None:
+                    async with here.client() as client:
+                        data = os.urandom(100)
+                        assert await client.call_unary(there.peer_id, "echo", data) == data
+
+                async def parent(number: int) -> None:
+                    data = b"%d" % number
+                    assert await alice.call_unary(there.peer_id, "echo", data) == data
+                    assert await bob.call_unary(here.peer_id, "echo", data) == data
+
+                def daemons_descriptors() -> int:
+                    return len(os.listdir(f"/proc/{here.process.pid}/fd"))
+
+                await parent(0)
+                descriptors, theirs = open_descriptors(), daemons_descriptors()
+                for number in range(rounds):
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(parent, number)
+                        await anyio.lowlevel.checkpoint()  # so that a call is pending
+                        await in_child(lambda: run_in_thread(backend, child))
+                    if number == rounds // 10:
+                        before = resident()
+                await parent(rounds)
+                assert open_descriptors() == descriptors
+                assert resident() - before < 16 << 20
+                await until(lambda: daemons_descriptors() <= theirs + 2)
+
+    anyio.run(main, backend=backend[0], backend_options=backend[1])
