@@ -3,7 +3,7 @@
 Every contender is a process of its own; rounds are interleaved, so that whatever else the machine
 does falls on all of them alike. The echo at the other end of streams is the same for all.
 Prints medians per operation and the ratio to ours on asyncio, of wall time and of CPU time.
-Unary calls are measured by unary.py.
+Unary calls are measured by calls.py.
 
 Usage: run.py [--rounds N] [--only requests|unary]
 """
@@ -14,8 +14,8 @@ import statistics
 from contextlib import ExitStack
 
 import anyio
+import calls
 import incumbents
-import unary
 from worker import Worker
 
 from p2pclient_rs import Daemon, Stream, StreamInfo
@@ -95,7 +95,7 @@ async def main(rounds: int, only: str | None) -> None:
                 if only != "unary":
                     report(await anyio.to_thread.run_sync(measure, *near, rounds))
                 if only != "requests":
-                    unary.report(await anyio.to_thread.run_sync(unary.measure, near, far, rounds))
+                    calls.report(await anyio.to_thread.run_sync(calls.measure, near, far, rounds))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,13 @@ fn reply(id: CallId, payload: &[u8]) -> Vec<u8> {
 }
 
 fn call(id: CallId, payload: &[u8]) -> Vec<u8> {
+    call_of(b"echo", id, payload)
+}
+
+fn call_of(proto: &'static [u8], id: CallId, payload: &[u8]) -> Vec<u8> {
     let call = p2pd::CallUnaryRequest {
         peer: Some(Bytes::from_static(b"peer")),
-        proto: Some("echo".to_owned()),
+        proto: Some(Bytes::from_static(proto)),
         data: Some(Bytes::copy_from_slice(payload)),
     };
     response(id, Some(response::Message::RequestHandling(call)))
@@ -81,7 +85,7 @@ fn a_call_is_what_the_schema_says() {
     out.extend_from_slice(&payload);
     let call = p2pd::CallUnaryRequest {
         peer: Some(Bytes::from_static(b"peer")),
-        proto: Some("echo".to_owned()),
+        proto: Some(Bytes::from_static(b"echo")),
         data: Some(payload.into()),
     };
     let expected = p2pd::PersistentConnectionRequest {
@@ -236,6 +240,37 @@ fn a_cancelled_call_cannot_be_replied_to() {
     assert!(!connection.reply(&[5; 16], 4, &mut out));
     connection.reply_error(&[5; 16], "late", &mut out);
     assert!(out.is_empty());
+}
+
+#[test]
+fn the_protocol_of_a_call_need_not_be_utf_8() {
+    let mut connection = connection(UnaryLimits::default());
+    for (id, len) in [([5; 16], 4), ([6; 16], 3 * DIRECT)] {
+        let bytes = call_of(b"\xff", id, &vec![0; len]);
+        let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+        assert!(
+            matches!(&events[..], [UnaryEvent::Call { protocol, .. }] if protocol == "\u{fffd}")
+        );
+    }
+}
+
+#[test]
+fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let mine = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    connection.add_handler("x", false, 2, &mut out).unwrap();
+    feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
+    out.clear();
+    connection.leave("gone", &mut out);
+    let messages = sent(out);
+    let ids: Vec<_> = messages.iter().map(|m| m.call_id.as_deref()).collect();
+    assert_eq!(ids, [Some(&[5; 16][..]), Some(&mine[..])]);
+    assert!(matches!(
+        &messages[1].message,
+        Some(request::Message::Cancel(_))
+    ));
+    assert_eq!((connection.unanswered(), connection.pending()), (0, 2));
 }
 
 #[test]
@@ -404,7 +439,7 @@ proptest! {
                     prop_assert_eq!(message.call_id.as_deref(), Some(&id[..]));
                     response::Message::RequestHandling(p2pd::CallUnaryRequest {
                         peer: Some(peer),
-                        proto: Some(protocol),
+                        proto: Some(protocol.into()),
                         data: Some(payload),
                     })
                 }
