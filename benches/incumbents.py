@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from downloads import HIVEMIND_VERSION, cache_dir, download, hivemind_wheel  # noqa: E402
 
+HIVEMIND = f"hivemind-{HIVEMIND_VERSION}"
+P2PCLIENT = "p2pclient-0.3.0"
 P2PCLIENT_SHA256 = "430f4aba54194ed467dcf961babcaccfd7a278271be0574bb2aa2a6606b10f85"
 
 
@@ -23,8 +25,8 @@ def p2pclient_wheel() -> AbstractContextManager[Path]:
 
 
 WHEELS: dict[str, Callable[[], AbstractContextManager[Path]]] = {
-    "p2pclient-0.3.0": p2pclient_wheel,
-    f"hivemind-{HIVEMIND_VERSION}": hivemind_wheel,
+    P2PCLIENT: p2pclient_wheel,
+    HIVEMIND: hivemind_wheel,
 }
 
 
@@ -37,18 +39,20 @@ def fetch(name: str) -> Path:
         with WHEELS[name]() as wheel, zipfile.ZipFile(wheel) as archive:
             unpacked = wheel.with_suffix("")
             archive.extractall(unpacked)
+            for daemon in unpacked.glob("*/hivemind_cli/p2pd"):
+                daemon.chmod(0o755)  # which unzipping forgets
             unpacked.rename(folder)
     return folder
 
 
 def load_p2pclient() -> None:
     """Makes `import p2pclient` find the original."""
-    sys.path.insert(0, str(fetch("p2pclient-0.3.0")))
+    sys.path.insert(0, str(fetch(P2PCLIENT)))
 
 
 def load_hivemind() -> None:
     """Makes `import hivemind.p2p.p2p_daemon_bindings` find the original."""
-    root = fetch(f"hivemind-{HIVEMIND_VERSION}") / "hivemind"
+    root = fetch(HIVEMIND) / "hivemind"
     for name in ("", "p2p", "utils"):
         module = types.ModuleType(f"hivemind.{name}".rstrip("."))
         module.__path__ = [str(root / name)]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benches"))
-from incumbents import fetch  # noqa: E402
+from incumbents import HIVEMIND, fetch  # noqa: E402
 
 
 def make(directory: Path, version: str = "1.1.12") -> Path:
@@ -19,7 +19,7 @@ def make(directory: Path, version: str = "1.1.12") -> Path:
         directory: Where to make it.
         version: What hivemind says that it is.
     """
-    wheel = fetch("hivemind") / "hivemind"
+    wheel = fetch(HIVEMIND) / "hivemind"
     package = directory / "hivemind"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f'import hivemind.p2p\n\n__version__ = "{version}"\n')

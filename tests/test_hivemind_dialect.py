@@ -421,6 +421,45 @@ async def test_a_stream_and_its_handler(two: Pair) -> None:
         assert seen.proto == "shout"
 
 
+async def test_a_stream_handler_registered_twice_is_refused_and_the_first_stays(
+    two: Pair,
+) -> None:
+    async def first(info: Any, reader: Any, writer: Any) -> None:
+        writer.write(b"first")
+        await writer.drain()
+        writer.close()
+
+    async def second(info: Any, reader: Any, writer: Any) -> None:
+        writer.close()
+
+    async with two.far.listen():
+        await two.far.stream_handler("twice", first)
+        with pytest.raises(two.b.ControlFailure):
+            await two.far.stream_handler("twice", second)
+        if not two.b.is_original:  # whose table has the one that was refused
+            _, reader, writer = await two.near.stream_open(two.far_id, ("twice",))
+            assert await reader.read(100) == b"first"
+            writer.close()
+        await two.far.remove_stream_handler("twice")
+
+
+async def test_listening_can_be_ended_by_another_task(two: Pair) -> None:
+    context = two.far.listen()
+    await asyncio.create_task(context.__aenter__())
+    served = asyncio.Event()
+
+    async def handler(info: Any, reader: Any, writer: Any) -> None:
+        served.set()
+        writer.close()
+
+    await two.far.stream_handler("handed on", handler)
+    _, _, writer = await two.near.stream_open(two.far_id, ("handed on",))
+    await served.wait()
+    writer.close()
+    await two.far.remove_stream_handler("handed on")
+    await asyncio.create_task(context.__aexit__(None, None, None))
+
+
 async def test_streams_that_cannot_be_had_are_control_failures(two: Pair) -> None:
     with pytest.raises(two.b.ControlFailure):
         await two.near.stream_open(two.far_id, ("nobody serves it",))

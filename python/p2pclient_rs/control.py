@@ -53,6 +53,9 @@ class ControlClient:
             attribute says which while listening.
     """
 
+    #: Whether a handler takes the place of another one of this client.
+    _replaces_handlers = True
+
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
     ) -> None:
@@ -170,7 +173,7 @@ class ControlClient:
         except BaseException as error:
             # hivemind's fork refuses what upstream takes for a replacement. The daemon connects
             # to this client already, so nothing but the handler is to be replaced.
-            if before is not None and isinstance(error, DaemonRefused):
+            if before is not None and isinstance(error, DaemonRefused) and self._replaces_handlers:
                 return
             if before is None:
                 self.handlers.pop(proto, None)
@@ -220,14 +223,11 @@ class ControlClient:
         configured = self.listen_maddr
         try:
             listener, self.listen_maddr = await self._bind(Multiaddr(configured))
-            self._scope = anyio.CancelScope()
-            async with _ungrouped_task_group() as tasks:
-                tasks.start_soon(self._serve, listener, self._scope)
+            async with self._serving(listener):
                 try:
                     yield self
                 finally:
                     await self._unregister_all()
-                    tasks.cancel_scope.cancel()
         finally:
             self._scope = None
             self._listening = False
@@ -254,6 +254,17 @@ class ControlClient:
             actual = Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
             return listener, self.daemon_connector.types.multiaddr(actual)
         raise OSError(f"no address to listen at: {maddr}")
+
+    @asynccontextmanager
+    async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
+        """Serves the listener until the context is left."""
+        self._scope = anyio.CancelScope()
+        async with _ungrouped_task_group() as tasks:
+            tasks.start_soon(self._serve, listener, self._scope)
+            try:
+                yield
+            finally:
+                tasks.cancel_scope.cancel()
 
     async def _serve(self, listener: RawListener, scope: anyio.CancelScope) -> None:
         watched = watch(listener.fileno())

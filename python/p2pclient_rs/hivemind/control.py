@@ -11,8 +11,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
+import anyio
+
 import p2pclient_rs
 from p2pclient_rs import connector, control
+from p2pclient_rs._native import RawListener
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
 from p2pclient_rs.hivemind.exceptions import of_hivemind
@@ -191,6 +194,7 @@ class ControlClient(control.ControlClient):
     DEFAULT_LISTEN_MADDR = control.DEFAULT_LISTEN_MADDR
 
     handlers: dict[str, StreamHandler]  # type: ignore[assignment]
+    _replaces_handlers = False
 
     def __init__(
         self,
@@ -305,6 +309,10 @@ class ControlClient(control.ControlClient):
             proto: The protocol.
             handler_cb: An async function of a ``StreamInfo``, a reader and a writer.
             balanced: Whether several clients may serve the protocol in turn.
+
+        Raises:
+            ControlFailure: This client serves the protocol already, or another does, without
+                ``balanced``.
         """
         await super().stream_handler(proto, handler_cb, balanced=balanced)  # type: ignore[arg-type]
 
@@ -313,10 +321,23 @@ class ControlClient(control.ControlClient):
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[Self]:
-        """Accepts inbound streams, and has them handled, until the context is left. Handlers still
-        at work are cancelled then."""
+        """Accepts inbound streams, and has them handled, until the context is left, which need not
+        be in the task that entered it. Handlers still at work are cancelled then."""
         async with super().listen():
             yield self
+
+    @asynccontextmanager
+    async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
+        # In a task of its own: a task group would have to be left by the task that entered it.
+        task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                raise error
 
     async def _unregister_all(self) -> None:
         # After close() the daemon, or the event loop, is about to end: nobody waits for either.
