@@ -14,7 +14,16 @@ import anyio
 
 from p2pclient_rs._native import ControlConnection, RawStream, Readiness
 
-__all__ = ["Promise", "Reactor", "Watch", "Work", "current_loop", "reactor", "watch"]
+__all__ = [
+    "Promise",
+    "Reactor",
+    "Watch",
+    "Work",
+    "current_loop",
+    "in_trio_task",
+    "reactor",
+    "watch",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +60,15 @@ def current_loop() -> Any:
         RuntimeError: None is running.
     """
     # Trio first: as a guest it runs inside an asyncio loop.
-    trio_module = sys.modules.get("trio")
-    if trio_module is not None and trio_module.lowlevel.in_trio_task():
-        return trio_module.lowlevel.current_trio_token()
+    if in_trio_task():
+        return sys.modules["trio"].lowlevel.current_trio_token()
     return asyncio.get_running_loop()
+
+
+def in_trio_task() -> bool:
+    """Whether a trio task is running."""
+    trio_module = sys.modules.get("trio")
+    return trio_module is not None and bool(trio_module.lowlevel.in_trio_task())
 
 
 def watch(fd: int) -> Watch:
@@ -162,6 +176,7 @@ class Reactor(Protocol):
     def add_writer(self, fd: int, callback: Callable[[], object], /) -> object: ...
     def remove_writer(self, fd: int, /) -> object: ...
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
 
     def promise(self) -> Promise:
         """Something new to wait for."""
@@ -174,6 +189,9 @@ class Reactor(Protocol):
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
         """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        """Calls back when work that was cancelled has ended, if it may never have begun."""
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
         """Calls back in the loop's thread, now or soon, or here if the loop has stopped."""
@@ -201,6 +219,7 @@ class AsyncioReactor:
         self.add_writer = loop.add_writer
         self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
+        self.call_later = loop.call_later
         self.promise: Callable[[], Promise] = loop.create_future
 
     @property
@@ -218,6 +237,9 @@ class AsyncioReactor:
             return asyncio.Task(work(), loop=self._loop, context=context.copy(), eager_start=True)
         # A new task copies the context that it is made in.
         return context.run(self._loop.create_task, work())
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        work.add_done_callback(lambda _: callback())
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
         if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
@@ -240,8 +262,15 @@ class TrioReactor:
 
         self._trio: Any = trio
         self._token = token
-        self.ended = False
         self._watches: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    @property
+    def ended(self) -> bool:
+        try:
+            self._token.run_sync_soon(lambda: None, idempotent=True)
+        except self._trio.RunFinishedError:
+            return True
+        return False
 
     def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
         self._add(fd, "wait_readable", callback)
@@ -258,6 +287,13 @@ class TrioReactor:
     def call_soon(self, callback: Callable[[], object]) -> None:
         self._token.run_sync_soon(callback)
 
+    def call_later(self, delay: float, callback: Callable[[], object]) -> None:
+        async def run() -> None:
+            await self._trio.sleep(delay)
+            _logged(callback)
+
+        self._trio.lowlevel.spawn_system_task(run)
+
     def promise(self) -> Promise:
         return _TrioPromise(self._trio)
 
@@ -271,11 +307,18 @@ class TrioReactor:
         scope = self._trio.CancelScope()
 
         async def run() -> None:
-            with scope:
-                await work()
+            try:
+                with scope:
+                    await work()
+            except Exception:
+                # What is left of a group with Cancelled in it: it must not end the whole run.
+                logger.exception("a handler failed when it was cancelled")
 
         self._trio.lowlevel.spawn_system_task(run, context=context.copy())
         return _TrioWork(scope)
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        pass  # it always begins, and ends by itself
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
         trio = self._trio
@@ -300,15 +343,9 @@ class TrioReactor:
                         await before.wait()
                     while not scope.cancel_called:
                         await getattr(self._trio.lowlevel, wait)(fd)
-                        try:
-                            callback()
-                        except Exception:
-                            logger.exception("a callback failed")
+                        _logged(callback)
             except self._trio.ClosedResourceError:
                 pass
-            except self._trio.Cancelled:
-                self.ended = True  # with the run
-                raise
             finally:
                 ended.set()
 
@@ -318,6 +355,14 @@ class TrioReactor:
         scope, _ = self._watches.get((fd, wait), (None, None))
         if scope is not None:
             scope.cancel()
+
+
+def _logged(callback: Callable[[], object]) -> None:
+    # An exception in a system task would end the run.
+    try:
+        callback()
+    except Exception:
+        logger.exception("a callback failed")
 
 
 class _TrioWork:

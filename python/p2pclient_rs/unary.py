@@ -22,7 +22,7 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     P2PHandlerError,
 )
-from p2pclient_rs.loops import Work, current_loop, reactor
+from p2pclient_rs.loops import Promise, Work, current_loop, in_trio_task, reactor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -110,7 +110,7 @@ class UnaryClient:
             ControlTimeout: No reply within ``timeout`` seconds.
         """
         link = self._recent
-        if link is None or asyncio._get_running_loop() is not self._loop:
+        if link is None or asyncio._get_running_loop() is not self._loop or in_trio_task():
             link = self._link()
         try:
             if timeout is None:
@@ -244,10 +244,16 @@ class _Link:
         self._reactor = reactor()
         self._promise = self._reactor.promise
         self._connection: PersistentConnection | None = None
-        self._connecting = anyio.Lock()
+        #: Held while the connection is opened, or what is registered changes.
+        self._changing = anyio.Lock()
+        self._opening: anyio.CancelScope | None = None
         self._closed = False
         self._pid = os.getpid()
         self.handlers: dict[str, _Handler] = {}
+        #: The names that the daemon is being told to forget, and who waits for that: it does not
+        #: keep the order of what it is told.
+        self._leaving: dict[str, anyio.Event] = {}
+        #: The incoming calls at work on the present connection.
         self._work: dict[bytes, Work | None] = {}
         self._peers: dict[bytes, Any] = {}
 
@@ -281,81 +287,111 @@ class _Link:
 
     async def add_handler(self, proto: str, entry: _Handler) -> None:
         retried = False
-        while True:
-            if proto in self.handlers:
-                raise ControlFailure(f"Handler for protocol {proto} already registered")
-            connection = self._connection
-            if connection is None:
-                connection = await self.connection()
-                continue
-            # In place before the daemon has it: a call can come sooner than the daemon's answer.
-            self.handlers[proto] = entry
-            try:
-                await self._register(connection, proto, entry)
-                return
-            except BaseException as error:
-                self.handlers.pop(proto, None)
-                # As in `call`.
-                if retried or not isinstance(error, ConnectionLost) or not error.unexecuted:
-                    raise
-                retried = True
+        async with self._changing:
+            while True:
+                while (leaving := self._leaving.get(proto)) is not None:
+                    await leaving.wait()
+                if proto in self.handlers:
+                    raise ControlFailure(f"Handler for protocol {proto} already registered")
+                connection = self._connection or await self._open()
+                # In place before the daemon has it: a call can come sooner than its answer.
+                self.handlers[proto] = entry
+                try:
+                    await self._register(connection, proto, entry)
+                    return
+                except BaseException as error:
+                    self.handlers.pop(proto, None)
+                    # As in `call`.
+                    if retried or not isinstance(error, ConnectionLost) or not error.unexecuted:
+                        raise
+                    retried = True
 
     async def remove_handler(self, proto: str) -> None:
-        if proto not in self.handlers:
-            self._connector.check_fork()
-            raise ControlFailure(f"Handler for protocol {proto} is not registered")
-        connection = self._connection
-        if connection is not None:
-            promise = self._promise()
-            await self._answer(connection, connection.remove_handler(proto, promise), promise)
-        self.handlers.pop(proto, None)
+        self._connector.check_fork()
+        async with self._changing:
+            entry = self.handlers.get(proto)
+            if entry is None:
+                raise ControlFailure(f"Handler for protocol {proto} is not registered")
+            left = self._leave(proto, self._connection)
+            try:
+                # It serves the calls that come until then.
+                await left.wait()
+            finally:
+                del self.handlers[proto]
 
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
-        async with self._connecting:
-            if self._connection is not None:
-                return self._connection
-            opened = await self._connector.open_persistent_connection(
-                self._max_message_size, self._reactor, weakref.ref(self)
-            )
+        async with self._changing:
+            return self._connection or await self._open()
+
+    async def _open(self) -> PersistentConnection:
+        closed = ConnectionLost("the client was closed")
+        if self._closed:
+            raise closed
+        with anyio.CancelScope() as self._opening:
             try:
-                for proto, entry in list(self.handlers.items()):
-                    try:
-                        await self._register(opened, proto, entry)
-                    except DaemonRefused as error:
-                        # Taken by another client meanwhile: no reason to do without the rest.
-                        logger.error("lost the handler of %r: %s", proto, error.daemon_message)
-                if self._closed:
-                    raise ConnectionLost("the client was closed")
-            except BaseException:
-                opened.close()
-                raise
-            self._connection = opened
-            return opened
+                return await self._open_and_register()
+            finally:
+                self._opening = None
+        raise closed
+
+    async def _open_and_register(self) -> PersistentConnection:
+        self._work = {}
+        opened = await self._connector.open_persistent_connection(
+            self._max_message_size, self._reactor, weakref.ref(self)
+        )
+        try:
+            for proto, entry in list(self.handlers.items()):
+                try:
+                    await self._register(opened, proto, entry)
+                except DaemonRefused as error:
+                    # Taken by another client meanwhile: no reason to do without the rest.
+                    logger.error("lost the handler of %r: %s", proto, error.daemon_message)
+                    self.handlers.pop(proto, None)
+        except BaseException:
+            opened.close()
+            raise
+        self._connection = opened
+        return opened
 
     async def _register(
         self, connection: PersistentConnection, proto: str, entry: _Handler
     ) -> None:
         promise = self._promise()
-        asked = connection.add_handler(proto, entry.balanced, promise)
-        try:
-            await self._answer(connection, asked, promise)
-        except ControlFailure:
-            raise
-        except BaseException:
-            # The daemon is about to have a handler that nobody is going to know of.
-            if not connection.closed:
-                connection.remove_handler(proto, _Nobody())
-            raise
-
-    async def _answer(
-        self, connection: PersistentConnection, call_id: bytes, promise: Awaitable[Any]
-    ) -> None:
+        answer = _Answer(promise)
+        connection.add_handler(proto, entry.balanced, answer)
         try:
             await promise
         except BaseException:
-            connection.cancel(call_id)
+            # Cancelled: the daemon has, or is about to have, a handler that nobody is going to
+            # know of. Asking it to forget that now could overtake the request.
+            if answer.result:
+                self._leave(proto, connection)
+            elif answer.result is None:
+                self._leaving[proto] = anyio.Event()
+                answer.instead = lambda added: (
+                    self._leave(proto, connection) if added else self._left(proto)
+                )
             raise
+
+    def _leave(self, proto: str, connection: PersistentConnection | None) -> anyio.Event:
+        """Has the daemon forget a handler; says when it has, or that it had none."""
+        left = self._leaving.setdefault(proto, anyio.Event())
+        answer = _Answer(None)
+        answer.instead = lambda _: self._left(proto)
+        try:
+            if connection is None:
+                self._left(proto)
+            else:
+                connection.remove_handler(proto, answer)
+        except ConnectionLost:  # and with it the registration
+            self._left(proto)
+        return left
+
+    def _left(self, proto: str) -> None:
+        left = self._leaving.pop(proto, None)
+        if left is not None:
+            left.set()
 
     async def _room(self, connection: PersistentConnection) -> None:
         """Waits until there is room for another call, one caller after the other."""
@@ -376,33 +412,55 @@ class _Link:
         if entry is None:
             connection.reply_error(call_id, f"no handler for the protocol {proto!r}")
             return
-        caller = self._peers.get(peer)
-        if caller is None:
-            if len(self._peers) >= _MAX_PEERS:
-                self._peers.clear()
-            caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
-        handler = entry.handler
-        self._work[call_id] = None
-        work = self._reactor.spawn(
-            lambda: self._handle(connection, call_id, handler, data, caller), entry.context
-        )
+        handler, all_work = entry.handler, self._work
+        try:
+            caller = self._peers.get(peer)
+            if caller is None:
+                if len(self._peers) >= _MAX_PEERS:
+                    self._peers.clear()
+                caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
+            all_work[call_id] = None
+            work = self._reactor.spawn(
+                lambda: self._handle(connection, call_id, handler, data, caller, all_work),
+                entry.context,
+            )
+        except BaseException as error:
+            all_work.pop(call_id, None)
+            connection.reply_error(call_id, _repr(error))
+            raise
         # Unless it has ended already.
-        if call_id in self._work:
-            self._work[call_id] = work
+        if call_id in all_work:
+            all_work[call_id] = work
+            if connection.closed:
+                self._cancel(connection, call_id, all_work)
 
-    def on_cancelled(self, call_id: bytes) -> None:
-        work = self._work.get(call_id)
-        if work is not None:
-            work.cancel()
+    def on_cancelled(self, connection: PersistentConnection, call_id: bytes) -> None:
+        self._cancel(connection, call_id, self._work)
 
     def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
         if self._connection is connection:
             self._connection = None
         if not self._closed:
             logger.warning("the persistent connection to the daemon was lost: %s", error)
-        for work in list(self._work.values()):
-            if work is not None:
-                work.cancel()
+        all_work, self._work = self._work, {}
+        for call_id in list(all_work):
+            self._cancel(connection, call_id, all_work)
+
+    def _cancel(
+        self, connection: PersistentConnection, call_id: bytes, all_work: dict[bytes, Work | None]
+    ) -> None:
+        work = all_work.get(call_id)
+        if work is None:
+            return
+        work.cancel()
+
+        def ended() -> None:
+            # A task that never began has not done it.
+            if all_work.get(call_id) is work:
+                del all_work[call_id]
+                connection.reply_error(call_id, "cancelled")
+
+        self._reactor.when_ended(work, ended)
 
     async def _handle(
         self,
@@ -411,6 +469,7 @@ class _Link:
         handler: UnaryHandler,
         data: bytes,
         caller: Any,
+        all_work: dict[bytes, Work | None],
     ) -> None:
         try:
             connection.reply(call_id, await handler(data, caller))
@@ -420,7 +479,7 @@ class _Link:
             connection.reply_error(call_id, _repr(error))
             raise
         finally:
-            self._work.pop(call_id, None)
+            all_work.pop(call_id, None)
 
     # --- its end ---
 
@@ -444,22 +503,47 @@ class _Link:
     def close(self) -> None:
         self._closed = True
         connection, self._connection = self._connection, None
-        if connection is not None:
-            if os.getpid() == self._pid:
-                self._reactor.call_from_anywhere(connection.close)
-            else:
+        if os.getpid() != self._pid:
+            if connection is not None:
                 connection.close()
+            return
+        if self._opening is not None:
+            self._reactor.call_from_anywhere(self._opening.cancel)
+        if connection is not None:
+            self._reactor.call_from_anywhere(connection.close)
 
     def __del__(self) -> None:
         if getattr(self, "_connection", None) is not None:
             self.close()
 
 
-class _Nobody:
-    """Awaits an answer that does not matter."""
+class _Answer:
+    """Takes the daemon's answer to other than a call, also when nobody awaits the promise of it any
+    more."""
 
-    def set_result(self, result: object) -> None: ...
-    def set_exception(self, exception: object) -> None: ...
+    def __init__(self, promise: Promise | None) -> None:
+        self._promise = promise
+        #: Whether it was a yes; None before it comes.
+        self.result: bool | None = None
+        #: What is called with that, if anything, and not the promise set.
+        self.instead: Callable[[bool], object] | None = None
+
+    def set_result(self, result: object) -> None:
+        self.result = True
+        if self.instead is not None:
+            self.instead(True)
+        elif self._promise is not None and not self._promise.done():
+            self._promise.set_result(result)
+
+    def set_exception(self, exception: object) -> None:
+        self.result = False
+        if self.instead is not None:
+            self.instead(False)
+        elif self._promise is not None and not self._promise.done():
+            self._promise.set_exception(exception)
+
+    def done(self) -> bool:
+        return self.result is not None
 
 
 def _deadline(timeout: float | None) -> anyio.CancelScope:
@@ -470,7 +554,8 @@ def _deadline(timeout: float | None) -> anyio.CancelScope:
 
 def _repr(error: BaseException) -> str:
     try:
-        return repr(error)
+        # Lone surrogates cannot be sent.
+        return repr(error).encode("utf-8", "backslashreplace").decode()
     except Exception:
         return f"<{type(error).__name__}>"
 

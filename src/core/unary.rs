@@ -6,8 +6,7 @@
 //! the driver provides as a [`Payload`].
 
 use super::pb::p2pd::{
-    self, call_unary_response, persistent_connection_request as request,
-    persistent_connection_response as response, request::Type,
+    self, call_unary_response, persistent_connection_request as request, request::Type,
 };
 use super::request::Expect;
 use super::{control, framing, Error, Request};
@@ -15,7 +14,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encode_key, encode_varint, encoded_len_varint, key_len, WireType};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 /// What matches a reply to its call.
@@ -29,6 +28,9 @@ const MAX_HEAD: usize = 1024;
 
 /// How much of a handler's error is passed on, in bytes.
 const MAX_ERROR: usize = 16 * 1024;
+
+/// How many cancelled calls are cancelled once more.
+const MAX_CANCELLED: usize = 64 * 1024;
 
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].
@@ -140,16 +142,18 @@ pub enum UnaryEvent<T, P> {
         /// What it is called with.
         payload: P,
     },
-    /// Whoever made the call with this id is gone: there is nobody to reply to.
+    /// Whoever made the call with this id is gone: there is nobody to reply to. The call counts as
+    /// at work until it is replied to all the same, which sends nothing.
     Cancelled {
         /// The call.
         id: CallId,
     },
-    /// There are too many calls at work to take another one, which is to be
-    /// [refused](Persistent::refuse).
-    Overload {
+    /// A peer calls, and is to be [refused](Persistent::refuse).
+    Unserved {
         /// The call.
         id: CallId,
+        /// Why.
+        reason: &'static str,
     },
 }
 
@@ -194,6 +198,15 @@ impl Hasher for IdHasher {
     }
 
     fn write_usize(&mut self, _: usize) {} // the length of the id
+}
+
+/// An incoming call.
+#[derive(Debug)]
+struct Incoming {
+    /// Of its payload, in bytes.
+    size: usize,
+    /// The caller is gone.
+    cancelled: bool,
 }
 
 #[derive(Debug)]
@@ -258,10 +271,14 @@ pub struct Persistent<T, P> {
     limits: UnaryLimits,
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
-    /// The incoming calls at work, with the sizes of their payloads. The ids are the peers'
-    /// choice, hence the standard hasher.
-    unanswered: HashMap<CallId, usize>,
+    /// The calls that were cancelled of late, and those before them: the Go daemon can take the
+    /// cancel before the call, and then does not know it.
+    cancelled: [HashSet<CallId, BuildHasherDefault<IdHasher>>; 2],
+    /// The incoming calls at work. The ids are the peers' choice, hence the standard hasher.
+    unanswered: HashMap<CallId, Incoming>,
     unanswered_bytes: usize,
+    /// Calls over the limit are refused, not held back.
+    pressed: bool,
     /// The beginning of a frame.
     buffer: BytesMut,
     partial: Option<Partial<P>>,
@@ -278,8 +295,10 @@ impl<T, P: Payload> Persistent<T, P> {
                 spare: None,
             },
             pending: HashMap::default(),
+            cancelled: Default::default(),
             unanswered: HashMap::new(),
             unanswered_bytes: 0,
+            pressed: false,
             buffer: BytesMut::new(),
             partial: None,
         }
@@ -341,16 +360,34 @@ impl<T, P: Payload> Persistent<T, P> {
     pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
         if pending.is_call {
-            put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
+            put_cancel(out, id);
+            if self.cancelled[0].len() < MAX_CANCELLED {
+                self.cancelled[0].insert(*id);
+            }
         }
         Some(pending.token)
+    }
+
+    /// Whether there are cancelled calls of which the daemon has not said that it knows.
+    pub fn has_cancelled(&self) -> bool {
+        self.cancelled.iter().any(|ids| !ids.is_empty())
+    }
+
+    /// To be called now and then while [`has_cancelled`](Self::has_cancelled): cancels once more
+    /// what was cancelled before the last time.
+    pub fn remind(&mut self, out: &mut BytesMut) {
+        let [recent, old] = &mut self.cancelled;
+        for id in old.drain() {
+            put_cancel(out, &id);
+        }
+        std::mem::swap(recent, old);
     }
 
     /// Replies to a call, if the caller is still there. Appends to `out` the head of the frame and
     /// returns true if the payload of `len` bytes is to follow: one that is too large becomes an
     /// error at the caller.
     pub fn reply(&mut self, id: &CallId, len: usize, out: &mut BytesMut) -> bool {
-        if !self.answered(id) {
+        if !self.finish(id) {
             return false;
         }
         let inner = field_len(1, len);
@@ -359,7 +396,7 @@ impl<T, P: Payload> Persistent<T, P> {
             let limit = self.limits.max_message;
             let words =
                 format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes");
-            put_error(out, id, &words);
+            self.put_error(out, id, &words);
             return false;
         }
         begin(out, size, id, 4, inner);
@@ -369,25 +406,26 @@ impl<T, P: Payload> Persistent<T, P> {
 
     /// Replies to a call with an error, if the caller is still there.
     pub fn reply_error(&mut self, id: &CallId, error: &str, out: &mut BytesMut) {
-        if self.answered(id) {
-            put_error(out, id, error);
+        if self.finish(id) {
+            self.put_error(out, id, error);
         }
     }
 
     /// Refuses a call that was not taken.
-    pub fn refuse(&self, id: &CallId, out: &mut BytesMut) {
-        put_error(out, id, "busy: too many calls at once");
+    pub fn refuse(&self, id: &CallId, reason: &str, out: &mut BytesMut) {
+        self.put_error(out, id, reason);
     }
 
     /// Says good-bye: replies to all calls at work with an error, and tells of all of ours that
     /// nobody waits any more. Those stay [pending](Self::take_pending).
     pub fn leave(&mut self, error: &str, out: &mut BytesMut) {
-        for (id, _) in self.unanswered.drain() {
-            put_error(out, &id, error);
+        let unanswered = std::mem::take(&mut self.unanswered);
+        for (id, _) in unanswered.iter().filter(|(_, call)| !call.cancelled) {
+            self.put_error(out, id, error);
         }
         self.unanswered_bytes = 0;
         for (id, _) in self.pending.iter().filter(|(_, pending)| pending.is_call) {
-            put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
+            put_cancel(out, id);
         }
     }
 
@@ -488,7 +526,13 @@ impl<T, P: Payload> Persistent<T, P> {
     /// Whether more input is to be read: not while too many calls are at work, unless something of
     /// ours is waited for, on which these might depend.
     pub fn wants_input(&self) -> bool {
-        !self.pending.is_empty() || !self.exceeds(1)
+        self.pressed || !self.pending.is_empty() || !self.exceeds(1)
+    }
+
+    /// Input was not wanted for long enough. From now on it is: calls over the limit are refused,
+    /// for the sake of what comes behind them, as cancels, or the end.
+    pub fn press_on(&mut self) {
+        self.pressed = self.exceeds(1);
     }
 
     /// How many answers are awaited.
@@ -540,10 +584,34 @@ impl<T, P: Payload> Persistent<T, P> {
         Ok(id)
     }
 
-    fn answered(&mut self, id: &CallId) -> bool {
-        let size = self.unanswered.remove(id);
-        self.unanswered_bytes -= size.unwrap_or_default();
-        size.is_some()
+    /// The daemon knows of a cancelled call.
+    fn confirm(&mut self, id: &CallId) {
+        for cancelled in &mut self.cancelled {
+            cancelled.remove(id);
+        }
+    }
+
+    /// The work on a call is done; says whether somebody waits for the reply.
+    fn finish(&mut self, id: &CallId) -> bool {
+        let Some(call) = self.unanswered.remove(id) else {
+            return false;
+        };
+        self.unanswered_bytes -= call.size;
+        self.pressed &= self.exceeds(1);
+        !call.cancelled
+    }
+
+    fn put_error(&self, out: &mut BytesMut, id: &CallId, words: &str) {
+        let limit = self.limits.max_message.saturating_sub(64).min(MAX_ERROR);
+        let mut end = words.len().min(limit);
+        while !words.is_char_boundary(end) {
+            end -= 1;
+        }
+        let words = Bytes::copy_from_slice(&words.as_bytes()[..end]);
+        let response = p2pd::CallUnaryResponse {
+            result: Some(call_unary_response::Result::Error(words)),
+        };
+        put_message(out, id, request::Message::UnaryResponse(response));
     }
 
     fn exceeds(&self, times: usize) -> bool {
@@ -592,47 +660,81 @@ impl<T, P: Payload> Persistent<T, P> {
             let payload = &message[offset..];
             // An answer that nobody waits for is not worth a copy.
             return Ok(match head {
-                Head::Reply { id } if !self.pending.contains_key(&id) => None,
+                Head::Reply { id } if !self.pending.contains_key(&id) => {
+                    self.confirm(&id);
+                    None
+                }
                 head => self.arrived(head, P::copy_from(payload), payload.len()),
             });
         }
-        let message = p2pd::PersistentConnectionResponse::decode(message)
-            .map_err(|e| Error::malformed("PersistentConnectionResponse", &e))?;
-        let id = message.call_id.ok_or(Error::MissingField {
+        let malformed = |reason: &str| Error::Malformed {
+            message: "PersistentConnectionResponse",
+            reason: reason.to_owned(),
+        };
+        let (mut id, mut content) = (None, None);
+        let mut fields = Fields(message);
+        while let Some((number, value)) = fields.next() {
+            match number {
+                1 => id = Some(value),
+                2..=5 => content = Some((number, value)),
+                _ => {}
+            }
+        }
+        if !fields.0.is_empty() {
+            return Err(malformed("its fields cannot be told apart"));
+        }
+        let id = id.ok_or(Error::MissingField {
             message: "PersistentConnectionResponse",
             field: "callId",
         })?;
-        let id: CallId = id[..]
+        let id: CallId = id
             .try_into()
             .map_err(|_| Error::Unexpected(format!("a call id of {} bytes", id.len())))?;
-        match message.message {
-            None => Ok(self.acknowledged(id)),
-            Some(response::Message::CallUnaryResponse(reply)) => Ok(self.replied(id, reply)),
-            Some(response::Message::DaemonError(error)) => {
-                let words = error.message.unwrap_or_default();
-                Ok(self.pending.remove(&id).map(|pending| UnaryEvent::Refused {
-                    token: pending.token,
-                    error: String::from_utf8_lossy(&words).into_owned(),
-                }))
+        self.confirm(&id);
+        Ok(match content {
+            None => self.acknowledged(id),
+            Some((2, reply)) => self.replied(id, Fields(reply)),
+            Some((3, call)) => self.called(id, Fields(call)),
+            Some((4, error)) => {
+                let words = Fields(error).last(1).unwrap_or_default();
+                self.refused(&id, String::from_utf8_lossy(words).into_owned())
             }
-            Some(response::Message::Cancel(_)) => {
-                Ok(self.answered(&id).then_some(UnaryEvent::Cancelled { id }))
+            Some(_) if self.pending.contains_key(&id) => {
+                self.refused(&id, "the call was cancelled".to_owned())
             }
-            Some(response::Message::RequestHandling(call)) => {
-                let missing = |field| Error::MissingField {
-                    message: "CallUnaryRequest",
-                    field,
-                };
-                let protocol = call.proto.ok_or(missing("proto"))?;
-                let head = Head::Call {
-                    id,
-                    peer: call.peer.ok_or(missing("peer"))?,
-                    protocol: String::from_utf8_lossy(&protocol).into_owned(),
-                };
-                let data = call.data.ok_or(missing("data"))?;
-                Ok(self.arrived(head, P::copy_from(&data), data.len()))
+            Some(_) => self.unanswered.get_mut(&id).and_then(|call| {
+                let first = !std::mem::replace(&mut call.cancelled, true);
+                first.then_some(UnaryEvent::Cancelled { id })
+            }),
+        })
+    }
+
+    fn refused(&mut self, id: &CallId, error: String) -> Option<UnaryEvent<T, P>> {
+        let Pending { token, .. } = self.pending.remove(id)?;
+        Some(UnaryEvent::Refused { token, error })
+    }
+
+    /// A CallUnaryRequest. A peer wrote it, and the connection is not to suffer for that.
+    fn called(&mut self, id: CallId, mut fields: Fields<'_>) -> Option<UnaryEvent<T, P>> {
+        let (mut peer, mut protocol, mut data) = (None, None, None);
+        while let Some((number, value)) = fields.next() {
+            match number {
+                1 => peer = Some(value),
+                2 => protocol = Some(value),
+                3 => data = Some(value),
+                _ => {}
             }
         }
+        let (Some(peer), Some(protocol), Some(data)) = (peer, protocol, data) else {
+            let reason = "the call has no peer, protocol or data";
+            return Some(UnaryEvent::Unserved { id, reason });
+        };
+        let head = Head::Call {
+            id,
+            peer: Bytes::copy_from_slice(peer),
+            protocol: String::from_utf8_lossy(protocol).into_owned(),
+        };
+        self.arrived(head, P::copy_from(data), data.len())
     }
 
     fn acknowledged(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
@@ -649,20 +751,27 @@ impl<T, P: Payload> Persistent<T, P> {
         })
     }
 
-    fn replied(&mut self, id: CallId, reply: p2pd::CallUnaryResponse) -> Option<UnaryEvent<T, P>> {
+    /// A CallUnaryResponse. A peer wrote it, too.
+    fn replied(&mut self, id: CallId, mut fields: Fields<'_>) -> Option<UnaryEvent<T, P>> {
         let Pending { token, is_call } = self.pending.remove(&id)?;
         if !is_call {
             let error = Error::Unexpected("a reply to what is no call".to_owned());
             return Some(UnaryEvent::Broken { token, error });
         }
-        Some(match reply.result {
-            Some(call_unary_response::Result::Response(data)) => UnaryEvent::Reply {
+        let mut result = None;
+        while let Some((number, value)) = fields.next() {
+            if number == 1 || number == 2 {
+                result = Some((number, value));
+            }
+        }
+        Some(match result {
+            Some((1, data)) => UnaryEvent::Reply {
                 token,
-                payload: P::copy_from(&data),
+                payload: P::copy_from(data),
             },
-            Some(call_unary_response::Result::Error(words)) => UnaryEvent::HandlerFailed {
+            Some((_, words)) => UnaryEvent::HandlerFailed {
                 token,
-                error: String::from_utf8_lossy(&words).into_owned(),
+                error: String::from_utf8_lossy(words).into_owned(),
             },
             None => {
                 let error = Error::MissingField {
@@ -686,11 +795,19 @@ impl<T, P: Payload> Persistent<T, P> {
                 })
             }
             Head::Call { id, peer, protocol } => {
-                // An id that is at work already cannot be told apart in a reply.
-                if self.exceeds(4) || self.unanswered.contains_key(&id) {
-                    return Some(UnaryEvent::Overload { id });
+                if self.exceeds(if self.pressed { 1 } else { 4 }) {
+                    let reason = "busy: too many calls at once";
+                    return Some(UnaryEvent::Unserved { id, reason });
                 }
-                self.unanswered.insert(id, len);
+                if self.unanswered.contains_key(&id) {
+                    let reason = "a call with the same id is at work";
+                    return Some(UnaryEvent::Unserved { id, reason });
+                }
+                let call = Incoming {
+                    size: len,
+                    cancelled: false,
+                };
+                self.unanswered.insert(id, call);
                 self.unanswered_bytes += len;
                 Some(UnaryEvent::Call {
                     id,
@@ -841,13 +958,49 @@ fn put_message(out: &mut BytesMut, id: &CallId, message: request::Message) {
         .expect("a BytesMut grows as needed");
 }
 
-fn put_error(out: &mut BytesMut, id: &CallId, words: &str) {
-    let words = &words.as_bytes()[..words.len().min(MAX_ERROR)];
-    let error = call_unary_response::Result::Error(Bytes::copy_from_slice(words));
-    let response = p2pd::CallUnaryResponse {
-        result: Some(error),
-    };
-    put_message(out, id, request::Message::UnaryResponse(response));
+fn put_cancel(out: &mut BytesMut, id: &CallId) {
+    put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
+}
+
+/// The length-delimited fields of a message, one after the other; others are skipped. It ends
+/// before what it cannot read, which stays.
+///
+/// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
+/// as groups in groups, that prost takes for reason enough to fail.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn next(&mut self) -> Option<(u64, &'a [u8])> {
+        loop {
+            let (key, rest) = unsigned_varint::decode::u64(self.0).ok()?;
+            let (value, rest) = match key & 7 {
+                0 => (None, unsigned_varint::decode::u64(rest).ok()?.1),
+                1 => (None, rest.get(8..)?),
+                2 => {
+                    let (len, rest) = unsigned_varint::decode::u64(rest).ok()?;
+                    let (value, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
+                    (Some(value), rest)
+                }
+                5 => (None, rest.get(4..)?),
+                _ => return None,
+            };
+            self.0 = rest;
+            if let Some(value) = value {
+                return Some((key >> 3, value));
+            }
+        }
+    }
+
+    /// The last one with that number.
+    fn last(mut self, number: u64) -> Option<&'a [u8]> {
+        let mut last = None;
+        while let Some((found, value)) = self.next() {
+            if found == number {
+                last = Some(value);
+            }
+        }
+        last
+    }
 }
 
 #[cfg(test)]

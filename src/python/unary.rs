@@ -38,6 +38,13 @@ const LOW_WATER: usize = 256 * 1024;
 /// otherwise wait for us as we for it.
 const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
+/// How long peers that call too much are held back before they are refused, in seconds: what comes
+/// behind their calls, as the end, must be seen some time.
+const HOLD: f64 = 5.0;
+
+/// How long after a cancel, at the least, the daemon is reminded of it, in seconds.
+const REMIND: f64 = 0.1;
+
 /// A payload of at least this many bytes is sent from where it is, not copied behind its head.
 const SHARE: usize = 16 * 1024;
 
@@ -52,7 +59,8 @@ type Event = UnaryEvent<Token, PyPayload>;
 pub struct PersistentConnection {
     fd: RawFd,
     pid: u32,
-    /// `add_reader`, `add_writer`, `remove_reader`, `remove_writer`, `call_soon`, `closing`.
+    /// `add_reader`, `add_writer`, `remove_reader`, `remove_writer`, `call_soon`, `call_later`,
+    /// `closing`.
     reactor: Py<PyAny>,
     /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
     owner: Py<PyAny>,
@@ -71,6 +79,9 @@ struct Inner {
     corked: bool,
     reading: bool,
     writing: bool,
+    /// `_press_on` and `_remind` are to be called back.
+    pressing: bool,
+    reminding: bool,
     /// Futures of those who wait for room in the output.
     waiters: VecDeque<Token>,
 }
@@ -82,8 +93,20 @@ struct Chores {
     remove_reader: bool,
     add_writer: bool,
     remove_writer: bool,
+    press_on_later: bool,
+    remind_later: bool,
     /// Somebody who waited for room.
     wake: Option<Token>,
+}
+
+/// What came of something to be sent.
+struct Submitted {
+    /// `None` if there is no room.
+    id: io::Result<Option<Py<PyBytes>>>,
+    too_large: Option<Error>,
+    chores: Chores,
+    /// A token that is not to be dropped under the lock.
+    _forgotten: Option<Token>,
 }
 
 /// Why a connection is no more.
@@ -136,10 +159,14 @@ impl Payload for PyPayload {
 
     fn as_mut(&mut self) -> &mut [u8] {
         Python::attach(|py| {
-            let bytes = self.0.bind(py).as_bytes();
-            // SAFETY: the object is changed only while it is being received, when nothing but this
-            // `&mut self` refers to it, and whoever writes there writes bytes only.
-            unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr().cast_mut(), bytes.len()) }
+            let len = self.0.bind(py).as_bytes().len();
+            // SAFETY: the object is a bytes object of that length. It is changed only while it is
+            // being received, when nothing but this `&mut self` refers to it, and it is only
+            // written to before all of it is.
+            unsafe {
+                let data = pyo3::ffi::PyBytes_AsString(self.0.as_ptr());
+                std::slice::from_raw_parts_mut(data.cast::<u8>(), len)
+            }
         })
     }
 }
@@ -170,6 +197,8 @@ impl PersistentConnection {
                 corked: false,
                 reading: false,
                 writing: false,
+                pressing: false,
+                reminding: false,
                 waiters: VecDeque::new(),
             }),
         }
@@ -202,8 +231,9 @@ impl PersistentConnection {
         token: Token,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let peer = extract_peer_id(peer)?;
-        with_bytes(data, |bytes| {
-            Self::submit(slf, Tail::of(data, bytes), |inner| {
+        // Nothing runs while the bytes are borrowed: they may be those of a bytearray.
+        let submitted = with_bytes(data, |bytes| {
+            slf.get().submit(slf.py(), Tail::of(data, bytes), |inner| {
                 if inner.output.size > HIGH_WATER {
                     return Ok(None);
                 }
@@ -211,7 +241,8 @@ impl PersistentConnection {
                 core.call(peer.as_bytes(), protocol, bytes.len(), token, head)
                     .map(Some)
             })
-        })
+        })?;
+        Self::finish(slf, submitted)
     }
 
     /// Asks for calls of `protocol`, as `call` does.
@@ -221,10 +252,11 @@ impl PersistentConnection {
         balanced: bool,
         token: Token,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        Self::submit(slf, Tail::None, |inner| {
+        let submitted = slf.get().submit(slf.py(), Tail::None, |inner| {
             let Inner { core, head, .. } = inner;
             core.add_handler(protocol, balanced, token, head).map(Some)
-        })
+        })?;
+        Self::finish(slf, submitted)
     }
 
     /// Asks for no more calls of `protocol`, as `call` does.
@@ -233,16 +265,17 @@ impl PersistentConnection {
         protocol: &str,
         token: Token,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        Self::submit(slf, Tail::None, |inner| {
+        let submitted = slf.get().submit(slf.py(), Tail::None, |inner| {
             let Inner { core, head, .. } = inner;
             core.remove_handler(protocol, token, head).map(Some)
-        })
+        })?;
+        Self::finish(slf, submitted)
     }
 
     /// Gives up on what was called, and tells the daemon. Does nothing if its answer came, or in a
     /// forked child, whose parent it is that called.
     fn cancel(slf: &Bound<'_, Self>, id: CallId) -> PyResult<()> {
-        if std::process::id() != slf.get().pid {
+        if slf.get().is_elsewhere() {
             return Ok(());
         }
         let mut token = None;
@@ -258,8 +291,8 @@ impl PersistentConnection {
     /// Replies to a call, unless its caller is gone.
     fn reply(slf: &Bound<'_, Self>, id: CallId, data: &Bound<'_, PyAny>) -> PyResult<()> {
         errors::check_fork(slf.get().pid, "connection")?;
-        with_bytes(data, |bytes| {
-            Self::change(slf, |inner| {
+        let changed = with_bytes(data, |bytes| {
+            Ok(slf.get().changed(|inner| {
                 inner.head.clear();
                 let Inner { core, head, .. } = inner;
                 let follows = core.reply(&id, bytes.len(), head);
@@ -268,8 +301,9 @@ impl PersistentConnection {
                 } else {
                     Tail::None
                 })
-            })
-        })
+            }))
+        })?;
+        Self::after(slf, changed)
     }
 
     /// Replies to a call with an error, unless its caller is gone.
@@ -296,6 +330,9 @@ impl PersistentConnection {
 
     /// Takes back `room`: that token waits no more, or if its turn has come, it is the next one's.
     fn pass_on(slf: &Bound<'_, Self>, token: Token) -> PyResult<()> {
+        if slf.get().is_elsewhere() {
+            return Ok(());
+        }
         let (waited, chores) = {
             let mut inner = slf.get().lock();
             let place = inner.waiters.iter().position(|waiter| waiter.is(&token));
@@ -310,7 +347,7 @@ impl PersistentConnection {
 
     /// Closes the connection. In a forked child only the descriptor is closed.
     fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
-        if std::process::id() != slf.get().pid {
+        if slf.get().is_elsewhere() {
             let socket = slf.get().lock().socket.take();
             drop(socket);
             return Ok(());
@@ -348,6 +385,9 @@ impl PersistentConnection {
 
     fn _on_readable(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
+        if this.is_elsewhere() {
+            return Ok(());
+        }
         let mut events = Vec::new();
         let read = {
             let mut inner = this.lock();
@@ -368,6 +408,25 @@ impl PersistentConnection {
         Self::change(slf, |inner| {
             inner.corked = false;
             inner.flush()
+        })
+    }
+
+    fn _press_on(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::change(slf, |inner| {
+            inner.pressing = false;
+            if !inner.reading {
+                inner.core.press_on();
+            }
+            Ok(())
+        })
+    }
+
+    fn _remind(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::change(slf, |inner| {
+            inner.reminding = false;
+            inner.head.clear();
+            inner.core.remind(&mut inner.head);
+            inner.send(Tail::None)
         })
     }
 
@@ -399,63 +458,90 @@ impl PersistentConnection {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends the head that `encode` makes and `tail`. If this fails, nothing was carried out.
-    fn submit<'py>(
-        slf: &Bound<'py, Self>,
+    /// Whether this is a forked child of the process that the connection belongs to.
+    fn is_elsewhere(&self) -> bool {
+        std::process::id() != self.pid
+    }
+
+    /// Sends the head that `encode` makes and `tail`, for `finish` to go on with.
+    fn submit(
+        &self,
+        py: Python<'_>,
         tail: Tail<'_, '_>,
         encode: impl FnOnce(&mut Inner) -> Result<Option<CallId>, Error>,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let py = slf.py();
-        let this = slf.get();
-        errors::check_fork(this.pid, "connection")?;
-        let mut failed = None;
-        let (sent, chores) = {
-            let mut inner = this.lock();
-            if inner.socket.is_none() {
-                let words = "the persistent connection is closed";
-                return Err(errors::connection_gone(words));
+    ) -> PyResult<Submitted> {
+        errors::check_fork(self.pid, "connection")?;
+        let mut inner = self.lock();
+        if inner.socket.is_none() {
+            let words = "the persistent connection is closed";
+            return Err(errors::connection_gone(words));
+        }
+        inner.head.clear();
+        let (mut forgotten, mut sent) = (None, Ok(None));
+        let encoded = encode(&mut inner);
+        if let Ok(Some(id)) = encoded {
+            sent = inner.send(tail).map(|()| Some(id));
+            if sent.is_err() {
+                forgotten = inner.core.cancel(&id, &mut BytesMut::new());
             }
-            inner.head.clear();
-            let sent = match encode(&mut inner) {
-                Ok(None) => return Ok(None),
-                Err(error) => Ok(Err(error)),
-                Ok(Some(id)) => match inner.send(tail) {
-                    Ok(()) => Ok(Ok(PyBytes::new(py, &id))),
-                    Err(error) => {
-                        failed = inner.core.cancel(&id, &mut BytesMut::new());
-                        Err(error)
-                    }
-                },
-            };
+        }
+        Ok(Submitted {
+            id: sent.map(|id| id.map(|id| PyBytes::new(py, &id).unbind())),
+            too_large: encoded.err(),
             // Also if nothing was sent: somebody else may wait for the room.
-            (sent, inner.chores())
-        };
-        drop(failed);
-        Self::run(slf, chores)?;
-        match sent {
-            Ok(Ok(id)) => Ok(Some(id)),
-            Ok(Err(error)) => Err(MessageTooLarge::new_err(error.to_string())),
+            chores: inner.chores(),
+            _forgotten: forgotten,
+        })
+    }
+
+    /// Does what follows from `submit`. If this fails, nothing was carried out.
+    fn finish<'py>(
+        slf: &Bound<'py, Self>,
+        submitted: Submitted,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Self::run(slf, submitted.chores)?;
+        if let Some(error) = submitted.too_large {
+            return Err(MessageTooLarge::new_err(error.to_string()));
+        }
+        match submitted.id {
+            Ok(id) => Ok(id.map(|id| id.into_bound(slf.py()))),
             Err(error) => {
                 let words = format!("the connection was lost: {error}");
-                Self::lose(slf, error.into())?;
+                Self::break_off(slf, error.into())?;
                 Err(errors::connection_gone(&words))
             }
         }
     }
 
-    /// Does something that may send, on a connection that may be gone.
+    /// Does something that may send, on a connection that may be gone or a parent's.
     fn change(slf: &Bound<'_, Self>, f: impl FnOnce(&mut Inner) -> io::Result<()>) -> PyResult<()> {
-        let changed = {
-            let mut inner = slf.get().lock();
-            if inner.socket.is_none() {
-                return Ok(());
-            }
-            f(&mut inner).map(|()| inner.chores())
-        };
+        if slf.get().is_elsewhere() {
+            return Ok(());
+        }
+        let changed = slf.get().changed(f);
+        Self::after(slf, changed)
+    }
+
+    fn changed(&self, f: impl FnOnce(&mut Inner) -> io::Result<()>) -> Result<Chores, Loss> {
+        let mut inner = self.lock();
+        if inner.socket.is_some() {
+            f(&mut inner)?;
+        }
+        Ok(inner.chores())
+    }
+
+    fn after(slf: &Bound<'_, Self>, changed: Result<Chores, Loss>) -> PyResult<()> {
         match changed {
             Ok(chores) => Self::run(slf, chores),
-            Err(error) => Self::lose(slf, error.into()),
+            Err(loss) => Self::break_off(slf, loss),
         }
+    }
+
+    /// Loses a connection that cannot be written to, once what had come is handed out.
+    fn break_off(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
+        let mut events = Vec::new();
+        let _ = slf.get().lock().read(&mut events);
+        Self::dispatch(slf, events, Err(loss))
     }
 
     /// Hands out what came, and loses the connection if that is what came last. What one handler
@@ -492,7 +578,10 @@ impl PersistentConnection {
 
     fn hand_out(slf: &Bound<'_, Self>, event: Event) -> PyResult<()> {
         let py = slf.py();
+        let gone = || slf.get().lock().socket.is_none();
         match event {
+            // Its handler would be at work for nobody, and nobody would end it.
+            Event::Call { .. } | Event::Cancelled { .. } if gone() => Ok(()),
             Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any()),
             Event::Acknowledged { token } => resolve(py, &token, py.None()),
             Event::HandlerFailed { token, error } => {
@@ -525,14 +614,14 @@ impl PersistentConnection {
                 let Some(owner) = Self::owner(slf)? else {
                     return Ok(());
                 };
-                let id = PyBytes::new(py, &id);
+                let arguments = (slf, PyBytes::new(py, &id));
                 owner
-                    .call_method1(intern!(py, "on_cancelled"), (id,))
+                    .call_method1(intern!(py, "on_cancelled"), arguments)
                     .map(drop)
             }
-            Event::Overload { id } => Self::change(slf, |inner| {
+            Event::Unserved { id, reason } => Self::change(slf, |inner| {
                 inner.head.clear();
-                inner.core.refuse(&id, &mut inner.head);
+                inner.core.refuse(&id, reason, &mut inner.head);
                 inner.send(Tail::None)
             }),
         }
@@ -564,8 +653,11 @@ impl PersistentConnection {
         let mut outcome = reactor
             .call_method1(intern!(py, "closing"), (this.fd,))
             .map(drop);
-        socket.end();
-        drop(socket);
+        match loss {
+            // What was sent last must not be overtaken by a reset.
+            Loss::Closed => socket.close(),
+            _ => socket.end(),
+        }
         for token in pending {
             outcome = outcome.and(fail(py, &token, loss.to_err()));
         }
@@ -597,6 +689,15 @@ impl PersistentConnection {
         }
         if chores.remove_writer {
             reactor.call_method1(intern!(py, "remove_writer"), (fd,))?;
+        }
+        for (wanted, seconds, callback) in [
+            (chores.press_on_later, HOLD, intern!(py, "_press_on")),
+            (chores.remind_later, REMIND, intern!(py, "_remind")),
+        ] {
+            if wanted {
+                let callback = slf.getattr(callback)?;
+                reactor.call_method1(intern!(py, "call_later"), (seconds, callback))?;
+            }
         }
         if let Some(token) = chores.wake {
             resolve(py, &token, py.None())?;
@@ -687,6 +788,14 @@ impl Inner {
             chores.add_writer = write;
             chores.remove_writer = !write;
         }
+        if !read && !self.pressing {
+            self.pressing = true;
+            chores.press_on_later = true;
+        }
+        if !self.reminding && self.core.has_cancelled() {
+            self.reminding = true;
+            chores.remind_later = true;
+        }
         if self.output.size <= LOW_WATER {
             chores.wake = self.waiters.pop_front();
         }
@@ -705,7 +814,8 @@ enum Tail<'a, 'py> {
 
 impl<'a, 'py> Tail<'a, 'py> {
     fn of(data: &'a Bound<'py, PyAny>, bytes: &'a [u8]) -> Self {
-        match data.cast::<PyBytes>() {
+        match data.cast_exact::<PyBytes>() {
+            // Not of a subclass: dropping one could run Python.
             Ok(data) if bytes.len() >= SHARE => Tail::Shared(data),
             _ => Tail::Borrowed(bytes),
         }

@@ -1,5 +1,6 @@
 //! Two ends of a persistent connection, the daemon's written with prost.
 
+use super::p2pd::persistent_connection_response as response;
 use super::*;
 use crate::core::framing::encode_frame;
 use proptest::prelude::*;
@@ -274,6 +275,160 @@ fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
 }
 
 #[test]
+fn a_cancelled_call_is_at_work_until_its_handler_has_ended() {
+    let limits = UnaryLimits {
+        max_unanswered: 1,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    let cancel = response([5; 16], Some(response::Message::Cancel(p2pd::Cancel {})));
+    let bytes = [call([5; 16], b"ping"), cancel, call([5; 16], b"again")].concat();
+    let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+    assert!(matches!(events[2], UnaryEvent::Unserved { .. }));
+    assert_eq!(connection.unanswered(), 1);
+    assert!(!connection.wants_input());
+    connection.reply_error(&[5; 16], "cancelled", &mut BytesMut::new());
+    assert!(connection.wants_input());
+}
+
+#[test]
+fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
+    // Groups in groups without an end, a key of more than 32 bits, a varint of 70 bits.
+    let junk: [&[u8]; 3] = [
+        &[0x3b; 200],
+        &[0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0x00],
+        &[
+            0x38, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f,
+        ],
+    ];
+    for junk in junk {
+        let mut connection = connection(UnaryLimits::default());
+        let mut out = BytesMut::new();
+        let good = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+        let bad = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+        let mut inner = BytesMut::new();
+        put_field(&mut inner, 1, b"reply");
+        inner.extend_from_slice(junk);
+        let mut empty = BytesMut::new();
+        put_field(&mut empty, 9, b"?");
+        empty.extend_from_slice(junk);
+        let mut request = BytesMut::new();
+        put_field(&mut request, 1, b"peer");
+        put_field(&mut request, 2, b"\xff");
+        put_field(&mut request, 3, b"data");
+        request.extend_from_slice(junk);
+        let mut bytes = BytesMut::new();
+        for (id, number, content) in [
+            (good, 2, &inner),
+            (bad, 2, &empty),
+            ([7; 16], 3, &request),
+            ([8; 16], 3, &empty),
+        ] {
+            let mut message = BytesMut::new();
+            put_field(&mut message, 1, &id);
+            put_field(&mut message, number, content);
+            encode_varint(message.len() as u64, &mut bytes);
+            bytes.extend_from_slice(&message);
+        }
+        let events = feed(&mut connection, &bytes, &[1000]).unwrap();
+        let payload = b"reply".to_vec();
+        assert_eq!(events[0], UnaryEvent::Reply { token: 1, payload });
+        assert!(matches!(events[1], UnaryEvent::Broken { token: 2, .. }));
+        let UnaryEvent::Call {
+            protocol, payload, ..
+        } = &events[2]
+        else {
+            panic!("{:?}", events[2])
+        };
+        assert_eq!(
+            (protocol.as_str(), &payload[..]),
+            ("\u{fffd}", &b"data"[..])
+        );
+        assert!(matches!(events[3], UnaryEvent::Unserved { id, .. } if id == [8; 16]));
+    }
+}
+
+#[test]
+fn a_message_whose_own_fields_cannot_be_read_breaks_the_connection() {
+    let mut message = BytesMut::new();
+    put_field(&mut message, 1, &[5; 16]);
+    message.extend_from_slice(&[0x3b; 3]);
+    let mut bytes = BytesMut::new();
+    encode_varint(message.len() as u64, &mut bytes);
+    bytes.extend_from_slice(&message);
+    let error = feed(&mut connection(UnaryLimits::default()), &bytes, &[1000]).unwrap_err();
+    assert!(matches!(error, Error::Malformed { .. }));
+}
+
+#[test]
+fn calls_over_the_limit_are_refused_once_they_were_held_back_for_long() {
+    let limits = UnaryLimits {
+        max_unanswered: 1,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    connection.press_on();
+    let bytes = [call([1; 16], b""), call([2; 16], b"")].concat();
+    feed(&mut connection, &bytes, &[1000]).unwrap();
+    assert!(!connection.wants_input());
+    connection.press_on();
+    assert!(connection.wants_input());
+    let events = feed(&mut connection, &call([3; 16], b""), &[1000]).unwrap();
+    assert!(matches!(events[..], [UnaryEvent::Unserved { .. }]));
+    for id in 1..=2u8 {
+        connection.reply_error(&[id; 16], "no", &mut BytesMut::new());
+    }
+    feed(&mut connection, &call([4; 16], b""), &[1000]).unwrap();
+    assert!(!connection.wants_input(), "held back anew");
+}
+
+#[test]
+fn the_daemon_is_reminded_once_of_what_it_has_not_confirmed_to_be_cancelled() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let lost = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let known = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+    assert!(!connection.has_cancelled());
+    connection.cancel(&lost, &mut out);
+    connection.cancel(&known, &mut out);
+    let cancelled = response(known, Some(response::Message::Cancel(p2pd::Cancel {})));
+    assert_eq!(feed(&mut connection, &cancelled, &[1000]).unwrap(), []);
+    out.clear();
+    connection.remind(&mut out);
+    assert!(out.is_empty(), "too soon");
+    assert!(connection.has_cancelled());
+    connection.remind(&mut out);
+    let reminders = sent(out);
+    assert_eq!(reminders.len(), 1);
+    assert_eq!(reminders[0].call_id.as_deref(), Some(&lost[..]));
+    assert!(!connection.has_cancelled());
+}
+
+#[test]
+fn a_call_of_ours_that_the_daemon_cancels_is_refused() {
+    let mut connection = connection(UnaryLimits::default());
+    let id = connection
+        .call(b"p", "x", 0, 1, &mut BytesMut::new())
+        .unwrap();
+    let cancel = response(id, Some(response::Message::Cancel(p2pd::Cancel {})));
+    let events = feed(&mut connection, &cancel, &[1000]).unwrap();
+    assert!(matches!(events[..], [UnaryEvent::Refused { token: 1, .. }]));
+}
+
+#[test]
+fn an_error_is_cut_to_what_the_daemon_takes() {
+    let limits = UnaryLimits {
+        max_message: 1000,
+        ..UnaryLimits::default()
+    };
+    let mut connection = connection(limits);
+    feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
+    let mut out = BytesMut::new();
+    connection.reply_error(&[5; 16], &"\u{e9}".repeat(5000), &mut out);
+    assert!(out.len() <= 1002, "{}", out.len());
+}
+
+#[test]
 fn a_call_id_of_another_length_breaks_the_connection() {
     let mut connection = connection(UnaryLimits::default());
     let bytes = encode_frame(&p2pd::PersistentConnectionResponse {
@@ -300,7 +455,9 @@ fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
     let id = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
     assert!(connection.wants_input(), "a reply is awaited");
     let events = feed(&mut connection, &call([9; 16], b""), &[1000]).unwrap();
-    assert_eq!(events, [UnaryEvent::Overload { id: [9; 16] }]);
+    let reason = "busy: too many calls at once";
+    let id9 = [9; 16];
+    assert_eq!(events, [UnaryEvent::Unserved { id: id9, reason }]);
     connection.cancel(&id, &mut out);
     for id in 0..7u8 {
         assert!(!connection.wants_input());
@@ -329,7 +486,14 @@ fn a_second_call_with_an_id_that_is_at_work_is_refused() {
     let mut connection = connection(UnaryLimits::default());
     let bytes = [call([1; 16], b"a"), call([1; 16], b"b")].concat();
     let events = feed(&mut connection, &bytes, &[1000]).unwrap();
-    assert_eq!(events[1], UnaryEvent::Overload { id: [1; 16] });
+    let reason = "a call with the same id is at work";
+    assert_eq!(
+        events[1],
+        UnaryEvent::Unserved {
+            id: [1; 16],
+            reason
+        }
+    );
     assert_eq!(connection.unanswered(), 1);
 }
 
