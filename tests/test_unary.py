@@ -8,13 +8,14 @@ import hashlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import pytest
-from fake_daemon import field, frame
+from fake_daemon import field, frame, varint
 from support import BACKENDS, DaemonProcess, all_of, eventually, unknown_peer, until
 
 from p2pclient_rs import (
@@ -402,6 +403,45 @@ async def read_frame(stream: Stream) -> bytes:
             return await stream.readexactly(length)
 
 
+#: What Go takes for unknown fields, and passes on; prost does not take all of it.
+JUNK = {
+    "groups in groups": b"\x7b" * 120 + b"\x7c" * 120,
+    "field 0": b"\x02\x00",
+    "a key of more than 32 bits": varint((1 << 34 | 15) << 3) + b"\x00",
+    "a varint of 70 bits": b"\x78" + b"\xff" * 9 + b"\x7f",
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
+async def test_what_a_stranger_adds_to_a_call_or_a_reply_costs_no_connection(
+    pair: Pair, caplog: pytest.LogCaptureFixture, junk: bytes
+) -> None:
+    """The daemon would end with its last one."""
+
+    async def stranger(info: StreamInfo, stream: Stream) -> None:
+        async with stream:
+            call_id = (await read_frame(stream))[2:18]
+            answer = field(4, field(1, b"data") + junk)
+            await stream.send(frame(field(1, call_id) + answer))
+            await stream.read()  # the caller's daemon is to have it all before the stream ends
+
+    await pair.alice.unary.open()
+    await pair.bob.add_unary_handler("echo", echo)
+    peer_id = pair.bob_daemon.peer_id
+    call = field(1, peer_id.to_bytes()) + field(2, b"echo") + field(3, b"data") + junk
+    _, stream = await pair.alice.stream_open(peer_id, ["echo"])
+    async with stream:
+        await stream.send(frame(field(1, bytes(range(16))) + field(3, call)))
+        with suppress(anyio.EndOfStream, anyio.IncompleteRead):  # it is as good as no call
+            await read_frame(stream)
+    async with pair.bob.listen():
+        await pair.bob.stream_handler("stranger", stranger)
+        with suppress(DaemonRefused):
+            assert await pair.ask("stranger", timeout=10) == b"data"
+    assert await pair.ask("echo", b"still there", timeout=10) == b"still there"
+    assert "was lost" not in caplog.text
+
+
 async def test_what_a_stranger_asks_disturbs_nobody(pair: Pair) -> None:
     """A daemon passes on a call as it was sent, but for the caller's peer id."""
     await pair.bob.add_unary_handler("echo", echo)
@@ -475,6 +515,34 @@ class Gate:
             raise
         self.finished += 1
         return data
+
+
+async def test_calls_cancelled_at_once_reach_their_handlers_too(pair: Pair) -> None:
+    """The daemon may take the cancel before the call, and does not know it then."""
+    gate = Gate()
+    await pair.bob.add_unary_handler("gate", gate.handler)
+    await pair.alice.unary.open()
+    for _ in range(300):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pair.ask, "gate")
+            await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    # What was sent last is there: nothing more is going to come in.
+    await pair.bob.add_unary_handler("echo", echo)
+    await eventually(lambda: pair.ask("echo"))
+    await until(pair.idle)
+    assert gate.finished == 0
+
+
+async def test_names_whose_registration_was_cancelled_are_free(pair: Pair) -> None:
+    await pair.bob.unary.open()
+    for number in range(100):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pair.bob.add_unary_handler, f"free {number}", echo)
+            await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+        await pair.bob.add_unary_handler(f"free {number}", echo)
+        await pair.bob.remove_unary_handler(f"free {number}")
 
 
 async def test_cancelling_a_call_cancels_its_handler_and_no_other(pair: Pair) -> None:

@@ -1,0 +1,617 @@
+"""The life of unary handlers: registered and taken back half-way, cancelled before they begin, held
+back, failing in strange ways; and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import trio
+import trio.testing
+from fake_daemon import (
+    PATIENCE,
+    PEER,
+    Connection,
+    FakeDaemon,
+    acknowledgement,
+    cancellation,
+    daemon_error,
+    frame,
+    incoming,
+    reply,
+    serve_echo,
+    unary_echo,
+)
+from forking import in_child
+from support import BACKENDS, all_of, until
+
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    ControlFailure,
+    ControlTimeout,
+    DaemonRefused,
+    PeerID,
+)
+from p2pclient_rs.connector import Types
+
+pytestmark = pytest.mark.anyio
+
+FAKE_PEER = PeerID(PEER)
+IDS = [bytes([number]) * 16 for number in range(1, 100)]
+
+
+async def ask(client: Client, data: bytes = b"data") -> bytes:
+    return await client.call_unary(FAKE_PEER, "echo", data, timeout=10)
+
+
+async def echo(data: bytes, peer_id: PeerID) -> bytes:
+    return data
+
+
+def work(client: Client) -> int:
+    """How many handlers the client remembers."""
+    return sum(len(link._work) for link in client.unary._links.values())
+
+
+def served(connection: Connection) -> None:
+    """Upgrades, and acknowledges a handler."""
+    connection.upgrade()
+    connection.send(frame(acknowledgement(connection.read_message().call_id)))
+
+
+class Registry:
+    """A daemon's table of handlers, which outlives its connections.
+
+    Args:
+        before: Called with the kind and name of each request before it is answered.
+    """
+
+    def __init__(self, before: Callable[[str, str], object] = lambda kind, name: None) -> None:
+        self.names: set[str] = set()
+        self._before = before
+
+    def serve(self, connection: Connection) -> None:
+        while True:
+            message = connection.read_message()
+            if message.kind == "call":
+                connection.send(frame(reply(message.call_id, message.data)))
+                continue
+            name = message.proto
+            self._before(message.kind, name)
+            known = name in self.names
+            if (message.kind == "add") == known:
+                words = b"already set" if known else b"does not exist"
+                connection.send(frame(daemon_error(message.call_id, words)))
+                continue
+            (self.names.discard if known else self.names.add)(name)
+            connection.send(frame(acknowledgement(message.call_id)))
+
+
+# --- registering ---
+
+
+async def test_a_cancelled_registration_is_undone_and_the_name_free_again() -> None:
+    gate = threading.Event()
+    registry = Registry(lambda kind, name: gate.wait(PATIENCE))
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        registry.serve(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlTimeout):
+                await client.add_unary_handler("echo", echo, timeout=0.1)
+            assert client.unary.handlers == {}
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(client.add_unary_handler, "echo", echo)
+                await anyio.lowlevel.checkpoint()
+                gate.set()
+            assert list(client.unary.handlers) == ["echo"]
+            assert registry.names == {"echo"}
+            await client.remove_unary_handler("echo")
+            assert registry.names == set()
+            assert fake.accepted == 1
+
+
+async def test_a_cancelled_removal_is_a_removal_all_the_same() -> None:
+    gate = threading.Event()
+    registry = Registry(lambda kind, name: kind == "remove" and gate.wait(PATIENCE))
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        registry.serve(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            with pytest.raises(ControlTimeout):
+                await client.remove_unary_handler("echo", timeout=0.1)
+            assert client.unary.handlers == {}
+            gate.set()
+            with pytest.raises(ControlFailure, match="not registered"):
+                await client.remove_unary_handler("echo")
+            await client.add_unary_handler("echo", echo)
+            assert registry.names == {"echo"}
+
+
+async def test_a_removal_waits_for_the_reconnection_that_registers_it() -> None:
+    gate, asked = threading.Event(), threading.Event()
+
+    def before(kind: str, name: str) -> None:
+        asked.set()
+        gate.wait(PATIENCE)
+
+    registry = Registry(before)
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        if connection.number == 1:
+            for _ in range(2):
+                connection.send(frame(acknowledgement(connection.read_message().call_id)))
+            return
+        registry.serve(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("one", echo)
+            await client.add_unary_handler("two", echo)
+            await until(lambda: not client.unary.connected)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(client.unary.open)
+                await until(asked.is_set)
+                tasks.start_soon(client.remove_unary_handler, "one")
+                await anyio.lowlevel.checkpoint()
+                gate.set()
+            assert registry.names == set(client.unary.handlers) == {"two"}
+
+
+async def test_a_name_that_another_client_took_meanwhile_is_given_up() -> None:
+    registry = Registry()
+    registry.names.add("echo")
+
+    def script(connection: Connection) -> None:
+        if connection.number == 1:
+            served(connection)
+            return
+        connection.upgrade()
+        registry.serve(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await until(lambda: not client.unary.connected)
+            await client.unary.open()
+            assert client.unary.handlers == {}
+            with pytest.raises(DaemonRefused, match="already set"):
+                await client.add_unary_handler("echo", echo)
+            registry.names.clear()
+            await client.add_unary_handler("echo", echo)
+
+
+# --- closing ---
+
+
+async def test_closing_ends_those_who_wait_for_room_or_for_the_connection() -> None:
+    upgraded, over = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        if connection.number == 1:
+            connection.upgrade()
+            upgraded.set()
+        else:
+            connection.read_request()
+        over.wait(PATIENCE)
+
+    with FakeDaemon(script) as fake:
+        for wait in (True, False):
+            client = Client(fake.control_maddr)
+            results: list[Any] = []
+
+            async def calls(client: Client = client, results: list[Any] = results) -> None:
+                ask_much = (ask(client, bytes(1 << 20)) for _ in range(20))
+                results.extend(await all_of(ask_much))
+
+            async with anyio.create_task_group() as tasks:
+                if wait:
+                    await client.unary.open()
+                tasks.start_soon(calls)
+                accepted = 1 if wait else 2
+                await until(lambda n=accepted: fake.accepted == n)  # type: ignore[misc]
+                await anyio.wait_all_tasks_blocked()
+                await client.close()
+            assert {type(result) for result in results} == {ConnectionLost}
+            assert fake.accepted == accepted
+        over.set()
+
+
+async def test_what_came_behind_a_call_that_closed_the_client_is_not_begun() -> None:
+    def script(connection: Connection) -> None:
+        served(connection)
+        connection.send(b"".join(frame(incoming(i, "slow", b"")) for i in IDS[:3]))
+        connection.wait_closed()
+
+    entered, left = [], []
+
+    async def slow(data: bytes, peer_id: PeerID) -> bytes:
+        entered.append(data)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            left.append(data)
+        return data
+
+    class Closing(Types):
+        def peer_id(self, peer_id: PeerID) -> Any:
+            client.unary.close()
+            return peer_id
+
+    with FakeDaemon(script) as fake:
+        client = Client(fake.control_maddr)
+        client.unary.daemon_connector.types = Closing()
+        await client.add_unary_handler("slow", slow)
+        await until(lambda: not client.unary.connected)
+        await anyio.wait_all_tasks_blocked()
+        assert len(entered) == len(left) <= 1
+        await client.close()
+
+
+# --- cancelled and failing ---
+
+
+async def test_a_handler_that_was_cancelled_before_it_began_leaves_nothing() -> None:
+    def script(connection: Connection) -> None:
+        served(connection)
+        both = (frame(incoming(i, "slow", b"")) + frame(cancellation(i)) for i in IDS)
+        connection.send(b"".join(both))
+        serve_echo(connection)
+
+    async def slow(data: bytes, peer_id: PeerID) -> bytes:
+        await anyio.sleep_forever()
+        return data
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("slow", slow)
+            assert await ask(client) == b"data"
+            await until(lambda: client.unary.unanswered_calls == 0)
+            assert work(client) == 0
+
+
+async def test_a_cancelled_handler_takes_its_place_until_it_has_ended() -> None:
+    def script(connection: Connection) -> None:
+        served(connection)
+        for i in IDS:
+            connection.send(frame(incoming(i, "slow", b"")))
+        entered.wait(PATIENCE)
+        for i in IDS:
+            connection.send(frame(cancellation(i)))
+        serve_echo(connection)
+
+    entered, count = threading.Event(), 0
+    let_go = anyio.Event()
+
+    async def slow(data: bytes, peer_id: PeerID) -> bytes:
+        nonlocal count
+        count += 1
+        if count == len(IDS):
+            entered.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await let_go.wait()
+        return data
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("slow", slow)
+            await until(entered.is_set)
+            assert await ask(client) == b"data"
+            assert client.unary.unanswered_calls == work(client) == len(IDS)
+            let_go.set()
+            await until(lambda: client.unary.unanswered_calls == work(client) == 0)
+
+
+class Unprintable(Exception):
+    def __repr__(self) -> str:
+        return "lone \udcff"
+
+
+async def test_a_repr_that_cannot_be_sent_is_sent_escaped() -> None:
+    answers = []
+
+    def script(connection: Connection) -> None:
+        served(connection)
+        connection.send(frame(incoming(IDS[0], "fails", b"")))
+        answers.append(connection.read_request())
+
+    async def fails(data: bytes, peer_id: PeerID) -> bytes:
+        raise Unprintable
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("fails", fails)
+            await until(lambda: answers)
+            assert rb"lone \udcff" in answers[0]
+            await until(lambda: client.unary.unanswered_calls == 0)
+
+
+async def test_a_long_error_is_cut_to_the_message_limit() -> None:
+    answers = []
+
+    def script(connection: Connection) -> None:
+        served(connection)
+        connection.send(frame(incoming(IDS[0], "fails", b"")))
+        answers.append(connection.read_request())
+
+    async def fails(data: bytes, peer_id: PeerID) -> bytes:
+        raise ValueError("x" * 10_000)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr, persistent_conn_max_msg_size=1000) as client:
+            await client.add_unary_handler("fails", fails)
+            await until(lambda: answers)
+            assert 900 < len(answers[0]) <= 1000
+
+
+def test_a_handler_that_fails_while_it_is_cancelled_does_not_end_a_trio_run() -> None:
+    ready = threading.Event()
+
+    def script(connection: Connection) -> None:
+        served(connection)
+        connection.send(frame(incoming(IDS[0], "nursery", b"")))
+        ready.wait(PATIENCE)
+        connection.send(frame(cancellation(IDS[0])))
+        serve_echo(connection)
+
+    async def fails_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("in the clean-up")
+
+    async def handler(data: bytes, peer_id: PeerID) -> bytes:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails_at_the_end)
+            await trio.testing.wait_all_tasks_blocked()
+            ready.set()
+            await trio.sleep_forever()
+        return data
+
+    async def main() -> None:
+        with FakeDaemon(script) as fake:
+            async with Client(fake.control_maddr) as client:
+                await client.add_unary_handler("nursery", handler)
+                await until(lambda: ready.is_set() and client.unary.unanswered_calls == 0)
+                assert await ask(client) == b"data"
+
+    trio.run(main)
+
+
+# --- held back ---
+
+
+async def test_a_client_that_holds_back_its_callers_sees_cancels_and_the_end() -> None:
+    flooded, ended = threading.Event(), threading.Event()
+    refused = []
+
+    def script(connection: Connection) -> None:
+        served(connection)
+        sender = threading.Thread(target=flood, args=(connection,))
+        sender.start()
+        while not ended.is_set():
+            refused.append(connection.read_message())  # the flood ends only if we are read
+            if len(refused) > 100:
+                flooded.set()
+        sender.join()
+
+    def flood(connection: Connection) -> None:
+        number = 0
+        while not flooded.is_set():
+            call_id = number.to_bytes(16, "big")
+            connection.send(frame(incoming(call_id, "slow", bytes(1000))))
+            number += 1
+        connection.send(frame(cancellation(bytes(16))))
+        cancelled.wait(PATIENCE)
+        ended.set()
+        connection.socket.shutdown(2)
+
+    cancelled, at_work = threading.Event(), 0
+
+    async def slow(data: bytes, peer_id: PeerID) -> bytes:
+        nonlocal at_work
+        at_work += 1
+        try:
+            await anyio.sleep_forever()
+        finally:
+            at_work -= 1
+            cancelled.set()
+        return data
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("slow", slow)
+            await until(lambda: at_work >= 4096)
+            await until(cancelled.is_set, within=20)
+            await until(lambda: not client.unary.connected)
+            await until(lambda: at_work == 0)
+    assert b"busy" in refused[0].data
+
+
+# --- ours ---
+
+
+async def test_a_call_that_the_daemon_cancels_fails() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(cancellation(connection.read_message().call_id)))
+        serve_echo(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(DaemonRefused, match="cancelled"):
+                await ask(client)
+            assert await ask(client) == b"data"
+
+
+async def test_a_reply_that_came_before_the_end_is_not_lost_by_writing() -> None:
+    replied = threading.Event()
+
+    def script(connection: Connection) -> None:
+        if connection.number > 1:
+            unary_echo(connection)
+        connection.upgrade()
+        connection.send(frame(reply(connection.read_message().call_id, b"arrived")))
+        connection.socket.close()
+        replied.set()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            results = []
+
+            async def first() -> None:
+                results.append(await ask(client))
+
+            async def second() -> None:
+                # The loop is kept from reading, so that this one's write comes first.
+                replied.wait(PATIENCE)
+                results.append(await ask(client, b"second"))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(first)
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(second)
+            assert sorted(results) == [b"arrived", b"second"]
+
+
+async def test_data_whose_finalizer_uses_the_client_is_no_trouble() -> None:
+    go = threading.Event()
+    finalized = []
+
+    class Data(bytes):
+        def __del__(self) -> None:
+            finalized.append(client.unary.pending_calls)
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        go.wait(PATIENCE)
+        serve_echo(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            with anyio.move_on_after(0.1):
+                await all_of(ask(client, Data(1 << 20)) for _ in range(3))
+            go.set()
+            assert await ask(client) == b"data"
+            gc.collect()
+            assert len(finalized) == 3
+
+
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> None:
+    """Not on trio, whose events come once, to whichever process asks first."""
+    go = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        message = connection.read_message()
+        go.wait(PATIENCE)
+        connection.send(frame(reply(message.call_id, b"for the parent")))
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            results = []
+
+            async def call() -> None:
+                results.append(await ask(client))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call)
+                await anyio.wait_all_tasks_blocked()
+                read_end, write_end = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(10)
+                    deadline = time.monotonic() + 0.5
+                    while time.monotonic() < deadline:
+                        await anyio.lowlevel.checkpoint()
+                    os.write(write_end, b"took it" if results else b"left it")
+                    os._exit(0)
+                go.set()
+                # The parent's loop stands still, so that the child has the first chance.
+                report = os.read(read_end, 100)
+                os.waitpid(pid, 0)
+                os.close(read_end)
+                os.close(write_end)
+            assert report == b"left it"
+            assert results == [b"for the parent"]
+
+
+def test_runs_of_trio_that_are_over_are_forgotten() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.read_message()
+
+    with FakeDaemon(script) as fake:
+        client = Client(fake.control_maddr)
+
+        async def main() -> None:
+            with pytest.raises(ConnectionLost):
+                await ask(client)
+
+        for _ in range(5):
+            trio.run(main)
+        assert len(client.unary._links) == 1
+        client.unary.close()
+
+
+def test_a_trio_guest_of_an_asyncio_loop_has_a_connection_of_its_own() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        with FakeDaemon(unary_echo) as fake:
+            client = Client(fake.control_maddr)
+            assert await ask(client, b"host") == b"host"
+
+            async def guest() -> bytes:
+                reply = await ask(client, b"guest")
+                await client.close()
+                return reply
+
+            def soon(callback: Callable[[], object]) -> None:
+                loop.call_soon_threadsafe(callback)
+
+            trio.lowlevel.start_guest_run(
+                guest,
+                run_sync_soon_threadsafe=soon,
+                done_callback=done.set_result,
+            )
+            assert (await done).unwrap() == b"guest"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_in_a_forked_child_touches_nothing(backend: Any) -> None:
+    async def main() -> None:
+        with FakeDaemon(unary_echo) as fake:
+            async with Client(fake.control_maddr) as client:
+                assert await ask(client) == b"data"
+                await in_child(client.unary.close)
+                assert await ask(client) == b"data"
+                assert fake.accepted == 1
+
+    anyio.run(main, backend=backend[0], backend_options=backend[1])
