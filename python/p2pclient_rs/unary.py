@@ -50,9 +50,10 @@ class UnaryClient:
     cancelled, and the next call opens another one and registers the handlers again. hivemind's
     daemon ends when its last persistent connection is closed.
 
-    Calls of peers are bounded: when 4096 of them, or 64 MiB, wait for their replies, no more are
-    read, so that it is the peers who wait; unless a call of ours is under way, on which a handler
-    may depend: then calls over four times the bound are answered with an error.
+    Calls of peers are bounded: when 4096 of them, or 64 MiB, are at work, no more are read for up
+    to 5 s, so that it is the peers who wait; then those over the bound are answered with an error.
+    While a call of ours is under way, on which a handler may depend, those over four times the
+    bound are.
 
     Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``.
 
