@@ -560,6 +560,27 @@ async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> No
             assert results == [b"for the parent"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_call_that_outlives_its_loop_ends_quietly(backend: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        client = Client(fake.control_maddr)
+        call = client.call_unary(FAKE_PEER, "echo", b"data")
+
+        async def main() -> None:
+            await client.unary.open()
+            call.send(None)
+            assert client.unary.pending_calls == 1
+
+        anyio.run(main, backend=backend[0], backend_options=backend[1])
+        call.close()
+        client.unary.close()
+        assert client.unary.pending_calls == 0
+
+
 def test_runs_of_trio_that_are_over_are_forgotten() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()

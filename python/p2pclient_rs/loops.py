@@ -219,12 +219,16 @@ class AsyncioReactor:
         self.add_writer = loop.add_writer
         self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
-        self.call_later = loop.call_later
         self.promise: Callable[[], Promise] = loop.create_future
 
     @property
     def ended(self) -> bool:
         return self._loop.is_closed()
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> None:
+        # A finalizer can come here when it is.
+        if not self._loop.is_closed():
+            self._loop.call_later(delay, callback)
 
     def closing(self, fd: int) -> None:
         if not self._loop.is_closed():
@@ -292,7 +296,8 @@ class TrioReactor:
             await self._trio.sleep(delay)
             _logged(callback)
 
-        self._trio.lowlevel.spawn_system_task(run)
+        if self._trio.lowlevel.in_trio_run():
+            self._trio.lowlevel.spawn_system_task(run)
 
     def promise(self) -> Promise:
         return _TrioPromise(self._trio)
