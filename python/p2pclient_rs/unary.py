@@ -287,6 +287,7 @@ class _Link:
             raise
 
     async def add_handler(self, proto: str, entry: _Handler) -> None:
+        self._connector.check_fork()  # whose lock the parent may hold
         retried = False
         async with self._changing:
             while True:
@@ -322,6 +323,7 @@ class _Link:
 
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
+        self._connector.check_fork()
         async with self._changing:
             return self._connection or await self._open()
 
