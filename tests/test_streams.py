@@ -826,6 +826,35 @@ async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
     assert "a bug in the handler" in caplog.text and "in handler" in caplog.text
 
 
+async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_stream(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def gives_up(info: StreamInfo, stream: Stream) -> None:
+        await stream.receive()
+        raise asyncio.CancelledError  # as out of a task that was cancelled
+
+    await pair.bob.stream_handler("/echo", echo)
+    await pair.bob.stream_handler("/gives up", gives_up)
+    bob = pair.bob_daemon.peer_id
+    _, running = await pair.alice.stream_open(bob, ["/echo"])
+    await running.send(b"a")
+    assert await running.receive() == b"a"
+    with caplog.at_level(logging.WARNING, "p2pclient_rs.control"):
+        _, ended = await pair.alice.stream_open(bob, ["/gives up"])
+        await ended.send(b"a")
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError), anyio.fail_after(10):
+            await ended.receive()
+        _, later = await pair.alice.stream_open(bob, ["/echo"])
+        for stream in (running, later):
+            await stream.send(b"b")
+            with anyio.fail_after(10):
+                assert await stream.receive() == b"b"
+    assert "the handler of '/gives up' was cancelled" in caplog.text
+    assert "in gives_up" in caplog.text
+    for stream in (running, ended, later):
+        await stream.aclose()
+
+
 async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:
     events = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -306,8 +308,10 @@ class ControlClient:
             logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
             stream.abort()
             return
-        except BaseException:
+        except BaseException as error:
             stream.abort()
+            if _is_stray(error):
+                return
             raise
         try:
             await self._handle(handler, info, stream)
@@ -316,9 +320,16 @@ class ControlClient:
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
             )
             stream.abort()
-        except BaseException:
+        except BaseException as error:
             stream.abort()
-            raise
+            if not _is_stray(error):
+                raise
+            logger.warning(
+                "the handler of %r was cancelled on a stream from %s, and not by its client",
+                info.proto,
+                info.peer_id,
+                exc_info=True,
+            )
 
     async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
         await handler(info, stream)
@@ -336,6 +347,15 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+
+
+def _is_stray(error: BaseException) -> bool:
+    """Whether this is a cancellation of asyncio's that no scope asked for, as one that comes from
+    awaiting a cancelled task. A task group would take it for its own, and end."""
+    return (
+        isinstance(error, asyncio.CancelledError)
+        and anyio.current_effective_deadline() != -math.inf
+    )
 
 
 @asynccontextmanager
