@@ -494,6 +494,25 @@ async def test_a_handler_that_is_cancelled_by_itself_ends_only_its_stream(two: P
         await two.far.remove_stream_handler("gives up")
 
 
+@pytest.mark.parametrize("b", ["ours", "ours alone"], indirect=True)  # asyncio's logs it as its own
+async def test_what_a_handler_wrote_before_it_raised_arrives(two: Pair) -> None:
+    async def refuse(info: Any, reader: Any, writer: Any) -> None:
+        await reader.readexactly(3)
+        writer.write(b"no: bad ")
+        writer.write(b"request")
+        raise ValueError("bad request")
+
+    async with two.far.listen():
+        await two.far.stream_handler("refuse", refuse)
+        for _ in range(10):
+            _, reader, writer = await two.near.stream_open(two.far_id, ("refuse",))
+            writer.write(b"abc")
+            with anyio.fail_after(10):
+                assert await reader.readexactly(15) == b"no: bad request"
+            writer.close()
+        await two.far.remove_stream_handler("refuse")
+
+
 async def test_streams_that_cannot_be_had_are_control_failures(two: Pair) -> None:
     with pytest.raises(two.b.ControlFailure):
         await two.near.stream_open(two.far_id, ("nobody serves it",))

@@ -83,6 +83,17 @@ async def test_small_payloads_go_both_ways(pair: Pair, size: int) -> None:
         assert await near.readexactly(size) == back
 
 
+async def test_a_count_may_be_beyond_what_there_can_be(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        await near.send(b"abc")
+        assert await far.read(2**70) == b"abc"
+        await near.send(b"def")
+        await near.send_eof()
+        with pytest.raises(IncompleteRead) as error:
+            await far.readexactly(2**70)
+        assert (error.value.partial, error.value.expected) == (b"def", 2**70)
+
+
 async def test_64_mib_go_both_ways_at_once_unharmed(pair: Pair) -> None:
     blocks = [random.Random(seed).randbytes(MIB) for seed in range(4)]
 
