@@ -640,6 +640,69 @@ async def test_errors_are_hivemind_s_and_ours_and_pickle(
     assert not isinstance(text, hivemind.P2PDaemonError)
 
 
+async def test_errors_of_unary_calls_have_the_words_of_the_original_and_no_more(
+    all_bindings: dict[str, Bindings],
+    two_daemons: tuple[DaemonProcess, DaemonProcess],
+    anyio_backend: Any,
+) -> None:
+    # Petals compares them with the daemon's: str(e) == "protocol not supported".
+    async def handler(request: bytes, caller: Any) -> bytes:
+        return request
+
+    said: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
+    for kind, b in all_bindings.items():
+        clients = Clients(b)
+        near, far, other = [await clients.make(two_daemons[n]) for n in (0, 1, 1)]
+        far_id, maddrs = await far.identify()
+        await near.connect(far_id, maddrs)
+        await far.add_unary_handler("taken", handler)
+        unknown = b.PeerID(b"\x12\x20" + bytes(32))
+        said[kind] = []
+        for request in (
+            near.call_unary_handler(far_id, "nobody serves it", b""),
+            near.call_unary_handler(unknown, "x", b""),
+            far.add_unary_handler("taken", handler),
+            other.add_unary_handler("taken", handler),
+            far.remove_unary_handler("not there"),
+        ):
+            with pytest.raises(b.P2PDaemonError) as raised:
+                await request
+            said[kind].append((str(raised.value), raised.value.args))
+        if not b.is_original:
+            assert raised.value.request == "REMOVE_UNARY_HANDLER"
+            assert raised.value.protocol == "not there"
+            again = pickle.loads(pickle.dumps(raised.value))
+            assert (str(again), again.args) == said[kind][-1]
+        await clients.close()
+    assert "protocols not supported" in said["original"][0][0]
+    assert said["ours"] == said["ours alone"] == said["original"]
+
+
+async def test_errors_of_control_requests_contain_the_words_of_the_original(
+    all_bindings: dict[str, Bindings],
+    two_daemons: tuple[DaemonProcess, DaemonProcess],
+    anyio_backend: Any,
+) -> None:
+    said: dict[str, list[str]] = {}
+    for kind, b in all_bindings.items():
+        clients = Clients(b)
+        near, far = [await clients.make(daemon) for daemon in two_daemons]
+        far_id, maddrs = await far.identify()
+        await near.connect(far_id, maddrs)
+        said[kind] = []
+        for request in (
+            near.stream_open(far_id, ("nobody serves it",)),
+            near.remove_stream_handler("nobody serves it"),
+        ):
+            with pytest.raises(b.ControlFailure) as raised:
+                await request
+            said[kind].append(str(raised.value))
+        await clients.close()
+    for theirs, ours, alone in zip(*said.values(), strict=True):
+        words = theirs.removeprefix("Connect failed. msg=")
+        assert words != theirs and words in ours and words in alone
+
+
 def check_error(error: Exception, ours: type[Exception], theirs: type[Exception]) -> None:
     assert isinstance(error, ours) and isinstance(error, theirs)
     again = pickle.loads(pickle.dumps(error))

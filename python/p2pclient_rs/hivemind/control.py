@@ -76,6 +76,8 @@ DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
 #: What hivemind sends in one call and not through a stream, in bytes.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
 
+_UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
+
 #: How many peer ids are kept: to make one, hivemind computes its base58 in Python.
 _MAX_PEER_IDS = 4096
 
@@ -128,6 +130,15 @@ class _Types(connector.Types):
         peer_id = getattr(error, "peer_id", None)
         if peer_id is not None:
             error.peer_id = self.peer_id(peer_id)  # type: ignore[attr-defined]
+        if isinstance(error, OwnControlFailure) and error.request in _UNARY_REQUESTS:
+            # Petals tells errors of unary calls apart by hivemind's text: the daemon's words, or
+            # those of its client, which we share.
+            words = error.daemon_message
+            if words is None and type(error) is OwnControlFailure:
+                words = str(error.args[0])
+            if words is not None:
+                error.args = (words,)
+                error._terse = True
         return of_hivemind(error)
 
 
