@@ -22,6 +22,7 @@ from typing import Any
 import anyio
 import hivemind_tree
 import pytest
+from fake_daemon import OK, PEER, STREAM_OPENED, UPGRADE, Connection, FakeDaemon, decode, frame
 from google.protobuf import descriptor_pool
 from support import BACKENDS, DaemonProcess, new_directory, until
 
@@ -711,25 +712,72 @@ def check_error(error: Exception, ours: type[Exception], theirs: type[Exception]
 
 
 def test_errors_can_be_read_where_there_is_no_hivemind(ours: Bindings) -> None:
-    exceptions = importlib.import_module("p2pclient_rs.hivemind.exceptions")
+    to_hivemind = ours.modules["control"]._Types().error
+    peer_id = p2pclient_rs.PeerID(b"\x12\x20" + bytes(32))
     errors = [
-        exceptions.of_hivemind(p2pclient_rs.ControlFailure("one")),
-        exceptions.of_hivemind(p2pclient_rs.ConnectionLost("two")),
-        exceptions.of_hivemind(p2pclient_rs.P2PHandlerError("three")),
+        to_hivemind(p2pclient_rs.ControlFailure("one")),
+        to_hivemind(p2pclient_rs.ConnectionLost("two", peer_id=peer_id, request="CALL_UNARY")),
+        to_hivemind(p2pclient_rs.P2PHandlerError("three", peer_id=peer_id)),
     ]
-    code = "import sys, pickle; print(*(type(e).__mro__[0] for e in pickle.load(sys.stdin.buffer)))"
+    for error, again in zip(errors, pickle.loads(pickle.dumps(errors)), strict=True):
+        assert vars(again) == vars(error)
+        assert type(again.peer_id) is type(error.peer_id) is not p2pclient_rs.PeerID
+    code = """if True:
+        import pickle, sys
+        for error in pickle.load(sys.stdin.buffer):
+            print(type(error), repr(error), type(error.peer_id), error.peer_id)
+        assert "hivemind" not in sys.modules
+    """
     source = str(Path(p2pclient_rs.__file__).parent.parent)
     output = subprocess.check_output(
         [sys.executable, "-W", "ignore", "-c", code],
         input=pickle.dumps(errors),
         env={**os.environ, "PYTHONPATH": source},
-    )
-    assert b"exceptions.ControlFailure" in output
-    assert b"exceptions.ConnectionLost" in output
-    assert b"exceptions.P2PHandlerError" in output
+    ).decode()
+    one, two, three = output.splitlines()
+    assert "exceptions.ControlFailure" in one and "ControlFailure('one')" in one
+    assert "NoneType" in one
+    assert "exceptions.ConnectionLost" in two and "request CALL_UNARY" in two
+    assert "exceptions.P2PHandlerError" in three and "P2PHandlerError('three')" in three
+    for line in (two, three):
+        assert "<class 'p2pclient_rs.PeerID'>" in line and line.endswith(str(peer_id))
 
 
 # --- ours alone ---
+
+
+async def test_many_slow_requests_do_not_hold_up_another(
+    ours: Bindings, anyio_backend: Any
+) -> None:
+    answer = threading.Event()
+
+    def script(connection: Connection) -> None:
+        request = connection.read_request()
+        if request == UPGRADE:
+            connection.send(frame(OK))
+            connection.wait_closed()
+        elif decode(request)[1] == p2pd_pb2.Request.CONNECT:
+            assert answer.wait(30)
+            connection.send(frame(OK))
+        else:
+            connection.send(frame(STREAM_OPENED))
+            connection.wait_closed()
+
+    with FakeDaemon(script) as daemon:
+        client = await ours.Client.create(
+            ours.Multiaddr(daemon.control_maddr), ours.Multiaddr(f"/unix{new_directory()}/s")
+        )
+        peer_id = ours.PeerID(PEER)
+        slow = [asyncio.create_task(client.connect(peer_id, [])) for _ in range(200)]
+        try:
+            await until(lambda: len(daemon.requests) > 64)
+            with anyio.fail_after(10):
+                _, _, writer = await client.stream_open(peer_id, ("x",))
+            writer.close()
+        finally:
+            answer.set()
+            await asyncio.gather(*slow)
+        client.close()
 
 
 async def test_peer_ids_are_made_once(ours: Bindings, anyio_backend: Any) -> None:
