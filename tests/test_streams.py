@@ -928,6 +928,19 @@ async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: 
     await until(lambda: len(open_descriptors()) <= len(before))
 
 
+async def test_a_stream_forgotten_while_its_loop_is_closed_by_another_thread_is_closed() -> None:
+    with FakeDaemon(lambda connection: connection.wait_closed() and None) as daemon:
+        loop = asyncio.new_event_loop()
+        opening = DaemonConnector(daemon.control_maddr).open_connection()
+        stream = await anyio.to_thread.run_sync(loop.run_until_complete, opening)
+        raw, watched = stream._raw, stream._watch
+        loop.close()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "is_running", lambda: True)  # as it was a moment before
+            watched.abandon(raw)
+        assert raw.closed
+
+
 async def test_a_handler_may_keep_its_stream(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         gc.collect()

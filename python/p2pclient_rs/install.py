@@ -239,31 +239,37 @@ def install(*, p2pclient: bool = True, hivemind: bool = True) -> InstallReport:
             `KNOWN_HIVEMIND`. Nothing is changed then. If they were not, the report says so, and it
             is their import that raises this.
     """
+    asked_for = {name for name, asked in ((_ALIAS, p2pclient), (_HIVEMIND, hivemind)) if asked}
+    while (state := _install(asked_for)) is None:
+        pass
+    if hivemind:
+        _replace_in_loaded(state)
+    return state.report
+
+
+def _install(packages: set[str]) -> _State | None:
+    """Has the finder see to the packages; None if another thread came in between."""
     global _state
+    # Before the lock is held: finding modules takes locks of the import system, and whoever has
+    # those may call install().
+    found = {name: _describe(name) for name in _missing(packages)}
     with _lock:
+        new = _missing(packages)
+        if not new <= found.keys():
+            return None
+        refused = found[_HIVEMIND].refused if _HIVEMIND in new else None
+        if refused and not _REPLACED.keys().isdisjoint(sys.modules):
+            raise UnsupportedVersion(refused, name=_BINDINGS)
         state = _state or _State(InstallReport(()), _Finder(), {})
-        replaced = {replacement.name: replacement for replacement in state.report.replaced}
-        new = {
-            name
-            for name, asked_for in ((_ALIAS, p2pclient), (_HIVEMIND, hivemind))
-            if asked_for and name not in replaced
-        }
-        if _HIVEMIND in new:
-            folder = _folder_of(_HIVEMIND)
-            refused = _refusal(folder) if folder else None
-            if refused and not _REPLACED.keys().isdisjoint(sys.modules):
-                raise UnsupportedVersion(refused, name=_BINDINGS)
-            origin = os.path.join(folder, "__init__.py") if folder else None
-            replaced[_HIVEMIND] = Replacement(
-                _HIVEMIND, "p2pclient_rs.hivemind", origin, (), _version_in(folder), refused
-            )
         if _ALIAS in new:
             state.originals = {n: m for n, m in list(sys.modules.items()) if _is_taken_over(n)}
             imported = tuple(sorted(state.originals))
-            replaced[_ALIAS] = Replacement(_ALIAS, _DIALECT, _origin(_ALIAS), imported)
+            found[_ALIAS] = replace(found[_ALIAS], imported=imported)
         if new:
+            entries = {entry.name: entry for entry in state.report.replaced}
+            entries |= {name: found[name] for name in new}
             names = (_ALIAS, _HIVEMIND)
-            state.report = InstallReport(tuple(replaced[n] for n in names if n in replaced))
+            state.report = InstallReport(tuple(entries[n] for n in names if n in entries))
         state.finder.take_over(new)
         if _state is None:
             _state = state
@@ -273,9 +279,23 @@ def install(*, p2pclient: bool = True, hivemind: bool = True) -> InstallReport:
         if _ALIAS in new:
             for name in state.originals:
                 sys.modules.pop(name, None)
-    if hivemind:
-        _replace_in_loaded(state)
-    return state.report
+        return state
+
+
+def _missing(packages: set[str]) -> set[str]:
+    """Those that are not replaced yet."""
+    state = _state
+    return packages - {entry.name for entry in (state.report.replaced if state else ())}
+
+
+def _describe(name: str) -> Replacement:
+    if name == _ALIAS:
+        return Replacement(_ALIAS, _DIALECT, _origin(_ALIAS), ())
+    folder = _folder_of(_HIVEMIND)
+    origin = os.path.join(folder, "__init__.py") if folder else None
+    refused = _refusal(folder) if folder else None
+    version = _version_in(folder)
+    return Replacement(_HIVEMIND, "p2pclient_rs.hivemind", origin, (), version, refused)
 
 
 def uninstall() -> None:
