@@ -929,7 +929,10 @@ async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: 
 
 
 async def test_a_stream_forgotten_while_its_loop_is_closed_by_another_thread_is_closed() -> None:
-    with FakeDaemon(lambda connection: connection.wait_closed() and None) as daemon:
+    def hold(connection: Connection) -> None:
+        connection.wait_closed()
+
+    with FakeDaemon(hold) as daemon:
         loop = asyncio.new_event_loop()
         opening = DaemonConnector(daemon.control_maddr).open_connection()
         stream = await anyio.to_thread.run_sync(loop.run_until_complete, opening)
