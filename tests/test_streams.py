@@ -12,6 +12,7 @@ import os
 import random
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from fake_daemon import ADDR, PEER, Connection, FakeDaemon, field, frame
+from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
 from support import DaemonProcess, new_directory, open_descriptors, until
 
 from p2pclient_rs import (
@@ -864,6 +865,44 @@ async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_st
     assert "in gives_up" in caplog.text
     for stream in (running, ended, later):
         await stream.aclose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not say that they are cancelled")
+def test_a_handler_whose_task_is_cancelled_as_at_the_end_of_a_loop_is_no_news(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directory = new_directory()
+    client = Client(f"/unix{directory}/nobody", f"/unix{directory}/s")
+
+    async def listen(listening: asyncio.Event) -> None:
+        async with client.listen():
+            listening.set()
+            await asyncio.Future()
+
+    async def main(peer: socket.socket) -> asyncio.Task[None]:
+        listening = asyncio.Event()
+        handling = asyncio.get_running_loop().create_future()
+
+        async def handler(info: StreamInfo, stream: Stream) -> None:
+            handling.set_result(asyncio.current_task())
+            await stream.receive()
+
+        client.control.handlers["/echo"] = handler
+        task = asyncio.create_task(listen(listening))
+        await listening.wait()
+        peer.connect(f"{directory}/s")
+        peer.sendall(frame(STREAM_INFO))
+        handler_task = await handling
+        handler_task.cancel()
+        await asyncio.wait([handler_task])
+        assert not task.done()
+        return task
+
+    with socket.socket(socket.AF_UNIX) as peer:
+        task = asyncio.run(main(peer))  # which cancels every task that is left
+        assert task.cancelled()
+        assert peer.recv(1) == b""
+    assert [record.message for record in caplog.records] == []
 
 
 async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:

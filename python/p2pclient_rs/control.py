@@ -23,7 +23,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
-from p2pclient_rs.loops import Watch, watch
+from p2pclient_rs.loops import Watch, current_loop, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
@@ -324,12 +324,13 @@ class ControlClient:
             stream.abort()
             if not _is_stray(error):
                 raise
-            logger.warning(
-                "the handler of %r was cancelled on a stream from %s, and not by its client",
-                info.proto,
-                info.peer_id,
-                exc_info=True,
-            )
+            if not _is_asked_for():
+                logger.warning(
+                    "the handler of %r was cancelled on a stream from %s, and by nobody",
+                    info.proto,
+                    info.peer_id,
+                    exc_info=True,
+                )
 
     async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
         await handler(info, stream)
@@ -356,6 +357,14 @@ def _is_stray(error: BaseException) -> bool:
         isinstance(error, asyncio.CancelledError)
         and anyio.current_effective_deadline() != -math.inf
     )
+
+
+def _is_asked_for() -> bool:
+    """Whether somebody has cancelled this task, as the end of the event loop does."""
+    if not isinstance(current_loop(), asyncio.AbstractEventLoop):
+        return False
+    # Python 3.10 does not tell.
+    return bool(getattr(asyncio.current_task(), "cancelling", int)())
 
 
 @asynccontextmanager
