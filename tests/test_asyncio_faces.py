@@ -103,6 +103,12 @@ async def soon(task: asyncio.Task[Any]) -> None:
     assert not task.done()
 
 
+async def turns() -> None:
+    """Lets the loop see what has come."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 # --- reading ---
 
 
@@ -171,6 +177,24 @@ async def test_at_eof_knows_of_an_end_that_nobody_has_read(ends: Ends) -> None:
     assert not ends.reader.at_eof()
     assert await ends.reader.readexactly(1) == b"c"
     await until(ends.reader.at_eof)
+
+
+async def test_at_eof_takes_nothing_from_a_task_that_reads(ends: Ends) -> None:
+    reading = asyncio.create_task(ends.reader.readexactly(5))
+    await soon(reading)
+    ends.peer.sendall(b"hello")
+    assert not ends.reader.at_eof()
+    assert await asyncio.wait_for(reading, 5) == b"hello"
+
+
+async def test_a_count_may_be_beyond_what_there_can_be(ends: Ends) -> None:
+    ends.peer.sendall(b"abc")
+    assert await ends.reader.read(2**70) == b"abc"
+    ends.peer.sendall(b"def")
+    ends.peer.close()
+    with pytest.raises(asyncio.IncompleteReadError) as raised:
+        await ends.reader.readexactly(2**70)
+    assert (raised.value.partial, raised.value.expected) == (b"def", 2**70)
 
 
 @pytest.mark.parametrize("length", [65536, 65537])
@@ -258,6 +282,35 @@ async def test_what_was_read_ahead_can_be_read_after_closing(ends: Ends) -> None
     assert ends.reader.at_eof()
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_what_had_come_can_be_read_after_closing(ends: Ends, how: str) -> None:
+    ends.peer.sendall(b"abc\ndef")
+    await turns()  # in which asyncio's own reads it
+    if how == "close":
+        ends.writer.close()
+        await ends.writer.wait_closed()
+    else:
+        ends.writer.transport.abort()
+    assert await ends.reader.readline() == b"abc\n"
+    assert await ends.reader.readexactly(3) == b"def"
+    assert await ends.reader.read(5) == b""
+    assert ends.reader.at_eof()
+
+
+async def test_no_more_than_128_kib_are_kept_of_what_had_come(anyio_backend: Any) -> None:
+    # asyncio's own keeps what its last read happened to bring.
+    async with connected("ours", "unix") as ends:
+        ends.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        ends.peer.setblocking(False)
+        sent = 0
+        with suppress(BlockingIOError):
+            while True:
+                sent += ends.peer.send(bytes(50_000))
+        assert sent > 128 * 1024
+        ends.writer.close()
+        assert len(await ends.reader.read()) == 128 * 1024
+
+
 async def test_a_closed_writer_takes_and_drops_what_is_written(ends: Ends) -> None:
     assert not ends.writer.is_closing()
     assert not ends.writer.transport.is_closing()
@@ -303,6 +356,22 @@ async def test_a_cancelled_wait_closed_drops_nothing(ends: Ends) -> None:
     received, receiver = receive_all(ends.peer)
     await finished(receiver)
     assert bytes(received) == data
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+async def test_abort_loses_nothing_that_the_socket_would_take(
+    kind: str, family: str, anyio_backend: Any
+) -> None:
+    async with connected(kind, family) as ends:
+        ends.writer.write(b"the ")
+        ends.writer.write(b"end")
+        # uvloop's own has sent nothing before this.
+        await turns()
+        ends.writer.write(b"" if kind == "asyncio" else b".")
+        ends.writer.transport.abort()
+        received, receiver = receive_all(ends.peer)
+        await finished(receiver)
+        assert bytes(received) == (b"the end" if kind == "asyncio" else b"the end.")
 
 
 async def test_abort_drops_what_is_buffered(anyio_backend: Any) -> None:
@@ -360,6 +429,40 @@ async def test_a_draining_writer_is_told_of_a_lost_connection(tcp_ends: Ends) ->
     tcp_ends.reset()
     with pytest.raises(ConnectionError):
         await draining
+
+
+async def test_a_lost_connection_found_by_a_write_leaves_a_reader_what_had_come(
+    anyio_backend: Any,
+) -> None:
+    # asyncio's own does if it saw that before.
+    for wanted, got in ((5, b"hello"), (6, None)):
+        async with connected("ours", "unix") as ends:
+            reading = asyncio.create_task(ends.reader.readexactly(wanted))
+            await soon(reading)
+            ends.peer.sendall(b"hello")
+            ends.peer.close()
+            ends.writer.write(bytes(5000))
+            assert ends.writer.is_closing()
+            if got is not None:
+                assert await reading == got
+            else:
+                with pytest.raises(ConnectionError):
+                    await reading
+            with pytest.raises(ConnectionError):
+                await ends.reader.read(1)
+
+
+@pytest.mark.parametrize("read", ["read", "readline"])
+async def test_a_lost_connection_found_by_a_write_is_no_end_to_a_reader(
+    anyio_backend: Any, read: str
+) -> None:
+    async with connected("ours", "unix") as ends:
+        reading = asyncio.create_task(getattr(ends.reader, read)())
+        await soon(reading)
+        ends.peer.close()
+        ends.writer.write(bytes(5000))
+        with pytest.raises(ConnectionError):
+            await reading
 
 
 # --- writing ---

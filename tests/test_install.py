@@ -354,6 +354,80 @@ def test_only_what_is_asked_for_is_replaced(hivemind: Path) -> None:
     )
 
 
+def test_what_is_asked_for_later_is_replaced_too(hivemind: Path) -> None:
+    for first, second in (("p2pclient", "hivemind"), ("hivemind", "p2pclient")):
+        run_with(
+            hivemind,
+            f"""
+            import p2pclient_rs
+            finders = list(sys.meta_path)
+            report = p2pclient_rs.install({second}=False)
+            assert [replacement.name for replacement in report.replaced] == ["{first}"]
+            assert p2pclient_rs.install({second}=False) is report
+            report = p2pclient_rs.install()
+            names = [replacement.name for replacement in report.replaced]
+            assert names == ["p2pclient", "hivemind"]
+            assert p2pclient_rs.install({first}=False) is report
+            assert where() == "p2pclient_rs"
+            import p2pclient
+            assert p2pclient.__name__ == "p2pclient_rs.p2pclient"
+            p2pclient_rs.uninstall()
+            assert sys.meta_path == finders
+            assert where() == "hivemind"
+            """,
+        )
+
+
+def test_hivemind_asked_for_later_may_be_loaded_by_then(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import p2pclient_rs
+        p2pclient_rs.install(hivemind=False)
+        assert where() == "hivemind"
+        report = p2pclient_rs.install()
+        assert "hivemind.p2p.p2p_daemon_bindings.control" in report.replaced[1].imported
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
+def test_another_thread_may_be_importing_hivemind(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import faulthandler, importlib, threading
+        import p2pclient_rs
+        faulthandler.dump_traceback_later(30, exit=True)
+        module = sys.modules["p2pclient_rs.install"]
+        control = "hivemind.p2p.p2p_daemon_bindings.control"
+        half_way = threading.Event()
+
+        class Gate:
+            # What the bindings import calls install(), too.
+            def find_spec(self, name, path=None, target=None):
+                if name == "hivemind.utils.asyncio" and control in sys.modules:
+                    half_way.set()
+                    p2pclient_rs.install()
+
+        sys.meta_path.insert(0, Gate())
+        refusal = module._refusal
+
+        def import_meanwhile(folder):
+            if not half_way.is_set():
+                thread.start()
+                assert half_way.wait(10)
+            return refusal(folder)
+
+        thread = threading.Thread(target=importlib.import_module, args=(control,))
+        module._refusal = import_meanwhile
+        p2pclient_rs.install()
+        thread.join()
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
 @pytest.fixture
 def unknown_hivemind(tmp_path: Path) -> Path:
     """A hivemind whose version is not known, nor are its bindings."""
@@ -511,6 +585,41 @@ def test_python_processes_below_see_what_they_would_without_us(
     ours = python("program.py", cwd=tmp_path, ours=True)
     assert str(site / "sitecustomize.py") in theirs.stdout
     assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
+
+
+@pytest.mark.parametrize("value", ["", ":", "{site}:", ":{site}", "{site}::{site}"])
+def test_pythonpath_means_below_what_it_would_without_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    # An empty entry is the current directory, but not if there is no other.
+    monkeypatch.setenv("PYTHONPATH", value.format(site=tmp_path / "site"))
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "child.py").write_text("import sys; print(sys.path)\n")
+    (tmp_path / "programs" / "program.py").write_text(
+        "import subprocess, sys; subprocess.check_call([sys.executable, 'programs/child.py'])\n"
+    )
+    theirs = python("programs/program.py", cwd=tmp_path, ours=False)
+    ours = python("programs/program.py", cwd=tmp_path, ours=True)
+    assert theirs.stdout.startswith("[")
+    assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
+
+
+def test_two_threads_may_be_the_first_to_import_what_is_replaced_below() -> None:
+    code = """
+        import runpy, sys
+        sys.modules["sitecustomize"] = sys
+        runpy.run_path(sys.argv[1])
+        (trigger,) = [f for f in sys.meta_path if type(f).__name__ == "_Trigger"]
+        # The other one has come so far, and somebody's finder is of the old kind.
+        sys.meta_path.remove(trigger)
+        class OfTheOldKind:
+            def find_module(self, name, path=None): ...
+
+        sys.meta_path.insert(0, OfTheOldKind())
+        assert trigger.find_spec("p2pclient") is not None
+    """
+    file = Path(p2pclient_rs.__file__).parent / "children" / "sitecustomize.py"
+    subprocess.run([sys.executable, "-c", dedent(code), str(file)], check=True)
 
 
 def test_a_python_below_that_has_no_p2pclient_rs_says_so(

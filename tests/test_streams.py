@@ -12,6 +12,7 @@ import os
 import random
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from fake_daemon import ADDR, PEER, Connection, FakeDaemon, field, frame
+from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
 from support import DaemonProcess, new_directory, open_descriptors, until
 
 from p2pclient_rs import (
@@ -81,6 +82,17 @@ async def test_small_payloads_go_both_ways(pair: Pair, size: int) -> None:
         assert await far.readexactly(size) == there
         await far.send(back)
         assert await near.readexactly(size) == back
+
+
+async def test_a_count_may_be_beyond_what_there_can_be(pair: Pair) -> None:
+    async with both_ends(pair) as (near, far):
+        await near.send(b"abc")
+        assert await far.read(2**70) == b"abc"
+        await near.send(b"def")
+        await near.send_eof()
+        with pytest.raises(IncompleteRead) as error:
+            await far.readexactly(2**70)
+        assert (error.value.partial, error.value.expected) == (b"def", 2**70)
 
 
 async def test_64_mib_go_both_ways_at_once_unharmed(pair: Pair) -> None:
@@ -826,6 +838,73 @@ async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
     assert "a bug in the handler" in caplog.text and "in handler" in caplog.text
 
 
+async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_stream(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def gives_up(info: StreamInfo, stream: Stream) -> None:
+        await stream.receive()
+        raise asyncio.CancelledError  # as out of a task that was cancelled
+
+    await pair.bob.stream_handler("/echo", echo)
+    await pair.bob.stream_handler("/gives up", gives_up)
+    bob = pair.bob_daemon.peer_id
+    _, running = await pair.alice.stream_open(bob, ["/echo"])
+    await running.send(b"a")
+    assert await running.receive() == b"a"
+    with caplog.at_level(logging.WARNING, "p2pclient_rs.control"):
+        _, ended = await pair.alice.stream_open(bob, ["/gives up"])
+        await ended.send(b"a")
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError), anyio.fail_after(10):
+            await ended.receive()
+        _, later = await pair.alice.stream_open(bob, ["/echo"])
+        for stream in (running, later):
+            await stream.send(b"b")
+            with anyio.fail_after(10):
+                assert await stream.receive() == b"b"
+    assert "the handler of '/gives up' was cancelled" in caplog.text
+    assert "in gives_up" in caplog.text
+    for stream in (running, ended, later):
+        await stream.aclose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not say that they are cancelled")
+def test_a_handler_whose_task_is_cancelled_as_at_the_end_of_a_loop_is_no_news(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directory = new_directory()
+    client = Client(f"/unix{directory}/nobody", f"/unix{directory}/s")
+
+    async def listen(listening: asyncio.Event) -> None:
+        async with client.listen():
+            listening.set()
+            await asyncio.Future()
+
+    async def main(peer: socket.socket) -> asyncio.Task[None]:
+        listening = asyncio.Event()
+        handling = asyncio.get_running_loop().create_future()
+
+        async def handler(info: StreamInfo, stream: Stream) -> None:
+            handling.set_result(asyncio.current_task())
+            await stream.receive()
+
+        client.control.handlers["/echo"] = handler
+        task = asyncio.create_task(listen(listening))
+        await listening.wait()
+        peer.connect(f"{directory}/s")
+        peer.sendall(frame(STREAM_INFO))
+        handler_task = await handling
+        handler_task.cancel()
+        await asyncio.wait([handler_task])
+        assert not task.done()
+        return task
+
+    with socket.socket(socket.AF_UNIX) as peer:
+        task = asyncio.run(main(peer))  # which cancels every task that is left
+        assert task.cancelled()
+        assert peer.recv(1) == b""
+    assert [record.message for record in caplog.records] == []
+
+
 async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:
     events = []
 
@@ -886,6 +965,22 @@ async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: 
             gc.collect()
             assert await stream.read() == b""
     await until(lambda: len(open_descriptors()) <= len(before))
+
+
+async def test_a_stream_forgotten_while_its_loop_is_closed_by_another_thread_is_closed() -> None:
+    def hold(connection: Connection) -> None:
+        connection.wait_closed()
+
+    with FakeDaemon(hold) as daemon:
+        loop = asyncio.new_event_loop()
+        opening = DaemonConnector(daemon.control_maddr).open_connection()
+        stream = await anyio.to_thread.run_sync(loop.run_until_complete, opening)
+        raw, watched = stream._raw, stream._watch
+        loop.close()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "is_running", lambda: True)  # as it was a moment before
+            watched.abandon(raw)
+        assert raw.closed
 
 
 async def test_a_handler_may_keep_its_stream(pair: Pair) -> None:

@@ -103,9 +103,10 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
 def _install_in_children() -> None:
     """Has Python processes that the program starts run ``children/sitecustomize.py``."""
     folder = str(Path(__file__).with_name("children"))
-    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = [folder, *(path for path in others if path and path != folder)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    others = os.environ.get("PYTHONPATH")
+    # An empty entry is the current directory, but an empty variable is none.
+    paths = [path for path in others.split(os.pathsep) if path != folder] if others else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
 
 
 def _read_script(path: str) -> CodeType:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +23,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
-from p2pclient_rs.loops import Watch, watch
+from p2pclient_rs.loops import Watch, current_loop, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
@@ -306,8 +308,10 @@ class ControlClient:
             logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
             stream.abort()
             return
-        except BaseException:
+        except BaseException as error:
             stream.abort()
+            if _is_stray(error):
+                return
             raise
         try:
             await self._handle(handler, info, stream)
@@ -316,9 +320,17 @@ class ControlClient:
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
             )
             stream.abort()
-        except BaseException:
+        except BaseException as error:
             stream.abort()
-            raise
+            if not _is_stray(error):
+                raise
+            if not _is_asked_for():
+                logger.warning(
+                    "the handler of %r was cancelled on a stream from %s, and by nobody",
+                    info.proto,
+                    info.peer_id,
+                    exc_info=True,
+                )
 
     async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
         await handler(info, stream)
@@ -336,6 +348,23 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+
+
+def _is_stray(error: BaseException) -> bool:
+    """Whether this is a cancellation of asyncio's that no scope asked for, as one that comes from
+    awaiting a cancelled task. A task group would take it for its own, and end."""
+    return (
+        isinstance(error, asyncio.CancelledError)
+        and anyio.current_effective_deadline() != -math.inf
+    )
+
+
+def _is_asked_for() -> bool:
+    """Whether somebody has cancelled this task, as the end of the event loop does."""
+    if not isinstance(current_loop(), asyncio.AbstractEventLoop):
+        return False
+    # Python 3.10 does not tell.
+    return bool(getattr(asyncio.current_task(), "cancelling", int)())
 
 
 @asynccontextmanager

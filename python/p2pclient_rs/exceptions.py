@@ -65,6 +65,8 @@ class ControlFailure(P2PDaemonError):
     peer_id: PeerID | None
     protocol: str | None
     daemon_message: str | None
+    #: Whether it reads as its message alone, for a dialect whose users compare that.
+    _terse: bool = False
 
     def __init__(
         self,
@@ -83,6 +85,8 @@ class ControlFailure(P2PDaemonError):
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
+        if self._terse:
+            return text
         if self.daemon_message and self.daemon_message not in text:
             text = f"{text}: {self.daemon_message}" if text else self.daemon_message
         context = ", ".join(

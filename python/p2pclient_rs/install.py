@@ -16,7 +16,8 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import _bootstrap
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -46,6 +47,8 @@ _KNOWN_BINDINGS = (
 
 # The package taken over, and the one that stands in for it.
 _ALIAS, _DIALECT = "p2pclient", "p2pclient_rs.p2pclient"
+# The package with something to replace in it.
+_HIVEMIND = "hivemind"
 
 # The modules of hivemind with something to replace, and what stands in for them.
 _BINDINGS = "hivemind.p2p.p2p_daemon_bindings"
@@ -111,10 +114,14 @@ class InstallReport:
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, p2pclient: bool, hivemind: bool) -> None:
-        self._p2pclient = p2pclient
+    def __init__(self) -> None:
+        self._p2pclient = False
         self._after: dict[str, Callable[[ModuleType], object]] = {_SPAWN: _tell_children}
-        if hivemind:
+
+    def take_over(self, packages: set[str]) -> None:
+        if _ALIAS in packages:
+            self._p2pclient = True
+        if _HIVEMIND in packages:
             self._after |= dict.fromkeys(_REPLACED, _replace_in)
 
     def find_spec(
@@ -126,7 +133,7 @@ class _Finder(MetaPathFinder):
         if after is None:
             return None
         if fullname in _REPLACED:
-            refusal = _refusal(_folder_of("hivemind"))
+            refusal = _refusal(_folder_of(_HIVEMIND))
             if refusal:
                 raise UnsupportedVersion(refusal, name=fullname)
         for finder in sys.meta_path:
@@ -193,7 +200,7 @@ class _LoaderWithSequel(Loader):
         self._after(module)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _State:
     report: InstallReport
     finder: _Finder
@@ -217,58 +224,78 @@ def install(*, p2pclient: bool = True, hivemind: bool = True) -> InstallReport:
     It does not matter whether the originals are installed or were imported before; `uninstall`
     undoes it. It holds for this process, for those forked from it, and for those that
     ``multiprocessing`` starts from it by ``spawn`` or ``forkserver``. Other processes have to call
-    it too, or be started below ``python -m p2pclient_rs run``. Calling it again does nothing.
+    it too, or be started below ``python -m p2pclient_rs run``. Calling it again does nothing, or
+    adds what was not asked for before.
 
     Args:
         p2pclient: Whether p2pclient is replaced.
         hivemind: Whether hivemind's bindings are.
 
     Returns:
-        What was replaced.
+        What is replaced, by this call and those before.
 
     Raises:
         UnsupportedVersion: hivemind's bindings were imported before, and are not of a version in
             `KNOWN_HIVEMIND`. Nothing is changed then. If they were not, the report says so, and it
             is their import that raises this.
     """
-    global _state
+    asked_for = {name for name, asked in ((_ALIAS, p2pclient), (_HIVEMIND, hivemind)) if asked}
+    while (state := _install(asked_for)) is None:
+        pass
     if hivemind:
-        # Before the lock is held, since importing can make other threads call this.
-        _import_dialect_of_loaded()
+        _replace_in_loaded(state)
+    return state.report
+
+
+def _install(packages: set[str]) -> _State | None:
+    """Has the finder see to the packages; None if another thread came in between."""
+    global _state
+    # Before the lock is held: finding modules takes locks of the import system, and whoever has
+    # those may call install().
+    found = {name: _describe(name) for name in _missing(packages)}
     with _lock:
+        new = _missing(packages)
+        if not new <= found.keys():
+            return None
+        refused = found[_HIVEMIND].refused if _HIVEMIND in new else None
+        if refused and not _REPLACED.keys().isdisjoint(sys.modules):
+            raise UnsupportedVersion(refused, name=_BINDINGS)
+        state = _state or _State(InstallReport(()), _Finder(), {})
+        if _ALIAS in new:
+            state.originals = {n: m for n, m in list(sys.modules.items()) if _is_taken_over(n)}
+            imported = tuple(sorted(state.originals))
+            found[_ALIAS] = replace(found[_ALIAS], imported=imported)
+        if new:
+            entries = {entry.name: entry for entry in state.report.replaced}
+            entries |= {name: found[name] for name in new}
+            names = (_ALIAS, _HIVEMIND)
+            state.report = InstallReport(tuple(entries[n] for n in names if n in entries))
+        state.finder.take_over(new)
         if _state is None:
-            replaced = []
-            originals: dict[str, ModuleType] = {}
-            if hivemind:
-                folder = _folder_of("hivemind")
-                refused = _refusal(folder) if folder else None
-                if refused and not _REPLACED.keys().isdisjoint(sys.modules):
-                    raise UnsupportedVersion(refused, name=_BINDINGS)
-            if p2pclient:
-                originals = {
-                    name: m for name, m in list(sys.modules.items()) if _is_taken_over(name)
-                }
-                imported = tuple(sorted(originals))
-                replaced.append(Replacement(_ALIAS, _DIALECT, _origin(_ALIAS), imported))
-            if hivemind:
-                origin = os.path.join(folder, "__init__.py") if folder else None
-                replaced.append(
-                    Replacement(
-                        "hivemind",
-                        "p2pclient_rs.hivemind",
-                        origin,
-                        tuple(sorted(_replace_in_loaded())),
-                        _version_in(folder),
-                        refused,
-                    )
-                )
-            _state = _State(InstallReport(tuple(replaced)), _Finder(p2pclient, hivemind), originals)
-            sys.meta_path.insert(0, _state.finder)
-            for name in originals:
-                sys.modules.pop(name, None)
+            _state = state
+            sys.meta_path.insert(0, state.finder)
             if _SPAWN in sys.modules:
                 _tell_children(sys.modules[_SPAWN])
-        return _state.report
+        if _ALIAS in new:
+            for name in state.originals:
+                sys.modules.pop(name, None)
+        return state
+
+
+def _missing(packages: set[str]) -> set[str]:
+    """Those that are not replaced yet."""
+    state = _state
+    return packages - {entry.name for entry in (state.report.replaced if state else ())}
+
+
+def _describe(name: str) -> Replacement:
+    if name == _ALIAS:
+        return Replacement(_ALIAS, _DIALECT, _origin(_ALIAS), ())
+    folder = _folder_of(_HIVEMIND)
+    origin = os.path.join(folder, "__init__.py") if folder else None
+    refused = _refusal(folder) if folder else None
+    version = _version_in(folder)
+    return Replacement(_HIVEMIND, "p2pclient_rs.hivemind", origin, (), version, refused)
 
 
 def uninstall() -> None:
@@ -297,18 +324,36 @@ def uninstall() -> None:
 # --- hivemind ---
 
 
-def _import_dialect_of_loaded() -> None:
+def _replace_in_loaded(state: _State) -> None:
+    """Replaces the clients in what was imported, or half imported, before the finder was there."""
+    # Before the lock is held, since importing can make other threads call install().
     for name, (dialect, _) in _REPLACED.items():
-        if _state is None and name in sys.modules and not _refusal(_folder_of("hivemind")):
-            importlib.import_module(name)  # waits for a thread that is importing it
+        # Waits for a thread that is importing it.
+        _bootstrap._lock_unlock_module(name)  # type: ignore[attr-defined]
+        if name in sys.modules and not _refused(state):
             importlib.import_module(dialect)
+    with _lock:
+        if _state is not state or _refused(state):
+            return
+        for name in _REPLACED:
+            module = sys.modules.get(name)
+            # If it is being imported, that began after the finder was there, which sees to it.
+            if module is not None and not _is_being_imported(module):
+                _learn(module)
+        changed = _exchange(_ours)
+        if changed:
+            state.report = InstallReport(
+                tuple(
+                    replace(entry, imported=tuple(sorted({*entry.imported, *changed})))
+                    if entry.name == _HIVEMIND
+                    else entry
+                    for entry in state.report.replaced
+                )
+            )
 
 
-def _replace_in_loaded() -> list[str]:
-    for name in _REPLACED:
-        if name in sys.modules:
-            _learn(sys.modules[name])
-    return _exchange(_ours)
+def _refused(state: _State) -> bool:
+    return any(entry.refused for entry in state.report.replaced)
 
 
 def _replace_in(module: ModuleType) -> None:
@@ -335,7 +380,7 @@ def _exchange(exchanged: dict[type, type]) -> list[str]:
 def _exchange_in(module: ModuleType, exchanged: dict[type, type]) -> bool:
     changed = False
     for name, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
-        for old, new in exchanged.items():
+        for old, new in list(exchanged.items()):
             if value is old:
                 setattr(module, name, new)
                 changed = True
@@ -396,7 +441,7 @@ class _Install:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         packages = {} if _state is None else {r.name for r in _state.report.replaced}
-        arguments = f"p2pclient={_ALIAS in packages}, hivemind={'hivemind' in packages}"
+        arguments = f"p2pclient={_ALIAS in packages}, hivemind={_HIVEMIND in packages}"
         # The path that the child is about to be given anyway: we may be found by it alone.
         code = f"import sys; sys.path = {self._sys_path!r}; import p2pclient_rs; "
         return exec, (f"{code}p2pclient_rs.install({arguments})",)

@@ -98,8 +98,11 @@ class AsyncioWatch:
         in_thread = asyncio._get_running_loop() is self._loop or not self._loop.is_running()
         if in_thread or os.getpid() != self._pid:
             self._close_both(raw)
-        else:
+            return
+        try:
             self._loop.call_soon_threadsafe(self._close_both, raw)
+        except RuntimeError:  # it was closed meanwhile
+            self._close_both(raw)
 
     def _close_both(self, raw: RawStream | ControlConnection) -> None:
         self.close()

@@ -77,7 +77,7 @@ class Stream(ByteStream):
         self._flushing = False
         self._ending = False
         self._closing = False
-        #: Whether closing leaves what was read ahead to be read: asyncio's way, not anyio's.
+        #: Whether closing leaves what had come to be read: asyncio's way, not anyio's.
         self._keep_input = False
         self._socket: socket.socket | None = None
 
@@ -187,7 +187,7 @@ class Stream(ByteStream):
         if n == 0:
             return b""
         if n > 0:
-            return await self._pull(self._raw.try_receive, n)
+            return await self._pull(self._raw.try_receive, min(n, sys.maxsize))
         return await self._pull(self._raw.try_read_exactly, sys.maxsize)
 
     async def readexactly(self, n: int) -> bytes:
@@ -201,7 +201,7 @@ class Stream(ByteStream):
             raise ValueError("readexactly size can not be less than zero")
         if n == 0:
             return b""
-        data = await self._pull(self._raw.try_read_exactly, n)
+        data = await self._pull(self._raw.try_read_exactly, min(n, sys.maxsize))
         if len(data) < n:
             raise IncompleteRead(data, n)
         return data

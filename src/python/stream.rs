@@ -15,6 +15,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Reads of less than this fetch more at once and keep the rest, in bytes.
 const READ_AHEAD: usize = 16 * 1024;
 
+/// How much of what has come a close keeps to be read, in bytes: as much as asyncio reads ahead.
+const KEPT: usize = 2 * 64 * 1024;
+
 /// How much is read before the event loop gets a turn, in bytes.
 const TURN: usize = 2 * 1024 * 1024;
 
@@ -287,12 +290,20 @@ impl RawStream {
         Ok(())
     }
 
-    /// Closes the socket, in good order or, with `abort`, at once. With `keep_input` what was read
-    /// ahead can still be read, and then the end. In a forked child only the descriptor is closed:
-    /// the socket is the parent's.
+    /// Closes the socket, in good order or, with `abort`, at once. In a forked child only the
+    /// descriptor is closed: the socket is the parent's.
+    ///
+    /// With `keep_input` it is asyncio's way: what has come, up to a bound, can still be read, and
+    /// then the end; and what waits to be written is lost only if the socket does not take it.
     #[pyo3(signature = (*, abort = false, keep_input = false))]
     fn close(&self, abort: bool, keep_input: bool) {
         let mut half = self.lock();
+        let forked = std::process::id() != self.pid;
+        if keep_input && !forked {
+            // Whatever this fails at, a close has nobody to tell.
+            let _ = half.flush();
+            half.keep();
+        }
         half.output.clear();
         let Some(socket) = half.socket.take() else {
             return;
@@ -303,8 +314,11 @@ impl RawStream {
         } else {
             half.input.clear();
         }
-        if std::process::id() != self.pid {
+        if forked {
             drop(socket);
+        } else if abort && keep_input {
+            // Without the reset, which would take back what was written before.
+            socket.end();
         } else if abort {
             socket.abort();
         } else {
@@ -372,6 +386,20 @@ impl Half {
         let end = read.map_err(broken)?;
         self.at_eof |= end == Some(true);
         Ok(end.is_some())
+    }
+
+    /// Reads what has come into `input`, up to a bound.
+    fn keep(&mut self) {
+        let Self { socket, input, .. } = self;
+        while let (Some(socket), true) = (socket.as_ref(), input.len() < KEPT) {
+            let read = socket.read_with(KEPT - input.len(), |bytes| {
+                input.extend_from_slice(bytes);
+                bytes.len()
+            });
+            if !matches!(read, Ok(Some(1..))) {
+                break;
+            }
+        }
     }
 
     /// Writes what `write` left over; false if some is left still.

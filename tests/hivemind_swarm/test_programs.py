@@ -26,7 +26,8 @@ def test_the_swap_works_after_hivemind_was_imported(swapped: bool) -> None:
 
 def test_hiveminds_run_dht_serves_a_node(swapped: bool) -> None:
     run = ["-m", "p2pclient_rs", "run"] if swapped else []
-    program = ["-m", "hivemind.hivemind_cli.run_dht", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+    script = str(Path(__file__).with_name("said_run_dht.py"))
+    program = [script, "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
     process = subprocess.Popen(
         [sys.executable, *run, *program],
         stderr=subprocess.STDOUT,
@@ -41,6 +42,9 @@ def test_hiveminds_run_dht_serves_a_node(swapped: bool) -> None:
                 line = process.stdout.readline()
                 assert line, f"it ended, saying:\n{said}"
                 said += line
+            module = re.search(r"^clients of (\S+)$", said, re.MULTILINE)
+            assert module, said
+            assert module[1].startswith("p2pclient_rs") == swapped
             dht = DHT(initial_peers=[found[1]], start=True)
             try:
                 expiration = get_dht_time() + 60

@@ -8,6 +8,7 @@ file imports nothing else of the package.
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 
 
@@ -15,7 +16,8 @@ class _Trigger(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname not in ("p2pclient", "hivemind"):
             return None
-        sys.meta_path.remove(self)
+        with suppress(ValueError):  # another thread may be here, too
+            sys.meta_path.remove(self)
         try:
             from p2pclient_rs import install
         except ImportError as error:
@@ -25,7 +27,8 @@ class _Trigger(MetaPathFinder):
             install()
         # Whoever asked goes on with the finder after the one that was removed.
         for finder in list(sys.meta_path):
-            spec = finder.find_spec(fullname, path, target)
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None else None
             if spec is not None:
                 return spec
         return None

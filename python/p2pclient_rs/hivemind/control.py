@@ -76,6 +76,12 @@ DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
 #: What hivemind sends in one call and not through a stream, in bytes.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
 
+_UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
+
+#: How many requests that wait for peers may be under way. hivemind has no bound: peers that do not
+#: answer are not to hold up what goes to the others.
+_MAX_CONNECTIONS = 1024
+
 #: How many peer ids are kept: to make one, hivemind computes its base58 in Python.
 _MAX_PEER_IDS = 4096
 
@@ -128,6 +134,15 @@ class _Types(connector.Types):
         peer_id = getattr(error, "peer_id", None)
         if peer_id is not None:
             error.peer_id = self.peer_id(peer_id)  # type: ignore[attr-defined]
+        if isinstance(error, OwnControlFailure) and error.request in _UNARY_REQUESTS:
+            # Petals tells errors of unary calls apart by hivemind's text: the daemon's words, or
+            # those of its client, which we share.
+            words = error.daemon_message
+            if words is None and type(error) is OwnControlFailure:
+                words = str(error.args[0])
+            if words is not None:
+                error.args = (words,)
+                error._terse = True
         return of_hivemind(error)
 
 
@@ -146,7 +161,7 @@ class DaemonConnector(connector.DaemonConnector):
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
         if control_maddr is None or isinstance(control_maddr, str):
             control_maddr = Multiaddr(control_maddr or self.DEFAULT_CONTROL_MADDR)
-        super().__init__(control_maddr, types=_Types())
+        super().__init__(control_maddr, max_connections=_MAX_CONNECTIONS, types=_Types())
         self.control_maddr = control_maddr
         self.proto_code = parse_conn_protocol(control_maddr)
 

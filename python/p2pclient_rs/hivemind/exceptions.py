@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from p2pclient_rs import exceptions
+from p2pclient_rs.hivemind.datastructures import PeerID
 
 try:
     from hivemind.p2p.p2p_daemon_bindings.utils import (
@@ -31,10 +32,32 @@ __all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerErr
 _CLASSES: dict[type[Exception], type[Exception]] = {}
 
 
+def _reduce(error: Exception) -> tuple[Any, ...]:
+    state = dict(error.__dict__)
+    peer_id = state.get("peer_id")
+    if peer_id is not None:
+        # As what can be read where there is no hivemind, and is a PeerID of whoever reads it.
+        state["peer_id"] = peer_id.to_bytes()
+    return _load, (type(error), error.args, state)
+
+
+def _load(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = cls(*args)
+    if state.get("peer_id") is not None:
+        state["peer_id"] = PeerID(state["peer_id"])
+    error.__dict__.update(state)
+    return error
+
+
 def _define(ours: type[Exception], theirs: type[Exception]) -> None:
     name = f"_{ours.__name__}" if ours.__name__ in __all__ else ours.__name__
     if not issubclass(ours, theirs):
-        namespace = {"__module__": __name__, "__qualname__": name, "__doc__": ours.__doc__}
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": ours.__doc__,
+            "__reduce__": _reduce,
+        }
         cls: Any = type(ours.__name__, (ours, theirs), namespace)
     else:
         cls = ours

@@ -57,12 +57,18 @@ class StreamReader(asyncio.StreamReader):
             RuntimeError: Another task is reading.
         """
         if n > 0:
-            return await self._pull("read", self._try_receive, n)
+            data = await self._pull("read", self._try_receive, min(n, sys.maxsize))
+            if not data and self._lost is not None:
+                raise self._lost
+            return data
         if self._lost is not None:
             raise self._lost
         if n == 0:
             return b""
-        return await self._pull("read", self._try_read_exactly, sys.maxsize)
+        data = await self._pull("read", self._try_read_exactly, sys.maxsize)
+        if self._lost is not None:  # by a write, which is not the end
+            raise self._lost
+        return data
 
     async def readexactly(self, n: int) -> bytes:
         """``n`` bytes.
@@ -76,9 +82,9 @@ class StreamReader(asyncio.StreamReader):
             raise ValueError("readexactly size can not be less than zero")
         if n == 0 and self._lost is None:
             return b""
-        data = await self._pull("readexactly", self._try_read_exactly, n)
+        data = await self._pull("readexactly", self._try_read_exactly, min(n, sys.maxsize))
         if len(data) < n:
-            raise IncompleteRead(data, n)
+            raise self._lost or IncompleteRead(data, n)
         return data
 
     async def readuntil(self, separator: Buffer = b"\n") -> bytes:
@@ -95,7 +101,7 @@ class StreamReader(asyncio.StreamReader):
         limit = _LIMIT + len(sought)
         data = await self._pull("readuntil", self._try_read_until, sought, limit)
         if not data.endswith(sought):
-            raise IncompleteRead(data, None)
+            raise self._lost or IncompleteRead(data, None)
         return data
 
     async def readline(self) -> bytes:
@@ -119,7 +125,9 @@ class StreamReader(asyncio.StreamReader):
         if self._lost is not None:
             return False
         try:
-            self._stream._raw.look_ahead()
+            # What is read here would not wake a task that waits for it.
+            if not self._stream._reading:
+                self._stream._raw.look_ahead()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, ForkedClientError):
             return False  # which the next read will say
         return self._stream._raw.at_eof
@@ -228,7 +236,8 @@ class StreamTransport(asyncio.Transport):
         self._reader._wake()
 
     def abort(self) -> None:
-        """Closes the stream at once. What is buffered is lost."""
+        """Closes the stream at once. What is buffered, and the socket does not take now, is
+        lost."""
         self._stream.abort()
         self._reader._wake()
 
