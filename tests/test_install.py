@@ -260,6 +260,7 @@ async def numbers(count):
 
 async def echo(info, reader, writer):
     await P2P.send_raw_data(await P2P.receive_raw_data(reader), writer)
+    await reader.read()  # the caller has it all: the daemon may cut short what is closed sooner
     writer.close()
 
 async def main():
