@@ -17,6 +17,7 @@ import anyio
 import pytest
 
 from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
+from p2pclient_rs.daemon import unused_tcp_port
 
 T = TypeVar("T")
 
@@ -36,13 +37,6 @@ def new_directory() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="p2p-"))
     DIRECTORIES.append(directory)
     return directory
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago: the daemon does not say which one 0 became."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def unknown_peer() -> PeerID:
@@ -124,9 +118,9 @@ class DaemonProcess:
         if self.transport == "unix":
             return f"/unix{self.directory}/control.sock"
         if self.transport == "ip6":
-            return f"/ip6/::1/tcp/{free_port('::1')}"
+            return f"/ip6/::1/tcp/{unused_tcp_port('::1')}"
         host = {"tcp": "/ip4/127.0.0.1", "dns4": "/dns4/localhost"}[self.transport]
-        return f"{host}/tcp/{free_port()}"
+        return f"{host}/tcp/{unused_tcp_port()}"
 
     def _read_banner(self) -> tuple[PeerID, list[Multiaddr]]:
         """What it prints once it can be talked to."""

@@ -27,7 +27,7 @@ import anyio.lowlevel
 import pytest
 
 from p2pclient_rs import Multiaddr, PeerID
-from p2pclient_rs.daemon import _JANITOR, Daemon, _Process
+from p2pclient_rs.daemon import _JANITOR, Daemon, _Process, unused_tcp_port
 from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
 
 pytestmark = pytest.mark.anyio
@@ -793,3 +793,11 @@ def test_a_forked_child_does_not_keep_it_alive(anyio_backend: Backend) -> None:
     eventually(lambda: not program.left())
     program.process.stdin.close()
     program.process.stdout.close()
+
+
+def test_an_unused_port_is_none_that_the_system_gives_away() -> None:
+    ports = {unused_tcp_port(host) for host in ("127.0.0.1", "::1") for _ in range(50)}
+    assert len(ports) > 90
+    assert all(20_000 <= port < 32_000 for port in ports)
+    with pytest.raises(OSError):
+        unused_tcp_port("192.0.2.1")  # not of this machine

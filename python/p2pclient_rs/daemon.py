@@ -10,9 +10,11 @@ the daemon nor that directory outlives it.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -591,9 +593,28 @@ def _with_free_port(control: Multiaddr) -> Multiaddr:
     kind, host, port = endpoint(control)
     if kind not in ("ip4", "ip6") or port != 0:
         return control
-    with socket.socket(socket.AF_INET6 if kind == "ip6" else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return Multiaddr(f"/{kind}/{host}/tcp/{probe.getsockname()[1]}")
+    return Multiaddr(f"/{kind}/{host}/tcp/{unused_tcp_port(host)}")
+
+
+def unused_tcp_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+
+    It is none of those that the system gives to whoever asks for any, or connects: one of these
+    could be gone before it is used.
+
+    Raises:
+        OSError: There is no such address, or no port.
+    """
+    for _ in range(100):
+        port = secrets.randbelow(12_000) + 20_000
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            try:
+                probe.bind((host, port))
+                return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+    raise OSError(errno.EADDRINUSE, f"no port is free at {host}")
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

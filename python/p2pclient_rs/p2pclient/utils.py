@@ -1,9 +1,8 @@
 """Messages on a stream, and a free port."""
 
-import socket
-
 from google.protobuf.message import Message as PBMessage
 
+from p2pclient_rs.daemon import unused_tcp_port
 from p2pclient_rs.exceptions import DaemonRefused
 from p2pclient_rs.p2pclient.exceptions import ControlFailure
 from p2pclient_rs.p2pclient.pb import p2pd_pb2 as p2pd_pb
@@ -73,8 +72,4 @@ async def read_pbmsg_safe(
 
 def get_unused_tcp_port() -> int:
     """A TCP port that nothing on the loopback interface listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    return unused_tcp_port()
