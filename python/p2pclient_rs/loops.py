@@ -138,7 +138,8 @@ class TrioWatch:
         try:
             await self._trio.lowlevel.wait_writable(self._fd)
         except self._trio.ClosedResourceError:
-            raise anyio.ClosedResourceError from None
+            # Whoever goes on is told; one that drained what another has sent, and closed, is done.
+            pass
         finally:
             self._writing.set()
             self._writing = None
