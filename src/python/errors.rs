@@ -46,25 +46,25 @@ pub fn os_error(error: io::Error) -> PyErr {
 /// A control connection that an error of the operating system ended. `unexecuted` says that the
 /// daemon cannot have read the whole request.
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
+    let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = ConnectionLost::new_err(format!("the connection was lost: {error}"));
+        let lost = lost(py, words, unexecuted);
         lost.set_cause(py, Some(os_error(error)));
-        match lost.value(py).setattr("unexecuted", unexecuted) {
-            Ok(()) => lost,
-            Err(error) => error,
-        }
+        lost
     })
 }
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    Python::attach(|py| {
-        let lost = ConnectionLost::new_err(words.to_owned());
-        match lost.value(py).setattr("unexecuted", true) {
-            Ok(()) => lost,
-            Err(error) => error,
-        }
-    })
+    Python::attach(|py| lost(py, words.to_owned(), true))
+}
+
+fn lost(py: Python<'_>, words: String, unexecuted: bool) -> PyErr {
+    let lost = ConnectionLost::new_err(words);
+    match lost.value(py).setattr("unexecuted", unexecuted) {
+        Ok(()) => lost,
+        Err(error) => error,
+    }
 }
 
 /// Refuses what was made in another process, from which this one was forked.

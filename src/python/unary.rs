@@ -280,9 +280,7 @@ impl PersistentConnection {
         }
         let mut token = None;
         Self::change(slf, |inner| {
-            inner.head.clear();
-            token = inner.core.cancel(&id, &mut inner.head);
-            inner.send(Tail::None)
+            inner.send_head(|core, head| token = core.cancel(&id, head))
         })?;
         drop(token);
         Ok(())
@@ -310,10 +308,7 @@ impl PersistentConnection {
     fn reply_error(slf: &Bound<'_, Self>, id: CallId, error: &str) -> PyResult<()> {
         errors::check_fork(slf.get().pid, "connection")?;
         Self::change(slf, |inner| {
-            inner.head.clear();
-            let Inner { core, head, .. } = inner;
-            core.reply_error(&id, error, head);
-            inner.send(Tail::None)
+            inner.send_head(|core, head| core.reply_error(&id, error, head))
         })
     }
 
@@ -356,10 +351,7 @@ impl PersistentConnection {
         // handlers be at work for nobody. What the socket does not take at once cannot be helped.
         let _ = Self::change(slf, |inner| {
             inner.corked = false;
-            inner.head.clear();
-            let Inner { core, head, .. } = inner;
-            core.leave("the handler's client was closed", head);
-            inner.send(Tail::None)?;
+            inner.send_head(|core, head| core.leave("the handler's client was closed", head))?;
             inner.flush()
         });
         Self::lose(slf, Loss::Closed)
@@ -424,9 +416,7 @@ impl PersistentConnection {
     fn _remind(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::change(slf, |inner| {
             inner.reminding = false;
-            inner.head.clear();
-            inner.core.remind(&mut inner.head);
-            inner.send(Tail::None)
+            inner.send_head(Persistent::remind)
         })
     }
 
@@ -620,9 +610,7 @@ impl PersistentConnection {
                     .map(drop)
             }
             Event::Unserved { id, reason } => Self::change(slf, |inner| {
-                inner.head.clear();
-                inner.core.refuse(&id, reason, &mut inner.head);
-                inner.send(Tail::None)
+                inner.send_head(|core, head| core.refuse(&id, reason, head))
             }),
         }
     }
@@ -707,6 +695,16 @@ impl PersistentConnection {
 }
 
 impl Inner {
+    /// Sends what `encode` makes, if anything, which has no payload.
+    fn send_head(
+        &mut self,
+        encode: impl FnOnce(&mut Persistent<Token, PyPayload>, &mut BytesMut),
+    ) -> io::Result<()> {
+        self.head.clear();
+        encode(&mut self.core, &mut self.head);
+        self.send(Tail::None)
+    }
+
     /// Sends the head that was encoded, if any, and its tail; later, what cannot be now.
     fn send(&mut self, tail: Tail<'_, '_>) -> io::Result<()> {
         let Self {
