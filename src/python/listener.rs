@@ -1,27 +1,26 @@
 //! Where the daemon connects to for inbound streams.
 
 use super::errors::{self, ClosedResourceError};
-use super::socket::{new_socket, python_address, Address, Socket};
+use super::socket::{python_address, Address, Socket};
 use super::stream::RawStream;
+use crate::sockets::{self, SocketFile};
 use bytes::Bytes;
 use pyo3::prelude::*;
-use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-
-const BACKLOG: i32 = 1024;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A listening socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct RawListener {
     fd: RawFd,
     pid: u32,
-    socket: Mutex<Option<socket2::Socket>>,
-    /// The socket file and its inode: another's file at that path is not ours to remove.
-    file: Option<(PathBuf, u64)>,
+    inner: Mutex<Option<Listening>>,
+}
+
+struct Listening {
+    socket: socket2::Socket,
+    file: Option<SocketFile>,
 }
 
 #[pymethods]
@@ -31,16 +30,19 @@ impl RawListener {
     #[new]
     fn new(address: Address) -> PyResult<Self> {
         let target = address.to_sock_addr()?;
-        Self::listen(&address, &target).map_err(errors::os_error)
+        let (socket, file) = sockets::listen(&target).map_err(errors::os_error)?;
+        Ok(Self {
+            fd: socket.as_raw_fd(),
+            pid: std::process::id(),
+            inner: Mutex::new(Some(Listening { socket, file })),
+        })
     }
 
     /// The next connection, or `None` if there is none yet.
     fn try_accept(&self) -> PyResult<Option<RawStream>> {
         errors::check_fork(self.pid, "listener")?;
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let listener = socket
-            .as_ref()
-            .ok_or_else(|| ClosedResourceError::new_err("the listener is closed"))?;
+        let inner = self.lock();
+        let listener = &inner.as_ref().ok_or_else(closed)?.socket;
         loop {
             match listener.accept() {
                 Ok((socket, _)) => {
@@ -68,79 +70,38 @@ impl RawListener {
     /// Where it listens: a path, or `(host, port)`.
     #[getter]
     fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let listener = socket
-            .as_ref()
-            .ok_or_else(|| ClosedResourceError::new_err("the listener is closed"))?;
+        let inner = self.lock();
+        let listener = &inner.as_ref().ok_or_else(closed)?.socket;
         python_address(py, &listener.local_addr()?)
     }
 
     /// Closes the socket and removes its file. In a forked child only the descriptor is closed.
     fn close(&self) {
-        let socket = self
-            .socket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Some(socket) = socket.filter(|_| std::process::id() == self.pid) else {
+        let Some(inner) = self.lock().take() else {
             return;
         };
-        // A forked child may hold the descriptor too, and must not keep the address.
-        let _ = socket.shutdown(std::net::Shutdown::Both);
-        if let Some((path, inode)) = &self.file {
-            if fs::metadata(path).is_ok_and(|file| file.ino() == *inode) {
-                let _ = fs::remove_file(path);
-            }
+        if std::process::id() != self.pid {
+            // The file is the parent's.
+            std::mem::forget(inner.file);
+            return;
         }
+        // A forked child may hold the descriptor too, and must not keep the address.
+        let _ = inner.socket.shutdown(std::net::Shutdown::Both);
     }
 }
 
 impl RawListener {
-    fn listen(address: &Address, target: &socket2::SockAddr) -> io::Result<Self> {
-        let socket = new_socket(target)?;
-        let mut file = None;
-        match address {
-            Address::Unix(path) => {
-                let path = PathBuf::from(path);
-                remove_stale(&path, target)?;
-                socket.bind(target)?;
-                let inode = fs::metadata(&path).map(|file| file.ino());
-                file = Some((path.clone(), inode.unwrap_or_default()));
-                let private = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
-                if let Err(error) = private.and_then(|()| socket.listen(BACKLOG)) {
-                    let _ = fs::remove_file(&path);
-                    return Err(error);
-                }
-            }
-            Address::Tcp(..) => {
-                socket.set_reuse_address(true)?;
-                socket.bind(target)?;
-                socket.listen(BACKLOG)?;
-            }
-        }
-        Ok(Self {
-            fd: socket.as_raw_fd(),
-            pid: std::process::id(),
-            socket: Mutex::new(Some(socket)),
-            file,
-        })
+    fn lock(&self) -> MutexGuard<'_, Option<Listening>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn closed() -> PyErr {
+    ClosedResourceError::new_err("the listener is closed")
 }
 
 impl Drop for RawListener {
     fn drop(&mut self) {
         self.close();
-    }
-}
-
-/// Removes a socket file that refuses connections: its listener is gone.
-fn remove_stale(path: &Path, address: &socket2::SockAddr) -> io::Result<()> {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    if !is_socket {
-        return Ok(()); // nothing there, or something that `bind` will refuse
-    }
-    match new_socket(address)?.connect(address) {
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
-        _ => Ok(()),
     }
 }

@@ -3,7 +3,7 @@
 use super::errors;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use socket2::{Domain, SockAddr, SockRef, Type};
+use socket2::{Domain, SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
@@ -76,7 +76,7 @@ impl Socket {
     /// Begins to connect.
     pub fn connect(address: &Address) -> PyResult<Connecting> {
         let target = address.to_sock_addr()?;
-        let socket = new_socket(&target).map_err(errors::os_error)?;
+        let socket = crate::sockets::new(&target).map_err(errors::os_error)?;
         match socket.connect(&target) {
             Ok(()) => Ok(Connecting::Done(Self(socket))),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(Connecting::Full),
@@ -194,16 +194,6 @@ impl AsRawFd for Socket {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
-}
-
-/// A non-blocking, close-on-exec socket fit for `address`.
-pub fn new_socket(address: &SockAddr) -> io::Result<socket2::Socket> {
-    let socket = socket2::Socket::new(address.domain(), Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    if address.domain() != Domain::UNIX {
-        socket.set_tcp_nodelay(true)?;
-    }
-    Ok(socket)
 }
 
 /// As Python's `socket` gives addresses: a path, or `(host, port)`.

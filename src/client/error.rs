@@ -1,0 +1,282 @@
+//! What a request can fail with: who failed, at what, and in whose words.
+
+use crate::core::error::Refusal;
+use crate::core::multiaddr::EndpointError;
+use crate::core::{self, Multiaddr, PeerId};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A failed request. All but [`Error::Listen`] and [`Error::Address`] carry the request, and the peer
+/// and protocol it was about: [`Error::context`].
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The daemon answered with an error.
+    #[error("the daemon refused: {message}{context}")]
+    Refused {
+        /// The daemon's words.
+        message: String,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// This daemon cannot do what was asked: another kind, an older version, or not switched on.
+    #[error("the daemon does not support this: {message}{context}")]
+    NotSupported {
+        /// The daemon's words, or how it came to light where it had none.
+        message: String,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// No connection to the control socket could be made: nothing was sent.
+    #[error("no connection to the daemon's control socket at {addr}: {source}{context}")]
+    Unreachable {
+        /// The control address.
+        addr: Multiaddr,
+        /// The operating system's reason.
+        source: Arc<io::Error>,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// The control connection ended before the answer: unless `unexecuted`, the request may have
+    /// been carried out.
+    #[error("the connection to the daemon was lost: {reason}{context}")]
+    ConnectionLost {
+        /// How it ended.
+        reason: String,
+        /// The daemon did not read the whole request.
+        unexecuted: bool,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// No answer in time: the request may have been carried out.
+    #[error("{}{context}", timed_out(*.after, .message.as_deref()))]
+    Timeout {
+        /// The client's own limit, if it was that.
+        after: Option<Duration>,
+        /// The daemon's words, if it was the daemon that gave up.
+        message: Option<String>,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// The daemon, or a peer through it, sent what the protocol does not allow.
+    #[error("{source}{context}")]
+    Protocol {
+        /// What it was.
+        source: core::Error,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// More than the daemon takes, in bytes: nothing was sent, and the connection is good.
+    #[error("a message of {size} bytes; the limit is {limit}{context}")]
+    MessageTooLarge {
+        /// The size of the message, in bytes.
+        size: usize,
+        /// What the client was told that the daemon takes, in bytes.
+        limit: usize,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// The peer's unary handler failed: no fault of a daemon.
+    #[error("the handler failed: {message}{context}")]
+    HandlerFailed {
+        /// What the peer says of it.
+        message: String,
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// This client serves the protocol already.
+    #[error("there is a handler for this protocol already{context}")]
+    AlreadyRegistered {
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// This client does not serve the protocol.
+    #[error("there is no handler for this protocol{context}")]
+    NotRegistered {
+        /// What it was about.
+        context: Box<Context>,
+    },
+    /// The client cannot listen for inbound streams.
+    #[error("cannot listen at {addr}: {source}")]
+    Listen {
+        /// The address.
+        addr: Multiaddr,
+        /// The operating system's reason.
+        source: Arc<io::Error>,
+    },
+    /// An address that is none of a socket.
+    #[error(transparent)]
+    Address(#[from] EndpointError),
+}
+
+/// What a failed request was about.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Context {
+    /// The request's name in the protocol, as `CONNECT` or `DHT GET_VALUE`.
+    pub request: &'static str,
+    /// The peer it was about.
+    pub peer: Option<PeerId>,
+    /// The protocol, several separated by commas.
+    pub protocol: Option<String>,
+}
+
+impl Context {
+    pub(super) fn new(request: &'static str) -> Self {
+        Self {
+            request,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn peer(mut self, peer: &PeerId) -> Self {
+        self.peer = Some(peer.clone());
+        self
+    }
+
+    pub(super) fn protocol(mut self, protocol: impl Into<String>) -> Self {
+        self.protocol = Some(protocol.into());
+        self
+    }
+}
+
+impl fmt::Display for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.request.is_empty() {
+            return Ok(());
+        }
+        write!(f, " (request {}", self.request)?;
+        if let Some(peer) = &self.peer {
+            write!(f, ", peer {peer}")?;
+        }
+        if let Some(protocol) = &self.protocol {
+            write!(f, ", protocol {protocol}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl Error {
+    /// What the request was about; `None` where there was none.
+    pub fn context(&self) -> Option<&Context> {
+        match self {
+            Self::Listen { .. } | Self::Address(_) => None,
+            Self::Refused { context, .. }
+            | Self::NotSupported { context, .. }
+            | Self::Unreachable { context, .. }
+            | Self::ConnectionLost { context, .. }
+            | Self::Timeout { context, .. }
+            | Self::Protocol { context, .. }
+            | Self::MessageTooLarge { context, .. }
+            | Self::HandlerFailed { context, .. }
+            | Self::AlreadyRegistered { context }
+            | Self::NotRegistered { context } => Some(context),
+        }
+    }
+
+    /// The daemon's own words, if it said something.
+    pub fn daemon_message(&self) -> Option<&str> {
+        match self {
+            Self::Refused { message, .. } | Self::NotSupported { message, .. } => Some(message),
+            Self::Timeout { message, .. } => message.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The same error, of a request about `about`.
+    pub(super) fn about(mut self, about: &Context) -> Self {
+        match &mut self {
+            Self::Listen { .. } | Self::Address(_) => {}
+            Self::Refused { context, .. }
+            | Self::NotSupported { context, .. }
+            | Self::Unreachable { context, .. }
+            | Self::ConnectionLost { context, .. }
+            | Self::Timeout { context, .. }
+            | Self::Protocol { context, .. }
+            | Self::MessageTooLarge { context, .. }
+            | Self::HandlerFailed { context, .. }
+            | Self::AlreadyRegistered { context }
+            | Self::NotRegistered { context } => {
+                // What another request was needed for first keeps its own name.
+                if context.request.is_empty() {
+                    **context = about.clone();
+                } else {
+                    context.peer = about.peer.clone();
+                    context.protocol.clone_from(&about.protocol);
+                }
+            }
+        }
+        self
+    }
+
+    /// What a refusal in these words is.
+    pub(super) fn refused(message: String) -> Self {
+        let context = Box::default();
+        match Refusal::of(&message) {
+            Refusal::NotSupported => Self::NotSupported { message, context },
+            Refusal::TimedOut => Self::Timeout {
+                after: None,
+                message: Some(message),
+                context,
+            },
+            Refusal::Other => Self::Refused { message, context },
+        }
+    }
+
+    pub(super) fn not_supported(message: &str) -> Self {
+        Self::NotSupported {
+            message: message.to_owned(),
+            context: Box::default(),
+        }
+    }
+
+    pub(super) fn lost(reason: impl ToString, unexecuted: bool) -> Self {
+        Self::ConnectionLost {
+            reason: reason.to_string(),
+            unexecuted,
+            context: Box::default(),
+        }
+    }
+
+    pub(super) fn timeout(after: Duration) -> Self {
+        Self::Timeout {
+            after: Some(after),
+            message: None,
+            context: Box::default(),
+        }
+    }
+
+    pub(super) fn is_unexecuted(&self) -> bool {
+        matches!(
+            self,
+            Self::ConnectionLost {
+                unexecuted: true,
+                ..
+            }
+        )
+    }
+}
+
+impl From<core::Error> for Error {
+    fn from(error: core::Error) -> Self {
+        let context = Box::default();
+        match error {
+            core::Error::Closed { .. } => Self::lost(error, false),
+            core::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
+                size,
+                limit,
+                context,
+            },
+            source => Self::Protocol { source, context },
+        }
+    }
+}
+
+fn timed_out(after: Option<Duration>, message: Option<&str>) -> String {
+    match (after, message) {
+        (_, Some(message)) => format!("the daemon gave up: {message}"),
+        (Some(after), None) => format!("no answer within {after:?}"),
+        (None, None) => "no answer in time".to_owned(),
+    }
+}

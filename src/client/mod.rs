@@ -1,0 +1,224 @@
+//! The client for tokio: everything that can be asked of a daemon.
+//!
+//! - [`Client`]: cheap to clone, shared between tasks. Each family of requests is a file with its
+//!   methods: `control`, `streams`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
+//! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: what they return that goes on.
+//! - [`Error`]: what they fail with.
+//!
+//! This is a driver: what the protocol says is in [`core`](crate::core), and here are its sockets.
+//!
+//! ```no_run
+//! use p2pclient_rs::{core::Multiaddr, Client};
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let client = Client::new("/unix/tmp/p2pd.sock".parse()?)?;
+//! let me = client.identify().await?;
+//! println!("{} listens at {:?}", me.peer_id, me.addrs);
+//! # Ok(()) }
+//! ```
+
+mod connector;
+mod connmgr;
+mod control;
+mod dht;
+mod error;
+mod peerstore;
+mod pubsub;
+mod socket;
+mod streams;
+
+pub use control::Identity;
+pub use dht::Results;
+pub use error::{Context, Error};
+pub use pubsub::Subscription;
+pub use streams::{IncomingStreams, Stream};
+
+use crate::core::multiaddr::EndpointError;
+use crate::core::{Answer, Limits, Multiaddr, Request, UnaryLimits};
+use connector::Connector;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A client of one libp2p daemon.
+///
+/// Clones are cheap and share their connections and handlers. Connections are made when needed, on
+/// the tokio runtime of whoever needs them, and kept for the next request. Dropping a future gives
+/// the request up; so does [`with_timeout`](Self::with_timeout), which also tells the daemon.
+///
+/// The last clone to be dropped closes the idle connections and the persistent one. Streams and
+/// subscriptions live on.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    timeout: Option<Duration>,
+}
+
+/// What the clones of a client share.
+struct Shared {
+    connector: Arc<Connector>,
+    inbound: streams::Inbound,
+}
+
+/// The settings of a [`Client`].
+///
+/// ```
+/// use p2pclient_rs::Client;
+///
+/// let client = Client::builder("/unix/tmp/p2pd.sock".parse()?)
+///     .listen_maddr("/unix/tmp/my-program.sock".parse()?)
+///     .build()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct ClientBuilder {
+    control: Multiaddr,
+    listen: Option<Multiaddr>,
+    limits: Limits,
+    unary_limits: UnaryLimits,
+    max_connections: usize,
+}
+
+impl Client {
+    /// A client of the daemon with that control address: `/unix/PATH` or
+    /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`.
+    ///
+    /// # Errors
+    /// It is another kind of address. Whether a daemon is there shows when it is used.
+    pub fn new(control: Multiaddr) -> Result<Self, EndpointError> {
+        let built = Self::builder(control).build();
+        built.map_err(|error| match error {
+            Error::Address(error) => error,
+            other => unreachable!("nothing but the address was given: {other}"),
+        })
+    }
+
+    /// A client with other settings than the default ones.
+    pub fn builder(control: Multiaddr) -> ClientBuilder {
+        ClientBuilder {
+            control,
+            listen: None,
+            limits: Limits::default(),
+            unary_limits: UnaryLimits::default(),
+            max_connections: 64,
+        }
+    }
+
+    /// The same client, with the same connections and handlers, whose calls may take so long, all
+    /// together; with `None`, the default, as long as the daemon takes, which is 60 s where it has a
+    /// limit. The daemon is told in CONNECT, STREAM_OPEN and the DHT's requests, in whole seconds.
+    ///
+    /// ```
+    /// # use p2pclient_rs::Client;
+    /// # use std::time::Duration;
+    /// # let client = Client::new("/unix/tmp/p2pd.sock".parse()?)?;
+    /// let hasty = client.with_timeout(Some(Duration::from_secs(2)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn with_timeout(&self, timeout: impl Into<Option<Duration>>) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            timeout: timeout.into(),
+        }
+    }
+
+    /// How long calls may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// The daemon's control address.
+    pub fn control_maddr(&self) -> &Multiaddr {
+        self.connector().control_maddr()
+    }
+
+    fn connector(&self) -> &Arc<Connector> {
+        &self.shared.connector
+    }
+
+    /// The answer to a request that has one.
+    async fn ask(&self, about: Context, request: Request) -> Result<Answer, Error> {
+        self.within(about, async {
+            let (answer, _) = self.connector().ask(&request).await?;
+            Ok(answer)
+        })
+        .await
+    }
+
+    /// The answer to a request that has nothing to say.
+    async fn tell(&self, about: Context, request: Request) -> Result<(), Error> {
+        self.ask(about, request).await.map(drop)
+    }
+
+    async fn within<T>(
+        &self,
+        about: Context,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        connector::within(self.timeout, about, work).await
+    }
+}
+
+impl ClientBuilder {
+    /// Where the daemon is to connect to for inbound streams; for TCP port 0, a free port is taken.
+    /// By default a unix socket in a private directory, or, if the control address is no unix
+    /// socket, a free TCP port of the same host.
+    pub fn listen_maddr(mut self, listen: Multiaddr) -> Self {
+        self.listen = Some(listen);
+        self
+    }
+
+    /// What is taken from the daemon.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// What unary calls may come to; the largest message must not exceed the daemon's
+    /// `-persistentConnMaxMsgSize`.
+    pub fn unary_limits(mut self, limits: UnaryLimits) -> Self {
+        self.unary_limits = limits;
+        self
+    }
+
+    /// How many requests for which the daemon asks other peers (CONNECT, STREAM_OPEN, DHT) may be
+    /// under way at once, each on a connection of its own; further ones wait their turn. 64 by
+    /// default, at least 1. Open streams do not count.
+    pub fn max_connections(mut self, count: usize) -> Self {
+        self.max_connections = count.max(1);
+        self
+    }
+
+    /// The client.
+    ///
+    /// # Errors
+    /// [`Error::Address`]: an address is none of a unix or TCP socket.
+    pub fn build(self) -> Result<Client, Error> {
+        let connector = Connector::new(self.control, self.limits, self.max_connections)?;
+        let listen = self.listen.map(|addr| addr.endpoint()).transpose()?;
+        Ok(Client {
+            shared: Arc::new(Shared {
+                inbound: streams::Inbound::new(listen),
+                connector: Arc::new(connector),
+            }),
+            timeout: None,
+        })
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("control_maddr", &self.control_maddr().to_string())
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An answer of another kind than its request has: the core gives none.
+fn mismatch(answer: &Answer) -> Error {
+    crate::core::Error::Unexpected(format!("an answer that is {answer:?}")).into()
+}

@@ -1,0 +1,234 @@
+//! A connection to the daemon or from it: a unix socket or, anywhere, TCP.
+
+use crate::core::multiaddr::{Endpoint, Host};
+use crate::sockets;
+use std::io::{self, ErrorKind, IoSlice};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+#[cfg(unix)]
+use tokio::net::{UnixListener, UnixStream};
+
+/// How much one read takes, in bytes, where it is not known how much is to come.
+const READ: usize = 16 * 1024;
+
+/// How much unread input is thrown away when a socket is closed, in bytes.
+const DRAIN_LIMIT: usize = 1024 * 1024;
+
+#[derive(Debug)]
+pub enum Socket {
+    #[cfg(unix)]
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+/// Does the same to either.
+macro_rules! either {
+    ($socket:expr, $inner:ident => $body:expr) => {
+        match $socket {
+            #[cfg(unix)]
+            Socket::Unix($inner) => $body,
+            Socket::Tcp($inner) => $body,
+        }
+    };
+}
+
+impl Socket {
+    /// Connects.
+    pub async fn connect(endpoint: &Endpoint) -> io::Result<Self> {
+        let (host, port) = match endpoint {
+            #[cfg(unix)]
+            Endpoint::Unix(path) => return connect_unix(path).await,
+            #[cfg(not(unix))]
+            Endpoint::Unix(_) => {
+                let words = "there are no unix sockets here: use TCP";
+                return Err(io::Error::new(ErrorKind::Unsupported, words));
+            }
+            Endpoint::Tcp { host, port } => (host, *port),
+        };
+        let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+        for address in resolve(host, port).await? {
+            match TcpStream::connect(address).await {
+                Ok(stream) => {
+                    stream.set_nodelay(true)?;
+                    return Ok(Self::Tcp(stream));
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Whether nothing has come, not even the end.
+    pub fn is_silent(&self) -> bool {
+        let blocked = self.try_read(&mut [0]);
+        matches!(blocked, Err(error) if error.kind() == ErrorKind::WouldBlock)
+    }
+
+    pub fn is_unix(&self) -> bool {
+        !matches!(self, Self::Tcp(_))
+    }
+
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        either!(self, socket => socket.try_read(buffer))
+    }
+
+    /// Reads what there is and hands it over: nothing at all means the end.
+    pub fn poll_read_with<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        take: impl FnOnce(&[u8]) -> T,
+    ) -> Poll<io::Result<T>> {
+        let mut room = [std::mem::MaybeUninit::uninit(); READ];
+        let mut buffer = ReadBuf::uninit(&mut room);
+        let read = Pin::new(self).poll_read(cx, &mut buffer);
+        read.map_ok(|()| take(buffer.filled()))
+    }
+
+    /// Throws away what has come and was not read: closed with that, the connection would seem to
+    /// have failed, and the daemon would drop what was sent last.
+    pub fn drain(&self) {
+        let mut room = [0; READ];
+        let mut drained = 0;
+        while drained < DRAIN_LIMIT {
+            match self.try_read(&mut room) {
+                Ok(count) if count > 0 => drained += count,
+                _ => break,
+            }
+        }
+    }
+}
+
+#[cfg(unix)]
+async fn connect_unix(path: &str) -> io::Result<Socket> {
+    let mut delay = Duration::from_millis(1);
+    loop {
+        match UnixStream::connect(path).await {
+            // The daemon's queue of connections is full, and nothing says when it is not.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                tokio::time::sleep(delay).await;
+                delay = Duration::from_millis(50).min(2 * delay);
+            }
+            connected => return connected.map(Socket::Unix),
+        }
+    }
+}
+
+async fn resolve(host: &Host, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let name = match host {
+        Host::Ip4(ip) => return Ok(vec![(*ip, port).into()]),
+        Host::Ip6(ip) => return Ok(vec![(*ip, port).into()]),
+        Host::Dns(name) | Host::Dns4(name) | Host::Dns6(name) => name,
+    };
+    let found = tokio::net::lookup_host((name.as_str(), port)).await?;
+    Ok(found
+        .filter(|address| match host {
+            Host::Dns4(_) => address.is_ipv4(),
+            Host::Dns6(_) => address.is_ipv6(),
+            _ => true,
+        })
+        .collect())
+}
+
+/// Whether that is the other side having closed.
+pub fn is_disconnect(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted
+    )
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        either!(self.get_mut(), socket => Pin::new(socket).poll_read(cx, buffer))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        either!(self.get_mut(), socket => Pin::new(socket).poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        either!(self.get_mut(), socket => Pin::new(socket).poll_write_vectored(cx, pieces))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self.get_mut(), socket => Pin::new(socket).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self.get_mut(), socket => Pin::new(socket).poll_shutdown(cx))
+    }
+}
+
+/// Where the daemon connects to for inbound streams.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Listening,
+    _file: Option<sockets::SocketFile>,
+}
+
+#[derive(Debug)]
+enum Listening {
+    #[cfg(unix)]
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens; TCP port 0 is any free one.
+    pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
+        let address = sockets::address(endpoint)?;
+        let (socket, file) = sockets::listen(&address)?;
+        let socket = match endpoint {
+            #[cfg(unix)]
+            Endpoint::Unix(_) => Listening::Unix(UnixListener::from_std(socket.into())?),
+            _ => Listening::Tcp(TcpListener::from_std(socket.into())?),
+        };
+        Ok(Self {
+            socket,
+            _file: file,
+        })
+    }
+
+    /// The port that a TCP listener was given.
+    pub fn tcp_address(&self) -> io::Result<Option<SocketAddr>> {
+        match &self.socket {
+            Listening::Tcp(listener) => listener.local_addr().map(Some),
+            #[cfg(unix)]
+            Listening::Unix(_) => Ok(None),
+        }
+    }
+
+    pub async fn accept(&self) -> io::Result<Socket> {
+        match &self.socket {
+            #[cfg(unix)]
+            Listening::Unix(listener) => Ok(Socket::Unix(listener.accept().await?.0)),
+            Listening::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok(Socket::Tcp(stream))
+            }
+        }
+    }
+}
