@@ -2,9 +2,11 @@
 
 use bytes::{Bytes, BytesMut};
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
-use p2pclient_rs::core::pb::p2pd::{self, dht_response, response};
+use p2pclient_rs::core::pb::p2pd::{
+    self, dht_response, persistent_connection_response as response_to_call, response,
+};
 use p2pclient_rs::core::{
-    control, dht, framing, streams, Answer, Event, Exchange, Limits, Multiaddr, PeerId, Persistent,
+    control, dht, framing, streams, Event, Exchange, Limits, Multiaddr, PeerId, Persistent,
     Request, UnaryEvent, UnaryLimits,
 };
 use prost::Message;
@@ -15,6 +17,9 @@ const ADDRS: [&str; 3] = [
     "/ip6/2001:db8::17/udp/4001/quic-v1",
     "/dns4/bootstrap.example.org/tcp/443/wss/p2p/QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7",
 ];
+
+/// How much a driver reads at once, in bytes.
+const READ: usize = 64 << 10;
 
 const SIZES: [(&str, usize); 4] = [
     ("64 B", 64),
@@ -58,8 +63,10 @@ fn exchange(exchange: &mut Exchange, request: &Request, answer: &[u8]) -> usize 
     let mut count = 0;
     while let Some(event) = exchange.poll().expect("the answer is good") {
         count += 1;
-        if !matches!(black_box(event), Event::Item(_)) {
-            return count;
+        match black_box(event) {
+            Event::Item(_) => {}
+            Event::Answer(_) => return count,
+            Event::Refused(words) => panic!("{words}"),
         }
     }
     panic!("the answer is not whole");
@@ -157,13 +164,6 @@ fn bench_requests(c: &mut Criterion) {
         b.iter(|| streams::decode_stream_info(black_box(&inbound)).expect("it is good"));
     });
     group.finish();
-
-    connection.send(&control::identify()).expect("ready");
-    connection.receive(&identify);
-    let answer = connection.poll().expect("it is good");
-    assert!(
-        matches!(answer, Some(Event::Answer(Answer::Identity { addrs, .. })) if addrs.len() == 3)
-    );
 }
 
 fn bench_unary(c: &mut Criterion) {
@@ -172,12 +172,18 @@ fn bench_unary(c: &mut Criterion) {
     let mut group = c.benchmark_group("unary");
     for (name, size) in SIZES {
         group.throughput(Throughput::Bytes(size as u64));
-        // The payload is no part of what is encoded; that of the reply is received.
+        // The payload of the call is no part of what is encoded; that of the reply is received.
         group.bench_function(format!("call and reply, {name}"), |b| {
             let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
             let mut out = BytesMut::new();
-            let mut reply = put_reply(&[0; 16], size);
-            let id_at = reply.len() - size - content_head(size) - 16;
+            let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
+            let reply = incoming(response_to_call::Message::CallUnaryResponse(
+                p2pd::CallUnaryResponse {
+                    result: Some(result),
+                },
+            ));
+            let (len, mut reply) = (reply.encoded_len(), frame(&reply).to_vec());
+            let id_at = reply.len() - len + 2;
             b.iter(|| {
                 out.clear();
                 let id = connection.call(remote.as_bytes(), "echo", size, (), &mut out);
@@ -194,18 +200,14 @@ fn bench_unary(c: &mut Criterion) {
         group.bench_function(format!("call served, {name}"), |b| {
             let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
             let mut out = BytesMut::new();
-            let call = frame(&p2pd::PersistentConnectionResponse {
-                call_id: Some(vec![7; 16].into()),
-                message: Some(
-                    p2pd::persistent_connection_response::Message::RequestHandling(
-                        p2pd::CallUnaryRequest {
-                            peer: Some(remote.to_bytes()),
-                            proto: Some(Bytes::from_static(b"echo")),
-                            data: Some(vec![7; size].into()),
-                        },
-                    ),
-                ),
-            });
+            let call = incoming(response_to_call::Message::RequestHandling(
+                p2pd::CallUnaryRequest {
+                    peer: Some(remote.to_bytes()),
+                    proto: Some(Bytes::from_static(b"echo")),
+                    data: Some(vec![7; size].into()),
+                },
+            ));
+            let call = frame(&call);
             b.iter(|| {
                 out.clear();
                 let UnaryEvent::Call { id, .. } = receive(&mut connection, &call) else {
@@ -218,52 +220,34 @@ fn bench_unary(c: &mut Criterion) {
     group.finish();
 }
 
-fn put_reply(id: &[u8; 16], size: usize) -> Vec<u8> {
-    let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
-    let response = p2pd::CallUnaryResponse {
-        result: Some(result),
-    };
+/// A message of the daemon on a persistent connection.
+fn incoming(message: response_to_call::Message) -> p2pd::PersistentConnectionResponse {
     p2pd::PersistentConnectionResponse {
-        call_id: Some(id.to_vec().into()),
-        message: Some(p2pd::persistent_connection_response::Message::CallUnaryResponse(response)),
+        call_id: Some(vec![7; 16].into()),
+        message: Some(message),
     }
-    .encode_length_delimited_to_vec()
 }
 
-/// How long the headers of a reply's content are.
-fn content_head(size: usize) -> usize {
-    let inner = 1 + prost::length_delimiter_len(size) + size;
-    1 + prost::length_delimiter_len(inner) + 1 + prost::length_delimiter_len(size)
-}
-
-/// Reads one message as a driver does: at the most 64 KiB at a time, and a large payload straight
-/// into its place.
+/// Reads one message as a driver does: some at a time, and a large payload straight into its place.
 fn receive(
     connection: &mut Persistent<(), Vec<u8>>,
     mut message: &[u8],
 ) -> UnaryEvent<(), Vec<u8>> {
-    while !message.is_empty() {
-        let count = match connection.payload_room() {
-            Some(room) => {
-                let count = room.len().min(message.len());
-                room[..count].copy_from_slice(&message[..count]);
-                connection.payload_filled(count);
-                count
-            }
-            None => 0,
-        };
-        let read = if count == 0 {
-            message.len().min(64 << 10)
+    loop {
+        let mut input = &[][..];
+        if let Some(room) = connection.payload_room() {
+            let (payload, rest) = message.split_at(room.len().min(message.len()));
+            room[..payload.len()].copy_from_slice(payload);
+            connection.payload_filled(payload.len());
+            message = rest;
         } else {
-            0
-        };
-        let mut input = &message[count..count + read];
-        message = &message[count + read..];
+            (input, message) = message.split_at(READ.min(message.len()));
+        }
         if let Some(event) = connection.poll(&mut input).expect("it is good") {
             return event;
         }
+        assert!(!message.is_empty(), "the message is not whole");
     }
-    panic!("the message is not whole");
 }
 
 fn bench_values(c: &mut Criterion) {
