@@ -17,7 +17,7 @@
 //!   write for all the calls that one read brought. Any other protocol is a handler's, on any
 //!   persistent connection, and its replies find their way back by their call id.
 //!
-//! There is a thread for each connection, and it waits while a socket is full: a client that does
+//! A thread serves each connection, and it waits while a socket is full: a client that does
 //! not read while it writes comes to a stop, as at the Go daemons.
 
 use p2pclient_rs::core::multiaddr::{Endpoint, Host};
@@ -36,7 +36,8 @@ use std::thread;
 
 /// The largest message taken, in bytes.
 const MAX_FRAME: usize = 16 << 20;
-/// How much one read takes at the least, in bytes.
+/// How much one read takes at the least, in bytes: little, until there is more to be read.
+const FIRST_READ: usize = 4 << 10;
 const READ: usize = 256 << 10;
 /// How much is kept for one write, in bytes, and what comes on top of it at once.
 const BATCH: usize = 256 << 10;
@@ -58,7 +59,7 @@ pub const UNARY_ECHO: &str = "echo";
 pub struct MockDaemon {
     listener: Listener,
     control: Multiaddr,
-    shared: Arc<Shared>,
+    shared: Shared,
 }
 
 impl MockDaemon {
@@ -72,7 +73,7 @@ impl MockDaemon {
         Ok(Self {
             control: listener.address(endpoint)?,
             listener,
-            shared: Arc::new(Shared::new()?),
+            shared: Shared::new()?,
         })
     }
 
@@ -91,29 +92,38 @@ impl MockDaemon {
     /// # Errors
     /// What it failed with.
     pub fn run(self) -> io::Result<()> {
-        loop {
-            let socket = self.listener.accept()?;
-            let shared = self.shared.clone();
-            if shared.connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-                shared.connections.fetch_sub(1, Ordering::Relaxed);
-                continue;
-            }
-            thread::Builder::new().spawn(move || {
-                // Whatever ends a connection, the client sees its end.
-                let _ = serve(&socket, &shared);
-                socket.shutdown(Shutdown::Both);
-                shared.connections.fetch_sub(1, Ordering::Relaxed);
-            })?;
-        }
+        work(&Arc::new(self))
     }
 
-    /// Serves in a thread of this process, as long as that lasts.
+    /// Serves in threads of this process, as long as that lasts.
     ///
     /// # Errors
     /// If there is no thread to be had.
     #[allow(dead_code)] // by the program
     pub fn spawn(self) -> io::Result<()> {
         thread::Builder::new().spawn(|| self.run()).map(drop)
+    }
+}
+
+/// Serves one connection after the other. The threads that do so are kept: to start one takes
+/// longer than to answer.
+fn work(daemon: &Arc<MockDaemon>) -> io::Result<()> {
+    let shared = &daemon.shared;
+    loop {
+        shared.idle.fetch_add(1, Ordering::Relaxed);
+        let socket = daemon.listener.accept()?;
+        if shared.idle.fetch_sub(1, Ordering::Relaxed) == 1 {
+            // One has to be there for the next connection, unless there are too many.
+            if shared.threads.fetch_add(1, Ordering::Relaxed) < MAX_CONNECTIONS {
+                let daemon = daemon.clone();
+                thread::Builder::new().spawn(move || work(&daemon))?;
+            } else {
+                shared.threads.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        // Whatever ends a connection, the client sees its end.
+        let _ = serve(&socket, shared);
+        socket.shutdown(Shutdown::Both);
     }
 }
 
@@ -138,7 +148,9 @@ struct Shared {
     ok: Vec<u8>,
     identity: Vec<u8>,
     peers: Vec<u8>,
-    connections: AtomicUsize,
+    /// The threads that serve, and those of them that wait for a connection.
+    threads: AtomicUsize,
+    idle: AtomicUsize,
     /// The number of the next persistent connection.
     next: AtomicU64,
     stream_handlers: Mutex<HashMap<String, Multiaddr>>,
@@ -215,7 +227,8 @@ impl Shared {
             }),
             peer_id,
             addr,
-            connections: AtomicUsize::new(0),
+            threads: AtomicUsize::new(1),
+            idle: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             stream_handlers: Mutex::default(),
             routes: Mutex::default(),
@@ -655,6 +668,7 @@ fn put_daemon_error(out: &mut Vec<u8>, id: &CallId, words: &str) {
 /// What was read and not yet taken. Its room is written to once and used again.
 struct Input {
     room: Vec<u8>,
+    wanted: usize,
     start: usize,
     end: usize,
 }
@@ -662,7 +676,8 @@ struct Input {
 impl Input {
     fn new() -> Self {
         Self {
-            room: vec![0; 2 * READ],
+            room: Vec::new(),
+            wanted: FIRST_READ,
             start: 0,
             end: 0,
         }
@@ -693,12 +708,16 @@ impl Input {
 
     /// Reads once; false at the end.
     fn fill(&mut self, mut socket: &Socket) -> io::Result<bool> {
-        self.make_room(READ);
+        self.make_room(self.wanted);
+        let room = &mut self.room[self.end..];
         loop {
-            match socket.read(&mut self.room[self.end..]) {
+            match socket.read(room) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 read => {
                     let count = read?;
+                    if count == room.len() {
+                        self.wanted = READ;
+                    }
                     self.end += count;
                     return Ok(count > 0);
                 }
