@@ -5,7 +5,8 @@
 //!   come back, and the connection is ready again, has become a stream, or has failed.
 //! - one file per family of requests, each with its requests and how their answers are read:
 //!   [`control`], [`streams`], [`dht`], [`connmgr`], [`pubsub`], [`peerstore`].
-//! - [`unary`]: a connection that was upgraded for unary calls as another state machine.
+//! - [`unary`]: a connection that was upgraded for unary calls as another state machine;
+//!   [`output`]: what waits to be sent on it.
 //! - [`peer_id`], [`multiaddr`], [`public_key`], [`pb`]: the values they are made of.
 //! - [`error`]: what can go wrong, and whose fault it is.
 //!
@@ -34,6 +35,7 @@ pub mod error;
 pub mod exchange;
 pub mod framing;
 pub mod multiaddr;
+pub mod output;
 pub mod pb;
 pub mod peer_id;
 pub mod peerstore;
@@ -48,6 +50,7 @@ pub use error::{Error, Fault};
 pub use exchange::{Answer, Event, Exchange, State};
 pub use framing::{FrameDecoder, Limits};
 pub use multiaddr::Multiaddr;
+pub use output::Output;
 pub use peer_id::PeerId;
 pub use public_key::PublicKey;
 pub use pubsub::PubsubMessage;

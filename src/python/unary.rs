@@ -9,9 +9,10 @@ use super::errors::{self, ConnectionLost, DaemonRefused, MessageTooLarge};
 use super::errors::{P2PHandlerError, ProtocolViolation};
 use super::socket::{with_scratch, Socket};
 use crate::core::unary::{CallId, Payload};
-use crate::core::{Error, Persistent, UnaryEvent, UnaryLimits};
-use bytes::{Buf, BytesMut};
+use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
+use bytes::BytesMut;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::collections::VecDeque;
@@ -45,12 +46,6 @@ const HOLD: f64 = 5.0;
 /// How long after a cancel, at the least, the daemon is reminded of it, in seconds.
 const REMIND: f64 = 0.1;
 
-/// A payload of at least this many bytes is sent from where it is, not copied behind its head.
-const SHARE: usize = 16 * 1024;
-
-/// How many pieces one system call sends.
-const PIECES: usize = 64;
-
 type Token = Py<PyAny>;
 type Event = UnaryEvent<Token, PyPayload>;
 
@@ -71,7 +66,8 @@ struct Inner {
     /// `None` once lost or closed.
     socket: Option<Socket>,
     core: Persistent<Token, PyPayload>,
-    output: Output,
+    /// Holds bytes objects, not of subclasses: to drop one runs no Python.
+    output: Output<PyBackedBytes>,
     /// Where the head of a frame is made.
     head: BytesMut,
     /// A flush is scheduled, before which nothing is sent: the answers to what one read brought
@@ -234,7 +230,7 @@ impl PersistentConnection {
         // Nothing runs while the bytes are borrowed: they may be those of a bytearray.
         let submitted = with_bytes(data, |bytes| {
             slf.get().submit(slf.py(), Tail::of(data, bytes), |inner| {
-                if inner.output.size > HIGH_WATER {
+                if inner.output.len() > HIGH_WATER {
                     return Ok(None);
                 }
                 let Inner { core, head, .. } = inner;
@@ -316,7 +312,7 @@ impl PersistentConnection {
     /// who then does not call must call `pass_on`.
     fn room(&self, token: Token) -> bool {
         let mut inner = self.lock();
-        if inner.socket.is_none() || inner.output.size <= HIGH_WATER {
+        if inner.socket.is_none() || inner.output.len() <= HIGH_WATER {
             return true;
         }
         inner.waiters.push_back(token);
@@ -707,25 +703,36 @@ impl Inner {
 
     /// Sends the head that was encoded, if any, and its tail; later, what cannot be now.
     fn send(&mut self, tail: Tail<'_, '_>) -> io::Result<()> {
-        let Self {
-            socket,
-            output,
-            head,
-            corked,
-            ..
-        } = self;
+        let (head, payload) = (&self.head[..], tail.as_bytes());
         if head.is_empty() {
             return Ok(());
         }
-        let socket = socket.as_ref().filter(|_| !*corked);
-        output.send(socket, head, tail)
+        let mut sent = 0;
+        if let (Some(socket), false, true) = (&self.socket, self.corked, self.output.is_empty()) {
+            sent = socket.write_vectored(&[IoSlice::new(head), IoSlice::new(payload)])?;
+        }
+        self.output.push_copied(&head[sent.min(head.len())..]);
+        let sent = sent.saturating_sub(head.len());
+        match tail {
+            Tail::None => {}
+            Tail::Shared(data) => self.output.push_shared(data.clone().into(), sent),
+            Tail::Borrowed(bytes) => self.output.push_copied(&bytes[sent..]),
+        }
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &self.socket {
-            Some(socket) if !self.corked => self.output.flush(socket),
-            _ => Ok(()),
+        let Some(socket) = self.socket.as_ref().filter(|_| !self.corked) else {
+            return Ok(());
+        };
+        while !self.output.is_empty() {
+            let sent = socket.write_vectored(&self.output.slices())?;
+            if sent == 0 {
+                break;
+            }
+            self.output.sent(sent);
         }
+        Ok(())
     }
 
     /// Reads what is there, within the bounds of a turn.
@@ -765,7 +772,7 @@ impl Inner {
     }
 
     fn wants_input(&self) -> bool {
-        self.core.wants_input() && self.output.size <= MAX_OUTPUT
+        self.core.wants_input() && self.output.len() <= MAX_OUTPUT
     }
 
     /// What the event loop has to be told after a change.
@@ -780,7 +787,7 @@ impl Inner {
             chores.add_reader = read;
             chores.remove_reader = !read;
         }
-        let write = !self.output.chunks.is_empty() && !self.corked;
+        let write = !self.output.is_empty() && !self.corked;
         if write != self.writing {
             self.writing = write;
             chores.add_writer = write;
@@ -794,7 +801,7 @@ impl Inner {
             self.reminding = true;
             chores.remind_later = true;
         }
-        if self.output.size <= LOW_WATER {
+        if self.output.len() <= LOW_WATER {
             chores.wake = self.waiters.pop_front();
         }
         chores
@@ -814,8 +821,8 @@ impl<'a, 'py> Tail<'a, 'py> {
     fn of(data: &'a Bound<'py, PyAny>, bytes: &'a [u8]) -> Self {
         match data.cast_exact::<PyBytes>() {
             // Not of a subclass: dropping one could run Python.
-            Ok(data) if bytes.len() >= SHARE => Tail::Shared(data),
-            _ => Tail::Borrowed(bytes),
+            Ok(data) => Tail::Shared(data),
+            Err(_) => Tail::Borrowed(bytes),
         }
     }
 
@@ -824,96 +831,6 @@ impl<'a, 'py> Tail<'a, 'py> {
             Tail::None => &[],
             Tail::Shared(data) => data.as_bytes(),
             Tail::Borrowed(bytes) => bytes,
-        }
-    }
-}
-
-/// What waits to be sent.
-#[derive(Default)]
-struct Output {
-    chunks: VecDeque<Chunk>,
-    /// How many bytes that is.
-    size: usize,
-}
-
-enum Chunk {
-    Copied(BytesMut),
-    Shared { data: Py<PyBytes>, sent: usize },
-}
-
-impl Output {
-    /// Sends `head` and `tail`, or keeps what the socket does not take. With no socket it keeps all.
-    fn send(&mut self, socket: Option<&Socket>, head: &[u8], tail: Tail<'_, '_>) -> io::Result<()> {
-        let payload = tail.as_bytes();
-        let mut sent = 0;
-        if let (Some(socket), true) = (socket, self.chunks.is_empty()) {
-            let pieces = [IoSlice::new(head), IoSlice::new(payload)];
-            sent = socket.write_vectored(&pieces)?;
-            if sent == head.len() + payload.len() {
-                return Ok(());
-            }
-        }
-        self.size += head.len() + payload.len() - sent;
-        self.copy(&head[sent.min(head.len())..]);
-        let sent = sent.saturating_sub(head.len());
-        match tail {
-            Tail::Shared(data) => self.chunks.push_back(Chunk::Shared {
-                data: data.clone().unbind(),
-                sent,
-            }),
-            _ => self.copy(&payload[sent..]),
-        }
-        Ok(())
-    }
-
-    fn copy(&mut self, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        match self.chunks.back_mut() {
-            Some(Chunk::Copied(chunk)) => chunk.extend_from_slice(bytes),
-            _ => self.chunks.push_back(Chunk::Copied(bytes.into())),
-        }
-    }
-
-    fn flush(&mut self, socket: &Socket) -> io::Result<()> {
-        while !self.chunks.is_empty() {
-            let sent = Python::attach(|py| {
-                let pieces = self.chunks.iter().take(PIECES).map(|chunk| {
-                    IoSlice::new(match chunk {
-                        Chunk::Copied(bytes) => bytes,
-                        Chunk::Shared { data, sent } => &data.bind(py).as_bytes()[*sent..],
-                    })
-                });
-                socket.write_vectored(&pieces.collect::<Vec<_>>())
-            })?;
-            if sent == 0 {
-                break;
-            }
-            self.sent(sent);
-        }
-        Ok(())
-    }
-
-    /// Lets go of so many bytes at the front.
-    fn sent(&mut self, mut count: usize) {
-        self.size -= count;
-        while let Some(chunk) = self.chunks.front_mut() {
-            let len = match chunk {
-                Chunk::Copied(bytes) => bytes.len(),
-                Chunk::Shared { data, sent } => {
-                    Python::attach(|py| data.bind(py).as_bytes().len()) - *sent
-                }
-            };
-            if count < len {
-                match chunk {
-                    Chunk::Copied(bytes) => bytes.advance(count),
-                    Chunk::Shared { sent, .. } => *sent += count,
-                }
-                return;
-            }
-            count -= len;
-            self.chunks.pop_front();
         }
     }
 }

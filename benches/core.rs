@@ -1,0 +1,282 @@
+//! What the core costs: messages to bytes and back, with no socket in between.
+
+use bytes::{Bytes, BytesMut};
+use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
+use p2pclient_rs::core::pb::p2pd::{
+    self, dht_response, persistent_connection_response as response_to_call, response,
+};
+use p2pclient_rs::core::{
+    control, dht, framing, streams, Event, Exchange, Limits, Multiaddr, PeerId, Persistent,
+    Request, UnaryEvent, UnaryLimits,
+};
+use prost::Message;
+use std::hint::black_box;
+
+const ADDRS: [&str; 3] = [
+    "/ip4/192.0.2.17/tcp/4001",
+    "/ip6/2001:db8::17/udp/4001/quic-v1",
+    "/dns4/bootstrap.example.org/tcp/443/wss/p2p/QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7",
+];
+
+/// How much a driver reads at once, in bytes.
+const READ: usize = 64 << 10;
+
+const SIZES: [(&str, usize); 4] = [
+    ("64 B", 64),
+    ("1 KiB", 1 << 10),
+    ("64 KiB", 64 << 10),
+    ("1 MiB", 1 << 20),
+];
+
+/// One of many peers: an inlined Ed25519 key, as most are.
+fn peer(number: u8) -> PeerId {
+    PeerId::from_bytes([&[0, 36, 8, 1, 18, 32][..], &[number; 32]].concat())
+}
+
+fn addrs() -> Vec<Bytes> {
+    let parsed = ADDRS.map(|addr| addr.parse::<Multiaddr>().expect("these are good"));
+    parsed.iter().map(Multiaddr::to_bytes).collect()
+}
+
+fn peer_info(number: u8) -> p2pd::PeerInfo {
+    p2pd::PeerInfo {
+        id: Some(peer(number).to_bytes()),
+        addrs: addrs(),
+    }
+}
+
+fn frame(message: &impl Message) -> Bytes {
+    message.encode_length_delimited_to_vec().into()
+}
+
+fn ok() -> p2pd::Response {
+    p2pd::Response {
+        r#type: Some(response::Type::Ok as i32),
+        ..Default::default()
+    }
+}
+
+/// Sends a request and reads the whole of its answer; says how many events that had.
+fn exchange(exchange: &mut Exchange, request: &Request, answer: &[u8]) -> usize {
+    black_box(exchange.send(request).expect("the connection is ready"));
+    exchange.receive(answer);
+    let mut count = 0;
+    while let Some(event) = exchange.poll().expect("the answer is good") {
+        count += 1;
+        match black_box(event) {
+            Event::Item(_) => {}
+            Event::Answer(_) => return count,
+            Event::Refused(words) => panic!("{words}"),
+        }
+    }
+    panic!("the answer is not whole");
+}
+
+fn bench_framing(c: &mut Criterion) {
+    let message = Bytes::from(vec![7; 100]);
+    let mut frames = BytesMut::new();
+    for _ in 0..1000 {
+        frames.extend_from_slice(&[100]);
+        frames.extend_from_slice(&message);
+    }
+    let mut group = c.benchmark_group("framing");
+    group.throughput(Throughput::Elements(1000));
+    group.bench_function("split 1000 frames of 100 B", |b| {
+        b.iter_batched_ref(
+            || frames.clone(),
+            |buffer| {
+                let mut count = 0;
+                while let Ok(Some(frame)) = framing::split_frame(buffer, 1000) {
+                    black_box(frame);
+                    count += 1;
+                }
+                assert_eq!(count, 1000);
+            },
+            BatchSize::SmallInput,
+        );
+    });
+    group.finish();
+}
+
+fn bench_requests(c: &mut Criterion) {
+    let identify = frame(&p2pd::Response {
+        identify: Some(p2pd::IdentifyResponse {
+            id: Some(peer(1).to_bytes()),
+            addrs: addrs(),
+        }),
+        ..ok()
+    });
+    let peers = frame(&p2pd::Response {
+        peers: (0..100).map(peer_info).collect(),
+        ..ok()
+    });
+    let stream_info = p2pd::StreamInfo {
+        peer: Some(peer(1).to_bytes()),
+        addr: addrs().pop(),
+        proto: Some("/echo/1.0.0".to_owned()),
+    };
+    let step = |r#type: dht_response::Type, peer| p2pd::DhtResponse {
+        r#type: Some(r#type as i32),
+        peer,
+        value: None,
+    };
+    let mut found = frame(&p2pd::Response {
+        dht: Some(step(dht_response::Type::Begin, None)),
+        ..ok()
+    })
+    .to_vec();
+    for number in 0..20 {
+        let value = step(dht_response::Type::Value, Some(peer_info(number)));
+        found.extend(frame(&value));
+    }
+    found.extend(frame(&step(dht_response::Type::End, None)));
+
+    let mut group = c.benchmark_group("requests");
+    let mut connection = Exchange::new(Limits::default());
+    group.bench_function("identify", |b| {
+        b.iter(|| exchange(&mut connection, &control::identify(), &identify));
+    });
+    group.bench_function("list_peers, 100 peers", |b| {
+        b.iter(|| exchange(&mut connection, &control::list_peers(), &peers));
+    });
+    let cid = Bytes::from(vec![7; 36]);
+    group.bench_function("dht_find_providers, 20 peers", |b| {
+        b.iter(|| {
+            let request = dht::find_providers(cid.clone(), 20, None);
+            assert_eq!(exchange(&mut connection, &request, &found), 21);
+        });
+    });
+    let opened = frame(&p2pd::Response {
+        stream_info: Some(stream_info.clone()),
+        ..ok()
+    });
+    let remote = peer(1);
+    group.bench_function("stream_open", |b| {
+        b.iter(|| {
+            // It ends as a stream.
+            let mut connection = Exchange::new(Limits::default());
+            let request = streams::stream_open(&remote, vec!["/echo/1.0.0".to_owned()], None);
+            exchange(&mut connection, &request, &opened)
+        });
+    });
+    let inbound = stream_info.encode_to_vec();
+    group.bench_function("StreamInfo of an inbound stream", |b| {
+        b.iter(|| streams::decode_stream_info(black_box(&inbound)).expect("it is good"));
+    });
+    group.finish();
+}
+
+fn bench_unary(c: &mut Criterion) {
+    let remote = peer(1);
+    let limits = UnaryLimits::default();
+    let mut group = c.benchmark_group("unary");
+    for (name, size) in SIZES {
+        group.throughput(Throughput::Bytes(size as u64));
+        // The payload of the call is no part of what is encoded; that of the reply is received.
+        group.bench_function(format!("call and reply, {name}"), |b| {
+            let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
+            let mut out = BytesMut::new();
+            let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
+            let reply = incoming(response_to_call::Message::CallUnaryResponse(
+                p2pd::CallUnaryResponse {
+                    result: Some(result),
+                },
+            ));
+            let (len, mut reply) = (reply.encoded_len(), frame(&reply).to_vec());
+            let id_at = reply.len() - len + 2;
+            b.iter(|| {
+                out.clear();
+                let id = connection.call(remote.as_bytes(), "echo", size, (), &mut out);
+                reply[id_at..id_at + 16].copy_from_slice(&id.expect("it is small enough"));
+                assert!(matches!(
+                    receive(&mut connection, &reply),
+                    UnaryEvent::Reply { .. }
+                ));
+            });
+        });
+    }
+    for (name, size) in SIZES {
+        group.throughput(Throughput::Bytes(size as u64));
+        group.bench_function(format!("call served, {name}"), |b| {
+            let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
+            let mut out = BytesMut::new();
+            let call = incoming(response_to_call::Message::RequestHandling(
+                p2pd::CallUnaryRequest {
+                    peer: Some(remote.to_bytes()),
+                    proto: Some(Bytes::from_static(b"echo")),
+                    data: Some(vec![7; size].into()),
+                },
+            ));
+            let call = frame(&call);
+            b.iter(|| {
+                out.clear();
+                let UnaryEvent::Call { id, .. } = receive(&mut connection, &call) else {
+                    panic!("it is a call");
+                };
+                assert!(connection.reply(&id, size, &mut out));
+            });
+        });
+    }
+    group.finish();
+}
+
+/// A message of the daemon on a persistent connection.
+fn incoming(message: response_to_call::Message) -> p2pd::PersistentConnectionResponse {
+    p2pd::PersistentConnectionResponse {
+        call_id: Some(vec![7; 16].into()),
+        message: Some(message),
+    }
+}
+
+/// Reads one message as a driver does: some at a time, and a large payload straight into its place.
+fn receive(
+    connection: &mut Persistent<(), Vec<u8>>,
+    mut message: &[u8],
+) -> UnaryEvent<(), Vec<u8>> {
+    loop {
+        let mut input = &[][..];
+        if let Some(room) = connection.payload_room() {
+            let (payload, rest) = message.split_at(room.len().min(message.len()));
+            room[..payload.len()].copy_from_slice(payload);
+            connection.payload_filled(payload.len());
+            message = rest;
+        } else {
+            (input, message) = message.split_at(READ.min(message.len()));
+        }
+        if let Some(event) = connection.poll(&mut input).expect("it is good") {
+            return event;
+        }
+        assert!(!message.is_empty(), "the message is not whole");
+    }
+}
+
+fn bench_values(c: &mut Criterion) {
+    let peer_id = peer(1);
+    let text = peer_id.to_base58();
+    let mut group = c.benchmark_group("values");
+    group.bench_function("peer id to base58", |b| {
+        b.iter(|| black_box(&peer_id).to_base58());
+    });
+    group.bench_function("peer id from base58", |b| {
+        b.iter(|| black_box(&text).parse::<PeerId>().expect("it is good"));
+    });
+    for (name, text) in [("short", ADDRS[0]), ("long", ADDRS[2])] {
+        let addr: Multiaddr = text.parse().expect("it is good");
+        group.bench_function(format!("multiaddr from text, {name}"), |b| {
+            b.iter(|| black_box(text).parse::<Multiaddr>().expect("it is good"));
+        });
+        group.bench_function(format!("multiaddr to text, {name}"), |b| {
+            b.iter(|| black_box(&addr).to_string());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(
+    benches,
+    bench_framing,
+    bench_requests,
+    bench_unary,
+    bench_values
+);
+criterion_main!(benches);
