@@ -1,6 +1,6 @@
 //! Options, discovery and diagnosis of daemons for `p2pclient_rs.daemon`, which does the rest.
 
-use crate::daemon::{self, ConnectionManager, Dht, Flavour, Router, Search, Startup};
+use crate::daemon::{self, ConnectionManager, Dht, Flavour, Pubsub, Search, Startup};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::ffi::OsString;
@@ -44,28 +44,28 @@ impl DaemonOptions {
     ) -> PyResult<Self> {
         let options = daemon::DaemonOptions {
             dht: match dht {
-                Switch::Flag(on) => on.then_some(Dht::Auto),
-                Switch::Choice(mode) => Some(match mode.as_str() {
+                Switch::Flag(on) => on.into(),
+                Switch::Choice(mode) => match mode.as_str() {
                     "client" => Dht::Client,
                     "server" => Dht::Server,
                     _ => return Err(no_choice("dht", ["client", "server"], &mode)),
-                }),
+                },
             },
             pubsub: match pubsub {
-                Switch::Flag(on) => on.then_some(Router::Default),
-                Switch::Choice(router) => Some(match router.as_str() {
-                    "gossipsub" => Router::Gossipsub,
-                    "floodsub" => Router::Floodsub,
+                Switch::Flag(on) => on.into(),
+                Switch::Choice(router) => match router.as_str() {
+                    "gossipsub" => Pubsub::Gossipsub,
+                    "floodsub" => Pubsub::Floodsub,
                     _ => return Err(no_choice("pubsub", ["gossipsub", "floodsub"], &router)),
-                }),
+                },
             },
             connection_manager: match connmgr {
-                Manager::Flag(on) => on.then_some(ConnectionManager::Default),
+                Manager::Flag(on) => on.into(),
                 Manager::Limits(low, high, grace) => {
                     let grace = Duration::try_from_secs_f64(grace).map_err(|error| {
                         PyValueError::new_err(format!("connmgr: grace period {grace}: {error}"))
                     })?;
-                    Some(ConnectionManager::Limits { low, high, grace })
+                    ConnectionManager::Limits { low, high, grace }
                 }
             },
             relay,
