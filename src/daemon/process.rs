@@ -850,13 +850,14 @@ mod tests {
                 janitor.tell(0);
             }
             janitor.cut_lifeline();
-            until(|| !files.exists());
             if has_ended {
+                until(|| !files.exists());
                 assert_eq!(other.try_wait().unwrap(), None);
                 other.kill().unwrap();
                 other.wait().unwrap();
             } else {
                 assert_eq!(exit_code(other.wait().unwrap()), -15);
+                until(|| !files.exists());
             }
             janitor.dismiss();
         }
