@@ -124,7 +124,7 @@ impl Process {
             .stdout(log.try_clone()?)
             .stderr(log);
         #[cfg(unix)]
-        unix::isolate(&mut command, &self.binary, &self.arguments)?;
+        unix::isolate(&mut command, unix::words(&self.binary, &self.arguments)?);
         let child = daemon.insert(command.spawn()?);
         let _ = self.pid.set(child.id());
         #[cfg(unix)]
@@ -392,7 +392,7 @@ fn unix_maddr(path: &Path) -> Multiaddr {
 
 /// A directory only this user can look into, whose path is short enough for sockets.
 fn private_directory(parent: Option<&Path>) -> io::Result<tempfile::TempDir> {
-    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
+    let parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
     let mut builder = tempfile::Builder::new();
     builder.prefix("p2pd-").rand_bytes(8);
     #[cfg(unix)]
@@ -400,7 +400,7 @@ fn private_directory(parent: Option<&Path>) -> io::Result<tempfile::TempDir> {
         use std::os::unix::fs::PermissionsExt as _;
         builder.permissions(fs::Permissions::from_mode(0o700));
         if !unix::holds_sockets(&parent) {
-            parent = "/tmp".into();
+            return builder.tempdir_in("/tmp");
         }
     }
     builder.tempdir_in(parent)
@@ -429,10 +429,8 @@ mod unix {
     const LONGEST_SOCKET: &str = "p2pd-XXXXXXXX/client-4194304-9999999.sock";
 
     /// Reads lines until the process that writes them has gone, the last line being the daemon's
-    /// process group, or 0 when that has ended. Then ends the daemon and removes its files. What
-    /// a terminal sends its programs when it is closed is not for it.
+    /// process group, or 0 when that has ended. Then ends the daemon and removes its files.
     const JANITOR: &str = r#"
-trap '' HUP
 group=0
 while read -r line; do group=$line; done
 if [ "$group" -gt 0 ]; then
@@ -463,7 +461,8 @@ rm -rf -- "$@"
             let (reader, lifeline) = io::pipe()?;
             let mut path = std::env::var_os("PATH").unwrap_or_default();
             path.push(":/bin:/usr/bin");
-            let child = Command::new("/bin/sh")
+            let mut command = Command::new("/bin/sh");
+            command
                 .args(["-c", JANITOR, "p2pd-janitor"])
                 .args(files.into_iter().flatten())
                 .env_clear()
@@ -471,9 +470,9 @@ rm -rf -- "$@"
                 .current_dir("/")
                 .stdin(reader)
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .process_group(0)
-                .spawn()?;
+                .stderr(Stdio::null());
+            isolate(&mut command, Vec::new());
+            let child = command.spawn()?;
             Ok(Janitor {
                 pid: child.id(),
                 child: Mutex::new(child),
@@ -508,28 +507,17 @@ rm -rf -- "$@"
         }
     }
 
-    /// Has the command run in a session of its own, and what it makes reachable by this user only,
-    /// at whatever path.
+    /// Has the command run in a session of its own, with none of this process's files, and makes
+    /// what it makes reachable by this user only, at whatever path.
     ///
     /// Ctrl-C must reach this process alone, which then stops the daemon; and a wrapper script and
     /// what it runs are signalled together.
     ///
-    /// It is also executed here. `Command` would go through the C library's `execvp`, which gives
-    /// to a shell whatever the kernel refuses: of a binary for another machine one would be told
-    /// syntax errors.
-    ///
-    /// # Errors
-    /// A word of the command has a NUL in it.
+    /// `words`, if there are any, is the command, and is also executed here. `Command` would go
+    /// through the C library's `execvp`, which gives to a shell whatever the kernel refuses: of a
+    /// binary for another machine one would be told syntax errors.
     #[allow(unsafe_code)]
-    pub(super) fn isolate(
-        command: &mut Command,
-        binary: &Path,
-        arguments: &[String],
-    ) -> io::Result<()> {
-        let words = std::iter::once(binary.as_os_str())
-            .chain(arguments.iter().map(OsStr::new))
-            .map(|word| CString::new(word.as_bytes()))
-            .collect::<Result<Vec<_>, _>>()?;
+    pub(super) fn isolate(command: &mut Command, words: Vec<CString>) {
         // Made before the fork. Atomic only for being `Send`.
         let argv: Vec<AtomicPtr<c_char>> = words
             .iter()
@@ -539,15 +527,40 @@ rm -rf -- "$@"
         let run = move || -> io::Result<()> {
             process::setsid()?;
             process::umask(Mode::RWXG | Mode::RWXO);
+            #[cfg(target_os = "linux")]
+            // SAFETY: it changes but a flag, of the child's descriptors. If the kernel is too old
+            // for it, those that others have left inheritable are inherited.
+            unsafe {
+                let (first, last) = (3, libc::c_uint::MAX);
+                libc::syscall(
+                    libc::SYS_close_range,
+                    first,
+                    last,
+                    libc::CLOSE_RANGE_CLOEXEC,
+                );
+            }
+            let Some(path) = words.first() else {
+                return Ok(());
+            };
             // SAFETY: `words` holds what `argv` points to, which ends with a null pointer, and an
             // `AtomicPtr` is in memory what a pointer is.
-            unsafe { libc::execv(words[0].as_ptr(), argv.as_ptr().cast()) };
+            unsafe { libc::execv(path.as_ptr(), argv.as_ptr().cast()) };
             Err(io::Error::last_os_error())
         };
-        // SAFETY: between fork and exec it only makes three system calls, and allocates nothing.
-        // Without it there is no umask for the child alone, and no way around `execvp`.
+        // SAFETY: between fork and exec it only makes system calls, and allocates nothing. Without
+        // it there is no umask for the child alone, and no way around `execvp`.
         unsafe { command.pre_exec(run) };
-        Ok(())
+    }
+
+    /// The words of a command as the kernel takes them.
+    ///
+    /// # Errors
+    /// There is a NUL in one.
+    pub(super) fn words(binary: &Path, arguments: &[String]) -> io::Result<Vec<CString>> {
+        let words = std::iter::once(binary.as_os_str())
+            .chain(arguments.iter().map(OsStr::new))
+            .map(|word| CString::new(word.as_bytes()));
+        Ok(words.collect::<Result<_, _>>()?)
     }
 
     pub(super) fn signal_group(group: u32, signal: Signal) {
@@ -683,6 +696,19 @@ mod tests {
         let words = process.output();
         let numbers: Vec<_> = words.split_whitespace().skip(1).collect();
         assert_eq!(numbers, [pid.to_string(), pid.to_string()]);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn it_has_none_of_this_processs_files() {
+        use std::os::fd::AsRawFd as _;
+        let file = File::open("/dev/null").unwrap();
+        let inheritable = rustix::io::dup(&file).unwrap();
+        let process = running("echo ready");
+        for pid in [process.pid().unwrap(), process.janitor_pid()] {
+            let fd = format!("/proc/{pid}/fd/{}", inheritable.as_raw_fd());
+            assert!(fs::read_link(&fd).is_err());
+        }
     }
 
     #[test]
