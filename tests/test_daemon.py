@@ -27,7 +27,7 @@ import anyio.lowlevel
 import pytest
 
 from p2pclient_rs import Multiaddr, PeerID
-from p2pclient_rs.daemon import _JANITOR, Daemon, _Process, unused_tcp_port
+from p2pclient_rs.daemon import Daemon, unused_tcp_port
 from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
 
 pytestmark = pytest.mark.anyio
@@ -323,9 +323,9 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
         Daemon(**options)
 
 
-def test_a_single_address_is_not_taken_for_letters(p2pd: Path) -> None:
-    daemon = Daemon(host_addrs="/ip4/127.0.0.1/tcp/0")
-    assert "-hostAddrs=/ip4/127.0.0.1/tcp/0" in daemon._options.arguments(p2pd, "/unix/x")
+async def test_a_single_address_is_not_taken_for_letters() -> None:
+    async with Daemon(host_addrs="/ip4/127.0.0.1/tcp/0") as daemon:
+        assert "-hostAddrs=/ip4/127.0.0.1/tcp/0" in daemon.command
 
 
 # --- a daemon that does not ---
@@ -597,17 +597,7 @@ async def test_asyncios_own_cancellation_kills_instead(stubborn: Path) -> None:
     assert not directory_of(daemon).exists()
 
 
-async def test_a_daemon_that_dies_is_noticed_and_cleared_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[int] = []
-    tell = _Process._tell_janitor
-
-    def record(process: _Process, group: int) -> None:
-        told.append(group)
-        tell(process, group)
-
-    monkeypatch.setattr(_Process, "_tell_janitor", record)
+async def test_a_daemon_that_dies_is_noticed_and_cleared_up() -> None:
     async with Daemon() as daemon:
         pid = daemon.pid
         assert pid is not None
@@ -615,31 +605,7 @@ async def test_a_daemon_that_dies_is_noticed_and_cleared_up(
         while daemon.running:
             await anyio.lowlevel.checkpoint()
         assert daemon.pid is None and daemon.returncode == -signal.SIGKILL
-        # The process id may soon be another's.
-        assert told == [pid, 0]
     assert not directory_of(daemon).exists()
-
-
-@pytest.mark.parametrize("reaped", [False, True])
-def test_the_janitor_spares_a_group_that_may_be_anothers(tmp_path: Path, reaped: bool) -> None:
-    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as other:
-        lines = f"{other.pid}\n0\n" if reaped else f"{other.pid}\n"
-        directory = tmp_path / "d i r"
-        directory.mkdir()
-        janitor = subprocess.Popen(
-            ["/bin/sh", "-c", _JANITOR, "janitor", str(directory)], stdin=subprocess.PIPE
-        )
-        assert janitor.stdin is not None
-        janitor.stdin.write(lines.encode())
-        janitor.stdin.close()
-        if reaped:
-            assert janitor.wait(10) == 0
-            assert other.poll() is None
-            other.kill()
-        else:
-            assert other.wait(10) == -signal.SIGTERM
-            assert janitor.wait(10) == 0
-        assert not directory.exists()
 
 
 async def test_two_tasks_may_stop_it() -> None:
@@ -670,7 +636,7 @@ from p2pclient_rs.daemon import Daemon
 
 async def main():
     daemon = await Daemon().start()
-    janitor = daemon._process._janitor.pid
+    janitor = daemon._process.janitor_pid
     print(json.dumps([daemon.pid, janitor, str(daemon.control_maddr)]), flush=True)
     sys.stdin.readline()
     {then}

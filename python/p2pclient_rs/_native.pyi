@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
 
 from typing_extensions import Buffer, Self, disjoint_base
 
+from p2pclient_rs.exceptions import DaemonStartError
+
 __all__ = [
     "DEBUG_BUILD",
     "ControlConnection",
     "DaemonOptions",
+    "DaemonProcess",
     "Identity",
     "InvalidMultiaddr",
     "InvalidPeerID",
@@ -29,14 +32,12 @@ __all__ = [
     "Request",
     "StreamInfo",
     "__version__",
-    "daemon_startup",
     "decode_pubsub_message",
     "decode_stream_info",
-    "diagnose_daemon",
     "endpoint",
-    "excerpt_daemon_output",
     "find_daemon",
     "p2pd_descriptors",
+    "unused_tcp_port",
 ]
 
 __version__: str
@@ -490,12 +491,9 @@ class DaemonOptions:
         announce_addrs: list[str],
         bootstrap_peers: list[str],
         identity: str | PathLike[str] | None,
+        control_maddr: Multiaddr | str | None,
         extra_args: list[str],
     ) -> Self: ...
-    def arguments(self, binary: str | PathLike[str], control: str) -> list[str]:
-        """The arguments for this binary, serving the control protocol at this multiaddr.
-
-        Raises ValueError for what this kind of daemon cannot do."""
 
 def find_daemon(
     explicit: str | PathLike[str] | None,
@@ -508,14 +506,87 @@ def find_daemon(
     Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
     hivemind."""
 
-def daemon_startup(output: str) -> tuple[bool, str | None]:
-    """Whether a daemon's output says that it has started, and its peer id if it prints one."""
+def unused_tcp_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listened on a moment ago, at an IP address of this machine.
 
-def diagnose_daemon(output: str, returncode: int | None, arguments: list[str]) -> str | None:
-    """Why a start failed, where that can be told: returncode is None of a running daemon."""
+    It is none of those that the system gives to whoever asks for any, or connects: one of these
+    could be gone before it is used. Raises OSError if there is no such address, or no port."""
 
-def excerpt_daemon_output(output: str, limit: int) -> list[str]:
-    """The last lines of a daemon's output, without the list of flags that follows a wrong one."""
+@final
+class DaemonProcess:
+    """A daemon's process, its janitor and its files. Knows no event loop: nothing is waited for.
+
+    Whatever becomes of this process, neither the daemon nor its files outlive it. It belongs to
+    this process: in a forked child nothing is signalled or removed.
+
+    Args:
+        binary: The daemon's binary.
+        options: Its options.
+        parent: Where its private directory is made, if that gives paths short enough for sockets.
+
+    Raises ValueError for what this kind of daemon cannot do, OSError if something could not be
+    made."""
+
+    def __new__(cls, binary: str | PathLike[str], options: DaemonOptions, parent: str) -> Self: ...
+    def spawn(self) -> None:
+        """Runs the daemon. Raises DaemonStartError if it cannot be executed."""
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+
+    @property
+    def control_maddr(self) -> Multiaddr:
+        """Where the daemon is to serve the control protocol."""
+
+    def listen_maddr(self) -> Multiaddr:
+        """A new address for a client to listen at, in the private directory."""
+
+    @property
+    def log(self) -> str:
+        """The file with its output, which goes with `destroy`."""
+
+    @property
+    def pid(self) -> int | None:
+        """The daemon's process id, which is its process group's too; None before it ran."""
+
+    @property
+    def janitor_pid(self) -> int: ...
+    @property
+    def owned(self) -> bool:
+        """Whether this is the process that started the daemon."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was destroyed."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon is running; a forked child can tell too."""
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None if the daemon is running, or if only its
+        parent can tell."""
+
+    def terminate(self) -> None:
+        """Asks the daemon and its children to end, if it is running."""
+
+    def output(self) -> str:
+        """The end of what the daemon has printed: the last MiB."""
+
+    def destroy(self) -> None:
+        """Ends all of it now; status and output can still be had."""
+
+    def cut_lifeline(self) -> None:
+        """Lets go of what tells the janitor that this process lives. For a forked child, in which
+        it would be taken for its parent."""
+
+    def doubt(self, peer_id: PeerID) -> str | None:
+        """Why the answer to IDENTIFY with this peer id is not to be believed yet; None if it is."""
+
+    def not_ready(self, timeout: float, obstacle: str | None) -> DaemonStartError:
+        """The error of a daemon that ended, or was not ready in this many seconds, its last answer
+        being none because of this obstacle."""
 
 # --- schema ---
 

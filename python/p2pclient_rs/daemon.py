@@ -3,28 +3,19 @@
     async with Daemon(dht="server") as daemon, daemon.client() as client:
         print(await client.identify())
 
-What the daemon is given is decided in Rust (``src/daemon``). This module runs the process: its
-sockets and its output are in a private directory, and whatever becomes of this process, neither
-the daemon nor that directory outlives it.
+What the daemon is given, its process and its files are Rust's (``src/daemon``), for other programs
+too; whatever becomes of this process, they do not outlive it. This module waits for it, on any
+event loop.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.util
-import itertools
 import os
-import secrets
-import shutil
-import signal
-import socket
-import stat
-import subprocess
 import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,65 +23,33 @@ import anyio
 
 from p2pclient_rs._native import (
     DaemonOptions,
+    DaemonProcess,
     Identity,
     Multiaddr,
     PeerID,
-    daemon_startup,
-    diagnose_daemon,
-    endpoint,
-    excerpt_daemon_output,
     find_daemon,
+    unused_tcp_port,
 )
 from p2pclient_rs.client import Client
-from p2pclient_rs.exceptions import (
-    ControlFailure,
-    DaemonNotFound,
-    DaemonStartError,
-)
+from p2pclient_rs.exceptions import ControlFailure, DaemonNotFound
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "unused_tcp_port"]
 
-# The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
-_SOCKET_PATH_LIMIT = 103
-_LONGEST_SOCKET_NAME = "client-4194304-9999999.sock"
-# How much of the end of the daemon's output is kept, in bytes.
-_OUTPUT_LIMIT = 1 << 20
-_ERROR_LINES = 20
-
-# Reads lines until the process that writes them has gone, the last line being the daemon's
-# process group, or 0 when that has ended. Then ends the daemon and removes its files.
-_JANITOR = """
-group=0
-while read -r line; do group=$line; done
-if [ "$group" -gt 0 ]; then
-    kill -s TERM -- "-$group"
-    tries=0
-    while [ "$tries" -lt 50 ] && kill -s 0 -- "-$group"; do
-        sleep 0.1
-        tries=$((tries + 1))
-    done
-    kill -s KILL -- "-$group"
-fi
-rm -rf -- "$@"
-"""
-
-# The write ends of the janitors' pipes. A forked child must not hold them open: the janitors
-# would take it for its parent.
-_lifelines: set[int] = set()
+_processes: weakref.WeakSet[DaemonProcess] = weakref.WeakSet()
 
 
-def _close_lifelines() -> None:
-    for lifeline in _lifelines:
-        os.close(lifeline)
-    _lifelines.clear()
+def _cut_lifelines() -> None:
+    # The janitors would take a forked child that holds them for its parent.
+    for process in _processes:
+        process.cut_lifeline()
 
 
-os.register_at_fork(after_in_child=_close_lifelines)
+os.register_at_fork(after_in_child=_cut_lifelines)
 
 
 class Daemon:
@@ -156,25 +115,16 @@ class Daemon:
             announce_addrs=_texts(announce_addrs),
             bootstrap_peers=_texts(bootstrap_peers),
             identity=identity,
+            control_maddr=None if control_maddr is None else str(control_maddr),
             extra_args=list(extra_args),
         )
-        self._wanted_control = None if control_maddr is None else Multiaddr(str(control_maddr))
-        if self._wanted_control is not None:
-            endpoint(self._wanted_control)
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
-        # An answer on a private socket can only be this daemon's, and means that it is ready. On
-        # an address that others may serve, or where a daemon answers before it has reached its
-        # bootstrap peers (upstream's does), it must also have said so in its output.
-        quiet = {"-q", "--quiet"}.intersection(extra_args)
-        self._must_say_so = bool(control_maddr or bootstrap_peers) and not quiet
 
-        self._process: _Process | None = None
+        self._process: DaemonProcess | None = None
         self._finalizer: weakref.finalize[..., Daemon] | None = None
         self._identity: Identity | None = None
-        self._control_maddr = self._wanted_control
-        self._command: list[str] = []
-        self._client_numbers = itertools.count()
+        self._control_maddr = None if control_maddr is None else Multiaddr(str(control_maddr))
 
     def __repr__(self) -> str:
         state = f"pid={self.pid}" if self.running else "not running"
@@ -220,7 +170,7 @@ class Daemon:
             return
         try:
             with anyio.CancelScope(shield=True), anyio.move_on_after(self._stop_timeout):
-                process.send(signal.SIGTERM)
+                process.terminate()
                 await _until_exit(process)
         finally:
             self._end(process)
@@ -239,10 +189,8 @@ class Daemon:
         if process is None or process.ended:
             raise RuntimeError("the daemon is not running")
         if listen_maddr is None:
-            # The process id, for a forked child counts from the same number as its parent.
-            name = f"client-{os.getpid()}-{next(self._client_numbers)}.sock"
-            listen_maddr = Multiaddr(f"/unix{process.directory}/{name}")
-        return Client(self.control_maddr, listen_maddr)
+            listen_maddr = process.listen_maddr()
+        return Client(process.control_maddr, listen_maddr)
 
     @property
     def running(self) -> bool:
@@ -281,7 +229,7 @@ class Daemon:
     @property
     def command(self) -> list[str]:
         """The command line of the last start; empty before the first."""
-        return list(self._command)
+        return [] if self._process is None else self._process.command
 
     @property
     def logs(self) -> list[str]:
@@ -294,41 +242,24 @@ class Daemon:
             raise RuntimeError("the daemon has not been started")
         return self._identity
 
-    def _launch(self) -> _Process:
+    def _launch(self) -> DaemonProcess:
         """Runs the daemon, without waiting for it."""
         if self._process is not None and not self._process.ended:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
-        control, directory = self._wanted_control, _make_private_directory()
-        if control is None:
-            control = Multiaddr(f"/unix{directory}/control.sock")
-        try:
-            control = _with_free_port(control)
-            self._command = [str(binary), *self._options.arguments(binary, str(control))]
-        except BaseException:
-            os.rmdir(directory)
-            raise
-        self._control_maddr, self._identity = control, None
-        process = self._process = _Process(directory, _socket_file(control))
+        process = DaemonProcess(binary, self._options, tempfile.gettempdir())
+        _processes.add(process)
+        self._process, self._identity = process, None
+        self._control_maddr = process.control_maddr
         self._finalizer = weakref.finalize(self, _abandoned, process)
         try:
-            self._spawn(process)
+            process.spawn()
         except BaseException:
             self._end(process)
             raise
         return process
 
-    def _spawn(self, process: _Process) -> None:
-        try:
-            process.spawn(self._command)
-        except OSError as error:
-            # The operating system's words are the shell's, which the diagnosis knows.
-            reason = error.strerror or str(error)
-            cause = diagnose_daemon(reason, None, []) or reason
-            message = "the daemon could not be run"
-            raise DaemonStartError(message, command=self._command, cause=cause) from error
-
-    async def _become_ready(self, process: _Process) -> None:
+    async def _become_ready(self, process: DaemonProcess) -> None:
         """Waits for the daemon's answer; raises DaemonStartError if it ends or takes too long."""
         answers: list[Identity] = []
         obstacles: list[str] = []
@@ -338,181 +269,34 @@ class Daemon:
                 # `_ask` may wait long for an answer that never comes, and so cannot do this.
                 await _until_exit(process, unless=answers)
                 tasks.cancel_scope.cancel()
-        status = process.poll()
-        if answers and status is None:
-            self._identity = answers[0]
-            return
-        output = process.output()
-        cause = diagnose_daemon(output, status, self._command[1:])
-        if status is None:
-            message = f"the daemon was not ready in {self._start_timeout:g} seconds"
-            cause = cause or (obstacles[-1] if obstacles else None)
-        else:
-            message = f"the daemon {_describe(status)} before it was ready"
-        logs = excerpt_daemon_output(output, _ERROR_LINES)
-        if not logs:
-            message += " and printed nothing"
-        raise DaemonStartError(
-            message, command=self._command, returncode=status, logs=logs, cause=cause
-        )
+        if not answers or process.poll() is not None:
+            raise process.not_ready(self._start_timeout, obstacles[-1] if obstacles else None)
+        self._identity = answers[0]
 
-    async def _ask(self, process: _Process, answers: list[Identity], obstacles: list[str]) -> None:
+    async def _ask(
+        self, process: DaemonProcess, answers: list[Identity], obstacles: list[str]
+    ) -> None:
         """Asks the daemon who it is until it answers and may be believed."""
         pause = _Pause()
         while True:
             try:
-                async with Client(self.control_maddr) as client:
+                async with Client(process.control_maddr) as client:
                     identity = await client.identify()
             except ControlFailure as failure:
                 obstacle = str(failure)
             else:
-                started, peer_id = daemon_startup(process.output())
-                if peer_id not in (None, str(identity.peer_id)):
-                    obstacle = f"another daemon, {identity.peer_id}, answers in its place"
-                elif self._must_say_so and not started:
-                    obstacle = "it answers, but has not printed that it has started"
-                else:
+                doubt = process.doubt(identity.peer_id)
+                if doubt is None:
                     answers.append(identity)
                     return
+                obstacle = doubt
             obstacles[:] = [obstacle]
             await pause()
 
-    def _end(self, process: _Process) -> None:
+    def _end(self, process: DaemonProcess) -> None:
         process.destroy()
         if self._finalizer is not None and process is self._process:
             self._finalizer.detach()
-
-
-class _Process:
-    """The daemon's process, its janitor and its files. Knows no event loop."""
-
-    def __init__(self, directory: str, socket_file: str | None) -> None:
-        self.directory = directory
-        self.ended = False
-        self._owner = os.getpid()
-        self.log = os.path.join(directory, "log")
-        self._last_output: str | None = None
-        self._daemon: subprocess.Popen[bytes] | None = None
-        self._reaped = False
-        self._files = [directory]
-        if socket_file is not None:
-            _remove_stale_socket(socket_file)
-            if not os.path.lexists(socket_file):
-                self._files.append(socket_file)
-        reader, self._lifeline = os.pipe()
-        _lifelines.add(self._lifeline)
-        try:
-            # Before the daemon, so that there is no time at which nobody would clear up.
-            self._janitor = subprocess.Popen(
-                ["/bin/sh", "-c", _JANITOR, "p2pd-janitor", *self._files],
-                stdin=reader,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={"PATH": os.pathsep.join((os.environ.get("PATH", ""), os.defpath))},
-                start_new_session=True,
-            )
-        except BaseException:
-            self._cut_lifeline()
-            os.rmdir(directory)
-            raise
-        finally:
-            os.close(reader)
-
-    def spawn(self, command: list[str]) -> None:
-        """Runs the daemon. Raises OSError if it cannot be executed."""
-        with open(self.log, "xb") as log:
-            self._daemon = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # Ctrl-C must reach Python alone, which then stops the daemon; and a wrapper script
-                # and what it runs are signalled together.
-                start_new_session=True,
-                umask=0o077,
-            )
-        self._tell_janitor(self._daemon.pid)
-
-    @property
-    def owned(self) -> bool:
-        """Whether this is the process that started the daemon."""
-        return self._owner == os.getpid()
-
-    @property
-    def popen(self) -> subprocess.Popen[bytes]:
-        """The process itself. Raises RuntimeError before it was spawned."""
-        if self._daemon is None:
-            raise RuntimeError("the daemon has not been started")
-        return self._daemon
-
-    @property
-    def pid(self) -> int | None:
-        """The daemon's process id, which is its process group's too."""
-        return None if self._daemon is None else self._daemon.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether the daemon is running; a forked child can tell too."""
-        if self._daemon is None or self.poll() is not None:
-            return False
-        return self.owned or _is_alive(self._daemon.pid)
-
-    def poll(self) -> int | None:
-        """The exit status; None if the daemon is running, or if only its parent can tell."""
-        if self._daemon is None:
-            return None
-        status = self._daemon.poll() if self.owned else self._daemon.returncode
-        if status is not None and self.owned and not self._reaped:
-            # A wrapper script may have left the real daemon behind. After this the group's number
-            # may become another's.
-            self._reaped = True
-            _signal_group(self._daemon.pid, signal.SIGKILL)
-            self._tell_janitor(0)
-        return status
-
-    def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the daemon and its children, if it is running."""
-        if self._daemon is not None and self.poll() is None:
-            _signal_group(self._daemon.pid, number)
-
-    def output(self) -> str:
-        """The end of what the daemon has printed."""
-        if self._last_output is not None:
-            return self._last_output
-        try:
-            with open(self.log, "rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _OUTPUT_LIMIT))
-                return log.read(_OUTPUT_LIMIT).decode(errors="replace")
-        except FileNotFoundError:
-            return ""
-
-    def destroy(self) -> None:
-        """Ends all of it now; status and output can still be had."""
-        if self.ended or not self.owned:
-            return
-        self.send(signal.SIGKILL)
-        if self._daemon is not None:
-            self._daemon.wait()
-            self.poll()
-        self._last_output = self.output()
-        self.ended = True
-        self._janitor.kill()
-        self._janitor.wait()
-        self._cut_lifeline()
-        for file in self._files:
-            if file == self.directory:
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                Path(file).unlink(missing_ok=True)
-
-    def _tell_janitor(self, group: int) -> None:
-        with suppress(BrokenPipeError):  # somebody killed it
-            os.write(self._lifeline, b"%d\n" % group)
-
-    def _cut_lifeline(self) -> None:
-        _lifelines.discard(self._lifeline)
-        os.close(self._lifeline)
 
 
 class _Pause:
@@ -526,14 +310,14 @@ class _Pause:
         self._seconds = min(2 * self._seconds, 0.05)
 
 
-async def _until_exit(process: _Process, unless: Sequence[object] = ()) -> None:
+async def _until_exit(process: DaemonProcess, unless: Sequence[object] = ()) -> None:
     """Waits until the daemon has ended, or there is something in `unless`."""
     pause = _Pause()
     while not unless and process.poll() is None:
         await pause()
 
 
-def _abandoned(process: _Process) -> None:
+def _abandoned(process: DaemonProcess) -> None:
     """Ends a daemon whose Daemon object went away, or was there still at the interpreter's end."""
     if process.owned and not process.ended:
         warnings.warn(f"daemon {process.pid} was not stopped", ResourceWarning, stacklevel=2)
@@ -556,87 +340,6 @@ def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
     return found
 
 
-def _make_private_directory() -> str:
-    parent = tempfile.gettempdir()
-    longest = os.path.join(parent, "p2pd-XXXXXXXX", _LONGEST_SOCKET_NAME)
-    if len(os.fsencode(longest)) > _SOCKET_PATH_LIMIT:
-        parent = "/tmp"
-    return tempfile.mkdtemp(prefix="p2pd-", dir=parent)
-
-
 def _texts(addresses: Sequence[Multiaddr | str]) -> list[str]:
     # A single address is a sequence too, of letters.
     return [str(a) for a in ([addresses] if isinstance(addresses, (str, Multiaddr)) else addresses)]
-
-
-def _socket_file(control: Multiaddr) -> str | None:
-    kind, path, _ = endpoint(control)
-    return path if kind == "unix" else None
-
-
-def _remove_stale_socket(path: str) -> None:
-    """Removes a unix socket that nobody listens on: left behind, it would keep a daemon out."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass  # it is not there, is busy, or the daemon will say what is wrong with it
-
-
-def _with_free_port(control: Multiaddr) -> Multiaddr:
-    """Replaces TCP port 0: not every daemon says which port it was given."""
-    kind, host, port = endpoint(control)
-    if kind not in ("ip4", "ip6") or port != 0:
-        return control
-    return Multiaddr(f"/{kind}/{host}/tcp/{unused_tcp_port(host)}")
-
-
-def unused_tcp_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago, at an IP address of this machine.
-
-    It is none of those that the system gives to whoever asks for any, or connects: one of these
-    could be gone before it is used.
-
-    Raises:
-        OSError: There is no such address, or no port.
-    """
-    for _ in range(100):
-        port = secrets.randbelow(12_000) + 20_000
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            try:
-                probe.bind((host, port))
-                return port
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-    raise OSError(errno.EADDRINUSE, f"no port is free at {host}")
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    # It may have ended; macOS says EPERM of a group of which only zombies are left.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _describe(status: int) -> str:
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"

@@ -9,7 +9,11 @@
 pub mod diagnosis;
 pub mod discovery;
 pub mod options;
+#[cfg(feature = "process")]
+pub mod process;
+pub mod start;
 
 pub use diagnosis::{diagnose, excerpt, Startup};
 pub use discovery::{find, NotFound, Search};
-pub use options::{ConnectionManager, DaemonOptions, Dht, Flavour, OptionsError, Router};
+pub use options::{ConnectionManager, DaemonOptions, Dht, Flavour, OptionsError, Pubsub};
+pub use start::{DaemonError, StartError};

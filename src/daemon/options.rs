@@ -2,6 +2,8 @@
 //!
 //! An option that is not set is not passed, so that an older daemon is not given a flag it lacks.
 
+use crate::core::multiaddr::EndpointError;
+use crate::core::Multiaddr;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,9 +30,12 @@ impl Flavour {
     }
 }
 
-/// The part the daemon plays in the DHT.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The part the daemon plays in the DHT. Out of a bool: true is [`Auto`](Dht::Auto).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Dht {
+    /// None.
+    #[default]
+    Off,
     /// A client, and a server too once the daemon finds that it is publicly reachable. On
     /// loopback that never happens: daemons on one machine need [`Dht::Server`].
     Auto,
@@ -40,20 +45,47 @@ pub enum Dht {
     Server,
 }
 
-/// The pubsub router.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Router {
-    /// The daemon's own choice, which for today's daemons is gossipsub.
-    Default,
-    /// Gossipsub.
+impl From<bool> for Dht {
+    fn from(on: bool) -> Self {
+        if on {
+            Dht::Auto
+        } else {
+            Dht::Off
+        }
+    }
+}
+
+/// Pubsub, and its router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pubsub {
+    /// None.
+    #[default]
+    Off,
+    /// With the router of the daemon's own choice, which for today's daemons is gossipsub.
+    On,
+    /// With gossipsub.
     Gossipsub,
-    /// Floodsub.
+    /// With floodsub.
     Floodsub,
 }
 
-/// The connection manager, which closes connections when there are too many.
-#[derive(Debug, Clone, Copy, PartialEq)]
+impl From<bool> for Pubsub {
+    fn from(on: bool) -> Self {
+        if on {
+            Pubsub::On
+        } else {
+            Pubsub::Off
+        }
+    }
+}
+
+/// The connection manager, which closes connections when there are too many. Out of a bool: true
+/// is [`Default`](ConnectionManager::Default).
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum ConnectionManager {
+    /// None.
+    #[default]
+    Off,
     /// With the daemon's own limits.
     Default,
     /// With these limits.
@@ -67,13 +99,25 @@ pub enum ConnectionManager {
     },
 }
 
+impl From<bool> for ConnectionManager {
+    fn from(on: bool) -> Self {
+        if on {
+            ConnectionManager::Default
+        } else {
+            ConnectionManager::Off
+        }
+    }
+}
+
 /// Everything a daemon can be told when it is started.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DaemonOptions {
     /// Whose daemon the arguments are for.
     pub flavour: Flavour,
-    /// The multiaddr to serve the control protocol on; `/unix/tmp/p2pd.sock` if none.
-    pub control: Option<String>,
+    /// Where to serve the control protocol: a unix or TCP multiaddr. With none, a daemon takes
+    /// `/unix/tmp/p2pd.sock`; [`Process`](super::process::Process) gives it a private socket, and
+    /// in place of TCP port 0 a free one.
+    pub control: Option<Multiaddr>,
     /// A file with a private key in libp2p's protobuf encoding; a new identity if none.
     pub identity: Option<PathBuf>,
     /// The multiaddrs to listen on for peers. With none, daemons listen on *every* interface.
@@ -83,14 +127,14 @@ pub struct DaemonOptions {
     /// Peers to connect to at the start, each a multiaddr that ends in `/p2p/<peer id>`. With
     /// none, the daemon connects to nobody, its built-in list of IPFS peers included.
     pub bootstrap_peers: Vec<String>,
-    /// The DHT; off if none.
-    pub dht: Option<Dht>,
+    /// The DHT.
+    pub dht: Dht,
     /// Circuit relay; the daemon's own default if none.
     pub relay: Option<bool>,
-    /// Pubsub; off if none.
-    pub pubsub: Option<Router>,
-    /// The connection manager; off if none.
-    pub connection_manager: Option<ConnectionManager>,
+    /// Pubsub.
+    pub pubsub: Pubsub,
+    /// The connection manager.
+    pub connection_manager: ConnectionManager,
     /// Arguments to pass as they are, after all others.
     pub extra_args: Vec<String>,
 }
@@ -98,6 +142,9 @@ pub struct DaemonOptions {
 /// Options that no arguments can be made of.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum OptionsError {
+    /// A control address that is none.
+    #[error(transparent)]
+    Control(#[from] EndpointError),
     /// Daemons take lists separated by commas, so a comma would make two addresses of one.
     #[error("an address of {option} is empty or has a comma in it: {address:?}")]
     Address {
@@ -126,7 +173,13 @@ pub enum OptionsError {
 
 impl DaemonOptions {
     /// Checks what can be checked without knowing which daemon it will be.
+    ///
+    /// # Errors
+    /// Says which option is wrong.
     pub fn validate(&self) -> Result<(), OptionsError> {
+        if let Some(control) = &self.control {
+            control.endpoint()?;
+        }
         for (option, addresses) in [
             ("host_addrs", &self.host_addrs),
             ("announce_addrs", &self.announce_addrs),
@@ -138,7 +191,7 @@ impl DaemonOptions {
                 return Err(OptionsError::Address { option, address });
             }
         }
-        if let Some(ConnectionManager::Limits { low, high, .. }) = self.connection_manager {
+        if let ConnectionManager::Limits { low, high, .. } = self.connection_manager {
             if low > high {
                 return Err(OptionsError::WaterMarks { low, high });
             }
@@ -154,6 +207,9 @@ impl DaemonOptions {
     }
 
     /// The arguments to start the daemon with, without the binary itself.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate), and for what this flavour of daemon has no flag for.
     pub fn arguments(&self) -> Result<Vec<String>, OptionsError> {
         self.validate()?;
         let mut arguments = match self.flavour {
@@ -172,7 +228,7 @@ impl DaemonOptions {
             .map(|path| path.display().to_string());
         let list = |addresses: &[String]| (!addresses.is_empty()).then(|| addresses.join(","));
         [
-            ("listen", self.control.clone()),
+            ("listen", self.control.as_ref().map(Multiaddr::to_string)),
             ("id", identity),
             ("hostAddrs", list(&self.host_addrs)),
             ("announceAddrs", list(&self.announce_addrs)),
@@ -189,29 +245,27 @@ impl DaemonOptions {
         if !self.bootstrap_peers.is_empty() {
             arguments.push("-b".into());
         }
-        if let Some(dht) = self.dht {
-            let flag = match dht {
-                Dht::Auto => "-dht",
-                Dht::Client => "-dhtClient",
-                Dht::Server => "-dhtServer",
-            };
-            arguments.push(flag.into());
+        match self.dht {
+            Dht::Off => {}
+            Dht::Auto => arguments.push("-dht".into()),
+            Dht::Client => arguments.push("-dhtClient".into()),
+            Dht::Server => arguments.push("-dhtServer".into()),
         }
         if let Some(relay) = self.relay {
             arguments.push(format!("-relay={relay}"));
         }
-        if let Some(router) = self.pubsub {
+        if self.pubsub != Pubsub::Off {
             arguments.push("-pubsub".into());
-            arguments.extend(router.argument("-"));
+            arguments.extend(self.pubsub.router("-"));
         }
-        if let Some(manager) = self.connection_manager {
+        if self.connection_manager != ConnectionManager::Off {
             arguments.push("-connManager".into());
-            if let ConnectionManager::Limits { low, high, grace } = manager {
-                arguments.push(format!("-connLo={low}"));
-                arguments.push(format!("-connHi={high}"));
-                // A Go duration: a bare number is refused.
-                arguments.push(format!("-connGrace={}s", grace.as_secs_f64()));
-            }
+        }
+        if let ConnectionManager::Limits { low, high, grace } = self.connection_manager {
+            arguments.push(format!("-connLo={low}"));
+            arguments.push(format!("-connHi={high}"));
+            // A Go duration: a bare number is refused.
+            arguments.push(format!("-connGrace={}s", grace.as_secs_f64()));
         }
         arguments
     }
@@ -222,35 +276,35 @@ impl DaemonOptions {
             arguments.push("--bootstrap=true".into());
         }
         match self.dht {
-            Some(Dht::Client) => return Err(OptionsError::NotInJs("a DHT client")),
-            Some(Dht::Auto | Dht::Server) => arguments.push("--dht=true".into()),
-            None => {}
+            Dht::Off => {}
+            Dht::Client => return Err(OptionsError::NotInJs("a DHT client")),
+            Dht::Auto | Dht::Server => arguments.push("--dht=true".into()),
         }
         // Its relay is always on.
         if self.relay == Some(false) {
             return Err(OptionsError::NotInJs("switching the relay off"));
         }
-        if let Some(router) = self.pubsub {
+        if self.pubsub != Pubsub::Off {
             arguments.push("--pubsub=true".into());
-            arguments.extend(router.argument("--"));
+            arguments.extend(self.pubsub.router("--"));
         }
-        if let Some(manager) = self.connection_manager {
+        if self.connection_manager != ConnectionManager::Off {
             arguments.push("--connMgr=true".into());
-            if let ConnectionManager::Limits { low, high, .. } = manager {
-                arguments.push(format!("--connMgrLo={low}"));
-                arguments.push(format!("--connMgrHi={high}"));
-            }
+        }
+        if let ConnectionManager::Limits { low, high, .. } = self.connection_manager {
+            arguments.push(format!("--connMgrLo={low}"));
+            arguments.push(format!("--connMgrHi={high}"));
         }
         Ok(arguments)
     }
 }
 
-impl Router {
-    fn argument(self, dashes: &str) -> Option<String> {
+impl Pubsub {
+    fn router(self, dashes: &str) -> Option<String> {
         let name = match self {
-            Router::Default => return None,
-            Router::Gossipsub => "gossipsub",
-            Router::Floodsub => "floodsub",
+            Pubsub::Off | Pubsub::On => return None,
+            Pubsub::Gossipsub => "gossipsub",
+            Pubsub::Floodsub => "floodsub",
         };
         Some(format!("{dashes}pubsubRouter={name}"))
     }
@@ -265,19 +319,19 @@ mod tests {
     fn everything(flavour: Flavour) -> DaemonOptions {
         DaemonOptions {
             flavour,
-            control: Some("/unix/tmp/c.sock".into()),
+            control: Some("/unix/tmp/c.sock".parse().unwrap()),
             identity: Some("key".into()),
             host_addrs: vec!["/ip4/127.0.0.1/tcp/0".into(), "/ip6/::1/tcp/0".into()],
             announce_addrs: vec!["/dns4/example.org/tcp/4001".into()],
             bootstrap_peers: vec![PEER.into()],
-            dht: Some(Dht::Server),
+            dht: Dht::Server,
             relay: Some(true),
-            pubsub: Some(Router::Floodsub),
-            connection_manager: Some(ConnectionManager::Limits {
+            pubsub: Pubsub::Floodsub,
+            connection_manager: ConnectionManager::Limits {
                 low: 1,
                 high: 2,
                 grace: Duration::from_millis(1500),
-            }),
+            },
             extra_args: vec!["-q".into()],
         }
     }
@@ -338,9 +392,9 @@ mod tests {
     #[test]
     fn the_daemons_own_choices_are_left_to_it() {
         let options = DaemonOptions {
-            dht: Some(Dht::Auto),
-            pubsub: Some(Router::Default),
-            connection_manager: Some(ConnectionManager::Default),
+            dht: true.into(),
+            pubsub: true.into(),
+            connection_manager: true.into(),
             ..Default::default()
         };
         assert_eq!(
@@ -352,7 +406,7 @@ mod tests {
     #[test]
     fn relay_off_is_passed_and_the_dht_client_has_its_flag() {
         let options = DaemonOptions {
-            dht: Some(Dht::Client),
+            dht: Dht::Client,
             relay: Some(false),
             ..Default::default()
         };
@@ -366,7 +420,7 @@ mod tests {
             ..Default::default()
         };
         let client = DaemonOptions {
-            dht: Some(Dht::Client),
+            dht: Dht::Client,
             ..js.clone()
         };
         assert_eq!(
@@ -399,6 +453,19 @@ mod tests {
     }
 
     #[test]
+    fn a_control_address_must_be_one() {
+        let options = DaemonOptions {
+            control: Some("/ip4/127.0.0.1/udp/1".parse().unwrap()),
+            ..Default::default()
+        };
+        let error = options.validate().unwrap_err().to_string();
+        assert!(
+            error.contains("/ip4/127.0.0.1/udp/1 cannot be a control"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn crossed_water_marks_are_refused() {
         let limits = ConnectionManager::Limits {
             low: 3,
@@ -406,7 +473,7 @@ mod tests {
             grace: Duration::ZERO,
         };
         let options = DaemonOptions {
-            connection_manager: Some(limits),
+            connection_manager: limits,
             ..Default::default()
         };
         assert_eq!(

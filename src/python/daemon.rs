@@ -1,9 +1,17 @@
-//! Options, discovery and diagnosis of daemons for `p2pclient_rs.daemon`, which does the rest.
+//! Options, discovery and processes of daemons for `p2pclient_rs.daemon`, which does the waiting.
 
-use crate::daemon::{self, ConnectionManager, Dht, Flavour, Router, Search, Startup};
+use super::convert::{extract_multiaddr, extract_peer_id};
+use super::errors;
+use super::multiaddr::{InvalidMultiaddr, PyMultiaddr};
+use crate::daemon::process::{self, exit_code, Process};
+use crate::daemon::{
+    self, ConnectionManager, DaemonError, Dht, OptionsError, Pubsub, Search, StartError,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,7 +36,7 @@ pub struct DaemonOptions(daemon::DaemonOptions);
 #[pymethods]
 impl DaemonOptions {
     #[new]
-    #[pyo3(signature = (*, dht, relay, pubsub, connmgr, host_addrs, announce_addrs, bootstrap_peers, identity, extra_args))]
+    #[pyo3(signature = (*, dht, relay, pubsub, connmgr, host_addrs, announce_addrs, bootstrap_peers, identity, control_maddr, extra_args))]
     // One parameter for each option of Python's `Daemon`.
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -40,35 +48,38 @@ impl DaemonOptions {
         announce_addrs: Vec<String>,
         bootstrap_peers: Vec<String>,
         identity: Option<PathBuf>,
+        control_maddr: Option<&Bound<'_, PyAny>>,
         extra_args: Vec<String>,
     ) -> PyResult<Self> {
+        let control = control_maddr.map(extract_multiaddr).transpose()?;
         let options = daemon::DaemonOptions {
             dht: match dht {
-                Switch::Flag(on) => on.then_some(Dht::Auto),
-                Switch::Choice(mode) => Some(match mode.as_str() {
+                Switch::Flag(on) => on.into(),
+                Switch::Choice(mode) => match mode.as_str() {
                     "client" => Dht::Client,
                     "server" => Dht::Server,
                     _ => return Err(no_choice("dht", ["client", "server"], &mode)),
-                }),
+                },
             },
             pubsub: match pubsub {
-                Switch::Flag(on) => on.then_some(Router::Default),
-                Switch::Choice(router) => Some(match router.as_str() {
-                    "gossipsub" => Router::Gossipsub,
-                    "floodsub" => Router::Floodsub,
+                Switch::Flag(on) => on.into(),
+                Switch::Choice(router) => match router.as_str() {
+                    "gossipsub" => Pubsub::Gossipsub,
+                    "floodsub" => Pubsub::Floodsub,
                     _ => return Err(no_choice("pubsub", ["gossipsub", "floodsub"], &router)),
-                }),
+                },
             },
             connection_manager: match connmgr {
-                Manager::Flag(on) => on.then_some(ConnectionManager::Default),
+                Manager::Flag(on) => on.into(),
                 Manager::Limits(low, high, grace) => {
                     let grace = Duration::try_from_secs_f64(grace).map_err(|error| {
                         PyValueError::new_err(format!("connmgr: grace period {grace}: {error}"))
                     })?;
-                    Some(ConnectionManager::Limits { low, high, grace })
+                    ConnectionManager::Limits { low, high, grace }
                 }
             },
             relay,
+            control,
             host_addrs,
             announce_addrs,
             bootstrap_peers,
@@ -79,16 +90,6 @@ impl DaemonOptions {
         options.validate().map_err(value_error)?;
         Ok(DaemonOptions(options))
     }
-
-    /// The arguments for this binary, serving the control protocol at this multiaddr.
-    fn arguments(&self, binary: PathBuf, control: String) -> PyResult<Vec<String>> {
-        let options = daemon::DaemonOptions {
-            flavour: Flavour::of(&binary),
-            control: Some(control),
-            ..self.0.clone()
-        };
-        options.arguments().map_err(value_error)
-    }
 }
 
 fn no_choice(option: &str, choices: [&str; 2], given: &str) -> PyErr {
@@ -98,8 +99,11 @@ fn no_choice(option: &str, choices: [&str; 2], given: &str) -> PyErr {
     ))
 }
 
-fn value_error(error: daemon::OptionsError) -> PyErr {
-    PyValueError::new_err(error.to_string())
+fn value_error(error: OptionsError) -> PyErr {
+    match error {
+        OptionsError::Control(error) => InvalidMultiaddr::new_err(error.to_string()),
+        error => PyValueError::new_err(error.to_string()),
+    }
 }
 
 /// Finds the daemon's binary; returns it, or None and every place looked at.
@@ -123,29 +127,144 @@ pub fn find_daemon(
     }
 }
 
-/// Reads from the daemon's output whether it has started, and its peer id if it prints one.
+/// A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+///
+/// It is none of those that the system gives to whoever asks for any, or connects: one of these
+/// could be gone before it is used. Raises OSError if there is no such address, or no port.
 #[pyfunction]
-pub fn daemon_startup(output: &str) -> (bool, Option<String>) {
-    let startup = Startup::read(output);
-    (startup.started, startup.peer_id)
+#[pyo3(signature = (host = IpAddr::from([127, 0, 0, 1])), text_signature = "(host='127.0.0.1')")]
+pub fn unused_tcp_port(host: IpAddr) -> PyResult<u16> {
+    process::unused_tcp_port(host).map_err(errors::os_error)
 }
 
-/// Tells why a start failed, where that can be told.
-#[pyfunction]
-#[pyo3(signature = (output, returncode, arguments))]
-pub fn diagnose_daemon(
-    output: &str,
-    returncode: Option<i32>,
-    arguments: Vec<String>,
-) -> Option<String> {
-    daemon::diagnose(output, returncode, &arguments)
+/// A daemon's process, its janitor and its files. Nothing is waited for.
+///
+/// Its methods keep the interpreter's lock, but for `destroy`: so that no thread has one of its
+/// locks when another forks.
+#[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
+pub struct DaemonProcess(Process);
+
+#[pymethods]
+impl DaemonProcess {
+    #[new]
+    fn new(binary: PathBuf, options: &Bound<'_, DaemonOptions>, parent: PathBuf) -> PyResult<Self> {
+        Process::prepare(binary, &options.get().0, Some(&parent))
+            .map(DaemonProcess)
+            .map_err(|error| match error {
+                DaemonError::Options(error) => value_error(error),
+                DaemonError::Io(error) => errors::os_error(error),
+                error => PyValueError::new_err(error.to_string()),
+            })
+    }
+
+    /// Runs the daemon. Raises DaemonStartError if it cannot be executed.
+    fn spawn(&self, py: Python<'_>) -> PyResult<()> {
+        self.0.spawn().map_err(|error| start_error(py, error))
+    }
+
+    #[getter]
+    fn command(&self) -> Vec<String> {
+        self.0.command()
+    }
+
+    #[getter]
+    fn control_maddr(&self) -> PyMultiaddr {
+        self.0.control().clone().into()
+    }
+
+    /// A new address for a client to listen at, in the private directory.
+    fn listen_maddr(&self) -> PyMultiaddr {
+        self.0.listen_maddr().into()
+    }
+
+    /// The file with the output.
+    #[getter]
+    fn log(&self) -> String {
+        self.0.log().display().to_string()
+    }
+
+    #[getter]
+    fn pid(&self) -> Option<u32> {
+        self.0.pid()
+    }
+
+    #[getter]
+    fn janitor_pid(&self) -> u32 {
+        self.0.janitor_pid()
+    }
+
+    #[getter]
+    fn owned(&self) -> bool {
+        self.0.owned()
+    }
+
+    #[getter]
+    fn ended(&self) -> bool {
+        self.0.ended()
+    }
+
+    #[getter]
+    fn alive(&self) -> bool {
+        self.0.alive()
+    }
+
+    /// The exit status, negative for a signal; None if the daemon is running.
+    fn poll(&self) -> Option<i32> {
+        self.0.poll().map(exit_code)
+    }
+
+    /// Asks the daemon and its children to end, if it is running.
+    fn terminate(&self) {
+        self.0.terminate();
+    }
+
+    /// The end of what the daemon has printed.
+    fn output(&self) -> String {
+        self.0.output()
+    }
+
+    /// Ends all of it now.
+    fn destroy(&self, py: Python<'_>) {
+        py.detach(|| self.0.destroy());
+    }
+
+    /// Lets go of what tells the janitor that this process lives.
+    fn cut_lifeline(&self) {
+        self.0.cut_lifeline();
+    }
+
+    /// Why the answer to IDENTIFY that this peer id came in is not to be believed yet, or None.
+    fn doubt(&self, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+        Ok(self.0.doubt(&extract_peer_id(peer_id)?))
+    }
+
+    /// The DaemonStartError of a daemon that ended, or was not ready in this many seconds.
+    #[pyo3(signature = (timeout, obstacle))]
+    fn not_ready(&self, py: Python<'_>, timeout: f64, obstacle: Option<String>) -> PyErr {
+        start_error(py, self.0.not_ready(timeout, obstacle))
+    }
 }
 
-/// The lines of a daemon's output worth showing.
-#[pyfunction]
-pub fn excerpt_daemon_output(output: &str, limit: usize) -> Vec<String> {
-    daemon::excerpt(output, limit)
-        .into_iter()
-        .map(str::to_owned)
-        .collect()
+/// The DaemonStartError, and what the operating system said as its cause.
+fn start_error(py: Python<'_>, error: StartError) -> PyErr {
+    let make = || -> PyResult<PyErr> {
+        let details = PyDict::new(py);
+        details.set_item("command", error.command)?;
+        details.set_item("returncode", error.status)?;
+        details.set_item("logs", error.logs)?;
+        details.set_item("cause", error.cause)?;
+        let made = py
+            .get_type::<errors::DaemonStartError>()
+            .call((error.message,), Some(&details))?;
+        let made = PyErr::from_value(made);
+        if let Some(source) = error.source {
+            let source = match source.raw_os_error() {
+                Some(number) => std::io::Error::from_raw_os_error(number),
+                None => std::io::Error::new(source.kind(), source.to_string()),
+            };
+            made.set_cause(py, Some(errors::os_error(source)));
+        }
+        Ok(made)
+    };
+    make().unwrap_or_else(|failed| failed)
 }

@@ -11,6 +11,7 @@ pyo3::import_exception!(asyncio, LimitOverrunError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ConnectionLost);
 pyo3::import_exception!(p2pclient_rs.exceptions, ControlFailure);
 pyo3::import_exception!(p2pclient_rs.exceptions, DaemonRefused);
+pyo3::import_exception!(p2pclient_rs.exceptions, DaemonStartError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ForkedClientError);
 pyo3::import_exception!(p2pclient_rs.exceptions, MessageTooLarge);
 pyo3::import_exception!(p2pclient_rs.exceptions, P2PHandlerError);

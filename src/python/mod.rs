@@ -53,9 +53,7 @@ mod _native {
 
     // --- daemon ---
     #[pymodule_export]
-    use super::daemon::{
-        daemon_startup, diagnose_daemon, excerpt_daemon_output, find_daemon, DaemonOptions,
-    };
+    use super::daemon::{find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess};
 
     /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
     #[pyfunction]

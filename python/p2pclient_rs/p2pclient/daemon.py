@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import anyio
 from multiaddr import Multiaddr
 
 from p2pclient_rs import daemon
+from p2pclient_rs._native import DaemonProcess
 from p2pclient_rs.p2pclient.p2pclient import Client
 from p2pclient_rs.p2pclient.utils import get_unused_tcp_port
 
@@ -55,6 +57,55 @@ async def try_until_success(
         if time.monotonic() >= deadline:
             raise AssertionError(f"{coro_func} still failed after {timeout} seconds")
         await anyio.sleep(0.01)
+
+
+class Process:
+    """A daemon's process, as far as it is a ``subprocess.Popen``: that would want to reap it."""
+
+    def __init__(self, process: DaemonProcess) -> None:
+        self._process = process
+        self.args = process.command
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; None while it is running."""
+        return self._process.poll()
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits until it has ended and returns its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It was still running after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self._process.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.005)
+        return status
+
+    def send_signal(self, sig: int) -> None:
+        """Sends it a signal, if it is running."""
+        if self._process.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kills it."""
+        self.send_signal(signal.SIGKILL)
 
 
 class Daemon(daemon.Daemon):
@@ -98,6 +149,7 @@ class Daemon(daemon.Daemon):
         self.enable_pubsub = enable_pubsub
         self._ecosystem_maddr = control_maddr
         self._running = self._launch()
+        self._popen = Process(self._running)
 
     @property
     def control_maddr(self) -> Multiaddr:
@@ -105,9 +157,9 @@ class Daemon(daemon.Daemon):
         return self._ecosystem_maddr
 
     @property
-    def proc_daemon(self) -> subprocess.Popen[bytes]:
+    def proc_daemon(self) -> Process:
         """The process."""
-        return self._running.popen
+        return self._popen
 
     @property
     def log_filename(self) -> str:
@@ -131,7 +183,7 @@ class Daemon(daemon.Daemon):
         """Stops the daemon, waits until it has ended, and removes its files."""
         if self.is_closed:
             return
-        self._running.send(signal.SIGTERM)
+        self._running.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.proc_daemon.wait(self._stop_timeout)
         self._end(self._running)

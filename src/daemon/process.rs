@@ -1,0 +1,915 @@
+//! A daemon's process, its files, and the janitor that clears up after it. Knows no event loop:
+//! nothing here waits, but for what has been killed.
+//!
+//! The daemon's sockets and its output are in a private directory, and whatever becomes of this
+//! process, neither the daemon nor that directory outlives it. That is so on unix; on Windows a
+//! daemon outlives a process that is killed.
+
+use super::options::{DaemonOptions, Flavour};
+use super::start::{self, DaemonError, StartError};
+use crate::core::multiaddr::{Endpoint, Host};
+use crate::core::{Multiaddr, PeerId};
+use std::fs::{self, File};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::net::{IpAddr, TcpListener};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// How much of the end of the daemon's output is kept, in bytes.
+const OUTPUT_LIMIT: u64 = 1 << 20;
+/// None of these does a system give to whoever asks for any port, or connects.
+const PORTS: Range<u16> = 20_000..32_000;
+
+/// A daemon's process and its files.
+///
+/// It belongs to the process that made it: in a forked child nothing is signalled, reaped or
+/// removed, and no lock is waited for, which another thread of the parent may have held.
+#[derive(Debug)]
+pub struct Process {
+    binary: PathBuf,
+    arguments: Vec<String>,
+    control: Multiaddr,
+    must_say_so: bool,
+    owner: u32,
+    directory: PathBuf,
+    log: PathBuf,
+    /// The control socket, if that is a file outside the directory that was not there before.
+    socket: Option<PathBuf>,
+    clients: AtomicU64,
+    pid: OnceLock<u32>,
+    status: OnceLock<ExitStatus>,
+    /// There once it was destroyed.
+    last_output: OnceLock<String>,
+    daemon: Mutex<Option<Child>>,
+    #[cfg(unix)]
+    janitor: unix::Janitor,
+}
+
+impl Process {
+    /// Makes everything a daemon with these options needs, and its command line. Its private
+    /// directory is made in `parent`, or where temporary files go.
+    ///
+    /// # Errors
+    /// The options are wrong, or something could not be made.
+    pub fn prepare(
+        binary: PathBuf,
+        options: &DaemonOptions,
+        parent: Option<&Path>,
+    ) -> Result<Self, DaemonError> {
+        options.validate()?;
+        let directory = private_directory(parent)?;
+        let control = match &options.control {
+            Some(control) => control.clone(),
+            None => default_control(directory.path()),
+        };
+        let control = with_free_port(control)?;
+        let arguments = DaemonOptions {
+            flavour: Flavour::of(&binary),
+            control: Some(control.clone()),
+            ..options.clone()
+        }
+        .arguments()?;
+        let socket = match (&options.control, control.endpoint()) {
+            (Some(_), Ok(Endpoint::Unix(path))) => Some(PathBuf::from(path)),
+            _ => None,
+        };
+        let socket = socket.filter(|path| {
+            #[cfg(unix)]
+            unix::remove_stale_socket(path);
+            path.symlink_metadata().is_err()
+        });
+        #[cfg(unix)]
+        // Before the daemon, so that there is no time at which nobody would clear up.
+        let janitor = unix::Janitor::start([Some(directory.path()), socket.as_deref()])?;
+        let directory = directory.keep();
+        Ok(Process {
+            binary,
+            arguments,
+            control,
+            must_say_so: start::must_say_so(options),
+            owner: std::process::id(),
+            log: directory.join("log"),
+            directory,
+            socket,
+            clients: AtomicU64::new(0),
+            pid: OnceLock::new(),
+            status: OnceLock::new(),
+            last_output: OnceLock::new(),
+            daemon: Mutex::new(None),
+            #[cfg(unix)]
+            janitor,
+        })
+    }
+
+    /// Runs the daemon, once.
+    ///
+    /// # Errors
+    /// It cannot be executed.
+    pub fn spawn(&self) -> Result<(), StartError> {
+        self.try_spawn()
+            .map_err(|error| StartError::not_run(self.command(), error))
+    }
+
+    fn try_spawn(&self) -> io::Result<()> {
+        let mut daemon = self.daemon();
+        let log = File::create_new(&self.log)?;
+        let mut command = Command::new(&self.binary);
+        command
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        #[cfg(unix)]
+        unix::isolate(&mut command, unix::words(&self.binary, &self.arguments)?);
+        let child = daemon.insert(command.spawn()?);
+        let _ = self.pid.set(child.id());
+        #[cfg(unix)]
+        self.janitor.tell(child.id());
+        Ok(())
+    }
+
+    /// The command line.
+    pub fn command(&self) -> Vec<String> {
+        let binary = self.binary.display().to_string();
+        std::iter::once(binary)
+            .chain(self.arguments.iter().cloned())
+            .collect()
+    }
+
+    /// Where the daemon is to serve the control protocol.
+    pub fn control(&self) -> &Multiaddr {
+        &self.control
+    }
+
+    /// A new address for a client of the daemon to listen at, in the private directory.
+    pub fn listen_maddr(&self) -> Multiaddr {
+        if cfg!(not(unix)) {
+            return loopback();
+        }
+        // The process id, for a forked child counts from the same number as its parent.
+        let number = self.clients.fetch_add(1, Ordering::Relaxed);
+        let name = format!("client-{}-{number}.sock", std::process::id());
+        unix_maddr(&self.directory.join(name))
+    }
+
+    /// The file with the daemon's output. It goes with [`destroy`](Self::destroy).
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// The daemon's process id, which on unix is its process group's too; none before it ran.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid.get().copied()
+    }
+
+    /// Whether this is the process that started the daemon.
+    pub fn owned(&self) -> bool {
+        self.owner == std::process::id()
+    }
+
+    /// Whether it was destroyed.
+    pub fn ended(&self) -> bool {
+        self.last_output.get().is_some()
+    }
+
+    /// Whether the daemon is running; a forked child can tell too.
+    pub fn alive(&self) -> bool {
+        let Some(pid) = self.pid() else { return false };
+        // Nobody forks on Windows.
+        #[cfg(unix)]
+        let seen = self.owned() || unix::exists(pid);
+        #[cfg(not(unix))]
+        let seen = pid != 0;
+        self.poll().is_none() && seen
+    }
+
+    /// The exit status; none if the daemon is running, or if only its parent can tell.
+    pub fn poll(&self) -> Option<ExitStatus> {
+        if self.status.get().is_none() && self.owned() {
+            self.reap(&mut self.daemon(), |daemon| daemon.try_wait().transpose());
+        }
+        self.status.get().copied()
+    }
+
+    /// Asks the daemon and its children to end, if it is running. (On Windows, where nothing can
+    /// be asked, it ends it.)
+    pub fn terminate(&self) {
+        if self.owned() {
+            self.signal(&mut self.daemon(), Signal::Terminate);
+        }
+    }
+
+    /// The end of what the daemon has printed.
+    pub fn output(&self) -> String {
+        if let Some(output) = self.last_output.get() {
+            return output.clone();
+        }
+        let tail = || -> io::Result<Vec<u8>> {
+            let mut log = File::open(&self.log)?;
+            let length = log.metadata()?.len();
+            log.seek(SeekFrom::Start(length.saturating_sub(OUTPUT_LIMIT)))?;
+            let mut tail = Vec::new();
+            log.take(OUTPUT_LIMIT).read_to_end(&mut tail)?;
+            Ok(tail)
+        };
+        // Not there before the start; nothing else is expected of a file of our own.
+        String::from_utf8_lossy(&tail().unwrap_or_default()).into_owned()
+    }
+
+    /// Ends all of it now; status and output can still be had. Waits for the daemon that was
+    /// killed, which takes milliseconds.
+    pub fn destroy(&self) {
+        if !self.owned() {
+            return;
+        }
+        let mut daemon = self.daemon();
+        if self.ended() {
+            return;
+        }
+        self.signal(&mut daemon, Signal::Kill);
+        self.reap(&mut daemon, |daemon| Some(daemon.wait()));
+        let _ = self.last_output.set(self.output());
+        #[cfg(unix)]
+        self.janitor.dismiss();
+        let _ = fs::remove_dir_all(&self.directory);
+        if let Some(socket) = &self.socket {
+            let _ = fs::remove_file(socket);
+        }
+    }
+
+    /// Lets go of what tells the janitor that this process lives. For a forked child, in which it
+    /// would be taken for its parent.
+    #[cfg(unix)]
+    pub fn cut_lifeline(&self) {
+        self.janitor.cut_lifeline();
+    }
+
+    /// The janitor's process id.
+    #[cfg(unix)]
+    pub fn janitor_pid(&self) -> u32 {
+        self.janitor.pid
+    }
+
+    /// Why the daemon's answer to IDENTIFY is not to be believed yet; nothing if it is.
+    pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
+        start::doubt(&self.output(), peer_id, self.must_say_so)
+    }
+
+    /// The error of a daemon that ended, or was not ready in `timeout` seconds. `obstacle` is why
+    /// its last answer was none.
+    pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
+        let status = self.poll().map(exit_code);
+        StartError::not_ready(self.command(), &self.output(), status, timeout, obstacle)
+    }
+
+    fn daemon(&self) -> MutexGuard<'_, Option<Child>> {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the daemon's status if `wait` has it, which must be done only once: after this, its
+    /// number may become another's.
+    fn reap(
+        &self,
+        daemon: &mut Option<Child>,
+        wait: impl FnOnce(&mut Child) -> Option<io::Result<ExitStatus>>,
+    ) {
+        if self.status.get().is_some() {
+            return;
+        }
+        let Some(status) = daemon.as_mut().and_then(wait) else {
+            return;
+        };
+        #[cfg(unix)]
+        {
+            // A wrapper script may have left the real daemon behind.
+            self.signal_group(Signal::Kill);
+            self.janitor.tell(0);
+        }
+        // It fails if somebody else has reaped it, and what its status was, nobody knows.
+        let _ = self.status.set(status.unwrap_or_default());
+    }
+
+    fn signal(&self, daemon: &mut Option<Child>, signal: Signal) {
+        self.reap(daemon, |daemon| daemon.try_wait().transpose());
+        if self.status.get().is_some() {
+            return;
+        }
+        #[cfg(unix)]
+        self.signal_group(signal);
+        #[cfg(not(unix))]
+        if let (Some(daemon), Signal::Terminate | Signal::Kill) = (daemon, signal) {
+            let _ = daemon.kill();
+        }
+    }
+
+    #[cfg(unix)]
+    fn signal_group(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            unix::signal_group(pid, signal);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.destroy();
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Signal {
+    Terminate,
+    Kill,
+}
+
+/// An exit status as one number, negative for a signal.
+pub fn exit_code(status: ExitStatus) -> i32 {
+    #[cfg(unix)]
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
+        return -signal;
+    }
+    status.code().unwrap_or_default()
+}
+
+/// A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+///
+/// It is none of those that the system gives to whoever asks for any, or connects: one of these
+/// could be gone before it is used.
+///
+/// # Errors
+/// There is no such address, or no port.
+pub fn unused_tcp_port(host: IpAddr) -> io::Result<u16> {
+    for attempt in 0..100 {
+        // Random, and different in a forked child.
+        let mut hasher = RandomState::new().build_hasher();
+        hasher.write_u64(u64::from(std::process::id()) << 32 | attempt);
+        let offset = hasher.finish() % PORTS.len() as u64;
+        let port = PORTS.start + offset as u16;
+        match TcpListener::bind((host, port)) {
+            Ok(_) => return Ok(port),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let message = format!("no port is free at {host}");
+    Err(io::Error::new(io::ErrorKind::AddrInUse, message))
+}
+
+/// Replaces TCP port 0: not every daemon says which port it was given.
+fn with_free_port(control: Multiaddr) -> io::Result<Multiaddr> {
+    let host = match control.endpoint() {
+        Ok(Endpoint::Tcp { host, port: 0 }) => host,
+        _ => return Ok(control),
+    };
+    let ip = match host {
+        Host::Ip4(ip) => IpAddr::from(ip),
+        Host::Ip6(ip) => IpAddr::from(ip),
+        Host::Dns(_) | Host::Dns4(_) | Host::Dns6(_) => return Ok(control),
+    };
+    let port = unused_tcp_port(ip)?;
+    Ok((&Endpoint::Tcp { host, port }).into())
+}
+
+fn default_control(directory: &Path) -> Multiaddr {
+    if cfg!(unix) {
+        unix_maddr(&directory.join("control.sock"))
+    } else {
+        loopback()
+    }
+}
+
+fn loopback() -> Multiaddr {
+    (&Endpoint::from(std::net::SocketAddr::from(([127, 0, 0, 1], 0)))).into()
+}
+
+fn unix_maddr(path: &Path) -> Multiaddr {
+    (&Endpoint::Unix(path.display().to_string())).into()
+}
+
+/// A directory only this user can look into, whose path is short enough for sockets.
+fn private_directory(parent: Option<&Path>) -> io::Result<tempfile::TempDir> {
+    let parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("p2pd-").rand_bytes(8);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        builder.permissions(fs::Permissions::from_mode(0o700));
+        if !unix::holds_sockets(&parent) {
+            return builder.tempdir_in("/tmp");
+        }
+    }
+    builder.tempdir_in(parent)
+}
+
+#[cfg(unix)]
+mod unix {
+    use super::Signal;
+    use rustix::fs::Mode;
+    use rustix::process::{self, Pid};
+    use std::ffi::{c_char, CString, OsStr, OsString};
+    use std::io::{self, PipeWriter, Write as _};
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::FileTypeExt as _;
+    use std::os::unix::net::UnixDatagram;
+    use std::os::unix::process::CommandExt as _;
+    use std::path::Path;
+    use std::process::{Child, Command, Stdio};
+    use std::ptr;
+    use std::sync::atomic::AtomicPtr;
+    use std::sync::{Mutex, PoisonError, TryLockError};
+
+    /// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the
+    /// NUL).
+    const SOCKET_PATH_LIMIT: usize = 103;
+    const LONGEST_SOCKET: &str = "p2pd-XXXXXXXX/client-4194304-9999999.sock";
+
+    /// Reads lines until the process that writes them has gone, the last line being the daemon's
+    /// process group, or 0 when that has ended. Then ends the daemon and removes its files.
+    const JANITOR: &str = r#"
+group=0
+while read -r line; do group=$line; done
+if [ "$group" -gt 0 ]; then
+    kill -s TERM -- "-$group"
+    tries=0
+    while [ "$tries" -lt 50 ] && kill -s 0 -- "-$group"; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    kill -s KILL -- "-$group"
+fi
+rm -rf -- "$@"
+"#;
+
+    /// A process that outlives this one if need be, to clear up after it.
+    #[derive(Debug)]
+    pub(super) struct Janitor {
+        pub(super) pid: u32,
+        child: Mutex<Child>,
+        /// Its standard input, which ends when this process does.
+        lifeline: Mutex<Option<PipeWriter>>,
+    }
+
+    impl Janitor {
+        pub(super) fn start<'a>(
+            files: impl IntoIterator<Item = Option<&'a Path>>,
+        ) -> io::Result<Self> {
+            let (reader, lifeline) = io::pipe()?;
+            let mut path = std::env::var_os("PATH").unwrap_or_default();
+            path.push(":/bin:/usr/bin");
+            let mut command = Command::new("/bin/sh");
+            command
+                .args(["-c", JANITOR, "p2pd-janitor"])
+                .args(files.into_iter().flatten())
+                .env_clear()
+                .env("PATH", path)
+                .current_dir("/")
+                .stdin(reader)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            isolate(&mut command, Vec::new());
+            let child = command.spawn()?;
+            Ok(Janitor {
+                pid: child.id(),
+                child: Mutex::new(child),
+                lifeline: Mutex::new(Some(lifeline)),
+            })
+        }
+
+        /// Tells it the process group to end, or 0.
+        pub(super) fn tell(&self, group: u32) {
+            let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(mut lifeline) = lifeline.as_ref() {
+                // In one write. It fails if somebody killed it.
+                let _ = lifeline.write_all(format!("{group}\n").as_bytes());
+            }
+        }
+
+        /// Ends it, with nothing done.
+        pub(super) fn dismiss(&self) {
+            let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = child.kill();
+            let _ = child.wait();
+            self.cut_lifeline();
+        }
+
+        pub(super) fn cut_lifeline(&self) {
+            match self.lifeline.try_lock() {
+                Ok(mut lifeline) => *lifeline = None,
+                Err(TryLockError::Poisoned(error)) => *error.into_inner() = None,
+                // In a forked child, by a thread that is not there. It was writing its last.
+                Err(TryLockError::WouldBlock) => {}
+            }
+        }
+    }
+
+    /// Has the command run in a session of its own, with none of this process's files, and makes
+    /// what it makes reachable by this user only, at whatever path.
+    ///
+    /// Ctrl-C must reach this process alone, which then stops the daemon; and a wrapper script and
+    /// what it runs are signalled together.
+    ///
+    /// `words`, if there are any, is the command, and is also executed here. `Command` would go
+    /// through the C library's `execvp`, which gives to a shell whatever the kernel refuses: of a
+    /// binary for another machine one would be told syntax errors.
+    #[allow(unsafe_code)]
+    pub(super) fn isolate(command: &mut Command, words: Vec<CString>) {
+        // Made before the fork. Atomic only for being `Send`.
+        let argv: Vec<AtomicPtr<c_char>> = words
+            .iter()
+            .map(|word| AtomicPtr::new(word.as_ptr().cast_mut()))
+            .chain([AtomicPtr::new(ptr::null_mut())])
+            .collect();
+        let run = move || -> io::Result<()> {
+            process::setsid()?;
+            process::umask(Mode::RWXG | Mode::RWXO);
+            #[cfg(target_os = "linux")]
+            // SAFETY: it changes but a flag, of the child's descriptors. If the kernel is too old
+            // for it, those that others have left inheritable are inherited.
+            unsafe {
+                let (first, last) = (3, libc::c_uint::MAX);
+                libc::syscall(
+                    libc::SYS_close_range,
+                    first,
+                    last,
+                    libc::CLOSE_RANGE_CLOEXEC,
+                );
+            }
+            let Some(path) = words.first() else {
+                return Ok(());
+            };
+            // SAFETY: `words` holds what `argv` points to, which ends with a null pointer, and an
+            // `AtomicPtr` is in memory what a pointer is.
+            unsafe { libc::execv(path.as_ptr(), argv.as_ptr().cast()) };
+            Err(io::Error::last_os_error())
+        };
+        // SAFETY: between fork and exec it only makes system calls, and allocates nothing. Without
+        // it there is no umask for the child alone, and no way around `execvp`.
+        unsafe { command.pre_exec(run) };
+    }
+
+    /// The words of a command as the kernel takes them.
+    ///
+    /// # Errors
+    /// There is a NUL in one.
+    pub(super) fn words(binary: &Path, arguments: &[String]) -> io::Result<Vec<CString>> {
+        let words = std::iter::once(binary.as_os_str())
+            .chain(arguments.iter().map(OsStr::new))
+            .map(|word| CString::new(word.as_bytes()));
+        Ok(words.collect::<Result<_, _>>()?)
+    }
+
+    pub(super) fn signal_group(group: u32, signal: Signal) {
+        let signal = match signal {
+            Signal::Terminate => process::Signal::TERM,
+            Signal::Kill => process::Signal::KILL,
+        };
+        if let Some(group) = pid(group) {
+            // It may have ended; macOS says EPERM of a group of which only zombies are left.
+            let _ = process::kill_process_group(group, signal);
+        }
+    }
+
+    pub(super) fn exists(process: u32) -> bool {
+        pid(process)
+            .is_some_and(|pid| process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
+    }
+
+    fn pid(number: u32) -> Option<Pid> {
+        i32::try_from(number).ok().and_then(Pid::from_raw)
+    }
+
+    /// Removes a unix socket that nobody listens on: left behind, it would keep a daemon out.
+    pub(super) fn remove_stale_socket(path: &Path) {
+        let is_socket = path
+            .symlink_metadata()
+            .is_ok_and(|metadata| metadata.file_type().is_socket());
+        if !is_socket {
+            return;
+        }
+        // A datagram socket cannot be connected to a stream socket, and never waits to be.
+        let probe = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
+        if probe.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// Whether sockets in a private directory there have paths that are short enough, and text.
+    pub(super) fn holds_sockets(parent: &Path) -> bool {
+        let longest = OsString::from(parent.join(LONGEST_SOCKET));
+        longest.len() <= SOCKET_PATH_LIMIT && longest.to_str().is_some()
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use rustix::process::{kill_process, Pid, Signal};
+    use std::cell::RefCell;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixListener;
+    use std::time::{Duration, Instant};
+
+    /// A process that runs a script, once it has said that its traps are set.
+    fn running(body: &str) -> Process {
+        let process = scripted(&format!("{body}\nwhile :; do sleep 0.02; done"));
+        process.spawn().unwrap();
+        until(|| process.output().contains("ready"));
+        process
+    }
+
+    fn scripted(body: &str) -> Process {
+        let options = DaemonOptions::default();
+        let mut process = Process::prepare("/bin/sh".into(), &options, None).unwrap();
+        process.arguments = vec!["-c".into(), body.into()];
+        process
+    }
+
+    fn ended(body: &str) -> Process {
+        let process = scripted(body);
+        process.spawn().unwrap();
+        until(|| process.poll().is_some());
+        process
+    }
+
+    fn until(condition: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !condition() {
+            assert!(
+                begun.elapsed() < Duration::from_secs(15),
+                "it did not come true"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Whether it runs; a zombie, which is init's to reap or nobody's, does not.
+    fn runs(pid: u32) -> bool {
+        let state = Command::new("ps")
+            .args(["-o", "stat=", "-p", &pid.to_string()])
+            .output()
+            .unwrap();
+        let state = String::from_utf8(state.stdout).unwrap();
+        !state.trim().is_empty() && !state.starts_with('Z')
+    }
+
+    /// The numbers that the script printed, one a line.
+    fn printed(process: &Process) -> Vec<u32> {
+        let output = process.output();
+        output
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .collect()
+    }
+
+    #[test]
+    fn status_and_output_can_be_had_when_everything_else_is_gone() {
+        let process = ended("echo out; echo err >&2; exit 3");
+        assert_eq!(process.poll().map(exit_code), Some(3));
+        assert!(!process.alive() && !process.ended());
+        process.destroy();
+        process.destroy();
+        assert!(process.ended() && !process.directory.exists());
+        assert!(!runs(process.janitor_pid()));
+        assert_eq!(process.output(), "out\nerr\n");
+        assert_eq!(process.poll().map(exit_code), Some(3));
+    }
+
+    #[test]
+    fn only_the_end_of_a_long_output_is_kept() {
+        let process = ended("head -c 2000000 /dev/zero | tr '\\0' x; echo end");
+        assert_eq!(process.output().len() as u64, OUTPUT_LIMIT);
+        assert!(process.output().ends_with("xend\n"));
+    }
+
+    #[test]
+    fn it_runs_in_a_session_of_its_own_and_what_it_makes_is_for_its_user() {
+        let process = ended("umask; ps -o sid= -p $$; echo $$; cat");
+        let pid = process.pid().unwrap();
+        let mode = process.directory.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        assert_eq!(process.output().lines().next(), Some("0077"));
+        let words = process.output();
+        let numbers: Vec<_> = words.split_whitespace().skip(1).collect();
+        assert_eq!(numbers, [pid.to_string(), pid.to_string()]);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn it_has_none_of_this_processs_files() {
+        use std::os::fd::AsRawFd as _;
+        let file = File::open("/dev/null").unwrap();
+        let inheritable = rustix::io::dup(&file).unwrap();
+        let process = running("echo ready");
+        for pid in [process.pid().unwrap(), process.janitor_pid()] {
+            let fd = format!("/proc/{pid}/fd/{}", inheritable.as_raw_fd());
+            assert!(fs::read_link(&fd).is_err());
+        }
+    }
+
+    #[test]
+    fn asked_to_end_it_ends_with_its_children() {
+        let process = running("trap 'exit 7' TERM; sleep 1000 & echo $!; echo ready");
+        let child = printed(&process)[0];
+        assert!(process.alive() && runs(child));
+        process.terminate();
+        until(|| process.poll().is_some());
+        assert_eq!(process.poll().map(exit_code), Some(7));
+        until(|| !runs(child));
+    }
+
+    #[test]
+    fn what_ignores_being_asked_is_killed() {
+        let process = running("trap '' TERM; echo ready");
+        let pid = process.pid().unwrap();
+        process.terminate();
+        assert!(process.alive());
+        process.destroy();
+        assert_eq!(process.poll().map(exit_code), Some(-9));
+        assert!(!runs(pid));
+    }
+
+    #[test]
+    fn what_a_wrapper_leaves_behind_ends_with_it() {
+        let process = ended("sleep 1000 & echo $!");
+        until(|| !runs(printed(&process)[0]));
+    }
+
+    #[test]
+    fn dropping_it_ends_it_and_removes_its_files() {
+        let process = running("echo ready");
+        let (pid, janitor) = (process.pid().unwrap(), process.janitor_pid());
+        let directory = process.directory.clone();
+        drop(process);
+        assert!(!runs(pid) && !runs(janitor) && !directory.exists());
+    }
+
+    #[test]
+    fn a_daemon_that_somebody_else_reaped_has_ended() {
+        let process = scripted("exit 5");
+        process.spawn().unwrap();
+        let pid = Pid::from_raw(process.pid().unwrap() as i32);
+        let options = rustix::process::WaitOptions::empty();
+        rustix::process::waitpid(pid, options).unwrap().unwrap();
+        assert_eq!(process.poll().map(exit_code), Some(0));
+        assert!(!process.alive());
+    }
+
+    #[test]
+    fn what_cannot_be_executed_is_not_given_to_a_shell() {
+        let directory = private_directory(None).unwrap();
+        let binary = directory.path().join("p2pd");
+        fs::write(&binary, "echo this is no binary").unwrap();
+        fs::set_permissions(&binary, fs::Permissions::from_mode(0o700)).unwrap();
+        let process = Process::prepare(binary, &DaemonOptions::default(), None).unwrap();
+        // While another test is between fork and exec, the file is open for writing there.
+        let busy = |error: &StartError| error.to_string().contains("Text file busy");
+        let error = loop {
+            match process.spawn().unwrap_err() {
+                error if busy(&error) => fs::remove_file(&process.log).unwrap(),
+                error => break error,
+            }
+        };
+        let cause = error.cause.unwrap();
+        assert!(
+            cause.starts_with("the binary is not for this machine"),
+            "{cause}"
+        );
+        assert_eq!((process.pid(), process.output()), (None, String::new()));
+    }
+
+    #[test]
+    fn a_nul_in_an_argument_is_an_error() {
+        let mut process = scripted("");
+        process.arguments.push("a\0b".into());
+        assert!(process
+            .spawn()
+            .unwrap_err()
+            .to_string()
+            .contains("nul byte"));
+    }
+
+    #[test]
+    fn the_control_socket_is_private_or_where_it_was_wanted() {
+        let process = scripted("");
+        let directory = process.directory.display();
+        assert_eq!(
+            process.control().to_string(),
+            format!("/unix{directory}/control.sock")
+        );
+        let names = [process.listen_maddr(), process.listen_maddr()].map(|addr| addr.to_string());
+        assert!(names[0].starts_with(&format!("/unix{directory}/client-")));
+        assert_ne!(names[0], names[1]);
+
+        let options = DaemonOptions {
+            control: Some("/ip4/127.0.0.1/tcp/0".parse().unwrap()),
+            ..Default::default()
+        };
+        let process = Process::prepare("/bin/sh".into(), &options, None).unwrap();
+        let control = process.control().to_string();
+        let port: u16 = control.rsplit('/').next().unwrap().parse().unwrap();
+        assert!(PORTS.contains(&port));
+        assert_eq!(process.arguments, [format!("-listen={control}")]);
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_removed_and_one_in_use_is_not() {
+        let directory = private_directory(None).unwrap();
+        let path = directory.path().join("c.sock");
+        let options = DaemonOptions {
+            control: Some(unix_maddr(&path)),
+            ..Default::default()
+        };
+        let listener = UnixListener::bind(&path).unwrap();
+        drop(Process::prepare("/bin/sh".into(), &options, None).unwrap());
+        assert!(path.exists());
+        drop(listener);
+        // While another test is between fork and exec, it is still open there.
+        let process = RefCell::new(None);
+        until(|| {
+            process.replace(Some(
+                Process::prepare("/bin/sh".into(), &options, None).unwrap(),
+            ));
+            !path.exists()
+        });
+        // And what the daemon leaves there goes with it.
+        let _listener = UnixListener::bind(&path).unwrap();
+        drop(process.take());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_long_temporary_directory_is_avoided() {
+        let long = std::env::temp_dir().join("x".repeat(100));
+        let directory = private_directory(Some(&long)).unwrap();
+        assert_eq!(directory.path().parent(), Some(Path::new("/tmp")));
+    }
+
+    #[test]
+    fn an_unused_port_is_none_that_the_system_gives_away() {
+        let ports: std::collections::HashSet<_> = (0..50)
+            .map(|_| unused_tcp_port([127, 0, 0, 1].into()).unwrap())
+            .collect();
+        assert!(ports.len() > 45);
+        assert!(ports.iter().all(|port| PORTS.contains(port)));
+        assert!(unused_tcp_port([192, 0, 2, 1].into()).is_err()); // not of this machine
+    }
+
+    #[test]
+    fn the_janitor_ends_the_group_it_was_told_unless_that_has_ended() {
+        for has_ended in [false, true] {
+            let mut other = Command::new("sleep");
+            let mut other = std::os::unix::process::CommandExt::process_group(&mut other, 0)
+                .arg("1000")
+                .spawn()
+                .unwrap();
+            let directory = private_directory(None).unwrap();
+            let files = directory.path().join("d i r");
+            fs::create_dir(&files).unwrap();
+            let janitor = unix::Janitor::start([Some(files.as_path())]).unwrap();
+            janitor.tell(other.id());
+            if has_ended {
+                janitor.tell(0);
+            }
+            janitor.cut_lifeline();
+            if has_ended {
+                until(|| !files.exists());
+                assert_eq!(other.try_wait().unwrap(), None);
+                other.kill().unwrap();
+                other.wait().unwrap();
+            } else {
+                assert_eq!(exit_code(other.wait().unwrap()), -15);
+                until(|| !files.exists());
+            }
+            janitor.dismiss();
+        }
+    }
+
+    /// The test starts itself, as the process that is to be killed.
+    #[test]
+    fn the_death_of_this_process_ends_the_daemon_and_removes_its_files() {
+        const IN_CHILD: &str = "P2PCLIENT_RS_TEST_PARENT";
+        if std::env::var_os(IN_CHILD).is_some() {
+            let process = running("echo ready");
+            let (pid, janitor) = (process.pid().unwrap(), process.janitor_pid());
+            println!("\n{pid} {janitor} {}", process.directory.display());
+            kill_process(rustix::process::getpid(), Signal::KILL).unwrap();
+        }
+        let name = "the_death_of_this_process_ends_the_daemon_and_removes_its_files";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([name, "--nocapture", "--test-threads=1"])
+            .env(IN_CHILD, "1")
+            .output()
+            .unwrap();
+        assert_eq!(exit_code(output.status), -9);
+        let output = String::from_utf8(output.stdout).unwrap();
+        let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
+        let told: Vec<_> = told.split(' ').collect();
+        let [pid, janitor] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
+        until(|| !runs(pid) && !runs(janitor) && !Path::new(told[2]).exists());
+    }
+}

@@ -1,0 +1,289 @@
+//! Whether a daemon that was just started is ready, and what to say of one that does not come up.
+//!
+//! Without I/O: what the daemon has printed and answered comes from the driver.
+
+use super::diagnosis::{diagnose, excerpt, Startup};
+use super::discovery::NotFound;
+use super::options::{DaemonOptions, OptionsError};
+use crate::core::PeerId;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// How many lines of its output the error of a failed start shows.
+const LOG_LINES: usize = 20;
+
+/// A daemon could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The options make no sense, or not for this daemon.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// There is no binary.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
+    /// It could not be run, ended, or was not ready in time.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// What it needs could not be made: its private directory, a free port, the process that
+    /// clears up after this one.
+    #[error("the daemon's start could not be prepared: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A daemon could not be run, ended before it was ready, or was not ready in time.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StartError {
+    /// What happened.
+    pub message: String,
+    /// The command line.
+    pub command: Vec<String>,
+    /// The exit status, negative for a signal; none if it never ran or was still running.
+    pub status: Option<i32>,
+    /// The last lines of its output.
+    pub logs: Vec<String>,
+    /// The cause in one line, where it can be told.
+    pub cause: Option<String>,
+    /// Why it could not be run.
+    pub source: Option<Arc<io::Error>>,
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(cause) = &self.cause {
+            write!(f, ": {cause}")?;
+        }
+        let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
+        write!(f, "\n  command: {}", words.join(" "))?;
+        if !self.logs.is_empty() {
+            write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for StartError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|error| error as _)
+    }
+}
+
+impl StartError {
+    /// The operating system would not run it.
+    pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
+        // The operating system's words are the shell's, which the diagnosis knows.
+        let words = error.to_string();
+        let reason = words.split(" (os error ").next().unwrap_or(&words);
+        StartError {
+            message: "the daemon could not be run".into(),
+            command,
+            status: None,
+            logs: Vec::new(),
+            cause: diagnose(reason, None, &[]).or_else(|| Some(reason.into())),
+            source: Some(Arc::new(error)),
+        }
+    }
+
+    /// It ended with `status`, or has none and was not ready in `timeout` seconds, having printed
+    /// `output`. `obstacle` is why its last answer was none.
+    pub fn not_ready(
+        command: Vec<String>,
+        output: &str,
+        status: Option<i32>,
+        timeout: f64,
+        obstacle: Option<String>,
+    ) -> Self {
+        let arguments = command.get(1..).unwrap_or_default();
+        let mut cause = diagnose(output, status, arguments);
+        let mut message = match status {
+            Some(status) => format!("the daemon {} before it was ready", describe(status)),
+            None => {
+                cause = cause.or(obstacle);
+                format!("the daemon was not ready in {timeout} seconds")
+            }
+        };
+        let logs: Vec<_> = excerpt(output, LOG_LINES)
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        if logs.is_empty() {
+            message += " and printed nothing";
+        }
+        StartError {
+            message,
+            command,
+            status,
+            logs,
+            cause,
+            source: None,
+        }
+    }
+}
+
+/// Whether an answer means that a daemon with these options is ready only once it has also printed
+/// so.
+///
+/// An answer on a private socket can only be this daemon's, and means that it is ready. But others
+/// may serve an address that was chosen for it, and some daemons (upstream's) answer before they
+/// have reached their bootstrap peers.
+pub fn must_say_so(options: &DaemonOptions) -> bool {
+    let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
+    (options.control.is_some() || !options.bootstrap_peers.is_empty())
+        && !options.extra_args.iter().any(quiet)
+}
+
+/// Why the answer to IDENTIFY that this peer id came in is not to be believed, or not yet; nothing
+/// if it is.
+pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
+    let startup = Startup::read(output);
+    let answering = peer_id.to_string();
+    if startup.peer_id.is_some_and(|own| own != answering) {
+        return Some(format!("another daemon, {answering}, answers in its place"));
+    }
+    (must_say_so && !startup.started)
+        .then(|| "it answers, but has not printed that it has started".into())
+}
+
+/// What an exit status, negative for a signal, says in words.
+fn describe(status: i32) -> String {
+    if status >= 0 {
+        return format!("exited with status {status}");
+    }
+    let linux = cfg!(target_os = "linux");
+    let name = match -status {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        5 => "SIGTRAP",
+        6 => "SIGABRT",
+        7 if linux => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        10 if !linux => "SIGBUS",
+        11 => "SIGSEGV",
+        13 => "SIGPIPE",
+        14 => "SIGALRM",
+        15 => "SIGTERM",
+        24 => "SIGXCPU",
+        25 => "SIGXFSZ",
+        31 if linux => "SIGSYS",
+        other => return format!("was killed by signal {other}"),
+    };
+    format!("was killed by {name}")
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', r#"'"'"'"#))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: &str = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
+
+    fn doubted(output: &str, must_say_so: bool) -> Option<String> {
+        doubt(output, &PEER.parse().unwrap(), must_say_so)
+    }
+
+    fn command(words: &[&str]) -> Vec<String> {
+        words.iter().map(|word| word.to_string()).collect()
+    }
+
+    #[test]
+    fn an_answer_is_believed_that_nothing_speaks_against() {
+        assert_eq!(doubted("", false), None);
+        assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
+        assert_eq!(doubted("daemon has started\n", true), None);
+    }
+
+    #[test]
+    fn an_answer_is_doubted_that_is_anothers_or_too_early() {
+        let other = doubted("Peer ID: QmOther\n", false).unwrap();
+        assert_eq!(
+            other,
+            format!("another daemon, {PEER}, answers in its place")
+        );
+        let early = doubted(&format!("Peer ID: {PEER}"), true).unwrap();
+        assert!(early.contains("has not printed"), "{early}");
+    }
+
+    #[test]
+    fn it_must_say_so_where_others_may_answer_unless_it_is_told_to_be_quiet() {
+        let private = DaemonOptions::default();
+        assert!(!must_say_so(&private));
+        let bootstrapping = DaemonOptions {
+            bootstrap_peers: vec!["/ip4/127.0.0.1/tcp/1".into()],
+            ..private.clone()
+        };
+        let chosen = DaemonOptions {
+            control: Some("/unix/tmp/c.sock".parse().unwrap()),
+            ..private
+        };
+        for options in [bootstrapping, chosen] {
+            assert!(must_say_so(&options));
+            for quiet in ["-q", "--quiet"] {
+                let extra_args = vec![quiet.into()];
+                assert!(!must_say_so(&DaemonOptions {
+                    extra_args,
+                    ..options.clone()
+                }));
+            }
+        }
+    }
+
+    #[test]
+    fn the_error_shows_the_cause_the_command_and_the_last_lines() {
+        let output =
+            "before\n2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n";
+        let command = command(&["/a b/p2pd", "-id=it's", ""]);
+        let error = StartError::not_ready(command, output, Some(1), 30.0, Some("no".into()));
+        assert_eq!(
+            error.to_string(),
+            "the daemon exited with status 1 before it was ready: \
+             no permission to listen on 127.0.0.1:1\n  \
+             command: '/a b/p2pd' '-id=it'\"'\"'s' ''\n  \
+             last output:\n    before\n    \
+             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied"
+        );
+    }
+
+    #[test]
+    fn a_signal_is_named_and_silence_told() {
+        let killed = StartError::not_ready(command(&["p2pd"]), "", Some(-11), 30.0, None);
+        assert_eq!(
+            killed.message,
+            "the daemon was killed by SIGSEGV before it was ready and printed nothing"
+        );
+        assert_eq!(describe(-99), "was killed by signal 99");
+        let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, Some("why".into()));
+        assert_eq!(
+            silent.message,
+            "the daemon was not ready in 0.2 seconds and printed nothing"
+        );
+        assert_eq!(silent.cause.as_deref(), Some("why"));
+    }
+
+    #[test]
+    fn what_could_not_be_run_is_explained_with_the_systems_words() {
+        let missing = io::Error::from_raw_os_error(2);
+        let error = StartError::not_run(command(&["p2pd"]), missing);
+        let text = error.to_string();
+        assert!(
+            text.starts_with("the daemon could not be run: No such file"),
+            "{text}"
+        );
+        assert!(!text.contains("os error"), "{text}");
+        assert!(std::error::Error::source(&error).is_some());
+    }
+}
