@@ -2,7 +2,8 @@
 
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::sockets;
-use std::io::{self, ErrorKind, IoSlice};
+use socket2::SockRef;
+use std::io::{self, ErrorKind, IoSlice, Read as _};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -64,7 +65,7 @@ impl Socket {
 
     /// Whether nothing has come, not even the end.
     pub fn is_silent(&self) -> bool {
-        let blocked = self.try_read(&mut [0]);
+        let blocked = self.read_now(&mut [0]);
         matches!(blocked, Err(error) if error.kind() == ErrorKind::WouldBlock)
     }
 
@@ -72,8 +73,10 @@ impl Socket {
         !matches!(self, Self::Tcp(_))
     }
 
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => socket.try_read(buffer))
+    /// Reads what there is. Tokio's `try_read` would not do: it asks the operating system only where
+    /// the reactor has had its turn since something came.
+    fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        either!(self, socket => (&*SockRef::from(socket)).read(buffer))
     }
 
     /// Reads what there is and hands it over: nothing at all means the end.
@@ -94,7 +97,7 @@ impl Socket {
         let mut room = [0; READ];
         let mut drained = 0;
         while drained < DRAIN_LIMIT {
-            match self.try_read(&mut room) {
+            match self.read_now(&mut room) {
                 Ok(count) if count > 0 => drained += count,
                 _ => break,
             }
