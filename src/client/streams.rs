@@ -121,15 +121,17 @@ impl Client {
             registration: Some(Registration {
                 client: self.clone(),
                 addr,
-                protocol: protocol.clone(),
                 runtime: Handle::current(),
+                name: Name {
+                    handlers: Arc::clone(&inbound.handlers),
+                    protocol,
+                },
             }),
         };
         let outcome = self.connector().ask(&request).await;
         if let Err(Error::Refused { .. } | Error::Unreachable { .. }) = &outcome {
             // The daemon has nothing to forget.
             handler.registration = None;
-            inbound.handlers.leave(&protocol);
         }
         outcome.map(|_| handler)
     }
@@ -164,8 +166,8 @@ pub struct IncomingStreams {
 struct Registration {
     client: Client,
     addr: Multiaddr,
-    protocol: String,
     runtime: Handle,
+    name: Name,
 }
 
 impl IncomingStreams {
@@ -199,7 +201,8 @@ impl futures_core::Stream for IncomingStreams {
 impl Drop for IncomingStreams {
     fn drop(&mut self) {
         if let Some(registration) = self.registration.take() {
-            let runtime = registration.runtime.clone();
+            // Its own may have ended.
+            let runtime = Handle::try_current().unwrap_or_else(|_| registration.runtime.clone());
             runtime.spawn(async move {
                 // There is nobody to be told; a daemon that lacks the request stays as it is.
                 let _ = registration.take_back().await;
@@ -211,18 +214,10 @@ impl Drop for IncomingStreams {
 impl Registration {
     async fn take_back(self) -> Result<(), Error> {
         let Self {
-            client,
-            addr,
-            protocol,
-            ..
+            client, addr, name, ..
         } = self;
-        // Until the daemon has forgotten it, or this future is dropped, the name cannot be taken anew.
-        let _leaving = Leaving {
-            handlers: Arc::clone(&client.shared.inbound.handlers),
-            protocol: protocol.clone(),
-        };
-        let about = Context::new("REMOVE_STREAM_HANDLER").protocol(&protocol);
-        let request = streams::remove_stream_handler(&addr, vec![protocol.clone()]);
+        let about = Context::new("REMOVE_STREAM_HANDLER").protocol(&name.protocol);
+        let request = streams::remove_stream_handler(&addr, vec![name.protocol.clone()]);
         let work = async {
             match client.connector().ask(&request).await {
                 Ok(_) => Ok(()),
@@ -233,13 +228,15 @@ impl Registration {
     }
 }
 
-/// Has the name free again when dropped.
-struct Leaving {
+/// A name that is taken until this is dropped: once the daemon has forgotten it, or nobody is left to
+/// tell the daemon.
+#[derive(Debug)]
+struct Name {
     handlers: Arc<Handlers>,
     protocol: String,
 }
 
-impl Drop for Leaving {
+impl Drop for Name {
     fn drop(&mut self) {
         self.handlers.leave(&self.protocol);
     }
