@@ -1,0 +1,240 @@
+//! A daemon that does as the test says: the test accepts each connection and plays the daemon's part.
+
+use super::{within, Limit};
+use bytes::{Buf as _, Bytes, BytesMut};
+use p2pclient_rs::core::pb::p2pd::{self, request::Type, response};
+use p2pclient_rs::core::{framing, Multiaddr, PeerId};
+use p2pclient_rs::Client;
+use prost::Message;
+use socket2::SockRef;
+use std::io::ErrorKind;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd as _;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::{UnixListener, UnixStream};
+
+pub struct FakeDaemon {
+    listener: UnixListener,
+    directory: TempDir,
+    _limit: Limit,
+}
+
+impl FakeDaemon {
+    pub fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
+        Self {
+            listener: UnixListener::bind(directory.path().join("control.sock")).unwrap(),
+            directory,
+            _limit: Limit::new(),
+        }
+    }
+
+    pub fn control(&self) -> Multiaddr {
+        let path = self.directory.path().join("control.sock");
+        format!("/unix{}", path.display()).parse().unwrap()
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(self.control()).unwrap()
+    }
+
+    /// The next connection.
+    pub async fn accept(&self) -> Connection {
+        let (socket, _) = within("a connection", self.listener.accept())
+            .await
+            .unwrap();
+        Connection::new(socket)
+    }
+
+    /// Asserts that no connection waits for being accepted.
+    pub fn nobody_connects(&self) {
+        // The operating system is asked, not what tokio has heard of it so far.
+        let listener = self.listener.as_fd().try_clone_to_owned().unwrap();
+        let accepted = std::os::unix::net::UnixListener::from(listener).accept();
+        assert_eq!(accepted.unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+
+    /// Ends it, and starts another at the same address.
+    pub fn restart(self) -> Self {
+        let Self {
+            listener,
+            directory,
+            _limit,
+        } = self;
+        drop(listener);
+        let path = directory.path().join("control.sock");
+        std::fs::remove_file(&path).unwrap();
+        Self {
+            listener: UnixListener::bind(path).unwrap(),
+            directory,
+            _limit,
+        }
+    }
+}
+
+/// The daemon's end of a connection.
+pub struct Connection {
+    socket: UnixStream,
+    input: BytesMut,
+}
+
+impl Connection {
+    pub fn new(socket: UnixStream) -> Self {
+        let input = BytesMut::new();
+        Self { socket, input }
+    }
+
+    /// The next message, or `None` at the end.
+    pub async fn frame(&mut self) -> Option<Bytes> {
+        loop {
+            let frame = framing::split_frame(&mut self.input, 16 << 20).unwrap();
+            if frame.is_some() {
+                return frame;
+            }
+            let read = self.socket.read_buf(&mut self.input);
+            if within("a message", read).await.unwrap() == 0 {
+                assert!(self.input.is_empty(), "it ended in a message");
+                return None;
+            }
+        }
+    }
+
+    /// The next message, which must come.
+    pub async fn message<T: Message + Default>(&mut self) -> T {
+        let frame = self.frame().await.expect("the client has closed");
+        T::decode(frame).unwrap()
+    }
+
+    pub async fn request(&mut self) -> p2pd::Request {
+        self.message().await
+    }
+
+    pub async fn send(&mut self, bytes: &[u8]) {
+        within("room", self.socket.write_all(bytes)).await.unwrap();
+    }
+
+    pub async fn answer(&mut self, message: impl Message) {
+        self.send(&framing::encode_frame(&message)).await;
+    }
+
+    /// Sends without any other task or socket having its turn.
+    pub fn push(&mut self, bytes: &[u8]) {
+        assert_eq!(self.socket.try_write(bytes).unwrap(), bytes.len());
+    }
+
+    /// Answers one IDENTIFY.
+    pub async fn identifies(&mut self) {
+        assert_eq!(self.request().await.r#type, Some(Type::Identify as i32));
+        self.answer(identity()).await;
+    }
+
+    /// Says yes to whatever is asked, until the client closes.
+    pub async fn oblige(mut self) {
+        while let Some(frame) = self.frame().await {
+            let request = p2pd::Request::decode(frame).unwrap();
+            let is_identify = request.r#type == Some(Type::Identify as i32);
+            self.answer(if is_identify { identity() } else { ok() })
+                .await;
+        }
+    }
+
+    /// Waits for the client to close, having sent nothing more.
+    pub async fn ended(mut self) {
+        let frame = self.frame().await;
+        assert_eq!(frame, None, "the client sent something");
+    }
+
+    /// Whether the client closes it: by an end, or by a reset where it had not read everything.
+    pub async fn is_closed(&mut self) -> bool {
+        let read = within("the end", self.socket.read(&mut [0])).await;
+        !matches!(read, Ok(1))
+    }
+
+    /// Waits for something to come, and leaves it there.
+    pub async fn readable(&self) {
+        let peek = || SockRef::from(&self.socket).peek(&mut [MaybeUninit::uninit()]);
+        let peeked = self.socket.async_io(Interest::READABLE, peek);
+        assert_eq!(within("a byte", peeked).await.unwrap(), 1);
+    }
+
+    /// Ends the daemon's side.
+    pub async fn end(&mut self) {
+        // It fails where the client was first.
+        let _ = self.socket.shutdown().await;
+    }
+
+    /// The next bytes, which are no message.
+    pub async fn bytes(&mut self, count: usize) -> Bytes {
+        while self.input.len() < count {
+            let read = self.socket.read_buf(&mut self.input);
+            assert_ne!(within("bytes", read).await.unwrap(), 0, "the end");
+        }
+        self.input.copy_to_bytes(count)
+    }
+}
+
+pub fn peer() -> PeerId {
+    PeerId::from_bytes([&[0, 36, 8, 1, 18, 32][..], &[7; 32]].concat())
+}
+
+pub fn addr() -> Multiaddr {
+    "/ip4/127.0.0.1/tcp/4001".parse().unwrap()
+}
+
+pub fn peer_info() -> p2pd::PeerInfo {
+    p2pd::PeerInfo {
+        id: Some(peer().to_bytes()),
+        addrs: vec![addr().to_bytes()],
+    }
+}
+
+pub fn ok() -> p2pd::Response {
+    p2pd::Response {
+        r#type: Some(response::Type::Ok as i32),
+        ..Default::default()
+    }
+}
+
+pub fn identity() -> p2pd::Response {
+    let p2pd::PeerInfo { id, addrs } = peer_info();
+    p2pd::Response {
+        identify: Some(p2pd::IdentifyResponse { id, addrs }),
+        ..ok()
+    }
+}
+
+pub fn refusal(words: &str) -> p2pd::Response {
+    p2pd::Response {
+        r#type: Some(response::Type::Error as i32),
+        error: Some(p2pd::ErrorResponse {
+            msg: Some(words.to_owned().into()),
+        }),
+        ..Default::default()
+    }
+}
+
+pub fn stream_info(protocol: &str) -> p2pd::StreamInfo {
+    p2pd::StreamInfo {
+        peer: Some(peer().to_bytes()),
+        addr: Some(addr().to_bytes()),
+        proto: Some(protocol.to_owned()),
+    }
+}
+
+/// One of a DHT query's answers.
+pub fn dht(r#type: p2pd::dht_response::Type, value: &'static str) -> p2pd::DhtResponse {
+    p2pd::DhtResponse {
+        r#type: Some(r#type as i32),
+        value: (!value.is_empty()).then(|| value.into()),
+        peer: None,
+    }
+}
+
+/// The first of them.
+pub fn dht_response(dht: p2pd::DhtResponse) -> p2pd::Response {
+    p2pd::Response {
+        dht: Some(dht),
+        ..ok()
+    }
+}

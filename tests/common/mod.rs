@@ -1,0 +1,157 @@
+//! What the tests of the client share: real daemons, a daemon that is none, waiting for what has no
+//! event, and an end to every test.
+#![allow(dead_code)] // every test program takes its part of it
+
+pub mod fake;
+
+use p2pclient_rs::core::{PeerId, PublicKey};
+use p2pclient_rs::daemon::{Dht, P2PDaemon, P2PDaemonBuilder};
+use p2pclient_rs::Client;
+use std::error::Error;
+use std::future::Future;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
+
+/// How long a test may take.
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// How long what must happen is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Ends the test program if a test takes too long: none hangs for ever.
+pub struct Limit(#[allow(unused)] Sender<()>);
+
+impl Limit {
+    pub fn new() -> Self {
+        let (sender, receiver) = mpsc::channel();
+        let name = thread::current().name().unwrap_or("a test").to_owned();
+        thread::spawn(move || {
+            if receiver.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                // Not by `eprintln!`, whose output is the test's, to be seen when it has ended.
+                let _ = writeln!(std::io::stderr(), "{name} took over {LIMIT:?}");
+                std::process::exit(101);
+            }
+        });
+        Self(sender)
+    }
+}
+
+/// The result of `attempt`, once it has one.
+pub async fn eventually<T>(mut attempt: impl AsyncFnMut() -> Result<T, Box<dyn Error>>) -> T {
+    let begun = Instant::now();
+    loop {
+        match attempt().await {
+            Ok(result) => return result,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "at last: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// An error for [`eventually`] if that is not so.
+pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
+    condition.then_some(()).ok_or_else(|| otherwise.into())
+}
+
+pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    let outcome = tokio::time::timeout(PATIENCE, future).await;
+    outcome.unwrap_or_else(|_| panic!("in vain: {what}"))
+}
+
+/// What a test needs to be run, named by a variable of the environment.
+pub fn required(variable: &str, hint: &str) -> PathBuf {
+    let path = std::env::var_os(variable).unwrap_or_else(|| panic!("{variable} must name {hint}"));
+    let path = PathBuf::from(path);
+    assert!(path.is_file(), "{variable} is {path:?}, which is no file");
+    path
+}
+
+/// A p2pd of hivemind's, with everything switched on.
+pub fn daemon() -> P2PDaemonBuilder {
+    let hint = "a p2pd binary: P2PD_PATH=$(python3 tests/get_p2pd.py)";
+    P2PDaemon::builder()
+        .binary(required("P2PD_PATH", hint))
+        .dht(Dht::Server)
+        .pubsub(true)
+        .connection_manager(true)
+}
+
+/// Two clients of two daemons that are connected to each other.
+pub struct Pair {
+    pub alice: Client,
+    pub bob: Client,
+    pub alice_daemon: &'static P2PDaemon,
+    pub bob_daemon: &'static P2PDaemon,
+    _limit: Limit,
+}
+
+/// Two new clients of the two daemons that the tests of a program share, so that names of protocols
+/// and topics must be a test's own. Nothing but the program's end ends the daemons.
+pub async fn pair() -> Pair {
+    static DAEMONS: OnceCell<[P2PDaemon; 2]> = OnceCell::const_new();
+    let limit = Limit::new();
+    let [alice_daemon, bob_daemon] = DAEMONS.get_or_init(connected_daemons).await;
+    Pair {
+        alice: alice_daemon.client().await.unwrap(),
+        bob: bob_daemon.client().await.unwrap(),
+        alice_daemon,
+        bob_daemon,
+        _limit: limit,
+    }
+}
+
+async fn connected_daemons() -> [P2PDaemon; 2] {
+    let daemons = [
+        daemon().spawn().await.unwrap(),
+        daemon().spawn().await.unwrap(),
+    ];
+    for (one, other) in [(0, 1), (1, 0)] {
+        let (one, other) = (&daemons[one], &daemons[other]);
+        keep(one);
+        let client = one.client().await.unwrap();
+        let connected = client.connect(other.peer_id(), other.addrs()).await;
+        connected.unwrap();
+        // It is in the routing table a little later.
+        eventually(async || {
+            let closest = client.dht_get_closest_peers("anything").collect_all();
+            must(closest.await?.contains(other.peer_id()), "it is not there")
+        })
+        .await;
+    }
+    daemons
+}
+
+/// Has a daemon outlive its last client: hivemind's ends when no persistent connection is left.
+pub fn keep(daemon: &P2PDaemon) {
+    let control = daemon.control_maddr().to_string();
+    let mut socket = UnixStream::connect(control.strip_prefix("/unix").unwrap()).unwrap();
+    socket.write_all(&[2, 8, 9]).unwrap(); // Request{PERSISTENT_CONN_UPGRADE}
+    let mut answer = [0; 3];
+    socket.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, [2, 8, 0]); // Response{OK}
+    std::mem::forget(socket);
+}
+
+/// A key and its owner, whom nobody has heard of.
+pub fn stranger() -> (PeerId, Vec<u8>) {
+    let mut secret = [0; 32];
+    getrandom(&mut secret);
+    let key = [&[8, 1, 18, 32][..], &secret].concat();
+    (PublicKey::decode(&key).unwrap().peer_id(), key)
+}
+
+fn getrandom(room: &mut [u8]) {
+    let mut source = std::fs::File::open("/dev/urandom").unwrap();
+    source.read_exact(room).unwrap();
+}
+
+/// Bytes that are easy to tell from others.
+pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    let byte = |place: usize| (place.wrapping_mul(31).wrapping_add(seed) >> 3) as u8;
+    (0..len).map(byte).collect()
+}

@@ -1,0 +1,1112 @@
+//! The client for tokio against a daemon that does as the test says: faults of control connections,
+//! of streams, queries and subscriptions. (Those of unary calls are in `unary_faults.rs`.)
+#![cfg(all(feature = "tokio", unix))]
+
+mod common;
+
+use bytes::BytesMut;
+use common::fake::{
+    addr, dht, dht_response, identity, ok, peer, refusal, stream_info, Connection, FakeDaemon,
+};
+use common::{must, pattern, within};
+use futures_util::StreamExt as _;
+use p2pclient_rs::client::{Client, Error, IncomingStreams, Results, Subscription};
+use p2pclient_rs::core::multiaddr::Endpoint;
+use p2pclient_rs::core::pb::p2pd::{self, dht_response::Type::*, request::Type};
+use p2pclient_rs::core::{framing, Limits, Multiaddr};
+use std::future::{poll_fn, Future};
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::join;
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+const SOON: Duration = Duration::from_millis(50);
+
+/// A call goes through, on this connection.
+async fn works(client: &Client, connection: &mut Connection) {
+    let (identity, ()) = join!(client.identify(), connection.identifies());
+    assert_eq!(identity.unwrap().peer_id, peer());
+}
+
+/// A call goes through, on a new connection.
+async fn works_anew(client: &Client, daemon: &FakeDaemon) -> Connection {
+    let (identity, connection) = join!(client.identify(), async {
+        let mut connection = daemon.accept().await;
+        connection.identifies().await;
+        connection
+    });
+    assert_eq!(identity.unwrap().peer_id, peer());
+    connection
+}
+
+/// The connection on which somebody asks, once the request has come.
+async fn asked(daemon: &FakeDaemon) -> Connection {
+    let mut connection = daemon.accept().await;
+    connection.request().await;
+    connection
+}
+
+/// Lets a future go as far as it can for now.
+async fn begin<T>(future: impl Future<Output = T>) {
+    let mut future = pin!(future);
+    let begun = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await;
+    assert!(begun, "it has ended already");
+}
+
+fn frame(message: &impl prost::Message) -> Vec<u8> {
+    framing::encode_frame(message).to_vec()
+}
+
+// --- the connection ---
+
+#[tokio::test]
+async fn without_a_daemon_it_is_unreachable() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let control = daemon.control();
+    drop(daemon);
+    let error = client.identify().await.unwrap_err();
+    assert!(matches!(&error, Error::Unreachable { addr, .. } if *addr == control));
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "no connection to the daemon's control socket at {control}: No such file or directory \
+             (os error 2) (request IDENTIFY)"
+        )
+    );
+}
+
+#[tokio::test]
+async fn an_end_without_an_answer_is_a_lost_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let addrs = [addr()];
+    let id = peer();
+    let (outcome, ()) = join!(client.connect(&id, &addrs), async {
+        drop(asked(&daemon).await);
+    });
+    let error = outcome.unwrap_err();
+    assert!(matches!(
+        error,
+        Error::ConnectionLost {
+            unexecuted: false,
+            ..
+        }
+    ));
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "the connection to the daemon was lost: the daemon closed the connection without \
+             answering (request CONNECT, peer {id})"
+        )
+    );
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn an_end_in_the_middle_of_the_answer_is_a_lost_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let answer = frame(&identity());
+    let (outcome, ()) = join!(client.identify(), async {
+        asked(&daemon).await.send(&answer[..answer.len() - 1]).await;
+    });
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, Error::ConnectionLost { .. }));
+    assert!(error.to_string().contains("in the middle of its answer"));
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn what_is_no_answer_breaks_the_protocol_and_ends_its_connection() {
+    let with_identify = |identify| p2pd::Response {
+        identify: Some(identify),
+        ..ok()
+    };
+    let no_answers = [
+        (b"HTTP/1.1 400 Bad Request\r\n".repeat(4), "malformed"),
+        (vec![0xff; 11], "length prefix"),
+        (
+            vec![0xff, 0xff, 0xff, 0xff, 0x0f],
+            "4294967295 bytes; the limit is 4259840",
+        ),
+        (vec![0x80, 0x00], "length prefix (not minimal)"),
+        (vec![2, 8, 7], "unknown type 7"),
+        (vec![0], "without `type`"),
+        (frame(&ok()), "without `identify`"),
+        (
+            frame(&with_identify(p2pd::IdentifyResponse::default())),
+            "without `id`",
+        ),
+        (
+            frame(&dht_response(dht(End, ""))),
+            "a Response without `identify`",
+        ),
+    ];
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    for (bytes, words) in no_answers {
+        let (outcome, mut connection) = join!(client.identify(), async {
+            let mut connection = asked(&daemon).await;
+            connection.send(&bytes).await;
+            connection
+        });
+        let error = outcome.unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(error.context().unwrap().request, "IDENTIFY");
+        assert_eq!(connection.frame().await, None);
+    }
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn silence_ends_in_a_timeout_and_the_next_call_takes_a_new_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let hasty = client.with_timeout(SOON);
+    let (outcome, connection) = join!(hasty.identify(), asked(&daemon));
+    let error = outcome.unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Timeout {
+            after: Some(SOON),
+            ..
+        }
+    ));
+    assert_eq!(
+        error.to_string(),
+        "no answer within 50ms (request IDENTIFY)"
+    );
+    connection.ended().await;
+    works_anew(&hasty, &daemon).await;
+}
+
+#[tokio::test]
+async fn the_daemon_is_told_of_the_timeout_in_whole_seconds() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client().with_timeout(Duration::from_millis(1500));
+    let id = peer();
+    let mut connection = works_anew(&client, &daemon).await;
+    begin_and_answer(client.connect(&id, &[]), &mut connection, |request| {
+        assert_eq!(request.connect.unwrap().timeout, Some(2));
+    })
+    .await;
+    begin_and_answer(client.dht_provide("cid"), &mut connection, |request| {
+        assert_eq!(request.dht.unwrap().timeout, Some(2));
+    })
+    .await;
+}
+
+async fn begin_and_answer(
+    call: impl Future<Output = Result<(), Error>>,
+    connection: &mut Connection,
+    check: impl FnOnce(p2pd::Request),
+) {
+    let (outcome, ()) = join!(call, async {
+        check(connection.request().await);
+        connection.answer(ok()).await;
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_one_byte_at_a_time_is_an_answer() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, mut connection) = join!(client.identify(), async {
+        let mut connection = asked(&daemon).await;
+        for byte in frame(&identity()) {
+            connection.send(&[byte]).await;
+            tokio::task::yield_now().await;
+        }
+        connection
+    });
+    assert_eq!(outcome.unwrap().addrs, [addr()]);
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_connection_with_something_unasked_on_it_is_not_used_again() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut first = works_anew(&client, &daemon).await;
+    let mut another = identity();
+    another.identify.as_mut().unwrap().id = Some("somebody else".into());
+    // The runtime has no time to notice.
+    first.push(&frame(&another));
+    let mut second = works_anew(&client, &daemon).await;
+    assert!(first.is_closed().await);
+    works(&client, &mut second).await;
+}
+
+#[tokio::test]
+async fn an_answer_with_more_behind_it_is_an_answer_but_the_connection_is_not_used_again() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, first) = join!(client.identify(), async {
+        let mut connection = asked(&daemon).await;
+        let answer = frame(&identity());
+        connection.send(&[&answer[..], &answer[..3]].concat()).await;
+        connection
+    });
+    outcome.unwrap();
+    first.ended().await;
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn a_daemon_that_was_restarted_is_used_as_if_nothing_had_been() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    drop(works_anew(&client, &daemon).await);
+    let daemon = daemon.restart();
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn a_request_that_was_closed_upon_unread_is_sent_again() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let first = works_anew(&client, &daemon).await;
+    let (outcome, ()) = join!(client.identify(), async {
+        // It comes, and nobody looks at it.
+        within("a request", first.readable()).await;
+        drop(first);
+        daemon.accept().await.identifies().await;
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_was_read_is_not_sent_again() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut first = works_anew(&client, &daemon).await;
+    let id = peer();
+    let (outcome, ()) = join!(client.connect(&id, &[]), async {
+        first.request().await;
+        drop(first);
+    });
+    assert!(matches!(outcome, Err(Error::ConnectionLost { .. })));
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn a_request_over_the_limit_is_not_sent_and_the_connection_is_good() {
+    let daemon = FakeDaemon::new();
+    let limits = Limits {
+        max_frame: 1000,
+        ..Limits::default()
+    };
+    let client = Client::builder(daemon.control()).limits(limits).build();
+    let client = client.unwrap();
+    let mut connection = works_anew(&client, &daemon).await;
+    let error = client.pubsub_publish("topic", vec![0; 1000]).await;
+    let error = error.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::MessageTooLarge {
+                size: 1019,
+                limit: 1000,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert_eq!(error.context().unwrap().request, "PUBSUB PUBLISH");
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_refusal_is_an_error_in_the_daemons_words_and_the_connection_is_good() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut connection = works_anew(&client, &daemon).await;
+    let id = peer();
+    let refused = [
+        (
+            "no good addresses",
+            "the daemon refused: no good addresses",
+            (|error| matches!(error, Error::Refused { .. })) as fn(&Error) -> bool,
+        ),
+        (
+            "DHT not enabled",
+            "the daemon does not support this: DHT not enabled",
+            |error| matches!(error, Error::NotSupported { .. }),
+        ),
+        (
+            "failed to dial: context deadline exceeded",
+            "the daemon gave up: failed to dial: context deadline exceeded",
+            |error| matches!(error, Error::Timeout { after: None, .. }),
+        ),
+        ("", "the daemon refused: ", |error| {
+            matches!(error, Error::Refused { .. })
+        }),
+    ];
+    for (words, text, is_right) in refused {
+        let (outcome, ()) = join!(client.stream_open(&id, ["/a", "/b"]), async {
+            connection.request().await;
+            connection.answer(refusal(words)).await;
+        });
+        let error = outcome.unwrap_err();
+        assert!(is_right(&error), "{error:?}");
+        assert_eq!(error.daemon_message(), Some(words));
+        let about = format!(" (request STREAM_OPEN, peer {id}, protocol /a, /b)");
+        assert_eq!(error.to_string(), format!("{text}{about}"));
+    }
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn the_connection_of_a_dropped_call_is_closed() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let answer = frame(&identity());
+    let mut connection = tokio::select! {
+        _ = client.identify() => unreachable!("it is not all there"),
+        connection = async {
+            let mut connection = asked(&daemon).await;
+            connection.send(&answer[..3]).await;
+            connection
+        } => connection,
+    };
+    assert!(connection.is_closed().await);
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_peers_do_not_hold_up_others() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut slow = Vec::new();
+    let mut connections = Vec::new();
+    for _ in 0..64 {
+        let client = client.clone();
+        slow.push(tokio::spawn(
+            async move { client.connect(&peer(), &[]).await },
+        ));
+        connections.push(asked(&daemon).await);
+    }
+    let mut quick = works_anew(&client, &daemon).await;
+    let one_more = tokio::spawn({
+        let client = client.clone();
+        async move { client.connect(&peer(), &[]).await }
+    });
+    works(&client, &mut quick).await;
+    daemon.nobody_connects();
+
+    // Its turn comes when one of the others has ended.
+    let mut first = connections.swap_remove(0);
+    first.answer(ok()).await;
+    first.request().await;
+    first.answer(ok()).await;
+    within("the 65th", one_more).await.unwrap().unwrap();
+    for mut connection in connections {
+        connection.answer(ok()).await;
+    }
+    for call in slow {
+        within("the others", call).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn no_more_than_eight_connections_are_kept() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut calls = Vec::new();
+    let mut connections = Vec::new();
+    for _ in 0..10 {
+        let client = client.clone();
+        calls.push(tokio::spawn(
+            async move { client.connect(&peer(), &[]).await },
+        ));
+        connections.push(asked(&daemon).await);
+    }
+    for (call, connection) in calls.into_iter().zip(&mut connections) {
+        connection.answer(ok()).await;
+        call.await.unwrap().unwrap();
+    }
+    // The oldest went.
+    let kept = connections.split_off(2);
+    for connection in connections {
+        connection.ended().await;
+    }
+    drop(client);
+    for connection in kept {
+        connection.ended().await;
+    }
+}
+
+#[test]
+fn a_client_serves_one_runtime_after_another() {
+    let (sender, control) = std::sync::mpsc::channel();
+    let (enough, ended) = tokio::sync::oneshot::channel();
+    let daemon = std::thread::spawn(move || {
+        Runtime::new().unwrap().block_on(async {
+            let daemon = FakeDaemon::new();
+            sender.send(daemon.control()).unwrap();
+            let serve = async {
+                loop {
+                    tokio::spawn(daemon.accept().await.oblige());
+                }
+            };
+            tokio::select! {
+                () = serve => {},
+                ended = ended => ended.unwrap(),
+            }
+        });
+    });
+    let client = Client::new(control.recv().unwrap()).unwrap();
+    let first = Runtime::new().unwrap();
+    let handler = first.block_on(async {
+        client.identify().await.unwrap();
+        client.stream_handler("/echo", false).await.unwrap()
+    });
+    let before = client.listen_maddr().unwrap();
+    drop(first);
+    // Its runtime is no more, and with it whoever could have told the daemon.
+    drop(handler);
+
+    let second = Runtime::new().unwrap();
+    second.block_on(async {
+        client.identify().await.unwrap();
+        let again = within("the name", client.stream_handler("/echo", false)).await;
+        let mut incoming = again.unwrap();
+        let listen = client.listen_maddr().unwrap();
+        assert_ne!(listen, before);
+        let mut stream = dial(&listen).await;
+        stream.answer(stream_info("/echo")).await;
+        let stream = within("a stream", incoming.next()).await;
+        assert_eq!(stream.unwrap().info().protocol, "/echo");
+        within("the removal", incoming.close()).await.unwrap();
+    });
+    enough.send(()).unwrap();
+    daemon.join().unwrap();
+}
+
+// --- streams ---
+
+#[tokio::test]
+async fn what_comes_right_behind_the_answer_to_stream_open_is_the_streams() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let opened = p2pd::Response {
+        stream_info: Some(stream_info("/echo")),
+        ..ok()
+    };
+    let ahead = pattern(5000, 1);
+    let id = peer();
+    let (stream, mut connection) = join!(client.stream_open(&id, ["/echo"]), async {
+        let mut connection = asked(&daemon).await;
+        connection
+            .send(&[&frame(&opened)[..], &ahead].concat())
+            .await;
+        connection
+    });
+    let mut stream = stream.unwrap();
+    assert_eq!(stream.info().peer_id, peer());
+    assert_eq!(stream.info().addr, addr());
+    connection.send(b"and more").await;
+    let mut received = vec![0; ahead.len() + 8];
+    stream.read_exact(&mut received).await.unwrap();
+    assert_eq!(received, [&ahead[..], b"and more"].concat());
+    stream.write_all(b"thanks").await.unwrap();
+    assert_eq!(connection.bytes(6).await, "thanks");
+    // Nothing else goes over it.
+    works_anew(&client, &daemon).await;
+    drop(stream);
+    connection.ended().await;
+}
+
+#[tokio::test]
+async fn a_stream_dropped_with_unread_input_delivers_what_was_written() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let opened = p2pd::Response {
+        stream_info: Some(stream_info("/echo")),
+        ..ok()
+    };
+    let id = peer();
+    let (stream, mut connection) = join!(client.stream_open(&id, ["/echo"]), async {
+        let mut connection = asked(&daemon).await;
+        connection.answer(opened).await;
+        connection
+    });
+    let mut stream = stream.unwrap();
+    stream.write_all(b"last words").await.unwrap();
+    connection.push(b"which nobody reads");
+    drop(stream);
+    assert_eq!(connection.bytes(10).await, "last words");
+    connection.ended().await;
+}
+
+// --- inbound streams ---
+
+/// A client with a handler for `/echo`.
+struct Listening {
+    client: Client,
+    incoming: IncomingStreams,
+    listen: Multiaddr,
+    control: Connection,
+    daemon: FakeDaemon,
+}
+
+async fn listening() -> Listening {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (incoming, (listen, control)) = join!(client.stream_handler("/echo", true), async {
+        let mut control = daemon.accept().await;
+        let request = control.request().await.stream_handler.unwrap();
+        assert_eq!(request.proto, ["/echo"]);
+        assert_eq!(request.balanced, Some(true));
+        control.answer(ok()).await;
+        (Multiaddr::from_bytes(request.addr.unwrap()), control)
+    });
+    assert_eq!(client.listen_maddr(), Some(listen.clone()));
+    Listening {
+        client,
+        incoming: incoming.unwrap(),
+        listen,
+        control,
+        daemon,
+    }
+}
+
+/// The connection that a daemon makes for an inbound stream.
+async fn dial(listen: &Multiaddr) -> Connection {
+    let Ok(Endpoint::Unix(path)) = listen.endpoint() else {
+        panic!("{listen} is no unix socket");
+    };
+    Connection::new(UnixStream::connect(path).await.unwrap())
+}
+
+/// Has the daemon asked to take the handler back, and agree.
+async fn taken_back(control: &mut Connection) {
+    let request = control.request().await;
+    assert_eq!(request.r#type, Some(Type::RemoveStreamHandler as i32));
+    let request = request.remove_stream_handler.unwrap();
+    assert_eq!(request.proto, ["/echo"]);
+    control.answer(ok()).await;
+}
+
+#[tokio::test]
+async fn what_comes_right_behind_the_stream_info_is_the_streams() {
+    let mut listening = listening().await;
+    let mut peer_end = dial(&listening.listen).await;
+    let ahead = pattern(5000, 2);
+    let header = frame(&stream_info("/echo"));
+    peer_end.send(&[&header[..], &ahead].concat()).await;
+    let stream = within("a stream", listening.incoming.next()).await;
+    let mut stream = stream.unwrap();
+    assert_eq!(stream.info().peer_id, peer());
+    let mut received = vec![0; ahead.len()];
+    stream.read_exact(&mut received).await.unwrap();
+    assert_eq!(received, ahead);
+    stream.write_all(b"thanks").await.unwrap();
+    drop(stream);
+    assert_eq!(peer_end.bytes(6).await, "thanks");
+    peer_end.ended().await;
+}
+
+#[tokio::test]
+async fn a_stream_info_one_byte_at_a_time_begins_a_stream() {
+    let mut listening = listening().await;
+    let mut peer_end = dial(&listening.listen).await;
+    let (stream, ()) = join!(listening.incoming.next(), async {
+        for byte in frame(&stream_info("/echo")) {
+            peer_end.send(&[byte]).await;
+            tokio::task::yield_now().await;
+        }
+    });
+    assert_eq!(stream.unwrap().info().protocol, "/echo");
+}
+
+#[tokio::test]
+async fn what_is_no_stream_for_a_handler_is_closed_and_disturbs_no_other() {
+    let mut listening = listening().await;
+    let mut no_peer = stream_info("/echo");
+    no_peer.peer = None;
+    for header in [
+        frame(&stream_info("/unknown")),
+        b"HTTP/1.1 400 Bad Request\r\n".repeat(4),
+        vec![0xff; 11],
+        vec![0xff, 0xff, 0xff, 0xff, 0x0f],
+        frame(&no_peer),
+        vec![0],
+    ] {
+        let mut peer_end = dial(&listening.listen).await;
+        peer_end.send(&header).await;
+        assert!(peer_end.is_closed().await, "{header:?}");
+    }
+    // Nor does one that says nothing.
+    let _silent = dial(&listening.listen).await;
+    dial(&listening.listen)
+        .await
+        .answer(stream_info("/echo"))
+        .await;
+    let stream = within("a stream", listening.incoming.next()).await;
+    assert_eq!(stream.unwrap().info().protocol, "/echo");
+}
+
+#[tokio::test]
+async fn streams_that_wait_are_closed_with_their_handler_and_so_are_later_ones() {
+    let Listening {
+        client,
+        mut incoming,
+        listen,
+        mut control,
+        daemon: _daemon,
+    } = listening().await;
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        let mut peer_end = dial(&listen).await;
+        peer_end.answer(stream_info("/echo")).await;
+        waiting.push(peer_end);
+    }
+    let taken = within("a stream", incoming.next()).await.unwrap();
+    drop(incoming);
+    let mut first = waiting.remove(0);
+    for mut peer_end in waiting {
+        assert!(peer_end.is_closed().await);
+    }
+    let mut late = dial(&listen).await;
+    late.answer(stream_info("/echo")).await;
+    assert!(late.is_closed().await);
+    taken_back(&mut control).await;
+    // What was taken is whoever took it's.
+    first.push(b"still here");
+    let mut received = [0; 10];
+    let mut taken = taken;
+    taken.read_exact(&mut received).await.unwrap();
+    assert_eq!(&received, b"still here");
+    drop(client);
+}
+
+#[tokio::test]
+async fn a_protocol_has_one_handler_in_a_client() {
+    let listening = listening().await;
+    let error = listening.client.stream_handler("/echo", true).await;
+    let error = error.unwrap_err();
+    assert!(matches!(error, Error::AlreadyRegistered { .. }));
+    assert_eq!(
+        error.to_string(),
+        "there is a handler for this protocol already (request STREAM_HANDLER, protocol /echo)"
+    );
+    listening.daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn the_name_of_a_dropped_handler_is_free_once_the_daemon_has_forgotten_it() {
+    let Listening {
+        client,
+        incoming,
+        listen,
+        mut control,
+        daemon,
+    } = listening().await;
+    drop(incoming);
+    let again = tokio::spawn({
+        let client = client.clone();
+        async move { client.stream_handler("/echo", true).await }
+    });
+    taken_back(&mut control).await;
+    let request = control.request().await;
+    assert_eq!(request.r#type, Some(Type::StreamHandler as i32));
+    control.answer(ok()).await;
+    let mut incoming = within("the name", again).await.unwrap().unwrap();
+    dial(&listen).await.answer(stream_info("/echo")).await;
+    assert!(within("a stream", incoming.next()).await.is_some());
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn the_name_of_a_refused_or_given_up_handler_is_free() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut control = works_anew(&client, &daemon).await;
+    let (outcome, ()) = join!(client.stream_handler("/echo", false), async {
+        control.request().await;
+        control
+            .answer(refusal("handler for protocol already set"))
+            .await;
+    });
+    assert!(matches!(outcome, Err(Error::Refused { .. })));
+
+    // It may have it: it is told to forget it.
+    let hasty = client.with_timeout(SOON);
+    let (outcome, _) = join!(hasty.stream_handler("/echo", false), control.request());
+    assert!(matches!(outcome, Err(Error::Timeout { .. })));
+    control.ended().await;
+    let mut control = daemon.accept().await;
+    taken_back(&mut control).await;
+
+    let (outcome, ()) = join!(client.stream_handler("/echo", false), async {
+        control.request().await;
+        control.answer(ok()).await;
+    });
+    let incoming = outcome.unwrap();
+    join!(
+        async { incoming.close().await.unwrap() },
+        taken_back(&mut control)
+    );
+}
+
+#[tokio::test]
+async fn a_daemon_that_cannot_remove_handlers_does_not_support_it() {
+    let Listening {
+        client: _client,
+        incoming,
+        control,
+        daemon,
+        ..
+    } = listening().await;
+    let (outcome, ()) = join!(incoming.close(), async {
+        let mut control = control;
+        control.request().await;
+        drop(control);
+        // As it is there still, it must have been the request.
+        daemon.accept().await.identifies().await;
+    });
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
+    let context = error.context().unwrap();
+    assert_eq!(context.request, "REMOVE_STREAM_HANDLER");
+    assert_eq!(context.protocol.as_deref(), Some("/echo"));
+}
+
+#[tokio::test]
+async fn an_address_that_cannot_be_listened_at_is_named() {
+    let daemon = FakeDaemon::new();
+    let listen: Multiaddr = "/unix/no/such/directory/listen.sock".parse().unwrap();
+    let builder = Client::builder(daemon.control()).listen_maddr(listen.clone());
+    let client = builder.build().unwrap();
+    let error = client.stream_handler("/echo", false).await.unwrap_err();
+    assert!(matches!(&error, Error::Listen { addr, .. } if *addr == listen));
+    assert!(error.to_string().contains("/no/such/directory"));
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn the_socket_file_goes_with_the_client() {
+    let Listening {
+        client,
+        incoming,
+        listen,
+        mut control,
+        daemon: _daemon,
+    } = listening().await;
+    let Ok(Endpoint::Unix(path)) = listen.endpoint() else {
+        panic!("{listen} is no unix socket");
+    };
+    assert!(std::fs::exists(&path).unwrap());
+    join!(
+        async { incoming.close().await.unwrap() },
+        taken_back(&mut control)
+    );
+    drop(client);
+    common::eventually(async || must(!std::fs::exists(&path)?, "it is there still")).await;
+}
+
+// --- queries ---
+
+/// A query that was begun, with the daemon having answered BEGIN.
+async fn querying(client: &Client, daemon: &FakeDaemon) -> (Results<bytes::Bytes>, Connection) {
+    let mut results = client.dht_search_value("key");
+    let mut connection = tokio::select! {
+        _ = results.next() => unreachable!("nothing has come"),
+        connection = asked(daemon) => connection,
+    };
+    connection.answer(dht_response(dht(Begin, ""))).await;
+    (results, connection)
+}
+
+#[tokio::test]
+async fn the_results_of_a_query_come_as_they_are_found() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (mut results, mut connection) = querying(&client, &daemon).await;
+    for value in ["good", "better", "best"] {
+        connection.answer(dht(Value, value)).await;
+        // The next one has not been sent.
+        let result = within("a result", results.next()).await;
+        assert_eq!(result.unwrap().unwrap(), value);
+    }
+    begin(results.next()).await;
+    connection.answer(dht(End, "")).await;
+    assert!(within("the end", results.next()).await.is_none());
+    assert!(results.next().await.is_none());
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_single_value_is_a_result_too() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let results = client.dht_search_value("key");
+    let (results, mut connection) = join!(results.collect_all(), async {
+        let mut connection = asked(&daemon).await;
+        connection.answer(dht_response(dht(Value, "value"))).await;
+        connection
+    });
+    assert_eq!(results.unwrap(), ["value"]);
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_query_that_is_dropped_midway_closes_its_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (mut results, mut connection) = querying(&client, &daemon).await;
+    connection.answer(dht(Value, "good")).await;
+    within("a result", results.next()).await.unwrap().unwrap();
+    drop(results);
+    connection.ended().await;
+    works_anew(&client, &daemon).await;
+}
+
+#[tokio::test]
+async fn a_query_that_is_never_asked_for_results_asks_for_none() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    drop(client.dht_search_value("key"));
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn a_broken_row_of_results_ends_in_an_error() {
+    let no_value = dht(Value, "");
+    for (message, words) in [
+        (dht(Begin, ""), "DHT BEGIN after BEGIN"),
+        (no_value, "DHTResponse without `value`"),
+        (p2pd::DhtResponse::default(), "DHTResponse without `type`"),
+    ] {
+        let daemon = FakeDaemon::new();
+        let client = daemon.client();
+        let (mut results, mut connection) = querying(&client, &daemon).await;
+        connection.answer(dht(Value, "good")).await;
+        connection.answer(message).await;
+        assert!(results.next().await.unwrap().is_ok());
+        let error = results.next().await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }));
+        let text = error.to_string();
+        assert!(text.contains(words), "{text}");
+        assert!(text.ends_with("(request DHT SEARCH_VALUE)"), "{text}");
+        assert!(results.next().await.is_none());
+        connection.ended().await;
+    }
+}
+
+#[tokio::test]
+async fn an_end_without_a_beginning_breaks_the_protocol() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, connection) = join!(client.dht_search_value("key").collect_all(), async {
+        let mut connection = asked(&daemon).await;
+        connection.answer(dht_response(dht(End, ""))).await;
+        connection
+    });
+    let error = outcome.unwrap_err();
+    assert!(error.to_string().contains("DHT END before BEGIN"));
+    connection.ended().await;
+}
+
+#[tokio::test]
+async fn a_query_that_is_refused_leaves_its_connection_good() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut connection = works_anew(&client, &daemon).await;
+    let (outcome, ()) = join!(client.dht_search_value("key").collect_all(), async {
+        connection.request().await;
+        connection.answer(refusal("routing: not found")).await;
+    });
+    let error = outcome.unwrap_err();
+    assert_eq!(error.daemon_message(), Some("routing: not found"));
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn the_timeout_of_a_query_is_for_all_of_it() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client().with_timeout(SOON);
+    let (mut results, mut connection) = querying(&client, &daemon).await;
+    connection.answer(dht(Value, "good")).await;
+    within("a result", results.next()).await.unwrap().unwrap();
+    let error = within("the end", results.next()).await.unwrap();
+    assert!(matches!(
+        error,
+        Err(Error::Timeout {
+            after: Some(SOON),
+            ..
+        })
+    ));
+    connection.ended().await;
+}
+
+#[tokio::test]
+async fn a_query_with_too_many_results_is_ended() {
+    let daemon = FakeDaemon::new();
+    let limits = Limits {
+        max_answer: 10,
+        ..Limits::default()
+    };
+    let client = Client::builder(daemon.control()).limits(limits).build();
+    let (results, mut connection) = querying(&client.unwrap(), &daemon).await;
+    for _ in 0..3 {
+        connection.answer(dht(Value, "four")).await;
+    }
+    let error = results.collect_all().await.unwrap_err();
+    assert!(error.to_string().contains("exceed 10 bytes"), "{error}");
+    connection.ended().await;
+}
+
+// --- subscriptions ---
+
+fn published(data: &'static str) -> p2pd::PsMessage {
+    p2pd::PsMessage {
+        from: Some(peer().to_bytes()),
+        data: Some(data.into()),
+        seqno: Some("1".into()),
+        topic_i_ds: vec!["news".into()],
+        ..Default::default()
+    }
+}
+
+/// A subscription with these bytes right behind the answer.
+async fn subscribed(daemon: &FakeDaemon, ahead: &[u8]) -> (Subscription, Connection) {
+    let client = daemon.client();
+    let (subscription, connection) = join!(client.pubsub_subscribe("news"), async {
+        let mut connection = asked(daemon).await;
+        connection.send(&[&frame(&ok())[..], ahead].concat()).await;
+        connection
+    });
+    (subscription.unwrap(), connection)
+}
+
+#[tokio::test]
+async fn messages_right_behind_the_answer_to_subscribe_are_not_lost() {
+    let daemon = FakeDaemon::new();
+    let (first, second) = (frame(&published("one")), frame(&published("two")));
+    let (begin, rest) = second.split_at(4);
+    let ahead = [&first[..], begin].concat();
+    let (mut news, mut connection) = subscribed(&daemon, &ahead).await;
+    let message = news.next().await.unwrap().unwrap();
+    assert_eq!(message.data, "one");
+    assert_eq!(message.from, Some(peer()));
+    assert_eq!(message.topic_ids, ["news"]);
+    connection.send(rest).await;
+    assert_eq!(news.next().await.unwrap().unwrap().data, "two");
+}
+
+#[tokio::test]
+async fn a_subscription_that_the_daemon_ends_says_so_once() {
+    let daemon = FakeDaemon::new();
+    let (news, mut connection) = subscribed(&daemon, &[]).await;
+    connection.answer(published("one")).await;
+    drop(connection);
+    let news: Vec<_> = within("the end", news.collect()).await;
+    assert_eq!(news.len(), 2);
+    assert_eq!(news[0].as_ref().unwrap().data, "one");
+    let error = news[1].as_ref().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the connection to the daemon was lost: the daemon ended the subscription (request PUBSUB \
+         SUBSCRIBE)"
+    );
+}
+
+#[tokio::test]
+async fn what_is_no_message_ends_a_subscription() {
+    let daemon = FakeDaemon::new();
+    for bytes in [vec![3, 0xff, 0xff, 0xff], vec![0xff; 11]] {
+        let (mut news, connection) = subscribed(&daemon, &bytes).await;
+        let error = news.next().await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }));
+        assert!(news.next().await.is_none());
+        connection.ended().await;
+    }
+}
+
+#[tokio::test]
+async fn dropping_a_subscription_closes_its_connection() {
+    let daemon = FakeDaemon::new();
+    let (news, connection) = subscribed(&daemon, &[]).await;
+    drop(news);
+    connection.ended().await;
+}
+
+#[tokio::test]
+async fn closing_a_subscription_waits_for_the_daemon_to_have_ended_it() {
+    let daemon = FakeDaemon::new();
+    let (news, mut connection) = subscribed(&daemon, &[]).await;
+    let mut closing = pin!(news.close());
+    begin(closing.as_mut()).await;
+    assert_eq!(connection.frame().await, None);
+    connection.answer(published("late")).await;
+    begin(closing.as_mut()).await;
+    drop(connection);
+    within("the end", closing).await;
+}
+
+// --- the peerstore, which the Go daemons do not have ---
+
+#[tokio::test]
+async fn the_peerstore_speaks_the_js_dialect() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut connection = works_anew(&client, &daemon).await;
+    let answer = |store| p2pd::Response {
+        peer_store: Some(store),
+        ..ok()
+    };
+    let id = peer();
+    let (protocols, ()) = join!(client.peerstore_get_protocols(&id), async {
+        let request: p2pd::JsRequest = connection.message().await;
+        assert_eq!(request.r#type, Some(9));
+        let request = request.peer_store.unwrap();
+        assert_eq!((request.r#type, request.id), (Some(1), Some(id.to_bytes())));
+        let protos = vec!["/a".to_owned(), "/b".to_owned()];
+        let store = p2pd::PeerstoreResponse { protos, peer: None };
+        connection.answer(answer(store)).await;
+    });
+    assert_eq!(protocols.unwrap(), ["/a", "/b"]);
+
+    let (info, ()) = join!(client.peerstore_get_peer_info(&id), async {
+        let request: p2pd::JsRequest = connection.message().await;
+        assert_eq!(request.peer_store.unwrap().r#type, Some(2));
+        let store = p2pd::PeerstoreResponse {
+            peer: Some(common::fake::peer_info()),
+            protos: Vec::new(),
+        };
+        connection.answer(answer(store)).await;
+    });
+    let info = info.unwrap();
+    assert_eq!((info.peer_id, info.addrs), (peer(), vec![addr()]));
+}
+
+// --- whatever comes ---
+
+/// Random bytes in place of an answer: an error, or by chance an answer, but neither a panic nor a
+/// wait without end.
+#[tokio::test]
+async fn random_bytes_never_hang_or_break_the_client() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let answer = frame(&identity());
+    for seed in 0..300 {
+        let mut bytes = BytesMut::from(&answer[..]);
+        let place = seed * 7919 % bytes.len();
+        bytes[place] ^= pattern(1, seed * 8)[0] | 1;
+        let (outcome, ()) = join!(within("an end", client.identify()), async {
+            let mut connection = asked(&daemon).await;
+            connection.send(&bytes).await;
+            connection.end().await;
+        });
+        drop(outcome);
+    }
+    works_anew(&client, &daemon).await;
+}
