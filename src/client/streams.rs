@@ -361,7 +361,7 @@ impl Inbound {
 fn default_endpoint(control: &Endpoint) -> io::Result<(Endpoint, Option<tempfile::TempDir>)> {
     match control {
         Endpoint::Unix(_) => {
-            let directory = crate::sockets::private_directory("p2pclient-", "listen.sock")?;
+            let directory = crate::sockets::private_directory(None, "p2pclient-", "listen.sock")?;
             let path = directory.path().join("listen.sock");
             let path = path.to_str().ok_or_else(|| {
                 let words = "the path of the directory for temporary files is no UTF-8";
