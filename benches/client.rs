@@ -69,7 +69,7 @@ impl Daemon {
         let endpoint = self.control.endpoint().expect("a control address");
         Floor {
             socket: Socket::connect(&endpoint).expect("the mock daemon listens"),
-            room: vec![0; CHUNK],
+            room: Vec::new(),
         }
     }
 }
@@ -93,10 +93,11 @@ impl Floor {
     /// Sends a request, and returns how long its answer is.
     fn first(&mut self, request: &Request) -> usize {
         self.write(request.frame());
-        let read = (&self.socket).read(&mut self.room);
+        let mut answer = [0; 256];
+        let read = (&self.socket).read(&mut answer);
         let read = read.expect("the mock daemon answers");
         // Short as the answers are, they come in one piece.
-        assert_eq!(read, 1 + usize::from(self.room[0]));
+        assert_eq!(read, 1 + usize::from(answer[0]));
         read
     }
 }
@@ -105,7 +106,8 @@ fn write(mut socket: &Socket, bytes: &[u8]) {
     socket.write_all(bytes).expect("the mock daemon reads");
 }
 
-fn read(mut socket: &Socket, room: &mut [u8], mut count: usize) {
+fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) {
+    room.resize(CHUNK, 0);
     while count > 0 {
         let len = room.len().min(count);
         let read = socket.read(&mut room[..len]);
@@ -209,6 +211,7 @@ impl Calls {
 /// socket.
 fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
     floor.first(&unary::upgrade());
+    floor.room.resize(CHUNK, 0);
     let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let asked = core.add_handler(protocol, false, (), &mut out);
