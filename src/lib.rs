@@ -17,7 +17,9 @@ pub mod daemon;
 pub mod client;
 #[cfg(feature = "python")]
 mod python;
-#[cfg(any(feature = "tokio", feature = "python"))]
+#[cfg(feature = "process")]
+// Without a driver there is little need of it.
+#[cfg_attr(not(any(feature = "tokio", feature = "python")), allow(dead_code))]
 mod sockets;
 
 #[cfg(feature = "tokio")]

@@ -4,13 +4,14 @@ use crate::core::multiaddr::Endpoint;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 
 #[cfg(unix)]
 use std::{
     fs,
     io::ErrorKind,
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 const BACKLOG: i32 = 1024;
@@ -107,17 +108,28 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A directory that only this user can look into, in which a socket of that name fits.
-pub fn private_directory(prefix: &str, name: &str) -> io::Result<tempfile::TempDir> {
-    /// What tempfile adds to the prefix.
-    const RANDOM: usize = 6;
-    let mut parent = std::env::temp_dir();
+/// A directory only this user can look into, in `parent` or where temporary files go, in which a
+/// socket of that name fits.
+pub fn private_directory(
+    parent: Option<&Path>,
+    prefix: &str,
+    name: &str,
+) -> io::Result<tempfile::TempDir> {
+    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
     let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
-    if cfg!(unix) && longest > SOCKET_PATH_LIMIT {
+    if cfg!(unix) && (longest > SOCKET_PATH_LIMIT || parent.to_str().is_none()) {
         parent = "/tmp".into();
     }
-    tempfile::Builder::new().prefix(prefix).tempdir_in(parent)
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(prefix).rand_bytes(RANDOM);
+    #[cfg(unix)]
+    // By default others can, as the umask has it.
+    builder.permissions(fs::Permissions::from_mode(0o700));
+    builder.tempdir_in(parent)
 }
+
+/// How many letters tempfile adds to the prefix.
+const RANDOM: usize = 8;
 
 /// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
 const SOCKET_PATH_LIMIT: usize = 103;

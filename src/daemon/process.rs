@@ -9,6 +9,7 @@ use super::options::{DaemonOptions, Flavour};
 use super::start::{self, DaemonError, StartError};
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
+use crate::sockets;
 use std::fs::{self, File};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -21,6 +22,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// How much of the end of the daemon's output is kept, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
+/// The name of a client's socket, at its longest.
+const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
 /// None of these does a system give to whoever asks for any port, or connects.
 const PORTS: Range<u16> = 20_000..32_000;
 
@@ -61,7 +64,7 @@ impl Process {
         parent: Option<&Path>,
     ) -> Result<Self, DaemonError> {
         options.validate()?;
-        let directory = private_directory(parent)?;
+        let directory = sockets::private_directory(parent, "p2pd-", LONGEST_SOCKET)?;
         let control = match &options.control {
             Some(control) => control.clone(),
             None => default_control(directory.path()),
@@ -79,7 +82,8 @@ impl Process {
         };
         let socket = socket.filter(|path| {
             #[cfg(unix)]
-            unix::remove_stale_socket(path);
+            // If it cannot be removed, the daemon will say what is wrong with it.
+            let _ = sockets::remove_stale(path);
             path.symlink_metadata().is_err()
         });
         #[cfg(unix)]
@@ -390,43 +394,20 @@ fn unix_maddr(path: &Path) -> Multiaddr {
     (&Endpoint::Unix(path.display().to_string())).into()
 }
 
-/// A directory only this user can look into, whose path is short enough for sockets.
-fn private_directory(parent: Option<&Path>) -> io::Result<tempfile::TempDir> {
-    let parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix("p2pd-").rand_bytes(8);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        builder.permissions(fs::Permissions::from_mode(0o700));
-        if !unix::holds_sockets(&parent) {
-            return builder.tempdir_in("/tmp");
-        }
-    }
-    builder.tempdir_in(parent)
-}
-
 #[cfg(unix)]
 mod unix {
     use super::Signal;
     use rustix::fs::Mode;
     use rustix::process::{self, Pid};
-    use std::ffi::{c_char, CString, OsStr, OsString};
+    use std::ffi::{c_char, CString, OsStr};
     use std::io::{self, PipeWriter, Write as _};
     use std::os::unix::ffi::OsStrExt as _;
-    use std::os::unix::fs::FileTypeExt as _;
-    use std::os::unix::net::UnixDatagram;
     use std::os::unix::process::CommandExt as _;
     use std::path::Path;
     use std::process::{Child, Command, Stdio};
     use std::ptr;
     use std::sync::atomic::AtomicPtr;
     use std::sync::{Mutex, PoisonError, TryLockError};
-
-    /// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the
-    /// NUL).
-    const SOCKET_PATH_LIMIT: usize = 103;
-    const LONGEST_SOCKET: &str = "p2pd-XXXXXXXX/client-4194304-9999999.sock";
 
     /// Reads lines until the process that writes them has gone, the last line being the daemon's
     /// process group, or 0 when that has ended. Then ends the daemon and removes its files.
@@ -581,27 +562,6 @@ rm -rf -- "$@"
 
     fn pid(number: u32) -> Option<Pid> {
         i32::try_from(number).ok().and_then(Pid::from_raw)
-    }
-
-    /// Removes a unix socket that nobody listens on: left behind, it would keep a daemon out.
-    pub(super) fn remove_stale_socket(path: &Path) {
-        let is_socket = path
-            .symlink_metadata()
-            .is_ok_and(|metadata| metadata.file_type().is_socket());
-        if !is_socket {
-            return;
-        }
-        // A datagram socket cannot be connected to a stream socket, and never waits to be.
-        let probe = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
-        if probe.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-
-    /// Whether sockets in a private directory there have paths that are short enough, and text.
-    pub(super) fn holds_sockets(parent: &Path) -> bool {
-        let longest = OsString::from(parent.join(LONGEST_SOCKET));
-        longest.len() <= SOCKET_PATH_LIMIT && longest.to_str().is_some()
     }
 }
 
@@ -761,7 +721,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_executed_is_not_given_to_a_shell() {
-        let directory = private_directory(None).unwrap();
+        let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
         let binary = directory.path().join("p2pd");
         fs::write(&binary, "echo this is no binary").unwrap();
         fs::set_permissions(&binary, fs::Permissions::from_mode(0o700)).unwrap();
@@ -818,7 +778,7 @@ mod tests {
 
     #[test]
     fn a_socket_left_behind_is_removed_and_one_in_use_is_not() {
-        let directory = private_directory(None).unwrap();
+        let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
         let path = directory.path().join("c.sock");
         let options = DaemonOptions {
             control: Some(unix_maddr(&path)),
@@ -845,8 +805,9 @@ mod tests {
     #[test]
     fn a_long_temporary_directory_is_avoided() {
         let long = std::env::temp_dir().join("x".repeat(100));
-        let directory = private_directory(Some(&long)).unwrap();
-        assert_eq!(directory.path().parent(), Some(Path::new("/tmp")));
+        let options = DaemonOptions::default();
+        let process = Process::prepare("/bin/sh".into(), &options, Some(&long)).unwrap();
+        assert_eq!(process.directory.parent(), Some(Path::new("/tmp")));
     }
 
     #[test]
@@ -867,7 +828,7 @@ mod tests {
                 .arg("1000")
                 .spawn()
                 .unwrap();
-            let directory = private_directory(None).unwrap();
+            let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
             let files = directory.path().join("d i r");
             fs::create_dir(&files).unwrap();
             let janitor = unix::Janitor::start([Some(files.as_path())]).unwrap();

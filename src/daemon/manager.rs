@@ -1,0 +1,446 @@
+//! The daemon manager for tokio: waits for what [`process`](super::process) does.
+
+use super::discovery::{find, Search, VARIABLE};
+use super::options::{ConnectionManager, DaemonOptions, Dht, Pubsub};
+use super::process::Process;
+use super::start::DaemonError;
+use crate::client::{Client, Error, Identity};
+use crate::core::{Multiaddr, PeerId};
+use futures_core::Stream;
+use std::fs::File;
+use std::future::{poll_fn, Future as _};
+use std::io::Read as _;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::task::{ready, Context, Poll};
+use std::time::Duration;
+use tokio::time::{sleep, timeout, Sleep};
+
+/// How often the daemon's output is looked at while somebody waits for more of it.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// The longest line of output given in one piece, in bytes.
+const LINE_LIMIT: usize = 64 * 1024;
+const READ_SIZE: usize = 16 * 1024;
+
+/// A libp2p daemon in a process of its own, which is killed when this is dropped.
+///
+/// Its sockets and its output are in a private directory. On unix, whatever becomes of this
+/// process, neither the daemon nor that directory outlives it.
+///
+/// ```no_run
+/// use p2pclient_rs::daemon::{Dht, P2PDaemon};
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let daemon = P2PDaemon::builder().dht(Dht::Server).spawn().await?;
+/// println!("{} listens on {:?}", daemon.peer_id(), daemon.addrs());
+/// let client = daemon.client().await?;
+/// println!("{:?}", client.list_peers().await?);
+/// daemon.shutdown().await;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct P2PDaemon {
+    process: Arc<Process>,
+    identity: Identity,
+    stop_timeout: Duration,
+}
+
+/// What a [`P2PDaemon`] is started with.
+///
+/// ```no_run
+/// use p2pclient_rs::daemon::{P2PDaemon, Pubsub};
+/// use std::time::Duration;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let daemon = P2PDaemon::builder()
+///     .dht(true)
+///     .relay(false)
+///     .pubsub(Pubsub::Gossipsub)
+///     .host_addrs(["/ip4/127.0.0.1/tcp/4001".parse()?])
+///     .identity("identity.key")
+///     .start_timeout(Duration::from_secs(10))
+///     .spawn()
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "it does nothing until spawn() is called"]
+pub struct P2PDaemonBuilder {
+    binary: Option<PathBuf>,
+    options: DaemonOptions,
+    start_timeout: Duration,
+    stop_timeout: Duration,
+}
+
+impl Default for P2PDaemonBuilder {
+    fn default() -> Self {
+        P2PDaemonBuilder {
+            binary: None,
+            options: DaemonOptions {
+                host_addrs: vec!["/ip4/127.0.0.1/tcp/0".into()],
+                ..DaemonOptions::default()
+            },
+            start_timeout: Duration::from_secs(30),
+            stop_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl P2PDaemonBuilder {
+    /// The daemon's binary: a path, or a name in `PATH`. By default the path in the environment
+    /// variable `P2PD_PATH`, else `p2pd` in `PATH`. (The one that comes with hivemind is found by
+    /// Python only, which knows where that is installed.) One named `jsp2pd` is given the
+    /// arguments of the JavaScript daemon.
+    pub fn binary(mut self, binary: impl Into<PathBuf>) -> Self {
+        self.binary = Some(binary.into());
+        self
+    }
+
+    /// The DHT; off by default. With true, the daemon becomes a server once it finds itself
+    /// publicly reachable, so that daemons on one machine need [`Dht::Server`].
+    pub fn dht(mut self, dht: impl Into<Dht>) -> Self {
+        self.options.dht = dht.into();
+        self
+    }
+
+    /// Circuit relay. Not set, it is left to the daemon, which switches it on.
+    pub fn relay(mut self, relay: bool) -> Self {
+        self.options.relay = Some(relay);
+        self
+    }
+
+    /// Pubsub; off by default. True leaves the router to the daemon.
+    pub fn pubsub(mut self, pubsub: impl Into<Pubsub>) -> Self {
+        self.options.pubsub = pubsub.into();
+        self
+    }
+
+    /// The connection manager; off by default. True leaves its limits to the daemon.
+    pub fn connection_manager(mut self, manager: impl Into<ConnectionManager>) -> Self {
+        self.options.connection_manager = manager.into();
+        self
+    }
+
+    /// Where to listen for peers; by default at a free port of 127.0.0.1. With none, the daemon
+    /// chooses, which means every interface.
+    pub fn host_addrs(mut self, addrs: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.options.host_addrs = texts(addrs);
+        self
+    }
+
+    /// What to tell peers instead of the addresses listened on.
+    pub fn announce_addrs(mut self, addrs: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.options.announce_addrs = texts(addrs);
+        self
+    }
+
+    /// Peers to connect to before the daemon counts as started, each an address that ends in
+    /// `/p2p/<peer id>`; see [`P2PDaemon::peer_addrs`]. One of them must be reachable.
+    pub fn bootstrap_peers(mut self, peers: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.options.bootstrap_peers = texts(peers);
+        self
+    }
+
+    /// A file with a private key as libp2p encodes it; by default, a new identity.
+    pub fn identity(mut self, file: impl Into<PathBuf>) -> Self {
+        self.options.identity = Some(file.into());
+        self
+    }
+
+    /// Where to serve the control protocol: a unix or TCP address; for TCP port 0, a free port is
+    /// chosen. By default a unix socket that only this user can reach (on Windows, a free TCP port
+    /// of 127.0.0.1).
+    pub fn control_maddr(mut self, addr: Multiaddr) -> Self {
+        self.options.control = Some(addr);
+        self
+    }
+
+    /// More arguments for the daemon, as they are.
+    pub fn extra_args<I>(mut self, args: I) -> Self
+    where
+        I: IntoIterator<Item: Into<String>>,
+    {
+        self.options.extra_args = args.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// How long a daemon that does not answer is waited for; 30 seconds by default.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// How long after [`shutdown`](P2PDaemon::shutdown) asked it to end the daemon is killed; 5
+    /// seconds by default.
+    pub fn stop_timeout(mut self, timeout: Duration) -> Self {
+        self.stop_timeout = timeout;
+        self
+    }
+
+    /// Starts the daemon; done once it answers. If this future is dropped before, the daemon is
+    /// killed.
+    ///
+    /// # Errors
+    /// The options are wrong, there is no binary, or the daemon ended, at once when it does, or
+    /// was not ready in time. No process and no file is left.
+    pub async fn spawn(self) -> Result<P2PDaemon, DaemonError> {
+        let binary = find(&Search {
+            explicit: self.binary.as_deref(),
+            variable: std::env::var_os(VARIABLE).as_deref(),
+            path: std::env::var_os("PATH").as_deref(),
+            hivemind: Vec::new(),
+        })?;
+        let process = Process::prepare(binary, &self.options, None)?;
+        process.spawn()?;
+        let mut obstacle = None;
+        let answer = tokio::select! {
+            identity = ask(&process, &mut obstacle) => Some(identity),
+            _ = ended(&process) => None,
+            () = sleep(self.start_timeout) => None,
+        };
+        match answer {
+            Some(identity) if process.poll().is_none() => Ok(P2PDaemon {
+                process: Arc::new(process),
+                identity,
+                stop_timeout: self.stop_timeout,
+            }),
+            _ => Err(process
+                .not_ready(self.start_timeout.as_secs_f64(), obstacle)
+                .into()),
+        }
+    }
+}
+
+impl P2PDaemon {
+    /// What to start a daemon with: by default, one that does nothing unasked and is reached from
+    /// this machine only.
+    pub fn builder() -> P2PDaemonBuilder {
+        P2PDaemonBuilder::default()
+    }
+
+    /// The daemon's peer id.
+    pub fn peer_id(&self) -> &PeerId {
+        &self.identity.peer_id
+    }
+
+    /// What it listened on for peers when it had started, without its peer id.
+    pub fn addrs(&self) -> &[Multiaddr] {
+        &self.identity.addrs
+    }
+
+    /// The same with its peer id: what others take as
+    /// [`bootstrap_peers`](P2PDaemonBuilder::bootstrap_peers).
+    pub fn peer_addrs(&self) -> Vec<Multiaddr> {
+        let with_peer_id = |addr| format!("{addr}/p2p/{}", self.peer_id()).parse().ok();
+        self.addrs().iter().filter_map(with_peer_id).collect()
+    }
+
+    /// Where it serves the control protocol.
+    pub fn control_maddr(&self) -> &Multiaddr {
+        self.process.control()
+    }
+
+    /// Its process id; none once it has ended.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.pid().filter(|_| self.process.alive())
+    }
+
+    /// Its command line.
+    pub fn command(&self) -> Vec<String> {
+        self.process.command()
+    }
+
+    /// A new client of the daemon, which has answered it. On unix it takes inbound streams at a
+    /// socket in the daemon's private directory.
+    ///
+    /// # Errors
+    /// The daemon has ended, or does not answer.
+    pub async fn client(&self) -> Result<Client, Error> {
+        let client = Client::builder(self.process.control().clone())
+            .listen_maddr(self.process.listen_maddr())
+            .build()?;
+        client.identify().await?;
+        Ok(client)
+    }
+
+    /// Waits until the daemon has ended. Any number of tasks may.
+    pub async fn wait(&self) -> ExitStatus {
+        ended(&self.process).await
+    }
+
+    /// Asks the daemon to end, kills it if it does not within the
+    /// [`stop_timeout`](P2PDaemonBuilder::stop_timeout), and removes its files. Does nothing the
+    /// second time.
+    pub async fn shutdown(&self) {
+        self.process.terminate();
+        // Killed it is if need be, by what comes next.
+        let _ = timeout(self.stop_timeout, self.wait()).await;
+        self.process.destroy();
+    }
+
+    /// The end of what it has printed, also when it has ended: the last MiB.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
+    /// What it prints, line by line from the beginning on.
+    ///
+    /// ```no_run
+    /// # async fn example(daemon: p2pclient_rs::daemon::P2PDaemon) {
+    /// let mut logs = daemon.logs();
+    /// while let Some(line) = logs.next().await {
+    ///     eprintln!("p2pd: {line}");
+    /// }
+    /// # }
+    /// ```
+    pub fn logs(&self) -> Logs {
+        let log = File::open(self.process.log());
+        Logs {
+            // All that is left after the shutdown.
+            buffer: match log {
+                Ok(_) => Vec::new(),
+                Err(_) => self.process.output().into_bytes(),
+            },
+            start: 0,
+            log: log.ok(),
+            process: Arc::clone(&self.process),
+            pause: None,
+        }
+    }
+}
+
+impl Drop for P2PDaemon {
+    fn drop(&mut self) {
+        // `Logs` may still have the process.
+        self.process.destroy();
+    }
+}
+
+fn texts(addrs: impl IntoIterator<Item = Multiaddr>) -> Vec<String> {
+    addrs.into_iter().map(|addr| addr.to_string()).collect()
+}
+
+/// Asks the daemon who it is until it answers and may be believed.
+async fn ask(process: &Process, obstacle: &mut Option<String>) -> Identity {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let answer = match Client::new(process.control().clone()) {
+            Ok(client) => client.identify().await,
+            Err(error) => Err(error.into()),
+        };
+        *obstacle = match answer {
+            Ok(identity) => match process.doubt(&identity.peer_id) {
+                None => return identity,
+                doubt => doubt,
+            },
+            Err(error) => Some(error.to_string()),
+        };
+        sleep(pause).await;
+        pause = LOOK_AGAIN.min(2 * pause);
+    }
+}
+
+/// Waits until the daemon has ended.
+async fn ended(process: &Process) -> ExitStatus {
+    #[cfg(unix)]
+    // Before looking, so that no end is missed in between.
+    let mut children = {
+        use tokio::signal::unix::{signal, SignalKind};
+        signal(SignalKind::child()).ok()
+    };
+    loop {
+        if let Some(status) = process.poll() {
+            return status;
+        }
+        #[cfg(unix)]
+        if let Some(children) = &mut children {
+            children.recv().await;
+            continue;
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// The lines of a daemon's output, as they come: a [`Stream`] that ends when the daemon has.
+///
+/// Lines over 64 KiB come in pieces. Without a line, the output is looked at every 50 ms, but only
+/// while this is awaited.
+#[derive(Debug)]
+#[must_use = "a stream does nothing until it is awaited"]
+pub struct Logs {
+    process: Arc<Process>,
+    /// None once all of it was read.
+    log: Option<File>,
+    /// Read but not given yet, from `start` on: a line that is not complete, and what came with it.
+    buffer: Vec<u8>,
+    start: usize,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl Logs {
+    /// The next line, without its end; none when the daemon has ended.
+    pub async fn next(&mut self) -> Option<String> {
+        poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    }
+
+    fn take_line(&mut self) -> Option<String> {
+        let rest = &self.buffer[self.start..];
+        let end = memchr::memchr(b'\n', &rest[..rest.len().min(LINE_LIMIT + 1)]);
+        let (line, taken) = match end {
+            Some(end) => (&rest[..end], end + 1),
+            None if rest.len() > LINE_LIMIT => (&rest[..LINE_LIMIT], LINE_LIMIT),
+            None if self.log.is_none() && !rest.is_empty() => (rest, rest.len()),
+            None => return None,
+        };
+        let line = String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line)).into_owned();
+        self.start += taken;
+        Some(line)
+    }
+
+    /// Reads more; how much. The file is local and in memory, and reading it blocks for no longer
+    /// than handing it to another thread would take.
+    fn read(&mut self) -> usize {
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let length = self.buffer.len();
+        self.buffer.resize(length + READ_SIZE, 0);
+        let log = self.log.as_mut();
+        // No error is expected of a file of our own, and there is nothing to be done about one.
+        let read = log.map_or(0, |log| log.read(&mut self.buffer[length..]).unwrap_or(0));
+        self.buffer.truncate(length + read);
+        read
+    }
+}
+
+impl Stream for Logs {
+    type Item = String;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<String>> {
+        let logs = self.get_mut();
+        loop {
+            if let Some(line) = logs.take_line() {
+                return Poll::Ready(Some(line));
+            }
+            if logs.log.is_none() {
+                return Poll::Ready(None);
+            }
+            if let Some(pause) = &mut logs.pause {
+                ready!(pause.as_mut().poll(cx));
+                logs.pause = None;
+            }
+            // Asked before reading: what it has printed until then is there.
+            let ended = logs.process.poll().is_some() || logs.process.ended();
+            if logs.read() == 0 {
+                if ended {
+                    logs.log = None;
+                } else {
+                    logs.pause = Some(Box::pin(sleep(LOOK_AGAIN)));
+                }
+            }
+        }
+    }
+}
