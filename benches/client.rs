@@ -6,18 +6,18 @@
 #[path = "mock_daemon.rs"]
 mod mock_daemon;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use criterion::measurement::WallTime;
 use criterion::{
     criterion_group, criterion_main, Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode,
     Throughput,
 };
 use mock_daemon::{MockDaemon, Socket, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
+use p2pclient_rs::client::{Client, UnaryCall};
 use p2pclient_rs::core::{
     control, multiaddr::Endpoint, streams, unary, Multiaddr, PeerId, Persistent, Request,
     UnaryEvent, UnaryLimits,
 };
-use p2pclient_rs::Client;
 use std::future::Future;
 use std::io::{Read, Write};
 use std::sync::mpsc;
@@ -25,6 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
 
 /// What goes over a stream in one iteration, and in one call, in bytes.
 const BULK: usize = 64 << 20;
@@ -253,6 +254,14 @@ fn per_call(elapsed: Duration, wanted: u64, made: u64) -> Duration {
     elapsed.mul_f64(wanted as f64 / made as f64)
 }
 
+fn runtimes() -> [(&'static str, Runtime); 2] {
+    let multi = Builder::new_multi_thread().enable_all().build();
+    [
+        ("current_thread", current_thread()),
+        ("multi_thread", multi.expect("a runtime")),
+    ]
+}
+
 fn current_thread() -> Runtime {
     let built = Builder::new_current_thread().enable_all().build();
     built.expect("a runtime")
@@ -434,6 +443,24 @@ fn bench_unary(c: &mut Criterion) {
         let mut calls = Calls::new(&daemon, UNARY_ECHO, size, parallel);
         b.iter_custom(|iterations| calls.run(iterations));
     });
+    for (name, runtime) in runtimes() {
+        each_load(
+            &mut group,
+            &format!("caller, {name}"),
+            |b, size, parallel| {
+                let (client, peer) = (daemon.client(), daemon.peer_id.clone());
+                let data = Bytes::from(vec![7; size]);
+                measure(b, &runtime, parallel, move || {
+                    let (client, peer, data) = (client.clone(), peer.clone(), data.clone());
+                    async move {
+                        let reply = client.call_unary(&peer, UNARY_ECHO, data).await;
+                        assert_eq!(reply.expect("it is an echo").len(), size);
+                    }
+                });
+            },
+        );
+    }
+
     // Handlers are called by the blocking client, which costs next to nothing.
     let (serving, is_serving) = mpsc::channel();
     let floor = daemon.floor();
@@ -443,6 +470,32 @@ fn bench_unary(c: &mut Criterion) {
         let mut calls = Calls::new(&daemon, "floor", size, parallel);
         b.iter_custom(|iterations| calls.run(iterations));
     });
+    for (name, runtime) in runtimes() {
+        thread::scope(|scope| {
+            let (serving, is_serving) = mpsc::channel();
+            let (stop, stopped) = oneshot::channel::<()>();
+            let client = daemon.client();
+            scope.spawn(|| {
+                runtime.block_on(async move {
+                    let echo = |call: UnaryCall| async move { Ok::<_, String>(call.payload) };
+                    let added = client.add_unary_handler(name, false, echo).await;
+                    added.expect("nobody else serves it");
+                    serving.send(()).expect("it is waited for");
+                    let _ = stopped.await;
+                });
+            });
+            is_serving.recv().expect("it serves");
+            each_load(
+                &mut group,
+                &format!("handler, {name}"),
+                |b, size, parallel| {
+                    let mut calls = Calls::new(&daemon, name, size, parallel);
+                    b.iter_custom(|iterations| calls.run(iterations));
+                },
+            );
+            drop(stop);
+        });
+    }
     group.finish();
 }
 
