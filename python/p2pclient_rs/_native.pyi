@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
+from typing import Any, Literal, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
 
 from typing_extensions import Buffer, Self, disjoint_base
 
@@ -587,6 +587,9 @@ class DaemonProcess:
     def not_ready(self, timeout: float, obstacle: str | None) -> DaemonStartError:
         """The error of a daemon that ended, or was not ready in this many seconds, its last answer
         being none because of this obstacle."""
+
+def refusal_kind(words: str) -> Literal["not supported", "timed out"] | None:
+    """What a daemon means by refusing a request in these words."""
 
 # --- schema ---
 
