@@ -37,6 +37,7 @@ __all__ = [
     "endpoint",
     "find_daemon",
     "p2pd_descriptors",
+    "refusal_kind",
     "unused_tcp_port",
 ]
 
