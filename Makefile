@@ -30,8 +30,8 @@ examples: $(VENV)/.wheel
 
 test: test-rust test-python
 
-test-rust:
-	cargo test --locked
+test-rust: $(VENV)/.tools
+	P2PD_PATH=$(P2PD) cargo test --locked
 
 test-python: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python -m pytest $(PYTEST_ARGS)

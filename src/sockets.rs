@@ -115,18 +115,16 @@ pub fn private_directory(
     prefix: &str,
     name: &str,
 ) -> io::Result<tempfile::TempDir> {
-    let parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
+    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
+    let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
+    if cfg!(unix) && (longest > SOCKET_PATH_LIMIT || parent.to_str().is_none()) {
+        parent = "/tmp".into();
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix).rand_bytes(RANDOM);
     #[cfg(unix)]
-    {
-        // By default others can, as the umask has it.
-        builder.permissions(fs::Permissions::from_mode(0o700));
-        let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
-        if longest > SOCKET_PATH_LIMIT || parent.to_str().is_none() {
-            return builder.tempdir_in("/tmp");
-        }
-    }
+    // By default others can, as the umask has it.
+    builder.permissions(fs::Permissions::from_mode(0o700));
     builder.tempdir_in(parent)
 }
 
@@ -134,5 +132,4 @@ pub fn private_directory(
 const RANDOM: usize = 8;
 
 /// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
-#[cfg(unix)]
 const SOCKET_PATH_LIMIT: usize = 103;

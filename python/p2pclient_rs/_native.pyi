@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
+from typing import Any, Literal, NamedTuple, Protocol as TypingProtocol, TypeAlias, final
 
 from typing_extensions import Buffer, Self, disjoint_base
 
@@ -37,6 +37,7 @@ __all__ = [
     "endpoint",
     "find_daemon",
     "p2pd_descriptors",
+    "refusal_kind",
     "unused_tcp_port",
 ]
 
@@ -587,6 +588,9 @@ class DaemonProcess:
     def not_ready(self, timeout: float, obstacle: str | None) -> DaemonStartError:
         """The error of a daemon that ended, or was not ready in this many seconds, its last answer
         being none because of this obstacle."""
+
+def refusal_kind(words: str) -> Literal["not supported", "timed out"] | None:
+    """What a daemon means by refusing a request in these words."""
 
 # --- schema ---
 

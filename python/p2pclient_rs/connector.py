@@ -21,6 +21,7 @@ from p2pclient_rs._native import (
     Request,
     StreamInfo,
     endpoint,
+    refusal_kind,
 )
 from p2pclient_rs.exceptions import (
     ConnectionLost,
@@ -52,16 +53,6 @@ class SupportsToBytes(Protocol):
 PeerIDLike: TypeAlias = PeerID | str | bytes | bytearray | memoryview | SupportsToBytes
 #: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
 MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | SupportsToBytes
-
-#: What the daemons say when something is not there at all; the last is the JS daemon's.
-_NOT_SUPPORTED = (
-    "not supported",
-    "DHT not enabled",
-    "PubSub not enabled",
-    "ERR_INVALID_REQUEST_TYPE",
-)
-#: What Go says when the time that the request gave it is up.
-_TIMED_OUT = "context deadline exceeded"
 
 
 class Types:
@@ -435,9 +426,10 @@ def _precise(error: ControlFailure) -> ControlFailure:
     """The subclass that the daemon's words call for."""
     words = error.daemon_message
     if isinstance(error, DaemonRefused) and words is not None:
-        if words in _NOT_SUPPORTED:
+        kind = refusal_kind(words)
+        if kind == "not supported":
             return NotSupported(str(error.args[0]), daemon_message=words)
-        if words.endswith(_TIMED_OUT):
+        if kind == "timed out":
             return ControlTimeout("the daemon gave up", daemon_message=words)
     return error
 

@@ -1,6 +1,7 @@
 //! Requests over a small pool of reused control connections.
 
 use super::error::{Context, Error};
+use super::lock;
 use super::socket::{is_disconnect, Socket};
 use crate::core::multiaddr::{Endpoint, EndpointError};
 use crate::core::{self, unary, Answer, Event, Exchange, Limits, Multiaddr, Request, State};
@@ -8,7 +9,7 @@ use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::{poll_fn, Future};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{self, ready, Poll};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
@@ -162,7 +163,7 @@ impl Connector {
     /// have.
     fn take(&self) -> Option<Connection> {
         let here = Handle::current().id();
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&self.idle);
         loop {
             let last = idle.iter().rposition(|idle| idle.runtime == here)?;
             let connection = idle.remove(last)?;
@@ -173,7 +174,7 @@ impl Connector {
     }
 
     fn give_back(&self, connection: Connection) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&self.idle);
         idle.push_back(connection);
         // The oldest may be of a runtime that is no more.
         if idle.len() > MAX_IDLE {
@@ -183,8 +184,7 @@ impl Connector {
 
     /// Closes the idle connections.
     pub fn close_idle(&self) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.clear();
+        lock(&self.idle).clear();
     }
 }
 

@@ -26,19 +26,21 @@ mod peerstore;
 mod pubsub;
 mod socket;
 mod streams;
+mod unary;
 
 pub use control::Identity;
 pub use dht::Results;
 pub use error::{Context, Error};
 pub use pubsub::Subscription;
 pub use streams::{IncomingStreams, Stream};
+pub use unary::UnaryCall;
 
 use crate::core::multiaddr::EndpointError;
 use crate::core::{Answer, Limits, Multiaddr, Request, UnaryLimits};
 use connector::Connector;
 use std::fmt;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// A client of one libp2p daemon.
@@ -59,6 +61,7 @@ pub struct Client {
 struct Shared {
     connector: Arc<Connector>,
     inbound: streams::Inbound,
+    unary: Arc<unary::Unary>,
 }
 
 /// The settings of a [`Client`].
@@ -198,11 +201,13 @@ impl ClientBuilder {
     /// [`Error::Address`]: an address is none of a unix or TCP socket.
     pub fn build(self) -> Result<Client, Error> {
         let connector = Connector::new(self.control, self.limits, self.max_connections)?;
+        let connector = Arc::new(connector);
         let listen = self.listen.map(|addr| addr.endpoint()).transpose()?;
         Ok(Client {
             shared: Arc::new(Shared {
                 inbound: streams::Inbound::new(listen),
-                connector: Arc::new(connector),
+                unary: Arc::new(unary::Unary::new(Arc::clone(&connector), self.unary_limits)),
+                connector,
             }),
             timeout: None,
         })
@@ -221,4 +226,8 @@ impl fmt::Debug for Client {
 /// An answer of another kind than its request has: the core gives none.
 fn mismatch(answer: &Answer) -> Error {
     crate::core::Error::Unexpected(format!("an answer that is {answer:?}")).into()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,11 +3,10 @@
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::sockets;
 use socket2::SockRef;
-use std::io::{self, ErrorKind, IoSlice, Read as _};
-use std::net::SocketAddr;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
+use std::net::{Shutdown, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 #[cfg(unix)]
@@ -79,6 +78,31 @@ impl Socket {
         either!(self, socket => (&*SockRef::from(socket)).read(buffer))
     }
 
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        either!(self, socket => socket.try_read(buffer))
+    }
+
+    pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        either!(self, socket => socket.try_read_vectored(pieces))
+    }
+
+    pub fn try_write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        either!(self, socket => socket.try_write_vectored(pieces))
+    }
+
+    pub async fn readable(&self) -> io::Result<()> {
+        either!(self, socket => socket.readable().await)
+    }
+
+    pub async fn writable(&self) -> io::Result<()> {
+        either!(self, socket => socket.writable().await)
+    }
+
+    /// Ends the connection although somebody may hold the socket still.
+    pub fn end(&self) {
+        let _ = either!(self, socket => SockRef::from(socket).shutdown(Shutdown::Both));
+    }
+
     /// Reads what there is and hands it over: nothing at all means the end.
     pub fn poll_read_with<T>(
         &mut self,
@@ -107,6 +131,8 @@ impl Socket {
 
 #[cfg(unix)]
 async fn connect_unix(path: &str) -> io::Result<Socket> {
+    use std::time::Duration;
+
     let mut delay = Duration::from_millis(1);
     loop {
         match UnixStream::connect(path).await {

@@ -2,14 +2,14 @@
 
 use super::connector::Connector;
 use super::socket::{Listener, Socket};
-use super::{mismatch, Client, Context, Error};
+use super::{lock, mismatch, Client, Context, Error};
 use crate::core::multiaddr::Endpoint;
 use crate::core::{framing, streams, Answer, Multiaddr, PeerId, StreamInfo};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
@@ -419,10 +419,6 @@ async fn read_header(socket: &mut Socket) -> Result<(StreamInfo, Bytes), Error> 
             return Err(Error::lost("no stream came", false));
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Stream {

@@ -16,6 +16,7 @@ use prost::Message as _;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::time::Duration;
 
 /// What matches a reply to its call.
 pub type CallId = [u8; 16];
@@ -31,6 +32,32 @@ const MAX_ERROR: usize = 16 * 1024;
 
 /// How many cancelled calls are cancelled once more.
 const MAX_CANCELLED: usize = 64 * 1024;
+
+/// How much one read takes that is not into a payload's own place, in bytes.
+pub const READ: usize = 64 * 1024;
+
+/// What is read behind a payload in the same system call, so that the next head comes with it.
+pub const BEHIND: usize = 4 * 1024;
+
+/// How much is read before others get a turn, in bytes.
+pub const TURN: usize = 1024 * 1024;
+
+/// While more than this waits to be sent, in bytes, callers wait, …
+pub const HIGH_WATER: usize = 1024 * 1024;
+/// … until no more than this does.
+pub const LOW_WATER: usize = 256 * 1024;
+
+/// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
+/// would only wait too. Far above the rest, for a daemon that writes before it reads on would
+/// otherwise wait for us as we for it.
+pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
+
+/// How long peers that call too much are held back before they are refused: what comes behind their
+/// calls, as the end, must be seen some time.
+pub const HOLD: Duration = Duration::from_secs(5);
+
+/// How long after a cancel, at the least, the daemon is reminded of it.
+pub const REMIND: Duration = Duration::from_millis(100);
 
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].

@@ -110,6 +110,18 @@ impl From<bool> for ConnectionManager {
 }
 
 /// Everything a daemon can be told when it is started.
+///
+/// ```
+/// use p2pclient_rs::daemon::{DaemonOptions, Dht};
+///
+/// let options = DaemonOptions {
+///     dht: Dht::Server,
+///     pubsub: true.into(),
+///     ..DaemonOptions::default()
+/// };
+/// assert_eq!(options.arguments()?, ["-dhtServer", "-pubsub"]);
+/// # Ok::<(), p2pclient_rs::daemon::OptionsError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DaemonOptions {
     /// Whose daemon the arguments are for.

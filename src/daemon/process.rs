@@ -31,6 +31,18 @@ const PORTS: Range<u16> = 20_000..32_000;
 ///
 /// It belongs to the process that made it: in a forked child nothing is signalled, reaped or
 /// removed, and no lock is waited for, which another thread of the parent may have held.
+///
+/// ```no_run
+/// use p2pclient_rs::daemon::process::Process;
+/// use p2pclient_rs::daemon::DaemonOptions;
+///
+/// let process = Process::prepare("/usr/bin/p2pd".into(), &DaemonOptions::default(), None)?;
+/// process.spawn()?;
+/// println!("process {:?} will be at {}", process.pid(), process.control());
+/// // … talk to it, and ask `poll` from time to time whether it is still there.
+/// process.destroy();
+/// # Ok::<(), p2pclient_rs::daemon::DaemonError>(())
+/// ```
 #[derive(Debug)]
 pub struct Process {
     binary: PathBuf,

@@ -139,8 +139,8 @@ pub fn unused_tcp_port(host: IpAddr) -> PyResult<u16> {
 
 /// A daemon's process, its janitor and its files. Nothing is waited for.
 ///
-/// Its methods keep the interpreter's lock, but for `destroy`: so that no thread has one of its
-/// locks when another forks.
+/// All but `destroy`, whose lock a forked child never takes, keep the interpreter's lock: so that
+/// no thread holds a lock of it when another forks.
 #[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
 pub struct DaemonProcess(Process);
 

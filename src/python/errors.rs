@@ -79,3 +79,13 @@ pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
          make a new one here"
     )))
 }
+
+/// What a daemon means by refusing in these words: "not supported", "timed out", or None.
+#[pyfunction]
+pub fn refusal_kind(words: &str) -> Option<&'static str> {
+    match core::error::Refusal::of(words) {
+        core::error::Refusal::NotSupported => Some("not supported"),
+        core::error::Refusal::TimedOut => Some("timed out"),
+        core::error::Refusal::Other => None,
+    }
+}

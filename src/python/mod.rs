@@ -41,6 +41,8 @@ mod _native {
     #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
+    use super::errors::refusal_kind;
+    #[pymodule_export]
     use super::listener::RawListener;
     #[pymodule_export]
     use super::readiness::Readiness;

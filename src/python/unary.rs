@@ -8,7 +8,7 @@ use super::convert::{extract_peer_id, with_bytes};
 use super::errors::{self, ConnectionLost, DaemonRefused, MessageTooLarge};
 use super::errors::{P2PHandlerError, ProtocolViolation};
 use super::socket::{with_scratch, Socket};
-use crate::core::unary::{CallId, Payload};
+use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
 use pyo3::prelude::*;
@@ -19,32 +19,6 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// How much one read takes that is not into a payload's own place, in bytes.
-const READ: usize = 64 * 1024;
-
-/// What is read behind a payload in the same system call, so that the next head comes with it.
-const BEHIND: usize = 4 * 1024;
-
-/// How much is read before the event loop gets a turn, in bytes.
-const TURN: usize = 1024 * 1024;
-
-/// While more than this waits to be sent, in bytes, callers wait, …
-const HIGH_WATER: usize = 1024 * 1024;
-/// … until no more than this does.
-const LOW_WATER: usize = 256 * 1024;
-
-/// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
-/// would only wait too. Far above the rest, for a daemon that writes before it reads on would
-/// otherwise wait for us as we for it.
-const MAX_OUTPUT: usize = 64 * 1024 * 1024;
-
-/// How long peers that call too much are held back before they are refused, in seconds: what comes
-/// behind their calls, as the end, must be seen some time.
-const HOLD: f64 = 5.0;
-
-/// How long after a cancel, at the least, the daemon is reminded of it, in seconds.
-const REMIND: f64 = 0.1;
 
 type Token = Py<PyAny>;
 type Event = UnaryEvent<Token, PyPayload>;
@@ -230,7 +204,7 @@ impl PersistentConnection {
         // Nothing runs while the bytes are borrowed: they may be those of a bytearray.
         let submitted = with_bytes(data, |bytes| {
             slf.get().submit(slf.py(), Tail::of(data, bytes), |inner| {
-                if inner.output.len() > HIGH_WATER {
+                if inner.output.len() > unary::HIGH_WATER {
                     return Ok(None);
                 }
                 let Inner { core, head, .. } = inner;
@@ -312,7 +286,7 @@ impl PersistentConnection {
     /// who then does not call must call `pass_on`.
     fn room(&self, token: Token) -> bool {
         let mut inner = self.lock();
-        if inner.socket.is_none() || inner.output.len() <= HIGH_WATER {
+        if inner.socket.is_none() || inner.output.len() <= unary::HIGH_WATER {
             return true;
         }
         inner.waiters.push_back(token);
@@ -674,13 +648,13 @@ impl PersistentConnection {
         if chores.remove_writer {
             reactor.call_method1(intern!(py, "remove_writer"), (fd,))?;
         }
-        for (wanted, seconds, callback) in [
-            (chores.press_on_later, HOLD, intern!(py, "_press_on")),
-            (chores.remind_later, REMIND, intern!(py, "_remind")),
+        for (wanted, after, callback) in [
+            (chores.press_on_later, unary::HOLD, intern!(py, "_press_on")),
+            (chores.remind_later, unary::REMIND, intern!(py, "_remind")),
         ] {
             if wanted {
                 let callback = slf.getattr(callback)?;
-                reactor.call_method1(intern!(py, "call_later"), (seconds, callback))?;
+                reactor.call_method1(intern!(py, "call_later"), (after.as_secs_f64(), callback))?;
             }
         }
         if let Some(token) = chores.wake {
@@ -737,17 +711,17 @@ impl Inner {
 
     /// Reads what is there, within the bounds of a turn.
     fn read(&mut self, events: &mut Vec<Event>) -> Result<(), Loss> {
-        let mut budget = TURN;
+        let mut budget = unary::TURN;
         with_scratch(|scratch| loop {
             let Some(socket) = &self.socket else {
                 return Ok(());
             };
             let (room, wanted, read) = match self.core.payload_room() {
                 Some(room) => {
-                    let (len, behind) = (room.len(), &mut scratch[..BEHIND]);
-                    (len, len + BEHIND, socket.read_both(room, behind)?)
+                    let (len, behind) = (room.len(), &mut scratch[..unary::BEHIND]);
+                    (len, len + unary::BEHIND, socket.read_both(room, behind)?)
                 }
-                None => (0, READ, socket.read(&mut scratch[..READ])?),
+                None => (0, unary::READ, socket.read(&mut scratch[..unary::READ])?),
             };
             let Some(count) = read else {
                 return Ok(());
@@ -772,7 +746,7 @@ impl Inner {
     }
 
     fn wants_input(&self) -> bool {
-        self.core.wants_input() && self.output.len() <= MAX_OUTPUT
+        self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT
     }
 
     /// What the event loop has to be told after a change.
@@ -801,7 +775,7 @@ impl Inner {
             self.reminding = true;
             chores.remind_later = true;
         }
-        if self.output.len() <= LOW_WATER {
+        if self.output.len() <= unary::LOW_WATER {
             chores.wake = self.waiters.pop_front();
         }
         chores

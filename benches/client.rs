@@ -1,0 +1,518 @@
+//! What the client for tokio costs, against the mock daemon, which runs in threads of this process.
+//!
+//! Beside it is the floor: a blocking client that writes the same frames and counts the bytes that
+//! come back. All times are of one operation, also where many are under way at once.
+
+#[path = "mock_daemon.rs"]
+mod mock_daemon;
+
+use bytes::{Bytes, BytesMut};
+use criterion::measurement::WallTime;
+use criterion::{
+    criterion_group, criterion_main, Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode,
+    Throughput,
+};
+use mock_daemon::{MockDaemon, Socket, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
+use p2pclient_rs::client::{Client, UnaryCall};
+use p2pclient_rs::core::{
+    control, multiaddr::Endpoint, streams, unary, Multiaddr, PeerId, Persistent, Request,
+    UnaryEvent, UnaryLimits,
+};
+use std::future::Future;
+use std::io::{Read, Write};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
+
+/// What goes over a stream in one iteration, and in one call, in bytes.
+const BULK: usize = 64 << 20;
+const CHUNK: usize = 256 << 10;
+
+const PING: usize = 100;
+const SIZES: [(&str, usize); 3] = [("1 KiB", 1 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)];
+const PARALLEL: [usize; 2] = [1, 64];
+
+/// A mock daemon, for the rest of the process.
+struct Daemon {
+    control: Multiaddr,
+    peer_id: PeerId,
+    _directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a directory for the socket");
+        let control = if cfg!(unix) {
+            let path = directory.path().join("control.sock");
+            let path = path.to_str().expect("a path of characters");
+            Multiaddr::from(&Endpoint::Unix(path.to_owned()))
+        } else {
+            "/ip4/127.0.0.1/tcp/0".parse().expect("it is good")
+        };
+        let mock = MockDaemon::bind(&control).expect("somewhere to listen");
+        let daemon = Self {
+            control: mock.control_maddr().clone(),
+            peer_id: mock.peer_id().clone(),
+            _directory: directory,
+        };
+        mock.spawn().expect("a thread");
+        daemon
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.control.clone()).expect("a control address")
+    }
+
+    fn floor(&self) -> Floor {
+        let endpoint = self.control.endpoint().expect("a control address");
+        Floor {
+            socket: Socket::connect(&endpoint).expect("the mock daemon listens"),
+            room: Vec::new(),
+        }
+    }
+}
+
+/// The blocking client.
+struct Floor {
+    socket: Socket,
+    room: Vec<u8>,
+}
+
+impl Floor {
+    fn write(&self, bytes: &[u8]) {
+        write(&self.socket, bytes);
+    }
+
+    /// Reads so many bytes and drops them.
+    fn read(&mut self, count: usize) {
+        read(&self.socket, &mut self.room, count);
+    }
+
+    /// Sends a request, and returns how long its answer is.
+    fn first(&mut self, request: &Request) -> usize {
+        self.write(request.frame());
+        let mut answer = [0; 256];
+        let read = (&self.socket).read(&mut answer);
+        let read = read.expect("the mock daemon answers");
+        // Short as the answers are, they come in one piece.
+        assert_eq!(read, 1 + usize::from(answer[0]));
+        read
+    }
+}
+
+fn write(mut socket: &Socket, bytes: &[u8]) {
+    socket.write_all(bytes).expect("the mock daemon reads");
+}
+
+fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) {
+    room.resize(CHUNK, 0);
+    while count > 0 {
+        let len = room.len().min(count);
+        let read = socket.read(&mut room[..len]);
+        let read = read.expect("the mock daemon answers");
+        assert!(read > 0, "the mock daemon is gone");
+        count -= read;
+    }
+}
+
+/// Unary calls of the blocking client, so many at once.
+struct Calls {
+    floor: Floor,
+    /// Some calls that are written at once, where their ids are, and how long their replies are.
+    batch: Vec<u8>,
+    ids: Vec<usize>,
+    replies: usize,
+    /// How many batches are under way.
+    window: usize,
+    counter: u64,
+}
+
+impl Calls {
+    fn new(daemon: &Daemon, protocol: &str, size: usize, parallel: usize) -> Self {
+        let mut floor = daemon.floor();
+        floor.first(&unary::upgrade());
+        let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
+        let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+        let (mut batch, mut ids) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            let mut head = BytesMut::new();
+            let peer = daemon.peer_id.as_bytes();
+            let id = core
+                .call(peer, protocol, size, (), &mut head)
+                .expect("it is small enough");
+            let place = head.windows(id.len()).position(|bytes| bytes == id);
+            ids.push(batch.len() + place.expect("the id is in the head"));
+            batch.extend_from_slice(&head);
+            batch.resize(batch.len() + size, 7);
+        }
+        // The call id, and two headers around the payload.
+        let inner = 1 + prost::length_delimiter_len(size) + size;
+        let reply = 18 + 1 + prost::length_delimiter_len(inner) + inner;
+        Self {
+            floor,
+            batch,
+            replies: (prost::length_delimiter_len(reply) + reply) * count,
+            window: parallel / count,
+            ids,
+            counter: 0,
+        }
+    }
+
+    /// Makes at least so many calls; how long each took.
+    fn run(&mut self, calls: u64) -> Duration {
+        let count = self.ids.len() as u64;
+        let batches = calls.div_ceil(count);
+        let Self {
+            floor: Floor { socket, room },
+            batch,
+            ids,
+            replies,
+            counter,
+            ..
+        } = self;
+        let socket = &*socket;
+        let mut call = || {
+            for id in &*ids {
+                *counter += 1;
+                batch[*id..id + 8].copy_from_slice(&counter.to_le_bytes());
+            }
+            write(socket, batch);
+        };
+        let start = Instant::now();
+        if self.window == 1 {
+            for _ in 0..batches {
+                call();
+                read(socket, room, *replies);
+            }
+        } else {
+            let (replied, may_call) = mpsc::channel();
+            (0..self.window).for_each(|_| replied.send(()).expect("it is held below"));
+            thread::scope(move |scope| {
+                scope.spawn(move || {
+                    for _ in 0..batches {
+                        may_call.recv().expect("it is held below");
+                        call();
+                    }
+                });
+                for _ in 0..batches {
+                    read(socket, room, *replies);
+                    let _ = replied.send(()); // the last ones are for nobody
+                }
+            });
+        }
+        let elapsed = start.elapsed();
+        per_call(elapsed, calls, batches * count)
+    }
+}
+
+/// Serves calls of a protocol with their data, to the end of the connection: the core on a blocking
+/// socket.
+fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
+    floor.first(&unary::upgrade());
+    floor.room.resize(CHUNK, 0);
+    let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let asked = core.add_handler(protocol, false, (), &mut out);
+    asked.expect("it is small enough");
+    loop {
+        write(&floor.socket, &out);
+        out.clear();
+        let mut input = &[][..];
+        let read = match core.payload_room() {
+            Some(room) => {
+                let read = (&floor.socket).read(room).unwrap_or(0);
+                core.payload_filled(read);
+                read
+            }
+            None => {
+                let read = (&floor.socket).read(&mut floor.room).unwrap_or(0);
+                input = &floor.room[..read];
+                read
+            }
+        };
+        if read == 0 {
+            return;
+        }
+        while let Some(event) = core.poll(&mut input).expect("the mock daemon is good") {
+            match event {
+                UnaryEvent::Acknowledged { .. } => serving.send(()).expect("it is waited for"),
+                UnaryEvent::Call { id, payload, .. } => {
+                    assert!(core.reply(&id, payload.len(), &mut out));
+                    out.extend_from_slice(&payload);
+                }
+                other => panic!("nobody sent {other:?}"),
+            }
+        }
+    }
+}
+
+/// What `wanted` of them took, of which `made` were made.
+fn per_call(elapsed: Duration, wanted: u64, made: u64) -> Duration {
+    elapsed.mul_f64(wanted as f64 / made as f64)
+}
+
+fn runtimes() -> [(&'static str, Runtime); 2] {
+    let multi = Builder::new_multi_thread().enable_all().build();
+    [
+        ("current_thread", current_thread()),
+        ("multi_thread", multi.expect("a runtime")),
+    ]
+}
+
+fn current_thread() -> Runtime {
+    let built = Builder::new_current_thread().enable_all().build();
+    built.expect("a runtime")
+}
+
+/// Measures what `operation` does, with so many tasks at it.
+fn measure<F, T>(b: &mut Bencher<'_>, runtime: &Runtime, parallel: usize, operation: F)
+where
+    F: Fn() -> T + Clone + Send + 'static,
+    T: Future<Output = ()> + Send,
+{
+    b.iter_custom(|iterations| {
+        let each = iterations.div_ceil(parallel as u64);
+        let operation = operation.clone();
+        // In a task of its own: on the multi-threaded runtime, what `block_on` is given is the only
+        // one that does not run on a worker.
+        let elapsed = runtime.block_on(runtime.spawn(async move {
+            let start = Instant::now();
+            if parallel == 1 {
+                for _ in 0..each {
+                    operation().await;
+                }
+                return start.elapsed();
+            }
+            let tasks: Vec<_> = (0..parallel)
+                .map(|_| {
+                    let operation = operation.clone();
+                    tokio::spawn(async move {
+                        for _ in 0..each {
+                            operation().await;
+                        }
+                    })
+                })
+                .collect();
+            for task in tasks {
+                task.await.expect("the operation succeeds");
+            }
+            start.elapsed()
+        }));
+        let elapsed = elapsed.expect("the operation succeeds");
+        per_call(elapsed, iterations, each * parallel as u64)
+    });
+}
+
+fn bench_requests(c: &mut Criterion) {
+    let daemon = Daemon::start();
+    let runtime = current_thread();
+    let mut group = c.benchmark_group("identify");
+    group.bench_function("floor", |b| {
+        let mut floor = daemon.floor();
+        let request = control::identify();
+        let answer = floor.first(&request);
+        b.iter(|| {
+            floor.write(request.frame());
+            floor.read(answer);
+        });
+    });
+    for parallel in PARALLEL {
+        group.bench_function(format!("x{parallel}"), |b| {
+            let client = daemon.client();
+            measure(b, &runtime, parallel, move || {
+                let client = client.clone();
+                async move {
+                    client.identify().await.expect("the mock daemon answers");
+                }
+            });
+        });
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("stream_open");
+    group.bench_function("floor", |b| {
+        let protocols = vec![STREAM_ECHO.to_owned()];
+        let request = streams::stream_open(&daemon.peer_id, protocols, None);
+        b.iter(|| daemon.floor().first(&request));
+    });
+    group.bench_function("x1", |b| {
+        let (client, peer) = (daemon.client(), daemon.peer_id.clone());
+        measure(b, &runtime, 1, move || {
+            let (client, peer) = (client.clone(), peer.clone());
+            async move {
+                let stream = client.stream_open(&peer, [STREAM_ECHO]).await;
+                drop(stream.expect("the mock daemon opens it"));
+            }
+        });
+    });
+    group.finish();
+}
+
+fn bench_streams(c: &mut Criterion) {
+    let daemon = Daemon::start();
+    let runtime = current_thread();
+    let client = daemon.client();
+    let open = |protocol: &'static str| {
+        let stream = runtime.block_on(client.stream_open(&daemon.peer_id, [protocol]));
+        stream.expect("the mock daemon opens it")
+    };
+    let open_floor = |protocol: &str| {
+        let mut floor = daemon.floor();
+        let request = streams::stream_open(&daemon.peer_id, vec![protocol.to_owned()], None);
+        floor.write(request.frame());
+        // The answer, of which the length is in the first byte, and nothing of the stream.
+        let mut len = [0];
+        (&floor.socket)
+            .read_exact(&mut len)
+            .expect("the mock daemon answers");
+        floor.read(usize::from(len[0]));
+        floor
+    };
+
+    let mut group = c.benchmark_group("ping-pong of 100 B");
+    group.bench_function("floor", |b| {
+        let mut floor = open_floor(STREAM_ECHO);
+        b.iter(|| {
+            floor.write(&[7; PING]);
+            floor.read(PING);
+        });
+    });
+    group.bench_function("client", |b| {
+        let mut stream = open(STREAM_ECHO);
+        b.iter_custom(|iterations| {
+            runtime.block_on(async {
+                let mut room = [0; PING];
+                let start = Instant::now();
+                for _ in 0..iterations {
+                    stream.write_all(&[7; PING]).await.expect("it is open");
+                    stream.read_exact(&mut room).await.expect("it comes back");
+                }
+                assert_eq!(room, [7; PING]);
+                start.elapsed()
+            })
+        });
+    });
+    group.finish();
+
+    let mut group = c.benchmark_group("64 MiB");
+    group.sample_size(10).sampling_mode(SamplingMode::Flat);
+    group.throughput(Throughput::Bytes(BULK as u64));
+    group.bench_function("read, floor", |b| {
+        let mut floor = open_floor(STREAM_SOURCE);
+        b.iter(|| floor.read(BULK));
+    });
+    group.bench_function("read", |b| {
+        let mut stream = open(STREAM_SOURCE);
+        let mut room = vec![0; CHUNK];
+        b.iter(|| {
+            runtime.block_on(async {
+                let mut left = BULK;
+                while left > 0 {
+                    let read = stream.read(&mut room[..CHUNK.min(left)]).await;
+                    left -= read.expect("there is no end to it");
+                }
+            });
+        });
+    });
+    let zeros = vec![0; CHUNK];
+    group.bench_function("write, floor", |b| {
+        let floor = open_floor(STREAM_SINK);
+        b.iter(|| (0..BULK / CHUNK).for_each(|_| floor.write(&zeros)));
+    });
+    group.bench_function("write", |b| {
+        let mut stream = open(STREAM_SINK);
+        b.iter(|| {
+            runtime.block_on(async {
+                for _ in 0..BULK / CHUNK {
+                    stream.write_all(&zeros).await.expect("it takes everything");
+                }
+                stream.flush().await.expect("it takes everything");
+            });
+        });
+    });
+    group.finish();
+}
+
+fn bench_unary(c: &mut Criterion) {
+    let daemon = Daemon::start();
+    let mut group = c.benchmark_group("unary");
+    each_load(&mut group, "caller, floor", |b, size, parallel| {
+        let mut calls = Calls::new(&daemon, UNARY_ECHO, size, parallel);
+        b.iter_custom(|iterations| calls.run(iterations));
+    });
+    for (name, runtime) in runtimes() {
+        each_load(
+            &mut group,
+            &format!("caller, {name}"),
+            |b, size, parallel| {
+                let (client, peer) = (daemon.client(), daemon.peer_id.clone());
+                let data = Bytes::from(vec![7; size]);
+                measure(b, &runtime, parallel, move || {
+                    let (client, peer, data) = (client.clone(), peer.clone(), data.clone());
+                    async move {
+                        let reply = client.call_unary(&peer, UNARY_ECHO, data).await;
+                        assert_eq!(reply.expect("it is an echo").len(), size);
+                    }
+                });
+            },
+        );
+    }
+
+    // Handlers are called by the blocking client, which costs next to nothing.
+    let (serving, is_serving) = mpsc::channel();
+    let floor = daemon.floor();
+    thread::spawn(move || serve(floor, "floor", &serving));
+    is_serving.recv().expect("it serves");
+    each_load(&mut group, "handler, floor", |b, size, parallel| {
+        let mut calls = Calls::new(&daemon, "floor", size, parallel);
+        b.iter_custom(|iterations| calls.run(iterations));
+    });
+    for (name, runtime) in runtimes() {
+        thread::scope(|scope| {
+            let (serving, is_serving) = mpsc::channel();
+            let (stop, stopped) = oneshot::channel::<()>();
+            let client = daemon.client();
+            scope.spawn(|| {
+                runtime.block_on(async move {
+                    let echo = |call: UnaryCall| async move { Ok::<_, String>(call.payload) };
+                    let added = client.add_unary_handler(name, false, echo).await;
+                    added.expect("nobody else serves it");
+                    serving.send(()).expect("it is waited for");
+                    let _ = stopped.await;
+                });
+            });
+            is_serving.recv().expect("it serves");
+            each_load(
+                &mut group,
+                &format!("handler, {name}"),
+                |b, size, parallel| {
+                    let mut calls = Calls::new(&daemon, name, size, parallel);
+                    b.iter_custom(|iterations| calls.run(iterations));
+                },
+            );
+            drop(stop);
+        });
+    }
+    group.finish();
+}
+
+/// Measures calls of every size, one at a time and many.
+fn each_load(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    mut run: impl FnMut(&mut Bencher<'_>, usize, usize),
+) {
+    for (size_name, size) in SIZES {
+        group.throughput(Throughput::Bytes(size as u64));
+        for parallel in PARALLEL {
+            let id = BenchmarkId::new(name, format!("{size_name} x{parallel}"));
+            group.bench_function(id, |b| run(b, size, parallel));
+        }
+    }
+}
+
+criterion_group!(benches, bench_requests, bench_streams, bench_unary);
+criterion_main!(benches);

@@ -1,0 +1,578 @@
+//! A persistent connection (hivemind's fork): the core's state machine and a socket.
+//!
+//! A call is encoded and, if the socket takes it, sent by whoever makes it. One task reads: it hands
+//! replies to their callers, starts a task for each call of a peer, and sends what did not fit.
+
+use super::{closed, runtime_ended, Handlers, UnaryCall};
+use crate::client::error::Error;
+use crate::client::lock;
+use crate::client::socket::Socket;
+use crate::core::unary::{self, CallId};
+use crate::core::{self, Output, PeerId, Persistent, UnaryEvent};
+use bytes::{Bytes, BytesMut};
+use std::collections::HashMap;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use tokio::sync::{oneshot, Notify};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep_until, Instant};
+
+type Token = oneshot::Sender<Result<Bytes, Error>>;
+type Event = UnaryEvent<Token, Vec<u8>>;
+type Core = Persistent<Token, Vec<u8>>;
+
+/// A persistent connection.
+pub struct Link {
+    socket: Socket,
+    inner: Mutex<Inner>,
+    /// The driver has something to do that no socket tells it of.
+    attention: Notify,
+    /// There is room in the output, or none is needed any more.
+    room: Notify,
+}
+
+struct Inner {
+    core: Core,
+    output: Output<Bytes>,
+    /// Where the head of a frame is made.
+    head: BytesMut,
+    /// The driver is about to flush: the answers to what one read brought go out together.
+    corked: bool,
+    /// What the driver waits for.
+    awaited: Awaited,
+    /// The calls of peers at work.
+    work: HashMap<CallId, Option<AbortHandle>>,
+    /// Why it is no more.
+    lost: Option<Error>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Awaited {
+    input: bool,
+    room: bool,
+    reminder: bool,
+}
+
+impl Link {
+    pub fn new(socket: Socket, core: Core) -> Self {
+        let inner = Inner {
+            core,
+            output: Output::default(),
+            head: BytesMut::new(),
+            corked: false,
+            awaited: Awaited::default(),
+            work: HashMap::new(),
+            lost: None,
+        };
+        Self {
+            socket,
+            inner: Mutex::new(inner),
+            attention: Notify::new(),
+            room: Notify::new(),
+        }
+    }
+
+    pub fn is_lost(&self) -> bool {
+        lock(&self.inner).lost.is_some()
+    }
+
+    /// Waits until another call finds room.
+    pub async fn room(&self) {
+        loop {
+            let room = self.room.notified();
+            {
+                let inner = lock(&self.inner);
+                if inner.lost.is_some() || inner.output.len() <= unary::HIGH_WATER {
+                    return;
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Waits until all was sent.
+    pub async fn flushed(&self) {
+        loop {
+            // Told of every step below the low-water mark.
+            let room = self.room.notified();
+            {
+                let inner = lock(&self.inner);
+                if inner.lost.is_some() || inner.output.is_empty() {
+                    return;
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Sends a request that is answered.
+    pub fn ask(
+        self: &Arc<Self>,
+        payload: Bytes,
+        encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, core::Error>,
+    ) -> Result<Asked, Error> {
+        let (token, answer) = oneshot::channel();
+        let mut inner = lock(&self.inner);
+        if inner.lost.is_some() {
+            return Err(Error::lost("the connection is closed", true));
+        }
+        let Inner { core, head, .. } = &mut *inner;
+        head.clear();
+        let id = encode(core, token, head)?;
+        let asked = Asked {
+            link: Arc::clone(self),
+            id,
+            answer: Some(answer),
+        };
+        match inner.send(&self.socket, payload) {
+            Ok(()) => self.after(inner),
+            Err(error) => {
+                drop(inner);
+                self.break_off(&error);
+                // Nothing of it was sent.
+                return Err(Error::lost(error, true));
+            }
+        }
+        Ok(asked)
+    }
+
+    pub async fn register(self: &Arc<Self>, protocol: &str, balanced: bool) -> Result<(), Error> {
+        let asked = self.ask(Bytes::new(), |core, token, head| {
+            core.add_handler(protocol, balanced, token, head)
+        })?;
+        asked.answer().await.map(drop)
+    }
+
+    /// Has the core encode something that is followed by `payload`, if it says so, and sends it.
+    fn tell(&self, payload: Bytes, encode: impl FnOnce(&mut Core, &mut BytesMut) -> bool) {
+        let mut inner = lock(&self.inner);
+        if inner.lost.is_some() {
+            return;
+        }
+        let Inner { core, head, .. } = &mut *inner;
+        head.clear();
+        let follows = encode(core, head);
+        let payload = if follows { payload } else { Bytes::new() };
+        match inner.send(&self.socket, payload) {
+            Ok(()) => self.after(inner),
+            Err(error) => {
+                drop(inner);
+                self.break_off(&error);
+            }
+        }
+    }
+
+    /// As `tell`, without a payload.
+    fn tell_head(&self, encode: impl FnOnce(&mut Core, &mut BytesMut)) {
+        self.tell(Bytes::new(), |core, head| {
+            encode(core, head);
+            false
+        });
+    }
+
+    /// Says good-bye: Go's daemon does not tell the peers that a client left.
+    pub fn leave(&self) {
+        lock(&self.inner).corked = false;
+        self.tell_head(|core, head| core.leave("the handler's client was closed", head));
+    }
+
+    /// Has the driver know what has changed for it.
+    fn after(&self, mut inner: MutexGuard<'_, Inner>) {
+        let wanted = inner.wants();
+        if wanted != inner.awaited {
+            // Told once: until it has looked, it need not be told again.
+            inner.awaited = wanted;
+            drop(inner);
+            self.attention.notify_one();
+        }
+    }
+
+    fn break_off(&self, error: &io::Error) {
+        self.lose(&Error::lost(error, false));
+    }
+
+    /// Ends the connection: everything that is awaited fails now.
+    pub fn lose(&self, error: &Error) {
+        let (pending, work) = {
+            let mut inner = lock(&self.inner);
+            if inner.lost.is_some() {
+                return;
+            }
+            inner.lost = Some(error.clone());
+            inner.output = Output::default();
+            (inner.core.take_pending(), std::mem::take(&mut inner.work))
+        };
+        // What was sent last must not be overtaken by a reset.
+        self.socket.drain();
+        self.socket.end();
+        for token in pending {
+            let _ = token.send(Err(error.clone()));
+        }
+        for task in work.into_values().flatten() {
+            task.abort();
+        }
+        self.attention.notify_one();
+        self.room.notify_waiters();
+    }
+}
+
+/// What waits for its answer. Dropped before, it is cancelled.
+pub struct Asked {
+    link: Arc<Link>,
+    id: CallId,
+    answer: Option<oneshot::Receiver<Result<Bytes, Error>>>,
+}
+
+impl Asked {
+    pub async fn answer(mut self) -> Result<Bytes, Error> {
+        let Some(answer) = &mut self.answer else {
+            return Err(closed());
+        };
+        let outcome = answer.await;
+        self.answer = None;
+        outcome.unwrap_or_else(|_| Err(closed()))
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if self.answer.is_some() {
+            let mut token = None;
+            self.link
+                .tell_head(|core, head| token = core.cancel(&self.id, head));
+        }
+    }
+}
+
+impl Inner {
+    fn wants(&self) -> Awaited {
+        Awaited {
+            input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
+            room: !self.output.is_empty() && !self.corked,
+            reminder: self.core.has_cancelled(),
+        }
+    }
+
+    /// Sends the head that was encoded, if any, and the payload; later, what cannot be now.
+    fn send(&mut self, socket: &Socket, payload: Bytes) -> io::Result<()> {
+        if self.head.is_empty() {
+            return Ok(());
+        }
+        let mut sent = 0;
+        if self.output.is_empty() && !self.corked {
+            let pieces = [IoSlice::new(&self.head), IoSlice::new(&payload)];
+            sent = unless_blocked(socket.try_write_vectored(&pieces))?.unwrap_or(0);
+            if sent == self.head.len() + payload.len() {
+                return Ok(());
+            }
+        }
+        let of_head = sent.min(self.head.len());
+        self.output.push_copied(&self.head[of_head..]);
+        self.output.push_shared(payload, sent - of_head);
+        Ok(())
+    }
+
+    fn flush(&mut self, socket: &Socket) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match unless_blocked(socket.try_write_vectored(&self.output.slices()))? {
+                Some(sent) => self.output.sent(sent),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, within the bounds of a turn. Says whether there may be more.
+    fn read(
+        &mut self,
+        socket: &Socket,
+        scratch: &mut [u8],
+        events: &mut Vec<Event>,
+    ) -> Result<bool, Error> {
+        let mut budget = unary::TURN;
+        loop {
+            let (room, wanted, read) = match self.core.payload_room() {
+                Some(room) => {
+                    let behind = &mut scratch[..unary::BEHIND];
+                    let (len, wanted) = (room.len(), room.len() + behind.len());
+                    let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(behind)];
+                    (len, wanted, socket.try_read_vectored(&mut pieces))
+                }
+                None => (0, scratch.len(), socket.try_read(scratch)),
+            };
+            let count = match unless_blocked(read) {
+                Ok(Some(0)) => return Err(self.core.end_of_file().into()),
+                Ok(Some(count)) => count,
+                Ok(None) => return Ok(false),
+                Err(error) => return Err(Error::lost(error, false)),
+            };
+            self.core.payload_filled(count.min(room));
+            self.poll(&scratch[..count.saturating_sub(room)], events)?;
+            budget = budget.saturating_sub(count);
+            if count < wanted || !self.wants().input {
+                return Ok(false);
+            }
+            if budget == 0 {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn poll(&mut self, mut input: &[u8], events: &mut Vec<Event>) -> Result<(), Error> {
+        while let Some(event) = self.core.poll(&mut input)? {
+            events.push(event);
+        }
+        Ok(())
+    }
+}
+
+fn unless_blocked(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
+    match outcome {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The task that reads a connection, and writes what nobody else could.
+pub struct Driver {
+    link: Arc<Link>,
+    handlers: Weak<Handlers>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // The runtime has ended, unless this was told before.
+        self.link.lose(&runtime_ended());
+    }
+}
+
+impl Driver {
+    pub fn new(link: Arc<Link>, handlers: Weak<Handlers>) -> Self {
+        Self { link, handlers }
+    }
+
+    pub async fn run(self, ahead: Bytes) {
+        let mut scratch = vec![0; unary::READ];
+        let mut events = Vec::new();
+        let outcome = lock(&self.link.inner).poll(&ahead, &mut events);
+        let mut outcome = outcome.map(|()| false);
+        let mut timers = Timers::default();
+        loop {
+            self.hand_out(&mut events);
+            match outcome {
+                Err(error) => return self.link.lose(&error),
+                // Others have their turn, too.
+                Ok(true) => tokio::task::yield_now().await,
+                Ok(false) => {}
+            }
+            self.uncork().await;
+            let awaited = {
+                let mut inner = lock(&self.link.inner);
+                if inner.lost.is_some() {
+                    return;
+                }
+                inner.awaited = inner.wants();
+                inner.awaited
+            };
+            timers.set(awaited);
+            outcome = tokio::select! {
+                biased;
+                () = self.link.attention.notified() => Ok(false),
+                ready = self.link.socket.readable(), if awaited.input => {
+                    self.read(ready, &mut scratch, &mut events)
+                }
+                ready = self.link.socket.writable(), if awaited.room => self.flush(ready),
+                () = at(timers.remind) => {
+                    timers.remind = None;
+                    self.link.tell_head(Persistent::remind);
+                    Ok(false)
+                }
+                () = at(timers.press) => {
+                    timers.press = None;
+                    lock(&self.link.inner).core.press_on();
+                    Ok(false)
+                }
+            };
+        }
+    }
+
+    fn read(
+        &self,
+        ready: io::Result<()>,
+        scratch: &mut [u8],
+        events: &mut Vec<Event>,
+    ) -> Result<bool, Error> {
+        ready.map_err(|error| Error::lost(error, false))?;
+        let mut inner = lock(&self.link.inner);
+        let outcome = inner.read(&self.link.socket, scratch, events);
+        // The answers to several are better sent at once, when all of those who were woken have had
+        // their turn.
+        inner.corked = events.len() > 1;
+        outcome
+    }
+
+    fn flush(&self, ready: io::Result<()>) -> Result<bool, Error> {
+        let mut inner = lock(&self.link.inner);
+        let flushed = ready.and_then(|()| inner.flush(&self.link.socket));
+        flushed.map_err(|error| Error::lost(error, false))?;
+        if inner.output.len() <= unary::LOW_WATER {
+            self.link.room.notify_waiters();
+        }
+        Ok(false)
+    }
+
+    /// Sends what was held back, once those who were woken have had their turn.
+    async fn uncork(&self) {
+        if lock(&self.link.inner).corked {
+            tokio::task::yield_now().await;
+            lock(&self.link.inner).corked = false;
+            if let Err(error) = self.flush(Ok(())) {
+                self.link.lose(&error);
+            }
+        }
+    }
+
+    fn hand_out(&self, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            match event {
+                UnaryEvent::Reply { token, payload } => answer(token, Ok(payload.into())),
+                UnaryEvent::Acknowledged { token } => answer(token, Ok(Bytes::new())),
+                UnaryEvent::HandlerFailed { token, error } => {
+                    let failed = Error::HandlerFailed {
+                        message: error,
+                        context: Box::default(),
+                    };
+                    answer(token, Err(failed));
+                }
+                UnaryEvent::Refused { token, error } => answer(token, Err(Error::refused(error))),
+                UnaryEvent::Broken { token, error } => answer(token, Err(error.into())),
+                UnaryEvent::Call {
+                    id,
+                    peer,
+                    protocol,
+                    payload,
+                } => self.serve(id, peer, &protocol, payload.into()),
+                UnaryEvent::Cancelled { id } => {
+                    let task = lock(&self.link.inner).work.remove(&id);
+                    if let Some(Some(task)) = task {
+                        task.abort();
+                    }
+                }
+                UnaryEvent::Unserved { id, reason } => self
+                    .link
+                    .tell_head(|core, head| core.refuse(&id, reason, head)),
+            }
+        }
+    }
+
+    /// Starts the work on a call.
+    fn serve(&self, id: CallId, peer: Bytes, protocol: &str, payload: Bytes) {
+        let replying = Replying {
+            link: Arc::clone(&self.link),
+            id,
+            replied: false,
+        };
+        let handlers = self.handlers.upgrade();
+        let handler = handlers.and_then(|all| lock(&all).get(protocol).cloned());
+        let Some(handler) = handler else {
+            let words = format!("no handler for the protocol {protocol:?}");
+            return replying.reply(Err(words));
+        };
+        let peer = PeerId::from_bytes(peer);
+        {
+            let mut inner = lock(&self.link.inner);
+            if inner.lost.is_some() {
+                // Its work would be for nobody.
+                drop(inner);
+                return;
+            }
+            // Known before it can have ended.
+            inner.work.insert(id, None);
+        }
+        // A runtime that is shutting down drops it at once, which takes the lock.
+        let task = tokio::spawn(async move {
+            let outcome = (handler.serve)(UnaryCall { peer, payload }).await;
+            replying.reply(outcome);
+        });
+        let mut inner = lock(&self.link.inner);
+        if inner.lost.is_some() {
+            drop(inner);
+            task.abort();
+        } else if let Some(entry) = inner.work.get_mut(&id) {
+            *entry = Some(task.abort_handle());
+        }
+    }
+}
+
+/// Whoever asked may have gone.
+fn answer(token: Token, outcome: Result<Bytes, Error>) {
+    let _ = token.send(outcome);
+}
+
+/// A call of a peer that is to be replied to, whatever becomes of the work on it.
+struct Replying {
+    link: Arc<Link>,
+    id: CallId,
+    replied: bool,
+}
+
+impl Replying {
+    fn reply(mut self, outcome: Result<Bytes, String>) {
+        self.replied = true;
+        lock(&self.link.inner).work.remove(&self.id);
+        let id = &self.id;
+        match outcome {
+            Ok(reply) => {
+                let len = reply.len();
+                self.link
+                    .tell(reply, |core, head| core.reply(id, len, head));
+            }
+            Err(words) => self
+                .link
+                .tell_head(|core, head| core.reply_error(id, &words, head)),
+        }
+    }
+}
+
+impl Drop for Replying {
+    fn drop(&mut self) {
+        if !self.replied {
+            let words = if std::thread::panicking() {
+                "the handler panicked"
+            } else {
+                "the handler was cancelled"
+            };
+            lock(&self.link.inner).work.remove(&self.id);
+            self.link
+                .tell_head(|core, head| core.reply_error(&self.id, words, head));
+        }
+    }
+}
+
+/// When a driver is to look again by itself.
+#[derive(Default)]
+struct Timers {
+    remind: Option<Instant>,
+    press: Option<Instant>,
+}
+
+impl Timers {
+    fn set(&mut self, awaited: Awaited) {
+        if awaited.reminder && self.remind.is_none() {
+            self.remind = Some(Instant::now() + unary::REMIND);
+        }
+        if awaited.input {
+            self.press = None;
+        } else if self.press.is_none() {
+            self.press = Some(Instant::now() + unary::HOLD);
+        }
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
