@@ -4,7 +4,8 @@
 
 pub mod fake;
 
-use p2pclient_rs::core::{PeerId, PublicKey};
+use p2pclient_rs::client::Subscription;
+use p2pclient_rs::core::{PeerId, PublicKey, PubsubMessage};
 use p2pclient_rs::daemon::{Dht, P2PDaemon, P2PDaemonBuilder};
 use p2pclient_rs::Client;
 use std::error::Error;
@@ -71,14 +72,16 @@ pub fn required(variable: &str, hint: &str) -> PathBuf {
     path
 }
 
-/// A p2pd of hivemind's, with everything switched on.
-pub fn daemon() -> P2PDaemonBuilder {
+/// A p2pd of hivemind's, with nothing switched on.
+pub fn bare_daemon() -> P2PDaemonBuilder {
     let hint = "a p2pd binary: P2PD_PATH=$(python3 tests/get_p2pd.py)";
-    P2PDaemon::builder()
-        .binary(required("P2PD_PATH", hint))
-        .dht(Dht::Server)
-        .pubsub(true)
-        .connection_manager(true)
+    P2PDaemon::builder().binary(required("P2PD_PATH", hint))
+}
+
+/// One with everything switched on.
+pub fn daemon() -> P2PDaemonBuilder {
+    let daemon = bare_daemon().dht(Dht::Server);
+    daemon.pubsub(true).connection_manager(true)
 }
 
 /// Two clients of two daemons that are connected to each other.
@@ -124,6 +127,41 @@ async fn connected_daemons() -> [P2PDaemon; 2] {
         .await;
     }
     daemons
+}
+
+/// Waits until what a client publishes reaches a subscription. That takes a while where the publisher's
+/// daemon is subscribed itself: it sends to those in its mesh alone.
+pub async fn hears(subscription: &mut Subscription, publisher: &Client, topic: &str) {
+    let mut probe = tokio::time::interval(Duration::from_millis(50));
+    let begun = Instant::now();
+    loop {
+        tokio::select! {
+            message = subscription.next() => {
+                let message = message.unwrap().unwrap();
+                let sender = publisher.identify().await.unwrap().peer_id;
+                if message.data == PROBE && message.from == Some(sender) {
+                    return;
+                }
+            }
+            _ = probe.tick() => {
+                assert!(begun.elapsed() < PATIENCE, "nothing is heard of {topic}");
+                publisher.pubsub_publish(topic, PROBE).await.unwrap();
+            }
+        }
+    }
+}
+
+const PROBE: &str = "anybody there?";
+
+/// The next message that is none of those that [`hears`] publishes.
+pub async fn next_message(subscription: &mut Subscription) -> PubsubMessage {
+    loop {
+        let message = within("a message", subscription.next()).await;
+        let message = message.unwrap().unwrap();
+        if message.data != PROBE {
+            return message;
+        }
+    }
 }
 
 /// Has a daemon outlive its last client: hivemind's ends when no persistent connection is left.

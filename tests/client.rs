@@ -1,0 +1,619 @@
+//! Every call of the client for tokio against a real p2pd of hivemind's, named by P2PD_PATH. (Unary
+//! calls are in `unary.rs`; what only the JS daemon has is in `faults.rs`.)
+#![cfg(all(feature = "tokio", unix))]
+
+mod common;
+
+use common::{
+    daemon, eventually, hears, must, next_message, pair, pattern, stranger, within, Limit, Pair,
+};
+use p2pclient_rs::client::{Client, Error, IncomingStreams, Stream};
+use p2pclient_rs::core::{Multiaddr, PeerId};
+use p2pclient_rs::daemon::ConnectionManager;
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{join, try_join};
+
+/// What a refused request was about, and the daemon's words.
+fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (&'static str, String) {
+    match outcome {
+        Err(Error::Refused { message, context }) => (context.request, message),
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn greet(mut incoming: IncomingStreams, greeting: &'static str) {
+    while let Some(mut stream) = incoming.next().await {
+        stream.write_all(greeting.as_bytes()).await.unwrap();
+    }
+}
+
+async fn read_all(mut stream: Stream) -> io::Result<String> {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
+// --- control ---
+
+#[tokio::test]
+async fn identify_gives_the_peer_id_and_addresses_of_the_daemon() {
+    let pair = pair().await;
+    for (client, daemon) in [
+        (&pair.alice, pair.alice_daemon),
+        (&pair.bob, pair.bob_daemon),
+    ] {
+        let identity = client.identify().await.unwrap();
+        assert_eq!(&identity.peer_id, daemon.peer_id());
+        assert_eq!(identity.addrs, daemon.addrs());
+        let told = format!("Peer ID: {}", identity.peer_id);
+        assert!(daemon.output().contains(&told));
+    }
+}
+
+#[tokio::test]
+async fn connected_peers_list_each_other_until_they_disconnect() {
+    let _limit = Limit::new();
+    // A DHT would connect them again.
+    let (one, other) = try_join!(bare_daemon().spawn(), bare_daemon().spawn()).unwrap();
+    let (near, far) = try_join!(one.client(), other.client()).unwrap();
+    assert_eq!(near.list_peers().await.unwrap(), []);
+    near.connect(other.peer_id(), other.addrs()).await.unwrap();
+    let peers = near.list_peers().await.unwrap();
+    assert_eq!(&peers[0].peer_id, other.peer_id());
+    assert!(other.addrs().contains(&peers[0].addrs[0]));
+    eventually(async || {
+        let peers = far.list_peers().await?;
+        must(
+            peers.iter().any(|info| &info.peer_id == one.peer_id()),
+            "not yet",
+        )
+    })
+    .await;
+    // Being connected already, it needs no address.
+    near.connect(other.peer_id(), &[]).await.unwrap();
+
+    far.disconnect(one.peer_id()).await.unwrap();
+    eventually(async || must(near.list_peers().await?.is_empty(), "connected still")).await;
+    far.disconnect(one.peer_id()).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_connected_to_is_refused_in_the_daemons_words() {
+    let pair = pair().await;
+    let (nobody, _) = stranger();
+    let outcome = pair.alice.connect(&nobody, pair.bob_daemon.addrs()).await;
+    let text = outcome.as_ref().unwrap_err().to_string();
+    assert!(text.ends_with(&format!("(request CONNECT, peer {nobody})")));
+    let (request, words) = refused(outcome);
+    assert_eq!(request, "CONNECT");
+    assert!(words.contains("peer id mismatch"), "{words}");
+
+    let nowhere: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+    let (_, words) = refused(pair.alice.connect(&nobody, &[nowhere]).await);
+    assert!(words.contains("dial"), "{words}");
+}
+
+#[tokio::test]
+async fn a_call_ends_in_its_time_and_the_next_one_works() {
+    // Takes connections and says nothing.
+    let black_hole = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = black_hole.local_addr().unwrap().port();
+    let addr: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
+    let pair = pair().await;
+    let (nobody, _) = stranger();
+    let limit = Duration::from_millis(200);
+    let hasty = pair.alice.with_timeout(limit);
+    let outcome = hasty.connect(&nobody, &[addr]).await;
+    assert!(matches!(outcome, Err(Error::Timeout { after: Some(after), .. }) if after == limit));
+    hasty.identify().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_thousand_requests_at_once_are_all_answered() {
+    let pair = pair().await;
+    let calls: Vec<_> = (0..1000)
+        .map(|_| {
+            let client = pair.alice.clone();
+            tokio::spawn(async move { client.identify().await })
+        })
+        .collect();
+    for call in calls {
+        let identity = call.await.unwrap().unwrap();
+        assert_eq!(&identity.peer_id, pair.alice_daemon.peer_id());
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_gone_is_unreachable() {
+    let _limit = Limit::new();
+    let daemon = daemon().spawn().await.unwrap();
+    let client = daemon.client().await.unwrap();
+    daemon.shutdown().await;
+    let error = client.identify().await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn control_over_tcp_is_the_same() {
+    let _limit = Limit::new();
+    let tcp = || daemon().control_maddr("/ip4/127.0.0.1/tcp/0".parse().unwrap());
+    let (one, other) = try_join!(tcp().spawn(), tcp().spawn()).unwrap();
+    let near = Client::new(one.control_maddr().clone()).unwrap();
+    let far = Client::new(other.control_maddr().clone()).unwrap();
+    near.connect(other.peer_id(), other.addrs()).await.unwrap();
+    let mut incoming = far.stream_handler("/echo", false).await.unwrap();
+    let listen = far.listen_maddr().unwrap().to_string();
+    assert!(listen.starts_with("/ip4/127.0.0.1/tcp/") && !listen.ends_with("/0"));
+    let payload = pattern(1 << 20, 3);
+    let (received, ()) = join!(
+        echoed(&near, other.peer_id(), "/echo", &payload),
+        echo_one(&mut incoming)
+    );
+    assert!(received == payload);
+    let mut news = near.pubsub_subscribe("news").await.unwrap();
+    near.pubsub_publish("news", "hello").await.unwrap();
+    assert_eq!(next_message(&mut news).await.data, "hello");
+}
+
+// --- streams ---
+
+/// What comes back when `payload` is sent.
+async fn echoed(client: &Client, peer: &PeerId, protocol: &str, payload: &[u8]) -> Vec<u8> {
+    let stream = client.stream_open(peer, [protocol]).await.unwrap();
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let mut received = vec![0; payload.len()];
+    let (written, read) = join!(
+        writer.write_all(payload),
+        within("the echo", reader.read_exact(&mut received))
+    );
+    written.unwrap();
+    read.unwrap();
+    received
+}
+
+/// Sends back what the next stream brings, until the caller is done.
+async fn echo_one(incoming: &mut IncomingStreams) {
+    let stream = within("a stream", incoming.next()).await.unwrap();
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    // The caller closes when it has everything, which can be seen as an end or a reset.
+    let _ = tokio::io::copy(&mut reader, &mut writer).await;
+}
+
+#[tokio::test]
+async fn large_payloads_arrive_unharmed_in_both_directions() {
+    let pair = pair().await;
+    let payload = pattern(8 << 20, 1);
+    for (server, caller, peer) in [
+        (&pair.bob, &pair.alice, pair.bob_daemon.peer_id()),
+        (&pair.alice, &pair.bob, pair.alice_daemon.peer_id()),
+    ] {
+        let mut incoming = server.stream_handler("/large", false).await.unwrap();
+        let (received, ()) = join!(
+            echoed(caller, peer, "/large", &payload),
+            echo_one(&mut incoming)
+        );
+        assert!(received == payload);
+    }
+}
+
+#[tokio::test]
+async fn many_streams_at_once_do_not_mix() {
+    let pair = pair().await;
+    let mut incoming = pair.bob.stream_handler("/many", false).await.unwrap();
+    let serving = tokio::spawn(async move {
+        while let Some(stream) = incoming.next().await {
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = tokio::io::split(stream);
+                tokio::io::copy(&mut reader, &mut writer).await
+            });
+        }
+    });
+    let calls: Vec<_> = (0..100)
+        .map(|number| {
+            let client = pair.alice.clone();
+            tokio::spawn(async move {
+                let payload = pattern(10_000 + number, number * 8);
+                let peer = pair.bob_daemon.peer_id();
+                assert!(echoed(&client, peer, "/many", &payload).await == payload);
+            })
+        })
+        .collect();
+    for call in calls {
+        call.await.unwrap();
+    }
+    serving.abort();
+}
+
+#[tokio::test]
+async fn both_sides_are_told_of_the_peer_and_the_protocol() {
+    let pair = pair().await;
+    let mut incoming = pair.bob.stream_handler("/told/2", false).await.unwrap();
+    let opening = pair
+        .alice
+        .stream_open(pair.bob_daemon.peer_id(), ["/told/3", "/told/2"]);
+    let mut near = opening.await.unwrap();
+    // The daemon agrees on the protocol with what is sent first.
+    near.write_all(b"hello").await.unwrap();
+    let far = within("a stream", incoming.next()).await.unwrap();
+    assert_eq!(&near.info().peer_id, pair.bob_daemon.peer_id());
+    assert_eq!(&far.info().peer_id, pair.alice_daemon.peer_id());
+    assert_eq!(near.info().protocol, "/told/2");
+    assert_eq!(far.info().protocol, "/told/2");
+    assert!(pair.bob_daemon.addrs().contains(&near.info().addr));
+}
+
+#[tokio::test]
+async fn what_was_written_before_a_shutdown_or_drop_arrives_before_the_end() {
+    let pair = pair().await;
+    let mut incoming = pair.bob.stream_handler("/ends", false).await.unwrap();
+    let text = "to the last byte ".repeat(10_000);
+    for shut_down in [true, false] {
+        let peer = pair.bob_daemon.peer_id();
+        let mut stream = pair.alice.stream_open(peer, ["/ends"]).await.unwrap();
+        let (received, ()) = join!(
+            async { read_all(incoming.next().await.unwrap()).await },
+            async {
+                stream.write_all(text.as_bytes()).await.unwrap();
+                if shut_down {
+                    stream.shutdown().await.unwrap();
+                }
+                drop(stream);
+            }
+        );
+        assert!(received.unwrap() == text);
+    }
+}
+
+#[tokio::test]
+async fn a_protocol_that_the_peer_does_not_speak_is_refused() {
+    let pair = pair().await;
+    let peer = pair.bob_daemon.peer_id();
+    let outcome = pair
+        .alice
+        .stream_open(peer, ["/unknown/1", "/unknown/2"])
+        .await;
+    let text = outcome.as_ref().unwrap_err().to_string();
+    let about = format!("(request STREAM_OPEN, peer {peer}, protocol /unknown/1, /unknown/2)");
+    assert!(text.ends_with(&about), "{text}");
+    let (_, words) = refused(outcome);
+    assert!(words.contains("protocols not supported"), "{words}");
+
+    let (nobody, _) = stranger();
+    let (request, _) = refused(pair.alice.stream_open(&nobody, ["/echo"]).await);
+    assert_eq!(request, "STREAM_OPEN");
+}
+
+#[tokio::test]
+async fn balanced_handlers_of_two_clients_serve_in_turn() {
+    let pair = pair().await;
+    let other = pair.bob_daemon.client().await.unwrap();
+    let one = pair.bob.stream_handler("/balanced", true).await.unwrap();
+    let two = other.stream_handler("/balanced", true).await.unwrap();
+    let serving = [
+        tokio::spawn(greet(one, "one")),
+        tokio::spawn(greet(two, "two")),
+    ];
+    let mut greetings = Vec::new();
+    for _ in 0..6 {
+        let peer = pair.bob_daemon.peer_id();
+        let stream = pair.alice.stream_open(peer, ["/balanced"]).await.unwrap();
+        greetings.push(read_all(stream).await.unwrap());
+    }
+    let ones = greetings.iter().filter(|greeting| *greeting == "one");
+    assert_eq!((ones.count(), greetings.len()), (3, 6), "{greetings:?}");
+    for task in serving {
+        task.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_protocol_that_another_client_serves_is_refused() {
+    let pair = pair().await;
+    let other = pair.bob_daemon.client().await.unwrap();
+    let _incoming = pair.bob.stream_handler("/taken", false).await.unwrap();
+    let (request, words) = refused(other.stream_handler("/taken", false).await);
+    assert_eq!(request, "STREAM_HANDLER");
+    assert!(words.contains("already set"), "{words}");
+}
+
+#[tokio::test]
+async fn a_handler_that_was_taken_back_is_not_found_and_its_name_free() {
+    let pair = pair().await;
+    let peer = pair.bob_daemon.peer_id();
+    for by_drop in [false, true, false] {
+        let incoming = pair.bob.stream_handler("/passing", false).await.unwrap();
+        let stream = pair.alice.stream_open(peer, ["/passing"]).await.unwrap();
+        let serving = tokio::spawn(greet(incoming, "hello"));
+        assert_eq!(read_all(stream).await.unwrap(), "hello");
+        serving.abort();
+        let _ = serving.await; // which drops the handler
+        let incoming = pair.bob.stream_handler("/passing", false).await.unwrap();
+        if by_drop {
+            drop(incoming);
+        } else {
+            incoming.close().await.unwrap();
+        }
+        // Until its daemon hears of the removal, it opens the stream in good faith, and that ends.
+        eventually(async || {
+            let opened = pair.alice.stream_open(peer, ["/passing"]).await;
+            must(matches!(opened, Err(Error::Refused { .. })), "it is opened")
+        })
+        .await;
+    }
+}
+
+// --- the DHT ---
+
+#[tokio::test]
+async fn a_public_key_record_put_by_one_is_got_by_the_other() {
+    let Pair { alice, bob, .. } = &pair().await;
+    let (owner, key) = stranger();
+    let name = [b"/pk/", owner.as_bytes()].concat();
+    let (request, words) = refused(bob.dht_get_value(name.clone()).await);
+    assert_eq!((request, &*words), ("DHT GET_VALUE", "routing: not found"));
+    let missing = bob.dht_search_value(name.clone()).collect_all().await;
+    assert_eq!(missing.unwrap(), [""; 0]);
+
+    alice
+        .dht_put_value(name.clone(), key.clone())
+        .await
+        .unwrap();
+    assert_eq!(bob.dht_get_value(name.clone()).await.unwrap(), key);
+    assert_eq!(alice.dht_get_value(name.clone()).await.unwrap(), key);
+    let found = bob
+        .dht_search_value(name.clone())
+        .collect_all()
+        .await
+        .unwrap();
+    assert!(!found.is_empty() && found.iter().all(|value| *value == key));
+    let mut first = bob.dht_search_value(name);
+    assert_eq!(first.next().await.unwrap().unwrap(), key);
+}
+
+#[tokio::test]
+async fn only_valid_records_can_be_put() {
+    let Pair { alice, .. } = &pair().await;
+    let (request, words) = refused(alice.dht_put_value("/other/key", "value").await);
+    assert_eq!(request, "DHT PUT_VALUE");
+    assert!(words.contains("invalid record keytype"), "{words}");
+    let (owner, _) = stranger();
+    let (_, another_key) = stranger();
+    let name = [b"/pk/", owner.as_bytes()].concat();
+    refused(alice.dht_put_value(name, another_key).await);
+}
+
+#[tokio::test]
+async fn a_provider_is_found() {
+    let pair = pair().await;
+    let (unique, _) = stranger();
+    let cid = [&[1, 0x55, 0x12, 0x20][..], &unique.as_bytes()[6..]].concat();
+    let find = |limit| {
+        pair.bob
+            .dht_find_providers(cid.clone(), limit)
+            .collect_all()
+    };
+    assert_eq!(find(5).await.unwrap(), []);
+    pair.alice.dht_provide(cid.clone()).await.unwrap();
+    let providers = eventually(async || {
+        let providers = find(5).await?;
+        must(!providers.is_empty(), "none")?;
+        Ok(providers)
+    })
+    .await;
+    assert_eq!(providers.len(), 1);
+    assert_eq!(&providers[0].peer_id, pair.alice_daemon.peer_id());
+
+    let outcome = pair.alice.dht_provide("no cid").await;
+    assert_eq!(refused(outcome).0, "DHT PROVIDE");
+    let outcome = pair
+        .alice
+        .dht_find_providers("no cid", 1)
+        .collect_all()
+        .await;
+    assert_eq!(refused(outcome).0, "DHT FIND_PROVIDERS");
+}
+
+#[tokio::test]
+async fn peers_are_found_and_the_closest_ones_named() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let info = pair.alice.dht_find_peer(bob).await.unwrap();
+    assert_eq!(&info.peer_id, bob);
+    assert_eq!(info.addrs, pair.bob_daemon.addrs());
+    let (nobody, _) = stranger();
+    assert_eq!(
+        refused(pair.alice.dht_find_peer(&nobody).await).0,
+        "DHT FIND_PEER"
+    );
+    let mut closest = pair.alice.dht_get_closest_peers("some key");
+    assert_eq!(&closest.next().await.unwrap().unwrap(), bob);
+    assert!(closest.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_public_key_is_got_and_is_its_peers() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let key = pair.alice.dht_get_public_key(bob).await.unwrap();
+    assert_eq!(&key.peer_id(), bob);
+    // Of a peer id that is a hash, nothing is known.
+    let hashed = PeerId::from_bytes([&[0x12, 0x20][..], &pattern(32, 9)].concat());
+    assert_eq!(
+        refused(pair.alice.dht_get_public_key(&hashed).await).0,
+        "DHT GET_PUBLIC_KEY"
+    );
+}
+
+#[tokio::test]
+async fn peers_connected_to_a_peer_are_not_supported_by_go() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let mut results = pair.alice.dht_find_peers_connected_to_peer(bob);
+    let error = results.next().await.unwrap().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "the daemon does not support this: not supported (request DHT \
+             FIND_PEERS_CONNECTED_TO_PEER, peer {bob})"
+        )
+    );
+    assert!(matches!(error, Error::NotSupported { .. }));
+    assert!(results.next().await.is_none());
+}
+
+#[tokio::test]
+async fn what_a_daemon_was_started_without_is_not_supported() {
+    async fn is_not_supported<T>(call: impl Future<Output = Result<T, Error>>, request: &str) {
+        let error = call.await.err().expect("it is supported");
+        assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
+        assert_eq!(error.context().unwrap().request, request);
+    }
+    let _limit = Limit::new();
+    let bare = bare_daemon().spawn().await.unwrap();
+    let client = bare.client().await.unwrap();
+    let (peer, _) = stranger();
+    is_not_supported(client.dht_find_peer(&peer), "DHT FIND_PEER").await;
+    is_not_supported(client.dht_get_public_key(&peer), "DHT GET_PUBLIC_KEY").await;
+    is_not_supported(client.dht_get_value("key"), "DHT GET_VALUE").await;
+    is_not_supported(client.dht_put_value("key", "value"), "DHT PUT_VALUE").await;
+    is_not_supported(client.dht_provide("cid"), "DHT PROVIDE").await;
+    let call = client.dht_find_providers("cid", 1).collect_all();
+    is_not_supported(call, "DHT FIND_PROVIDERS").await;
+    let call = client.dht_get_closest_peers("key").collect_all();
+    is_not_supported(call, "DHT GET_CLOSEST_PEERS").await;
+    let call = client.dht_search_value("key").collect_all();
+    is_not_supported(call, "DHT SEARCH_VALUE").await;
+    is_not_supported(client.pubsub_get_topics(), "PUBSUB GET_TOPICS").await;
+    is_not_supported(client.pubsub_list_peers("news"), "PUBSUB LIST_PEERS").await;
+    is_not_supported(client.pubsub_publish("news", "data"), "PUBSUB PUBLISH").await;
+    is_not_supported(client.pubsub_subscribe("news"), "PUBSUB SUBSCRIBE").await;
+}
+
+// --- the connection manager ---
+
+#[tokio::test]
+async fn peers_can_be_tagged_and_untagged() {
+    let pair = pair().await;
+    let (nobody, _) = stranger();
+    for peer in [pair.bob_daemon.peer_id(), &nobody] {
+        pair.alice
+            .connmgr_tag_peer(peer, "friend", 7)
+            .await
+            .unwrap();
+        pair.alice.connmgr_untag_peer(peer, "friend").await.unwrap();
+        pair.alice.connmgr_untag_peer(peer, "friend").await.unwrap();
+    }
+    // Of nothing, that far below the low-water mark.
+    pair.alice.connmgr_trim().await.unwrap();
+    let peers = pair.alice.list_peers().await.unwrap();
+    assert!(peers
+        .iter()
+        .any(|info| &info.peer_id == pair.bob_daemon.peer_id()));
+}
+
+#[tokio::test]
+async fn trimming_keeps_the_peer_with_the_most_weight() {
+    let _limit = Limit::new();
+    let manager = ConnectionManager::Limits {
+        low: 1,
+        high: 50,
+        grace: Duration::ZERO,
+    };
+    let (hub, one, two, three) = try_join!(
+        bare_daemon().connection_manager(manager).spawn(),
+        bare_daemon().spawn(),
+        bare_daemon().spawn(),
+        bare_daemon().spawn()
+    )
+    .unwrap();
+    let client = hub.client().await.unwrap();
+    for spoke in [&one, &two, &three] {
+        client
+            .connect(spoke.peer_id(), spoke.addrs())
+            .await
+            .unwrap();
+    }
+    for (peer, weight) in [(&one, 10), (&two, 100), (&three, 20)] {
+        let tagged = client.connmgr_tag_peer(peer.peer_id(), "friend", weight);
+        tagged.await.unwrap();
+    }
+    client
+        .connmgr_untag_peer(two.peer_id(), "friend")
+        .await
+        .unwrap();
+    assert_eq!(client.list_peers().await.unwrap().len(), 3);
+    client.connmgr_trim().await.unwrap();
+    eventually(async || {
+        let peers = client.list_peers().await?;
+        let kept: Vec<_> = peers.iter().map(|info| &info.peer_id).collect();
+        must(kept == [three.peer_id()], "others are there")
+    })
+    .await;
+}
+
+// --- pubsub ---
+
+#[tokio::test]
+async fn messages_reach_the_subscribers_of_both_daemons() {
+    let pair = pair().await;
+    let topic = "of both";
+    let mut near = pair.alice.pubsub_subscribe(topic).await.unwrap();
+    let mut far = pair.bob.pubsub_subscribe(topic).await.unwrap();
+    hears(&mut far, &pair.alice, topic).await;
+    hears(&mut near, &pair.bob, topic).await;
+    let peers = pair.alice.pubsub_list_peers(topic).await.unwrap();
+    assert_eq!(peers, [pair.bob_daemon.peer_id().clone()]);
+    let topics = pair.alice.pubsub_get_topics().await.unwrap();
+    assert!(topics.iter().any(|name| name == topic));
+
+    let large = pattern(900_000, 1);
+    for data in [b"hello".to_vec(), Vec::new(), large] {
+        pair.alice
+            .pubsub_publish(topic, data.clone())
+            .await
+            .unwrap();
+        for subscription in [&mut near, &mut far] {
+            let message = next_message(subscription).await;
+            assert!(message.data == data);
+            assert_eq!(message.from.as_ref(), Some(pair.alice_daemon.peer_id()));
+            assert_eq!(message.topic_ids, [topic]);
+        }
+    }
+    pair.bob.pubsub_publish(topic, "back").await.unwrap();
+    let message = next_message(&mut near).await;
+    assert_eq!(message.data, "back");
+    assert_eq!(message.from.as_ref(), Some(pair.bob_daemon.peer_id()));
+}
+
+#[tokio::test]
+async fn closing_or_dropping_a_subscription_unsubscribes() {
+    let pair = pair().await;
+    let topic = "for a while";
+    let is_there = async || {
+        let topics = pair.alice.pubsub_get_topics().await;
+        topics.unwrap().iter().any(|name| name == topic)
+    };
+    let news = pair.alice.pubsub_subscribe(topic).await.unwrap();
+    assert!(is_there().await);
+    news.close().await;
+    assert!(!is_there().await);
+
+    let news = pair.alice.pubsub_subscribe(topic).await.unwrap();
+    assert!(is_there().await);
+    drop(news);
+    eventually(async || must(!is_there().await, "it is there still")).await;
+}
+
+#[tokio::test]
+async fn a_subscription_ends_with_its_daemon() {
+    let _limit = Limit::new();
+    let daemon = daemon().spawn().await.unwrap();
+    let client = daemon.client().await.unwrap();
+    let mut news = client.pubsub_subscribe("news").await.unwrap();
+    let (message, ()) = join!(within("the end", news.next()), daemon.shutdown());
+    assert!(matches!(message, Some(Err(Error::ConnectionLost { .. }))));
+    assert!(news.next().await.is_none());
+}
