@@ -5,7 +5,8 @@
 mod common;
 
 use common::{
-    daemon, eventually, hears, must, next_message, pair, pattern, stranger, within, Limit, Pair,
+    bare_daemon, daemon, eventually, hears, must, next_message, pair, pattern, stranger, within,
+    Limit, Pair,
 };
 use p2pclient_rs::client::{Client, Error, IncomingStreams, Stream};
 use p2pclient_rs::core::{Multiaddr, PeerId};
