@@ -15,7 +15,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
 .PHONY: demo examples test test-rust test-python test-p2pclient test-hivemind hivemind-env \
-	lint bench bench-rust wheel fmt clean
+	lint package platforms bench bench-rust wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -55,11 +55,25 @@ bench: $(VENV)/.wheel
 bench-rust:
 	cargo bench --locked $(BENCH_ARGS)
 
+# What crates.io would get, built from that alone.
+package:
+	cargo publish --dry-run --locked
+
+# That the crate compiles where these checks do not run.
+platforms:
+	for target in x86_64-pc-windows-gnu aarch64-apple-darwin; do \
+		rustup target add $$target && \
+		cargo clippy --locked --target $$target -- -D warnings || exit 1; \
+	done
+
 lint: $(VENV)/.wheel
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --features python -- -D warnings
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo clippy --locked --no-default-features --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	tree=$$(cargo tree --locked --edges normal) && ! echo "$$tree" | grep pyo3
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy python/p2pclient_rs examples benches tests

@@ -1,9 +1,7 @@
 //! Listening sockets, as every driver wants them: with no event loop.
 
-use crate::core::multiaddr::Endpoint;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
-use std::net::SocketAddr;
 use std::path::Path;
 
 #[cfg(unix)]
@@ -45,24 +43,6 @@ pub fn new(address: &SockAddr) -> io::Result<Socket> {
         socket.set_tcp_nodelay(true)?;
     }
     Ok(socket)
-}
-
-/// The address of an endpoint whose host is none that must be resolved.
-pub fn address(endpoint: &Endpoint) -> io::Result<SockAddr> {
-    use crate::core::multiaddr::Host;
-
-    let ip = match endpoint {
-        Endpoint::Unix(path) => return SockAddr::unix(path),
-        Endpoint::Tcp { host, port } => match host {
-            Host::Ip4(ip) => SocketAddr::from((*ip, *port)),
-            Host::Ip6(ip) => SocketAddr::from((*ip, *port)),
-            name => {
-                let words = format!("{name} is a name, not an address of this machine");
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
-            }
-        },
-    };
-    Ok(ip.into())
 }
 
 /// The file of a unix socket, removed when dropped; another's file at that path is left alone.

@@ -2,7 +2,7 @@
 
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::sockets;
-use socket2::SockRef;
+use socket2::{SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
 use std::net::{Shutdown, SocketAddr};
 use std::pin::Pin;
@@ -227,7 +227,7 @@ enum Listening {
 impl Listener {
     /// Listens; TCP port 0 is any free one.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
-        let address = sockets::address(endpoint)?;
+        let address = sock_addr(endpoint)?;
         let (socket, file) = sockets::listen(&address)?;
         let socket = match endpoint {
             #[cfg(unix)]
@@ -260,4 +260,20 @@ impl Listener {
             }
         }
     }
+}
+
+/// The address of an endpoint whose host is none that must be resolved.
+fn sock_addr(endpoint: &Endpoint) -> io::Result<SockAddr> {
+    let ip = match endpoint {
+        Endpoint::Unix(path) => return SockAddr::unix(path),
+        Endpoint::Tcp { host, port } => match host {
+            Host::Ip4(ip) => SocketAddr::from((*ip, *port)),
+            Host::Ip6(ip) => SocketAddr::from((*ip, *port)),
+            name => {
+                let words = format!("{name} is a name, not an address of this machine");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
+            }
+        },
+    };
+    Ok(ip.into())
 }

@@ -144,14 +144,13 @@ impl Link {
     }
 
     /// Has the core encode something that is followed by `payload`, if it says so, and sends it.
-    fn tell(&self, payload: Bytes, encode: impl FnOnce(&mut Core, &mut BytesMut) -> bool) {
+    fn tell(&self, payload: Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
         let mut inner = lock(&self.inner);
         if inner.lost.is_some() {
             return;
         }
-        let Inner { core, head, .. } = &mut *inner;
-        head.clear();
-        let follows = encode(core, head);
+        inner.head.clear();
+        let follows = encode(&mut inner);
         let payload = if follows { payload } else { Bytes::new() };
         match inner.send(&self.socket, payload) {
             Ok(()) => self.after(inner),
@@ -164,8 +163,8 @@ impl Link {
 
     /// As `tell`, without a payload.
     fn tell_head(&self, encode: impl FnOnce(&mut Core, &mut BytesMut)) {
-        self.tell(Bytes::new(), |core, head| {
-            encode(core, head);
+        self.tell(Bytes::new(), |inner| {
+            encode(&mut inner.core, &mut inner.head);
             false
         });
     }
@@ -519,19 +518,30 @@ struct Replying {
 
 impl Replying {
     fn reply(mut self, outcome: Result<Bytes, String>) {
+        self.send(outcome);
+    }
+
+    fn send(&mut self, outcome: Result<Bytes, String>) {
         self.replied = true;
-        lock(&self.link.inner).work.remove(&self.id);
         let id = &self.id;
-        match outcome {
-            Ok(reply) => {
-                let len = reply.len();
-                self.link
-                    .tell(reply, |core, head| core.reply(id, len, head));
+        let (payload, error) = match outcome {
+            Ok(payload) => (payload, None),
+            Err(words) => (Bytes::new(), Some(words)),
+        };
+        let len = payload.len();
+        self.link.tell(payload, |inner| {
+            let Inner {
+                core, head, work, ..
+            } = inner;
+            work.remove(id);
+            match error {
+                None => core.reply(id, len, head),
+                Some(words) => {
+                    core.reply_error(id, &words, head);
+                    false
+                }
             }
-            Err(words) => self
-                .link
-                .tell_head(|core, head| core.reply_error(id, &words, head)),
-        }
+        });
     }
 }
 
@@ -543,9 +553,7 @@ impl Drop for Replying {
             } else {
                 "the handler was cancelled"
             };
-            lock(&self.link.inner).work.remove(&self.id);
-            self.link
-                .tell_head(|core, head| core.reply_error(&self.id, words, head));
+            self.send(Err(words.to_owned()));
         }
     }
 }
