@@ -1,5 +1,5 @@
 //! The client for tokio against a daemon that does as the test says: faults of control connections,
-//! of streams, queries and subscriptions. (Those of unary calls are in `unary_faults.rs`.)
+//! of streams, queries and subscriptions. (Those of unary calls are in `unary.rs`.)
 #![cfg(all(feature = "tokio", unix))]
 
 mod common;

@@ -1,0 +1,967 @@
+//! Unary calls of the client for tokio: between real p2pds of hivemind's, named by P2PD_PATH, and
+//! against a daemon that does as the test says.
+#![cfg(all(feature = "tokio", unix))]
+
+mod common;
+
+use bytes::Bytes;
+use common::fake::{ok, peer, refusal, Connection, FakeDaemon};
+use common::{bare_daemon, eventually, must, pair, pattern, stranger, within, Limit};
+use futures_util::future::join_all;
+use p2pclient_rs::client::{Client, Error, UnaryCall};
+use p2pclient_rs::core::pb::p2pd::{
+    self, call_unary_response::Result as Reply, persistent_connection_request::Message,
+    persistent_connection_response::Message as Answer, request::Type,
+};
+use p2pclient_rs::core::UnaryLimits;
+use std::convert::Infallible;
+use std::future::{pending, Future};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::{join, select};
+
+const SOON: Duration = Duration::from_millis(50);
+
+async fn echo(call: UnaryCall) -> Result<Bytes, Infallible> {
+    Ok(call.payload)
+}
+
+/// A handler that never ends. Its calls are told as they begin, and as they are given up.
+fn endless() -> (
+    impl Fn(UnaryCall) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send>>,
+    UnboundedReceiver<&'static str>,
+) {
+    struct Told(mpsc::UnboundedSender<&'static str>);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            let _ = self.0.send("given up");
+        }
+    }
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let handler = move |_: UnaryCall| {
+        let told = Told(sender.clone());
+        let work: std::pin::Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
+            told.0.send("begun").unwrap();
+            pending().await
+        });
+        work
+    };
+    (handler, receiver)
+}
+
+async fn next(told: &mut UnboundedReceiver<&'static str>) -> &'static str {
+    within("the handler", told.recv()).await.unwrap()
+}
+
+fn handler_failed<T: std::fmt::Debug>(outcome: Result<T, Error>) -> String {
+    match outcome {
+        Err(Error::HandlerFailed { message, .. }) => message,
+        other => panic!("{other:?}"),
+    }
+}
+
+// --- real daemons ---
+
+#[tokio::test]
+async fn calls_go_both_ways_and_name_the_caller() {
+    let pair = pair().await;
+    for (server, caller, callee, from) in [
+        (&pair.bob, &pair.alice, pair.bob_daemon, pair.alice_daemon),
+        (&pair.alice, &pair.bob, pair.alice_daemon, pair.bob_daemon),
+    ] {
+        let name = async |call: UnaryCall| Ok::<_, Infallible>(call.peer.to_string());
+        server.add_unary_handler("who", false, name).await.unwrap();
+        let reply = caller.call_unary(callee.peer_id(), "who", "").await;
+        assert_eq!(reply.unwrap(), from.peer_id().to_string());
+    }
+}
+
+#[tokio::test]
+async fn payloads_of_any_size_arrive_unharmed() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    pair.bob
+        .add_unary_handler("sizes", false, echo)
+        .await
+        .unwrap();
+    for size in [0, 1, 100, 16_383, 16_384, 65_536, 1 << 20, 3 << 20] {
+        let payload = Bytes::from(pattern(size, size));
+        let reply = pair.alice.call_unary(bob, "sizes", payload.clone()).await;
+        assert!(reply.unwrap() == payload, "{size}");
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_calls_at_once_each_way_are_answered_each_with_its_own() {
+    let pair = pair().await;
+    pair.alice
+        .add_unary_handler("many", false, echo)
+        .await
+        .unwrap();
+    pair.bob
+        .add_unary_handler("many", false, echo)
+        .await
+        .unwrap();
+    let calls = (0..2000).map(|number| {
+        let (client, callee) = match number % 2 {
+            0 => (pair.alice.clone(), pair.bob_daemon.peer_id()),
+            _ => (pair.bob.clone(), pair.alice_daemon.peer_id()),
+        };
+        tokio::spawn(async move {
+            let payload = pattern(number * 97 % 20_000, number * 8);
+            let reply = client.call_unary(callee, "many", payload.clone()).await;
+            assert!(reply.unwrap() == payload);
+        })
+    });
+    for call in join_all(calls).await {
+        call.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn replies_come_as_they_are_ready() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let (release, released) = tokio::sync::watch::channel(false);
+    let handler = move |call: UnaryCall| {
+        let mut released = released.clone();
+        async move {
+            if call.payload == "slow" {
+                released.wait_for(|released| *released).await.unwrap();
+            }
+            Ok::<_, Infallible>(call.payload)
+        }
+    };
+    pair.bob
+        .add_unary_handler("order", false, handler)
+        .await
+        .unwrap();
+    let slow = pair.alice.call_unary(bob, "order", "slow");
+    tokio::pin!(slow);
+    select! {
+        _ = &mut slow => panic!("it is held back"),
+        quick = pair.alice.call_unary(bob, "order", "quick") => assert_eq!(quick.unwrap(), "quick"),
+    }
+    release.send(true).unwrap();
+    assert_eq!(within("the other", slow).await.unwrap(), "slow");
+}
+
+#[tokio::test]
+async fn a_handler_may_call_its_caller_and_so_on() {
+    let pair = pair().await;
+    for server in [&pair.alice, &pair.bob] {
+        let own = server.clone();
+        let handler = move |call: UnaryCall| {
+            let own = own.clone();
+            async move {
+                if call.payload.is_empty() {
+                    return Ok(Bytes::from("the end"));
+                }
+                let rest = call.payload.slice(1..);
+                own.call_unary(&call.peer, "ping-pong", rest).await
+            }
+        };
+        server
+            .add_unary_handler("ping-pong", false, handler)
+            .await
+            .unwrap();
+    }
+    let bob = pair.bob_daemon.peer_id();
+    let reply = pair.alice.call_unary(bob, "ping-pong", vec![0; 20]).await;
+    assert_eq!(reply.unwrap(), "the end");
+    // The handlers have clones of their clients, which keep those open.
+    join!(pair.alice.close(), pair.bob.close());
+}
+
+#[tokio::test]
+async fn what_a_handler_fails_with_the_caller_is_told() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let fail = async |call: UnaryCall| -> Result<Bytes, String> {
+        assert_ne!(call.payload, "panic", "as asked");
+        Err(format!("{:?} is no number – 数", call.payload))
+    };
+    pair.bob
+        .add_unary_handler("failing", false, fail)
+        .await
+        .unwrap();
+    let outcome = pair.alice.call_unary(bob, "failing", "x").await;
+    assert_eq!(
+        outcome.as_ref().unwrap_err().to_string(),
+        format!(
+            "the handler failed: b\"x\" is no number – 数 (request CALL_UNARY, peer {bob}, protocol \
+             failing)"
+        )
+    );
+    assert_eq!(handler_failed(outcome), "b\"x\" is no number – 数");
+    let outcome = pair.alice.call_unary(bob, "failing", "panic").await;
+    assert_eq!(handler_failed(outcome), "the handler panicked");
+    pair.alice
+        .call_unary(bob, "failing", "x")
+        .await
+        .unwrap_err();
+}
+
+#[tokio::test]
+async fn what_nobody_serves_is_refused_at_once() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let error = pair
+        .alice
+        .call_unary(bob, "nobody's", "")
+        .await
+        .unwrap_err();
+    assert!(matches!(&error, Error::Refused { .. }), "{error:?}");
+    let words = error.daemon_message().unwrap();
+    assert!(words.contains("protocols not supported"), "{words}");
+    assert_eq!(
+        error.context().unwrap().protocol.as_deref(),
+        Some("nobody's")
+    );
+
+    let (nobody, _) = stranger();
+    let error = pair
+        .alice
+        .call_unary(&nobody, "echo", "")
+        .await
+        .unwrap_err();
+    assert!(matches!(&error, Error::Refused { .. }), "{error:?}");
+    assert_eq!(error.context().unwrap().peer, Some(nobody));
+}
+
+#[tokio::test]
+async fn messages_over_the_limit_fail_alone() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let grow = async |call: UnaryCall| Ok::<_, Infallible>(call.payload.repeat(4));
+    pair.bob
+        .add_unary_handler("growing", false, grow)
+        .await
+        .unwrap();
+    let too_large = pair
+        .alice
+        .call_unary(bob, "growing", vec![0; 4 << 20])
+        .await;
+    let error = too_large.unwrap_err();
+    assert!(matches!(error, Error::MessageTooLarge { limit, size, .. } if size > limit));
+    assert_eq!(error.context().unwrap().request, "CALL_UNARY");
+    let outcome = pair
+        .alice
+        .call_unary(bob, "growing", vec![0; 1 << 20])
+        .await;
+    let words = handler_failed(outcome);
+    assert!(words.contains("bytes"), "{words}");
+    let reply = pair.alice.call_unary(bob, "growing", "ab").await;
+    assert_eq!(reply.unwrap(), "abababab");
+}
+
+#[tokio::test]
+async fn a_dropped_call_and_one_out_of_time_cancel_their_handlers() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let (handler, mut told) = endless();
+    pair.bob
+        .add_unary_handler("endless", false, handler)
+        .await
+        .unwrap();
+    select! {
+        _ = pair.alice.call_unary(bob, "endless", "") => panic!("it has ended"),
+        begun = next(&mut told) => assert_eq!(begun, "begun"),
+    }
+    assert_eq!(next(&mut told).await, "given up");
+
+    let limit = Duration::from_millis(300);
+    let hasty = pair.alice.with_timeout(limit);
+    let outcome = hasty.call_unary(bob, "endless", "").await;
+    assert!(matches!(outcome, Err(Error::Timeout { after: Some(after), .. }) if after == limit));
+    assert_eq!(next(&mut told).await, "begun");
+    assert_eq!(next(&mut told).await, "given up");
+}
+
+#[tokio::test]
+async fn balanced_handlers_of_two_clients_serve_in_turn() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let other = pair.bob_daemon.client().await.unwrap();
+    let served = [&pair.bob, &other].map(|_| Arc::new(AtomicUsize::new(0)));
+    for (client, count) in [&pair.bob, &other].into_iter().zip(&served) {
+        let count = Arc::clone(count);
+        let handler = move |call: UnaryCall| {
+            count.fetch_add(1, Ordering::Relaxed);
+            echo(call)
+        };
+        client
+            .add_unary_handler("balanced", true, handler)
+            .await
+            .unwrap();
+    }
+    for _ in 0..10 {
+        pair.alice.call_unary(bob, "balanced", "").await.unwrap();
+    }
+    assert_eq!(served.map(|count| count.load(Ordering::Relaxed)), [5, 5]);
+}
+
+#[tokio::test]
+async fn a_name_has_one_handler_until_it_is_removed() {
+    let pair = pair().await;
+    let bob = pair.bob_daemon.peer_id();
+    let other = pair.bob_daemon.client().await.unwrap();
+    let add = |client: &Client| {
+        let client = client.clone();
+        async move { client.add_unary_handler("passing", false, echo).await }
+    };
+    add(&pair.bob).await.unwrap();
+    assert!(matches!(
+        add(&pair.bob).await,
+        Err(Error::AlreadyRegistered { .. })
+    ));
+    let error = add(&other).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    assert_eq!(other.unary_handlers(), [""; 0]);
+    pair.alice.call_unary(bob, "passing", "").await.unwrap();
+
+    pair.bob.remove_unary_handler("passing").await.unwrap();
+    let error = pair.bob.remove_unary_handler("passing").await.unwrap_err();
+    assert!(matches!(error, Error::NotRegistered { .. }));
+    // Until its daemon hears of the removal, it calls in good faith.
+    eventually(async || {
+        let error = pair.alice.call_unary(bob, "passing", "").await.unwrap_err();
+        must(matches!(error, Error::Refused { .. }), &error.to_string())
+    })
+    .await;
+    add(&other).await.unwrap();
+    eventually(async || Ok(pair.alice.call_unary(bob, "passing", "").await?)).await;
+}
+
+#[tokio::test]
+async fn closing_fails_what_is_pending_and_tells_the_callers() {
+    let pair = pair().await;
+    let (alice, bob) = (pair.alice_daemon.peer_id(), pair.bob_daemon.peer_id());
+    let (handler, mut told) = endless();
+    pair.bob
+        .add_unary_handler("closing", false, handler)
+        .await
+        .unwrap();
+    let (handler, mut also_told) = endless();
+    pair.alice
+        .add_unary_handler("closing", false, handler)
+        .await
+        .unwrap();
+    let (from_alice, from_bob, ()) = join!(
+        pair.alice.call_unary(bob, "closing", ""),
+        pair.bob.call_unary(alice, "closing", ""),
+        async {
+            assert_eq!(next(&mut told).await, "begun");
+            assert_eq!(next(&mut also_told).await, "begun");
+            pair.bob.close().await;
+        }
+    );
+    assert_eq!(
+        handler_failed(from_alice),
+        "the handler's client was closed"
+    );
+    let error = from_bob.unwrap_err();
+    assert!(matches!(error, Error::ConnectionLost { .. }), "{error:?}");
+    assert_eq!(next(&mut told).await, "given up");
+    assert_eq!(next(&mut also_told).await, "given up");
+    assert_eq!(pair.bob.unary_handlers(), [""; 0]);
+    // It opens another connection; the daemon may take a moment to notice the end of the first.
+    eventually(async || Ok(pair.bob.add_unary_handler("closing", false, echo).await?)).await;
+    eventually(async || Ok(pair.alice.call_unary(bob, "closing", "").await?)).await;
+}
+
+#[tokio::test]
+async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_has_the_handlers() {
+    let _limit = Limit::new();
+    let daemon = bare_daemon().spawn().await.unwrap();
+    let control = daemon.control_maddr().clone();
+    let far_daemon = bare_daemon().spawn().await.unwrap();
+    let far = far_daemon.client().await.unwrap();
+    let (handler, mut told) = endless();
+    far.add_unary_handler("endless", false, handler)
+        .await
+        .unwrap();
+
+    let client = daemon.client().await.unwrap();
+    client
+        .connect(far_daemon.peer_id(), far_daemon.addrs())
+        .await
+        .unwrap();
+    client.add_unary_handler("echo", false, echo).await.unwrap();
+    let calls = join_all((0..100).map(|_| client.call_unary(far_daemon.peer_id(), "endless", "")));
+    let (outcomes, ()) = join!(within("the end", calls), async {
+        for _ in 0..100 {
+            assert_eq!(next(&mut told).await, "begun");
+        }
+        drop(daemon); // killed, it says no good-bye
+    });
+    for outcome in outcomes {
+        assert!(matches!(outcome, Err(Error::ConnectionLost { .. })));
+    }
+    for _ in 0..100 {
+        assert_eq!(next(&mut told).await, "given up");
+    }
+    let error = client.call_unary(far_daemon.peer_id(), "endless", "").await;
+    assert!(matches!(error, Err(Error::Unreachable { .. })));
+
+    // At the same address, whose directory went with the first.
+    let path = control.to_string();
+    let path = std::path::Path::new(path.strip_prefix("/unix").unwrap());
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
+    let daemon = bare_daemon()
+        .control_maddr(control.clone())
+        .spawn()
+        .await
+        .unwrap();
+    client
+        .connect(far_daemon.peer_id(), far_daemon.addrs())
+        .await
+        .unwrap();
+    // The call opens the connection, and that brings the handlers back.
+    let call = client
+        .call_unary(far_daemon.peer_id(), "nobody's", "")
+        .await;
+    assert!(matches!(call, Err(Error::Refused { .. })));
+    let reply = far.call_unary(daemon.peer_id(), "echo", "again").await;
+    assert_eq!(reply.unwrap(), "again");
+    daemon.shutdown().await;
+    std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+}
+
+#[test]
+fn a_client_serves_one_runtime_after_another() {
+    let first = Runtime::new().unwrap();
+    let (pair, caller) = first.block_on(async {
+        let pair = pair().await;
+        pair.bob
+            .add_unary_handler("lasting", false, echo)
+            .await
+            .unwrap();
+        let caller = pair.alice.clone();
+        let bob = pair.bob_daemon.peer_id();
+        assert_eq!(
+            caller.call_unary(bob, "lasting", "one").await.unwrap(),
+            "one"
+        );
+        (pair, caller)
+    });
+    drop(first);
+    Runtime::new().unwrap().block_on(async {
+        let bob = pair.bob_daemon.peer_id();
+        // The next use of each client opens its connection anew, and registers its handlers.
+        eventually(async || Ok(pair.bob.add_unary_handler("second", false, echo).await?)).await;
+        let two = eventually(async || Ok(caller.call_unary(bob, "lasting", "two").await?)).await;
+        assert_eq!(two, "two");
+    });
+}
+
+// --- a daemon that does as the test says ---
+
+/// A persistent connection of a client, from the daemon's side.
+struct Persistent(Connection);
+
+impl Persistent {
+    async fn accept(daemon: &FakeDaemon) -> Self {
+        let mut connection = daemon.accept().await;
+        upgrade(&mut connection, ok()).await;
+        Self(connection)
+    }
+
+    async fn message(&mut self) -> (Bytes, Message) {
+        let message: p2pd::PersistentConnectionRequest = self.0.message().await;
+        let id = message.call_id.unwrap();
+        assert_eq!(id.len(), 16);
+        (id, message.message.unwrap())
+    }
+
+    /// The next message, which must be a call: its id and payload.
+    async fn call(&mut self) -> (Bytes, Bytes) {
+        match self.message().await {
+            (id, Message::CallUnary(call)) => (id, call.data.unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next message, which must ask for a handler: its id and name.
+    async fn addition(&mut self) -> (Bytes, String) {
+        match self.message().await {
+            (id, Message::AddUnaryHandler(add)) => (id, add.proto.unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next message, which must answer a call.
+    async fn response(&mut self) -> (Bytes, Reply) {
+        match self.message().await {
+            (id, Message::UnaryResponse(response)) => (id, response.result.unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn answer(&mut self, id: &Bytes, message: impl Into<Option<Answer>>) {
+        self.0.answer(answer(id, message.into())).await;
+    }
+
+    async fn reply(&mut self, id: &Bytes, data: impl Into<Bytes>) {
+        self.answer(id, reply(data)).await;
+    }
+
+    /// Answers the next call with its payload.
+    async fn echoes(&mut self) {
+        let (id, data) = self.call().await;
+        self.reply(&id, data).await;
+    }
+}
+
+async fn upgrade(connection: &mut Connection, answer: p2pd::Response) {
+    let request = connection.request().await;
+    assert_eq!(request.r#type, Some(Type::PersistentConnUpgrade as i32));
+    connection.answer(answer).await;
+}
+
+fn answer(id: &Bytes, message: Option<Answer>) -> p2pd::PersistentConnectionResponse {
+    p2pd::PersistentConnectionResponse {
+        call_id: Some(id.clone()),
+        message,
+    }
+}
+
+fn reply(data: impl Into<Bytes>) -> Answer {
+    Answer::CallUnaryResponse(p2pd::CallUnaryResponse {
+        result: Some(Reply::Response(data.into())),
+    })
+}
+
+fn daemon_error(words: &str) -> Answer {
+    Answer::DaemonError(p2pd::DaemonError {
+        message: Some(words.to_owned().into()),
+    })
+}
+
+/// A call of a peer.
+fn incoming(protocol: &'static str, data: &'static str) -> Answer {
+    Answer::RequestHandling(p2pd::CallUnaryRequest {
+        peer: Some(peer().to_bytes()),
+        proto: Some(protocol.into()),
+        data: Some(data.into()),
+    })
+}
+
+fn id(number: u8) -> Bytes {
+    Bytes::from(vec![number; 16])
+}
+
+async fn call(client: &Client, payload: &'static str) -> Result<Bytes, Error> {
+    client.call_unary(&peer(), "echo", payload).await
+}
+
+/// A client with a handler for `name`, and its connection.
+async fn serving<F, R>(
+    daemon: &FakeDaemon,
+    name: &str,
+    handler: impl Fn(UnaryCall) -> F + Send + Sync + 'static,
+) -> (Client, Persistent)
+where
+    F: Future<Output = Result<R, String>> + Send + 'static,
+    R: Into<Bytes>,
+{
+    let client = daemon.client();
+    let (added, connection) = join!(client.add_unary_handler(name, true, handler), async {
+        let mut connection = Persistent::accept(daemon).await;
+        let (id, added) = connection.addition().await;
+        assert_eq!(added, name);
+        connection.answer(&id, None).await;
+        connection
+    });
+    added.unwrap();
+    (client, connection)
+}
+
+async fn works(client: &Client, connection: &mut Persistent) {
+    let (reply, ()) = join!(call(client, "hello"), connection.echoes());
+    assert_eq!(reply.unwrap(), "hello");
+}
+
+#[tokio::test]
+async fn a_daemon_without_persistent_connections_is_not_supported() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, mut connection) = join!(call(&client, ""), async {
+        let mut connection = daemon.accept().await;
+        upgrade(&mut connection, refusal("ERR_INVALID_REQUEST_TYPE")).await;
+        connection
+    });
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
+    // Upstream's closes the connection; as it is there still, it must have been the request.
+    let (outcome, ()) = join!(call(&client, ""), async {
+        connection.request().await;
+        drop(connection);
+        daemon.accept().await.identifies().await;
+    });
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
+    assert_eq!(error.context().unwrap().peer, Some(peer()));
+}
+
+#[tokio::test]
+async fn an_upgrade_that_is_not_answered_ends_in_its_time() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let hasty = client.with_timeout(SOON);
+    let (outcome, mut connection) = join!(call(&hasty, ""), async {
+        let mut connection = daemon.accept().await;
+        connection.request().await;
+        connection
+    });
+    assert!(matches!(outcome, Err(Error::Timeout { .. })));
+    assert!(connection.is_closed().await);
+    let (reply, _) = join!(call(&client, "hello"), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        connection.echoes().await;
+        connection
+    });
+    assert_eq!(reply.unwrap(), "hello");
+}
+
+#[tokio::test]
+async fn calls_at_once_share_a_connection_and_replies_may_come_in_any_order() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let texts: Vec<String> = (0..50).map(|number| number.to_string()).collect();
+    let calls = join_all(texts.iter().map(|text| {
+        let (client, text) = (client.clone(), text.clone());
+        async move { client.call_unary(&peer(), "echo", text).await }
+    }));
+    let (replies, _connection) = join!(calls, async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let mut calls = Vec::new();
+        for _ in 0..50 {
+            calls.push(connection.call().await);
+        }
+        for (id, data) in calls.into_iter().rev() {
+            connection.reply(&id, data).await;
+        }
+        connection
+    });
+    let replies: Vec<_> = replies.into_iter().map(Result::unwrap).collect();
+    assert_eq!(replies, texts);
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn a_reply_one_byte_at_a_time_is_a_reply_and_so_are_many_at_once() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (replies, ()) = join!(
+        async {
+            join!(
+                call(&client, "one"),
+                call(&client, "two"),
+                call(&client, "three")
+            )
+        },
+        async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let mut calls = Vec::new();
+            for _ in 0..3 {
+                calls.push(connection.call().await);
+            }
+            let frame = |(id, data): &(Bytes, Bytes)| {
+                let data = data.repeat(10_000);
+                let message = answer(id, Some(reply(data)));
+                p2pclient_rs::core::framing::encode_frame(&message)
+            };
+            let frames: Vec<_> = calls.iter().map(frame).collect();
+            for byte in frames[0].chunks(1).take(200) {
+                connection.0.send(byte).await;
+                tokio::task::yield_now().await;
+            }
+            let rest = [&frames[0][200..], &frames[1], &frames[2]].concat();
+            connection.0.send(&rest).await;
+        }
+    );
+    let replies = <[_; 3]>::from(replies).map(Result::unwrap);
+    assert_eq!(
+        replies,
+        ["one", "two", "three"].map(|text| text.repeat(10_000))
+    );
+}
+
+#[tokio::test]
+async fn a_dropped_call_is_cancelled_at_the_daemon_and_its_late_reply_dropped() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (mut connection, id) = select! {
+        _ = call(&client, "") => panic!("it has ended"),
+        called = async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (id, _) = connection.call().await;
+            (connection, id)
+        } => called,
+    };
+    let (cancelled, message) = connection.message().await;
+    assert!(matches!(message, Message::Cancel(_)));
+    assert_eq!(cancelled, id);
+    connection.reply(&id, "late").await;
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_lost_connection_fails_all_pending_calls_at_once_and_the_next_call_has_another() {
+    let daemon = FakeDaemon::new();
+    let (client, mut connection) =
+        serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
+    let calls = join_all((0..10).map(|_| call(&client, "")));
+    let (outcomes, ()) = join!(within("the end", calls), async {
+        for _ in 0..10 {
+            connection.call().await;
+        }
+        drop(connection);
+    });
+    for outcome in outcomes {
+        let error = outcome.unwrap_err();
+        assert!(matches!(&error, Error::ConnectionLost { .. }), "{error:?}");
+        assert_eq!(error.context().unwrap().request, "CALL_UNARY");
+    }
+    // Its handlers are registered first.
+    let (reply, mut connection) = join!(call(&client, "hello"), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, name) = connection.addition().await;
+        assert_eq!(name, "served");
+        connection.answer(&id, None).await;
+        connection.echoes().await;
+        connection
+    });
+    assert_eq!(reply.unwrap(), "hello");
+    connection.answer(&id(1), incoming("served", "hi")).await;
+    let (answered, reply) = connection.response().await;
+    assert_eq!((answered, reply), (id(1), Reply::Response("hi".into())));
+}
+
+#[tokio::test]
+async fn a_name_that_another_client_took_meanwhile_is_given_up() {
+    let daemon = FakeDaemon::new();
+    let (client, connection) =
+        serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
+    drop(connection);
+    let (reply, _connection) = join!(
+        async {
+            // It is noticed a little later.
+            eventually(async || Ok(call(&client, "hello").await?)).await
+        },
+        async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (id, _) = connection.addition().await;
+            let words = "handler for protocol served already set";
+            connection.answer(&id, daemon_error(words)).await;
+            connection.echoes().await;
+            connection
+        }
+    );
+    assert_eq!(reply, "hello");
+    assert_eq!(client.unary_handlers(), [""; 0]);
+}
+
+#[tokio::test]
+async fn what_is_no_answer_fails_what_is_pending_and_ends_the_connection() {
+    let no_answers: [&[u8]; 4] = [
+        &[0xff; 11],                    // no length
+        &[0xff, 0xff, 0xff, 0xff, 0xf], // an over-long one
+        &[3, 0xff, 0xff, 0xff],         // no message
+        &[0],                           // no call id
+    ];
+    for bytes in no_answers {
+        let daemon = FakeDaemon::new();
+        let client = daemon.client();
+        let (outcome, mut connection) = join!(within("an end", call(&client, "")), async {
+            let mut connection = Persistent::accept(&daemon).await;
+            connection.call().await;
+            connection.0.send(bytes).await;
+            connection
+        });
+        let error = outcome.unwrap_err();
+        assert!(
+            matches!(error, Error::Protocol { .. }),
+            "{bytes:?}: {error:?}"
+        );
+        assert!(connection.0.is_closed().await);
+    }
+}
+
+#[tokio::test]
+async fn answers_to_nobody_are_ignored_and_one_with_nothing_in_it_fails_its_call_alone() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcomes, mut connection) = join!(
+        async { join!(call(&client, "one"), call(&client, "two")) },
+        async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (one, _) = connection.call().await;
+            let (two, _) = connection.call().await;
+            connection.reply(&id(9), "to nobody").await;
+            connection.answer(&id(8), daemon_error("to nobody")).await;
+            connection
+                .answer(&id(7), Answer::Cancel(p2pd::Cancel {}))
+                .await;
+            let nothing = p2pd::CallUnaryResponse { result: None };
+            connection
+                .answer(&one, Answer::CallUnaryResponse(nothing))
+                .await;
+            connection.reply(&two, "2").await;
+            connection
+        }
+    );
+    assert!(
+        matches!(outcomes.0, Err(Error::Protocol { .. })),
+        "{outcomes:?}"
+    );
+    assert_eq!(outcomes.1.unwrap(), "2");
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_daemons_error_is_a_refusal_in_its_words() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, _) = join!(call(&client, ""), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, _) = connection.call().await;
+        connection.answer(&id, daemon_error("failed to dial")).await;
+        connection
+    });
+    let error = outcome.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "the daemon refused: failed to dial (request CALL_UNARY, peer {}, protocol echo)",
+            peer()
+        )
+    );
+}
+
+#[tokio::test]
+async fn a_call_for_what_is_not_served_is_answered_with_an_error() {
+    let daemon = FakeDaemon::new();
+    let (client, mut connection) =
+        serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
+    connection.answer(&id(1), incoming("unserved", "")).await;
+    let (answered, reply) = connection.response().await;
+    let words = "no handler for the protocol \"unserved\"";
+    assert_eq!((answered, reply), (id(1), Reply::Error(words.into())));
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_cancelled_handler_is_dropped_and_sends_nothing() {
+    let daemon = FakeDaemon::new();
+    let (handler, mut told) = endless();
+    let (client, mut connection) = serving(&daemon, "endless", handler).await;
+    connection.answer(&id(1), incoming("endless", "")).await;
+    assert_eq!(next(&mut told).await, "begun");
+    connection
+        .answer(&id(1), Answer::Cancel(p2pd::Cancel {}))
+        .await;
+    assert_eq!(next(&mut told).await, "given up");
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn handlers_at_work_are_dropped_with_the_connection_and_with_the_client() {
+    for by_daemon in [true, false] {
+        let daemon = FakeDaemon::new();
+        let (handler, mut told) = endless();
+        let (client, mut connection) = serving(&daemon, "endless", handler).await;
+        connection.answer(&id(1), incoming("endless", "")).await;
+        assert_eq!(next(&mut told).await, "begun");
+        if by_daemon {
+            drop(connection);
+            assert_eq!(next(&mut told).await, "given up");
+        } else {
+            drop(client);
+            assert_eq!(next(&mut told).await, "given up");
+            let (answered, reply) = connection.response().await;
+            let words = "the handler's client was closed";
+            assert_eq!((answered, reply), (id(1), Reply::Error(words.into())));
+            connection.0.ended().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_registration_that_is_given_up_is_undone_and_the_name_free() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (mut connection, added) = select! {
+        _ = client.add_unary_handler("served", false, echo) => panic!("it has ended"),
+        asked = async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (id, _) = connection.addition().await;
+            (connection, id)
+        } => asked,
+    };
+    connection.answer(&added, None).await;
+    let (removed, message) = connection.message().await;
+    assert!(
+        matches!(message, Message::RemoveUnaryHandler(_)),
+        "{message:?}"
+    );
+    connection.answer(&removed, None).await;
+    let (added, ()) = join!(client.add_unary_handler("served", false, echo), async {
+        let (id, _) = connection.addition().await;
+        connection.answer(&id, None).await;
+    });
+    added.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_over_the_limit_is_not_sent() {
+    let daemon = FakeDaemon::new();
+    let limits = UnaryLimits {
+        max_message: 1000,
+        ..UnaryLimits::default()
+    };
+    let client = Client::builder(daemon.control())
+        .unary_limits(limits)
+        .build();
+    let client = client.unwrap();
+    let callee = peer();
+    let (outcome, mut connection) = join!(
+        client.call_unary(&callee, "echo", vec![0; 1000]),
+        Persistent::accept(&daemon)
+    );
+    assert!(matches!(
+        outcome,
+        Err(Error::MessageTooLarge { limit: 1000, .. })
+    ));
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn callers_of_a_daemon_that_does_not_read_fail_with_it() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let calls: Vec<_> = (0..64)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.call_unary(&peer(), "echo", vec![0; 1 << 20]).await })
+        })
+        .collect();
+    let connection = Persistent::accept(&daemon).await;
+    connection.0.readable().await;
+    drop((daemon, connection));
+    for call in calls {
+        let error = within("the end", call).await.unwrap().unwrap_err();
+        // Those that were held back have tried another connection.
+        assert!(
+            matches!(
+                error,
+                Error::ConnectionLost { .. } | Error::Unreachable { .. }
+            ),
+            "{error:?}"
+        );
+    }
+}
