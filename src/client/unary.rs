@@ -13,10 +13,15 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::{sleep, Instant};
 
 /// How long what was sent last may take to leave when the client is closed.
-const GOODBYE: std::time::Duration = std::time::Duration::from_secs(1);
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How long the daemon may take to forget the handlers of a connection that was lost.
+const FORGETTING: Duration = Duration::from_secs(1);
 
 /// A call of a peer, given to a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -292,7 +297,7 @@ impl Unary {
                 .collect()
         };
         for (protocol, balanced) in handlers {
-            match link.register(&protocol, balanced).await {
+            match register_again(&link, &protocol, balanced).await {
                 // Taken by another client meanwhile: no reason to do without the rest.
                 Err(Error::Refused { .. }) => drop(lock(&self.handlers).remove(&protocol)),
                 outcome => outcome?,
@@ -320,6 +325,19 @@ impl Drop for Unary {
             link.leave();
             link.lose(&closed());
         }
+    }
+}
+
+/// Registers what was registered on another connection, which the daemon may not have noticed the end of.
+async fn register_again(link: &Arc<Link>, protocol: &str, balanced: bool) -> Result<(), Error> {
+    let give_up = Instant::now() + FORGETTING;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match link.register(protocol, balanced).await {
+            Err(Error::Refused { .. }) if Instant::now() < give_up => sleep(pause).await,
+            outcome => return outcome,
+        }
+        pause = Duration::from_millis(50).min(2 * pause);
     }
 }
 
