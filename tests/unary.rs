@@ -743,28 +743,58 @@ async fn a_lost_connection_fails_all_pending_calls_at_once_and_the_next_call_has
 }
 
 #[tokio::test]
+async fn a_name_that_the_daemon_has_not_forgotten_yet_is_registered_again() {
+    let daemon = FakeDaemon::new();
+    let (client, connection) =
+        serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
+    drop(connection);
+    let (reply, _connection) = join!(
+        eventually(async || Ok(call(&client, "hello").await?)),
+        async {
+            let mut connection = Persistent::accept(&daemon).await;
+            for _ in 0..3 {
+                let (id, _) = connection.addition().await;
+                connection.answer(&id, daemon_error(ALREADY_SET)).await;
+            }
+            let (id, _) = connection.addition().await;
+            connection.answer(&id, None).await;
+            connection.echoes().await;
+            connection
+        }
+    );
+    assert_eq!(reply, "hello");
+    assert_eq!(client.unary_handlers(), ["served"]);
+}
+
+#[tokio::test]
 async fn a_name_that_another_client_took_meanwhile_is_given_up() {
     let daemon = FakeDaemon::new();
     let (client, connection) =
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
     drop(connection);
     let (reply, _connection) = join!(
-        async {
-            // It is noticed a little later.
-            eventually(async || Ok(call(&client, "hello").await?)).await
-        },
+        eventually(async || Ok(call(&client, "hello").await?)),
         async {
             let mut connection = Persistent::accept(&daemon).await;
-            let (id, _) = connection.addition().await;
-            let words = "handler for protocol served already set";
-            connection.answer(&id, daemon_error(words)).await;
-            connection.echoes().await;
-            connection
+            loop {
+                match connection.message().await {
+                    (id, Message::AddUnaryHandler(_)) => {
+                        connection.answer(&id, daemon_error(ALREADY_SET)).await;
+                    }
+                    (id, Message::CallUnary(call)) => {
+                        connection.reply(&id, call.data.unwrap()).await;
+                        return connection;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
         }
     );
     assert_eq!(reply, "hello");
     assert_eq!(client.unary_handlers(), [""; 0]);
 }
+
+const ALREADY_SET: &str = "handler for protocol served already set";
 
 #[tokio::test]
 async fn what_is_no_answer_fails_what_is_pending_and_ends_the_connection() {
