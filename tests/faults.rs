@@ -737,12 +737,11 @@ async fn the_name_of_a_refused_or_given_up_handler_is_free() {
     });
     assert!(matches!(outcome, Err(Error::Refused { .. })));
 
-    // It may have it: it is told to forget it.
+    // Once it has it, it is told to forget it.
     let hasty = client.with_timeout(SOON);
     let (outcome, _) = join!(hasty.stream_handler("/echo", false), control.request());
     assert!(matches!(outcome, Err(Error::Timeout { .. })));
-    control.ended().await;
-    let mut control = daemon.accept().await;
+    control.answer(ok()).await;
     taken_back(&mut control).await;
 
     let (outcome, ()) = join!(client.stream_handler("/echo", false), async {

@@ -608,7 +608,7 @@ async fn a_daemon_without_persistent_connections_is_not_supported() {
 }
 
 #[tokio::test]
-async fn an_upgrade_that_is_not_answered_ends_in_its_time() {
+async fn an_upgrade_that_nobody_waits_for_any_more_is_of_use_to_the_next() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let hasty = client.with_timeout(SOON);
@@ -618,7 +618,37 @@ async fn an_upgrade_that_is_not_answered_ends_in_its_time() {
         connection
     });
     assert!(matches!(outcome, Err(Error::Timeout { .. })));
+    let (reply, _) = join!(call(&client, "hello"), async {
+        connection.answer(ok()).await;
+        let mut connection = Persistent(connection);
+        connection.echoes().await;
+        connection
+    });
+    assert_eq!(reply.unwrap(), "hello");
+}
+
+#[tokio::test]
+async fn closing_the_client_gives_up_an_upgrade_that_is_not_answered() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let adding = client.add_unary_handler("echo", false, |call| async {
+        Ok::<_, String>(call.payload)
+    });
+    let (called, added, mut connection) = join!(call(&client, ""), adding, async {
+        let mut connection = daemon.accept().await;
+        connection.request().await;
+        client.close().await;
+        connection
+    });
     assert!(connection.is_closed().await);
+    for outcome in [called.map(drop), added] {
+        let error = outcome.unwrap_err();
+        assert!(
+            error.to_string().contains("the client was closed"),
+            "{error}"
+        );
+    }
+    assert!(client.unary_handlers().is_empty());
     let (reply, _) = join!(call(&client, "hello"), async {
         let mut connection = Persistent::accept(&daemon).await;
         connection.echoes().await;
@@ -830,8 +860,12 @@ async fn answers_to_nobody_are_ignored_and_one_with_nothing_in_it_fails_its_call
         async { join!(call(&client, "one"), call(&client, "two")) },
         async {
             let mut connection = Persistent::accept(&daemon).await;
-            let (one, _) = connection.call().await;
-            let (two, _) = connection.call().await;
+            // They wait for the same connection, which keeps no order.
+            let (mut one, call) = connection.call().await;
+            let (mut two, _) = connection.call().await;
+            if call == "two" {
+                std::mem::swap(&mut one, &mut two);
+            }
             connection.reply(&id(9), "to nobody").await;
             connection.answer(&id(8), daemon_error("to nobody")).await;
             connection

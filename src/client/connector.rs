@@ -9,6 +9,7 @@ use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::{poll_fn, Future};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{self, ready, Poll};
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub struct Connector {
     /// … never hold up those that it answers at once.
     quick: Arc<Semaphore>,
     idle: Mutex<VecDeque<Connection>>,
+    generation: AtomicU64,
 }
 
 /// A control connection.
@@ -40,6 +42,8 @@ struct Connection {
     exchange: Exchange,
     /// Whose reactor the socket is registered with: on another one it would never be ready.
     runtime: runtime::Id,
+    /// How often the idle connections had been closed when it was opened.
+    generation: u64,
 }
 
 /// A connection on which a request is under way. It goes back to the pool if the answer has been read
@@ -48,7 +52,7 @@ struct Connection {
 pub struct Lease {
     connection: Option<Connection>,
     connector: Arc<Connector>,
-    _turn: OwnedSemaphorePermit,
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Connector {
@@ -64,6 +68,7 @@ impl Connector {
             slow: Arc::new(Semaphore::new(max_connections)),
             quick: Arc::new(Semaphore::new(MAX_IDLE)),
             idle: Mutex::default(),
+            generation: AtomicU64::new(0),
         })
     }
 
@@ -92,7 +97,8 @@ impl Connector {
         let mut lease = Lease {
             connection: None,
             connector: Arc::clone(self),
-            _turn: turn.expect("the semaphores are never closed"),
+            // They are never closed.
+            turn: turn.ok(),
         };
         if let Some(connection) = self.take() {
             match lease.connection.insert(connection).ask(request).await {
@@ -146,6 +152,7 @@ impl Connector {
     }
 
     async fn connect(&self) -> Result<Connection, Error> {
+        let generation = self.generation.load(Ordering::Relaxed);
         let socket = Socket::connect(&self.endpoint).await;
         let socket = socket.map_err(|error| Error::Unreachable {
             addr: self.control.clone(),
@@ -156,6 +163,7 @@ impl Connector {
             socket,
             exchange: Exchange::new(self.limits),
             runtime: Handle::current().id(),
+            generation,
         })
     }
 
@@ -175,6 +183,9 @@ impl Connector {
 
     fn give_back(&self, connection: Connection) {
         let mut idle = lock(&self.idle);
+        if connection.generation != self.generation.load(Ordering::Relaxed) {
+            return;
+        }
         idle.push_back(connection);
         // The oldest may be of a runtime that is no more.
         if idle.len() > MAX_IDLE {
@@ -182,9 +193,11 @@ impl Connector {
         }
     }
 
-    /// Closes the idle connections.
+    /// Closes the idle connections, and those in use when they are given back.
     pub fn close_idle(&self) {
-        lock(&self.idle).clear();
+        let mut idle = lock(&self.idle);
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        idle.clear();
     }
 }
 
@@ -234,6 +247,11 @@ impl Lease {
             Some(connection) => connection.poll_event(cx),
             None => Poll::Ready(Err(Error::lost("it is closed", false))),
         }
+    }
+
+    /// Lets others have their turn while whoever has this reads on at leisure.
+    pub fn give_up_turn(&mut self) {
+        self.turn = None;
     }
 
     /// The socket of a connection that was consumed, and what came right behind the answer.

@@ -5,6 +5,7 @@ use crate::core::{control, Answer, Multiaddr, PeerId, PeerInfo};
 
 /// Who a daemon is.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Identity {
     /// Its peer id.
     pub peer_id: PeerId,

@@ -218,7 +218,9 @@ impl<T> Results<T> {
     fn poll_event(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<Event, Error>> {
         match &mut self.stage {
             Stage::Starting(starting) => {
-                let (lease, event) = ready!(starting.as_mut().poll(cx))?;
+                let (mut lease, event) = ready!(starting.as_mut().poll(cx))?;
+                // The next query may depend on what is done with these results.
+                lease.give_up_turn();
                 self.stage = Stage::Running(Box::new(lease));
                 Poll::Ready(Ok(event))
             }

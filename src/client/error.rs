@@ -113,6 +113,7 @@ pub enum Error {
 
 /// What a failed request was about.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Context {
     /// The request's name in the protocol, as `CONNECT` or `DHT GET_VALUE`.
     pub request: &'static str,

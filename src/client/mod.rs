@@ -50,7 +50,15 @@ use std::time::Duration;
 /// the request up; so does [`with_timeout`](Self::with_timeout), which also tells the daemon.
 ///
 /// The last clone to be dropped closes the idle connections and the persistent one. Streams and
-/// subscriptions live on.
+/// subscriptions live on. An [`IncomingStreams`] has a clone of its own.
+///
+/// The persistent connection and the listener for inbound streams belong to the runtime on which they
+/// were opened. Calls from another one wait for that to be running; when it has ended, they are opened
+/// anew.
+///
+/// # Panics
+/// Its methods panic on a tokio runtime without I/O or time: build it with
+/// [`enable_all`](tokio::runtime::Builder::enable_all).
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -230,4 +238,8 @@ fn mismatch(answer: &Answer) -> Error {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn runtime_ended() -> Error {
+    Error::lost("its tokio runtime has ended", false)
 }

@@ -6,8 +6,8 @@ use socket2::{SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
 use std::net::{Shutdown, SocketAddr};
 use std::pin::Pin;
-use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use std::task::{ready, Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 #[cfg(unix)]
 use tokio::net::{UnixListener, UnixStream};
@@ -43,13 +43,10 @@ impl Socket {
             #[cfg(unix)]
             Endpoint::Unix(path) => return connect_unix(path).await,
             #[cfg(not(unix))]
-            Endpoint::Unix(_) => {
-                let words = "there are no unix sockets here: use TCP";
-                return Err(io::Error::new(ErrorKind::Unsupported, words));
-            }
+            Endpoint::Unix(_) => return Err(no_unix_sockets()),
             Endpoint::Tcp { host, port } => (host, *port),
         };
-        let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+        let mut last = no_address();
         for address in resolve(host, port).await? {
             match TcpStream::connect(address).await {
                 Ok(stream) => {
@@ -60,6 +57,18 @@ impl Socket {
             }
         }
         Err(last)
+    }
+
+    /// The same endpoint with an address for its name, if it has one: what can be listened at.
+    pub async fn resolve_endpoint(endpoint: &Endpoint) -> io::Result<Endpoint> {
+        match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let addresses = resolve(host, *port).await?;
+                let first = addresses.first().ok_or_else(no_address)?;
+                Ok((*first).into())
+            }
+            Endpoint::Unix(_) => Ok(endpoint.clone()),
+        }
     }
 
     /// Whether nothing has come, not even the end.
@@ -78,12 +87,24 @@ impl Socket {
         either!(self, socket => (&*SockRef::from(socket)).read(buffer))
     }
 
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => socket.try_read(buffer))
-    }
-
+    /// Reads what there is. Where that is less than there was room for, `readable` waits for more: with
+    /// tokio's own, another read would have to find nothing first.
     pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        either!(self, socket => socket.try_read_vectored(pieces))
+        let room: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let mut read = None;
+        let outcome = either!(self, socket => socket.try_io(Interest::READABLE, || {
+            let count = (&*SockRef::from(socket)).read_vectored(pieces)?;
+            read = Some(count);
+            // So it is with epoll and kqueue.
+            if cfg!(unix) && count > 0 && count < room {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            Ok(())
+        }));
+        match read {
+            Some(count) => Ok(count),
+            None => outcome.map(|()| 0),
+        }
     }
 
     pub fn try_write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
@@ -144,6 +165,16 @@ async fn connect_unix(path: &str) -> io::Result<Socket> {
             connected => return connected.map(Socket::Unix),
         }
     }
+}
+
+fn no_address() -> io::Error {
+    io::Error::new(ErrorKind::NotFound, "the name has no address")
+}
+
+#[cfg(not(unix))]
+fn no_unix_sockets() -> io::Error {
+    let words = "there are no unix sockets here: use TCP";
+    io::Error::new(ErrorKind::Unsupported, words)
 }
 
 async fn resolve(host: &Host, port: u16) -> io::Result<Vec<SocketAddr>> {
@@ -227,6 +258,10 @@ enum Listening {
 impl Listener {
     /// Listens; TCP port 0 is any free one.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
+        #[cfg(not(unix))]
+        if let Endpoint::Unix(_) = endpoint {
+            return Err(no_unix_sockets());
+        }
         let address = sock_addr(endpoint)?;
         let (socket, file) = sockets::listen(&address)?;
         let socket = match endpoint {
@@ -249,14 +284,19 @@ impl Listener {
         }
     }
 
-    pub async fn accept(&self) -> io::Result<Socket> {
+    pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Socket>> {
         match &self.socket {
             #[cfg(unix)]
-            Listening::Unix(listener) => Ok(Socket::Unix(listener.accept().await?.0)),
+            Listening::Unix(listener) => {
+                let accepted = ready!(listener.poll_accept(cx));
+                Poll::Ready(accepted.map(|(stream, _)| Socket::Unix(stream)))
+            }
             Listening::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                Ok(Socket::Tcp(stream))
+                let accepted = ready!(listener.poll_accept(cx));
+                Poll::Ready(accepted.and_then(|(stream, _)| {
+                    stream.set_nodelay(true)?;
+                    Ok(Socket::Tcp(stream))
+                }))
             }
         }
     }

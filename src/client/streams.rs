@@ -2,20 +2,23 @@
 
 use super::connector::Connector;
 use super::socket::{Listener, Socket};
-use super::{lock, mismatch, Client, Context, Error};
+use super::{lock, mismatch, runtime_ended, Client, Context, Error};
 use crate::core::multiaddr::Endpoint;
 use crate::core::{framing, streams, Answer, Multiaddr, PeerId, StreamInfo};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, Notify, Semaphore};
+use tokio::sync::{mpsc, oneshot, Notify, Semaphore};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 /// How many streams of a protocol may wait for being taken, before the next ones are refused: held
 /// back instead, they would hold back those of other protocols.
@@ -27,6 +30,9 @@ const MAX_ARRIVING: usize = 256;
 /// The StreamInfo before an inbound stream is small, and comes at once.
 const MAX_HEADER: usize = 64 * 1024;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the daemon may take to answer when nobody waits for that any more.
+const ANSWERING: Duration = Duration::from_secs(30);
 
 /// How long to wait after an accept failed: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -110,25 +116,50 @@ impl Client {
         listening.as_ref().map(|listening| listening.addr.clone())
     }
 
+    /// In a task of its own: a caller who gives up must not leave a handler behind, as when what takes
+    /// it back overtook what registers it.
     async fn register(&self, protocol: String, balanced: bool) -> Result<IncomingStreams, Error> {
-        let inbound = &self.shared.inbound;
-        let addr = inbound.listen(self.connector())?;
-        // In place before the daemon has it: a stream can come sooner than the daemon's answer.
-        let streams = inbound.handlers.enter(&protocol).await?;
-        let request = streams::stream_handler(&addr, vec![protocol.clone()], balanced);
+        let (mut waiting, outcome) = oneshot::channel();
+        let client = self.clone();
+        tokio::spawn(async move {
+            let inbound = &client.shared.inbound;
+            // Until the daemon is asked, it can be given up.
+            let ready = tokio::select! {
+                biased;
+                () = waiting.closed() => return,
+                ready = async {
+                    let addr = inbound.listen(client.connector()).await?;
+                    Ok((addr, Handlers::enter(&inbound.handlers, protocol).await?))
+                } => ready,
+            };
+            let registered = match ready {
+                Ok((addr, entered)) => client.try_register(addr, entered, balanced).await,
+                Err(error) => Err(error),
+            };
+            // Dropped, by us or by who waits, it is taken back.
+            drop(waiting.send(registered));
+        });
+        outcome.await.unwrap_or_else(|_| Err(runtime_ended()))
+    }
+
+    async fn try_register(
+        &self,
+        addr: Multiaddr,
+        (name, streams): (Name, mpsc::Receiver<Stream>),
+        balanced: bool,
+    ) -> Result<IncomingStreams, Error> {
+        let request = streams::stream_handler(&addr, vec![name.protocol.clone()], balanced);
         let mut handler = IncomingStreams {
             streams,
             registration: Some(Registration {
                 client: self.clone(),
                 addr,
                 runtime: Handle::current(),
-                name: Name {
-                    handlers: Arc::clone(&inbound.handlers),
-                    protocol,
-                },
+                name,
             }),
         };
-        let outcome = self.connector().ask(&request).await;
+        let asking = timeout(ANSWERING, self.connector().ask(&request)).await;
+        let outcome = asking.unwrap_or_else(|_| Err(Error::timeout(ANSWERING)));
         if let Err(Error::Refused { .. } | Error::Unreachable { .. }) = &outcome {
             // The daemon has nothing to forget.
             handler.registration = None;
@@ -140,7 +171,8 @@ impl Client {
 /// The inbound streams of a protocol: a futures `Stream` of [`Stream`]s. Dropping it takes the handler
 /// back.
 ///
-/// Up to 256 streams wait here for being taken; while they do, further ones are closed at once.
+/// Up to 256 streams wait here for being taken; while they do, further ones are closed at once. It
+/// holds a clone of its client.
 ///
 /// ```no_run
 /// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
@@ -183,10 +215,12 @@ impl IncomingStreams {
     /// [`Error::NotSupported`] if the daemon is not hivemind's: it goes on offering the protocol to
     /// its peers, but their streams are refused here.
     pub async fn close(mut self) -> Result<(), Error> {
-        match self.registration.take() {
-            Some(registration) => registration.take_back().await,
-            None => Ok(()),
-        }
+        let Some(registration) = self.registration.take() else {
+            return Ok(());
+        };
+        // To its end, also if this is dropped.
+        let taking = tokio::spawn(registration.take_back());
+        taking.await.unwrap_or_else(|_| Err(runtime_ended()))
     }
 }
 
@@ -217,6 +251,9 @@ impl Registration {
             client, addr, name, ..
         } = self;
         let about = Context::new("REMOVE_STREAM_HANDLER").protocol(&name.protocol);
+        if !name.is_taken() {
+            return Ok(());
+        }
         let request = streams::remove_stream_handler(&addr, vec![name.protocol.clone()]);
         let work = async {
             match client.connector().ask(&request).await {
@@ -224,7 +261,8 @@ impl Registration {
                 Err(error) => Err(client.connector().unknown_request(error).await),
             }
         };
-        client.within(about, work).await
+        let limit = client.timeout().unwrap_or(ANSWERING);
+        client.with_timeout(limit).within(about, work).await
     }
 }
 
@@ -234,36 +272,69 @@ impl Registration {
 struct Name {
     handlers: Arc<Handlers>,
     protocol: String,
+    number: u64,
+}
+
+impl Name {
+    /// Whether it was not lost with the runtime, and maybe taken by another since.
+    fn is_taken(&self) -> bool {
+        let handlers = lock(&self.handlers.by_protocol);
+        let entry = handlers.get(&self.protocol);
+        entry.is_some_and(|entry| entry.number == self.number)
+    }
 }
 
 impl Drop for Name {
     fn drop(&mut self) {
-        self.handlers.leave(&self.protocol);
+        if self.is_taken() {
+            // Nobody but this removes an entry with that number. Streams that wait are dropped with
+            // the receiver.
+            let left = lock(&self.handlers.by_protocol).remove(&self.protocol);
+            drop(left);
+        }
+        self.handlers.left.notify_waiters();
     }
 }
 
 /// Who takes the streams of which protocol.
 #[derive(Debug, Default)]
 struct Handlers {
-    by_protocol: Mutex<HashMap<String, mpsc::Sender<Stream>>>,
+    by_protocol: Mutex<HashMap<String, Entry>>,
+    entered: AtomicU64,
     /// Somebody has left.
     left: Notify,
 }
 
+#[derive(Debug)]
+struct Entry {
+    /// Tells one from those who had the name before and after.
+    number: u64,
+    sender: mpsc::Sender<Stream>,
+}
+
 impl Handlers {
     /// Takes a name, once the daemon has forgotten who had it before.
-    async fn enter(&self, protocol: &str) -> Result<mpsc::Receiver<Stream>, Error> {
+    async fn enter(
+        self: &Arc<Self>,
+        protocol: String,
+    ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
         loop {
             let left = self.left.notified();
             {
                 let mut handlers = lock(&self.by_protocol);
-                match handlers.get(protocol) {
+                match handlers.get(&protocol) {
                     None => {
                         let (sender, receiver) = mpsc::channel(MAX_WAITING);
-                        handlers.insert(protocol.to_owned(), sender);
-                        return Ok(receiver);
+                        let number = self.entered.fetch_add(1, Ordering::Relaxed);
+                        handlers.insert(protocol.clone(), Entry { number, sender });
+                        let name = Name {
+                            handlers: Arc::clone(self),
+                            protocol,
+                            number,
+                        };
+                        return Ok((name, receiver));
                     }
-                    Some(sender) if !sender.is_closed() => {
+                    Some(entry) if !entry.sender.is_closed() => {
                         let context = Box::default();
                         return Err(Error::AlreadyRegistered { context });
                     }
@@ -274,13 +345,16 @@ impl Handlers {
         }
     }
 
-    fn leave(&self, protocol: &str) {
-        lock(&self.by_protocol).remove(protocol);
+    /// Nobody takes streams any more.
+    fn leave_all(&self) {
+        let all = std::mem::take(&mut *lock(&self.by_protocol));
+        drop(all);
         self.left.notify_waiters();
     }
 
     fn get(&self, protocol: &str) -> Option<mpsc::Sender<Stream>> {
-        lock(&self.by_protocol).get(protocol).cloned()
+        let handlers = lock(&self.by_protocol);
+        handlers.get(protocol).map(|entry| entry.sender.clone())
     }
 }
 
@@ -296,6 +370,8 @@ pub struct Inbound {
 struct Listening {
     addr: Multiaddr,
     accepting: JoinHandle<()>,
+    /// The task has it only while it looks, so that it is closed when this is dropped.
+    _listener: Arc<Listener>,
     /// Where the socket is, if nobody said where it should be.
     _directory: Option<tempfile::TempDir>,
 }
@@ -317,37 +393,50 @@ impl Inbound {
     }
 
     /// Listens, unless it does already; says where.
-    fn listen(&self, connector: &Connector) -> Result<Multiaddr, Error> {
-        let mut listening = lock(&self.listening);
-        match &*listening {
+    async fn listen(&self, connector: &Connector) -> Result<Multiaddr, Error> {
+        if let Some(listening) = &*lock(&self.listening) {
             // It ends with its runtime.
-            Some(listening) if !listening.accepting.is_finished() => {
-                return Ok(listening.addr.clone())
+            if !listening.accepting.is_finished() {
+                return Ok(listening.addr.clone());
             }
-            _ => *listening = None,
         }
         let failed = |addr: &Endpoint, error: io::Error| Error::Listen {
             addr: addr.into(),
             source: Arc::new(error),
         };
-        let (mut endpoint, directory) = match &self.wanted {
+        let (endpoint, directory) = match &self.wanted {
             Some(wanted) => (wanted.clone(), None),
             None => default_endpoint(connector.endpoint())
                 .map_err(|error| failed(connector.endpoint(), error))?,
         };
+        let resolved = Socket::resolve_endpoint(&endpoint).await;
+        let mut endpoint = resolved.map_err(|error| failed(&endpoint, error))?;
+
+        let mut listening = lock(&self.listening);
+        // Another handler may have made it listen meanwhile.
+        if let Some(listening) = &*listening {
+            if !listening.accepting.is_finished() {
+                return Ok(listening.addr.clone());
+            }
+        }
+        *listening = None;
         let bound = Listener::bind(&endpoint).and_then(|listener| {
             let address = listener.tcp_address()?;
-            Ok((listener, address))
+            Ok((Arc::new(listener), address))
         });
         let (listener, address) = bound.map_err(|error| failed(&endpoint, error))?;
         if let Some(address) = address {
             endpoint = address.into();
         }
         let addr = Multiaddr::from(&endpoint);
-        let handlers = Arc::downgrade(&self.handlers);
+        let accepting = accept(
+            Arc::downgrade(&listener),
+            Accepting(Arc::downgrade(&self.handlers)),
+        );
         *listening = Some(Listening {
             addr: addr.clone(),
-            accepting: tokio::spawn(accept(listener, handlers)),
+            accepting: tokio::spawn(accepting),
+            _listener: listener,
             _directory: directory,
         });
         Ok(addr)
@@ -373,26 +462,42 @@ fn default_endpoint(control: &Endpoint) -> io::Result<(Endpoint, Option<tempfile
     }
 }
 
-async fn accept(listener: Listener, handlers: Weak<Handlers>) {
+/// Whoever accepts streams for these handlers; when that ends, so do they.
+struct Accepting(Weak<Handlers>);
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        if let Some(handlers) = self.0.upgrade() {
+            handlers.leave_all();
+        }
+    }
+}
+
+async fn accept(listener: Weak<Listener>, accepting: Accepting) {
     let arriving = Arc::new(Semaphore::new(MAX_ARRIVING));
     loop {
         let turn = Arc::clone(&arriving).acquire_owned().await;
-        match listener.accept().await {
-            Ok(socket) => {
-                let handlers = Weak::clone(&handlers);
+        let accepted = poll_fn(|cx| match listener.upgrade() {
+            Some(listener) => listener.poll_accept(cx).map(Some),
+            None => Poll::Ready(None),
+        });
+        match accepted.await {
+            Some(Ok(socket)) => {
+                let handlers = Weak::clone(&accepting.0);
                 tokio::spawn(async move {
                     dispatch(socket, handlers).await;
                     drop(turn);
                 });
             }
-            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            None => return,
         }
     }
 }
 
 /// Hands an inbound stream to its handler; one that there is no handler for is closed.
 async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
-    let header = tokio::time::timeout(HEADER_TIMEOUT, read_header(&mut socket)).await;
+    let header = timeout(HEADER_TIMEOUT, read_header(&mut socket)).await;
     let Ok(Ok((info, ahead))) = header else {
         return;
     };

@@ -4,7 +4,8 @@ mod link;
 
 use super::connector::Connector;
 use super::error::{Context, Error};
-use super::{lock, Client};
+use super::socket::Socket;
+use super::{lock, runtime_ended, Client};
 use crate::core::{PeerId, Persistent, UnaryLimits};
 use bytes::Bytes;
 use link::{Driver, Link};
@@ -12,10 +13,15 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
-use tokio::sync::oneshot;
-use tokio::time::{sleep, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout, Instant};
+
+/// How long the persistent connection may take to open, with all handlers registered.
+const OPENING: Duration = Duration::from_secs(30);
 
 /// How long what was sent last may take to leave when the client is closed.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -25,6 +31,7 @@ const FORGETTING: Duration = Duration::from_secs(1);
 
 /// A call of a peer, given to a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct UnaryCall {
     /// The caller.
     pub peer: PeerId,
@@ -124,6 +131,34 @@ impl Client {
         self.within(about, self.unary().remove(protocol)).await
     }
 
+    /// Opens the persistent connection now, if it is not open.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] if the daemon is not hivemind's.
+    pub async fn open_unary(&self) -> Result<(), Error> {
+        let about = Context::new("PERSISTENT_CONN_UPGRADE");
+        self.within(about, async { self.unary().opened().await.map(drop) })
+            .await
+    }
+
+    /// Waits until the persistent connection is lost, and says why; `None`, at once, if it is not
+    /// open. A client that only serves handlers learns from this that nobody can call it, until it
+    /// opens another one:
+    ///
+    /// ```no_run
+    /// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
+    /// loop {
+    ///     client.open_unary().await?;
+    ///     if let Some(error) = client.unary_lost().await {
+    ///         eprintln!("{error}");
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub async fn unary_lost(&self) -> Option<Error> {
+        self.unary().lost().await
+    }
+
     /// The names of the unary handlers that this client serves. One that the daemon would not take
     /// again, when the connection was lost, is no longer among them.
     pub fn unary_handlers(&self) -> Vec<String> {
@@ -146,22 +181,50 @@ impl Client {
 }
 
 type Work = Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send>>;
+
 struct Handler {
     balanced: bool,
     serve: Box<dyn Fn(UnaryCall) -> Work + Send + Sync>,
 }
 
-type Handlers = Mutex<HashMap<String, Arc<Handler>>>;
-
 /// The persistent connection of a client, if it is open, and what is served on it.
 pub struct Unary {
     connector: Arc<Connector>,
     limits: UnaryLimits,
-    handlers: Arc<Handlers>,
-    link: Mutex<Option<Arc<Link>>>,
-    /// Held while the connection is opened, or what is registered changes: the daemon does not keep
-    /// the order of what it is told.
+    handlers: Mutex<HashMap<String, Arc<Handler>>>,
+    state: Mutex<State>,
+    /// Held while what is registered changes: the daemon does not keep the order of what it is told.
     changing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    link: Option<Arc<Link>>,
+    opening: Option<Opening>,
+    /// How often the client was closed.
+    closed: u64,
+}
+
+/// A connection on its way. It is opened in a task, whoever waits for it or does not any more: given up
+/// once it is upgraded, it could be the daemon's last one, with which that ends.
+struct Opening {
+    task: AbortHandle,
+    outcome: Coming,
+}
+
+/// What becomes of it, once that is known.
+type Coming = watch::Receiver<Option<Result<Arc<Link>, Error>>>;
+
+impl State {
+    fn open_link(&self) -> Option<Arc<Link>> {
+        self.link.clone().filter(|link| !link.is_lost())
+    }
+
+    /// The connection on its way, unless its runtime ended before it came.
+    fn opening(&self) -> Option<&Opening> {
+        let opening = self.opening.as_ref();
+        opening.filter(|opening| !opening.task.is_finished())
+    }
 }
 
 impl Unary {
@@ -169,73 +232,99 @@ impl Unary {
         Self {
             connector,
             limits,
-            handlers: Arc::default(),
-            link: Mutex::default(),
+            handlers: Mutex::default(),
+            state: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         }
     }
 
-    async fn call(&self, peer: &PeerId, protocol: &str, payload: Bytes) -> Result<Bytes, Error> {
+    async fn call(
+        self: &Arc<Self>,
+        peer: &PeerId,
+        protocol: &str,
+        payload: Bytes,
+    ) -> Result<Bytes, Error> {
         let mut retried = false;
-        loop {
-            let link = match self.open_link() {
-                Some(link) => link,
-                None => {
-                    let _changing = self.changing.lock().await;
-                    self.opened().await?
-                }
-            };
+        let asked = loop {
+            let link = self.opened().await?;
             link.room().await;
-            let len = payload.len();
-            let asked = link.ask(payload.clone(), |core, token, head| {
-                core.call(peer.as_bytes(), protocol, len, token, head)
+            let asked = link.ask(&payload, |core, token, head| {
+                core.call(peer.as_bytes(), protocol, payload.len(), token, head)
             });
             match asked {
                 // The daemon may be there again, and cannot have seen this call.
                 Err(error) if error.is_unexecuted() && !retried => retried = true,
-                Err(error) => return Err(error),
-                Ok(asked) => return asked.answer().await,
+                asked => break asked?,
             }
-        }
+        };
+        drop(payload);
+        asked.answer().await
     }
 
     /// In a task of its own: a caller who gives up must not leave a handler behind that nobody knows
     /// of, nor one be registered while the daemon forgets it.
     async fn add(self: &Arc<Self>, protocol: String, handler: Arc<Handler>) -> Result<(), Error> {
         let this = Arc::clone(self);
-        let (waiting, outcome) = oneshot::channel();
+        let closed_before = lock(&self.state).closed;
+        let (mut waiting, outcome) = oneshot::channel();
         tokio::spawn(async move {
-            let _changing = this.changing.lock().await;
-            if waiting.is_closed() {
+            // Until the daemon is asked, it can be given up.
+            let ready = tokio::select! {
+                biased;
+                () = waiting.closed() => None,
+                ready = async { (this.changing.lock().await, this.opened().await) } => Some(ready),
+            };
+            let Some((_changing, link)) = ready else {
                 return;
-            }
-            let added = this.try_add(&protocol, handler).await;
-            let registered = added.is_ok();
-            if waiting.send(added).is_err() && registered {
-                let _ = this.try_remove(&protocol).await;
-            }
+            };
+            let added = match link {
+                Ok(link) => this.try_add(link, protocol, handler, closed_before).await,
+                Err(error) => Err(error),
+            };
+            // Dropped, by us or by who waits, it is taken back.
+            drop(waiting.send(added));
         });
-        outcome.await.unwrap_or_else(|_| Err(runtime_ended()))
+        match outcome.await {
+            Ok(added) => {
+                added?.kept = true;
+                Ok(())
+            }
+            Err(_) => Err(runtime_ended()),
+        }
     }
 
-    async fn try_add(&self, protocol: &str, handler: Arc<Handler>) -> Result<(), Error> {
-        if lock(&self.handlers).contains_key(protocol) {
+    async fn try_add(
+        self: &Arc<Self>,
+        mut link: Arc<Link>,
+        protocol: String,
+        handler: Arc<Handler>,
+        closed_before: u64,
+    ) -> Result<Added, Error> {
+        if lock(&self.handlers).contains_key(&protocol) {
             let context = Box::default();
             return Err(Error::AlreadyRegistered { context });
         }
         let mut retried = false;
         loop {
-            let link = self.opened().await?;
+            if lock(&self.state).closed != closed_before {
+                return Err(closed());
+            }
             // In place before the daemon has it: a call can come sooner than its answer.
-            lock(&self.handlers).insert(protocol.to_owned(), Arc::clone(&handler));
-            let Err(error) = link.register(protocol, handler.balanced).await else {
-                return Ok(());
+            lock(&self.handlers).insert(protocol.clone(), Arc::clone(&handler));
+            let Err(error) = link.register(&protocol, handler.balanced).await else {
+                return Ok(Added {
+                    unary: Arc::clone(self),
+                    protocol,
+                    runtime: Handle::current(),
+                    kept: false,
+                });
             };
-            lock(&self.handlers).remove(protocol);
+            self.forget_handler(&protocol);
             if retried || !error.is_unexecuted() {
                 return Err(error);
             }
             retried = true;
+            link = self.opened().await?;
         }
     }
 
@@ -249,45 +338,91 @@ impl Unary {
         removing.await.unwrap_or_else(|_| Err(runtime_ended()))
     }
 
-    async fn try_remove(&self, protocol: &str) -> Result<(), Error> {
+    async fn try_remove(self: &Arc<Self>, protocol: &str) -> Result<(), Error> {
         if !lock(&self.handlers).contains_key(protocol) {
             let context = Box::default();
             return Err(Error::NotRegistered { context });
         }
+        // One on its way registers it.
+        let link = match self.opening_outcome() {
+            Some(opening) => self.outcome(opening).await.ok(),
+            None => lock(&self.state).open_link(),
+        };
         // It serves the calls that come until the daemon has forgotten it, which it has, too, if the
         // connection is lost.
-        if let Some(link) = self.open_link() {
-            let asked = link.ask(Bytes::new(), |core, token, head| {
+        if let Some(link) = link {
+            let asked = link.ask(&Bytes::new(), |core, token, head| {
                 core.remove_handler(protocol, token, head)
             });
             if let Ok(asked) = asked {
                 let _ = asked.answer().await;
             }
         }
-        lock(&self.handlers).remove(protocol);
+        self.forget_handler(protocol);
         Ok(())
     }
 
-    fn open_link(&self) -> Option<Arc<Link>> {
-        let mut link = lock(&self.link);
-        if link.as_ref().is_some_and(|link| link.is_lost()) {
-            *link = None;
-        }
-        link.clone()
+    fn forget_handler(&self, protocol: &str) {
+        // What it drops is not ours, and not to be dropped under the lock.
+        let forgotten = lock(&self.handlers).remove(protocol);
+        drop(forgotten);
     }
 
-    /// The connection, opened and with all handlers registered. `changing` is held.
-    async fn opened(&self) -> Result<Arc<Link>, Error> {
-        if let Some(link) = self.open_link() {
-            return Ok(link);
-        }
-        let (socket, ahead) = self.connector.upgrade().await?;
+    /// The connection, opened and with all handlers registered.
+    async fn opened(self: &Arc<Self>) -> Result<Arc<Link>, Error> {
+        let opening = {
+            let mut state = lock(&self.state);
+            if let Some(link) = state.open_link() {
+                return Ok(link);
+            }
+            match state.opening() {
+                Some(opening) => opening.outcome.clone(),
+                None => {
+                    let (done, outcome) = watch::channel(None);
+                    let opening = open(
+                        Arc::downgrade(self),
+                        Arc::clone(&self.connector),
+                        state.closed,
+                        done,
+                    );
+                    state.opening = Some(Opening {
+                        task: tokio::spawn(opening).abort_handle(),
+                        outcome: outcome.clone(),
+                    });
+                    outcome
+                }
+            }
+        };
+        self.outcome(opening).await
+    }
+
+    fn opening_outcome(&self) -> Option<Coming> {
+        let state = lock(&self.state);
+        state.opening().map(|opening| opening.outcome.clone())
+    }
+
+    async fn outcome(&self, mut opening: Coming) -> Result<Arc<Link>, Error> {
+        let closed_before = lock(&self.state).closed;
+        let outcome = match opening.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone(),
+            Err(_) => None,
+        };
+        outcome.unwrap_or_else(|| {
+            Err(if lock(&self.state).closed == closed_before {
+                runtime_ended()
+            } else {
+                closed()
+            })
+        })
+    }
+
+    /// Starts to drive a connection that was just upgraded, and registers the handlers there.
+    async fn begin(self: Arc<Self>, socket: Socket, ahead: Bytes) -> Result<Arc<Link>, Error> {
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|error| Error::lost(error, true))?;
         let link = Arc::new(Link::new(socket, Persistent::new(seed, self.limits)));
-        // Closed again, unless all goes well.
-        let opening = Opening(Some(Arc::clone(&link)));
-        let driver = Driver::new(Arc::clone(&link), Arc::downgrade(&self.handlers));
+        let ending = Ending(Some(Arc::clone(&link)));
+        let driver = Driver::new(Arc::clone(&link), Arc::downgrade(&self));
         tokio::spawn(driver.run(ahead));
         let handlers: Vec<_> = {
             let handlers = lock(&self.handlers);
@@ -296,33 +431,139 @@ impl Unary {
                 .map(|(name, h)| (name.clone(), h.balanced))
                 .collect()
         };
+        // The last client may be dropped meanwhile.
+        let this = Arc::downgrade(&self);
+        drop(self);
         for (protocol, balanced) in handlers {
             match register_again(&link, &protocol, balanced).await {
                 // Taken by another client meanwhile: no reason to do without the rest.
-                Err(Error::Refused { .. }) => drop(lock(&self.handlers).remove(&protocol)),
+                Err(Error::Refused { .. }) => {
+                    if let Some(this) = this.upgrade() {
+                        this.forget_handler(&protocol);
+                    }
+                }
                 outcome => outcome?,
             }
         }
-        opening.done();
-        *lock(&self.link) = Some(Arc::clone(&link));
+        ending.disarm();
         Ok(link)
     }
 
+    /// A connection that was lost need not be kept.
+    fn forget_link(&self, lost: &Arc<Link>) {
+        let mut state = lock(&self.state);
+        if matches!(&state.link, Some(link) if Arc::ptr_eq(link, lost)) {
+            state.link = None;
+        }
+    }
+
+    /// What a peer's call is given to.
+    fn handler(&self, protocol: &str) -> Option<Arc<Handler>> {
+        lock(&self.handlers).get(protocol).cloned()
+    }
+
+    /// Waits until the connection is lost.
+    async fn lost(&self) -> Option<Error> {
+        let link = lock(&self.state).open_link()?;
+        Some(link.lost().await)
+    }
+
     async fn close(&self) {
-        lock(&self.handlers).clear();
-        let link = lock(&self.link).take();
+        let (link, opening) = {
+            let mut state = lock(&self.state);
+            state.closed += 1;
+            (state.link.take(), state.opening.take())
+        };
+        if let Some(opening) = opening {
+            opening.task.abort();
+        }
+        let handlers = std::mem::take(&mut *lock(&self.handlers));
+        drop(handlers);
         if let Some(link) = link {
+            let ending = Ending(Some(Arc::clone(&link)));
             link.leave();
-            let _ = tokio::time::timeout(GOODBYE, link.flushed()).await;
-            link.lose(&closed());
+            let _ = timeout(GOODBYE, link.flushed()).await;
+            drop(ending);
         }
     }
 }
 
 impl Drop for Unary {
     fn drop(&mut self) {
-        if let Some(link) = lock(&self.link).take() {
+        let state = std::mem::take(&mut *lock(&self.state));
+        if let Some(opening) = state.opening {
+            opening.task.abort();
+        }
+        if let Some(link) = state.link {
             link.leave();
+            link.lose(&closed());
+        }
+    }
+}
+
+/// Opens a connection, and tells whoever waits for it.
+async fn open(
+    unary: Weak<Unary>,
+    connector: Arc<Connector>,
+    closed_before: u64,
+    done: watch::Sender<Option<Result<Arc<Link>, Error>>>,
+) {
+    let opening = async {
+        let (socket, ahead) = connector.upgrade().await?;
+        match unary.upgrade() {
+            Some(unary) => unary.begin(socket, ahead).await,
+            None => Err(closed()),
+        }
+    };
+    let mut outcome = timeout(OPENING, opening)
+        .await
+        .unwrap_or_else(|_| Err(Error::timeout(OPENING)));
+    if let Some(unary) = unary.upgrade() {
+        let mut state = lock(&unary.state);
+        if state.closed == closed_before {
+            state.opening = None;
+            state.link = outcome.as_ref().ok().cloned();
+        } else if let Ok(link) = &outcome {
+            link.lose(&closed());
+            outcome = Err(closed());
+        }
+    }
+    done.send_replace(Some(outcome));
+}
+
+/// A handler that was registered, and is taken back if nobody came to know of that.
+struct Added {
+    unary: Arc<Unary>,
+    protocol: String,
+    runtime: Handle,
+    kept: bool,
+}
+
+impl Drop for Added {
+    fn drop(&mut self) {
+        if !self.kept {
+            let unary = Arc::clone(&self.unary);
+            let protocol = std::mem::take(&mut self.protocol);
+            self.runtime.spawn(async move {
+                let _changing = unary.changing.lock().await;
+                let _ = unary.try_remove(&protocol).await;
+            });
+        }
+    }
+}
+
+/// Ends a connection when dropped.
+struct Ending(Option<Arc<Link>>);
+
+impl Ending {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if let Some(link) = self.0.take() {
             link.lose(&closed());
         }
     }
@@ -343,25 +584,4 @@ async fn register_again(link: &Arc<Link>, protocol: &str, balanced: bool) -> Res
 
 fn closed() -> Error {
     Error::lost("the client was closed", false)
-}
-
-fn runtime_ended() -> Error {
-    Error::lost("its tokio runtime has ended", false)
-}
-
-/// A connection on its way.
-struct Opening(Option<Arc<Link>>);
-
-impl Opening {
-    fn done(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        if let Some(link) = self.0.take() {
-            link.lose(&closed());
-        }
-    }
 }

@@ -106,9 +106,11 @@ impl<S: AsRef<[u8]>> Output<S> {
         chunks.map(|chunk| IoSlice::new(chunk.rest())).collect()
     }
 
-    /// Lets go of the first `count` bytes, which were written.
-    pub fn sent(&mut self, count: usize) {
+    /// Lets go of the first `count` bytes, which were written. Gives back the payloads that are done
+    /// with, for whoever must not drop them where this is called.
+    pub fn sent(&mut self, count: usize) -> Vec<S> {
         let mut count = count.min(self.len);
+        let mut done = Vec::new();
         self.len -= count;
         while let Some(chunk) = self.chunks.front_mut() {
             let rest = chunk.rest().len();
@@ -117,11 +119,14 @@ impl<S: AsRef<[u8]>> Output<S> {
                     Chunk::Copied(bytes) => bytes.advance(count),
                     Chunk::Shared { sent, .. } => *sent += count,
                 }
-                return;
+                break;
             }
             count -= rest;
-            self.chunks.pop_front();
+            if let Some(Chunk::Shared { data, .. }) = self.chunks.pop_front() {
+                done.push(data);
+            }
         }
+        done
     }
 }
 

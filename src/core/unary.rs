@@ -395,6 +395,11 @@ impl<T, P: Payload> Persistent<T, P> {
         Some(pending.token)
     }
 
+    /// Gives up on what could not be sent.
+    pub fn forget(&mut self, id: &CallId) -> Option<T> {
+        self.pending.remove(id).map(|pending| pending.token)
+    }
+
     /// Whether there are cancelled calls of which the daemon has not said that it knows.
     pub fn has_cancelled(&self) -> bool {
         self.cancelled.iter().any(|ids| !ids.is_empty())

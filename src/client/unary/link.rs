@@ -3,10 +3,10 @@
 //! A call is encoded and, if the socket takes it, sent by whoever makes it. One task reads: it hands
 //! replies to their callers, starts a task for each call of a peer, and sends what did not fit.
 
-use super::{closed, runtime_ended, Handlers, UnaryCall};
+use super::{closed, Unary, UnaryCall};
 use crate::client::error::Error;
-use crate::client::lock;
 use crate::client::socket::Socket;
+use crate::client::{lock, runtime_ended};
 use crate::core::unary::{self, CallId};
 use crate::core::{self, Output, PeerId, Persistent, UnaryEvent};
 use bytes::{Bytes, BytesMut};
@@ -42,12 +42,15 @@ struct Inner {
     awaited: Awaited,
     /// The calls of peers at work.
     work: HashMap<CallId, Option<AbortHandle>>,
+    /// It cannot be written to any more; what has come is yet to be handed out.
+    broken: Option<Error>,
     /// Why it is no more.
     lost: Option<Error>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Awaited {
+    end: bool,
     input: bool,
     room: bool,
     reminder: bool,
@@ -62,6 +65,7 @@ impl Link {
             corked: false,
             awaited: Awaited::default(),
             work: HashMap::new(),
+            broken: None,
             lost: None,
         };
         Self {
@@ -73,7 +77,19 @@ impl Link {
     }
 
     pub fn is_lost(&self) -> bool {
-        lock(&self.inner).lost.is_some()
+        lock(&self.inner).is_gone()
+    }
+
+    /// Waits until it is lost.
+    pub async fn lost(&self) -> Error {
+        loop {
+            // Told of that, too.
+            let room = self.room.notified();
+            if let Some(error) = &lock(&self.inner).lost {
+                return error.clone();
+            }
+            room.await;
+        }
     }
 
     /// Waits until another call finds room.
@@ -82,7 +98,7 @@ impl Link {
             let room = self.room.notified();
             {
                 let inner = lock(&self.inner);
-                if inner.lost.is_some() || inner.output.len() <= unary::HIGH_WATER {
+                if inner.is_gone() || inner.output.len() <= unary::HIGH_WATER {
                     return;
                 }
             }
@@ -97,7 +113,7 @@ impl Link {
             let room = self.room.notified();
             {
                 let inner = lock(&self.inner);
-                if inner.lost.is_some() || inner.output.is_empty() {
+                if inner.is_gone() || inner.output.is_empty() {
                     return;
                 }
             }
@@ -108,71 +124,87 @@ impl Link {
     /// Sends a request that is answered.
     pub fn ask(
         self: &Arc<Self>,
-        payload: Bytes,
+        payload: &Bytes,
         encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, core::Error>,
     ) -> Result<Asked, Error> {
         let (token, answer) = oneshot::channel();
         let mut inner = lock(&self.inner);
-        if inner.lost.is_some() {
+        if inner.is_gone() {
             return Err(Error::lost("the connection is closed", true));
         }
         let Inner { core, head, .. } = &mut *inner;
         head.clear();
         let id = encode(core, token, head)?;
-        let asked = Asked {
+        if let Err(error) = inner.send(&self.socket, payload) {
+            let token = inner.core.forget(&id);
+            self.after(inner);
+            drop(token);
+            // Nothing of it was sent.
+            return Err(Error::lost(error, true));
+        }
+        self.after(inner);
+        Ok(Asked {
             link: Arc::clone(self),
             id,
             answer: Some(answer),
-        };
-        match inner.send(&self.socket, payload) {
-            Ok(()) => self.after(inner),
-            Err(error) => {
-                drop(inner);
-                self.break_off(&error);
-                // Nothing of it was sent.
-                return Err(Error::lost(error, true));
-            }
-        }
-        Ok(asked)
+        })
     }
 
     pub async fn register(self: &Arc<Self>, protocol: &str, balanced: bool) -> Result<(), Error> {
-        let asked = self.ask(Bytes::new(), |core, token, head| {
+        let asked = self.ask(&Bytes::new(), |core, token, head| {
             core.add_handler(protocol, balanced, token, head)
         })?;
         asked.answer().await.map(drop)
     }
 
     /// Has the core encode something that is followed by `payload`, if it says so, and sends it.
-    fn tell(&self, payload: Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
+    fn tell(&self, payload: &Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
         let mut inner = lock(&self.inner);
-        if inner.lost.is_some() {
+        if inner.is_gone() {
             return;
         }
         inner.head.clear();
-        let follows = encode(&mut inner);
-        let payload = if follows { payload } else { Bytes::new() };
-        match inner.send(&self.socket, payload) {
-            Ok(()) => self.after(inner),
-            Err(error) => {
-                drop(inner);
-                self.break_off(&error);
-            }
-        }
+        let sent = if encode(&mut inner) {
+            inner.send(&self.socket, payload)
+        } else {
+            inner.send(&self.socket, &Bytes::new())
+        };
+        // What it fails with is kept.
+        let _ = sent;
+        self.after(inner);
     }
 
     /// As `tell`, without a payload.
     fn tell_head(&self, encode: impl FnOnce(&mut Core, &mut BytesMut)) {
-        self.tell(Bytes::new(), |inner| {
+        self.tell(&Bytes::new(), |inner| {
             encode(&mut inner.core, &mut inner.head);
             false
         });
     }
 
-    /// Says good-bye: Go's daemon does not tell the peers that a client left.
+    /// Says good-bye: Go's daemon does not tell the peers that a client left. What the socket does not
+    /// take now is sent if there is time.
     pub fn leave(&self) {
         lock(&self.inner).corked = false;
         self.tell_head(|core, head| core.leave("the handler's client was closed", head));
+        self.flush();
+    }
+
+    fn flush(&self) {
+        let mut done = Vec::new();
+        let mut rest = Output::default();
+        let low = {
+            let mut inner = lock(&self.inner);
+            if let Err(error) = inner.flush(&self.socket, &mut done) {
+                inner.broken = Some(Error::lost(&error, false));
+                rest = std::mem::take(&mut inner.output);
+            }
+            inner.output.len() <= unary::LOW_WATER
+        };
+        drop((done, rest));
+        if low {
+            self.room.notify_waiters();
+        }
     }
 
     /// Has the driver know what has changed for it.
@@ -186,21 +218,19 @@ impl Link {
         }
     }
 
-    fn break_off(&self, error: &io::Error) {
-        self.lose(&Error::lost(error, false));
-    }
-
     /// Ends the connection: everything that is awaited fails now.
     pub fn lose(&self, error: &Error) {
-        let (pending, work) = {
+        let (pending, work, output) = {
             let mut inner = lock(&self.inner);
             if inner.lost.is_some() {
                 return;
             }
             inner.lost = Some(error.clone());
-            inner.output = Output::default();
-            (inner.core.take_pending(), std::mem::take(&mut inner.work))
+            let pending = inner.core.take_pending();
+            let work = std::mem::take(&mut inner.work);
+            (pending, work, std::mem::take(&mut inner.output))
         };
+        drop(output);
         // What was sent last must not be overtaken by a reset.
         self.socket.drain();
         self.socket.end();
@@ -244,37 +274,51 @@ impl Drop for Asked {
 }
 
 impl Inner {
+    fn is_gone(&self) -> bool {
+        self.broken.is_some() || self.lost.is_some()
+    }
+
     fn wants(&self) -> Awaited {
         Awaited {
+            end: self.is_gone(),
             input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
             room: !self.output.is_empty() && !self.corked,
             reminder: self.core.has_cancelled(),
         }
     }
 
-    /// Sends the head that was encoded, if any, and the payload; later, what cannot be now.
-    fn send(&mut self, socket: &Socket, payload: Bytes) -> io::Result<()> {
+    /// Sends the head that was encoded, if any, and the payload; later, what cannot be now. If it
+    /// fails, nothing of it was sent, and nothing can be any more.
+    fn send(&mut self, socket: &Socket, payload: &Bytes) -> io::Result<()> {
         if self.head.is_empty() {
             return Ok(());
         }
         let mut sent = 0;
         if self.output.is_empty() && !self.corked {
-            let pieces = [IoSlice::new(&self.head), IoSlice::new(&payload)];
-            sent = unless_blocked(socket.try_write_vectored(&pieces))?.unwrap_or(0);
+            let pieces = [IoSlice::new(&self.head), IoSlice::new(payload)];
+            match unless_blocked(socket.try_write_vectored(&pieces)) {
+                Ok(count) => sent = count.unwrap_or(0),
+                Err(error) => {
+                    self.broken = Some(Error::lost(&error, false));
+                    return Err(error);
+                }
+            }
             if sent == self.head.len() + payload.len() {
                 return Ok(());
             }
         }
         let of_head = sent.min(self.head.len());
         self.output.push_copied(&self.head[of_head..]);
-        self.output.push_shared(payload, sent - of_head);
+        self.output.push_shared(payload.clone(), sent - of_head);
         Ok(())
     }
 
-    fn flush(&mut self, socket: &Socket) -> io::Result<()> {
-        while !self.output.is_empty() {
+    /// Sends what waits, as far as the socket takes it. What is `done` with is not to be dropped under
+    /// the lock: its owner may be anything.
+    fn flush(&mut self, socket: &Socket, done: &mut Vec<Bytes>) -> io::Result<()> {
+        while !self.output.is_empty() && !self.corked {
             match unless_blocked(socket.try_write_vectored(&self.output.slices()))? {
-                Some(sent) => self.output.sent(sent),
+                Some(sent) => done.extend(self.output.sent(sent)),
                 None => break,
             }
         }
@@ -297,7 +341,10 @@ impl Inner {
                     let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(behind)];
                     (len, wanted, socket.try_read_vectored(&mut pieces))
                 }
-                None => (0, scratch.len(), socket.try_read(scratch)),
+                None => {
+                    let mut pieces = [IoSliceMut::new(scratch)];
+                    (0, unary::READ, socket.try_read_vectored(&mut pieces))
+                }
             };
             let count = match unless_blocked(read) {
                 Ok(Some(0)) => return Err(self.core.end_of_file().into()),
@@ -336,19 +383,22 @@ fn unless_blocked(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
 /// The task that reads a connection, and writes what nobody else could.
 pub struct Driver {
     link: Arc<Link>,
-    handlers: Weak<Handlers>,
+    unary: Weak<Unary>,
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
         // The runtime has ended, unless this was told before.
         self.link.lose(&runtime_ended());
+        if let Some(unary) = self.unary.upgrade() {
+            unary.forget_link(&self.link);
+        }
     }
 }
 
 impl Driver {
-    pub fn new(link: Arc<Link>, handlers: Weak<Handlers>) -> Self {
-        Self { link, handlers }
+    pub fn new(link: Arc<Link>, unary: Weak<Unary>) -> Self {
+        Self { link, unary }
     }
 
     pub async fn run(self, ahead: Bytes) {
@@ -368,12 +418,12 @@ impl Driver {
             self.uncork().await;
             let awaited = {
                 let mut inner = lock(&self.link.inner);
-                if inner.lost.is_some() {
-                    return;
-                }
                 inner.awaited = inner.wants();
                 inner.awaited
             };
+            if awaited.end {
+                return self.end(&mut scratch, &mut events);
+            }
             timers.set(awaited);
             outcome = tokio::select! {
                 biased;
@@ -381,7 +431,12 @@ impl Driver {
                 ready = self.link.socket.readable(), if awaited.input => {
                     self.read(ready, &mut scratch, &mut events)
                 }
-                ready = self.link.socket.writable(), if awaited.room => self.flush(ready),
+                ready = self.link.socket.writable(), if awaited.room => {
+                    ready.map_err(|error| Error::lost(error, false)).map(|()| {
+                        self.link.flush();
+                        false
+                    })
+                }
                 () = at(timers.remind) => {
                     timers.remind = None;
                     self.link.tell_head(Persistent::remind);
@@ -403,22 +458,17 @@ impl Driver {
         events: &mut Vec<Event>,
     ) -> Result<bool, Error> {
         ready.map_err(|error| Error::lost(error, false))?;
-        let mut inner = lock(&self.link.inner);
-        let outcome = inner.read(&self.link.socket, scratch, events);
-        // The answers to several are better sent at once, when all of those who were woken have had
-        // their turn.
-        inner.corked = events.len() > 1;
+        let outcome = {
+            let mut inner = lock(&self.link.inner);
+            let outcome = inner.read(&self.link.socket, scratch, events);
+            // The answers to several are better sent at once, when all of those who were woken have
+            // had their turn.
+            inner.corked = events.len() > 1;
+            outcome
+        };
+        // While there is always something to read, nothing else would see to it.
+        self.link.flush();
         outcome
-    }
-
-    fn flush(&self, ready: io::Result<()>) -> Result<bool, Error> {
-        let mut inner = lock(&self.link.inner);
-        let flushed = ready.and_then(|()| inner.flush(&self.link.socket));
-        flushed.map_err(|error| Error::lost(error, false))?;
-        if inner.output.len() <= unary::LOW_WATER {
-            self.link.room.notify_waiters();
-        }
-        Ok(false)
     }
 
     /// Sends what was held back, once those who were woken have had their turn.
@@ -426,10 +476,27 @@ impl Driver {
         if lock(&self.link.inner).corked {
             tokio::task::yield_now().await;
             lock(&self.link.inner).corked = false;
-            if let Err(error) = self.flush(Ok(())) {
-                self.link.lose(&error);
-            }
+            self.link.flush();
         }
+    }
+
+    /// Loses a connection that cannot be written to, once what had come is handed out.
+    fn end(&self, scratch: &mut [u8], events: &mut Vec<Event>) {
+        let broken = {
+            let mut inner = lock(&self.link.inner);
+            if inner.lost.is_some() {
+                return;
+            }
+            // The other side has closed: there is no more than the socket's buffer holds.
+            for _ in 0..64 {
+                if !matches!(inner.read(&self.link.socket, scratch, events), Ok(true)) {
+                    break;
+                }
+            }
+            inner.broken.clone()
+        };
+        self.hand_out(events);
+        self.link.lose(&broken.unwrap_or_else(closed));
     }
 
     fn hand_out(&self, events: &mut Vec<Event>) {
@@ -472,8 +539,7 @@ impl Driver {
             id,
             replied: false,
         };
-        let handlers = self.handlers.upgrade();
-        let handler = handlers.and_then(|all| lock(&all).get(protocol).cloned());
+        let handler = self.unary.upgrade().and_then(|all| all.handler(protocol));
         let Some(handler) = handler else {
             let words = format!("no handler for the protocol {protocol:?}");
             return replying.reply(Err(words));
@@ -529,7 +595,7 @@ impl Replying {
             Err(words) => (Bytes::new(), Some(words)),
         };
         let len = payload.len();
-        self.link.tell(payload, |inner| {
+        self.link.tell(&payload, |inner| {
             let Inner {
                 core, head, work, ..
             } = inner;
