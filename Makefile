@@ -27,11 +27,14 @@ examples: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/pubsub.py
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py asyncio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py trio
+	for example in daemon_test dht_test three_nodes echo unary; do \
+		P2PD_PATH=$(P2PD) cargo run --locked --quiet --example $$example || exit 1; done
 
 test: test-rust test-python
 
-test-rust: $(VENV)/.tools
-	P2PD_PATH=$(P2PD) cargo test --locked
+# Some of it has the Python client at the other side.
+test-rust: $(VENV)/.wheel
+	P2PD_PATH=$(P2PD) P2PCLIENT_PYTHON=$(CURDIR)/$(BIN)/python cargo test --locked
 
 test-python: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    bare_daemon, daemon, eventually, hears, must, next_message, pair, pattern, stranger, within,
-    Limit, Pair,
+    bare_daemon, daemon, echo_streams, echoed, eventually, hears, must, next_message, pair,
+    pattern, stranger, within, Limit, Pair,
 };
 use p2pclient_rs::client::{Client, Error, IncomingStreams, Stream};
 use p2pclient_rs::core::{Multiaddr, PeerId};
@@ -145,43 +145,20 @@ async fn control_over_tcp_is_the_same() {
     let near = Client::new(one.control_maddr().clone()).unwrap();
     let far = Client::new(other.control_maddr().clone()).unwrap();
     near.connect(other.peer_id(), other.addrs()).await.unwrap();
-    let mut incoming = far.stream_handler("/echo", false).await.unwrap();
+    let incoming = far.stream_handler("/echo", false).await.unwrap();
     let listen = far.listen_maddr().unwrap().to_string();
     assert!(listen.starts_with("/ip4/127.0.0.1/tcp/") && !listen.ends_with("/0"));
+    let serving = tokio::spawn(echo_streams(incoming));
     let payload = pattern(1 << 20, 3);
-    let (received, ()) = join!(
-        echoed(&near, other.peer_id(), "/echo", &payload),
-        echo_one(&mut incoming)
-    );
+    let received = echoed(&near, other.peer_id(), "/echo", &payload).await;
     assert!(received == payload);
+    serving.abort();
     let mut news = near.pubsub_subscribe("news").await.unwrap();
     near.pubsub_publish("news", "hello").await.unwrap();
     assert_eq!(next_message(&mut news).await.data, "hello");
 }
 
 // --- streams ---
-
-/// What comes back when `payload` is sent.
-async fn echoed(client: &Client, peer: &PeerId, protocol: &str, payload: &[u8]) -> Vec<u8> {
-    let stream = client.stream_open(peer, [protocol]).await.unwrap();
-    let (mut reader, mut writer) = tokio::io::split(stream);
-    let mut received = vec![0; payload.len()];
-    let (written, read) = join!(
-        writer.write_all(payload),
-        within("the echo", reader.read_exact(&mut received))
-    );
-    written.unwrap();
-    read.unwrap();
-    received
-}
-
-/// Sends back what the next stream brings, until the caller is done.
-async fn echo_one(incoming: &mut IncomingStreams) {
-    let stream = within("a stream", incoming.next()).await.unwrap();
-    let (mut reader, mut writer) = tokio::io::split(stream);
-    // The caller closes when it has everything, which can be seen as an end or a reset.
-    let _ = tokio::io::copy(&mut reader, &mut writer).await;
-}
 
 #[tokio::test]
 async fn large_payloads_arrive_unharmed_in_both_directions() {
@@ -191,27 +168,18 @@ async fn large_payloads_arrive_unharmed_in_both_directions() {
         (&pair.bob, &pair.alice, pair.bob_daemon.peer_id()),
         (&pair.alice, &pair.bob, pair.alice_daemon.peer_id()),
     ] {
-        let mut incoming = server.stream_handler("/large", false).await.unwrap();
-        let (received, ()) = join!(
-            echoed(caller, peer, "/large", &payload),
-            echo_one(&mut incoming)
-        );
-        assert!(received == payload);
+        let incoming = server.stream_handler("/large", false).await.unwrap();
+        let serving = tokio::spawn(echo_streams(incoming));
+        assert!(echoed(caller, peer, "/large", &payload).await == payload);
+        serving.abort();
     }
 }
 
 #[tokio::test]
 async fn many_streams_at_once_do_not_mix() {
     let pair = pair().await;
-    let mut incoming = pair.bob.stream_handler("/many", false).await.unwrap();
-    let serving = tokio::spawn(async move {
-        while let Some(stream) = incoming.next().await {
-            tokio::spawn(async move {
-                let (mut reader, mut writer) = tokio::io::split(stream);
-                tokio::io::copy(&mut reader, &mut writer).await
-            });
-        }
-    });
+    let incoming = pair.bob.stream_handler("/many", false).await.unwrap();
+    let serving = tokio::spawn(echo_streams(incoming));
     let calls: Vec<_> = (0..100)
         .map(|number| {
             let client = pair.alice.clone();

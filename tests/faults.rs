@@ -442,6 +442,29 @@ async fn no_more_than_eight_connections_are_kept() {
     }
 }
 
+#[tokio::test]
+async fn a_daemon_too_busy_to_be_connected_to_is_waited_for() {
+    let daemon = FakeDaemon::new();
+    daemon.is_busy();
+    let client = daemon.client();
+    let calls: Vec<_> = (0..8)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.identify().await })
+        })
+        .collect();
+    tokio::task::yield_now().await; // in which all of them have tried
+    let serving = tokio::spawn(async move {
+        loop {
+            tokio::spawn(daemon.accept().await.oblige());
+        }
+    });
+    for call in calls {
+        within("the answer", call).await.unwrap().unwrap();
+    }
+    serving.abort();
+}
+
 #[test]
 fn a_client_serves_one_runtime_after_another() {
     let (sender, control) = std::sync::mpsc::channel();

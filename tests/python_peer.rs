@@ -4,18 +4,18 @@
 
 mod common;
 
-use common::{hears, next_message, pair, pattern, required, within, Pair};
+use common::{
+    echo_streams, echoed, endless, hears, next_message, pair, pattern, required, within, Pair,
+};
 use p2pclient_rs::client::{Error, UnaryCall};
 use std::convert::Infallible;
 use std::fmt::Display;
-use std::future::pending;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::select;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
-use tokio::{join, select};
 
 const SIZES: [usize; 4] = [0, 1, 64 << 10, 3 << 20];
 
@@ -107,32 +107,16 @@ async fn streams_go_both_ways() {
     for size in SIZES {
         let payload = pattern(size, 3);
         let peer = pair.bob_daemon.peer_id();
-        let stream = pair
-            .alice
-            .stream_open(peer, ["/python/streams"])
-            .await
-            .unwrap();
-        let (mut reader, mut writer) = tokio::io::split(stream);
-        let mut received = vec![0; size];
-        let (written, read) = join!(
-            writer.write_all(&payload),
-            within("the echo", reader.read_exact(&mut received))
-        );
-        written.and(read.map(drop)).unwrap();
+        let received = echoed(&pair.alice, peer, "/python/streams", &payload).await;
         assert!(received == payload, "{size}");
     }
 
-    let mut incoming = pair
+    let incoming = pair
         .alice
         .stream_handler("/rust/echo", false)
         .await
         .unwrap();
-    let serving = tokio::spawn(async move {
-        while let Some(stream) = incoming.next().await {
-            let (mut reader, mut writer) = tokio::io::split(stream);
-            let _ = tokio::io::copy(&mut reader, &mut writer).await;
-        }
-    });
+    let serving = tokio::spawn(echo_streams(incoming));
     let peer = json(pair.alice_daemon.peer_id());
     let protocol = json("/rust/echo");
     for size in SIZES {
@@ -200,14 +184,6 @@ async fn the_errors_of_handlers_arrive_with_their_words() {
 
 #[tokio::test]
 async fn giving_a_call_up_cancels_its_handler() {
-    /// Tells when it is dropped.
-    struct Told(mpsc::UnboundedSender<&'static str>);
-    impl Drop for Told {
-        fn drop(&mut self) {
-            let _ = self.0.send("given up");
-        }
-    }
-
     let pair = pair().await;
     let mut python = Python::serving(&pair, "given-up").await;
     let bob = pair.bob_daemon.peer_id();
@@ -217,14 +193,7 @@ async fn giving_a_call_up_cancels_its_handler() {
     }
     python.says(r#""cancelled""#).await;
 
-    let (sender, mut told) = mpsc::unbounded_channel();
-    let endless = move |_: UnaryCall| {
-        let told = Told(sender.clone());
-        async move {
-            told.0.send("begun").unwrap();
-            pending::<Result<Vec<u8>, String>>().await
-        }
-    };
+    let (endless, mut told) = endless();
     pair.alice
         .add_unary_handler("rust.endless", false, endless)
         .await

@@ -6,7 +6,7 @@ mod common;
 
 use bytes::Bytes;
 use common::fake::{ok, peer, refusal, Connection, FakeDaemon};
-use common::{bare_daemon, eventually, must, pair, pattern, stranger, within, Limit};
+use common::{bare_daemon, endless, eventually, must, pair, pattern, stranger, within, Limit};
 use futures_util::future::join_all;
 use p2pclient_rs::client::{Client, Error, UnaryCall};
 use p2pclient_rs::core::pb::p2pd::{
@@ -15,41 +15,18 @@ use p2pclient_rs::core::pb::p2pd::{
 };
 use p2pclient_rs::core::UnaryLimits;
 use std::convert::Infallible;
-use std::future::{pending, Future};
+use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::{join, select};
 
 const SOON: Duration = Duration::from_millis(50);
 
 async fn echo(call: UnaryCall) -> Result<Bytes, Infallible> {
     Ok(call.payload)
-}
-
-/// A handler that never ends. Its calls are told as they begin, and as they are given up.
-fn endless() -> (
-    impl Fn(UnaryCall) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send>>,
-    UnboundedReceiver<&'static str>,
-) {
-    struct Told(mpsc::UnboundedSender<&'static str>);
-    impl Drop for Told {
-        fn drop(&mut self) {
-            let _ = self.0.send("given up");
-        }
-    }
-    let (sender, receiver) = mpsc::unbounded_channel();
-    let handler = move |_: UnaryCall| {
-        let told = Told(sender.clone());
-        let work: std::pin::Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
-            told.0.send("begun").unwrap();
-            pending().await
-        });
-        work
-    };
-    (handler, receiver)
 }
 
 async fn next(told: &mut UnboundedReceiver<&'static str>) -> &'static str {

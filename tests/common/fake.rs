@@ -55,6 +55,11 @@ impl FakeDaemon {
         assert_eq!(accepted.unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
+    /// Lets no more than one connection wait for being accepted.
+    pub fn is_busy(&self) {
+        SockRef::from(&self.listener).listen(0).unwrap();
+    }
+
     /// Ends it, and starts another at the same address.
     pub fn restart(self) -> Self {
         let Self {

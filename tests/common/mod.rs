@@ -4,18 +4,23 @@
 
 pub mod fake;
 
-use p2pclient_rs::client::Subscription;
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt as _};
+use p2pclient_rs::client::{IncomingStreams, Subscription, UnaryCall};
 use p2pclient_rs::core::{PeerId, PublicKey, PubsubMessage};
 use p2pclient_rs::daemon::{Dht, P2PDaemon, P2PDaemonBuilder};
 use p2pclient_rs::Client;
 use std::error::Error;
-use std::future::Future;
+use std::future::{pending, Future};
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::join;
+use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver, UnboundedSender};
 use tokio::sync::OnceCell;
 
 /// How long a test may take.
@@ -192,4 +197,52 @@ fn getrandom(room: &mut [u8]) {
 pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
     let byte = |place: usize| (place.wrapping_mul(31).wrapping_add(seed) >> 3) as u8;
     (0..len).map(byte).collect()
+}
+
+/// A unary handler that never ends, and what it tells: "begun", and "given up" when it is dropped.
+pub fn endless() -> (
+    impl Fn(UnaryCall) -> BoxFuture<'static, Result<Bytes, String>>,
+    UnboundedReceiver<&'static str>,
+) {
+    struct Told(UnboundedSender<&'static str>);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            let _ = self.0.send("given up");
+        }
+    }
+    let (sender, receiver) = unbounded_channel();
+    let handler = move |_: UnaryCall| {
+        let told = Told(sender.clone());
+        async move {
+            told.0.send("begun").unwrap();
+            pending().await
+        }
+        .boxed()
+    };
+    (handler, receiver)
+}
+
+/// What comes back when `payload` is sent.
+pub async fn echoed(client: &Client, peer: &PeerId, protocol: &str, payload: &[u8]) -> Vec<u8> {
+    let stream = client.stream_open(peer, [protocol]).await.unwrap();
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let mut received = vec![0; payload.len()];
+    let (written, read) = join!(
+        writer.write_all(payload),
+        within("the echo", reader.read_exact(&mut received))
+    );
+    written.unwrap();
+    read.unwrap();
+    received
+}
+
+/// Sends back what comes, until the callers are done.
+pub async fn echo_streams(mut incoming: IncomingStreams) {
+    while let Some(stream) = incoming.next().await {
+        tokio::spawn(async move {
+            let (mut reader, mut writer) = tokio::io::split(stream);
+            // The end can be a reset, as the caller has everything.
+            let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        });
+    }
 }
