@@ -8,20 +8,19 @@ use bytes::BytesMut;
 use common::fake::{
     addr, dht, dht_response, identity, ok, peer, refusal, stream_info, Connection, FakeDaemon,
 };
-use common::{must, pattern, within};
+use common::{begin, must, pattern, within, Limit};
 use futures_util::StreamExt as _;
 use p2pclient_rs::client::{Client, Error, IncomingStreams, Results, Subscription};
 use p2pclient_rs::core::multiaddr::Endpoint;
 use p2pclient_rs::core::pb::p2pd::{self, dht_response::Type::*, request::Type};
 use p2pclient_rs::core::{framing, Limits, Multiaddr};
-use std::future::{poll_fn, Future};
+use std::future::Future;
 use std::pin::pin;
-use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::join;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
+use tokio::{join, select};
 
 const SOON: Duration = Duration::from_millis(50);
 
@@ -47,13 +46,6 @@ async fn asked(daemon: &FakeDaemon) -> Connection {
     let mut connection = daemon.accept().await;
     connection.request().await;
     connection
-}
-
-/// Lets a future go as far as it can for now.
-async fn begin<T>(future: impl Future<Output = T>) {
-    let mut future = pin!(future);
-    let begun = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await;
-    assert!(begun, "it has ended already");
 }
 
 fn frame(message: &impl prost::Message) -> Vec<u8> {
@@ -1131,4 +1123,125 @@ async fn random_bytes_never_hang_or_break_the_client() {
         drop(outcome);
     }
     works_anew(&client, &daemon).await;
+}
+
+// --- what is given up, or ends, at an awkward time ---
+
+#[tokio::test]
+async fn a_query_can_ask_about_its_results_however_few_connections_there_may_be() {
+    let daemon = FakeDaemon::new();
+    let builder = Client::builder(daemon.control()).max_connections(1);
+    let client = builder.build().unwrap();
+    let (mut results, mut connection) = querying(&client, &daemon).await;
+    connection.answer(dht(Value, "one")).await;
+    results.next().await.unwrap().unwrap();
+    // The query is not at its end.
+    let (id, addrs) = (peer(), [addr()]);
+    let (outcome, ()) = join!(client.connect(&id, &addrs), async {
+        let mut connection = daemon.accept().await;
+        connection.request().await;
+        connection.answer(ok()).await;
+    });
+    outcome.unwrap();
+    drop(connection);
+}
+
+#[tokio::test]
+async fn an_idle_tcp_connection_that_the_daemon_closed_is_not_used_again() {
+    let _limit = Limit::new();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // In a thread, so that the client's reactor need not have had its turn.
+    let daemon = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut socket, _) = listener.accept().unwrap();
+            std::io::Read::read_exact(&mut socket, &mut [0; 3]).unwrap();
+            std::io::Write::write_all(&mut socket, &frame(&identity())).unwrap();
+        }
+    });
+    let client = Client::new(format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap()).unwrap();
+    client.identify().await.unwrap();
+    // The second connection is accepted after the first one is closed.
+    client.identify().await.unwrap();
+    daemon.join().unwrap();
+}
+
+#[tokio::test]
+async fn a_registration_dropped_before_its_answer_is_taken_back_after_it() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut control = select! {
+        _ = client.stream_handler("/echo", false) => panic!("it has ended"),
+        control = async {
+            let mut control = daemon.accept().await;
+            control.request().await;
+            control
+        } => control,
+    };
+    // Not on another connection, where it could overtake.
+    tokio::task::yield_now().await;
+    daemon.nobody_connects();
+    control.answer(ok()).await;
+    taken_back(&mut control).await;
+}
+
+#[test]
+fn inbound_streams_end_with_the_runtime_that_took_them() {
+    let (sender, control) = std::sync::mpsc::channel();
+    let daemon = std::thread::spawn(move || {
+        Runtime::new().unwrap().block_on(async {
+            let daemon = FakeDaemon::new();
+            sender.send(daemon.control()).unwrap();
+            daemon.accept().await.oblige().await;
+        });
+    });
+    let client = Client::new(control.recv().unwrap()).unwrap();
+    let first = Runtime::new().unwrap();
+    let mut incoming = first
+        .block_on(client.stream_handler("/echo", false))
+        .unwrap();
+    drop(first);
+    let second = Runtime::new().unwrap();
+    let none = second.block_on(async { within("the end", incoming.next()).await });
+    assert!(none.is_none());
+    drop((incoming, client));
+    drop(second);
+    daemon.join().unwrap();
+}
+
+#[tokio::test]
+async fn where_a_client_listened_the_next_one_can_at_once() {
+    let daemon = FakeDaemon::new();
+    let directory = tempfile::tempdir().unwrap();
+    let listen = format!("/unix{}/l.sock", directory.path().display());
+    for _ in 0..3 {
+        let builder = Client::builder(daemon.control()).listen_maddr(listen.parse().unwrap());
+        let client = builder.build().unwrap();
+        let (incoming, mut control) = join!(client.stream_handler("/echo", false), async {
+            let mut control = daemon.accept().await;
+            control.request().await;
+            control.answer(ok()).await;
+            control
+        });
+        let (closed, ()) = join!(incoming.unwrap().close(), taken_back(&mut control));
+        closed.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_client_of_a_daemon_with_a_name_listens_at_its_address() {
+    let _limit = Limit::new();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let control = format!("/dns4/localhost/tcp/{port}");
+    let client = Client::new(control.parse().unwrap()).unwrap();
+    let (incoming, ()) = join!(client.stream_handler("/echo", false), async {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let (mut socket, _) = listener.accept().await.unwrap();
+        assert_ne!(socket.read(&mut [0; 256]).await.unwrap(), 0);
+        socket.write_all(&frame(&ok())).await.unwrap();
+    });
+    let _incoming = incoming.unwrap();
+    let listening = client.listen_maddr().unwrap().to_string();
+    assert!(listening.starts_with("/ip4/127.0.0.1/tcp/"), "{listening}");
 }

@@ -6,19 +6,22 @@ mod common;
 
 use bytes::Bytes;
 use common::fake::{ok, peer, refusal, Connection, FakeDaemon};
-use common::{bare_daemon, endless, eventually, must, pair, pattern, stranger, within, Limit};
+use common::{
+    bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
+};
 use futures_util::future::join_all;
 use p2pclient_rs::client::{Client, Error, UnaryCall};
 use p2pclient_rs::core::pb::p2pd::{
     self, call_unary_response::Result as Reply, persistent_connection_request::Message,
     persistent_connection_response::Message as Answer, request::Type,
 };
-use p2pclient_rs::core::UnaryLimits;
+use p2pclient_rs::core::{framing, UnaryLimits};
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::{join, select};
@@ -1005,4 +1008,196 @@ async fn callers_of_a_daemon_that_does_not_read_fail_with_it() {
             "{error:?}"
         );
     }
+}
+
+// --- what is given up, or ends, at an awkward time ---
+
+#[tokio::test]
+async fn giving_up_the_first_call_does_not_end_hiveminds_daemon() {
+    let _limit = Limit::new();
+    let daemon = bare_daemon().spawn().await.unwrap();
+    let client = daemon.client().await.unwrap();
+    // Polled so often that the upgrade is under way, at whatever point.
+    for polls in 1..20 {
+        let mut calling = Box::pin(client.call_unary(daemon.peer_id(), "nobody", ""));
+        for _ in 0..polls {
+            select! {
+                biased;
+                _ = &mut calling => break,
+                () = tokio::task::yield_now() => {}
+            }
+        }
+    }
+    client.open_unary().await.unwrap();
+    assert_eq!(client.identify().await.unwrap().peer_id, *daemon.peer_id());
+    let refused = client.call_unary(daemon.peer_id(), "nobody", "").await;
+    assert!(refused.is_err());
+    assert_eq!(client.identify().await.unwrap().peer_id, *daemon.peer_id());
+}
+
+#[tokio::test]
+async fn a_registration_dropped_after_its_answer_came_is_undone() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut adding = Box::pin(client.add_unary_handler("served", false, echo));
+    let mut connection = select! {
+        _ = &mut adding => panic!("it has ended"),
+        connection = async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (id, _) = connection.addition().await;
+            connection.answer(&id, None).await;
+            connection
+        } => connection,
+    };
+    // Nobody has looked at the outcome.
+    until_eq(|| client.unary_handlers(), &["served".to_owned()]).await;
+    drop(adding);
+    let (removed, message) = connection.message().await;
+    assert!(matches!(message, Message::RemoveUnaryHandler(_)));
+    connection.answer(&removed, None).await;
+    until_eq(|| client.unary_handlers(), &[]).await;
+}
+
+async fn echo_or_words(call: UnaryCall) -> Result<Bytes, String> {
+    Ok(call.payload)
+}
+
+async fn until_eq(value: impl Fn() -> Vec<String>, expected: &[String]) {
+    eventually(async || must(value() == expected, "it is another")).await;
+}
+
+#[tokio::test]
+async fn a_reply_that_had_come_is_not_lost_with_the_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut first = Box::pin(call(&client, "one"));
+    let (mut connection, id) = select! {
+        _ = &mut first => panic!("it has ended"),
+        called = async {
+            let mut connection = Persistent::accept(&daemon).await;
+            let (id, _) = connection.call().await;
+            (connection, id)
+        } => called,
+    };
+    // The reply and the end come while the client does not look, and what it does next is to write.
+    let reply = answer(&id, Some(reply("1")));
+    connection.0.push(&framing::encode_frame(&reply));
+    drop(connection);
+    let (second, ()) = join!(async { join!(call(&client, "two"), first) }, async {
+        let mut connection = Persistent::accept(&daemon).await;
+        connection.echoes().await;
+    });
+    assert_eq!(second.1.unwrap(), "1");
+    assert_eq!(second.0.unwrap(), "two");
+}
+
+#[tokio::test]
+async fn the_replies_of_one_turn_leave_although_the_last_client_is_dropped_in_it() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let held = Arc::new(std::sync::Mutex::new(None));
+    let (dropping, served) = (held.clone(), Arc::new(AtomicUsize::new(0)));
+    let handler = move |call: UnaryCall| {
+        let (dropping, served) = (dropping.clone(), served.clone());
+        async move {
+            if served.fetch_add(1, Ordering::Relaxed) == 1 {
+                let client: Option<Client> = dropping.lock().unwrap().take();
+                // After this turn's replies, and before they leave.
+                tokio::spawn(async move { drop(client) });
+            }
+            Ok::<_, Infallible>(call.payload)
+        }
+    };
+    let (added, mut connection) = join!(client.add_unary_handler("echo", false, handler), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, _) = connection.addition().await;
+        connection.answer(&id, None).await;
+        connection
+    });
+    added.unwrap();
+    *held.lock().unwrap() = Some(client);
+    let calls =
+        [1, 2].map(|n| framing::encode_frame(&answer(&id(n), Some(incoming("echo", "hi")))));
+    connection.0.push(&calls.concat());
+    for _ in 0..2 {
+        let (_, reply) = connection.response().await;
+        assert_eq!(reply, Reply::Response("hi".into()));
+    }
+    connection.0.ended().await;
+}
+
+#[tokio::test]
+async fn a_close_that_is_given_up_closes_all_the_same() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let mut calling = Box::pin(call(&client, "one"));
+    let connection = select! {
+        _ = &mut calling => panic!("it has ended"),
+        connection = async {
+            let mut connection = Persistent::accept(&daemon).await;
+            connection.call().await;
+            connection
+        } => connection,
+    };
+    // More than the socket takes waits to be sent, so that closing waits.
+    let large = vec![0; 3 << 20];
+    let id = peer();
+    let mut sending = Box::pin(client.call_unary(&id, "echo", large));
+    begin(&mut sending).await;
+    let mut closing = Box::pin(client.close());
+    begin(&mut closing).await;
+    drop(closing);
+    for outcome in [
+        within("the first", calling).await,
+        within("the second", sending).await,
+    ] {
+        assert!(
+            matches!(outcome, Err(Error::ConnectionLost { .. })),
+            "{outcome:?}"
+        );
+    }
+    drop(connection);
+}
+
+#[tokio::test]
+async fn who_only_serves_is_told_when_the_connection_is_lost() {
+    let daemon = FakeDaemon::new();
+    let (client, connection) = serving(&daemon, "echo", echo_or_words).await;
+    let (lost, ()) = join!(client.unary_lost(), async { drop(connection) });
+    assert!(
+        matches!(lost, Some(Error::ConnectionLost { .. })),
+        "{lost:?}"
+    );
+    assert!(client.unary_lost().await.is_none());
+    let (opened, ()) = join!(client.open_unary(), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, name) = connection.addition().await;
+        assert_eq!(name, "echo");
+        connection.answer(&id, None).await;
+    });
+    opened.unwrap();
+}
+
+#[tokio::test]
+async fn replies_leave_while_there_is_always_more_to_read() {
+    const SIZE: usize = 1 << 20;
+    let daemon = FakeDaemon::new();
+    let (client, connection) = serving(&daemon, "echo", echo_or_words).await;
+    let (mut reader, mut writer) = connection.0.split();
+    // As fast as the client reads, until the first reply is back.
+    let flood = tokio::spawn(async move {
+        let data: &'static str = "x".repeat(SIZE).leak();
+        for number in 0..=255 {
+            let call = answer(&id(number), Some(incoming("echo", data)));
+            let frame = framing::encode_frame(&call);
+            writer.write_all(&frame).await.unwrap();
+        }
+    });
+    let mut received = 0;
+    let mut room = vec![0; SIZE];
+    while received < 256 * SIZE {
+        received += within("a reply", reader.read(&mut room)).await.unwrap();
+    }
+    flood.await.unwrap();
+    drop(client);
 }

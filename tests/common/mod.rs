@@ -11,11 +11,13 @@ use p2pclient_rs::core::{PeerId, PublicKey, PubsubMessage};
 use p2pclient_rs::daemon::{Dht, P2PDaemon, P2PDaemonBuilder};
 use p2pclient_rs::Client;
 use std::error::Error;
-use std::future::{pending, Future};
+use std::future::{pending, poll_fn, Future};
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -67,6 +69,13 @@ pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     let outcome = tokio::time::timeout(PATIENCE, future).await;
     outcome.unwrap_or_else(|_| panic!("in vain: {what}"))
+}
+
+/// Lets a future go as far as it can for now.
+pub async fn begin<T>(future: impl Future<Output = T>) {
+    let mut future = pin!(future);
+    let begun = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await;
+    assert!(begun, "it has ended already");
 }
 
 /// What a test needs to be run, named by a variable of the environment.
