@@ -21,7 +21,6 @@ use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::{join, select};
@@ -1176,28 +1175,4 @@ async fn who_only_serves_is_told_when_the_connection_is_lost() {
         connection.answer(&id, None).await;
     });
     opened.unwrap();
-}
-
-#[tokio::test]
-async fn replies_leave_while_there_is_always_more_to_read() {
-    const SIZE: usize = 1 << 20;
-    let daemon = FakeDaemon::new();
-    let (client, connection) = serving(&daemon, "echo", echo_or_words).await;
-    let (mut reader, mut writer) = connection.0.split();
-    // As fast as the client reads, until the first reply is back.
-    let flood = tokio::spawn(async move {
-        let data: &'static str = "x".repeat(SIZE).leak();
-        for number in 0..=255 {
-            let call = answer(&id(number), Some(incoming("echo", data)));
-            let frame = framing::encode_frame(&call);
-            writer.write_all(&frame).await.unwrap();
-        }
-    });
-    let mut received = 0;
-    let mut room = vec![0; SIZE];
-    while received < 256 * SIZE {
-        received += within("a reply", reader.read(&mut room)).await.unwrap();
-    }
-    flood.await.unwrap();
-    drop(client);
 }

@@ -73,7 +73,7 @@ impl Socket {
 
     /// Whether nothing has come, not even the end.
     pub fn is_silent(&self) -> bool {
-        let blocked = self.read_now(&mut [0]);
+        let blocked = self.read_now(&mut [IoSliceMut::new(&mut [0])]);
         matches!(blocked, Err(error) if error.kind() == ErrorKind::WouldBlock)
     }
 
@@ -81,19 +81,20 @@ impl Socket {
         !matches!(self, Self::Tcp(_))
     }
 
-    /// Reads what there is. Tokio's `try_read` would not do: it asks the operating system only where
-    /// the reactor has had its turn since something came.
-    fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => (&*SockRef::from(socket)).read(buffer))
+    /// Reads what there is. Tokio's own would not do: it asks the operating system only where the
+    /// reactor has had its turn since something came.
+    pub fn read_now(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        either!(self, socket => (&*SockRef::from(socket)).read_vectored(pieces))
     }
 
-    /// Reads what there is. Where that is less than there was room for, `readable` waits for more: with
-    /// tokio's own, another read would have to find nothing first.
+    /// Reads what there is, once `readable` has said that there is something. Where that is less than
+    /// there was room for, `readable` waits for more: with tokio's own, another read would have to find
+    /// nothing first.
     pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let room: usize = pieces.iter().map(|piece| piece.len()).sum();
         let mut read = None;
         let outcome = either!(self, socket => socket.try_io(Interest::READABLE, || {
-            let count = (&*SockRef::from(socket)).read_vectored(pieces)?;
+            let count = self.read_now(pieces)?;
             read = Some(count);
             // So it is with epoll and kqueue.
             if cfg!(unix) && count > 0 && count < room {
@@ -142,7 +143,7 @@ impl Socket {
         let mut room = [0; READ];
         let mut drained = 0;
         while drained < DRAIN_LIMIT {
-            match self.read_now(&mut room) {
+            match self.read_now(&mut [IoSliceMut::new(&mut room)]) {
                 Ok(count) if count > 0 => drained += count,
                 _ => break,
             }

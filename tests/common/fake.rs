@@ -12,7 +12,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd as _;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 
 pub struct FakeDaemon {
@@ -89,12 +88,6 @@ impl Connection {
     pub fn new(socket: UnixStream) -> Self {
         let input = BytesMut::new();
         Self { socket, input }
-    }
-
-    /// Its two halves.
-    pub fn split(self) -> (OwnedReadHalf, OwnedWriteHalf) {
-        assert!(self.input.is_empty(), "something was read ahead");
-        self.socket.into_split()
     }
 
     /// The next message, or `None` at the end.

@@ -328,25 +328,25 @@ impl Inner {
     /// Reads what is there, within the bounds of a turn. Says whether there may be more.
     fn read(
         &mut self,
-        socket: &Socket,
+        read: impl Fn(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
         scratch: &mut [u8],
         events: &mut Vec<Event>,
     ) -> Result<bool, Error> {
         let mut budget = unary::TURN;
         loop {
-            let (room, wanted, read) = match self.core.payload_room() {
+            let (room, wanted, count) = match self.core.payload_room() {
                 Some(room) => {
                     let behind = &mut scratch[..unary::BEHIND];
                     let (len, wanted) = (room.len(), room.len() + behind.len());
                     let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(behind)];
-                    (len, wanted, socket.try_read_vectored(&mut pieces))
+                    (len, wanted, read(&mut pieces))
                 }
                 None => {
                     let mut pieces = [IoSliceMut::new(scratch)];
-                    (0, unary::READ, socket.try_read_vectored(&mut pieces))
+                    (0, unary::READ, read(&mut pieces))
                 }
             };
-            let count = match unless_blocked(read) {
+            let count = match unless_blocked(count) {
                 Ok(Some(0)) => return Err(self.core.end_of_file().into()),
                 Ok(Some(count)) => count,
                 Ok(None) => return Ok(false),
@@ -460,7 +460,8 @@ impl Driver {
         ready.map_err(|error| Error::lost(error, false))?;
         let outcome = {
             let mut inner = lock(&self.link.inner);
-            let outcome = inner.read(&self.link.socket, scratch, events);
+            let socket = &self.link.socket;
+            let outcome = inner.read(|pieces| socket.try_read_vectored(pieces), scratch, events);
             // The answers to several are better sent at once, when all of those who were woken have
             // had their turn.
             inner.corked = events.len() > 1;
@@ -488,8 +489,10 @@ impl Driver {
                 return;
             }
             // The other side has closed: there is no more than the socket's buffer holds.
+            let socket = &self.link.socket;
             for _ in 0..64 {
-                if !matches!(inner.read(&self.link.socket, scratch, events), Ok(true)) {
+                let read = inner.read(|pieces| socket.read_now(pieces), scratch, events);
+                if !matches!(read, Ok(true)) {
                     break;
                 }
             }
