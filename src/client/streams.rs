@@ -121,6 +121,8 @@ impl Client {
     async fn register(&self, protocol: String, balanced: bool) -> Result<IncomingStreams, Error> {
         let (mut waiting, outcome) = oneshot::channel();
         let client = self.clone();
+        let wanted = Arc::new(());
+        let still_wanted = Arc::downgrade(&wanted);
         tokio::spawn(async move {
             let inbound = &client.shared.inbound;
             // Until the daemon is asked, it can be given up.
@@ -129,7 +131,8 @@ impl Client {
                 () = waiting.closed() => return,
                 ready = async {
                     let addr = inbound.listen(client.connector()).await?;
-                    Ok((addr, Handlers::enter(&inbound.handlers, protocol).await?))
+                    let handlers = &inbound.handlers;
+                    Ok((addr, handlers.enter(protocol, still_wanted).await?))
                 } => ready,
             };
             let registered = match ready {
@@ -139,7 +142,9 @@ impl Client {
             // Dropped, by us or by who waits, it is taken back.
             drop(waiting.send(registered));
         });
-        outcome.await.unwrap_or_else(|_| Err(runtime_ended()))
+        let mut incoming = outcome.await.unwrap_or_else(|_| Err(runtime_ended()))?;
+        incoming._wanted = Some(wanted);
+        Ok(incoming)
     }
 
     async fn try_register(
@@ -157,6 +162,7 @@ impl Client {
                 runtime: Handle::current(),
                 name,
             }),
+            _wanted: None,
         };
         let asking = timeout(ANSWERING, self.connector().ask(&request)).await;
         let outcome = asking.unwrap_or_else(|_| Err(Error::timeout(ANSWERING)));
@@ -191,6 +197,8 @@ pub struct IncomingStreams {
     streams: mpsc::Receiver<Stream>,
     /// `None` once the daemon was told to forget it.
     registration: Option<Registration>,
+    /// While somebody has this, the name is taken.
+    _wanted: Option<Arc<()>>,
 }
 
 /// A handler that the daemon knows of, or may know of.
@@ -310,6 +318,8 @@ struct Entry {
     /// Tells one from those who had the name before and after.
     number: u64,
     sender: mpsc::Sender<Stream>,
+    /// Whether anybody has what comes of it, or waits for that. If not, the name is about to be free.
+    wanted: Weak<()>,
 }
 
 impl Handlers {
@@ -317,6 +327,7 @@ impl Handlers {
     async fn enter(
         self: &Arc<Self>,
         protocol: String,
+        wanted: Weak<()>,
     ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
         loop {
             let left = self.left.notified();
@@ -326,7 +337,12 @@ impl Handlers {
                     None => {
                         let (sender, receiver) = mpsc::channel(MAX_WAITING);
                         let number = self.entered.fetch_add(1, Ordering::Relaxed);
-                        handlers.insert(protocol.clone(), Entry { number, sender });
+                        let entry = Entry {
+                            number,
+                            sender,
+                            wanted,
+                        };
+                        handlers.insert(protocol.clone(), entry);
                         let name = Name {
                             handlers: Arc::clone(self),
                             protocol,
@@ -334,7 +350,7 @@ impl Handlers {
                         };
                         return Ok((name, receiver));
                     }
-                    Some(entry) if !entry.sender.is_closed() => {
+                    Some(entry) if entry.wanted.strong_count() > 0 => {
                         let context = Box::default();
                         return Err(Error::AlreadyRegistered { context });
                     }

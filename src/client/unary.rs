@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -116,6 +117,7 @@ impl Client {
         };
         let handler = Arc::new(Handler {
             balanced,
+            given_up: AtomicBool::new(false),
             serve: Box::new(serve),
         });
         self.within(about, self.unary().add(protocol, handler))
@@ -184,6 +186,8 @@ type Work = Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send>>;
 
 struct Handler {
     balanced: bool,
+    /// Nobody came to know of it: it is about to be taken back.
+    given_up: AtomicBool,
     serve: Box<dyn Fn(UnaryCall) -> Work + Send + Sync>,
 }
 
@@ -300,9 +304,14 @@ impl Unary {
         handler: Arc<Handler>,
         closed_before: u64,
     ) -> Result<Added, Error> {
-        if lock(&self.handlers).contains_key(&protocol) {
-            let context = Box::default();
-            return Err(Error::AlreadyRegistered { context });
+        let before = self.handler(&protocol);
+        match before.map(|handler| handler.given_up.load(Ordering::Relaxed)) {
+            None => {}
+            Some(true) => self.try_remove(&protocol).await?,
+            Some(false) => {
+                let context = Box::default();
+                return Err(Error::AlreadyRegistered { context });
+            }
         }
         let mut retried = false;
         loop {
@@ -315,6 +324,7 @@ impl Unary {
                 return Ok(Added {
                     unary: Arc::clone(self),
                     protocol,
+                    handler,
                     runtime: Handle::current(),
                     kept: false,
                 });
@@ -535,20 +545,28 @@ async fn open(
 struct Added {
     unary: Arc<Unary>,
     protocol: String,
+    handler: Arc<Handler>,
     runtime: Handle,
     kept: bool,
 }
 
 impl Drop for Added {
     fn drop(&mut self) {
-        if !self.kept {
-            let unary = Arc::clone(&self.unary);
-            let protocol = std::mem::take(&mut self.protocol);
-            self.runtime.spawn(async move {
-                let _changing = unary.changing.lock().await;
-                let _ = unary.try_remove(&protocol).await;
-            });
+        if self.kept {
+            return;
         }
+        self.handler.given_up.store(true, Ordering::Relaxed);
+        let unary = Arc::clone(&self.unary);
+        let handler = Arc::clone(&self.handler);
+        let protocol = std::mem::take(&mut self.protocol);
+        self.runtime.spawn(async move {
+            let _changing = unary.changing.lock().await;
+            // Whoever takes the name next takes it back, too.
+            let present = unary.handler(&protocol);
+            if present.is_some_and(|present| Arc::ptr_eq(&present, &handler)) {
+                let _ = unary.try_remove(&protocol).await;
+            }
+        });
     }
 }
 
