@@ -121,7 +121,7 @@ def unused_port() -> int:
 
 
 async def test_it_starts_answers_and_leaves_nothing(p2pd: Path) -> None:
-    daemon = Daemon()
+    daemon = Daemon(stop_timeout=60)
     assert not daemon.running and daemon.pid is None and daemon.command == []
     async with daemon as entered:
         assert entered is daemon
@@ -290,6 +290,7 @@ async def test_options_reach_the_daemon() -> None:
         "relay": False,
         "pubsub": "floodsub",
         "connmgr": (1, 2, 1.5),
+        # The second is an address of this machine on Linux only, unless it was given it.
         "host_addrs": [Multiaddr("/ip4/127.0.0.1/tcp/0"), "/ip4/127.0.0.2/tcp/0"],
         "announce_addrs": ["/ip4/192.0.2.1/tcp/4001"],
         "extra_args": ["-muxer=yamux"],
@@ -599,7 +600,7 @@ async def test_a_wrapped_daemon_ends_with_its_wrapper(tmp_path: Path, p2pd: Path
 
 
 async def test_cancellation_does_not_interrupt_stop() -> None:
-    daemon = await Daemon().start()
+    daemon = await Daemon(stop_timeout=60).start()
     with anyio.CancelScope() as scope:
         scope.cancel()
         await daemon.stop()
@@ -633,7 +634,7 @@ async def test_a_daemon_that_dies_is_noticed_and_cleared_up() -> None:
 
 
 async def test_two_tasks_may_stop_it() -> None:
-    daemon = await Daemon().start()
+    daemon = await Daemon(stop_timeout=60).start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.stop)
         tasks.start_soon(daemon.stop)
@@ -659,7 +660,7 @@ import anyio
 from p2pclient_rs.daemon import Daemon
 
 async def main():
-    daemon = await Daemon().start()
+    daemon = await Daemon(stop_timeout=60).start()
     janitor = daemon._process.janitor_pid
     print(json.dumps([daemon.pid, janitor, str(daemon.control_maddr)]), flush=True)
     sys.stdin.readline()

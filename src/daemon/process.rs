@@ -21,7 +21,6 @@ use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
 use crate::sockets;
 use std::fs::{self, File};
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::net::TcpListener;
 use std::ops::Range;
@@ -422,10 +421,7 @@ pub(crate) fn exit_code(status: ExitStatus) -> i32 {
 /// There is no such address, or no port.
 pub(crate) fn unused_tcp_port(host: &str) -> io::Result<u16> {
     for attempt in 0..100 {
-        // Random, and different in a forked child.
-        let mut hasher = RandomState::new().build_hasher();
-        hasher.write_u64(u64::from(std::process::id()) << 32 | attempt);
-        let offset = hasher.finish() % PORTS.len() as u64;
+        let offset = sockets::random(attempt) % PORTS.len() as u64;
         let port = PORTS.start + offset as u16;
         match TcpListener::bind((host, port)) {
             Ok(_) => return Ok(port),
@@ -664,13 +660,18 @@ mod tests {
 
     #[test]
     fn a_daemon_that_somebody_else_reaped_has_ended() {
-        let process = scripted("exit 5");
+        let process = scripted("sleep 1000 & echo $!; exit 5");
         process.spawn().unwrap();
         let pid = Pid::from_raw(process.pid().unwrap() as i32);
         let options = rustix::process::WaitOptions::empty();
         rustix::process::waitpid(pid, options).unwrap().unwrap();
         assert_eq!(process.poll().map(exit_code), Some(0));
         assert!(!process.alive());
+        // The number of its group may be another's by now.
+        process.terminate();
+        process.destroy();
+        let left = Pid::from_raw(printed(&process)[0] as i32).unwrap();
+        kill_process(left, Signal::KILL).unwrap();
     }
 
     #[test]
