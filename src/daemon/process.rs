@@ -280,7 +280,8 @@ impl Process {
             return;
         }
         self.end_daemon();
-        let output = self.output();
+        // Before the file goes: from now on it is had from here.
+        let _ = self.last_output.set(self.output());
         let _ = fs::remove_dir_all(&self.directory);
         if let Some(socket) = &self.socket {
             // Another daemon may serve there by now.
@@ -292,7 +293,6 @@ impl Process {
         // After them: should this process be killed meanwhile, the janitor does the rest.
         #[cfg(unix)]
         self.janitor.dismiss();
-        let _ = self.last_output.set(output);
     }
 
     #[cfg(unix)]
