@@ -1,16 +1,13 @@
 //! Listening sockets, as every driver wants them: with no event loop.
 
 use socket2::{Domain, SockAddr, Socket, Type};
-use std::io;
-use std::path::Path;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::{fs, mem};
 
 #[cfg(unix)]
-use std::{
-    fs,
-    io::ErrorKind,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    path::PathBuf,
-};
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt, MetadataExt, PermissionsExt};
 
 const BACKLOG: i32 = 1024;
 
@@ -88,28 +85,105 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A directory only this user can look into, in `parent` or where temporary files go, in which a
-/// socket of that name fits.
+/// A directory that only this user can look into, removed with all that is in it when dropped.
+#[derive(Debug)]
+pub struct PrivateDirectory(PathBuf);
+
+impl PrivateDirectory {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Leaves its removal to the caller.
+    pub fn keep(mut self) -> PathBuf {
+        mem::take(&mut self.0)
+    }
+}
+
+impl Drop for PrivateDirectory {
+    fn drop(&mut self) {
+        if self.0 != Path::new("") {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+/// A private directory in `parent` or where temporary files go, in which a socket of that name
+/// fits.
 pub fn private_directory(
     parent: Option<&Path>,
     prefix: &str,
     name: &str,
-) -> io::Result<tempfile::TempDir> {
+) -> io::Result<PrivateDirectory> {
     let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
     let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
     if cfg!(unix) && (longest > SOCKET_PATH_LIMIT || parent.to_str().is_none()) {
         parent = "/tmp".into();
     }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(prefix).rand_bytes(RANDOM);
-    #[cfg(unix)]
-    // By default others can, as the umask has it.
-    builder.permissions(fs::Permissions::from_mode(0o700));
-    builder.tempdir_in(parent)
+    for attempt in 0..100 {
+        let number = random(attempt) % 36u64.pow(RANDOM as u32);
+        let path = parent.join(format!("{prefix}{}", base36(number)));
+        #[cfg_attr(not(unix), allow(unused_mut))]
+        let mut builder = fs::DirBuilder::new();
+        #[cfg(unix)]
+        // By default others can look into it, as the umask has it.
+        builder.mode(0o700);
+        match builder.create(&path) {
+            Ok(()) => return Ok(PrivateDirectory(path)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(ErrorKind::AlreadyExists.into())
 }
 
-/// How many letters tempfile adds to the prefix.
+/// A random number, another one for each `attempt` and in a forked child.
+pub fn random(attempt: u32) -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.write_u32(attempt);
+    hasher.finish()
+}
+
+fn base36(mut number: u64) -> String {
+    let mut digit = || {
+        let digit = (number % 36) as u32;
+        number /= 36;
+        char::from_digit(digit, 36).unwrap_or('0')
+    };
+    (0..RANDOM).map(|_| digit()).collect()
+}
+
+/// How many letters are added to the prefix.
 const RANDOM: usize = 8;
 
 /// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
 const SOCKET_PATH_LIMIT: usize = 103;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_private_directory_goes_with_what_is_in_it_unless_it_is_kept() {
+        let one = private_directory(None, "p2pd-", "c.sock").unwrap();
+        let other = private_directory(None, "p2pd-", "c.sock").unwrap();
+        assert_ne!(one.path(), other.path());
+        let name = one.path().file_name().unwrap().len();
+        assert_eq!(name, "p2pd-".len() + RANDOM);
+        fs::write(one.path().join("file"), "").unwrap();
+        let path = one.path().to_owned();
+        drop(one);
+        assert!(!path.exists());
+        let kept = other.keep();
+        assert!(kept.exists());
+        fs::remove_dir(kept).unwrap();
+    }
+
+    #[test]
+    fn the_systems_number_for_why_there_is_no_directory_is_kept() {
+        let missing = std::env::temp_dir().join("no-such");
+        let error = private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
+        assert!(error.raw_os_error().is_some(), "{error:?}");
+    }
+}

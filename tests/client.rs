@@ -582,7 +582,7 @@ async fn a_subscription_ends_with_its_daemon() {
     let daemon = daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();
     let mut news = client.pubsub_subscribe("news").await.unwrap();
-    let (message, ()) = join!(within("the end", news.next()), daemon.shutdown());
+    let (message, _) = join!(within("the end", news.next()), daemon.shutdown());
     assert!(matches!(message, Some(Err(Error::ConnectionLost { .. }))));
     assert!(news.next().await.is_none());
 }

@@ -10,6 +10,7 @@ use p2pclient_rs::daemon::{
 };
 use rustix::process::{kill_process, Pid, Signal};
 use std::fs;
+use std::future::Future;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -31,6 +32,11 @@ fn p2pd() -> PathBuf {
 
 fn daemon() -> P2PDaemonBuilder {
     P2PDaemon::builder().binary(p2pd())
+}
+
+/// One that has the time it needs to end itself.
+fn patient() -> P2PDaemonBuilder {
+    daemon().stop_timeout(Duration::from_secs(60))
 }
 
 /// An executable script. Another process writes it: while this one had it open for writing, a fork
@@ -76,6 +82,12 @@ fn pid_of(daemon: &P2PDaemon) -> Pid {
     Pid::from_raw(daemon.pid().unwrap() as i32).unwrap()
 }
 
+/// Has what should be quick fail rather than hang.
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    let limit = Duration::from_secs(60);
+    timeout(limit, future).await.expect("it takes too long")
+}
+
 async fn until(condition: impl Fn() -> bool) {
     let begun = Instant::now();
     while !condition() {
@@ -104,7 +116,7 @@ async fn failed(builder: P2PDaemonBuilder) -> StartError {
 
 #[tokio::test]
 async fn it_starts_answers_and_leaves_nothing() {
-    let daemon = daemon().spawn().await.unwrap();
+    let daemon = patient().spawn().await.unwrap();
     let command = daemon.command();
     assert!(daemon.pid().is_some());
     assert_eq!(command[0], p2pd().to_str().unwrap());
@@ -132,14 +144,15 @@ async fn it_starts_answers_and_leaves_nothing() {
     assert_eq!(&identity.peer_id, daemon.peer_id());
     assert_eq!(identity.addrs, daemon.addrs());
 
-    daemon.shutdown().await;
+    let status = daemon.shutdown().await;
     nothing_is_left_of(&directory);
     assert_eq!(daemon.pid(), None);
     // It ends itself, with status 0 or 143, as it happens.
-    assert_eq!(daemon.wait().await.signal(), None);
+    assert_eq!(status.signal(), None);
+    assert_eq!(soon(daemon.wait()).await, status);
     assert!(daemon.output().contains("Peer ID: "));
     assert!(daemon.client().await.is_err());
-    daemon.shutdown().await;
+    assert_eq!(daemon.shutdown().await, status);
 }
 
 #[tokio::test]
@@ -153,6 +166,7 @@ async fn options_reach_the_daemon() {
             high: 2,
             grace: Duration::from_millis(1500),
         })
+        // The second is an address of this machine on Linux only, unless it was given it.
         .host_addrs([addr("/ip4/127.0.0.1/tcp/0"), addr("/ip4/127.0.0.2/tcp/0")])
         .announce_addrs([addr("/ip4/192.0.2.1/tcp/4001")])
         .extra_args(["-muxer=yamux"])
@@ -244,9 +258,13 @@ async fn bootstrap_peers_are_connected() {
 #[tokio::test]
 async fn a_start_and_a_daemon_can_be_given_to_other_tasks() {
     let daemon = tokio::spawn(daemon().spawn()).await.unwrap().unwrap();
+    let directory = directory_of(&daemon.command());
     let waiting = tokio::spawn(async move { daemon.wait().await });
+    tokio::task::yield_now().await;
+    assert!(directory.exists());
     waiting.abort();
-    assert!(waiting.await.unwrap_err().is_cancelled());
+    assert!(soon(waiting).await.unwrap_err().is_cancelled());
+    nothing_is_left_of(&directory);
 }
 
 // --- a daemon that does not ---
@@ -416,6 +434,42 @@ async fn dropping_the_start_leaves_nothing() {
 // --- the end of it ---
 
 #[tokio::test]
+async fn its_end_leaves_the_socket_of_its_successor() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("c.sock");
+    let wanted = addr(&format!("/unix{}", path.display()));
+    let start = || daemon().control_maddr(wanted.clone()).spawn();
+    let mut daemon = start().await.unwrap();
+    kill_process(pid_of(&daemon), Signal::KILL).unwrap();
+    soon(daemon.wait()).await;
+    daemon = start().await.unwrap(); // the first is dropped after this one has started
+    daemon.client().await.unwrap();
+}
+
+/// In a process of its own: the test starts itself.
+#[tokio::test]
+#[allow(unsafe_code)]
+async fn its_end_is_seen_though_somebody_took_the_place_of_tokios_handler() {
+    const IN_CHILD: &str = "P2PCLIENT_RS_TEST_SIGCHLD";
+    let name = "its_end_is_seen_though_somebody_took_the_place_of_tokios_handler";
+    if std::env::var_os(IN_CHILD).is_none() {
+        let test = std::env::current_exe().unwrap();
+        let mut test = Command::new(test);
+        let test = test.args([name, "--nocapture"]).env(IN_CHILD, "1");
+        assert!(test.status().unwrap().success());
+        return;
+    }
+    let daemon = daemon().spawn().await.unwrap();
+    // SAFETY: no handler is run any more.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    let waiting = async { soon(daemon.wait()).await };
+    let (status, ()) = tokio::join!(waiting, async {
+        kill_process(pid_of(&daemon), Signal::KILL).unwrap();
+    });
+    assert_eq!(status.signal(), Some(9));
+}
+
+#[tokio::test]
 async fn every_task_that_waits_is_told_of_its_end() {
     let daemon = Arc::new(daemon().spawn().await.unwrap());
     let waiting: Vec<_> = (0..3)
@@ -427,8 +481,7 @@ async fn every_task_that_waits_is_told_of_its_end() {
     tokio::task::yield_now().await;
     kill_process(pid_of(&daemon), Signal::KILL).unwrap();
     for task in waiting {
-        let status = timeout(Duration::from_secs(10), task).await.unwrap();
-        assert_eq!(status.unwrap().signal(), Some(9));
+        assert_eq!(soon(task).await.unwrap().signal(), Some(9));
     }
     assert_eq!(daemon.pid(), None);
 }
@@ -445,16 +498,15 @@ async fn what_does_not_end_is_killed() {
     let stubborn = stubborn.stop_timeout(Duration::from_millis(200));
     let daemon = stubborn.spawn().await.unwrap();
     let private = directory_of(&daemon.command());
-    daemon.shutdown().await;
-    assert_eq!(daemon.wait().await.signal(), Some(9));
+    assert_eq!(daemon.shutdown().await.signal(), Some(9));
     nothing_is_left_of(&private);
 }
 
 #[tokio::test]
 async fn several_tasks_may_stop_it() {
-    let daemon = daemon().spawn().await.unwrap();
-    tokio::join!(daemon.shutdown(), daemon.shutdown());
-    assert_eq!(daemon.wait().await.signal(), None);
+    let daemon = patient().spawn().await.unwrap();
+    let (one, other) = tokio::join!(daemon.shutdown(), daemon.shutdown());
+    assert_eq!((one.signal(), other), (None, one));
 }
 
 #[tokio::test]
@@ -465,7 +517,7 @@ async fn dropping_it_kills_it() {
     assert!(logs.next().await.is_some());
     drop(daemon); // though the logs live on
     nothing_is_left_of(&private);
-    while logs.next().await.is_some() {}
+    soon(async { while logs.next().await.is_some() {} }).await;
 }
 
 #[test]
@@ -506,14 +558,44 @@ async fn logs_have_every_line_from_the_beginning_and_end_with_the_daemon() {
     assert_eq!(logs.next().await.unwrap(), "");
     daemon.shutdown().await;
 
-    let followed = timeout(Duration::from_secs(10), following)
-        .await
-        .unwrap()
-        .unwrap();
+    let followed = soon(following).await.unwrap();
     assert_eq!(followed[followed.len() - 2..], ["bye", "end"]);
     assert!(followed.contains(&format!("Peer ID: {}", daemon.peer_id())));
     // From the beginning, also of what is left when its files are gone.
-    assert_eq!(daemon.logs().collect::<Vec<_>>().await, followed);
-    let rest: Vec<_> = logs.collect().await;
+    let again: Vec<_> = soon(daemon.logs().collect()).await;
+    assert_eq!(again, followed);
+    let rest: Vec<_> = soon(logs.collect()).await;
     assert_eq!(rest, followed[3004..]);
+}
+
+#[tokio::test]
+async fn a_piece_of_a_line_ends_between_characters_and_loses_none() {
+    let directory = TempDir::new().unwrap();
+    let p2pd = p2pd();
+    let many = "head -c 65535 /dev/zero | tr '\\0' x";
+    let body = format!(
+        "{many}; printf 'é!\\n'; {many}; printf '\\ry\\n'\nexec {} \"$@\"",
+        p2pd.display()
+    );
+    let chatty = P2PDaemon::builder().binary(script(&directory, &body));
+    let daemon = chatty.spawn().await.unwrap();
+    let mut logs = daemon.logs();
+    let many = "x".repeat(65535);
+    for expected in [many.clone(), "é!".into(), many + "\r", "y".into()] {
+        assert!(soon(logs.next()).await.unwrap() == expected);
+    }
+}
+
+#[tokio::test]
+async fn a_long_log_lets_other_tasks_run() {
+    let directory = TempDir::new().unwrap();
+    let body = format!("seq 3000\nexec {} \"$@\"", p2pd().display());
+    let chatty = P2PDaemon::builder().binary(script(&directory, &body));
+    let daemon = chatty.spawn().await.unwrap();
+    let other = tokio::spawn(async {});
+    let mut logs = daemon.logs();
+    for _ in 0..3000 {
+        soon(logs.next()).await.unwrap();
+    }
+    assert!(other.is_finished());
 }

@@ -508,7 +508,7 @@ def find_daemon(
     hivemind."""
 
 def unused_tcp_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+    """A TCP port that nobody listened on a moment ago, at an address or name of this machine.
 
     It is none of those that the system gives to whoever asks for any, or connects: one of these
     could be gone before it is used. Raises OSError if there is no such address, or no port."""

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -84,8 +85,9 @@ class Daemon:
         stop_timeout: Seconds until a daemon that does not end on SIGTERM is killed.
 
     Raises:
-        ValueError: An address cannot be used as what it is given for, or options contradict each
-            other.
+        ValueError: An address cannot be used as what it is given for, options contradict each
+            other, or a timeout is negative.
+        TypeError: An option is of another type; a timeout is None, which no daemon is given.
     """
 
     def __init__(
@@ -118,8 +120,8 @@ class Daemon:
             control_maddr=None if control_maddr is None else str(control_maddr),
             extra_args=list(extra_args),
         )
-        self._start_timeout = start_timeout
-        self._stop_timeout = stop_timeout
+        self._start_timeout = _seconds("start_timeout", start_timeout)
+        self._stop_timeout = _seconds("stop_timeout", stop_timeout)
 
         self._process: DaemonProcess | None = None
         self._finalizer: weakref.finalize[..., Daemon] | None = None
@@ -338,6 +340,14 @@ def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
     if found is None:
         raise DaemonNotFound("no binary of a libp2p daemon to run", looked_at=looked_at)
     return found
+
+
+def _seconds(option: str, timeout: float) -> float:
+    if not isinstance(timeout, Real):
+        raise TypeError(f"{option} is a number of seconds, not {timeout!r}")
+    if not timeout >= 0:
+        raise ValueError(f"{option} cannot be {timeout}")
+    return float(timeout)
 
 
 def _texts(addresses: Sequence[Multiaddr | str]) -> list[str]:

@@ -389,7 +389,7 @@ struct Listening {
     /// The task has it only while it looks, so that it is closed when this is dropped.
     _listener: Arc<Listener>,
     /// Where the socket is, if nobody said where it should be.
-    _directory: Option<tempfile::TempDir>,
+    _directory: Option<crate::sockets::PrivateDirectory>,
 }
 
 impl Drop for Listening {
@@ -460,7 +460,9 @@ impl Inbound {
 }
 
 /// Where the daemon reaches us as we reach it.
-fn default_endpoint(control: &Endpoint) -> io::Result<(Endpoint, Option<tempfile::TempDir>)> {
+fn default_endpoint(
+    control: &Endpoint,
+) -> io::Result<(Endpoint, Option<crate::sockets::PrivateDirectory>)> {
     match control {
         Endpoint::Unix(_) => {
             let directory = crate::sockets::private_directory(None, "p2pclient-", "listen.sock")?;

@@ -16,6 +16,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::Duration;
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout, Sleep};
 
 /// How often the daemon's output is looked at while somebody waits for more of it.
@@ -42,6 +43,7 @@ const READ_SIZE: usize = 16 * 1024;
 /// # }
 /// ```
 #[derive(Debug)]
+#[must_use = "the daemon is killed when this is dropped"]
 pub struct P2PDaemon {
     process: Arc<Process>,
     identity: Identity,
@@ -268,18 +270,27 @@ impl P2PDaemon {
     }
 
     /// Waits until the daemon has ended. Any number of tasks may.
+    ///
+    /// If somebody else in this process has reaped it (who waits for any child, or ignores
+    /// SIGCHLD), nobody knows its exit status, and this gives 0.
     pub async fn wait(&self) -> ExitStatus {
         ended(&self.process).await
     }
 
     /// Asks the daemon to end, kills it if it does not within the
-    /// [`stop_timeout`](P2PDaemonBuilder::stop_timeout), and removes its files. Does nothing the
-    /// second time.
-    pub async fn shutdown(&self) {
+    /// [`stop_timeout`](P2PDaemonBuilder::stop_timeout), and removes its files. Gives the exit
+    /// status, which is 0 if nobody knows it (see [`wait`](Self::wait); or the kernel does not let
+    /// go of it). Does nothing more the second time.
+    pub async fn shutdown(&self) -> ExitStatus {
         self.process.terminate();
         // Killed it is if need be, by what comes next.
         let _ = timeout(self.stop_timeout, self.wait()).await;
-        self.process.destroy();
+        let process = Arc::clone(&self.process);
+        if spawn_blocking(move || process.destroy()).await.is_err() {
+            // The runtime is being shut down.
+            self.process.destroy();
+        }
+        self.process.poll().unwrap_or_default()
     }
 
     /// The end of what it has printed, also when it has ended: the last MiB.
@@ -344,6 +355,13 @@ async fn ask(process: &Process, obstacle: &mut Option<String>) -> Identity {
     }
 }
 
+/// The last place up to `at` at which no character of UTF-8 is cut, if that is what the text is.
+fn character_end(text: &[u8], at: usize) -> usize {
+    let continues = |place: &usize| text.get(*place).is_some_and(|byte| byte & 0xc0 == 0x80);
+    let begins = (at.saturating_sub(3)..=at).rev().find(|at| !continues(at));
+    begins.filter(|place| *place > 0).unwrap_or(at)
+}
+
 /// Waits until the daemon has ended.
 async fn ended(process: &Process) -> ExitStatus {
     #[cfg(unix)]
@@ -358,7 +376,8 @@ async fn ended(process: &Process) -> ExitStatus {
         }
         #[cfg(unix)]
         if let Some(children) = &mut children {
-            children.recv().await;
+            // Somebody may have put another handler in the place of tokio's.
+            let _ = timeout(Duration::from_secs(1), children.recv()).await;
             continue;
         }
         sleep(LOOK_AGAIN).await;
@@ -368,7 +387,7 @@ async fn ended(process: &Process) -> ExitStatus {
 /// The lines of a daemon's output, as they come: a [`Stream`] that ends when the daemon has.
 ///
 /// Lines over 64 KiB come in pieces. Without a line, the output is looked at every 50 ms, but only
-/// while this is awaited.
+/// while this is awaited: in a tokio runtime, for outside of one there is no timer, and it panics.
 #[derive(Debug)]
 #[must_use = "a stream does nothing until it is awaited"]
 pub struct Logs {
@@ -391,12 +410,18 @@ impl Logs {
         let rest = &self.buffer[self.start..];
         let end = memchr::memchr(b'\n', &rest[..rest.len().min(LINE_LIMIT + 1)]);
         let (line, taken) = match end {
-            Some(end) => (&rest[..end], end + 1),
-            None if rest.len() > LINE_LIMIT => (&rest[..LINE_LIMIT], LINE_LIMIT),
+            Some(end) => {
+                let line = &rest[..end];
+                (line.strip_suffix(b"\r").unwrap_or(line), end + 1)
+            }
+            None if rest.len() > LINE_LIMIT => {
+                let piece = &rest[..character_end(rest, LINE_LIMIT)];
+                (piece, piece.len())
+            }
             None if self.log.is_none() && !rest.is_empty() => (rest, rest.len()),
             None => return None,
         };
-        let line = String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line)).into_owned();
+        let line = String::from_utf8_lossy(line).into_owned();
         self.start += taken;
         Some(line)
     }
@@ -421,8 +446,10 @@ impl Stream for Logs {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<String>> {
         let logs = self.get_mut();
+        let coop = ready!(tokio::task::coop::poll_proceed(cx));
         loop {
             if let Some(line) = logs.take_line() {
+                coop.made_progress();
                 return Poll::Ready(Some(line));
             }
             if logs.log.is_none() {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 /// Whose daemon it is: they spell their flags differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Flavour {
     /// `p2pd`: upstream's, hivemind's fork, and those that copy their flags.
     #[default]
@@ -32,6 +33,7 @@ impl Flavour {
 
 /// The part the daemon plays in the DHT. Out of a bool: true is [`Auto`](Dht::Auto).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Dht {
     /// None.
     #[default]
@@ -57,6 +59,7 @@ impl From<bool> for Dht {
 
 /// Pubsub, and its router.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Pubsub {
     /// None.
     #[default]
@@ -82,6 +85,7 @@ impl From<bool> for Pubsub {
 /// The connection manager, which closes connections when there are too many. Out of a bool: true
 /// is [`Default`](ConnectionManager::Default).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
 pub enum ConnectionManager {
     /// None.
     #[default]
@@ -153,6 +157,7 @@ pub struct DaemonOptions {
 
 /// Options that no arguments can be made of.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OptionsError {
     /// A control address that is none.
     #[error(transparent)]
@@ -178,6 +183,9 @@ pub enum OptionsError {
     /// An extra argument that would move the control socket from where the client looks for it.
     #[error("the extra argument {0:?} sets the control address; use the option for that")]
     ControlInExtraArgs(String),
+    /// A path that the command line could not name.
+    #[error("the path of the identity file is not UTF-8: {0:?}")]
+    Identity(PathBuf),
     /// Something that this flavour of daemon has no flag for.
     #[error("jsp2pd cannot do this: {0}")]
     NotInJs(&'static str),
@@ -207,6 +215,13 @@ impl DaemonOptions {
             if low > high {
                 return Err(OptionsError::WaterMarks { low, high });
             }
+        }
+        if let Some(path) = self
+            .identity
+            .as_ref()
+            .filter(|path| path.to_str().is_none())
+        {
+            return Err(OptionsError::Identity(path.clone()));
         }
         let sets_control = |arg: &&String| {
             let flag = arg.trim_start_matches('-');
@@ -491,6 +506,21 @@ mod tests {
         assert_eq!(
             options.validate(),
             Err(OptionsError::WaterMarks { low: 3, high: 2 })
+        );
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_path_that_is_no_text_is_refused() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let path = Path::new(OsStr::from_bytes(b"key-\xff"));
+        let options = DaemonOptions {
+            identity: Some(path.into()),
+            ..Default::default()
+        };
+        assert_eq!(
+            options.arguments(),
+            Err(OptionsError::Identity(path.into()))
         );
     }
 

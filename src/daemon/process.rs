@@ -1,22 +1,33 @@
 //! A daemon's process, its files, and the janitor that clears up after it. Knows no event loop:
-//! nothing here waits, but for what has been killed.
+//! nothing here waits, but for what has been killed, and not for ever.
 //!
 //! The daemon's sockets and its output are in a private directory, and whatever becomes of this
 //! process, neither the daemon nor that directory outlives it. That is so on unix; on Windows a
 //! daemon outlives a process that is killed.
 
+#[cfg(unix)]
+mod janitor;
+#[cfg(unix)]
+mod launch;
+
+#[cfg(unix)]
+use self::{
+    janitor::Janitor,
+    launch::{Child, Launch},
+};
 use super::options::{DaemonOptions, Flavour};
 use super::start::{self, DaemonError, StartError};
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
 use crate::sockets;
 use std::fs::{self, File};
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::net::{IpAddr, TcpListener};
+use std::net::TcpListener;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
+#[cfg(not(unix))]
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -59,14 +70,20 @@ pub struct Process {
     status: OnceLock<ExitStatus>,
     /// There once it was destroyed.
     last_output: OnceLock<String>,
+    /// Held for no longer than it takes to look.
     daemon: Mutex<Option<Child>>,
+    /// Held until all has ended.
+    ending: Mutex<()>,
     #[cfg(unix)]
-    janitor: unix::Janitor,
+    janitor: Janitor,
 }
 
 impl Process {
     /// Makes everything a daemon with these options needs, and its command line. Its private
     /// directory is made in `parent`, or where temporary files go.
+    ///
+    /// `binary` is a path, for a name is not looked for in `PATH`: that is what
+    /// [`find`](super::find) does.
     ///
     /// # Errors
     /// The options are wrong, or something could not be made.
@@ -100,7 +117,7 @@ impl Process {
         });
         #[cfg(unix)]
         // Before the daemon, so that there is no time at which nobody would clear up.
-        let janitor = unix::Janitor::start([Some(directory.path()), socket.as_deref()])?;
+        let janitor = Janitor::start([Some(directory.path()), socket.as_deref()])?;
         let directory = directory.keep();
         Ok(Process {
             binary,
@@ -116,6 +133,7 @@ impl Process {
             status: OnceLock::new(),
             last_output: OnceLock::new(),
             daemon: Mutex::new(None),
+            ending: Mutex::new(()),
             #[cfg(unix)]
             janitor,
         })
@@ -133,19 +151,32 @@ impl Process {
     fn try_spawn(&self) -> io::Result<()> {
         let mut daemon = self.daemon();
         let log = File::create_new(&self.log)?;
-        let mut command = Command::new(&self.binary);
-        command
+        let child = self.launch(log)?;
+        let _ = self.pid.set(child.id());
+        *daemon = Some(child);
+        Ok(())
+    }
+
+    #[cfg(unix)]
+    fn launch(&self, log: File) -> io::Result<Child> {
+        let null = File::open("/dev/null")?;
+        let arguments = self.arguments.iter().map(String::as_bytes);
+        let launch = Launch::new(&self.binary, arguments, [&null, &log, &log])?;
+        let launched = self.janitor.announced(launch)?.run();
+        if launched.is_err() {
+            self.janitor.tell(0);
+        }
+        launched
+    }
+
+    #[cfg(not(unix))]
+    fn launch(&self, log: File) -> io::Result<Child> {
+        Command::new(&self.binary)
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log);
-        #[cfg(unix)]
-        unix::isolate(&mut command, unix::words(&self.binary, &self.arguments)?);
-        let child = daemon.insert(command.spawn()?);
-        let _ = self.pid.set(child.id());
-        #[cfg(unix)]
-        self.janitor.tell(child.id());
-        Ok(())
+            .stderr(log)
+            .spawn()
     }
 
     /// The command line.
@@ -183,12 +214,12 @@ impl Process {
     }
 
     /// Whether this is the process that started the daemon.
-    pub fn owned(&self) -> bool {
+    pub(crate) fn owned(&self) -> bool {
         self.owner == std::process::id()
     }
 
     /// Whether it was destroyed.
-    pub fn ended(&self) -> bool {
+    pub(crate) fn ended(&self) -> bool {
         self.last_output.get().is_some()
     }
 
@@ -197,16 +228,17 @@ impl Process {
         let Some(pid) = self.pid() else { return false };
         // Nobody forks on Windows.
         #[cfg(unix)]
-        let seen = self.owned() || unix::exists(pid);
+        let seen = self.owned() || exists(pid);
         #[cfg(not(unix))]
         let seen = pid != 0;
         self.poll().is_none() && seen
     }
 
-    /// The exit status; none if the daemon is running, or if only its parent can tell.
+    /// The exit status; none if the daemon is running, or if only its parent can tell. Of a daemon
+    /// that somebody else has reaped, nobody knows it, and it is 0.
     pub fn poll(&self) -> Option<ExitStatus> {
         if self.status.get().is_none() && self.owned() {
-            self.reap(&mut self.daemon(), |daemon| daemon.try_wait().transpose());
+            self.reap(&mut self.daemon());
         }
         self.status.get().copied()
     }
@@ -237,37 +269,60 @@ impl Process {
     }
 
     /// Ends all of it now; status and output can still be had. Waits for the daemon that was
-    /// killed, which takes milliseconds.
+    /// killed, which takes milliseconds; one that the kernel does not let go of is given up after
+    /// five seconds.
     pub fn destroy(&self) {
         if !self.owned() {
             return;
         }
-        let mut daemon = self.daemon();
+        let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
         if self.ended() {
             return;
         }
-        self.signal(&mut daemon, Signal::Kill);
-        self.reap(&mut daemon, |daemon| Some(daemon.wait()));
+        self.end_daemon();
+        // Before the file goes: from now on it is had from here.
         let _ = self.last_output.set(self.output());
-        #[cfg(unix)]
-        self.janitor.dismiss();
         let _ = fs::remove_dir_all(&self.directory);
         if let Some(socket) = &self.socket {
+            // Another daemon may serve there by now.
+            #[cfg(unix)]
+            let _ = sockets::remove_stale(socket);
+            #[cfg(not(unix))]
             let _ = fs::remove_file(socket);
         }
+        // After them: should this process be killed meanwhile, the janitor does the rest.
+        #[cfg(unix)]
+        self.janitor.dismiss();
+    }
+
+    #[cfg(unix)]
+    fn end_daemon(&self) {
+        self.signal(&mut self.daemon(), Signal::Kill);
+        let running = self.pid().is_some();
+        launch::wait_a_little(|| !running || self.poll().is_some());
+    }
+
+    #[cfg(not(unix))]
+    fn end_daemon(&self) {
+        let mut daemon = self.daemon();
+        self.signal(&mut daemon, Signal::Kill);
+        if let Some(daemon) = daemon.as_mut() {
+            let _ = daemon.wait();
+        }
+        self.reap(&mut daemon);
     }
 
     /// Lets go of what tells the janitor that this process lives. For a forked child, in which it
     /// would be taken for its parent.
-    #[cfg(unix)]
-    pub fn cut_lifeline(&self) {
+    #[cfg(all(unix, feature = "python"))]
+    pub(crate) fn cut_lifeline(&self) {
         self.janitor.cut_lifeline();
     }
 
     /// The janitor's process id.
-    #[cfg(unix)]
-    pub fn janitor_pid(&self) -> u32 {
-        self.janitor.pid
+    #[cfg(all(unix, any(feature = "python", test)))]
+    pub(crate) fn janitor_pid(&self) -> u32 {
+        self.janitor.id()
     }
 
     /// Why the daemon's answer to IDENTIFY is not to be believed yet; nothing if it is.
@@ -286,31 +341,37 @@ impl Process {
         self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the daemon's status if `wait` has it, which must be done only once: after this, its
-    /// number may become another's.
-    fn reap(
-        &self,
-        daemon: &mut Option<Child>,
-        wait: impl FnOnce(&mut Child) -> Option<io::Result<ExitStatus>>,
-    ) {
-        if self.status.get().is_some() {
-            return;
-        }
-        let Some(status) = daemon.as_mut().and_then(wait) else {
+    /// Takes the daemon's status if it has ended.
+    fn reap(&self, daemon: &mut Option<Child>) {
+        let Some(daemon) = daemon.as_mut().filter(|_| self.status.get().is_none()) else {
             return;
         };
         #[cfg(unix)]
-        {
-            // A wrapper script may have left the real daemon behind.
-            self.signal_group(Signal::Kill);
-            self.janitor.tell(0);
-        }
-        // It fails if somebody else has reaped it, and what its status was, nobody knows.
+        let status = match daemon.has_ended() {
+            Ok(false) => return,
+            Ok(true) => {
+                // A wrapper script may have left the real daemon behind. Before it is reaped:
+                // after that, its number may become another's.
+                self.signal_group(Signal::Kill);
+                self.janitor.tell(0);
+                daemon.reap()
+            }
+            // Somebody else has reaped it, and its number may be another's already.
+            Err(_) => {
+                self.janitor.tell(0);
+                None
+            }
+        };
+        #[cfg(not(unix))]
+        let status = match daemon.try_wait() {
+            Ok(None) => return,
+            status => status.ok().flatten(),
+        };
         let _ = self.status.set(status.unwrap_or_default());
     }
 
     fn signal(&self, daemon: &mut Option<Child>, signal: Signal) {
-        self.reap(daemon, |daemon| daemon.try_wait().transpose());
+        self.reap(daemon);
         if self.status.get().is_some() {
             return;
         }
@@ -325,7 +386,7 @@ impl Process {
     #[cfg(unix)]
     fn signal_group(&self, signal: Signal) {
         if let Some(pid) = self.pid() {
-            unix::signal_group(pid, signal);
+            signal_group(pid, signal);
         }
     }
 }
@@ -343,7 +404,7 @@ enum Signal {
 }
 
 /// An exit status as one number, negative for a signal.
-pub fn exit_code(status: ExitStatus) -> i32 {
+pub(crate) fn exit_code(status: ExitStatus) -> i32 {
     #[cfg(unix)]
     if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
         return -signal;
@@ -351,19 +412,16 @@ pub fn exit_code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_default()
 }
 
-/// A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+/// A TCP port that nobody listened on a moment ago, at an address or name of this machine.
 ///
 /// It is none of those that the system gives to whoever asks for any, or connects: one of these
 /// could be gone before it is used.
 ///
 /// # Errors
 /// There is no such address, or no port.
-pub fn unused_tcp_port(host: IpAddr) -> io::Result<u16> {
+pub(crate) fn unused_tcp_port(host: &str) -> io::Result<u16> {
     for attempt in 0..100 {
-        // Random, and different in a forked child.
-        let mut hasher = RandomState::new().build_hasher();
-        hasher.write_u64(u64::from(std::process::id()) << 32 | attempt);
-        let offset = hasher.finish() % PORTS.len() as u64;
+        let offset = sockets::random(attempt) % PORTS.len() as u64;
         let port = PORTS.start + offset as u16;
         match TcpListener::bind((host, port)) {
             Ok(_) => return Ok(port),
@@ -381,12 +439,12 @@ fn with_free_port(control: Multiaddr) -> io::Result<Multiaddr> {
         Ok(Endpoint::Tcp { host, port: 0 }) => host,
         _ => return Ok(control),
     };
-    let ip = match host {
-        Host::Ip4(ip) => IpAddr::from(ip),
-        Host::Ip6(ip) => IpAddr::from(ip),
+    let ip = match &host {
+        Host::Ip4(ip) => ip.to_string(),
+        Host::Ip6(ip) => ip.to_string(),
         Host::Dns(_) | Host::Dns4(_) | Host::Dns6(_) => return Ok(control),
     };
-    let port = unused_tcp_port(ip)?;
+    let port = unused_tcp_port(&ip)?;
     Ok((&Endpoint::Tcp { host, port }).into())
 }
 
@@ -407,183 +465,39 @@ fn unix_maddr(path: &Path) -> Multiaddr {
 }
 
 #[cfg(unix)]
-mod unix {
-    use super::Signal;
-    use rustix::fs::Mode;
-    use rustix::process::{self, Pid};
-    use std::ffi::{c_char, CString, OsStr};
-    use std::io::{self, PipeWriter, Write as _};
-    use std::os::unix::ffi::OsStrExt as _;
-    use std::os::unix::process::CommandExt as _;
-    use std::path::Path;
-    use std::process::{Child, Command, Stdio};
-    use std::ptr;
-    use std::sync::atomic::AtomicPtr;
-    use std::sync::{Mutex, PoisonError, TryLockError};
-
-    /// Reads lines until the process that writes them has gone, the last line being the daemon's
-    /// process group, or 0 when that has ended. Then ends the daemon and removes its files.
-    const JANITOR: &str = r#"
-group=0
-while read -r line; do group=$line; done
-if [ "$group" -gt 0 ]; then
-    kill -s TERM -- "-$group"
-    tries=0
-    while [ "$tries" -lt 50 ] && kill -s 0 -- "-$group"; do
-        sleep 0.1
-        tries=$((tries + 1))
-    done
-    kill -s KILL -- "-$group"
-fi
-rm -rf -- "$@"
-"#;
-
-    /// A process that outlives this one if need be, to clear up after it.
-    #[derive(Debug)]
-    pub(super) struct Janitor {
-        pub(super) pid: u32,
-        child: Mutex<Child>,
-        /// Its standard input, which ends when this process does.
-        lifeline: Mutex<Option<PipeWriter>>,
+fn signal_group(group: u32, signal: Signal) {
+    let signal = match signal {
+        Signal::Terminate => rustix::process::Signal::TERM,
+        Signal::Kill => rustix::process::Signal::KILL,
+    };
+    if let Some(group) = unix_pid(group) {
+        // It may have ended; macOS says EPERM of a group of which only zombies are left.
+        let _ = rustix::process::kill_process_group(group, signal);
     }
+}
 
-    impl Janitor {
-        pub(super) fn start<'a>(
-            files: impl IntoIterator<Item = Option<&'a Path>>,
-        ) -> io::Result<Self> {
-            let (reader, lifeline) = io::pipe()?;
-            let mut path = std::env::var_os("PATH").unwrap_or_default();
-            path.push(":/bin:/usr/bin");
-            let mut command = Command::new("/bin/sh");
-            command
-                .args(["-c", JANITOR, "p2pd-janitor"])
-                .args(files.into_iter().flatten())
-                .env_clear()
-                .env("PATH", path)
-                .current_dir("/")
-                .stdin(reader)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
-            isolate(&mut command, Vec::new());
-            let child = command.spawn()?;
-            Ok(Janitor {
-                pid: child.id(),
-                child: Mutex::new(child),
-                lifeline: Mutex::new(Some(lifeline)),
-            })
-        }
+#[cfg(unix)]
+fn exists(process: u32) -> bool {
+    let found = |pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH);
+    unix_pid(process).is_some_and(found)
+}
 
-        /// Tells it the process group to end, or 0.
-        pub(super) fn tell(&self, group: u32) {
-            let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(mut lifeline) = lifeline.as_ref() {
-                // In one write. It fails if somebody killed it.
-                let _ = lifeline.write_all(format!("{group}\n").as_bytes());
-            }
-        }
-
-        /// Ends it, with nothing done.
-        pub(super) fn dismiss(&self) {
-            let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = child.kill();
-            let _ = child.wait();
-            self.cut_lifeline();
-        }
-
-        pub(super) fn cut_lifeline(&self) {
-            match self.lifeline.try_lock() {
-                Ok(mut lifeline) => *lifeline = None,
-                Err(TryLockError::Poisoned(error)) => *error.into_inner() = None,
-                // In a forked child, by a thread that is not there. It was writing its last.
-                Err(TryLockError::WouldBlock) => {}
-            }
-        }
-    }
-
-    /// Has the command run in a session of its own, with none of this process's files, and makes
-    /// what it makes reachable by this user only, at whatever path.
-    ///
-    /// Ctrl-C must reach this process alone, which then stops the daemon; and a wrapper script and
-    /// what it runs are signalled together.
-    ///
-    /// `words`, if there are any, is the command, and is also executed here. `Command` would go
-    /// through the C library's `execvp`, which gives to a shell whatever the kernel refuses: of a
-    /// binary for another machine one would be told syntax errors.
-    #[allow(unsafe_code)]
-    pub(super) fn isolate(command: &mut Command, words: Vec<CString>) {
-        // Made before the fork. Atomic only for being `Send`.
-        let argv: Vec<AtomicPtr<c_char>> = words
-            .iter()
-            .map(|word| AtomicPtr::new(word.as_ptr().cast_mut()))
-            .chain([AtomicPtr::new(ptr::null_mut())])
-            .collect();
-        let run = move || -> io::Result<()> {
-            process::setsid()?;
-            process::umask(Mode::RWXG | Mode::RWXO);
-            #[cfg(target_os = "linux")]
-            // SAFETY: it changes but a flag, of the child's descriptors. If the kernel is too old
-            // for it, those that others have left inheritable are inherited.
-            unsafe {
-                let (first, last) = (3, libc::c_uint::MAX);
-                libc::syscall(
-                    libc::SYS_close_range,
-                    first,
-                    last,
-                    libc::CLOSE_RANGE_CLOEXEC,
-                );
-            }
-            let Some(path) = words.first() else {
-                return Ok(());
-            };
-            // SAFETY: `words` holds what `argv` points to, which ends with a null pointer, and an
-            // `AtomicPtr` is in memory what a pointer is.
-            unsafe { libc::execv(path.as_ptr(), argv.as_ptr().cast()) };
-            Err(io::Error::last_os_error())
-        };
-        // SAFETY: between fork and exec it only makes system calls, and allocates nothing. Without
-        // it there is no umask for the child alone, and no way around `execvp`.
-        unsafe { command.pre_exec(run) };
-    }
-
-    /// The words of a command as the kernel takes them.
-    ///
-    /// # Errors
-    /// There is a NUL in one.
-    pub(super) fn words(binary: &Path, arguments: &[String]) -> io::Result<Vec<CString>> {
-        let words = std::iter::once(binary.as_os_str())
-            .chain(arguments.iter().map(OsStr::new))
-            .map(|word| CString::new(word.as_bytes()));
-        Ok(words.collect::<Result<_, _>>()?)
-    }
-
-    pub(super) fn signal_group(group: u32, signal: Signal) {
-        let signal = match signal {
-            Signal::Terminate => process::Signal::TERM,
-            Signal::Kill => process::Signal::KILL,
-        };
-        if let Some(group) = pid(group) {
-            // It may have ended; macOS says EPERM of a group of which only zombies are left.
-            let _ = process::kill_process_group(group, signal);
-        }
-    }
-
-    pub(super) fn exists(process: u32) -> bool {
-        pid(process)
-            .is_some_and(|pid| process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
-    }
-
-    fn pid(number: u32) -> Option<Pid> {
-        i32::try_from(number).ok().and_then(Pid::from_raw)
-    }
+#[cfg(unix)]
+fn unix_pid(number: u32) -> Option<rustix::process::Pid> {
+    i32::try_from(number)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
 }
 
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
     use rustix::process::{kill_process, Pid, Signal};
+    use socket2::{Domain, SockAddr, Socket, Type};
     use std::cell::RefCell;
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixListener;
+    use std::process::Command;
     use std::time::{Duration, Instant};
 
     /// A process that runs a script, once it has said that its traps are set.
@@ -706,6 +620,30 @@ mod tests {
     }
 
     #[test]
+    fn it_can_be_asked_while_another_thread_waits_for_its_end() {
+        let process = running("trap '' TERM; echo ready");
+        let ending = process.ending.lock().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| process.destroy());
+            assert_eq!(process.poll(), None);
+            process.terminate();
+            assert!(process.alive() && !process.ended());
+            drop(ending);
+        });
+        assert!(process.ended());
+    }
+
+    #[test]
+    fn it_starts_though_somebody_killed_its_janitor() {
+        let process = scripted("echo ready; sleep 1000");
+        let janitor = Pid::from_raw(process.janitor_pid() as i32).unwrap();
+        kill_process(janitor, Signal::KILL).unwrap();
+        until(|| !runs(process.janitor_pid()));
+        process.spawn().unwrap();
+        until(|| process.output().contains("ready"));
+    }
+
+    #[test]
     fn what_a_wrapper_leaves_behind_ends_with_it() {
         let process = ended("sleep 1000 & echo $!");
         until(|| !runs(printed(&process)[0]));
@@ -722,13 +660,18 @@ mod tests {
 
     #[test]
     fn a_daemon_that_somebody_else_reaped_has_ended() {
-        let process = scripted("exit 5");
+        let process = scripted("sleep 1000 & echo $!; exit 5");
         process.spawn().unwrap();
         let pid = Pid::from_raw(process.pid().unwrap() as i32);
         let options = rustix::process::WaitOptions::empty();
         rustix::process::waitpid(pid, options).unwrap().unwrap();
         assert_eq!(process.poll().map(exit_code), Some(0));
         assert!(!process.alive());
+        // The number of its group may be another's by now.
+        process.terminate();
+        process.destroy();
+        let left = Pid::from_raw(printed(&process)[0] as i32).unwrap();
+        kill_process(left, Signal::KILL).unwrap();
     }
 
     #[test]
@@ -808,9 +751,16 @@ mod tests {
             ));
             !path.exists()
         });
-        // And what the daemon leaves there goes with it.
-        let _listener = UnixListener::bind(&path).unwrap();
+        // What the daemon leaves there goes with it, but not what another serves there by then.
+        let listener = UnixListener::bind(&path).unwrap();
         drop(process.take());
+        assert!(path.exists());
+        drop(listener);
+        fs::remove_file(&path).unwrap();
+        let process = Process::prepare("/bin/sh".into(), &options, None).unwrap();
+        let left = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        left.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        drop(process);
         assert!(!path.exists());
     }
 
@@ -825,11 +775,11 @@ mod tests {
     #[test]
     fn an_unused_port_is_none_that_the_system_gives_away() {
         let ports: std::collections::HashSet<_> = (0..50)
-            .map(|_| unused_tcp_port([127, 0, 0, 1].into()).unwrap())
+            .map(|_| unused_tcp_port("127.0.0.1").unwrap())
             .collect();
         assert!(ports.len() > 45);
         assert!(ports.iter().all(|port| PORTS.contains(port)));
-        assert!(unused_tcp_port([192, 0, 2, 1].into()).is_err()); // not of this machine
+        assert!(unused_tcp_port("192.0.2.1").is_err()); // not of this machine
     }
 
     #[test]
@@ -843,7 +793,7 @@ mod tests {
             let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
             let files = directory.path().join("d i r");
             fs::create_dir(&files).unwrap();
-            let janitor = unix::Janitor::start([Some(files.as_path())]).unwrap();
+            let janitor = Janitor::start([Some(files.as_path())]).unwrap();
             janitor.tell(other.id());
             if has_ended {
                 janitor.tell(0);

@@ -11,7 +11,6 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::ffi::OsString;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -127,14 +126,15 @@ pub fn find_daemon(
     }
 }
 
-/// A TCP port that nobody listened on a moment ago, at an IP address of this machine.
+/// A TCP port that nobody listened on a moment ago, at an address or name of this machine.
 ///
 /// It is none of those that the system gives to whoever asks for any, or connects: one of these
 /// could be gone before it is used. Raises OSError if there is no such address, or no port.
 #[pyfunction]
-#[pyo3(signature = (host = IpAddr::from([127, 0, 0, 1])), text_signature = "(host='127.0.0.1')")]
-pub fn unused_tcp_port(host: IpAddr) -> PyResult<u16> {
-    process::unused_tcp_port(host).map_err(errors::os_error)
+#[pyo3(signature = (host = "127.0.0.1"))]
+pub fn unused_tcp_port(py: Python<'_>, host: &str) -> PyResult<u16> {
+    py.detach(|| process::unused_tcp_port(host))
+        .map_err(errors::os_error)
 }
 
 /// A daemon's process, its janitor and its files. Nothing is waited for.
