@@ -141,7 +141,7 @@ impl Calls {
             let mut head = BytesMut::new();
             let peer = daemon.peer_id.as_bytes();
             let id = core
-                .call(peer, protocol, size, (), &mut head)
+                .call(peer, protocol, size, (), Instant::now(), &mut head)
                 .expect("it is small enough");
             let place = head.windows(id.len()).position(|bytes| bytes == id);
             ids.push(batch.len() + place.expect("the id is in the head"));

@@ -11,6 +11,7 @@ use p2pclient_rs::core::{
 };
 use prost::Message;
 use std::hint::black_box;
+use std::time::Instant;
 
 const ADDRS: [&str; 3] = [
     "/ip4/192.0.2.17/tcp/4001",
@@ -184,9 +185,10 @@ fn bench_unary(c: &mut Criterion) {
             ));
             let (len, mut reply) = (reply.encoded_len(), frame(&reply).to_vec());
             let id_at = reply.len() - len + 2;
+            let now = Instant::now();
             b.iter(|| {
                 out.clear();
-                let id = connection.call(remote.as_bytes(), "echo", size, (), &mut out);
+                let id = connection.call(remote.as_bytes(), "echo", size, (), now, &mut out);
                 reply[id_at..id_at + 16].copy_from_slice(&id.expect("it is small enough"));
                 assert!(matches!(
                     receive(&mut connection, &reply),

@@ -17,6 +17,7 @@ import pytest
 import uvloop
 from support import (
     BACKENDS,
+    LAST_WORDS,
     DaemonProcess,
     child_processes,
     eventually,
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.obj = _limited(item.obj)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LAST_WORDS:
+        terminalreporter.section("daemons that ended by themselves")
+    for words in LAST_WORDS:
+        terminalreporter.line(words)
 
 
 def _limited(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:

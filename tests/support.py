@@ -31,6 +31,9 @@ BACKENDS = [
 #: Every directory the tests made: conftest looks for forgotten sockets there.
 DIRECTORIES: list[Path] = []
 
+#: Of the daemons that ended before they were told to: conftest reports them.
+LAST_WORDS: list[str] = []
+
 
 def new_directory() -> Path:
     """A directory whose path is short enough for unix sockets, which conftest removes."""
@@ -165,6 +168,10 @@ class DaemonProcess:
 
     def stop(self) -> None:
         """Ends it and removes the socket file, which a killed daemon leaves."""
+        if (code := self.process.poll()) is not None and code not in (0, -9):
+            # A test may have meant it to; where not, this is all there is to see.
+            log = (self.directory / "log").read_text(errors="replace")
+            LAST_WORDS.append(f"{self.directory} ended with {code} and said:\n{log[:8000]}")
         self.kill()
         if self._kept is not None:
             self._kept.close()

@@ -727,7 +727,7 @@ async def test_a_call_ends_in_its_time_and_the_next_one_works(
     start = time.monotonic()
     with pytest.raises(ControlTimeout) as error:
         await pair.alice.connect(stranger, [black_hole.addr], timeout=0.3)
-    assert 0.3 <= time.monotonic() - start < 1.3
+    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop counts in milliseconds
     assert (error.value.request, error.value.peer_id) == ("CONNECT", stranger)
     assert isinstance(error.value, TimeoutError)
     assert str(error.value) == f"no answer within 0.3 s (request CONNECT, peer {stranger})"

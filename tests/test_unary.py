@@ -86,6 +86,10 @@ async def pair(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair
         pair = Pair(alice, bob, first, second)
         yield pair
         await until(pair.idle)
+        # The next test's clients take the same names, maybe before the daemons see that these left.
+        for client in (alice, bob):
+            for name in client.unary.handlers:
+                await client.remove_unary_handler(name)
 
 
 async def echo(data: bytes, peer_id: PeerID) -> bytes:
@@ -576,7 +580,7 @@ async def test_a_call_that_times_out_cancels_its_handler(pair: Pair) -> None:
     start = time.monotonic()
     with pytest.raises(ControlTimeout, match="0.3 s") as error:
         await pair.ask("gate", timeout=0.3)
-    assert 0.3 <= time.monotonic() - start < 1.3
+    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop counts in milliseconds
     assert isinstance(error.value, TimeoutError)
     assert error.value.request == "CALL_UNARY"
     assert (error.value.peer_id, error.value.protocol) == (pair.bob_daemon.peer_id, "gate")
@@ -609,6 +613,8 @@ async def test_a_handler_may_be_slow_to_go_when_cancelled(pair: Pair) -> None:
 
 async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) -> None:
     done = {"answered": 0, "cancelled": 0}
+    #: The daemons' limits on streams between them, which a loaded machine can reach.
+    refused = []
 
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
         if data[0] & 1:
@@ -620,8 +626,11 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
         for _ in range(200):
             data = rng.randbytes(rng.choice([1, 100, 5000]))
             with anyio.move_on_after(rng.random() / 20):
-                assert await pair.ask("handler", data) == data
-                done["answered"] += 1
+                try:
+                    assert await pair.ask("handler", data) == data
+                    done["answered"] += 1
+                except DaemonRefused as error:
+                    refused.append(error.daemon_message)
                 continue
             done["cancelled"] += 1
 
@@ -631,7 +640,8 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
             tasks.start_soon(caller, seed)
     assert pair.alice.unary.pending_calls == 0
     await until(pair.idle)
-    assert sum(done.values()) == 10_000
+    assert sum(done.values()) + len(refused) == 10_000
+    assert set(refused) <= {"stream reset"}
     assert min(done.values()) > 500, done
     assert await pair.ask("handler", b"\x00") == b"\x00"
 

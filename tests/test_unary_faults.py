@@ -136,18 +136,78 @@ async def test_no_daemon_is_daemon_unreachable(tmp_path: Path) -> None:
                 await call
 
 
-async def test_an_upgrade_that_is_not_answered_ends_in_its_time() -> None:
+async def test_an_upgrade_that_is_not_answered_costs_each_call_its_own_time_only() -> None:
     def silent(connection: Connection) -> None:
         connection.read_request()
         connection.wait_closed()
 
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
-            with pytest.raises(ControlTimeout):
-                await ask(client, timeout=0.2)
+            for _ in range(2):
+                with pytest.raises(ControlTimeout):
+                    await ask(client, timeout=0.1)
+            client.unary.close()
             await until(lambda: fake.open == 0)
             await works(client)
             assert fake.accepted == 2
+
+
+async def test_an_upgrade_that_is_not_answered_is_given_up_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def silent(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait_closed()
+
+    monkeypatch.setattr("p2pclient_rs.unary._OPENING", 0.2)
+    with FakeDaemon(first(silent)) as fake:
+        async with Client(fake.control_maddr) as client:
+            with pytest.raises(ControlTimeout):
+                await ask(client)
+            await until(lambda: fake.open == 0)
+            await works(client)
+            assert fake.accepted == 2
+
+
+async def test_giving_up_the_first_call_does_not_give_up_the_connection() -> None:
+    """With its last persistent connection hivemind's daemon ends."""
+    go_on = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        go_on.wait(PATIENCE)
+        connection.send(frame(OK))
+        serve_echo(connection)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask, client, b"goes")
+                await until(lambda: fake.requests)
+                tasks.cancel_scope.cancel()
+            go_on.set()
+            assert await ask(client, b"stays") == b"stays"
+            assert fake.accepted == 1
+
+
+async def test_closing_while_the_connection_is_opened_ends_the_wait_for_it() -> None:
+    def silent(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait_closed()
+
+    with FakeDaemon(silent) as fake:
+        async with Client(fake.control_maddr) as client:
+            async with anyio.create_task_group() as tasks:
+
+                async def waits() -> None:
+                    with pytest.raises(ConnectionLost, match="closed"):
+                        await ask(client)
+
+                for _ in range(3):
+                    tasks.start_soon(waits)
+                await until(lambda: fake.requests)
+                client.unary.close()
+            await until(lambda: fake.open == 0)
 
 
 async def test_calls_at_once_share_one_upgrade() -> None:
@@ -261,6 +321,34 @@ async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> N
     assert added == [("kept", False), ("new", True)]
     assert [m.data for m in again if m.kind == "call"] == [b"the next"]
     assert [m.data for m in again if m.kind == "response"] == [b"hello"]
+
+
+async def test_handlers_come_back_though_the_daemon_sees_the_lost_connection_late() -> None:
+    """Until then the name is taken, by ourselves."""
+    lose = threading.Event()
+    refused: list[Message] = []
+
+    def loses(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        lose.wait(PATIENCE)
+
+    def second(connection: Connection) -> None:
+        connection.upgrade()
+        for _ in range(3):
+            refused.append(connection.read_message())
+            words = b"handler for protocol kept already set"
+            connection.send(frame(daemon_error(refused[-1].call_id, words)))
+        serve_echo(connection)
+
+    with FakeDaemon(first(loses, second)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("kept", echo)
+            lose.set()
+            await until(lambda: not client.unary.connected)
+            await works(client)
+            assert list(client.unary.handlers) == ["kept"]
+    assert [(m.kind, m.proto) for m in refused] == [("add", "kept")] * 3
 
 
 async def test_handlers_at_work_are_cancelled_when_the_connection_is_lost() -> None:

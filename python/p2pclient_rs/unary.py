@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
+import time
 import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
@@ -35,6 +37,12 @@ DEFAULT_MAX_MESSAGE_SIZE = 4 << 20
 #: What is called for an incoming call, in a task of its own, with the request and the caller's
 #: peer id. What it returns is the reply.
 UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable["Buffer"]]
+
+#: How long the opening of the connection may take, in seconds, whoever waits for it.
+_OPENING = 30.0
+
+#: How long the daemon may take to see that a lost connection ended, in seconds.
+_FORGETTING = 1.0
 
 #: How many callers are remembered as the objects that handlers get.
 _MAX_PEERS = 4096
@@ -236,6 +244,33 @@ class _Handler:
     context: Context
 
 
+@dataclass
+class _Opening:
+    """A persistent connection on its way, for all who wait for it."""
+
+    ended: anyio.Event
+    connection: PersistentConnection | None = None
+    error: Exception | None = None
+    work: Work | None = None
+
+    def result(self) -> PersistentConnection:
+        """What came of it, once it has ended."""
+        if self.connection is not None and self.error is None:
+            return self.connection
+        failed = self.error or ConnectionLost("the opening of the connection was cancelled")
+        # Each adds to it what it was about.
+        error = copy.copy(failed)
+        raise error from failed.__cause__
+
+    def give_up(self) -> None:
+        """The client was closed."""
+        self.error = ConnectionLost("the client was closed")
+        if self.work is not None:
+            self.work.cancel()
+        # A task that never began does not do it.
+        self.ended.set()
+
+
 class _Link:
     """The persistent connection that belongs to one event loop, with what it serves."""
 
@@ -245,9 +280,9 @@ class _Link:
         self._reactor = reactor()
         self._promise = self._reactor.promise
         self._connection: PersistentConnection | None = None
-        #: Held while the connection is opened, or what is registered changes.
+        #: Held while what is registered changes, and while a connection is opened.
         self._changing = anyio.Lock()
-        self._opening: anyio.CancelScope | None = None
+        self._opening: _Opening | None = None
         self._closed = False
         self._pid = os.getpid()
         self.handlers: dict[str, _Handler] = {}
@@ -287,15 +322,15 @@ class _Link:
             raise
 
     async def add_handler(self, proto: str, entry: _Handler) -> None:
-        self._connector.check_fork()  # whose lock the parent may hold
         retried = False
-        async with self._changing:
-            while True:
+        while True:
+            connection = await self.connection()
+            async with self._changing:
+                connection = self._connection or connection  # lost while others had their turn
                 while (leaving := self._leaving.get(proto)) is not None:
                     await leaving.wait()
                 if proto in self.handlers:
                     raise ControlFailure(f"Handler for protocol {proto} already registered")
-                connection = self._connection or await self._open()
                 # In place before the daemon has it: a call can come sooner than its answer.
                 self.handlers[proto] = entry
                 try:
@@ -323,20 +358,33 @@ class _Link:
 
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
-        self._connector.check_fork()
-        async with self._changing:
-            return self._connection or await self._open()
-
-    async def _open(self) -> PersistentConnection:
-        closed = ConnectionLost("the client was closed")
+        self._connector.check_fork()  # whose lock the parent may hold
+        if self._connection is not None:
+            return self._connection
         if self._closed:
-            raise closed
-        with anyio.CancelScope() as self._opening:
-            try:
-                return await self._open_and_register()
-            finally:
+            raise ConnectionLost("the client was closed")
+        opening = self._opening
+        if opening is None:
+            opening = self._opening = _Opening(anyio.Event())
+            opening.work = self._reactor.spawn(lambda: self._open(opening), copy_context())
+        await opening.ended.wait()
+        return opening.result()
+
+    async def _open(self, opening: _Opening) -> None:
+        """Opens the connection, in a task of its own: to give it up in the middle of its upgrade
+        would end hivemind's daemon if it has no other, and is no business of whoever waits."""
+        try:
+            with anyio.fail_after(_OPENING):
+                async with self._changing:
+                    opening.connection = await self._open_and_register()
+        except TimeoutError:
+            opening.error = _timed_out(_OPENING)
+        except Exception as error:
+            opening.error = error
+        finally:
+            if self._opening is opening:
                 self._opening = None
-        raise closed
+            opening.ended.set()
 
     async def _open_and_register(self) -> PersistentConnection:
         self._work = {}
@@ -346,7 +394,7 @@ class _Link:
         try:
             for proto, entry in list(self.handlers.items()):
                 try:
-                    await self._register(opened, proto, entry)
+                    await self._register_again(opened, proto, entry)
                 except DaemonRefused as error:
                     # Taken by another client meanwhile: no reason to do without the rest.
                     logger.error("lost the handler of %r: %s", proto, error.daemon_message)
@@ -354,8 +402,24 @@ class _Link:
         except BaseException:
             opened.close()
             raise
-        self._connection = opened
+        if self._closed:  # at the last moment
+            opened.close()
+        else:
+            self._connection = opened
         return opened
+
+    async def _register_again(
+        self, connection: PersistentConnection, proto: str, entry: _Handler
+    ) -> None:
+        give_up = time.monotonic() + _FORGETTING
+        while True:
+            try:
+                return await self._register(connection, proto, entry)
+            except DaemonRefused:
+                # The daemon may not have seen yet that our last connection ended.
+                if time.monotonic() > give_up:
+                    raise
+            await anyio.sleep(0.02)
 
     async def _register(
         self, connection: PersistentConnection, proto: str, entry: _Handler
@@ -511,7 +575,7 @@ class _Link:
                 connection.close()
             return
         if self._opening is not None:
-            self._reactor.call_from_anywhere(self._opening.cancel)
+            self._reactor.call_from_anywhere(self._opening.give_up)
         if connection is not None:
             self._reactor.call_from_anywhere(connection.close)
 

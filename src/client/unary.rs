@@ -253,7 +253,14 @@ impl Unary {
             let link = self.opened().await?;
             link.room().await;
             let asked = link.ask(&payload, |core, token, head| {
-                core.call(peer.as_bytes(), protocol, payload.len(), token, head)
+                core.call(
+                    peer.as_bytes(),
+                    protocol,
+                    payload.len(),
+                    token,
+                    Instant::now().into_std(),
+                    head,
+                )
             });
             match asked {
                 // The daemon may be there again, and cannot have seen this call.

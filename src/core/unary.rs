@@ -14,9 +14,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encode_key, encode_varint, encoded_len_varint, key_len, WireType};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What matches a reply to its call.
 pub type CallId = [u8; 16];
@@ -30,7 +30,10 @@ const MAX_HEAD: usize = 1024;
 /// How much of a handler's error is passed on, in bytes.
 const MAX_ERROR: usize = 16 * 1024;
 
-/// How many cancelled calls are cancelled once more.
+/// How often the daemon is told of a cancelled call, if it does not answer.
+const MAX_TOLD: u32 = 7;
+
+/// Of how many cancelled calls it is told later, or again.
 const MAX_CANCELLED: usize = 64 * 1024;
 
 /// How much one read takes that is not into a payload's own place, in bytes.
@@ -56,8 +59,12 @@ pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 /// calls, as the end, must be seen some time.
 pub const HOLD: Duration = Duration::from_secs(5);
 
-/// How long after a cancel, at the least, the daemon is reminded of it.
-pub const REMIND: Duration = Duration::from_millis(100);
+/// How old a call is, at the least, when the daemon is told to cancel it: hivemind's crashes on a
+/// cancel that it takes while it begins the call (it writes a reply that is nil).
+pub const SETTLE: Duration = Duration::from_millis(20);
+
+/// How often what is to be said of cancelled calls is.
+pub const REMIND: Duration = Duration::from_millis(50);
 
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].
@@ -239,7 +246,28 @@ struct Incoming {
 #[derive(Debug)]
 struct Pending<T> {
     token: T,
-    is_call: bool,
+    /// When it was sent, if it is a call.
+    called: Option<Instant>,
+}
+
+/// What is still to be said of a call that was cancelled.
+#[derive(Debug)]
+struct Cancelled {
+    /// When the daemon is to be told.
+    due: Instant,
+    /// How often it was, but can have taken the cancel before the call, and then does not know it.
+    told: u32,
+}
+
+impl Cancelled {
+    /// Tells the daemon, if it is time; twice as long after each time.
+    fn tell(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) {
+        if self.due <= now {
+            put_cancel(out, id);
+            self.due = now + REMIND * (1 << self.told);
+            self.told += 1;
+        }
+    }
 }
 
 /// A payload on its way, and what it belongs to.
@@ -283,7 +311,7 @@ enum Scan {
 ///
 /// let mut connection = Persistent::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
 /// let mut out = BytesMut::new();
-/// let id = connection.call(b"peer", "echo", 2, "my call", &mut out)?;
+/// let id = connection.call(b"peer", "echo", 2, "my call", Instant::now(), &mut out)?;
 /// out.extend_from_slice(b"hi"); // the payload goes right behind the head
 ///
 /// let mut reply = vec![24, 10, 16];
@@ -298,9 +326,8 @@ pub struct Persistent<T, P> {
     limits: UnaryLimits,
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
-    /// The calls that were cancelled of late, and those before them: the Go daemon can take the
-    /// cancel before the call, and then does not know it.
-    cancelled: [HashSet<CallId, BuildHasherDefault<IdHasher>>; 2],
+    /// The calls that were cancelled and the daemon may not know it.
+    cancelled: HashMap<CallId, Cancelled, BuildHasherDefault<IdHasher>>,
     /// The incoming calls at work. The ids are the peers' choice, hence the standard hasher.
     unanswered: HashMap<CallId, Incoming>,
     unanswered_bytes: usize,
@@ -322,7 +349,7 @@ impl<T, P: Payload> Persistent<T, P> {
                 spare: None,
             },
             pending: HashMap::default(),
-            cancelled: Default::default(),
+            cancelled: HashMap::default(),
             unanswered: HashMap::new(),
             unanswered_bytes: 0,
             pressed: false,
@@ -341,12 +368,13 @@ impl<T, P: Payload> Persistent<T, P> {
         protocol: &str,
         len: usize,
         token: T,
+        now: Instant,
         out: &mut BytesMut,
     ) -> Result<CallId, Error> {
         let inner = field_len(1, peer.len()) + field_len(2, protocol.len()) + field_len(3, len);
         let size = 18 + field_len(3, inner);
         self.check_size(size)?;
-        let id = self.expect(token, true);
+        let id = self.expect(token, Some(now));
         begin(out, size, &id, 3, inner);
         put_field(out, 1, peer);
         put_field(out, 2, protocol.as_bytes());
@@ -382,14 +410,16 @@ impl<T, P: Payload> Persistent<T, P> {
         self.ask(request::Message::RemoveUnaryHandler(message), token, out)
     }
 
-    /// Gives up waiting for an answer, and tells the daemon if it was a call. `None` if it came
-    /// before.
-    pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
+    /// Gives up waiting for an answer. If it was a call, the daemon is told, now or
+    /// [later](Self::has_cancelled). `None` if the answer came before.
+    pub fn cancel(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
-        if pending.is_call {
-            put_cancel(out, id);
-            if self.cancelled[0].len() < MAX_CANCELLED {
-                self.cancelled[0].insert(*id);
+        if let Some(called) = pending.called {
+            let due = called + SETTLE;
+            let mut cancelled = Cancelled { due, told: 0 };
+            cancelled.tell(id, now, out);
+            if self.cancelled.len() < MAX_CANCELLED {
+                self.cancelled.insert(*id, cancelled);
             }
         }
         Some(pending.token)
@@ -402,17 +432,16 @@ impl<T, P: Payload> Persistent<T, P> {
 
     /// Whether there are cancelled calls of which the daemon has not said that it knows.
     pub fn has_cancelled(&self) -> bool {
-        self.cancelled.iter().any(|ids| !ids.is_empty())
+        !self.cancelled.is_empty()
     }
 
-    /// To be called now and then while [`has_cancelled`](Self::has_cancelled): cancels once more
-    /// what was cancelled before the last time.
-    pub fn remind(&mut self, out: &mut BytesMut) {
-        let [recent, old] = &mut self.cancelled;
-        for id in old.drain() {
-            put_cancel(out, &id);
-        }
-        std::mem::swap(recent, old);
+    /// To be called every [`REMIND`] while [`has_cancelled`](Self::has_cancelled): cancels what was
+    /// too young for it, and again what the daemon may not have understood.
+    pub fn remind(&mut self, now: Instant, out: &mut BytesMut) {
+        self.cancelled.retain(|id, cancelled| {
+            cancelled.tell(id, now, out);
+            cancelled.told < MAX_TOLD
+        });
     }
 
     /// Replies to a call, if the caller is still there. Appends to `out` the head of the frame and
@@ -449,15 +478,24 @@ impl<T, P: Payload> Persistent<T, P> {
     }
 
     /// Says good-bye: replies to all calls at work with an error, and tells of all of ours that
-    /// nobody waits any more. Those stay [pending](Self::take_pending).
+    /// nobody waits any more, however young: there is no later. Those that wait stay
+    /// [pending](Self::take_pending).
     pub fn leave(&mut self, error: &str, out: &mut BytesMut) {
         let unanswered = std::mem::take(&mut self.unanswered);
         for (id, _) in unanswered.iter().filter(|(_, call)| !call.cancelled) {
             self.put_error(out, id, error);
         }
         self.unanswered_bytes = 0;
-        for (id, _) in self.pending.iter().filter(|(_, pending)| pending.is_call) {
+        let calls = self.pending.iter();
+        for (id, _) in calls.filter(|(_, pending)| pending.called.is_some()) {
             put_cancel(out, id);
+        }
+        for (id, _) in self
+            .cancelled
+            .drain()
+            .filter(|(_, cancelled)| cancelled.told == 0)
+        {
+            put_cancel(out, &id);
         }
     }
 
@@ -598,9 +636,9 @@ impl<T, P: Payload> Persistent<T, P> {
         Ok(())
     }
 
-    fn expect(&mut self, token: T, is_call: bool) -> CallId {
+    fn expect(&mut self, token: T, called: Option<Instant>) -> CallId {
         let id = self.ids.next();
-        self.pending.insert(id, Pending { token, is_call });
+        self.pending.insert(id, Pending { token, called });
         id
     }
 
@@ -611,16 +649,9 @@ impl<T, P: Payload> Persistent<T, P> {
         out: &mut BytesMut,
     ) -> Result<CallId, Error> {
         self.check_size(message.encoded_len() + 18)?;
-        let id = self.expect(token, false);
+        let id = self.expect(token, None);
         put_message(out, &id, message);
         Ok(id)
-    }
-
-    /// The daemon knows of a cancelled call.
-    fn confirm(&mut self, id: &CallId) {
-        for cancelled in &mut self.cancelled {
-            cancelled.remove(id);
-        }
     }
 
     /// The work on a call is done; says whether somebody waits for the reply.
@@ -693,7 +724,7 @@ impl<T, P: Payload> Persistent<T, P> {
             // An answer that nobody waits for is not worth a copy.
             return Ok(match head {
                 Head::Reply { id } if !self.pending.contains_key(&id) => {
-                    self.confirm(&id);
+                    self.cancelled.remove(&id);
                     None
                 }
                 head => self.arrived(head, P::copy_from(payload), payload.len()),
@@ -722,7 +753,7 @@ impl<T, P: Payload> Persistent<T, P> {
         let id: CallId = id
             .try_into()
             .map_err(|_| Error::Unexpected(format!("a call id of {} bytes", id.len())))?;
-        self.confirm(&id);
+        self.cancelled.remove(&id);
         Ok(match content {
             None => self.acknowledged(id),
             Some((2, reply)) => self.replied(id, Fields(reply)),
@@ -770,8 +801,8 @@ impl<T, P: Payload> Persistent<T, P> {
     }
 
     fn acknowledged(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
-        let Pending { token, is_call } = self.pending.remove(&id)?;
-        Some(if is_call {
+        let Pending { token, called } = self.pending.remove(&id)?;
+        Some(if called.is_some() {
             // What Go's daemon makes of a peer that replied with something else.
             let error = Error::MissingField {
                 message: "PersistentConnectionResponse",
@@ -785,8 +816,8 @@ impl<T, P: Payload> Persistent<T, P> {
 
     /// A CallUnaryResponse. A peer wrote it, too.
     fn replied(&mut self, id: CallId, mut fields: Fields<'_>) -> Option<UnaryEvent<T, P>> {
-        let Pending { token, is_call } = self.pending.remove(&id)?;
-        if !is_call {
+        let Pending { token, called } = self.pending.remove(&id)?;
+        if called.is_none() {
             let error = Error::Unexpected("a reply to what is no call".to_owned());
             return Some(UnaryEvent::Broken { token, error });
         }
@@ -818,8 +849,8 @@ impl<T, P: Payload> Persistent<T, P> {
     fn arrived(&mut self, head: Head, payload: P, len: usize) -> Option<UnaryEvent<T, P>> {
         match head {
             Head::Reply { id } => {
-                let Pending { token, is_call } = self.pending.remove(&id)?;
-                Some(if is_call {
+                let Pending { token, called } = self.pending.remove(&id)?;
+                Some(if called.is_some() {
                     UnaryEvent::Reply { token, payload }
                 } else {
                     let error = Error::Unexpected("a reply to what is no call".to_owned());

@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 type Token = Py<PyAny>;
 type Event = UnaryEvent<Token, PyPayload>;
@@ -208,8 +209,15 @@ impl PersistentConnection {
                     return Ok(None);
                 }
                 let Inner { core, head, .. } = inner;
-                core.call(peer.as_bytes(), protocol, bytes.len(), token, head)
-                    .map(Some)
+                core.call(
+                    peer.as_bytes(),
+                    protocol,
+                    bytes.len(),
+                    token,
+                    Instant::now(),
+                    head,
+                )
+                .map(Some)
             })
         })?;
         Self::finish(slf, submitted)
@@ -250,7 +258,7 @@ impl PersistentConnection {
         }
         let mut token = None;
         Self::change(slf, |inner| {
-            inner.send_head(|core, head| token = core.cancel(&id, head))
+            inner.send_head(|core, head| token = core.cancel(&id, Instant::now(), head))
         })?;
         drop(token);
         Ok(())
@@ -386,7 +394,7 @@ impl PersistentConnection {
     fn _remind(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::change(slf, |inner| {
             inner.reminding = false;
-            inner.send_head(Persistent::remind)
+            inner.send_head(|core, head| core.remind(Instant::now(), head))
         })
     }
 
@@ -442,7 +450,7 @@ impl PersistentConnection {
         if let Ok(Some(id)) = encoded {
             sent = inner.send(tail).map(|()| Some(id));
             if sent.is_err() {
-                forgotten = inner.core.cancel(&id, &mut BytesMut::new());
+                forgotten = inner.core.forget(&id);
             }
         }
         Ok(Submitted {

@@ -267,8 +267,9 @@ impl Drop for Asked {
     fn drop(&mut self) {
         if self.answer.is_some() {
             let mut token = None;
-            self.link
-                .tell_head(|core, head| token = core.cancel(&self.id, head));
+            self.link.tell_head(|core, head| {
+                token = core.cancel(&self.id, Instant::now().into_std(), head)
+            });
         }
     }
 }
@@ -439,7 +440,7 @@ impl Driver {
                 }
                 () = at(timers.remind) => {
                     timers.remind = None;
-                    self.link.tell_head(Persistent::remind);
+                    self.link.tell_head(|core, head| core.remind(Instant::now().into_std(), head));
                     Ok(false)
                 }
                 () = at(timers.press) => {

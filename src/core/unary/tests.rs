@@ -4,9 +4,21 @@ use super::p2pd::persistent_connection_response as response;
 use super::*;
 use crate::core::framing::encode_frame;
 use proptest::prelude::*;
+use std::sync::OnceLock;
 
 type Connection = Persistent<u32, Vec<u8>>;
 type Event = UnaryEvent<u32, Vec<u8>>;
+
+/// When all calls are made.
+fn now() -> Instant {
+    static NOW: OnceLock<Instant> = OnceLock::new();
+    *NOW.get_or_init(Instant::now)
+}
+
+/// When they are old enough to be cancelled at once.
+fn later() -> Instant {
+    now() + SETTLE
+}
 
 fn connection(limits: UnaryLimits) -> Connection {
     Persistent::new([1; 32], limits)
@@ -82,7 +94,9 @@ fn a_call_is_what_the_schema_says() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let payload = vec![9; 300];
-    let id = connection.call(b"peer", "echo", 300, 1, &mut out).unwrap();
+    let id = connection
+        .call(b"peer", "echo", 300, 1, now(), &mut out)
+        .unwrap();
     out.extend_from_slice(&payload);
     let call = p2pd::CallUnaryRequest {
         peer: Some(Bytes::from_static(b"peer")),
@@ -134,10 +148,12 @@ fn what_exceeds_the_limit_is_not_sent() {
     let mut out = BytesMut::new();
     // 18 for the call id, 3 for the call, 6 + 6 for peer and protocol, 3 before the data.
     let fits = 1000 - 18 - 3 - 6 - 6 - 3;
-    connection.call(b"peer", "echo", fits, 1, &mut out).unwrap();
+    connection
+        .call(b"peer", "echo", fits, 1, now(), &mut out)
+        .unwrap();
     let head = out.len();
     assert_eq!(head + fits, 1000 + 2);
-    let refused = connection.call(b"peer", "echo", fits + 1, 2, &mut out);
+    let refused = connection.call(b"peer", "echo", fits + 1, 2, now(), &mut out);
     assert_eq!(
         refused,
         Err(Error::RequestTooLarge {
@@ -175,10 +191,10 @@ fn too_large_a_reply_becomes_an_error_at_the_caller() {
 fn replies_to_unknown_repeated_and_cancelled_calls_are_dropped() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
-    let first = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
-    let second = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+    let first = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    let second = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
     out.clear();
-    assert_eq!(connection.cancel(&second, &mut out), Some(2));
+    assert_eq!(connection.cancel(&second, later(), &mut out), Some(2));
     let message = sent(out).pop().unwrap();
     assert_eq!(message.call_id.unwrap(), second[..]);
     assert_eq!(
@@ -195,14 +211,17 @@ fn replies_to_unknown_repeated_and_cancelled_calls_are_dropped() {
     let payload = b"yes".to_vec();
     assert_eq!(events, [UnaryEvent::Reply { token: 1, payload }]);
     assert_eq!(connection.pending(), 0);
-    assert_eq!(connection.cancel(&first, &mut BytesMut::new()), None);
+    assert_eq!(
+        connection.cancel(&first, later(), &mut BytesMut::new()),
+        None
+    );
 }
 
 #[test]
 fn an_error_of_the_daemon_need_not_be_utf_8() {
     let mut connection = connection(UnaryLimits::default());
     let id = connection
-        .call(b"p", "x", 0, 1, &mut BytesMut::new())
+        .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
         .unwrap();
     let error = p2pd::DaemonError {
         message: Some(Bytes::from_static(b"no \xff")),
@@ -219,7 +238,7 @@ fn an_error_of_the_daemon_need_not_be_utf_8() {
 fn a_call_that_is_only_acknowledged_is_broken_and_the_connection_is_not() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
-    let id = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     let added = connection.add_handler("y", true, 2, &mut out).unwrap();
     let mut bytes = response(id, None);
     bytes.extend(response(added, None));
@@ -259,7 +278,7 @@ fn the_protocol_of_a_call_need_not_be_utf_8() {
 fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
-    let mine = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let mine = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     connection.add_handler("x", false, 2, &mut out).unwrap();
     feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
     out.clear();
@@ -304,8 +323,8 @@ fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
     for junk in junk {
         let mut connection = connection(UnaryLimits::default());
         let mut out = BytesMut::new();
-        let good = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
-        let bad = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+        let good = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+        let bad = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
         let mut inner = BytesMut::new();
         put_field(&mut inner, 1, b"reply");
         inner.extend_from_slice(junk);
@@ -383,24 +402,68 @@ fn calls_over_the_limit_are_refused_once_they_were_held_back_for_long() {
 }
 
 #[test]
-fn the_daemon_is_reminded_once_of_what_it_has_not_confirmed_to_be_cancelled() {
+fn the_daemon_is_reminded_less_and_less_of_what_it_has_not_confirmed_to_be_cancelled() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
-    let lost = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
-    let known = connection.call(b"p", "x", 0, 2, &mut out).unwrap();
+    let lost = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    let known = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
     assert!(!connection.has_cancelled());
-    connection.cancel(&lost, &mut out);
-    connection.cancel(&known, &mut out);
+    connection.cancel(&lost, later(), &mut out);
+    connection.cancel(&known, later(), &mut out);
     let cancelled = response(known, Some(response::Message::Cancel(p2pd::Cancel {})));
     assert_eq!(feed(&mut connection, &cancelled, &[1000]).unwrap(), []);
     out.clear();
-    connection.remind(&mut out);
+    connection.remind(later(), &mut out);
     assert!(out.is_empty(), "too soon");
-    assert!(connection.has_cancelled());
-    connection.remind(&mut out);
-    let reminders = sent(out);
-    assert_eq!(reminders.len(), 1);
-    assert_eq!(reminders[0].call_id.as_deref(), Some(&lost[..]));
+    let mut when = Vec::new();
+    let mut ticks = 0;
+    while connection.has_cancelled() {
+        ticks += 1;
+        connection.remind(later() + REMIND * ticks, &mut out);
+        let reminders = sent(out.split());
+        if let [reminder] = &reminders[..] {
+            assert_eq!(reminder.call_id.as_deref(), Some(&lost[..]));
+            when.push(ticks);
+        } else {
+            assert_eq!(reminders, []);
+        }
+    }
+    assert_eq!(when, [1, 3, 7, 15, 31, 63]);
+}
+
+#[test]
+fn a_call_that_was_just_made_is_cancelled_when_it_is_old_enough() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let young = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    let answered = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
+    out.clear();
+    for (id, token) in [(young, 1), (answered, 2)] {
+        assert_eq!(connection.cancel(&id, now(), &mut out), Some(token));
+    }
+    connection.remind(now(), &mut out);
+    assert!(out.is_empty(), "too soon");
+    assert_eq!(
+        feed(&mut connection, &reply(answered, b"yes"), &[1000]),
+        Ok(vec![])
+    );
+    connection.remind(later(), &mut out);
+    let cancels = sent(out);
+    assert_eq!(cancels.len(), 1);
+    assert_eq!(cancels[0].call_id.as_deref(), Some(&young[..]));
+}
+
+#[test]
+fn who_leaves_cancels_what_the_daemon_was_to_be_told_later() {
+    let mut connection = connection(UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let young = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    connection.cancel(&young, now(), &mut out);
+    out.clear();
+    connection.leave("gone", &mut out);
+    let cancels = sent(out);
+    assert_eq!(cancels.len(), 1);
+    assert_eq!(cancels[0].call_id.as_deref(), Some(&young[..]));
     assert!(!connection.has_cancelled());
 }
 
@@ -408,7 +471,7 @@ fn the_daemon_is_reminded_once_of_what_it_has_not_confirmed_to_be_cancelled() {
 fn a_call_of_ours_that_the_daemon_cancels_is_refused() {
     let mut connection = connection(UnaryLimits::default());
     let id = connection
-        .call(b"p", "x", 0, 1, &mut BytesMut::new())
+        .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
         .unwrap();
     let cancel = response(id, Some(response::Message::Cancel(p2pd::Cancel {})));
     let events = feed(&mut connection, &cancel, &[1000]).unwrap();
@@ -452,13 +515,13 @@ fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
         let events = feed(&mut connection, &call([id; 16], b""), &[1000]).unwrap();
         assert!(matches!(events[..], [UnaryEvent::Call { .. }]));
     }
-    let id = connection.call(b"p", "x", 0, 1, &mut out).unwrap();
+    let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     assert!(connection.wants_input(), "a reply is awaited");
     let events = feed(&mut connection, &call([9; 16], b""), &[1000]).unwrap();
     let reason = "busy: too many calls at once";
     let id9 = [9; 16];
     assert_eq!(events, [UnaryEvent::Unserved { id: id9, reason }]);
-    connection.cancel(&id, &mut out);
+    connection.cancel(&id, later(), &mut out);
     for id in 0..7u8 {
         assert!(!connection.wants_input());
         connection.reply_error(&[id; 16], "no", &mut out);
@@ -514,7 +577,11 @@ fn call_ids_do_not_repeat_and_differ_between_seeds() {
     for seed in 0..4u8 {
         let mut connection = Connection::new([seed; 32], UnaryLimits::default());
         for token in 0..1000 {
-            assert!(seen.insert(connection.call(b"p", "x", 0, token, &mut out).unwrap()));
+            assert!(seen.insert(
+                connection
+                    .call(b"p", "x", 0, token, now(), &mut out)
+                    .unwrap()
+            ));
         }
     }
 }
@@ -539,7 +606,7 @@ proptest! {
         for (token, (is_reply, payload)) in payloads.into_iter().enumerate() {
             let token = token as u32;
             if is_reply {
-                let id = connection.call(b"p", "x", 0, token, &mut BytesMut::new()).unwrap();
+                let id = connection.call(b"p", "x", 0, token, now(), &mut BytesMut::new()).unwrap();
                 bytes.extend(reply(id, &payload));
                 expected.push(UnaryEvent::Reply { token, payload });
             } else {
