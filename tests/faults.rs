@@ -965,7 +965,7 @@ async fn the_timeout_of_a_query_is_for_all_of_it() {
 async fn a_query_with_too_many_results_is_ended() {
     let daemon = FakeDaemon::new();
     let limits = Limits {
-        max_answer: 10,
+        max_answer: 150,
         ..Limits::default()
     };
     let client = Client::builder(daemon.control()).limits(limits).build();
@@ -974,7 +974,7 @@ async fn a_query_with_too_many_results_is_ended() {
         connection.answer(dht(Value, "four")).await;
     }
     let error = results.collect_all().await.unwrap_err();
-    assert!(error.to_string().contains("exceed 10 bytes"), "{error}");
+    assert!(error.to_string().contains("exceed 150 bytes"), "{error}");
     connection.ended().await;
 }
 

@@ -689,7 +689,8 @@ impl<T, P: Payload> Persistent<T, P> {
         let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
             return Ok(Frame::Needs(1));
         };
-        let end = prefix + len;
+        // With no limit to speak of, the length alone may be all that a usize holds.
+        let end = prefix.saturating_add(len);
         if bytes.len() >= end {
             return Ok(Frame::Whole { prefix, end });
         }
@@ -850,6 +851,7 @@ impl<T, P: Payload> Persistent<T, P> {
     fn arrived(&mut self, head: Head, payload: P, len: usize) -> Option<UnaryEvent<T, P>> {
         match head {
             Head::Reply { id } => {
+                self.cancelled.remove(&id);
                 let Pending { token, called } = self.pending.remove(&id)?;
                 Some(if called.is_some() {
                     UnaryEvent::Reply { token, payload }
