@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from p2pclient_rs import Stream
 from soak.harness import Soak
 from soak.meter import descriptors
-from p2pclient_rs import Stream
 
 FULL = 2_000
 ROUNDS = 10

@@ -13,13 +13,14 @@ import time
 
 import anyio
 
-from p2pclient_rs import ControlFailure
-from soak.harness import FAILURES, STREAM_FAILURES, Daemon, PeerProcess, Soak
+from p2pclient_rs import ControlFailure, Daemon
+from soak.harness import FAILURES, STREAM_FAILURES, PeerProcess, Soak
 from soak.restarts import REFUSALS
 
 #: Seconds.
 FULL = 120
 EVERY = 1.0
+#: At full scale; two are as good for a try.
 HANDLERS = 6
 VICTIMS = 2
 CALLERS = 32
@@ -31,11 +32,12 @@ PATIENCE = 3.0
 
 
 async def run(soak: Soak) -> None:
-    seconds = soak.scaled(FULL, 8)
+    seconds = soak.scaled(FULL, 4)
+    handlers = soak.scaled(HANDLERS, 2)
     numbers = itertools.count()
     choice = random.Random(5)
     over = False
-    names = itertools.count(HANDLERS)
+    names = itertools.count(handlers)
     deaths = 0
     ever: list[PeerProcess] = []
 
@@ -75,7 +77,7 @@ async def run(soak: Soak) -> None:
         await peer.ask("load", peer=str(soak.peer_id), proto="victims")
         return peer
 
-    async with soak.ready(peers=HANDLERS, expected=MOST):
+    async with soak.ready(peers=handlers, expected=MOST):
         ever += soak.peers
         await soak.serve("call", "soak", balanced=True)
         await soak.serve("echo", "victims", balanced=True)
@@ -94,7 +96,7 @@ async def run(soak: Soak) -> None:
                         victims[place].end()
                         victims[place] = await victim()
                     else:
-                        place = choice.randrange(HANDLERS)
+                        place = choice.randrange(handlers)
                         soak.peers[place].end()
                         soak.peers[place] = await handler()
                         ever.append(soak.peers[place])

@@ -1,6 +1,6 @@
 """The daemons stopped (SIGSTOP) for two seconds of each four, in turn, under load, for two minutes.
 
-Half of the callers give each call a second: those may run out of time, and nothing else may
+Half of the callers give each call half of that: those may run out of time, and nothing else may
 happen. The other half wait, as do the streams, and get all their replies.
 """
 
@@ -25,7 +25,8 @@ MOST = 2_000_000
 
 
 async def run(soak: Soak) -> None:
-    seconds = soak.scaled(FULL, 8)
+    seconds = soak.scaled(FULL, 4)
+    frozen = min(FROZEN, seconds / 4)
     numbers = itertools.count()
     given_up = lost = 0
     over = False
@@ -41,7 +42,7 @@ async def run(soak: Soak) -> None:
         nonlocal given_up
         while not over:
             try:
-                await soak.call("soak", next(numbers), timeout=1)
+                await soak.call("soak", next(numbers), timeout=frozen / 2)
             except FAILURES as error:
                 soak.failed(error)
                 given_up += 1
@@ -63,10 +64,10 @@ async def run(soak: Soak) -> None:
             tasks.start_soon(soak.workers, STREAMS, on_stream)
             began = time.monotonic()
             for daemon in itertools.cycle((soak.near, soak.far)):
-                await anyio.sleep(FROZEN)
+                await anyio.sleep(frozen)
                 if time.monotonic() - began > seconds:
                     break
-                await freeze(daemon, FROZEN)
+                await freeze(daemon, frozen)
             over = True
         # What was given up comes to its end, too.
         with anyio.move_on_after(10):
@@ -77,6 +78,6 @@ async def run(soak: Soak) -> None:
         soak.promise(not soak.client.unary.pending_calls, "calls are still awaited")
         soak.report.lost += lost
         soak.promise(not lost, f"{lost} calls without a limit of time never returned")
-        soak.promise(bool(given_up), "no call ran out of time, as those of a second should have")
+        soak.promise(bool(given_up), "no call ran out of time, as the impatient should have")
         soak.promise_errors("ControlTimeout")
         soak.promise_deliveries(soak.peers, all_answered=False)

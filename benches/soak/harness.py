@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ import anyio
 from p2pclient_rs import (
     Client,
     ControlFailure,
-    ControlTimeout,
     Daemon,
     DaemonRefused,
     IncompleteRead,
@@ -99,12 +98,12 @@ class Report:
 class PeerProcess:
     """A process of ``peer.py``."""
 
-    def __init__(self, loop: str, directory: Path, name: str, sabotage: str) -> None:
+    def __init__(self, loop: str, directory: Path, name: str, sabotage: set[str]) -> None:
         self.name = name
         self._directory = directory
         program = str(Path(__file__).with_name("peer.py"))
         self.process = subprocess.Popen(
-            [sys.executable, program, loop, str(directory), name, sabotage],
+            [sys.executable, program, loop, str(directory), name, *sabotage],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -161,7 +160,7 @@ class Soak:
     client: Client
     meter: Meter
 
-    def __init__(self, scenario: str, scale: float, loop: str, sabotage: str) -> None:
+    def __init__(self, scenario: str, scale: float, loop: str, sabotage: set[str]) -> None:
         self.report = Report(scenario, loop, scale)
         self.scale, self.loop, self.sabotage = scale, loop, sabotage
         self.peers: list[PeerProcess] = []
@@ -250,11 +249,11 @@ class Soak:
     def done(self) -> None:
         """Counts an operation; does harm, where that is what the run is for."""
         self.meter.operations += 1
-        if self.meter.operations == 10 and self.sabotage == "leak":
+        if self.meter.operations == 10 and "leak" in self.sabotage:
             os.dup(0)
-        if self.meter.operations % 20 == 0 and self.sabotage == "grow":
+        if self.meter.operations % 20 == 0 and "grow" in self.sabotage:
             self._kept.append(os.urandom(1 << 20))
-        if self.meter.operations == 100 and self.sabotage == "stall":
+        if self.meter.operations == 100 and "stall" in self.sabotage:
             # CPU time, and no sleep: that others have the CPU is not held against us.
             until = time.thread_time() + 1.5 * STALL / 1e3
             while time.thread_time() < until:
@@ -289,7 +288,7 @@ class Soak:
         """What the peers have counted together, once it is as expected or will not be."""
         with anyio.move_on_after(15):
             while True:
-                counted = sum(s["counts"].get(name, 0) for s in await self.ask_all("state"))
+                counted: int = sum(s["counts"].get(name, 0) for s in await self.ask_all("state"))
                 if counted >= expected:
                     break
                 await anyio.sleep(0.05)
@@ -306,7 +305,7 @@ class Soak:
         self.report.examples.setdefault(kind, f"{type(error).__name__}: {error}"[:300])
         return kind
 
-    async def workers(self, many: int, work: Callable[[int], Awaitable[None]]) -> None:
+    async def workers(self, many: int, work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
         """Runs so many at once, each with its own number."""
         async with anyio.create_task_group() as tasks:
             for number in range(many):
@@ -416,16 +415,3 @@ async def freeze(daemon: Daemon, seconds: float) -> None:
         await anyio.sleep(seconds)
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-__all__ = [
-    "FAILURES",
-    "SABOTAGE",
-    "STREAM_FAILURES",
-    "ControlTimeout",
-    "PeerProcess",
-    "Report",
-    "Soak",
-    "freeze",
-    "kind_of",
-]

@@ -1,6 +1,6 @@
 """The other end: handlers in a process of its own, told what to do over a pipe.
 
-Usage: peer.py LOOP DIRECTORY NAME SABOTAGE
+Usage: peer.py LOOP DIRECTORY NAME [SABOTAGE …]
 
 Reads lines of JSON, ``[command, {argument: value}]``, and answers each with one.
 """
@@ -29,17 +29,18 @@ from p2pclient_rs import Client, ControlFailure, IncompleteRead, P2PHandlerError
 from soak import payloads
 from soak.meter import Meter
 
-#: The number of the operation that sabotage befalls.
-VICTIM = 7
+#: The numbers of the operations that befalls what is done wrong here.
+VICTIMS = {"corrupt": 7, "swallow": 8, "repeat": 9}
 
 
 class Peer:
     """What the process serves, and what it has seen."""
 
-    def __init__(self, tasks: TaskGroup, directory: str, name: str, sabotage: str) -> None:
+    def __init__(self, tasks: TaskGroup, directory: str, name: str, sabotage: set[str]) -> None:
         self._tasks = tasks
         self._directory, self._name = directory, name
-        self._sabotage = sabotage
+        #: What is done wrong, by the number of the operation that it befalls.
+        self._sabotage = {VICTIMS[harm]: harm for harm in sabotage if harm in VICTIMS}
         self._meter: Meter
         self._soft = 0
         self._stack = AsyncExitStack()
@@ -143,10 +144,7 @@ class Peer:
             self._counts["empty"] += 1
             return b""
         number = self._note(data)
-        reply = payloads.reply(number)
-        if self._sabotage == "corrupt" and number == VICTIM:
-            return reply[:-1] + bytes([reply[-1] ^ 1])
-        return reply
+        return self._reply(number)
 
     async def _echo(self, data: bytes, caller: object) -> bytes:
         return data
@@ -166,9 +164,7 @@ class Peer:
                 while (head := await stream.read(1)) == b"f":
                     length = int.from_bytes(await stream.readexactly(4), "little")
                     number = self._note(await stream.readexactly(length))
-                    reply = payloads.reply(number)
-                    if self._sabotage == "corrupt" and number == VICTIM:
-                        reply = reply[:-1] + bytes([reply[-1] ^ 1])
+                    reply = self._reply(number)
                     await stream.send(len(reply).to_bytes(4, "little") + reply)
                     self._meter.operations += 1
                 if head == b"e":
@@ -228,10 +224,15 @@ class Peer:
             self._wrong.append(f"a request of {len(data)} bytes is none")
             raise ValueError("a wrong payload")
         if self._seen is not None and number < len(self._seen):
-            times = 0 if self._sabotage == "swallow" and number == VICTIM else 1
-            times = 2 if self._sabotage == "repeat" and number == VICTIM else times
+            times = {"swallow": 0, "repeat": 2}.get(self._sabotage.get(number, ""), 1)
             self._seen[number] = min(self._seen[number] + times, 255)
         return number
+
+    def _reply(self, number: int) -> bytes:
+        reply = payloads.reply(number)
+        if self._sabotage.get(number) == "corrupt":
+            return reply[:-1] + bytes([reply[-1] ^ 1])
+        return reply
 
     async def _stay_open(self) -> None:
         """Opens a lost connection again, with its handlers: as the next call would, but this
@@ -252,9 +253,9 @@ class Peer:
                 served = True
 
 
-async def main(directory: str, name: str, sabotage: str) -> None:
+async def main(directory: str, name: str, *sabotage: str) -> None:
     async with anyio.create_task_group() as tasks:
-        peer = Peer(tasks, directory, name, sabotage)
+        peer = Peer(tasks, directory, name, set(sabotage))
         while line := await anyio.to_thread.run_sync(sys.stdin.readline):
             command, arguments = json.loads(line)
             answer = await getattr(peer, command)(**arguments)

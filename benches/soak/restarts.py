@@ -31,7 +31,7 @@ PATIENCE = 10.0
 
 
 async def run(soak: Soak) -> None:
-    seconds = soak.scaled(FULL, 9)
+    seconds = soak.scaled(FULL, 5)
     numbers = itertools.count()
     over = False
     restarts = 0
@@ -91,7 +91,7 @@ async def run(soak: Soak) -> None:
                 for daemon in (soak.near, soak.far)
             )
             for daemon, how in ways:
-                await anyio.sleep(EVERY)
+                await anyio.sleep(min(EVERY, seconds / 4))
                 if time.monotonic() - began > seconds:
                     break
                 await restart(daemon, how)

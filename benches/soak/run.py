@@ -38,7 +38,7 @@ SCENARIOS = {
 }
 
 
-def in_process(scenario: str, scale: float, loop: str, sabotage: str, file: str) -> None:
+def in_process(scenario: str, scale: float, loop: str, sabotage: set[str], file: str) -> None:
     """Runs one here, and writes its report."""
     soak = harness.Soak(scenario, scale, loop, sabotage)
     peer.run(loop, importlib.import_module(f"soak.{scenario}").run, soak)
@@ -50,7 +50,7 @@ def in_child(scenario: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("r", prefix="soak-") as file:
         command = [sys.executable, __file__, "--into", file.name, scenario]
         command += ["--scale", str(arguments.scale), "--loop", arguments.loop]
-        command += ["--break", arguments.sabotage]
+        command += [f"--break={harm}" for harm in arguments.sabotage]
         limit = 60 * (1 + SCENARIOS[scenario] * arguments.scale)
         child = subprocess.Popen(command, start_new_session=True)
         try:
@@ -143,8 +143,9 @@ def main() -> int:
     parser.add_argument(
         "--break",
         dest="sabotage",
-        choices=["", *harness.SABOTAGE],
-        default="",
+        choices=harness.SABOTAGE,
+        action="append",
+        default=[],
         help="do something wrong, which is to be noticed",
     )
     parser.add_argument("--into", help=argparse.SUPPRESS)
@@ -157,7 +158,8 @@ def main() -> int:
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     if arguments.into:
         [scenario] = arguments.scenarios
-        in_process(scenario, arguments.scale, arguments.loop, arguments.sabotage, arguments.into)
+        harm = set(arguments.sabotage)
+        in_process(scenario, arguments.scale, arguments.loop, harm, arguments.into)
         return 0
     print(f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} CPUs")
     reports = []

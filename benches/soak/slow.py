@@ -25,7 +25,7 @@ CHUNK = 64 << 10
 
 
 async def run(soak: Soak) -> None:
-    seconds = soak.scaled(FULL, 4)
+    seconds = soak.scaled(FULL, 3)
     sent = received = most_between = 0
     waited = 0.0
 
