@@ -308,6 +308,7 @@ enum Scan {
 /// ```
 /// use p2pclient_rs::core::{Persistent, UnaryEvent, UnaryLimits};
 /// use bytes::BytesMut;
+/// use std::time::Instant;
 ///
 /// let mut connection = Persistent::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
 /// let mut out = BytesMut::new();
