@@ -65,7 +65,7 @@ class Peer:
         self._client = await self._stack.enter_async_context(Client(control, listen))
         await self._stack.enter_async_context(self._client.listen())
         await self._client.unary.open()
-        self._tasks.start_soon(self._stay_open)
+        self._tasks.start_soon(self._serve_again)
 
     async def serve(self, kind: str, proto: str, balanced: bool = False) -> None:
         """Serves a protocol."""
@@ -234,18 +234,17 @@ class Peer:
             return reply[:-1] + bytes([reply[-1] ^ 1])
         return reply
 
-    async def _stay_open(self) -> None:
-        """Opens a lost connection again, with its handlers: as the next call would, but this
-        process makes none. A daemon that was started again knows no handlers of streams."""
+    async def _serve_again(self) -> None:
+        """Registers the handlers of streams when the daemon was started again. Those of calls come
+        back by themselves."""
         served = True
         with self._attached:
             while True:
                 await anyio.sleep(0.1)
                 served &= self._client.unary.connected
-                if served:
+                if served or not self._client.unary.connected:
                     continue
                 try:
-                    await self._client.unary.open()
                     for proto, handler in self._streams.items():
                         await self._client.stream_handler(proto, handler)
                 except ControlFailure:
