@@ -70,6 +70,8 @@ class ControlClient:
         self._scope: anyio.CancelScope | None = None
         self._pid = os.getpid()
         self._listening = False
+        #: Whether the last attempt to accept a stream did not fail: one line a time will do.
+        self._accepting = True
 
     # --- peers ---
 
@@ -283,10 +285,13 @@ class ControlClient:
         try:
             raw = listener.try_accept()
         except OSError as error:
-            # Out of descriptors, most likely: others will be closed.
-            logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+            # Out of descriptors, most likely: others will be closed. Streams wait until then.
+            if self._accepting:
+                logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+            self._accepting = False
             await anyio.sleep(0.1)
             return
+        self._accepting = True
         if raw is None:
             await watched.readable()
         else:
