@@ -70,8 +70,11 @@ pub enum Answer {
     Protocols(Vec<String>),
 }
 
+/// What a result of a DHT query occupies, even an empty one, in bytes.
+const RESULT: usize = 64;
+
 impl Answer {
-    /// About what it occupies, in bytes.
+    /// About what it occupies beside that, in bytes.
     fn size(&self) -> usize {
         match self {
             Answer::Value(value) => value.len(),
@@ -291,7 +294,7 @@ impl Exchange {
             dht::Step::Begin => Err(Error::Unexpected("DHT BEGIN after BEGIN".to_owned())),
             dht::Step::Value(answer) => {
                 values.count += 1;
-                values.bytes += answer.size();
+                values.bytes += answer.size() + RESULT;
                 if values.bytes > self.limits.max_answer {
                     return Err(Error::AnswerTooLarge {
                         limit: self.limits.max_answer,
