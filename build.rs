@@ -10,9 +10,13 @@ use std::path::PathBuf;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // PyO3 tells, in hexadecimal, what interpreter it builds for.
     let config = std::env::var("DEP_PYO3_PYTHON_PYO3_CONFIG").unwrap_or_default();
-    let flag: String = b"Py_GIL_DISABLED".map(|byte| format!("{byte:02x}")).concat();
+    let flag: String = b"Py_GIL_DISABLED"
+        .map(|byte| format!("{byte:02x}"))
+        .concat();
     if config.contains(&flag) {
-        return Err("p2pclient-rs does not support free-threaded Python: build with the GIL".into());
+        return Err(
+            "p2pclient-rs does not support free-threaded Python: build with the GIL".into(),
+        );
     }
     println!("cargo:rerun-if-changed=proto");
     let out = PathBuf::from(std::env::var("OUT_DIR")?);

@@ -111,8 +111,8 @@ impl UnaryLimits {
 
 /// Where the bytes of a payload end up.
 pub trait Payload: Sized {
-    /// Room for `len` bytes, which are going to be written.
-    fn with_len(len: usize) -> Self;
+    /// Room for `len` bytes, which are going to be written; `None` if there is no memory for it.
+    fn with_len(len: usize) -> Option<Self>;
     /// These bytes.
     fn copy_from(bytes: &[u8]) -> Self;
     /// The room.
@@ -120,8 +120,8 @@ pub trait Payload: Sized {
 }
 
 impl Payload for Vec<u8> {
-    fn with_len(len: usize) -> Self {
-        vec![0; len]
+    fn with_len(len: usize) -> Option<Self> {
+        Some(vec![0; len])
     }
 
     fn copy_from(bytes: &[u8]) -> Self {
@@ -692,7 +692,7 @@ impl<T, P: Payload> Persistent<T, P> {
         let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
             return Ok(Frame::Needs(1));
         };
-        let end = prefix + len;
+        let end = prefix.saturating_add(len);
         if bytes.len() >= end {
             return Ok(Frame::Whole { prefix, end });
         }
@@ -707,7 +707,7 @@ impl<T, P: Payload> Persistent<T, P> {
                 if there.len() < len / EARNED {
                     return Ok(Frame::Needs(len / EARNED - there.len()));
                 }
-                let mut payload = P::with_len(len);
+                let mut payload = P::with_len(len).ok_or(Error::NoMemory { size: len })?;
                 payload.as_mut()[..there.len()].copy_from_slice(there);
                 let partial = Partial {
                     head,

@@ -3,6 +3,10 @@
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 
+// What panics in a method becomes an exception, where it does not end the process.
+#[cfg(not(panic = "unwind"))]
+compile_error!("the extension module is to be built with panic = \"unwind\"");
+
 mod answer;
 mod connection;
 mod convert;

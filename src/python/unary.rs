@@ -109,9 +109,9 @@ pub struct PyPayload(Py<PyBytes>);
 
 #[allow(unsafe_code)]
 impl Payload for PyPayload {
-    fn with_len(len: usize) -> Self {
+    fn with_len(len: usize) -> Option<Self> {
         Python::attach(|py| {
-            let size = isize::try_from(len).expect("a frame's limit is far below");
+            let size = isize::try_from(len).ok()?;
             // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
             // back is a new reference or null with an exception set. Zeroing it instead would cost
             // a pass over every large payload; the core emits it only when all is written.
@@ -119,8 +119,8 @@ impl Payload for PyPayload {
                 let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
                 Bound::from_owned_ptr_or_err(py, new)
             };
-            let bytes = bytes.and_then(|bytes| Ok(bytes.cast_into::<PyBytes>()?));
-            Self(bytes.expect("there is memory for a frame").unbind())
+            let bytes = bytes.ok()?.cast_into::<PyBytes>().ok()?;
+            Some(Self(bytes.unbind()))
         })
     }
 

@@ -342,8 +342,9 @@ fn the_end_of_the_connection_says_whether_an_answer_had_begun() {
 
 #[test]
 fn a_dht_answer_over_the_limit_is_refused() {
+    let limit = 2 * (6 + super::RESULT) - 1;
     let mut exchange = Exchange::new(Limits {
-        max_answer: 10,
+        max_answer: limit,
         ..Limits::default()
     });
     exchange
@@ -357,7 +358,25 @@ fn a_dht_answer_over_the_limit_is_refused() {
     exchange.receive(&value);
     exchange.receive(&value);
     assert!(matches!(exchange.poll(), Ok(Some(Event::Item(_)))));
-    assert_eq!(exchange.poll(), Err(Error::AnswerTooLarge { limit: 10 }));
+    assert_eq!(exchange.poll(), Err(Error::AnswerTooLarge { limit }));
+}
+
+#[test]
+fn empty_results_of_a_dht_query_have_an_end_too() {
+    let mut exchange = Exchange::new(Limits {
+        max_answer: 1000,
+        ..Limits::default()
+    });
+    let query = dht::search_value(Bytes::from_static(b"k"), None);
+    exchange.send(&query).unwrap();
+    let begin = dht_response(dht_response::Type::Begin, None);
+    exchange.receive(&encode_frame(&in_response(begin)));
+    let empty = encode_frame(&dht_response(dht_response::Type::Value, Some(b"")));
+    let refused = (0..1000).find_map(|_| {
+        exchange.receive(&empty);
+        exchange.poll().err()
+    });
+    assert_eq!(refused, Some(Error::AnswerTooLarge { limit: 1000 }));
 }
 
 #[test]
