@@ -21,8 +21,8 @@ type Event = UnaryEvent<u32, Room>;
 struct Room(Vec<u8>);
 
 impl Payload for Room {
-    fn with_len(len: usize) -> Self {
-        Self(vec![0; len])
+    fn with_len(len: usize) -> Option<Self> {
+        Some(Self(vec![0; len]))
     }
 
     fn copy_from(bytes: &[u8]) -> Self {

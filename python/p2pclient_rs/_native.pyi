@@ -589,6 +589,10 @@ class DaemonProcess:
         """The error of a daemon that ended, or was not ready in this many seconds, its last answer
         being none because of this obstacle."""
 
+def _the_end_is_near() -> None:
+    """Says that the interpreter is about to end: waits until no other thread is on its way through
+    Rust into Python, which would end the process, and has those held up that come later."""
+
 def refusal_kind(words: str) -> Literal["not supported", "timed out"] | None:
     """What a daemon means by refusing a request in these words."""
 

@@ -43,6 +43,12 @@ pub enum Error {
         /// [`Limits::max_answer`](super::Limits), in bytes.
         limit: usize,
     },
+    /// A message that is not too large, but for what memory there is.
+    #[error("there is no memory for a message of {size} bytes")]
+    NoMemory {
+        /// The size of its payload, in bytes.
+        size: usize,
+    },
     /// The connection ended before the answer did.
     #[error("the daemon closed the connection {}", if *.mid_message { "in the middle of its answer" } else { "without answering" })]
     Closed {
@@ -104,7 +110,7 @@ impl Error {
     pub fn fault(&self) -> Fault {
         match self {
             Error::RequestTooLarge { .. } | Error::NotReady(_) => Fault::Caller,
-            Error::Closed { .. } => Fault::Connection,
+            Error::Closed { .. } | Error::NoMemory { .. } => Fault::Connection,
             _ => Fault::Daemon,
         }
     }

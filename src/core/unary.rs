@@ -24,6 +24,10 @@ pub type CallId = [u8; 16];
 /// A payload of at least this many bytes is received straight into its final place.
 const DIRECT: usize = 16 * 1024;
 
+/// Room is made for a payload when one part in so many of it has come: what was announced alone
+/// takes none.
+const EARNED: usize = 16;
+
 /// How much of a frame may come before the payload in it, in bytes, for that.
 const MAX_HEAD: usize = 1024;
 
@@ -107,8 +111,8 @@ impl UnaryLimits {
 
 /// Where the bytes of a payload end up.
 pub trait Payload: Sized {
-    /// Room for `len` bytes, which are going to be written.
-    fn with_len(len: usize) -> Self;
+    /// Room for `len` bytes, which are going to be written; `None` if there is no memory for it.
+    fn with_len(len: usize) -> Option<Self>;
     /// These bytes.
     fn copy_from(bytes: &[u8]) -> Self;
     /// The room.
@@ -116,8 +120,8 @@ pub trait Payload: Sized {
 }
 
 impl Payload for Vec<u8> {
-    fn with_len(len: usize) -> Self {
-        vec![0; len]
+    fn with_len(len: usize) -> Option<Self> {
+        Some(vec![0; len])
     }
 
     fn copy_from(bytes: &[u8]) -> Self {
@@ -701,8 +705,11 @@ impl<T, P: Payload> Persistent<T, P> {
         match scan(&bytes[prefix..], len) {
             Scan::Payload(head, offset) => {
                 let len = len - offset;
-                let mut payload = P::with_len(len);
                 let there = &bytes[prefix + offset..];
+                if there.len() < len / EARNED {
+                    return Ok(Frame::Needs(len / EARNED - there.len()));
+                }
+                let mut payload = P::with_len(len).ok_or(Error::NoMemory { size: len })?;
                 payload.as_mut()[..there.len()].copy_from_slice(there);
                 let partial = Partial {
                     head,

@@ -1,12 +1,18 @@
 //! The extension module `p2pclient_rs._native`.
 
+use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+
+// What panics in a method becomes an exception, where it does not end the process.
+#[cfg(not(panic = "unwind"))]
+compile_error!("the extension module is to be built with panic = \"unwind\"");
 
 mod answer;
 mod connection;
 mod convert;
 mod daemon;
 mod datastructures;
+mod ending;
 mod errors;
 mod listener;
 mod multiaddr;
@@ -19,7 +25,7 @@ mod stream;
 mod unary;
 
 /// The Rust half of `p2pclient_rs`.
-#[pymodule]
+#[pymodule(gil_used = true)]
 mod _native {
     use super::*;
 
@@ -40,6 +46,8 @@ mod _native {
     use super::answer::{decode_pubsub_message, decode_stream_info};
     #[pymodule_export]
     use super::connection::ControlConnection;
+    #[pymodule_export]
+    use super::ending::_the_end_is_near;
     #[pymodule_export]
     use super::errors::refusal_kind;
     #[pymodule_export]
@@ -65,8 +73,25 @@ mod _native {
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::refuse_free_threading(m.py())?;
+        super::ending::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("DEBUG_BUILD", cfg!(debug_assertions))
     }
+}
+
+/// What is here counts on one thread at a time, and was tried on nothing else.
+fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
+    let flags: String = py
+        .import("sys")?
+        .getattr("abiflags")
+        .and_then(|flags| flags.extract())
+        .unwrap_or_default(); // Windows has none
+    if flags.contains('t') {
+        return Err(PyImportError::new_err(
+            "p2pclient_rs does not support free-threaded Python: use a build with the GIL",
+        ));
+    }
+    Ok(())
 }
