@@ -1078,7 +1078,16 @@ async fn the_peerstore_speaks_the_js_dialect() {
         ..ok()
     };
     let id = peer();
+    // Asked first, lest hivemind's daemon take what follows for a request of its own.
+    let is_there = async |connection: &mut common::fake::Connection| {
+        let request: p2pd::JsRequest = connection.message().await;
+        assert_eq!(request.r#type, Some(i32::MAX));
+        connection
+            .answer(refusal("ERR_INVALID_REQUEST_TYPE"))
+            .await;
+    };
     let (protocols, ()) = join!(client.peerstore_get_protocols(&id), async {
+        is_there(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(9));
         let request = request.peer_store.unwrap();
@@ -1090,6 +1099,7 @@ async fn the_peerstore_speaks_the_js_dialect() {
     assert_eq!(protocols.unwrap(), ["/a", "/b"]);
 
     let (info, ()) = join!(client.peerstore_get_peer_info(&id), async {
+        is_there(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.peer_store.unwrap().r#type, Some(2));
         let store = p2pd::PeerstoreResponse {

@@ -302,6 +302,9 @@ class ControlClient:
         stream = Stream(raw, watch(raw.fileno()))
         handler = None
         try:
+            # The JavaScript daemon connects when a handler is registered, and says nothing until
+            # there is a stream.
+            await stream._watch.readable()
             with anyio.fail_after(_HEADER_TIMEOUT):
                 header = await stream.receive_frame(_MAX_HEADER)
             info = self.daemon_connector.types.stream_info(decode_stream_info(header))

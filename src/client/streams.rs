@@ -494,18 +494,14 @@ impl Drop for Accepting {
 async fn accept(listener: Weak<Listener>, accepting: Accepting) {
     let arriving = Arc::new(Semaphore::new(MAX_ARRIVING));
     loop {
-        let turn = Arc::clone(&arriving).acquire_owned().await;
         let accepted = poll_fn(|cx| match listener.upgrade() {
             Some(listener) => listener.poll_accept(cx).map(Some),
             None => Poll::Ready(None),
         });
         match accepted.await {
             Some(Ok(socket)) => {
-                let handlers = Weak::clone(&accepting.0);
-                tokio::spawn(async move {
-                    dispatch(socket, handlers).await;
-                    drop(turn);
-                });
+                let (handlers, arriving) = (Weak::clone(&accepting.0), Arc::clone(&arriving));
+                tokio::spawn(dispatch(socket, handlers, arriving));
             }
             Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
             None => return,
@@ -514,8 +510,18 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
 }
 
 /// Hands an inbound stream to its handler; one that there is no handler for is closed.
-async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
-    let header = timeout(HEADER_TIMEOUT, read_header(&mut socket)).await;
+async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>, arriving: Arc<Semaphore>) {
+    let mut buffer = BytesMut::with_capacity(1024);
+    // The JS daemon connects when a handler is registered, and says nothing until there is a stream.
+    if read_some(&mut socket, &mut buffer).await.is_err() {
+        return;
+    }
+    // Until its header is there.
+    let Ok(turn) = arriving.acquire().await else {
+        return;
+    };
+    let header = timeout(HEADER_TIMEOUT, read_header(&mut socket, buffer)).await;
+    drop(turn);
     let Ok(Ok((info, ahead))) = header else {
         return;
     };
@@ -530,17 +536,24 @@ async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
     }
 }
 
-async fn read_header(socket: &mut Socket) -> Result<(StreamInfo, Bytes), Error> {
-    let mut buffer = BytesMut::with_capacity(1024);
+async fn read_header(
+    socket: &mut Socket,
+    mut buffer: BytesMut,
+) -> Result<(StreamInfo, Bytes), Error> {
     loop {
         if let Some(frame) = framing::split_frame(&mut buffer, MAX_HEADER)? {
             let info = streams::decode_stream_info(&frame)?;
             return Ok((info, buffer.freeze()));
         }
-        let read = socket.read_buf(&mut buffer).await;
-        if read.map_err(|error| Error::lost(error, false))? == 0 {
-            return Err(Error::lost("no stream came", false));
-        }
+        read_some(socket, &mut buffer).await?;
+    }
+}
+
+async fn read_some(socket: &mut Socket, buffer: &mut BytesMut) -> Result<(), Error> {
+    let read = socket.read_buf(buffer).await;
+    match read.map_err(|error| Error::lost(error, false))? {
+        0 => Err(Error::lost("no stream came", false)),
+        _ => Ok(()),
     }
 }
 

@@ -73,10 +73,19 @@ pub const REMIND: Duration = Duration::from_millis(50);
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].
 pub fn upgrade() -> Request {
-    Request::new(
-        &control::message(Type::PersistentConnUpgrade),
-        Expect::Persistent,
-    )
+    // The JS daemon takes it for a peerstore request, and one without contents makes it crash. What
+    // the field is in hivemind's fork, it has no use for here; the JS daemon, which reads numbers
+    // wherever it expects them, finds `type` = 2 in the length, GET_PEER_INFO, and in the text an
+    // unknown field: it answers that it has not implemented that.
+    let read_otherwise_by_js = p2pd::RemoveStreamHandlerRequest {
+        addr: Some(Bytes::from_static(b"\x78\x00")),
+        proto: Vec::new(),
+    };
+    let message = p2pd::Request {
+        remove_stream_handler: Some(read_otherwise_by_js),
+        ..control::message(Type::PersistentConnUpgrade)
+    };
+    Request::new(&message, Expect::Persistent)
 }
 
 /// What a persistent connection will take.
