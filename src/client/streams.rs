@@ -110,6 +110,29 @@ impl Client {
         self.within(about, self.register(protocol, balanced)).await
     }
 
+    /// Tells a daemon that was started anew of the handlers that this client has, of streams and of
+    /// unary calls. One that a [`P2PDaemon`](crate::P2PDaemon) starts again is told by that.
+    ///
+    /// # Errors
+    /// When the daemon cannot be asked. That another client was quicker is none.
+    pub async fn register_again(&self) -> Result<(), Error> {
+        let handlers = self.shared.inbound.handlers.all();
+        let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
+        for (protocol, balanced) in handlers {
+            let Some(addr) = &addr else { break };
+            let about = Context::new("STREAM_HANDLER").protocol(&protocol);
+            let request = streams::stream_handler(addr, vec![protocol], balanced);
+            match self.tell(about, request).await {
+                Ok(()) | Err(Error::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if !self.unary_handlers().is_empty() {
+            self.open_unary().await?;
+        }
+        Ok(())
+    }
+
     /// Where the daemon connects to for inbound streams; `None` before the first handler.
     pub fn listen_maddr(&self) -> Option<Multiaddr> {
         let listening = lock(&self.shared.inbound.listening);
@@ -132,7 +155,7 @@ impl Client {
                 ready = async {
                     let addr = inbound.listen(client.connector()).await?;
                     let handlers = &inbound.handlers;
-                    Ok((addr, handlers.enter(protocol, still_wanted).await?))
+                    Ok((addr, handlers.enter(protocol, balanced, still_wanted).await?))
                 } => ready,
             };
             let registered = match ready {
@@ -317,6 +340,7 @@ struct Handlers {
 struct Entry {
     /// Tells one from those who had the name before and after.
     number: u64,
+    balanced: bool,
     sender: mpsc::Sender<Stream>,
     /// Whether anybody has what comes of it, or waits for that. If not, the name is about to be free.
     wanted: Weak<()>,
@@ -327,6 +351,7 @@ impl Handlers {
     async fn enter(
         self: &Arc<Self>,
         protocol: String,
+        balanced: bool,
         wanted: Weak<()>,
     ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
         loop {
@@ -339,6 +364,7 @@ impl Handlers {
                         let number = self.entered.fetch_add(1, Ordering::Relaxed);
                         let entry = Entry {
                             number,
+                            balanced,
                             sender,
                             wanted,
                         };
@@ -366,6 +392,13 @@ impl Handlers {
         let all = std::mem::take(&mut *lock(&self.by_protocol));
         drop(all);
         self.left.notify_waiters();
+    }
+
+    /// The protocols, and whether each is balanced.
+    fn all(&self) -> Vec<(String, bool)> {
+        let handlers = lock(&self.by_protocol);
+        let of_each = |(protocol, entry): (&String, &Entry)| (protocol.clone(), entry.balanced);
+        handlers.iter().map(of_each).collect()
     }
 
     fn get(&self, protocol: &str) -> Option<mpsc::Sender<Stream>> {
