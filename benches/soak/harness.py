@@ -193,9 +193,9 @@ class Soak:
             self.directory = Path(name)
             self.near = await stack.enter_async_context(self._daemon(0))
             self.far = await stack.enter_async_context(self._daemon(1))
+            stack.callback(self._end_peers)
             for number in range(peers):
                 peer = self.new_peer(f"peer{number}")
-                stack.callback(peer.end)
                 self.peers.append(peer)
                 await peer.start(self.far, expected)
             # The loop and its threads have what they need.
@@ -219,6 +219,10 @@ class Soak:
             for peer in self.peers:
                 self.report.peers.append({"name": peer.name, **await peer.ask("finish")})
             self._judge()
+
+    def _end_peers(self) -> None:
+        for peer in self.peers:
+            peer.end()
 
     def new_peer(self, name: str) -> PeerProcess:
         return PeerProcess(self.loop, self.directory, name, self.sabotage)
@@ -339,11 +343,14 @@ class Soak:
         self._deliveries = among, all_answered
 
     def _judge_deliveries(self, among: list[PeerProcess], all_answered: bool) -> None:
-        answered = self._answered
-        seen = bytes(len(answered))
+        answered, seen = self._answered, bytearray(len(self._answered))
         for peer in among:
-            seen = bytes(min(a + b, 255) for a, b in zip(seen, peer.seen(), strict=True))
-        made_up = sum(1 for a, s in zip(answered, seen, strict=True) if a and not s)
+            for number, times in enumerate(peer.seen().rstrip(b"\0")):
+                if times:
+                    seen[number] = min(seen[number] + times, 255)
+        made_up = sum(
+            1 for number, a in enumerate(answered.rstrip(b"\0")) if a and not seen[number]
+        )
         repeated = len(seen) - seen.count(0) - seen.count(1)
         repeated += len(answered) - answered.count(0) - answered.count(1)
         self.report.repeated += repeated
@@ -392,6 +399,7 @@ def kind_of(error: Exception) -> str:
             "protocols not supported",
             "protocol not supported",
             "connection refused",
+            "connection failed",
             "no addresses",
             "EOF",
         ):

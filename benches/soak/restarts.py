@@ -133,6 +133,7 @@ REFUSALS = [
         "protocols not supported",
         "protocol not supported",
         "connection refused",
+        "connection failed",
         "no addresses",
         "EOF",
     )
