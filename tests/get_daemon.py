@@ -51,7 +51,7 @@ def _made(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
     """The folder that a command made a daemon in, from the files that pin it: another one once
     any of them has changed."""
     contents = [(_PINS / kind / pin).read_bytes() for pin in pins]
-    kept = cache_dir() / f"{name}-{hashlib.sha256(bytes().join(contents)).hexdigest()[:12]}"
+    kept = cache_dir() / f"{name}-{hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
     if kept.exists():
         return kept
     program = _tool(command[0])
