@@ -28,6 +28,7 @@ from support import (
     eventually,
     open_descriptors,
     remove_directories,
+    still_there,
 )
 
 from p2pclient_rs import Client
@@ -55,8 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", marker)
     support.DEFAULT_KIND = config.getoption("daemon")
+    binaries = {kind: str(get_daemon.fetch(kind)) for kind in {"hivemind", support.DEFAULT_KIND}}
     # Of what starts daemons without a DaemonProcess.
-    os.environ["P2PD_PATH"] = str(get_daemon.fetch(support.DEFAULT_KIND))
+    os.environ["P2PD_PATH"] = binaries[support.DEFAULT_KIND]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -199,14 +201,10 @@ class Pair:
 @pytest.fixture
 async def pair(daemons: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair]:
     first, second = daemons
-    for daemon in daemons:
-        if daemon.process.poll() is not None:
-            daemon.restart()  # of what an earlier test is to blame for, and has failed from
     async with first.client() as alice, second.client() as bob, alice.listen(), bob.listen():
         await alice.connect(second.peer_id, second.addrs)
         yield Pair(alice, bob, first, second)
-        for daemon in daemons:
-            assert daemon.process.poll() is None, "the daemon has ended"
+    await still_there(*daemons)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 Go's and npm's own clients do the work, from the versions and checksums committed in ``daemons/``.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -22,6 +23,7 @@ _PINS = Path(__file__).parent / "daemons"
 KINDS = {"hivemind": "P2PD_PATH", "go": "GO_P2PD_PATH", "js": "JSP2PD_PATH"}
 
 
+@functools.cache
 def fetch(kind: str) -> Path:
     """The executable of a daemon: the one the environment names, else the pinned one."""
     if own := os.environ.get(KINDS[kind]):

@@ -439,7 +439,7 @@ async def test_find_peer_gives_addresses(dht_pair: Pair) -> None:
     assert (error.value.request, error.value.peer_id) == ("DHT FIND_PEER", stranger)
 
 
-@pytest.mark.needs("dht_public_key")
+@pytest.mark.needs("dht_no_public_key")
 async def test_get_public_key_of_a_peer_whose_id_hashes_it_can_fail(dht_pair: Pair) -> None:
     hashed = PeerID(b"\x12\x20" + os.urandom(32))
     with pytest.raises(DaemonRefused) as error:
