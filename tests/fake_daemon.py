@@ -56,7 +56,8 @@ def dht(kind: int, **fields: bytes) -> bytes:
 
 # --- the persistent connection ---
 
-UPGRADE = field(1, 9)
+# With a field that is nothing to whoever knows the request, and keeps jsp2pd from crashing.
+UPGRADE = field(1, 9) + field(9, field(1, b"\x78\x00"))
 
 
 def acknowledgement(call_id: bytes) -> bytes:

@@ -5,6 +5,7 @@
 Go's and npm's own clients do the work, from the versions and checksums committed in ``daemons/``.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -22,6 +23,7 @@ _PINS = Path(__file__).parent / "daemons"
 KINDS = {"hivemind": "P2PD_PATH", "go": "GO_P2PD_PATH", "js": "JSP2PD_PATH"}
 
 
+@functools.cache
 def fetch(kind: str) -> Path:
     """The executable of a daemon: the one the environment names, else the pinned one."""
     if own := os.environ.get(KINDS[kind]):
@@ -51,7 +53,7 @@ def _made(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
     """The folder that a command made a daemon in, from the files that pin it: another one once
     any of them has changed."""
     contents = [(_PINS / kind / pin).read_bytes() for pin in pins]
-    kept = cache_dir() / f"{name}-{hashlib.sha256(bytes().join(contents)).hexdigest()[:12]}"
+    kept = cache_dir() / f"{name}-{hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
     if kept.exists():
         return kept
     program = _tool(command[0])

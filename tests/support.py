@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import TypeVar
 import anyio
 import get_daemon
 import pytest
+from daemons.features import RACES
 
 from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
 from p2pclient_rs.daemon import unused_tcp_port
@@ -138,8 +140,11 @@ class DaemonProcess:
 
     def restart(self) -> None:
         """Starts it anew at its address, as another peer, when it has ended."""
+        kept = self._kept is not None
         self.stop()
         self._launch()
+        if kept:
+            self.keep()
 
     def _control_maddr(self) -> str:
         if self.transport == "unix":
@@ -200,6 +205,11 @@ class DaemonProcess:
             self._kept.sendall(b"\x02\x08\x09")  # Request{PERSISTENT_CONN_UPGRADE}
             assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
 
+    def ended_of_a_race(self) -> bool:
+        """Whether it has ended of what it is known to end of now and then."""
+        words = (self.directory / "log").read_text(errors="replace")
+        return self.kind in RACES and re.search(RACES[self.kind], words[-2000:]) is not None
+
     def kill(self) -> None:
         """Ends it at once, as a crash would."""
         self.process.kill()
@@ -225,6 +235,17 @@ class DaemonProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+async def still_there(*daemons: DaemonProcess) -> None:
+    """Fails if one of the daemons has ended, which is there again for the next test."""
+    if any(daemon.kind in RACES for daemon in daemons):
+        await anyio.sleep(0.2)  # in which what is to end of a client that is gone does so
+    ended = [daemon for daemon in daemons if daemon.process.poll() is not None]
+    expected = [daemon.ended_of_a_race() for daemon in ended]
+    for daemon in ended:
+        daemon.restart()
+    assert all(expected), "the daemon has ended: see below"
 
 
 def remove_directories() -> list[Path]:

@@ -56,7 +56,7 @@ from p2pclient_rs import (
     ProtocolViolation,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 FAKE_PEER = PeerID(PEER)
 #: Ids of incoming calls.
