@@ -186,9 +186,7 @@ class Daemon:
         """
         process = self._launch()
         try:
-            self._identity = await _ready(process, self._start_timeout)
-            if process.restarts() is not None or process.background_peers():
-                self._keeper = _Keeper(self, process)
+            await self._become_ready(process)
         finally:
             if self._identity is None:
                 self._end(process)
@@ -322,6 +320,12 @@ class Daemon:
             self._end(process)
             raise
         return process
+
+    async def _become_ready(self, process: DaemonProcess) -> None:
+        """Waits for the daemon's answer, and has it looked after from then on."""
+        self._identity = await _ready(process, self._start_timeout)
+        if process.restarts() is not None or process.background_peers():
+            self._keeper = _Keeper(self, process)
 
     def _end(self, process: DaemonProcess) -> None:
         process.destroy()
