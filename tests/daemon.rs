@@ -103,6 +103,22 @@ fn pid_of(daemon: &P2PDaemon) -> Pid {
     Pid::from_raw(daemon.pid().unwrap() as i32).unwrap()
 }
 
+async fn suspend(pid: Pid) {
+    kill_process(pid, Signal::STOP).unwrap();
+    let mut state = Command::new("ps");
+    let state = state.args(["-o", "stat=", "-p", &pid.as_raw_nonzero().to_string()]);
+    let state = std::cell::RefCell::new(state);
+    until(|| {
+        state
+            .borrow_mut()
+            .output()
+            .unwrap()
+            .stdout
+            .starts_with(b"T")
+    })
+    .await;
+}
+
 /// Has what should be quick fail rather than hang.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
     let limit = Duration::from_secs(60);
@@ -629,7 +645,7 @@ async fn when_it_dies_calls_under_way_fail() {
     let daemon = daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();
     let pid = pid_of(&daemon);
-    kill_process(pid, Signal::STOP).unwrap(); // so that it answers none of them
+    suspend(pid).await; // so that it answers none of them
     let calls: Vec<_> = (0..3)
         .map(|_| {
             let client = client.clone();
@@ -652,7 +668,7 @@ async fn a_daemon_that_was_suspended_is_killed() {
     let daemon = daemon().stop_timeout(Duration::from_millis(200));
     let daemon = daemon.spawn().await.unwrap();
     let private = directory_of(&daemon.command());
-    kill_process(pid_of(&daemon), Signal::STOP).unwrap();
+    suspend(pid_of(&daemon)).await;
     assert_eq!(daemon.shutdown().await.signal(), Some(9));
     nothing_is_left_of(&private);
 }

@@ -774,9 +774,21 @@ async def test_a_daemon_that_dies_is_noticed_and_cleared_up() -> None:
     assert not directory_of(daemon).exists()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.sleep(0.01)
+
+
+async def suspend(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    stat_of = Path(f"/proc/{pid}/stat")
+    await until(lambda: stat_of.read_text().rpartition(")")[2].split()[0] == "T")
+
+
 async def test_a_daemon_that_was_suspended_is_killed() -> None:
     async with Daemon(stop_timeout=0.2) as daemon:
-        os.kill(daemon.pid or 0, signal.SIGSTOP)
+        await suspend(daemon.pid or 0)
     assert daemon.returncode == -signal.SIGKILL
 
 
@@ -794,7 +806,7 @@ async def test_when_it_dies_calls_under_way_fail_and_wait_returns() -> None:
 
     async with Daemon() as daemon, daemon.client() as client:
         pid = daemon.pid or 0
-        os.kill(pid, signal.SIGSTOP)  # so that it answers none of them
+        await suspend(pid)  # so that it answers none of them
         with anyio.fail_after(15):
             async with anyio.create_task_group() as tasks:
                 for _ in range(3):
@@ -862,12 +874,6 @@ async def another_run(daemon: Daemon, pid: int | None) -> None:
                     async with Client(daemon.control_maddr) as client:
                         await client.identify()
                         return
-            await anyio.sleep(0.01)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(20):
-        while not condition():
             await anyio.sleep(0.01)
 
 
