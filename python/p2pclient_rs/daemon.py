@@ -186,9 +186,7 @@ class Daemon:
         """
         process = self._launch()
         try:
-            self._identity = await _ready(process, self._start_timeout)
-            if process.restarts() is not None or process.background_peers():
-                self._keeper = _Keeper(self, process)
+            await self._become_ready(process)
         finally:
             if self._identity is None:
                 self._end(process)
@@ -323,6 +321,12 @@ class Daemon:
             raise
         return process
 
+    async def _become_ready(self, process: DaemonProcess) -> None:
+        """Waits for the daemon's answer, and has it looked after from then on."""
+        self._identity = await _ready(process, self._start_timeout)
+        if process.restarts() is not None or process.background_peers():
+            self._keeper = _Keeper(self, process)
+
     def _end(self, process: DaemonProcess) -> None:
         process.destroy()
         if self._finalizer is not None and process is self._process:
@@ -340,18 +344,23 @@ class _Keeper:
         self._start_timeout = daemon._start_timeout
         self._ended = anyio.Event()
         self._reactor = reactor()
+        # From now on, though the task may not have begun.
+        process.keep(process.restarts() is not None)
         self._work = self._reactor.spawn(self._run, copy_context())
-        self._reactor.when_ended(self._work, self._ended.set)
+        self._reactor.when_ended(self._work, self._over)
 
     async def stop(self) -> None:
         if not self._reactor.ended:
             self._work.cancel()
             await self._ended.wait()
 
+    def _over(self) -> None:
+        self._process.keep(False)
+        self._ended.set()
+
     async def _run(self) -> None:
         process, restarts = self._process, self._process.restarts()
         try:
-            process.keep(restarts is not None)
             lived = await self._live()
             while restarts is not None and not process.ended:
                 failure = process.died()
@@ -374,8 +383,7 @@ class _Keeper:
         except Exception:
             logger.exception("the daemon is no longer looked after")
         finally:
-            process.keep(False)
-            self._ended.set()
+            self._over()
 
     async def _live(self, again: bool = False) -> float:
         """Returns, at the daemon's end, for how many seconds it has lived."""
@@ -417,7 +425,8 @@ async def _stay_connected(
             except ControlFailure as failure:
                 reason = _reason(failure)
                 pause, news = schedule.failed(reason)
-                if news:
+                # A ConnectionError is the daemon's end, and not the peer's fault.
+                if news and not isinstance(failure, ConnectionError):
                     logger.warning("cannot connect to the bootstrap peer %s: %s", address, reason)
             else:
                 pause, news = schedule.connected()

@@ -184,10 +184,14 @@ fn of_listening(message: &str) -> Option<String> {
         let (_code, reason) = listen.split_once(": ")?;
         (reason.rsplit_once(' ')?.1, reason)
     };
+    // To Node, a missing directory is one without permission.
+    let by_node = !message.contains(": bind: ") && what.starts_with('/');
     Some(if why.starts_with("address already in use") {
         format!("{what} is already in use")
     } else if why.starts_with("cannot assign requested address") {
         format!("{what} is not an address of this machine")
+    } else if why.starts_with("permission denied") && by_node {
+        format!("no permission to listen on {what}, or its directory does not exist")
     } else if why.starts_with("permission denied") {
         format!("no permission to listen on {what}")
     } else if why.starts_with("no such file or directory") {
@@ -331,6 +335,11 @@ mod tests {
         );
         let node = "Error: listen EADDRINUSE: address already in use 127.0.0.1:5\n    at Server\n";
         assert_eq!(cause(node, &[]).unwrap(), "127.0.0.1:5 is already in use");
+        let node = "Error: listen EACCES: permission denied /no/x.sock\n    at Server\n";
+        assert_eq!(
+            cause(node, &[]).unwrap(),
+            "no permission to listen on /no/x.sock, or its directory does not exist"
+        );
         let node =
             "/d.js:4\n  conn.remoteAddr\n\nTypeError: it is null\n    at /d.js:4\n\nNode.js v20\n";
         assert_eq!(cause(node, &[]).unwrap(), "TypeError: it is null");

@@ -185,7 +185,12 @@ async fn stay_connected(client: Client, address: String, peer: BootstrapPeer) {
             Err(error) => {
                 let reason = reason(&error);
                 let (pause, news) = schedule.failed(&reason);
-                if news {
+                // That the daemon itself has ended is not the peer's fault.
+                let of_daemon = matches!(
+                    error,
+                    Error::Unreachable { .. } | Error::ConnectionLost { .. }
+                );
+                if news && !of_daemon {
                     log::warn!("cannot connect to the bootstrap peer {address}: {reason}");
                 }
                 pause

@@ -31,11 +31,16 @@ use std::process::ExitStatus;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+#[cfg(unix)]
+use std::time::Duration;
 
 /// How much of the end of the daemon's output is kept, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
 /// The name of a client's socket, at its longest.
 const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
+/// How long what was killed with a wrapper is waited for.
+#[cfg(unix)]
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
 /// None of these does a system give to whoever asks for any port, or connects.
 const PORTS: Range<u16> = 20_000..32_000;
 
@@ -387,9 +392,13 @@ impl Process {
         let _ = self.last_output.set(self.output());
         let _ = fs::remove_dir_all(&self.directory);
         if let Some(socket) = &self.socket {
-            // Another daemon may serve there by now.
+            // Another daemon may serve there by now, and so may one that a wrapper has left
+            // behind: that was killed, but need not have ended.
             #[cfg(unix)]
-            let _ = sockets::remove_stale(socket);
+            launch::wait_until(LEFT_BEHIND, || {
+                let _ = sockets::remove_stale(socket);
+                socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
+            });
             #[cfg(not(unix))]
             let _ = fs::remove_file(socket);
         }
@@ -622,6 +631,12 @@ fn exists(process: u32) -> bool {
 }
 
 #[cfg(unix)]
+fn group_exists(group: u32) -> bool {
+    let found = |pid| rustix::process::test_kill_process_group(pid) != Err(rustix::io::Errno::SRCH);
+    unix_pid(group).is_some_and(found)
+}
+
+#[cfg(unix)]
 fn unix_pid(number: u32) -> Option<rustix::process::Pid> {
     i32::try_from(number)
         .ok()
@@ -637,7 +652,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixListener;
     use std::process::Command;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// A process that runs a script, once it has said that its traps are set.
     fn running(body: &str) -> Process {
