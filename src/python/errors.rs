@@ -22,7 +22,10 @@ pub fn from_core(error: core::Error) -> PyErr {
     let words = error.to_string();
     match error.fault() {
         core::Fault::Caller => ControlFailure::new_err(words),
-        core::Fault::Connection => ConnectionLost::new_err(words),
+        core::Fault::Connection => {
+            let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
+            Python::attach(|py| lost(py, words, "mid_answer", mid_answer))
+        }
         core::Fault::Daemon => ProtocolViolation::new_err(words),
     }
 }
@@ -49,7 +52,7 @@ pub fn os_error(error: io::Error) -> PyErr {
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = lost(py, words, unexecuted);
+        let lost = lost(py, words, "unexecuted", unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
     })
@@ -57,12 +60,12 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    Python::attach(|py| lost(py, words.to_owned(), true))
+    Python::attach(|py| lost(py, words.to_owned(), "unexecuted", true))
 }
 
-fn lost(py: Python<'_>, words: String, unexecuted: bool) -> PyErr {
+fn lost(py: Python<'_>, words: String, attribute: &str, is: bool) -> PyErr {
     let lost = ConnectionLost::new_err(words);
-    match lost.value(py).setattr("unexecuted", unexecuted) {
+    match lost.value(py).setattr(attribute, is) {
         Ok(()) => lost,
         Err(error) => error,
     }
