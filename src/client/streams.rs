@@ -16,16 +16,18 @@ use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot, Notify, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, oneshot, Notify};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 /// How many streams of a protocol may wait for being taken, before the next ones are refused: held
 /// back instead, they would hold back those of other protocols.
 const MAX_WAITING: usize = 256;
 
-/// How many inbound connections may be on their way to a handler.
+/// How many inbound connections may be on their way to a handler; when there are more, those go
+/// that were given so long to say what they are.
 const MAX_ARRIVING: usize = 256;
+const ARRIVING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The StreamInfo before an inbound stream is small, and comes at once.
 const MAX_HEADER: usize = 64 * 1024;
@@ -492,9 +494,16 @@ impl Drop for Accepting {
 }
 
 async fn accept(listener: Weak<Listener>, accepting: Accepting) {
-    let arriving = Arc::new(Semaphore::new(MAX_ARRIVING));
+    let mut arriving = JoinSet::new();
     loop {
-        let turn = Arc::clone(&arriving).acquire_owned().await;
+        while arriving.try_join_next().is_some() {}
+        if arriving.len() >= MAX_ARRIVING
+            && timeout(ARRIVING_PATIENCE, arriving.join_next())
+                .await
+                .is_err()
+        {
+            arriving.shutdown().await;
+        }
         let accepted = poll_fn(|cx| match listener.upgrade() {
             Some(listener) => listener.poll_accept(cx).map(Some),
             None => Poll::Ready(None),
@@ -502,10 +511,7 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
         match accepted.await {
             Some(Ok(socket)) => {
                 let handlers = Weak::clone(&accepting.0);
-                tokio::spawn(async move {
-                    dispatch(socket, handlers).await;
-                    drop(turn);
-                });
+                arriving.spawn(dispatch(socket, handlers));
             }
             Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
             None => return,
