@@ -291,6 +291,8 @@ class DaemonConnector:
     async def unknown_request(self, error: ConnectionLost) -> ControlFailure:
         """What it means that the daemon closed the connection: if it is there still, that it does
         not know the request."""
+        if error.mid_answer:
+            return error
         try:
             await self._exchange(Request.identify())
         except ControlFailure:

@@ -36,6 +36,10 @@ StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
 #: The StreamInfo before an inbound stream is small, and comes at once.
 _MAX_HEADER = 64 * 1024
 _HEADER_TIMEOUT = 30.0
+#: So many inbound streams may be without theirs; when there are more, the oldest ones go that were
+#: given this long to send it, in seconds.
+_MAX_HALF_OPEN = 256
+_HALF_OPEN_PATIENCE = 1.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
@@ -70,6 +74,8 @@ class ControlClient:
         #: Those registered as balanced.
         self._balanced: set[str] = set()
         self._scope: anyio.CancelScope | None = None
+        #: What waits for the header of an inbound stream, the oldest first, and since when.
+        self._half_open: dict[anyio.CancelScope, float] = {}
         self._pid = os.getpid()
         self._listening = False
         #: Whether the last attempt to accept a stream did not fail: one line a time will do.
@@ -297,6 +303,14 @@ class ControlClient:
             listener.close()
 
     async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
+        if len(self._half_open) >= _MAX_HALF_OPEN:
+            oldest, since = next(iter(self._half_open.items()))
+            if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
+                await anyio.sleep(min(wait, 0.02))
+            else:
+                oldest.cancel()
+                await checkpoint()
+            return
         try:
             raw = listener.try_accept()
         except OSError as error:
@@ -317,11 +331,7 @@ class ControlClient:
         stream = Stream(raw, watch(raw.fileno()))
         handler = None
         try:
-            # The JavaScript daemon connects when a handler is registered, and says nothing until
-            # there is a stream.
-            await stream._watch.readable()
-            with anyio.fail_after(_HEADER_TIMEOUT):
-                header = await stream.receive_frame(_MAX_HEADER)
+            header = await self._header(stream)
             info = self.daemon_connector.types.stream_info(decode_stream_info(header))
             stream.info = info
             handler = self.handlers.get(info.proto)
@@ -354,6 +364,19 @@ class ControlClient:
                     info.peer_id,
                     exc_info=True,
                 )
+
+    async def _header(self, stream: Stream) -> bytes:
+        with anyio.CancelScope() as scope:
+            self._half_open[scope] = anyio.current_time()
+            try:
+                # The JavaScript daemon connects when a handler is registered, and says nothing
+                # until there is a stream.
+                await stream._watch.readable()
+                scope.deadline = anyio.current_time() + _HEADER_TIMEOUT
+                return await stream.receive_frame(_MAX_HEADER)
+            finally:
+                del self._half_open[scope]
+        raise DispatchFailure("the daemon does not say what it is")
 
     async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
         await handler(info, stream)

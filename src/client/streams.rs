@@ -16,16 +16,18 @@ use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot, Notify, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, oneshot, Notify};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 /// How many streams of a protocol may wait for being taken, before the next ones are refused: held
 /// back instead, they would hold back those of other protocols.
 const MAX_WAITING: usize = 256;
 
-/// How many inbound connections may be on their way to a handler.
+/// How many inbound connections may be on their way to a handler; when there are more, those go
+/// that were given so long to say what they are.
 const MAX_ARRIVING: usize = 256;
+const ARRIVING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The StreamInfo before an inbound stream is small, and comes at once.
 const MAX_HEADER: usize = 64 * 1024;
@@ -525,16 +527,24 @@ impl Drop for Accepting {
 }
 
 async fn accept(listener: Weak<Listener>, accepting: Accepting) {
-    let arriving = Arc::new(Semaphore::new(MAX_ARRIVING));
+    let mut arriving = JoinSet::new();
     loop {
+        while arriving.try_join_next().is_some() {}
+        if arriving.len() >= MAX_ARRIVING
+            && timeout(ARRIVING_PATIENCE, arriving.join_next())
+                .await
+                .is_err()
+        {
+            arriving.shutdown().await;
+        }
         let accepted = poll_fn(|cx| match listener.upgrade() {
             Some(listener) => listener.poll_accept(cx).map(Some),
             None => Poll::Ready(None),
         });
         match accepted.await {
             Some(Ok(socket)) => {
-                let (handlers, arriving) = (Weak::clone(&accepting.0), Arc::clone(&arriving));
-                tokio::spawn(dispatch(socket, handlers, arriving));
+                let handlers = Weak::clone(&accepting.0);
+                arriving.spawn(dispatch(socket, handlers));
             }
             Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
             None => return,
@@ -543,18 +553,13 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
 }
 
 /// Hands an inbound stream to its handler; one that there is no handler for is closed.
-async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>, arriving: Arc<Semaphore>) {
+async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
     let mut buffer = BytesMut::with_capacity(1024);
     // The JS daemon connects when a handler is registered, and says nothing until there is a stream.
     if read_some(&mut socket, &mut buffer).await.is_err() {
         return;
     }
-    // Until its header is there.
-    let Ok(turn) = arriving.acquire().await else {
-        return;
-    };
     let header = timeout(HEADER_TIMEOUT, read_header(&mut socket, buffer)).await;
-    drop(turn);
     let Ok(Ok((info, ahead))) = header else {
         return;
     };

@@ -1044,8 +1044,8 @@ fn put_cancel(out: &mut BytesMut, id: &CallId) {
     put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
 }
 
-/// The length-delimited fields of a message, one after the other; others are skipped. It ends
-/// before what it cannot read, which stays.
+/// The length-delimited fields of a message, one after the other; others are skipped, and groups
+/// with all that is in them. It ends before what it cannot read, which stays.
 ///
 /// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
 /// as groups in groups, that prost takes for reason enough to fail.
@@ -1053,8 +1053,11 @@ struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
     fn next(&mut self) -> Option<(u64, &'a [u8])> {
+        let mut bytes = self.0;
+        // In how many groups.
+        let mut depth = 0_usize;
         loop {
-            let (key, rest) = unsigned_varint::decode::u64(self.0).ok()?;
+            let (key, rest) = unsigned_varint::decode::u64(bytes).ok()?;
             let (value, rest) = match key & 7 {
                 0 => (None, unsigned_varint::decode::u64(rest).ok()?.1),
                 1 => (None, rest.get(8..)?),
@@ -1063,12 +1066,23 @@ impl<'a> Fields<'a> {
                     let (value, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
                     (Some(value), rest)
                 }
+                3 => {
+                    depth += 1;
+                    (None, rest)
+                }
+                4 => {
+                    depth = depth.checked_sub(1)?;
+                    (None, rest)
+                }
                 5 => (None, rest.get(4..)?),
                 _ => return None,
             };
-            self.0 = rest;
-            if let Some(value) = value {
-                return Some((key >> 3, value));
+            bytes = rest;
+            if depth == 0 {
+                self.0 = rest;
+                if let Some(value) = value {
+                    return Some((key >> 3, value));
+                }
             }
         }
     }
