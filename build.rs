@@ -8,6 +8,16 @@ use prost_types::field_descriptor_proto::{Label, Type};
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // PyO3 tells, in hexadecimal, what interpreter it builds for.
+    let config = std::env::var("DEP_PYO3_PYTHON_PYO3_CONFIG").unwrap_or_default();
+    let flag: String = b"Py_GIL_DISABLED"
+        .map(|byte| format!("{byte:02x}"))
+        .concat();
+    if config.contains(&flag) {
+        return Err(
+            "p2pclient-rs does not support free-threaded Python: build with the GIL".into(),
+        );
+    }
     println!("cargo:rerun-if-changed=proto");
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     let mut files = protox::compile(["p2pd.proto", "crypto.proto"], ["proto"])?;

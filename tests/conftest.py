@@ -7,13 +7,16 @@ import functools
 import gc
 import inspect
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import get_daemon
 import pytest
+import support
 import uvloop
 from support import (
     BACKENDS,
@@ -29,6 +32,26 @@ from p2pclient_rs import Client
 
 #: How long an async test may take, in seconds: none hangs for ever.
 LIMIT = 30.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--daemon",
+        choices=list(get_daemon.KINDS),
+        default="hivemind",
+        help="which kind of daemon to test on",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "needs(*features): what the daemon must have (daemons/features.py); deselected where not",
+        "independent: involves no real daemon, or one of its own choice: run with hivemind's only",
+    ):
+        config.addinivalue_line("markers", marker)
+    support.DEFAULT_KIND = config.getoption("daemon")
+    # Of what starts daemons without a DaemonProcess.
+    os.environ["P2PD_PATH"] = str(get_daemon.fetch(support.DEFAULT_KIND))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

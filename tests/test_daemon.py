@@ -656,6 +656,8 @@ async def test_a_forgotten_daemon_is_killed_with_a_warning() -> None:
 PROGRAM = """
 import atexit, gc, json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
+# A shell's background jobs, and so these tests there, are started to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import anyio
 from p2pclient_rs.daemon import Daemon
 

@@ -67,6 +67,8 @@ class ControlClient:
         self.listen_maddr: Any = daemon_connector.types.multiaddr(Multiaddr(listen_maddr))
         #: The handlers of inbound streams, by protocol.
         self.handlers: dict[str, StreamHandler] = {}
+        #: Those registered as balanced.
+        self._balanced: set[str] = set()
         self._scope: anyio.CancelScope | None = None
         self._pid = os.getpid()
         self._listening = False
@@ -168,6 +170,7 @@ class ControlClient:
     ) -> None:
         request = Request.stream_handler(self.listen_maddr, proto, balanced)
         before = self.handlers.get(proto)
+        (self._balanced.add if balanced else self._balanced.discard)(proto)
         # In place before the daemon has it: a stream can come sooner than the daemon's answer.
         self.handlers[proto] = handler_cb
         try:
@@ -184,6 +187,18 @@ class ControlClient:
             else:
                 self.handlers[proto] = before
             raise
+
+    async def register_again(self, *, timeout: float | None = None) -> None:
+        """Tells a daemon that was started anew of the handlers that this client has."""
+        for proto in list(self.handlers):
+            request = Request.stream_handler(self.listen_maddr, proto, proto in self._balanced)
+            try:
+                await self.daemon_connector.request(
+                    "STREAM_HANDLER", request, timeout=timeout, protocol=proto
+                )
+            except DaemonRefused as error:
+                # Another client was quicker: no reason to do without the rest.
+                logger.error("the daemon has not taken a handler again: %s", error)
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
@@ -302,6 +317,9 @@ class ControlClient:
         stream = Stream(raw, watch(raw.fileno()))
         handler = None
         try:
+            # The JavaScript daemon connects when a handler is registered, and says nothing until
+            # there is a stream.
+            await stream._watch.readable()
             with anyio.fail_after(_HEADER_TIMEOUT):
                 header = await stream.receive_frame(_MAX_HEADER)
             info = self.daemon_connector.types.stream_info(decode_stream_info(header))

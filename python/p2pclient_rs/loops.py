@@ -105,8 +105,10 @@ class AsyncioWatch:
             self._close_both(raw)
 
     def _close_both(self, raw: RawStream | ControlConnection) -> None:
-        self.close()
-        raw.close()
+        try:
+            self.close()
+        finally:
+            raw.close()
 
 
 class TrioWatch:

@@ -106,6 +106,13 @@ class UnaryClient:
             return
         raise self.daemon_connector.describe(_timed_out(timeout), "PERSISTENT_CONN_UPGRADE")
 
+    async def register_again(self) -> None:
+        """Opens the persistent connection, if it is not open and there are handlers to be called
+        over it: for a daemon that was started anew."""
+        link = self._links.get(current_loop())
+        if link is not None and link.handlers:
+            await self.open()
+
     async def call(
         self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
     ) -> bytes:

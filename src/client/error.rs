@@ -263,7 +263,7 @@ impl From<core::Error> for Error {
     fn from(error: core::Error) -> Self {
         let context = Box::default();
         match error {
-            core::Error::Closed { .. } => Self::lost(error, false),
+            core::Error::Closed { .. } | core::Error::NoMemory { .. } => Self::lost(error, false),
             core::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
                 size,
                 limit,

@@ -43,6 +43,12 @@ pub enum Error {
         /// [`Limits::max_answer`](super::Limits), in bytes.
         limit: usize,
     },
+    /// A message that is not too large, but for what memory there is.
+    #[error("there is no memory for a message of {size} bytes")]
+    NoMemory {
+        /// The size of its payload, in bytes.
+        size: usize,
+    },
     /// The connection ended before the answer did.
     #[error("the daemon closed the connection {}", if *.mid_message { "in the middle of its answer" } else { "without answering" })]
     Closed {
@@ -88,11 +94,13 @@ impl Refusal {
     /// What these words mean.
     pub fn of(words: &str) -> Self {
         match words {
-            // The last is the JS daemon's.
+            // The last three are the JS daemon's. It cannot read what it has another meaning for.
             "not supported"
             | "DHT not enabled"
             | "PubSub not enabled"
-            | "ERR_INVALID_REQUEST_TYPE" => Self::NotSupported,
+            | "ERR_INVALID_MESSAGE"
+            | "ERR_INVALID_REQUEST_TYPE"
+            | "ERR_NOT_IMPLEMENTED" => Self::NotSupported,
             _ if words.ends_with("context deadline exceeded") => Self::TimedOut,
             _ => Self::Other,
         }
@@ -104,7 +112,7 @@ impl Error {
     pub fn fault(&self) -> Fault {
         match self {
             Error::RequestTooLarge { .. } | Error::NotReady(_) => Fault::Caller,
-            Error::Closed { .. } => Fault::Connection,
+            Error::Closed { .. } | Error::NoMemory { .. } => Fault::Connection,
             _ => Fault::Daemon,
         }
     }

@@ -24,6 +24,10 @@ pub type CallId = [u8; 16];
 /// A payload of at least this many bytes is received straight into its final place.
 const DIRECT: usize = 16 * 1024;
 
+/// Room is made for a payload when one part in so many of it has come: what was announced alone
+/// takes none.
+const EARNED: usize = 16;
+
 /// How much of a frame may come before the payload in it, in bytes, for that.
 const MAX_HEAD: usize = 1024;
 
@@ -69,10 +73,19 @@ pub const REMIND: Duration = Duration::from_millis(50);
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].
 pub fn upgrade() -> Request {
-    Request::new(
-        &control::message(Type::PersistentConnUpgrade),
-        Expect::Persistent,
-    )
+    // The JS daemon takes it for a peerstore request, and one without contents makes it crash. What
+    // the field is in hivemind's fork, it has no use for here; the JS daemon, which reads numbers
+    // wherever it expects them, finds `type` = 2 in the length, GET_PEER_INFO, and in the text an
+    // unknown field: it answers that it has not implemented that.
+    let read_otherwise_by_js = p2pd::RemoveStreamHandlerRequest {
+        addr: Some(Bytes::from_static(b"\x78\x00")),
+        proto: Vec::new(),
+    };
+    let message = p2pd::Request {
+        remove_stream_handler: Some(read_otherwise_by_js),
+        ..control::message(Type::PersistentConnUpgrade)
+    };
+    Request::new(&message, Expect::Persistent)
 }
 
 /// What a persistent connection will take.
@@ -107,8 +120,8 @@ impl UnaryLimits {
 
 /// Where the bytes of a payload end up.
 pub trait Payload: Sized {
-    /// Room for `len` bytes, which are going to be written.
-    fn with_len(len: usize) -> Self;
+    /// Room for `len` bytes, which are going to be written; `None` if there is no memory for it.
+    fn with_len(len: usize) -> Option<Self>;
     /// These bytes.
     fn copy_from(bytes: &[u8]) -> Self;
     /// The room.
@@ -116,8 +129,8 @@ pub trait Payload: Sized {
 }
 
 impl Payload for Vec<u8> {
-    fn with_len(len: usize) -> Self {
-        vec![0; len]
+    fn with_len(len: usize) -> Option<Self> {
+        Some(vec![0; len])
     }
 
     fn copy_from(bytes: &[u8]) -> Self {
@@ -689,7 +702,8 @@ impl<T, P: Payload> Persistent<T, P> {
         let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
             return Ok(Frame::Needs(1));
         };
-        let end = prefix + len;
+        // With no limit to speak of, the length alone may be all that a usize holds.
+        let end = prefix.saturating_add(len);
         if bytes.len() >= end {
             return Ok(Frame::Whole { prefix, end });
         }
@@ -700,8 +714,11 @@ impl<T, P: Payload> Persistent<T, P> {
         match scan(&bytes[prefix..], len) {
             Scan::Payload(head, offset) => {
                 let len = len - offset;
-                let mut payload = P::with_len(len);
                 let there = &bytes[prefix + offset..];
+                if there.len() < len / EARNED {
+                    return Ok(Frame::Needs(len / EARNED - there.len()));
+                }
+                let mut payload = P::with_len(len).ok_or(Error::NoMemory { size: len })?;
                 payload.as_mut()[..there.len()].copy_from_slice(there);
                 let partial = Partial {
                     head,
@@ -850,6 +867,7 @@ impl<T, P: Payload> Persistent<T, P> {
     fn arrived(&mut self, head: Head, payload: P, len: usize) -> Option<UnaryEvent<T, P>> {
         match head {
             Head::Reply { id } => {
+                self.cancelled.remove(&id);
                 let Pending { token, called } = self.pending.remove(&id)?;
                 Some(if called.is_some() {
                     UnaryEvent::Reply { token, payload }

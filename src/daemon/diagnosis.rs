@@ -2,6 +2,9 @@
 //!
 //! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
 
+/// How the cause begins if no bootstrap peer could be reached.
+pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
+
 /// What a daemon prints once it has started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Startup {
@@ -116,7 +119,7 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
     }
     if message == "failed to connect to bootstrap peers" {
         let peers = option(arguments, "bootstrapPeers").unwrap_or("the built-in list of IPFS's");
-        return Some(format!("no bootstrap peer could be reached: {peers}"));
+        return Some(format!("{UNCONNECTED}{peers}"));
     }
     if message == "invalid p2p multiaddr" {
         let peers = option(arguments, "bootstrapPeers")?;

@@ -2,7 +2,7 @@
 //! waits here; `connector.py` does.
 
 use super::answer;
-use super::errors::{self, ConnectionLost, DaemonRefused};
+use super::errors::{self, ConnectionLost};
 use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
@@ -13,6 +13,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// How much is read before the event loop gets a turn, in bytes.
+const TURN: usize = 2 * 1024 * 1024;
 
 /// A connection to the daemon's control socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
@@ -40,7 +43,12 @@ impl ControlConnection {
     /// connections is full, which a unix socket says at once: try again a little later.
     #[staticmethod]
     #[pyo3(signature = (address, *, max_frame = None))]
-    fn connect(address: Address, max_frame: Option<usize>) -> PyResult<Option<Self>> {
+    fn connect(
+        py: Python<'_>,
+        address: Address,
+        max_frame: Option<usize>,
+    ) -> PyResult<Option<Self>> {
+        errors::import(py);
         let (socket, connected) = match Socket::connect(&address)? {
             Connecting::Done(socket) => (socket, true),
             Connecting::Pending(socket) => (socket, false),
@@ -99,11 +107,7 @@ impl ControlConnection {
             None => None,
             Some(Outcome::Answer(answer)) => Some((answer::to_python(py, answer)?,)),
             Some(Outcome::Items(items)) => Some((answer::all_to_python(py, items)?,)),
-            Some(Outcome::Refused(words)) => {
-                let refused = DaemonRefused::new_err("the daemon refused");
-                refused.value(py).setattr("daemon_message", words)?;
-                return Err(refused);
-            }
+            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
         })
     }
 
@@ -221,6 +225,7 @@ impl Inner {
 
     fn step(&mut self) -> PyResult<Option<Outcome>> {
         self.flush()?;
+        let mut budget = TURN;
         loop {
             match self.exchange.poll().map_err(errors::from_core)? {
                 Some(Event::Item(item)) => self.items.push(item),
@@ -236,27 +241,27 @@ impl Inner {
                         _ => Outcome::Answer(answer),
                     }));
                 }
-                None => {
-                    if !self.read()? {
-                        return Ok(None);
-                    }
-                }
+                None if budget == 0 => return Ok(None),
+                None => match self.read()? {
+                    Some(count) => budget = budget.saturating_sub(count),
+                    None => return Ok(None),
+                },
             }
         }
     }
 
-    /// Reads once; false if it would block.
-    fn read(&mut self) -> PyResult<bool> {
+    /// Reads once; `None` if it would block.
+    fn read(&mut self) -> PyResult<Option<usize>> {
         let Self {
             socket, exchange, ..
         } = self;
         let read = socket.read_with(READ_SIZE, |bytes| {
             exchange.receive(bytes);
-            bytes.is_empty()
+            bytes.len()
         });
         match read {
-            Ok(Some(true)) => Err(errors::from_core(self.exchange.end_of_file())),
-            Ok(read) => Ok(read.is_some()),
+            Ok(Some(0)) => Err(errors::from_core(self.exchange.end_of_file())),
+            Ok(read) => Ok(read),
             Err(error) => {
                 let nothing_came = matches!(
                     self.exchange.end_of_file(),

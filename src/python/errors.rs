@@ -3,6 +3,7 @@
 use crate::core;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
+use pyo3::PyTypeInfo;
 use std::io;
 
 pyo3::import_exception!(anyio, BrokenResourceError);
@@ -17,14 +18,35 @@ pyo3::import_exception!(p2pclient_rs.exceptions, MessageTooLarge);
 pyo3::import_exception!(p2pclient_rs.exceptions, P2PHandlerError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ProtocolViolation);
 
+/// Imports the exceptions. What opens a socket does it, for a finalizer that closes one at the
+/// interpreter's end cannot import anything any more.
+pub fn import(py: Python<'_>) {
+    BrokenResourceError::type_object(py);
+    ClosedResourceError::type_object(py);
+    ConnectionLost::type_object(py);
+    ControlFailure::type_object(py);
+    DaemonRefused::type_object(py);
+    P2PHandlerError::type_object(py);
+    ProtocolViolation::type_object(py);
+}
+
+/// An exception that is made here and now. PyO3 makes its own when they are looked at, for which
+/// it lets go of the interpreter; at its end, in a finalizer, it does not come back.
+pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
+    match E::type_object(py).call1((words,)) {
+        Ok(value) => PyErr::from_value(value),
+        Err(failed) => failed,
+    }
+}
+
 /// The exception that says whose fault it was.
 pub fn from_core(error: core::Error) -> PyErr {
     let words = error.to_string();
-    match error.fault() {
-        core::Fault::Caller => ControlFailure::new_err(words),
-        core::Fault::Connection => ConnectionLost::new_err(words),
-        core::Fault::Daemon => ProtocolViolation::new_err(words),
-    }
+    Python::attach(|py| match error.fault() {
+        core::Fault::Caller => made::<ControlFailure>(py, &words),
+        core::Fault::Connection => made::<ConnectionLost>(py, &words),
+        core::Fault::Daemon => made::<ProtocolViolation>(py, &words),
+    })
 }
 
 /// The OSError with its number, by which Python and its programs tell one from another; PyO3's own
@@ -32,13 +54,11 @@ pub fn from_core(error: core::Error) -> PyErr {
 pub fn os_error(error: io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(number) => Python::attach(|py| {
-            let words = py
+            let made = py
                 .import("os")
-                .and_then(|os| os.call_method1("strerror", (number,)));
-            match words {
-                Ok(words) => PyOSError::new_err((number, words.unbind())),
-                Err(failed) => failed,
-            }
+                .and_then(|os| os.call_method1("strerror", (number,)))
+                .and_then(|words| PyOSError::type_object(py).call1((number, words)));
+            made.map_or_else(|failed| failed, PyErr::from_value)
         }),
         None => error.into(),
     }
@@ -49,7 +69,7 @@ pub fn os_error(error: io::Error) -> PyErr {
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = lost(py, words, unexecuted);
+        let lost = lost(py, &words, unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
     })
@@ -57,11 +77,20 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    Python::attach(|py| lost(py, words.to_owned(), true))
+    Python::attach(|py| lost(py, words, true))
 }
 
-fn lost(py: Python<'_>, words: String, unexecuted: bool) -> PyErr {
-    let lost = ConnectionLost::new_err(words);
+/// A refusal in the daemon's words.
+pub fn refused(py: Python<'_>, words: &str) -> PyErr {
+    let refused = made::<DaemonRefused>(py, "the daemon refused");
+    match refused.value(py).setattr("daemon_message", words) {
+        Ok(()) => refused,
+        Err(error) => error,
+    }
+}
+
+fn lost(py: Python<'_>, words: &str, unexecuted: bool) -> PyErr {
+    let lost = made::<ConnectionLost>(py, words);
     match lost.value(py).setattr("unexecuted", unexecuted) {
         Ok(()) => lost,
         Err(error) => error,

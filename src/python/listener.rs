@@ -28,7 +28,8 @@ impl RawListener {
     /// Listens at a path, or at `(ip, port)`; port 0 is any free one. A socket file that nobody
     /// listens at any more is replaced; one that somebody does is an error.
     #[new]
-    fn new(address: Address) -> PyResult<Self> {
+    fn new(py: Python<'_>, address: Address) -> PyResult<Self> {
+        errors::import(py);
         let target = address.to_sock_addr()?;
         let (socket, file) = sockets::listen(&target).map_err(errors::os_error)?;
         Ok(Self {

@@ -1,12 +1,18 @@
 //! The extension module `p2pclient_rs._native`.
 
+use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+
+// What panics in a method becomes an exception, where it does not end the process.
+#[cfg(not(panic = "unwind"))]
+compile_error!("the extension module is to be built with panic = \"unwind\"");
 
 mod answer;
 mod connection;
 mod convert;
 mod daemon;
 mod datastructures;
+mod ending;
 mod errors;
 mod listener;
 mod multiaddr;
@@ -19,7 +25,7 @@ mod stream;
 mod unary;
 
 /// The Rust half of `p2pclient_rs`.
-#[pymodule]
+#[pymodule(gil_used = true)]
 mod _native {
     use super::*;
 
@@ -41,6 +47,8 @@ mod _native {
     #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
+    use super::ending::_the_end_is_near;
+    #[pymodule_export]
     use super::errors::refusal_kind;
     #[pymodule_export]
     use super::listener::RawListener;
@@ -55,7 +63,9 @@ mod _native {
 
     // --- daemon ---
     #[pymodule_export]
-    use super::daemon::{find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess};
+    use super::daemon::{
+        find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess, Reconnection, Restarts,
+    };
 
     /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
     #[pyfunction]
@@ -65,8 +75,25 @@ mod _native {
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::refuse_free_threading(m.py())?;
+        super::ending::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("DEBUG_BUILD", cfg!(debug_assertions))
     }
+}
+
+/// What is here counts on one thread at a time, and was tried on nothing else.
+fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
+    let flags: String = py
+        .import("sys")?
+        .getattr("abiflags")
+        .and_then(|flags| flags.extract())
+        .unwrap_or_default(); // Windows has none
+    if flags.contains('t') {
+        return Err(PyImportError::new_err(
+            "p2pclient_rs does not support free-threaded Python: use a build with the GIL",
+        ));
+    }
+    Ok(())
 }

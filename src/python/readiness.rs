@@ -1,5 +1,6 @@
 //! Waiting for a socket on an asyncio or uvloop event loop, with its own readiness callbacks.
 
+use super::ending::inside;
 use pyo3::prelude::*;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
@@ -72,6 +73,9 @@ impl Readiness {
         if std::process::id() != self.pid {
             return Ok(());
         }
+        let _inside = inside(py);
+        // A loop that is closed watches nothing, and can wake nobody.
+        let loop_is_closed = self.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
             let (registered, waiters) = {
                 let mut direction = self.direction(way);
@@ -81,7 +85,10 @@ impl Readiness {
                     std::mem::take(&mut direction.waiters),
                 )
             };
-            if registered && !self.loop_is_closed(py)? {
+            if loop_is_closed {
+                continue;
+            }
+            if registered {
                 self.remove(py, way)?;
             }
             wake(py, waiters)?;
@@ -124,6 +131,7 @@ impl Readiness {
     /// No Python is called while a direction is locked: it could come back to this watch.
     fn wait<'py>(slf: &Bound<'py, Self>, way: Way) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
+        let _inside = inside(py);
         let this = slf.get();
         let future = this
             .event_loop
@@ -160,6 +168,7 @@ impl Readiness {
     }
 
     fn on_event(&self, py: Python<'_>, way: Way) -> PyResult<()> {
+        let _inside = inside(py);
         let waiters = {
             let mut direction = self.direction(way);
             let suspect = std::mem::replace(&mut direction.stale, false);

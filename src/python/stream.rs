@@ -433,7 +433,8 @@ impl Half {
 
 fn broken(error: io::Error) -> PyErr {
     Python::attach(|py| {
-        let broken = BrokenResourceError::new_err(format!("the stream is broken: {error}"));
+        let words = format!("the stream is broken: {error}");
+        let broken = errors::made::<BrokenResourceError>(py, &words);
         broken.set_cause(py, Some(errors::os_error(error)));
         broken
     })

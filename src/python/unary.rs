@@ -5,8 +5,8 @@
 //! objects are made there, whose making runs nothing.
 
 use super::convert::{extract_peer_id, with_bytes};
-use super::errors::{self, ConnectionLost, DaemonRefused, MessageTooLarge};
-use super::errors::{P2PHandlerError, ProtocolViolation};
+use super::ending::inside;
+use super::errors::{self, ConnectionLost, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::socket::{with_scratch, Socket};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
@@ -89,11 +89,11 @@ enum Loss {
 }
 
 impl Loss {
-    fn to_err(&self) -> PyErr {
+    fn to_err(&self, py: Python<'_>) -> PyErr {
         match self {
             Loss::Protocol(error) => errors::from_core(error.clone()),
-            Loss::Socket(words) => ConnectionLost::new_err(words.clone()),
-            Loss::Closed => ConnectionLost::new_err("the client was closed"),
+            Loss::Socket(words) => errors::made::<ConnectionLost>(py, words),
+            Loss::Closed => errors::made::<ConnectionLost>(py, "the client was closed"),
         }
     }
 }
@@ -109,9 +109,9 @@ pub struct PyPayload(Py<PyBytes>);
 
 #[allow(unsafe_code)]
 impl Payload for PyPayload {
-    fn with_len(len: usize) -> Self {
+    fn with_len(len: usize) -> Option<Self> {
         Python::attach(|py| {
-            let size = isize::try_from(len).expect("a frame's limit is far below");
+            let size = isize::try_from(len).ok()?;
             // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
             // back is a new reference or null with an exception set. Zeroing it instead would cost
             // a pass over every large payload; the core emits it only when all is written.
@@ -119,8 +119,8 @@ impl Payload for PyPayload {
                 let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
                 Bound::from_owned_ptr_or_err(py, new)
             };
-            let bytes = bytes.and_then(|bytes| Ok(bytes.cast_into::<PyBytes>()?));
-            Self(bytes.expect("there is memory for a frame").unbind())
+            let bytes = bytes.ok()?.cast_into::<PyBytes>().ok()?;
+            Some(Self(bytes.unbind()))
         })
     }
 
@@ -520,6 +520,7 @@ impl PersistentConnection {
         read: Result<Chores, Loss>,
     ) -> PyResult<()> {
         let py = slf.py();
+        let _inside = inside(py);
         let mut outcome = Ok(());
         for event in events {
             let handed = Self::hand_out(slf, event);
@@ -553,16 +554,12 @@ impl PersistentConnection {
             Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any()),
             Event::Acknowledged { token } => resolve(py, &token, py.None()),
             Event::HandlerFailed { token, error } => {
-                fail(py, &token, P2PHandlerError::new_err(error))
+                fail(py, &token, errors::made::<P2PHandlerError>(py, &error))
             }
-            Event::Refused { token, error } => {
-                let refused = DaemonRefused::new_err("the daemon refused");
-                refused.value(py).setattr("daemon_message", error)?;
-                fail(py, &token, refused)
-            }
+            Event::Refused { token, error } => fail(py, &token, errors::refused(py, &error)),
             Event::Broken { token, error } => {
                 let words = format!("the peer's daemon sent no reply: {error}");
-                fail(py, &token, ProtocolViolation::new_err(words))
+                fail(py, &token, errors::made::<ProtocolViolation>(py, &words))
             }
             Event::Call {
                 id,
@@ -601,6 +598,7 @@ impl PersistentConnection {
     /// Ends the connection: everything that is awaited fails now.
     fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let py = slf.py();
+        let _inside = inside(py);
         let this = slf.get();
         let (socket, pending, waiters, output) = {
             let mut inner = this.lock();
@@ -619,19 +617,24 @@ impl PersistentConnection {
         let mut outcome = reactor
             .call_method1(intern!(py, "closing"), (this.fd,))
             .map(drop);
+        let ended = reactor.getattr(intern!(py, "ended"));
         match loss {
             // What was sent last must not be overtaken by a reset.
             Loss::Closed => socket.close(),
             _ => socket.end(),
         }
+        if ended.and_then(|ended| ended.is_truthy()).unwrap_or(true) {
+            // A loop that is no more can wake nobody.
+            return outcome;
+        }
         for token in pending {
-            outcome = outcome.and(fail(py, &token, loss.to_err()));
+            outcome = outcome.and(fail(py, &token, loss.to_err(py)));
         }
         for token in waiters {
             outcome = outcome.and(resolve(py, &token, py.None()));
         }
         if let Some(owner) = Self::owner(slf)? {
-            let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err()));
+            let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err(py)));
             outcome = outcome.and(told.map(drop));
         }
         outcome
@@ -639,6 +642,7 @@ impl PersistentConnection {
 
     fn run(slf: &Bound<'_, Self>, chores: Chores) -> PyResult<()> {
         let py = slf.py();
+        let _inside = inside(py);
         let this = slf.get();
         let reactor = this.reactor.bind(py);
         let fd = this.fd;

@@ -1,0 +1,552 @@
+"""Event loops, threads and the interpreter at their ends; what is left to the garbage collector;
+what the daemon's bytes may cost; what is private. See docs/reliability.md."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from fake_daemon import (
+    ERROR,
+    IDENTITY,
+    OK,
+    PATIENCE,
+    PEER,
+    STREAM_INFO,
+    STREAM_OPENED,
+    UPGRADE,
+    Connection,
+    FakeDaemon,
+    acknowledgement,
+    decode,
+    dht,
+    field,
+    frame,
+    incoming,
+    reply,
+    varint,
+)
+from support import BACKENDS, all_of, new_directory, open_descriptors, until
+
+import p2pclient_rs
+from p2pclient_rs import Client, ConnectionLost, Daemon, ProtocolViolation, Stream, Subscription
+from p2pclient_rs.connector import DaemonConnector
+
+HERE = Path(__file__).parent
+PACKAGE = Path(p2pclient_rs.__file__).parent
+CALL_ID = bytes(range(16))
+
+
+def python(
+    *arguments: str | Path, timeout: float = 60, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python, in which the modules of the tests can be imported."""
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def program(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", textwrap.dedent(code), *arguments)
+
+
+# --- the interpreter's end ---
+
+#: Request types of the control protocol.
+IDENTIFY, STREAM_OPEN, STREAM_HANDLER, DHT, PUBSUB, PERSISTENT = 0, 2, 3, 4, 8, 9
+
+
+def anything(connection: Connection) -> None:
+    """A daemon at which everything can be opened, and which then does nothing more."""
+    while True:
+        request = decode(connection.read_request())
+        kind = request[1]
+        if kind == DHT:
+            continue  # for ever
+        if kind == PERSISTENT:
+            connection.send(frame(OK))
+            added = connection.read_message()
+            connection.send(frame(acknowledgement(added.call_id)))
+            connection.send(frame(incoming(CALL_ID, "handler", b"data")))
+            connection.wait_closed()
+            return
+        if kind == IDENTIFY:
+            connection.send(frame(IDENTITY))
+        elif kind == STREAM_OPEN:
+            connection.send(frame(STREAM_OPENED))
+            hold(connection)
+            return
+        elif kind == STREAM_HANDLER:
+            connection.send(frame(OK))
+            handler = request[6]
+            assert isinstance(handler, bytes)
+            address = decode(handler)[1]
+            assert isinstance(address, bytes)
+            knock(address[3:].decode())  # after the code of /unix and the length
+        else:
+            connection.send(frame(OK))
+            if kind == PUBSUB:
+                hold(connection)
+                return
+
+
+def hold(connection: Connection) -> None:
+    """Reads nothing, until the other side is gone."""
+    import select
+
+    poll = select.poll()
+    poll.register(connection.socket, select.POLLRDHUP)
+    poll.poll(PATIENCE * 1000)
+
+
+def knock(path: str) -> None:
+    """Opens an inbound stream, which is left to itself."""
+    inbound = socket.socket(socket.AF_UNIX)
+    inbound.connect("/" + path.lstrip("/"))
+    info = STREAM_INFO.replace(b"/echo", b"/served").replace(b"\x1a\x05", b"\x1a\x07")
+    inbound.sendall(frame(info))
+    knocking.append(inbound)
+
+
+knocking: list[socket.socket] = []
+
+
+@pytest.fixture
+def openable() -> Iterator[FakeDaemon]:
+    with FakeDaemon(anything) as daemon:
+        yield daemon
+        while knocking:
+            knocking.pop().close()
+
+
+@pytest.mark.parametrize("how", ["return", "forget", "exit", "raise", "thread", "stop"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_the_interpreters_end_with_everything_open_is_silent(
+    loop: str, how: str, openable: FakeDaemon
+) -> None:
+    if (loop, how) == ("trio", "stop"):
+        how = "return"  # a run of trio cannot be left
+    listen = f"/unix{new_directory() / 'l'}"
+    ended = python(HERE / "open_end.py", openable.control_maddr, listen, loop, how)
+    words = ended.stdout.split()
+    assert words[:3] == ["idle", "unary", "streams"], ended.stderr
+    if how == "raise":
+        # Nothing but what was raised.
+        assert ended.stderr.startswith("Traceback") and ended.stderr.count("Traceback") == 1
+        assert ended.stderr.endswith("KeyError: 'meant'\n")
+        assert ended.returncode == 1
+        return
+    assert ended.stderr == ""
+    assert ended.returncode == {"exit": 3}.get(how, 0)
+    if how in ("return", "forget", "thread"):
+        assert words[3:] == ["tasks"]
+    Path(listen.removeprefix("/unix")).unlink(missing_ok=True)  # of a thread nobody ended
+
+
+LATE = """
+import sys, threading, time
+from p2pclient_rs._native import Readiness, _the_end_is_near
+
+class Loop:
+    def create_future(self):
+        # Called from Rust: without the interpreter, while it comes to its end.
+        entered.set()
+        time.sleep({nap})
+        print("woke", flush=True)
+        return self
+    def done(self): return False
+    def add_reader(self, *_): pass
+    def is_closed(self): return True
+
+def wait():
+    while True:
+        Readiness(Loop(), 0).readable()
+
+entered = threading.Event()
+threading.Thread(target=wait, daemon=True).start()
+entered.wait()
+"""
+
+
+def test_a_thread_on_its_way_through_rust_does_not_abort_the_process_at_its_end() -> None:
+    # Before Python 3.14 a thread that comes back when the interpreter has ended is unwound,
+    # which nothing can be through Rust.
+    ended = program(LATE.format(nap=0.2))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "woke\n"
+
+
+def test_what_is_done_at_the_interpreters_end_can_still_use_a_thread_of_ours() -> None:
+    code = LATE.format(nap=0) + "entered.clear(); _the_end_is_near(); assert entered.wait(10)"
+    ended = program(code)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+BUSY = """
+import sys, threading
+import anyio
+from fake_daemon import PEER
+from p2pclient_rs import Client
+
+async def main():
+    client = Client(sys.argv[1])
+
+    async def call():
+        while True:
+            await client.call_unary(PEER, "echo", b"data")
+            started.set()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(32):
+            tasks.start_soon(call)
+
+options = {"use_uvloop": True} if sys.argv[2] == "uvloop" else {}
+backend = "trio" if sys.argv[2] == "trio" else "asyncio"
+started = threading.Event()
+sys.setswitchinterval(1e-5)
+work = lambda: anyio.run(main, backend=backend, backend_options=options)
+threading.Thread(target=work, daemon=True).start()
+assert started.wait(20)
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_the_interpreters_end_with_a_busy_loop_in_another_thread_is_silent(loop: str) -> None:
+    def echo(connection: Connection) -> None:
+        connection.upgrade()
+        while True:
+            message = connection.read_message()
+            if message.kind == "call":
+                connection.send(frame(reply(message.call_id, message.data)))
+
+    with FakeDaemon(echo) as daemon:
+        for _ in range(5):
+            ended = program(BUSY, daemon.control_maddr, loop)
+            assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_daemon_that_is_open_at_the_interpreters_end_is_ended_silently(loop: str) -> None:
+    code = """
+        import sys
+        import anyio
+        from p2pclient_rs import Daemon
+
+        async def main():
+            global daemon, client
+            daemon = await Daemon().start()
+            client = daemon.client()
+            await client.identify()
+            print(daemon.pid)
+
+        options = {"use_uvloop": True} if sys.argv[1] == "uvloop" else {}
+        backend = "trio" if sys.argv[1] == "trio" else "asyncio"
+        anyio.run(main, backend=backend, backend_options=options)
+    """
+    ended = program(code, loop)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not Path(f"/proc/{ended.stdout.strip()}").exists()
+
+
+# --- free-threaded Python, subinterpreters, panics ---
+
+
+def test_free_threaded_python_is_refused_with_the_reason() -> None:
+    ended = program(
+        """
+        import sys
+        sys.abiflags = "t"
+        import p2pclient_rs
+        """
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "ImportError: p2pclient_rs does not support free-threaded Python: "
+        "use a build with the GIL"
+    )
+
+
+def test_a_subinterpreter_is_refused_and_the_main_one_goes_on() -> None:
+    code = """
+        import p2pclient_rs
+        try:
+            import _interpreters as interpreters  # from Python 3.13 on
+        except ImportError:
+            import _xxsubinterpreters as interpreters
+        inner = interpreters.create()
+        said = "nothing"
+        failed = "ran"
+        try:
+            result = interpreters.{run}(inner, "import p2pclient_rs")
+            if result is not None:
+                failed = str(result.type.__name__) + ": " + str(result.msg)
+        except Exception as error:
+            failed = str(error)
+        print(failed)
+        interpreters.destroy(inner)
+        print(p2pclient_rs.PeerID.from_base58 is not None)
+    """
+    run = "exec" if sys.version_info >= (3, 13) else "run_string"
+    ended = program(code.replace("{run}", run))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    why, works = ended.stdout.splitlines()
+    assert "ImportError" in why and "subinterpreters" in why
+    assert works == "True"
+
+
+def test_nothing_is_built_to_abort_on_a_panic() -> None:
+    # The extension module does not compile so, either.
+    manifest = (HERE.parent / "Cargo.toml").read_text()
+    assert "[profile.release]" in manifest
+    assert not re.search(r"^\s*panic\s*=", manifest, re.MULTILINE)
+    for source in HERE.parent.glob("src/python/**/*.rs"):
+        # Rust that others call: what panics there cannot unwind, and ends the process.
+        assert not re.search(r'extern "', source.read_text()), source
+
+
+# --- what is left to the garbage collector ---
+
+
+def unclosed(control: str) -> Callable[[], Any]:
+    """Opens all that has a descriptor and is not a task's; in cycles, as the worst case."""
+
+    async def open_all() -> list[Any]:
+        client = Client(control)
+        await client.identify()
+        called = anyio.Event()
+
+        async def handler(data: bytes, peer: object) -> bytes:
+            called.set()
+            return data
+
+        await client.add_unary_handler("handler", handler)
+        await called.wait()
+        _, stream = await client.stream_open(PEER, ["/echo"])
+        stream.write(bytes(4 << 20))
+        subscription = await client.pubsub_subscribe("topic")
+        raw = await DaemonConnector(control).open_connection()
+        everything: list[Any] = [client, stream, subscription, raw]
+        for thing in everything:
+            thing.everything = everything
+        return everything
+
+    return open_all
+
+
+@pytest.mark.anyio
+async def test_what_is_left_to_the_collector_in_cycles_closes_its_descriptors(
+    openable: FakeDaemon,
+) -> None:
+    before = open_descriptors()
+    everything = await unclosed(openable.control_maddr)()
+    assert [type(thing) for thing in everything] == [Client, Stream, Subscription, Stream]
+    assert len(open_descriptors()) == len(before) + 2 * 5
+    del everything
+    gc.collect()
+    # The other ends are this process's, too.
+    await until(lambda: len(open_descriptors()) <= len(before))
+
+
+@pytest.mark.parametrize("cycles", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_left_to_the_collector_after_its_loop_closes_its_descriptors(
+    backend: Any, cycles: bool, openable: FakeDaemon
+) -> None:
+    before = open_descriptors()
+    name, options = backend
+    left = anyio.run(unclosed(openable.control_maddr), backend=name, backend_options=options)
+    inodes = {os.readlink(f"/proc/self/fd/{thing._raw.fileno()}") for thing in left[1:]}
+    assert len(inodes) == 3
+    if not cycles:
+        for thing in left:
+            del thing.everything
+    del left, thing
+    gc.collect()
+    assert not inodes & set(open_descriptors())
+    anyio.run(lambda: until(lambda: len(open_descriptors()) <= len(before) + 20))
+    anyio.run(lambda: until(lambda: openable.open == 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tasks_that_are_left_with_their_loop_close_their_descriptors(
+    backend: Any, openable: FakeDaemon
+) -> None:
+    async def main() -> None:
+        client = Client(openable.control_maddr)
+        _, stream = await client.stream_open(PEER, ["/echo"])
+        await all_of([cancelled(client.dht_get_value(b"key")), cancelled(stream.receive())])
+
+    async def cancelled(call: Any) -> None:
+        with anyio.move_on_after(0.05):
+            await call
+
+    name, options = backend
+    anyio.run(main, backend=name, backend_options=options)
+    gc.collect()
+    anyio.run(lambda: until(lambda: openable.open == 0))
+
+
+# --- what is private ---
+
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_umask")
+async def test_sockets_are_for_their_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+    async with Daemon() as daemon, daemon.client() as client, client.listen():
+        listening = Path(str(client.control.listen_maddr).removeprefix("/unix"))
+        control = Path(str(daemon.control_maddr).removeprefix("/unix"))
+        assert listening.parent == control.parent
+        assert mode(control.parent) == 0o700
+        assert listening.is_socket() and mode(listening) == 0o600
+        assert control.is_socket() and mode(control) & 0o077 == 0
+        assert [mode(path) & 0o077 for path in control.parent.iterdir()].count(0) == len(
+            list(control.parent.iterdir())
+        )
+    path = tmp_path / "listener"
+    async with Client(None, f"/unix{path}").listen():
+        assert mode(path) == 0o600
+
+
+# --- what the daemon's bytes may cost ---
+
+ANNOUNCES = """
+import resource, sys
+import anyio
+from fake_daemon import PEER
+from p2pclient_rs import Client, ConnectionLost, ControlTimeout
+
+def size():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmSize"))
+
+async def main():
+    client = Client(sys.argv[1], persistent_conn_max_msg_size=1 << 28)
+    await client.unary.open()
+    before = size()
+    {limit}
+    try:
+        await client.call_unary(PEER, "echo", b"data", timeout={timeout})
+    except (ConnectionLost, ControlTimeout) as error:
+        print((size() - before) // 1024, type(error).__name__, error)
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("sent", [0, 100_000])
+def test_a_reply_that_is_announced_and_does_not_come_takes_no_memory(sent: int) -> None:
+    with FakeDaemon(announcing(200 << 20, sent)) as daemon:
+        ended = program(ANNOUNCES.format(limit="", timeout=0.5), daemon.control_maddr)
+    assert ended.stderr == ""
+    grown, kind, _ = ended.stdout.split(maxsplit=2)
+    assert kind == "ControlTimeout" and int(grown) < 16  # MiB
+
+
+def test_a_reply_for_which_there_is_no_memory_loses_the_connection_and_no_more() -> None:
+    limit = "resource.setrlimit(resource.RLIMIT_AS, (size() * 1024 + (64 << 20),) * 2)"
+    with FakeDaemon(announcing(200 << 20, 16 << 20)) as daemon:
+        ended = program(ANNOUNCES.format(limit=limit, timeout=20), daemon.control_maddr)
+    assert "Traceback" not in ended.stderr
+    assert "ConnectionLost there is no memory for a message of 2097" in ended.stdout
+
+
+def announcing(size: int, sent: int) -> Callable[[Connection], None]:
+    """Answers a call with the beginning of a reply of that size."""
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        call = connection.read_message()
+        data = varint(1 << 3 | 2) + varint(size)
+        answer = field(1, call.call_id) + varint(2 << 3 | 2) + varint(len(data) + size) + data
+        connection.send(varint(len(answer) + size) + answer + bytes(sent))
+        connection.wait_closed()
+
+    return script
+
+
+@pytest.mark.anyio
+async def test_an_endless_row_of_empty_results_is_an_error_and_lets_others_run() -> None:
+    def endless(connection: Connection) -> None:
+        if connection.read_request() == b"":
+            return
+        connection.send(frame(OK + field(5, dht(0))))
+        while True:
+            connection.send(frame(dht(1, value=b"")) * 10_000)
+
+    with FakeDaemon(endless) as daemon:
+        async with Client(daemon.control_maddr) as client:
+            with pytest.raises(ProtocolViolation, match="exceed 67108864 bytes"):
+                await client.dht_search_value(b"key")
+
+
+# --- nothing received is run ---
+
+#: What makes objects or runs code of bytes.
+UNSAFE = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "ctypes", "code"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+#: Where the package runs a program, as `python` would: the user's own, named on the command line.
+RUNS_PROGRAMS = "__main__.py"
+
+
+def test_nothing_received_is_unpickled_or_evaluated() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 30
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            where = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in node.names}
+                assert not names & UNSAFE, where
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in UNSAFE, where
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in CALLS or file.name == RUNS_PROGRAMS, where
+
+
+# --- the promises ---
+
+
+def test_every_test_that_the_documents_name_is_there() -> None:
+    root = HERE.parent
+    tests = {"": set[str]()}
+    for file in [*HERE.rglob("*.py"), *HERE.glob("*.rs"), *root.glob("src/**/*.rs")]:
+        found = re.findall(r"\b(?:def|fn) (\w+)\(", file.read_text())
+        tests[str(file.relative_to(root))] = set(found)
+    for document in sorted(root.glob("docs/*.md")):
+        file = ""
+        for match in re.finditer(r"`([\w/.]*)::(\w+)`", document.read_text()):
+            # Without a file it is that of the one before.
+            file = match[1] or file
+            paths = [file, f"tests/{file}"]
+            found = set().union(*(tests.get(path, set()) for path in paths))
+            assert match[2] in found, f"{document.name} names {match[0]}"
+    named = re.findall(r"::(\w+)`", (root / "docs/reliability.md").read_text())
+    assert len(named) > 50
