@@ -15,7 +15,6 @@ import anyio
 
 from p2pclient_rs import ControlFailure, Daemon
 from soak.harness import FAILURES, STREAM_FAILURES, PeerProcess, Soak
-from soak.restarts import REFUSALS
 
 #: Seconds.
 FULL = 120
@@ -119,6 +118,10 @@ async def run(soak: Soak) -> None:
         soak.promise(not soak.client.unary.pending_calls, "calls are still awaited")
         soak.figures["processes killed"] = deaths
         soak.promise_errors(
-            "ControlTimeout", "TimeoutError", "BrokenResourceError", "IncompleteRead", *REFUSALS
+            "ControlTimeout",
+            "TimeoutError",
+            "BrokenResourceError",
+            "IncompleteRead",
+            "DaemonRefused",
         )
         soak.promise_deliveries(ever, all_answered=False)

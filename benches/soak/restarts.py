@@ -118,23 +118,6 @@ async def run(soak: Soak) -> None:
             "TimeoutError",
             "BrokenResourceError",
             "IncompleteRead",
-            *REFUSALS,
+            "DaemonRefused",
         )
         soak.promise_deliveries(soak.peers, all_answered=False)
-
-
-#: What a daemon says of a peer that is being restarted.
-REFUSALS = [
-    f"DaemonRefused ({words})"
-    for words in (
-        "stream reset",
-        "failed to dial",
-        "failed to open stream",
-        "protocols not supported",
-        "protocol not supported",
-        "connection refused",
-        "connection failed",
-        "no addresses",
-        "EOF",
-    )
-]
