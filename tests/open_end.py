@@ -1,6 +1,7 @@
 """Opens all that a client can have, and comes to an end without closing any of it.
 
-Usage: open_end.py CONTROL_MADDR LISTEN_MADDR asyncio|uvloop|trio return|forget|exit|raise|thread|stop
+Usage: open_end.py CONTROL_MADDR LISTEN_MADDR LOOP HOW, where LOOP is asyncio, uvloop or trio, and
+HOW is return, forget, exit, raise, thread or stop.
 
 Of ``thread`` the event loop runs on in a thread that is not waited for; of ``stop`` the loop is
 left as it is, in the middle. Prints what it has open, one word each.
