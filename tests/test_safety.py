@@ -325,8 +325,9 @@ def test_nothing_is_built_to_abort_on_a_panic() -> None:
 # --- what is left to the garbage collector ---
 
 
-def unclosed(control: str) -> Callable[[], Any]:
-    """Opens all that has a descriptor and is not a task's; in cycles, as the worst case."""
+def unclosed(control: str, *, unsent: int = 0) -> Callable[[], Any]:
+    """Opens all that has a descriptor and is not a task's; in cycles, as the worst case. asyncio
+    keeps a stream with something unsent."""
 
     async def open_all() -> list[Any]:
         client = Client(control)
@@ -340,7 +341,9 @@ def unclosed(control: str) -> Callable[[], Any]:
         await client.add_unary_handler("handler", handler)
         await called.wait()
         _, stream = await client.stream_open(PEER, ["/echo"])
-        stream.write(bytes(4 << 20))
+        stream.write(bytes(unsent))
+        with anyio.move_on_after(0.01):
+            await stream.receive()  # so that the loop watches it
         subscription = await client.pubsub_subscribe("topic")
         raw = await DaemonConnector(control).open_connection()
         everything: list[Any] = [client, stream, subscription, raw]
@@ -372,7 +375,8 @@ def test_what_is_left_to_the_collector_after_its_loop_closes_its_descriptors(
 ) -> None:
     before = open_descriptors()
     name, options = backend
-    left = anyio.run(unclosed(openable.control_maddr), backend=name, backend_options=options)
+    work = unclosed(openable.control_maddr, unsent=4 << 20)
+    left = anyio.run(work, backend=name, backend_options=options)
     inodes = {os.readlink(f"/proc/self/fd/{thing._raw.fileno()}") for thing in left[1:]}
     assert len(inodes) == 3
     while not cycles and left:
