@@ -51,7 +51,8 @@ LOOPS = ["asyncio", "uvloop", "trio"]
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs Python, in which the modules of the tests can be imported."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
+    quiet = "ignore:p2pclient_rs was built without optimisation:RuntimeWarning"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": quiet}
     environment.pop("PYTHONASYNCIODEBUG", None)  # whose words are for a slow machine
     return subprocess.run(
         [sys.executable, *arguments],
