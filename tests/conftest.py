@@ -155,7 +155,8 @@ def nothing_goes_wrong_unseen(
     yield
     records = caplog.get_records("call") + caplog.get_records("setup")
     seen = [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.WARNING]
-    assert seen == []
+    # In asyncio's debug mode a callback that takes long is told, too: that can be the machine.
+    assert [words for words in seen if not words.startswith("Executing <")] == []
 
 
 # --- daemons ---

@@ -1,6 +1,7 @@
 """Opens all that a client can have, and comes to an end without closing any of it.
 
-Usage: open_end.py CONTROL_MADDR LISTEN_MADDR asyncio|uvloop|trio return|forget|exit|raise|thread|stop
+Usage: open_end.py CONTROL_MADDR LISTEN_MADDR LOOP HOW, where LOOP is asyncio, uvloop or trio, and
+HOW is return, forget, exit, raise, thread or stop.
 
 Of ``thread`` the event loop runs on in a thread that is not waited for; of ``stop`` the loop is
 left as it is, in the middle. Prints what it has open, one word each.
@@ -39,7 +40,8 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
     async def handler(data: bytes, peer: PeerID) -> bytes:
         called.set()
-        return await forever()
+        # Of a task that is left in the middle asyncio has something to say.
+        return data if start is None else await forever()
 
     await client.add_unary_handler("handler", handler)
     await called.wait()

@@ -76,6 +76,7 @@ mod _native {
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
         super::refuse_free_threading(m.py())?;
+        super::refuse_subinterpreters()?;
         super::ending::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
@@ -93,6 +94,20 @@ fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
     if flags.contains('t') {
         return Err(PyImportError::new_err(
             "p2pclient_rs does not support free-threaded Python: use a build with the GIL",
+        ));
+    }
+    Ok(())
+}
+
+/// PyO3's types are one for all interpreters of a process, and it refuses only those with a GIL of
+/// their own.
+#[allow(unsafe_code)]
+fn refuse_subinterpreters() -> PyResult<()> {
+    // SAFETY: whoever runs this is in an interpreter, which they look at.
+    let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+    if id != 0 {
+        return Err(PyImportError::new_err(
+            "p2pclient_rs does not support subinterpreters: import it in the main one",
         ));
     }
     Ok(())
