@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import get_daemon
 import pytest
 import support
 from daemons.features import DOCUMENT, FEATURES, State, render
 from support import DaemonProcess, eventually, still_there, unknown_peer, until
 
 import p2pclient_rs
-from p2pclient_rs import Client, DaemonRefused, NotSupported, PeerID, Stream, StreamInfo
+from p2pclient_rs import Client, Daemon, DaemonRefused, NotSupported, PeerID, Stream, StreamInfo
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +92,13 @@ async def answered(client: Client, daemon: DaemonProcess, proto: str) -> bytes:
     async with stream:
         await stream.send(b"hello\n")
         return await stream.readline()
+
+
+@probe
+async def manager(scene: Scene) -> None:
+    binary = get_daemon.fetch(scene.near_daemon.kind)
+    async with Daemon(binary) as daemon, daemon.client() as client:
+        assert (await client.identify()).peer_id == daemon.peer_id != scene.near_daemon.peer_id
 
 
 # --- peers ---
@@ -472,8 +480,8 @@ async def test_the_daemon_does_what_the_table_says(
         raise outcome
     if entry.state is not State.SUPPORTED:
         assert outcome is not None, f"it works now: {entry}"
-        error = Differs if entry.error == "Differs" else getattr(p2pclient_rs, entry.error)
-        assert type(outcome) is error, repr(outcome)
+        expected = Differs if entry.error == "Differs" else getattr(p2pclient_rs, entry.error)
+        assert type(outcome) is expected, repr(outcome)
         assert re.search(entry.words, str(outcome))
     if entry.ends is not None:
         assert len(ended) == entry.ends

@@ -30,7 +30,8 @@ from p2pclient_rs import Multiaddr, PeerID
 from p2pclient_rs.daemon import Daemon, unused_tcp_port
 from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
 
-pytestmark = pytest.mark.anyio
+# What the Go daemons print and take.
+pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
 
 Backend: TypeAlias = tuple[str, dict[str, Any]]
 

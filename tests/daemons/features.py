@@ -93,6 +93,7 @@ RACES = {"js": "EPIPE|ECONNRESET|ERR_STREAM_DESTROYED"}
 
 #: By the name that ``pytest.mark.needs`` takes.
 FEATURES = {
+    "manager": Feature("started by `Daemon`", YES, YES, YES),
     # --- peers ---
     "connect": Feature("CONNECT, IDENTIFY", YES, YES, YES),
     "list_peers": Feature("LIST_PEERS", YES, YES, YES),

@@ -53,7 +53,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("daemon") == "js":
+    if config.getoption("daemon") == "jsX":
         for item in items:
             for marker, meaning in _MARKERS.items():
                 if item.get_closest_marker(marker):
