@@ -28,6 +28,7 @@ from support import (
     eventually,
     open_descriptors,
     remove_directories,
+    revive,
     still_there,
 )
 
@@ -205,6 +206,7 @@ class Pair:
 @pytest.fixture
 async def pair(daemons: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair]:
     first, second = daemons
+    revive(first, second)
     async with first.client() as alice, second.client() as bob, alice.listen(), bob.listen():
         await alice.connect(second.peer_id, second.addrs)
         yield Pair(alice, bob, first, second)

@@ -1082,9 +1082,7 @@ async fn the_peerstore_speaks_the_js_dialect() {
     let is_there = async |connection: &mut common::fake::Connection| {
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(i32::MAX));
-        connection
-            .answer(refusal("ERR_INVALID_REQUEST_TYPE"))
-            .await;
+        connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
     };
     let (protocols, ()) = join!(client.peerstore_get_protocols(&id), async {
         is_there(&mut connection).await;

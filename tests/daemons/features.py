@@ -119,6 +119,12 @@ FEATURES = {
             ends=None,
         ),
     ),
+    "backpressure": Feature(
+        "a writer is held back when nobody reads",
+        YES,
+        YES,
+        _broken("Differs", "all was taken", "takes more than 32 MiB into its memory"),
+    ),
     "half_close": Feature("reading on after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
     "handler_taken": Feature(
         "a protocol that another client serves is refused",
