@@ -14,8 +14,8 @@ P2PD = $$($(BIN)/python tests/get_p2pd.py)
 SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo examples test test-rust test-python test-p2pclient test-hivemind hivemind-env \
-	lint package platforms bench bench-rust wheel fmt clean
+.PHONY: demo examples test test-rust test-python test-daemons compatibility test-p2pclient \
+	test-hivemind hivemind-env lint package platforms bench bench-rust wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -38,6 +38,20 @@ test-rust: $(VENV)/.wheel
 
 test-python: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same on upstream Go's daemon and on the JavaScript one, and p2pclient's own suite on both.
+# Needed besides: Go, node and npm.
+test-daemons: $(VENV)/.wheel
+	$(BIN)/python -m pytest --daemon=go $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --daemon=js $(PYTEST_ARGS)
+	P2PD_PATH=$$($(BIN)/python tests/get_daemon.py go) PYTHON=$(CURDIR)/$(BIN)/python \
+		sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
+	JSP2PD_PATH=$$($(BIN)/python tests/get_daemon.py js) PYTHON=$(CURDIR)/$(BIN)/python \
+		sh tests/p2pclient_suite/run.sh --daemon=js $(PYTEST_ARGS)
+
+# docs/compatibility.md, from the table in tests/daemons/features.py.
+compatibility:
+	cd tests && $(PYTHON) -m daemons.features --write
 
 # PyPI p2pclient's own test suite, unmodified, with this package in its place.
 test-p2pclient: $(VENV)/.wheel

@@ -28,6 +28,7 @@ from support import (
     eventually,
     open_descriptors,
     remove_directories,
+    revive,
     still_there,
 )
 
@@ -52,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "needs(*features): what the daemon must have (daemons/features.py); deselected where not",
+        "daemons(*kinds): the kinds of daemon that it is about, where not all",
         "independent: involves no real daemon, or one of its own choice: run with hivemind's only",
     ):
         config.addinivalue_line("markers", marker)
@@ -76,6 +78,9 @@ def _lacks(item: pytest.Item) -> str:
     """Why a test is not for the daemon that is tested on, if it is not."""
     if support.DEFAULT_KIND != "hivemind" and item.get_closest_marker("independent"):
         return "independent of the daemon: run with hivemind's"
+    for marker in item.iter_markers("daemons"):
+        if support.DEFAULT_KIND not in marker.args:
+            return f"about {' and '.join(marker.args)} only"
     for marker in item.iter_markers("needs"):
         for feature in marker.args:
             entry = FEATURES[feature].of(support.DEFAULT_KIND)
@@ -202,6 +207,7 @@ class Pair:
 @pytest.fixture
 async def pair(daemons: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair]:
     first, second = daemons
+    revive(first, second)
     async with first.client() as alice, second.client() as bob, alice.listen(), bob.listen():
         await alice.connect(second.peer_id, second.addrs)
         yield Pair(alice, bob, first, second)

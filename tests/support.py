@@ -238,9 +238,14 @@ class DaemonProcess:
 
 
 async def still_there(*daemons: DaemonProcess) -> None:
-    """Fails if one of the daemons has ended, which is there again for the next test."""
+    """After a test: fails if one of the daemons has ended, which is there again for the next."""
     if any(daemon.kind in RACES for daemon in daemons):
         await anyio.sleep(0.2)  # in which what is to end of a client that is gone does so
+    revive(*daemons)
+
+
+def revive(*daemons: DaemonProcess) -> None:
+    """Starts those that have ended anew; fails if that was of more than a race."""
     ended = [daemon for daemon in daemons if daemon.process.poll() is not None]
     expected = [daemon.ended_of_a_race() for daemon in ended]
     for daemon in ended:

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import get_daemon
 import pytest
 import support
 from daemons.features import DOCUMENT, FEATURES, State, render
-from support import DaemonProcess, eventually, still_there, unknown_peer, until
+from support import DaemonProcess, eventually, revive, still_there, unknown_peer, until
 
 import p2pclient_rs
-from p2pclient_rs import Client, DaemonRefused, NotSupported, PeerID, Stream, StreamInfo
+from p2pclient_rs import Client, Daemon, DaemonRefused, NotSupported, PeerID, Stream, StreamInfo
 
 pytestmark = pytest.mark.anyio
 
 FULL = ("-dhtServer", "-pubsub", "-connManager")
 
 #: "At once", in seconds: no daemon's own timeout is that short.
-PROMPT = 5.0
+PROMPT = 10.0
 
 #: How long may take what works, of which some spreads from peer to peer, in seconds.
 PATIENCE = 20.0
@@ -93,6 +94,13 @@ async def answered(client: Client, daemon: DaemonProcess, proto: str) -> bytes:
         return await stream.readline()
 
 
+@probe
+async def manager(scene: Scene) -> None:
+    binary = get_daemon.fetch(scene.near_daemon.kind)
+    async with Daemon(binary) as daemon, daemon.client() as client:
+        assert (await client.identify()).peer_id == daemon.peer_id != scene.near_daemon.peer_id
+
+
 # --- peers ---
 
 
@@ -144,6 +152,25 @@ async def stream_handler_again(scene: Scene) -> None:
     for _ in range(3):
         if await answered(scene.far, scene.near_daemon, proto) != b"hello\n":
             raise Differs("the stream ended")
+
+
+@probe
+async def backpressure(scene: Scene) -> None:
+    async def ignore(info: StreamInfo, stream: Stream) -> None:
+        await anyio.sleep_forever()
+
+    proto = unused()
+    await scene.far.stream_handler(proto, ignore)
+    _, stream = await scene.near.stream_open(scene.far_daemon.peer_id, [proto])
+    try:
+        for _ in range(32):
+            with anyio.move_on_after(0.5) as scope:
+                await stream.send(bytes(1 << 20))
+            if scope.cancelled_caught:
+                return
+    finally:
+        stream.abort()
+    raise Differs("all was taken")
 
 
 @probe
@@ -447,6 +474,7 @@ async def test_the_daemon_does_what_the_table_says(
 ) -> None:
     entry = FEATURES[name].of(support.DEFAULT_KIND)
     near, far, bare = fleet
+    revive(*fleet)
     outcome: Exception | None = None
     async with (
         near.client() as client,
@@ -472,8 +500,8 @@ async def test_the_daemon_does_what_the_table_says(
         raise outcome
     if entry.state is not State.SUPPORTED:
         assert outcome is not None, f"it works now: {entry}"
-        error = Differs if entry.error == "Differs" else getattr(p2pclient_rs, entry.error)
-        assert type(outcome) is error, repr(outcome)
+        expected = Differs if entry.error == "Differs" else getattr(p2pclient_rs, entry.error)
+        assert type(outcome) is expected, repr(outcome)
         assert re.search(entry.words, str(outcome))
     if entry.ends is not None:
         assert len(ended) == entry.ends

@@ -36,7 +36,8 @@ from p2pclient_rs.exceptions import (
     DaemonUnreachable,
 )
 
-pytestmark = pytest.mark.anyio
+# What the Go daemons print and take.
+pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
 
 Backend: TypeAlias = tuple[str, dict[str, Any]]
 

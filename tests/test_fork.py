@@ -95,6 +95,7 @@ async def test_a_new_client_works_in_the_child(pair: Pair, anyio_backend: Any) -
     assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
 
 
+@pytest.mark.needs("pubsub_own")
 async def test_closing_in_the_child_disturbs_nothing_of_the_parent(
     pair: Pair, anyio_backend: Any
 ) -> None:
@@ -122,6 +123,7 @@ async def still_works(pair: Pair, stream: Stream, subscription: Any) -> None:
         await echoes(another, b"another")
 
 
+@pytest.mark.needs("pubsub_own")
 @pytest.mark.parametrize("how", ["abort", "close", "connector.close"])
 async def test_what_a_child_does_without_a_loop_disturbs_no_task_that_waits_in_the_parent(
     pair: Pair, how: str
@@ -157,6 +159,7 @@ async def test_what_a_child_does_without_a_loop_disturbs_no_task_that_waits_in_t
         await still_works(pair, stream, subscription)
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_garbage_collected_in_the_child_stays_open_in_the_parent(pair: Pair) -> None:
     streams = [await opened(pair)]
     with anyio.move_on_after(0.01):
@@ -207,6 +210,7 @@ async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend:
             assert fake.accepted == 3  # its connections were kept
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_the_parents_listener_goes_on_when_the_child_leaves_it(
     pair: Pair, anyio_backend: Any
 ) -> None:

@@ -17,7 +17,7 @@ import anyio
 import pytest
 import support
 from daemons.features import DAEMONS, State, between
-from support import DaemonProcess, eventually, still_there, until
+from support import DaemonProcess, eventually, revive, still_there, until
 
 import p2pclient_rs
 from p2pclient_rs import Client, DaemonRefused, PeerID, Stream, StreamInfo
@@ -74,6 +74,7 @@ def daemon_pair(request: pytest.FixtureRequest) -> Iterator[tuple[DaemonProcess,
 @pytest.fixture
 async def ends(daemon_pair: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Ends]:
     first, second = daemon_pair
+    revive(first, second)
     async with AsyncExitStack() as stack:
         near = await stack.enter_async_context(first.client())
         far = await stack.enter_async_context(second.client())

@@ -96,19 +96,20 @@ async def test_a_count_may_be_beyond_what_there_can_be(pair: Pair) -> None:
         assert (error.value.partial, error.value.expected) == (b"def", 2**70)
 
 
-async def test_64_mib_go_both_ways_at_once_unharmed(pair: Pair) -> None:
+async def test_many_mebibytes_go_both_ways_at_once_unharmed(pair: Pair) -> None:
+    count = 8 if pair.alice_daemon.kind == "js" else 64  # which is that much slower
     blocks = [random.Random(seed).randbytes(MIB) for seed in range(4)]
 
     def block(number: int, salt: int) -> bytes:
         return number.to_bytes(4, "big") + blocks[(number + salt) % 4]
 
     async def send(stream: Stream, salt: int) -> None:
-        for number in range(64):
+        for number in range(count):
             await stream.send(block(number, salt))
 
     async def receive(stream: Stream, salt: int) -> None:
-        expected, actual, size = hashlib.sha1(), hashlib.sha1(), 64 * (MIB + 4)
-        for number in range(64):
+        expected, actual, size = hashlib.sha1(), hashlib.sha1(), count * (MIB + 4)
+        for number in range(count):
             expected.update(block(number, salt))
         while size:
             data = await stream.receive(min(size, MIB))
@@ -126,6 +127,7 @@ async def test_64_mib_go_both_ways_at_once_unharmed(pair: Pair) -> None:
     assert sorted(done) == [1, 2]
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_200_streams_at_once_do_not_mix(pair: Pair) -> None:
     answers = {}
 
@@ -204,6 +206,7 @@ async def test_without_awaiting_close_the_loop_sends_the_rest(
 # --- the ends of a stream ---
 
 
+@pytest.mark.daemons("hivemind", "go")
 async def test_send_eof_ends_the_stream_as_the_go_daemon_does(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         await near.send(b"all of it")
@@ -342,6 +345,7 @@ async def test_a_killed_daemon_breaks_its_streams(kind: str) -> None:
                 assert time.monotonic() - start < 1
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_a_stream_left_to_the_garbage_collector_closes_its_descriptor(
     pair: Pair, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -757,6 +761,7 @@ async def test_several_tasks_may_drain_and_one_close_at_once() -> None:
     assert received == [data]
 
 
+@pytest.mark.needs("backpressure")
 async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
     chunk = os.urandom(64 * 1024)
     async with both_ends(pair) as (near, far):
@@ -806,6 +811,7 @@ async def test_a_cancelled_send_leaves_the_stream_usable_for_reading() -> None:
 # --- handlers ---
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -839,6 +845,7 @@ async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
     assert "a bug in the handler" in caplog.text and "in handler" in caplog.text
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_stream(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -950,6 +957,7 @@ async def test_an_exception_in_the_body_of_listen_comes_out_as_it_is(pair: Pair)
         assert scope.cancelled_caught
 
 
+@pytest.mark.needs("stream_handler_again")
 async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: Pair) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         assert await stream.readexactly(2) == b"hi"

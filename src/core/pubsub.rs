@@ -109,3 +109,31 @@ fn body(response: p2pd::Response) -> Result<p2pd::PsResponse, Error> {
         field: "pubsub",
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_author_is_who_it_is_though_the_js_daemon_sends_the_text_of_its_id() {
+        for text in [
+            "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+            "12D3KooWPzHkwrq8suTFQL9KmawM8h6rgmov7h7riBoSi7abAKgb",
+        ] {
+            let author: PeerId = text.parse().unwrap();
+            for from in [author.to_bytes(), Bytes::from(text)] {
+                let message = p2pd::PsMessage {
+                    from: Some(from),
+                    ..Default::default()
+                };
+                let read = decode_message(&message.encode_to_vec()).unwrap();
+                assert_eq!(read.from, Some(author.clone()));
+            }
+        }
+        // Neither form: kept, as from every daemon.
+        for bytes in [&b"Qm"[..], b"1", b"Qm0OIl", b"\x12\x20", b"other"] {
+            let from = Bytes::copy_from_slice(bytes);
+            assert_eq!(sender(from.clone()), PeerId::from_bytes(from));
+        }
+    }
+}

@@ -93,6 +93,7 @@ RACES = {"js": "EPIPE|ECONNRESET|ERR_STREAM_DESTROYED"}
 
 #: By the name that ``pytest.mark.needs`` takes.
 FEATURES = {
+    "manager": Feature("started by `Daemon`", YES, YES, YES),
     # --- peers ---
     "connect": Feature("CONNECT, IDENTIFY", YES, YES, YES),
     "list_peers": Feature("LIST_PEERS", YES, YES, YES),
@@ -117,6 +118,12 @@ FEATURES = {
             "that: register again for the next",
             ends=None,
         ),
+    ),
+    "backpressure": Feature(
+        "a writer is held back when nobody reads",
+        YES,
+        YES,
+        _broken("Differs", "all was taken", "takes more than 32 MiB into its memory"),
     ),
     "half_close": Feature("reading on after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
     "handler_taken": Feature(

@@ -4,8 +4,9 @@
 #   run.sh [--incumbent] [PYTEST_ARGS ...]
 #
 # --incumbent runs it on the original p2pclient instead. Of the environment it uses
-#   PYTHON     an interpreter that has p2pclient-rs[p2pclient], trio and pytest (python3)
-#   P2PD_PATH  the daemon to test on (p2pd on PATH)
+#   PYTHON       an interpreter that has p2pclient-rs[p2pclient], trio and pytest (python3)
+#   P2PD_PATH    the Go daemon to test on (p2pd on PATH)
+#   JSP2PD_PATH  the JavaScript one, with --daemon=js (jsp2pd on PATH)
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -28,11 +29,10 @@ for argument; do
 done
 rm -rf "$work/p2pclient-0.3.0"
 
-if [ -n "${P2PD_PATH:-}" ]; then
-    mkdir "$work/bin"
-    ln -s "$P2PD_PATH" "$work/bin/p2pd"
-    export PATH="$work/bin:$PATH"
-fi
+mkdir "$work/bin"
+[ -z "${P2PD_PATH:-}" ] || ln -s "$P2PD_PATH" "$work/bin/p2pd"
+[ -z "${JSP2PD_PATH:-}" ] || ln -s "$JSP2PD_PATH" "$work/bin/jsp2pd"
+export PATH="$work/bin:$PATH"
 
 cd "$work"
 "$python" -m pytest -c /dev/null --rootdir "$work" -p no:cacheprovider tests "$@"
