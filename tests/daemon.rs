@@ -561,7 +561,7 @@ async fn the_answer_of_another_peer_is_not_believed() {
         p2pd.display()
     );
     let other = P2PDaemon::builder().binary(script(&directory, &body));
-    let error = failed(other.start_timeout(Duration::from_secs(1))).await;
+    let error = failed(other.start_timeout(Duration::from_secs(3))).await;
     let cause = error.cause.unwrap();
     assert!(cause.starts_with("another daemon, "), "{cause}");
 }
