@@ -34,10 +34,13 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 
 // --- the daemon ---
 
-/// Which message is answered by something else, and by what, given its call id if it has one.
+/// What is said, given a call id if there is one.
+type Saying = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
+
+/// Which message is answered by something else, and by what.
 struct Planned {
     kind: Kind,
-    answer: Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>,
+    answer: Saying,
     end: bool,
     /// One byte at a time.
     trickles: bool,
@@ -546,6 +549,7 @@ against! {
     against_a_length_of_eleven_bytes: |_| [&[0x80; 10][..], &[1]].concat() => Protocol;
     against_a_length_that_is_not_minimal: |_| vec![0x80, 0] => Protocol;
     against_a_length_of_2_to_the_63: |_| [&[0x80; 9][..], &[1]].concat() => Protocol;
+    against_a_length_of_65_bits: |_| [&[0x80; 9][..], &[2]].concat() => Protocol;
     against_the_largest_length: |_| [&[0xff; 9][..], &[1]].concat() => Protocol;
     // 4 MiB, 64 KiB and 1.
     against_a_length_just_over_the_limit: |_| vec![0x81, 0x80, 0x84, 0x02] => Protocol;
@@ -610,7 +614,7 @@ fn with_unknown(mut messages: &[u8]) -> Vec<u8> {
 async fn unknown_fields_one_byte_at_a_time_and_answers_to_nobody_are_no_fault() {
     let daemon = Daemon::new();
     for trickles in [false, true] {
-        let set = |kind, answer: Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>| {
+        let set = |kind, answer: Saying| {
             let planned = Planned {
                 kind,
                 answer,

@@ -369,6 +369,7 @@ FAULTS = {
     "a length that is not minimal": Fault(lambda valid: b"\x80\x00", ProtocolViolation),
     "a length of 2^63": Fault(lambda valid: varint(1 << 63), ProtocolViolation),
     "a length of 2^64 - 1": Fault(lambda valid: varint((1 << 64) - 1), ProtocolViolation),
+    "a length of 65 bits": Fault(lambda valid: b"\x80" * 9 + b"\x02" + valid, ProtocolViolation),
     "a length just over the limit": Fault(
         lambda valid: varint((4 << 20) + (64 << 10) + 1), ProtocolViolation
     ),

@@ -2,6 +2,7 @@
 
 use super::Error;
 use bytes::{Buf, Bytes, BytesMut};
+use unsigned_varint::decode;
 
 /// What a connection will take, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,12 +77,10 @@ pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Byt
 /// Reads the length at the front of `bytes`: how many bytes it takes itself, and what it says. One
 /// over `max_frame` is refused; `None` until all of it is there.
 pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usize)>, Error> {
-    let (declared, prefix) = match unsigned_varint::decode::u64(bytes) {
+    let (declared, prefix) = match decode_varint(bytes) {
         Ok((length, rest)) => (length, bytes.len() - rest.len()),
-        Err(unsigned_varint::decode::Error::Insufficient) => return Ok(None),
-        Err(unsigned_varint::decode::Error::NotMinimal) => {
-            return Err(Error::MalformedLength("not minimal"))
-        }
+        Err(decode::Error::Insufficient) => return Ok(None),
+        Err(decode::Error::NotMinimal) => return Err(Error::MalformedLength("not minimal")),
         Err(_) => return Err(Error::MalformedLength("more than 64 bits")),
     };
     let length = usize::try_from(declared)
@@ -92,6 +91,15 @@ pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usi
             limit: max_frame,
         })?;
     Ok(Some((prefix, length)))
+}
+
+/// A varint and what follows it. `unsigned_varint` gives the last 64 bits of one that has more.
+pub(super) fn decode_varint(bytes: &[u8]) -> Result<(u64, &[u8]), decode::Error> {
+    let (number, rest) = decode::u64(bytes)?;
+    match bytes.len() - rest.len() {
+        10 if bytes[9] > 1 => Err(decode::Error::Overflow),
+        _ => Ok((number, rest)),
+    }
 }
 
 /// `message` with its length in front.
@@ -147,6 +155,19 @@ mod tests {
                 decoder.next_frame(),
                 Err(Error::FrameTooLarge { .. })
             ));
+        }
+    }
+
+    #[test]
+    fn a_length_of_65_bits_is_malformed_not_its_last_64() {
+        for last in [2, 3, 0x7f] {
+            let mut decoder = FrameDecoder::new(1000);
+            decoder.extend(&[0x85, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, last]);
+            decoder.extend(b"hello");
+            assert_eq!(
+                decoder.next_frame(),
+                Err(Error::MalformedLength("more than 64 bits"))
+            );
         }
     }
 

@@ -1,10 +1,11 @@
 //! Peer ids: the multihash of a peer's public key.
 
+use super::framing::decode_varint;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
-use unsigned_varint::{decode, encode};
+use unsigned_varint::encode;
 
 // https://github.com/multiformats/multicodec/blob/master/table.csv
 const IDENTITY: u64 = 0x00;
@@ -15,6 +16,11 @@ const CID_V1: u64 = 1;
 /// Serialised keys up to this length are the peer id themselves, unhashed (in practice: Ed25519
 /// and secp256k1). It is part of the specification, since it changes who a peer is.
 const MAX_INLINE_KEY_LENGTH: usize = 42;
+
+/// The longest peer id in bytes, and text, that are taken for one: the time that base58 takes grows
+/// with the square of the length.
+const MAX_LENGTH: usize = 512;
+const MAX_TEXT: usize = 2048;
 
 /// The identity of a libp2p peer, as the bytes of a multihash.
 ///
@@ -54,8 +60,12 @@ impl PeerId {
         self.0.clone()
     }
 
-    /// The usual text form: `Qm…` or `12D3Koo…`.
+    /// The usual text form: `Qm…` or `12D3Koo…`. Of more than 512 bytes, which may come from a
+    /// daemon but are nobody's, it is [`to_cid`](Self::to_cid): base58 would take minutes.
     pub fn to_base58(&self) -> String {
+        if self.0.len() > MAX_LENGTH {
+            return self.to_cid();
+        }
         bs58::encode(&self.0).into_string()
     }
 
@@ -74,8 +84,8 @@ impl PeerId {
     /// Says what is wrong with them.
     pub fn validate(&self) -> Result<(), ParsePeerIdError> {
         use ParsePeerIdError::{DigestLength, NotAMultihash};
-        let (_code, rest) = decode::u64(&self.0).map_err(|_| NotAMultihash)?;
-        let (declared, digest) = decode::u64(rest).map_err(|_| NotAMultihash)?;
+        let (_code, rest) = decode_varint(&self.0).map_err(|_| NotAMultihash)?;
+        let (declared, digest) = decode_varint(rest).map_err(|_| NotAMultihash)?;
         if declared != digest.len() as u64 {
             let actual = digest.len();
             return Err(DigestLength { declared, actual });
@@ -95,6 +105,9 @@ pub enum ParsePeerIdError {
     /// Nothing at all.
     #[error("it is empty")]
     Empty,
+    /// Longer than any peer id, in bytes.
+    #[error("it is too long for a peer id ({0} bytes)")]
+    TooLong(usize),
     /// It looks like base58 but is not.
     #[error("it is not base58: {0}")]
     Base58(bs58::decode::Error),
@@ -130,21 +143,27 @@ impl FromStr for PeerId {
         if text.is_empty() {
             return Err(ParsePeerIdError::Empty);
         }
+        if text.len() > MAX_TEXT {
+            return Err(ParsePeerIdError::TooLong(text.len()));
+        }
         let bytes = if text.starts_with("Qm") || text.starts_with('1') {
             bs58::decode(text)
                 .into_vec()
                 .map_err(ParsePeerIdError::Base58)?
         } else {
             let (_base, cid) = multibase::decode(text).map_err(ParsePeerIdError::Multibase)?;
-            let Ok((CID_V1, rest)) = decode::u64(&cid) else {
+            let Ok((CID_V1, rest)) = decode_varint(&cid) else {
                 return Err(ParsePeerIdError::NotCidV1);
             };
-            match decode::u64(rest) {
+            match decode_varint(rest) {
                 Ok((LIBP2P_KEY, multihash)) => multihash.to_vec(),
                 Ok((codec, _)) => return Err(ParsePeerIdError::NotAKey(codec)),
                 Err(_) => return Err(ParsePeerIdError::NotCidV1),
             }
         };
+        if bytes.len() > MAX_LENGTH {
+            return Err(ParsePeerIdError::TooLong(bytes.len()));
+        }
         let peer_id = Self::from_bytes(bytes);
         peer_id.validate()?;
         Ok(peer_id)
@@ -232,6 +251,22 @@ mod tests {
                 actual: 1
             }
         );
+    }
+
+    #[test]
+    fn what_is_far_too_long_takes_no_time() {
+        let peer = PeerId::from_bytes(vec![7; 4 << 20]);
+        assert_eq!(peer.to_string(), peer.to_cid());
+        for text in [peer.to_cid(), "1".repeat(1 << 20), "z".repeat(1 << 20)] {
+            let parsed = text.parse::<PeerId>();
+            assert_eq!(parsed, Err(ParsePeerIdError::TooLong(text.len())));
+        }
+        let longest = multihash(IDENTITY, &[7; MAX_LENGTH - 3]);
+        assert_eq!(longest.to_cid().parse::<PeerId>(), Ok(longest.clone()));
+        assert_eq!(longest.to_string().parse::<PeerId>(), Ok(longest));
+        let longer = multihash(IDENTITY, &[7; MAX_LENGTH]);
+        let parsed = longer.to_cid().parse::<PeerId>();
+        assert_eq!(parsed, Err(ParsePeerIdError::TooLong(MAX_LENGTH + 3)));
     }
 
     #[test]

@@ -1057,12 +1057,12 @@ impl<'a> Fields<'a> {
         // In how many groups.
         let mut depth = 0_usize;
         loop {
-            let (key, rest) = unsigned_varint::decode::u64(bytes).ok()?;
+            let (key, rest) = framing::decode_varint(bytes).ok()?;
             let (value, rest) = match key & 7 {
-                0 => (None, unsigned_varint::decode::u64(rest).ok()?.1),
+                0 => (None, framing::decode_varint(rest).ok()?.1),
                 1 => (None, rest.get(8..)?),
                 2 => {
-                    let (len, rest) = unsigned_varint::decode::u64(rest).ok()?;
+                    let (len, rest) = framing::decode_varint(rest).ok()?;
                     let (value, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
                     (Some(value), rest)
                 }
