@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from support import new_directory
 
+pytestmark = pytest.mark.needs("unary")
+
 SOAK = Path(__file__).parents[1] / "benches" / "soak"
 
 #: The event loop that each is run on here; the full runs use them all.
