@@ -7,14 +7,19 @@ import functools
 import gc
 import inspect
 import logging
+import os
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import get_daemon
 import pytest
+import support
 import uvloop
+from daemons.features import FEATURES, State
 from support import (
     BACKENDS,
     LAST_WORDS,
@@ -23,21 +28,67 @@ from support import (
     eventually,
     open_descriptors,
     remove_directories,
+    still_there,
 )
 
 from p2pclient_rs import Client
+
+#: How many tests were deselected, by why: see daemons/features.py.
+_DESELECTED = pytest.StashKey[Counter[str]]()
 
 #: How long an async test may take, in seconds: none hangs for ever.
 LIMIT = 30.0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--daemon",
+        choices=list(get_daemon.KINDS),
+        default="hivemind",
+        help="which kind of daemon to test on",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "needs(*features): what the daemon must have (daemons/features.py); deselected where not",
+        "independent: involves no real daemon, or one of its own choice: run with hivemind's only",
+    ):
+        config.addinivalue_line("markers", marker)
+    support.DEFAULT_KIND = config.getoption("daemon")
+    binaries = {kind: str(get_daemon.fetch(kind)) for kind in {"hivemind", support.DEFAULT_KIND}}
+    # Of what starts daemons without a DaemonProcess.
+    os.environ["P2PD_PATH"] = binaries[support.DEFAULT_KIND]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lacking = {item: _lacks(item) for item in items}
+    if deselected := [item for item in items if lacking[item]]:
+        config.hook.pytest_deselected(items=deselected)
+        config.stash[_DESELECTED] = Counter(lacking[item] for item in deselected)
+        items[:] = [item for item in items if not lacking[item]]
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.obj = _limited(item.obj)
 
 
+def _lacks(item: pytest.Item) -> str:
+    """Why a test is not for the daemon that is tested on, if it is not."""
+    if support.DEFAULT_KIND != "hivemind" and item.get_closest_marker("independent"):
+        return "independent of the daemon: run with hivemind's"
+    for marker in item.iter_markers("needs"):
+        for feature in marker.args:
+            entry = FEATURES[feature].of(support.DEFAULT_KIND)
+            if entry.state is not State.SUPPORTED:
+                return f"{feature}: {entry.state.value}"
+    return ""
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if deselected := terminalreporter.config.stash.get(_DESELECTED, None):
+        terminalreporter.section(f"deselected on the {support.DEFAULT_KIND} daemon")
+        for reason, count in sorted(deselected.items()):
+            terminalreporter.line(f"{count:5} {reason}")
     if LAST_WORDS:
         terminalreporter.section("daemons that ended by themselves")
     for words in LAST_WORDS:
@@ -154,6 +205,7 @@ async def pair(daemons: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pa
     async with first.client() as alice, second.client() as bob, alice.listen(), bob.listen():
         await alice.connect(second.peer_id, second.addrs)
         yield Pair(alice, bob, first, second)
+    await still_there(*daemons)
 
 
 @pytest.fixture

@@ -4,21 +4,25 @@
 #![cfg(all(feature = "tokio", unix))]
 
 use futures_util::StreamExt as _;
+use p2pclient_rs::client::{Error, UnaryCall};
 use p2pclient_rs::core::Multiaddr;
 use p2pclient_rs::daemon::{
-    ConnectionManager, DaemonError, Dht, P2PDaemon, P2PDaemonBuilder, Pubsub, StartError,
+    Bootstrap, ConnectionManager, DaemonError, Dht, P2PDaemon, P2PDaemonBuilder, Pubsub, StartError,
 };
-use rustix::process::{kill_process, Pid, Signal};
+use p2pclient_rs::Client;
+use rustix::process::{kill_process, test_kill_process, Pid, Signal};
 use std::fs;
 use std::future::Future;
+use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 const UNREACHABLE: &str = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
@@ -55,6 +59,23 @@ fn script(directory: &TempDir, body: &str) -> PathBuf {
     path
 }
 
+// The first key pair of RFC 8032.
+const PRIVATE: &str = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
+const PUBLIC: &str = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    (0..hex.len()).step_by(2).map(digits).collect()
+}
+
+/// An identity file.
+fn write_key(directory: &TempDir) -> PathBuf {
+    let file = directory.path().join("key");
+    let key = [b"\x08\x01\x12\x40".to_vec(), bytes(PRIVATE), bytes(PUBLIC)];
+    fs::write(&file, key.concat()).unwrap();
+    file
+}
+
 fn addr(text: &str) -> Multiaddr {
     text.parse().unwrap()
 }
@@ -80,6 +101,22 @@ fn nothing_is_left_of(directory: &Path) {
 
 fn pid_of(daemon: &P2PDaemon) -> Pid {
     Pid::from_raw(daemon.pid().unwrap() as i32).unwrap()
+}
+
+async fn suspend(pid: Pid) {
+    kill_process(pid, Signal::STOP).unwrap();
+    let mut state = Command::new("ps");
+    let state = state.args(["-o", "stat=", "-p", &pid.as_raw_nonzero().to_string()]);
+    let state = std::cell::RefCell::new(state);
+    until(|| {
+        state
+            .borrow_mut()
+            .output()
+            .unwrap()
+            .stdout
+            .starts_with(b"T")
+    })
+    .await;
 }
 
 /// Has what should be quick fail rather than hang.
@@ -205,19 +242,10 @@ async fn what_is_true_is_switched_on_and_what_is_false_is_not() {
 
 #[tokio::test]
 async fn the_identity_file_is_the_peer_id() {
-    // The first key pair of RFC 8032, in libp2p's encoding.
-    let private = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
-    let public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
-    let bytes = |hex: &str| -> Vec<u8> {
-        let digits = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
-        (0..hex.len()).step_by(2).map(digits).collect()
-    };
     let directory = TempDir::new().unwrap();
-    let file = directory.path().join("key");
-    let key = [b"\x08\x01\x12\x40".to_vec(), bytes(private), bytes(public)].concat();
-    fs::write(&file, key).unwrap();
+    let file = write_key(&directory);
     let daemon = daemon().identity(file).spawn().await.unwrap();
-    let expected = [b"\x00\x24\x08\x01\x12\x20".to_vec(), bytes(public)].concat();
+    let expected = [b"\x00\x24\x08\x01\x12\x20".to_vec(), bytes(PUBLIC)].concat();
     assert_eq!(daemon.peer_id().as_bytes(), expected);
 }
 
@@ -308,6 +336,14 @@ async fn wrong_options_are_refused() {
             "control address",
         ),
         (daemon().control_maddr(addr("/ip4/127.0.0.1/udp/1")), "udp"),
+        (
+            daemon().control_maddr(addr(&format!("/unix/tmp/{}", "x".repeat(103)))),
+            "its path is 108 bytes long",
+        ),
+        (
+            daemon().bootstrap_peers([addr(UNREACHABLE), addr("/ip4/127.0.0.1/tcp/1")]),
+            "\"/ip4/127.0.0.1/tcp/1\" cannot be one: it does not end in /p2p/",
+        ),
     ] {
         match builder.spawn().await {
             Err(DaemonError::Options(error)) => assert!(error.to_string().contains(words)),
@@ -352,8 +388,126 @@ async fn another_daemon_at_the_address_is_not_taken_for_it() {
 #[tokio::test]
 async fn unreachable_bootstrap_peers_are_named() {
     let error = failed(daemon().bootstrap_peers([addr(UNREACHABLE)])).await;
-    let cause = format!("no bootstrap peer could be reached: {UNREACHABLE}");
-    assert_eq!(error.cause.unwrap(), cause);
+    let cause = error.cause.unwrap();
+    let expected = format!("no bootstrap peer could be reached: {UNREACHABLE} (");
+    assert!(cause.starts_with(&expected), "{cause}");
+    assert!(cause.contains("connection refused"), "{cause}");
+}
+
+#[tokio::test]
+async fn a_bootstrap_peer_that_is_another_peer_is_named() {
+    let other = daemon().spawn().await.unwrap();
+    let (_, peer_id) = UNREACHABLE.rsplit_once('/').unwrap();
+    let peer = addr(&format!("{}/p2p/{peer_id}", other.addrs()[0]));
+    let error = failed(daemon().bootstrap_peers([peer.clone()])).await;
+    let cause = error.cause.unwrap();
+    let words = format!("remote key matches {}", other.peer_id());
+    assert!(
+        cause.contains(&peer.to_string()) && cause.contains(&words),
+        "{cause}"
+    );
+}
+
+#[tokio::test]
+async fn a_binary_for_another_platform_is_named() {
+    let directory = TempDir::new().unwrap();
+    let binary = script(&directory, "");
+    fs::write(&binary, b"\x7fELF of another machine").unwrap();
+    // While another test is between fork and exec, the file is open for writing there.
+    let error = loop {
+        let error = failed(P2PDaemon::builder().binary(&binary)).await;
+        if !error.to_string().contains("Text file busy") {
+            break error;
+        }
+    };
+    let cause = error.cause.unwrap();
+    assert!(
+        cause.starts_with("the binary is not for this machine"),
+        "{cause}"
+    );
+}
+
+#[tokio::test]
+async fn a_daemon_older_than_its_options_names_them() {
+    let directory = TempDir::new().unwrap();
+    let body = "echo 'flag provided but not defined: -dhtServer' >&2
+        printf 'Usage of p2pd:\\n  -b\\n' >&2; exit 2";
+    let old = P2PDaemon::builder().binary(script(&directory, body));
+    let error = failed(old.dht(Dht::Server)).await;
+    assert_eq!(error.cause.unwrap(), "this daemon has no option -dhtServer");
+}
+
+#[tokio::test]
+async fn what_jsp2pd_would_ignore_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let binary = directory.path().join("jsp2pd");
+    fs::rename(script(&directory, "exit 1"), &binary).unwrap();
+    let js = || P2PDaemon::builder().binary(&binary);
+    for (builder, words) in [
+        (
+            js().extra_args(["--nonsense=1"]),
+            "jsp2pd has no option --nonsense",
+        ),
+        (
+            js().dht(Dht::Client),
+            "jsp2pd has no option for a DHT client",
+        ),
+    ] {
+        let error = builder.spawn().await.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_socket_path_that_something_else_has_is_named() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("c.sock");
+    fs::write(&path, "").unwrap();
+    let control = addr(&format!("/unix{}", path.display()));
+    let error = daemon().control_maddr(control).spawn().await.unwrap_err();
+    let words = format!("{} is already in use", path.display());
+    assert!(error.to_string().contains(&words), "{error}");
+    assert!(path.is_file());
+}
+
+#[tokio::test]
+async fn a_socket_left_behind_does_not_keep_it_out() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("c.sock");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let control = addr(&format!("/unix{}", path.display()));
+    let daemon = daemon().control_maddr(control).spawn().await.unwrap();
+    assert!(daemon.client().await.is_ok());
+}
+
+#[tokio::test]
+async fn an_identity_file_that_cannot_be_written_will_do() {
+    let directory = TempDir::new().unwrap();
+    let file = write_key(&directory);
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o400)).unwrap();
+    let before = fs::read(&file).unwrap();
+    let daemon = daemon().identity(&file).spawn().await.unwrap();
+    assert!(daemon.peer_id().as_bytes().ends_with(&bytes(PUBLIC)));
+    assert_eq!(fs::read(&file).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_daemon_that_takes_requests_and_never_answers_is_given_up() {
+    let directory = TempDir::new().unwrap();
+    // Its socket is a real one's, which does not run any more.
+    let body = format!(
+        "{} \"$@\" > /dev/null &\npath=${{1#-listen=/unix}}\n\
+         until [ -S \"$path\" ]; do sleep 0.01; done\nkill -STOP $!\nwait",
+        p2pd().display()
+    );
+    let hung = P2PDaemon::builder().binary(script(&directory, &body));
+    let hung = hung
+        .extra_args(["-q"])
+        .control_maddr(addr(&format!("/unix{}/c.sock", directory.path().display())));
+    let error = hung.start_timeout(Duration::from_secs(3)).spawn().await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("was not ready in 3 seconds"), "{error}");
+    assert!(!directory.path().join("c.sock").exists());
 }
 
 #[tokio::test]
@@ -407,7 +561,7 @@ async fn the_answer_of_another_peer_is_not_believed() {
         p2pd.display()
     );
     let other = P2PDaemon::builder().binary(script(&directory, &body));
-    let error = failed(other.start_timeout(Duration::from_secs(1))).await;
+    let error = failed(other.start_timeout(Duration::from_secs(5))).await;
     let cause = error.cause.unwrap();
     assert!(cause.starts_with("another daemon, "), "{cause}");
 }
@@ -487,6 +641,79 @@ async fn every_task_that_waits_is_told_of_its_end() {
 }
 
 #[tokio::test]
+async fn when_it_dies_calls_under_way_fail() {
+    let daemon = daemon().spawn().await.unwrap();
+    let client = daemon.client().await.unwrap();
+    let pid = pid_of(&daemon);
+    suspend(pid).await; // so that it answers none of them
+    let calls: Vec<_> = (0..3)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.identify().await })
+        })
+        .collect();
+    // Until they have been sent.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(calls.iter().all(|call| !call.is_finished()));
+    kill_process(pid, Signal::KILL).unwrap();
+    assert_eq!(soon(daemon.wait()).await.signal(), Some(9));
+    for call in calls {
+        // What the daemon had not read is sent again, in vain.
+        let error = soon(call).await.unwrap().unwrap_err();
+        let failed = matches!(
+            error,
+            Error::ConnectionLost { .. } | Error::Unreachable { .. }
+        );
+        assert!(failed, "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_was_suspended_is_killed() {
+    let daemon = daemon().stop_timeout(Duration::from_millis(200));
+    let daemon = daemon.spawn().await.unwrap();
+    let private = directory_of(&daemon.command());
+    suspend(pid_of(&daemon)).await;
+    assert_eq!(daemon.shutdown().await.signal(), Some(9));
+    nothing_is_left_of(&private);
+}
+
+/// The test starts itself, as the process that is to be killed: by SIGKILL, and as Ctrl-C does.
+#[tokio::test]
+async fn no_orphan_is_left_when_this_process_is_killed() {
+    const IN_CHILD: &str = "P2PCLIENT_RS_TEST_ORPHAN";
+    let name = "no_orphan_is_left_when_this_process_is_killed";
+    if std::env::var_os(IN_CHILD).is_some() {
+        let daemon = daemon().restart(5).spawn().await.unwrap();
+        let first = another_run(&daemon, None).await;
+        kill_process(first, Signal::KILL).unwrap();
+        let second = another_run(&daemon, Some(first)).await;
+        let second = second.as_raw_nonzero();
+        println!("\n{second} {}", directory_of(&daemon.command()).display());
+        std::future::pending::<()>().await;
+    }
+    for signal in [Signal::KILL, Signal::INT] {
+        let mut program = Command::new(std::env::current_exe().unwrap());
+        let program = program.args([name, "--nocapture", "--test-threads=1"]);
+        let program = program.env(IN_CHILD, "1").stdout(Stdio::piped());
+        let mut program = program.spawn().unwrap();
+        let lines = BufReader::new(program.stdout.take().unwrap()).lines();
+        let mut told = lines.map(Result::unwrap);
+        let told = told.find(|line| line.contains("/p2pd-"));
+        let told = told.expect("it told nothing");
+        let (pid, directory) = told.split_once(' ').unwrap();
+        let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
+        kill_process(Pid::from_child(&program), signal).unwrap();
+        assert!(!program.wait().unwrap().success());
+        let begun = Instant::now();
+        let gone = || test_kill_process(pid).is_err() && !Path::new(directory).exists();
+        until(gone).await;
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        nothing_is_left_of(Path::new(directory));
+    }
+}
+
+#[tokio::test]
 async fn what_does_not_end_is_killed() {
     let directory = TempDir::new().unwrap();
     let p2pd = p2pd();
@@ -531,6 +758,218 @@ fn dropping_it_kills_it_when_the_runtime_is_gone() {
     drop(runtime);
     assert!(daemon.pid().is_some());
     drop(daemon);
+    nothing_is_left_of(&private);
+}
+
+// --- started again ---
+
+/// Waits until a process other than that one answers.
+async fn another_run(daemon: &P2PDaemon, before: Option<Pid>) -> Pid {
+    soon(async {
+        loop {
+            let pid = daemon.pid().and_then(|pid| Pid::from_raw(pid as i32));
+            let control = daemon.control_maddr().clone();
+            match pid.filter(|pid| Some(*pid) != before) {
+                Some(pid) if Client::new(control).unwrap().identify().await.is_ok() => return pid,
+                _ => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn it_is_not_started_again_unasked() {
+    let daemon = daemon().spawn().await.unwrap();
+    kill_process(pid_of(&daemon), Signal::KILL).unwrap();
+    soon(daemon.wait()).await;
+    assert!(daemon.pid().is_none() && daemon.failure().is_none());
+}
+
+#[tokio::test]
+async fn a_daemon_that_dies_is_started_again_as_the_same_peer() {
+    let directory = TempDir::new().unwrap();
+    for builder in [
+        patient().restart(5),
+        patient().restart(5).identity(write_key(&directory)),
+    ] {
+        let daemon = Arc::new(builder.spawn().await.unwrap());
+        let client = daemon.client().await.unwrap();
+        let before = client.identify().await.unwrap();
+        let (pid, command) = (pid_of(&daemon), daemon.command());
+        let waiting = tokio::spawn({
+            let daemon = Arc::clone(&daemon);
+            async move { daemon.wait().await }
+        });
+        let mut logs = daemon.logs();
+        kill_process(pid, Signal::KILL).unwrap();
+        another_run(&daemon, Some(pid)).await;
+        // The same client, and the same peer at the same addresses.
+        assert_eq!(client.identify().await.unwrap(), before);
+        assert_eq!(daemon.command(), command);
+        assert!(!waiting.is_finished());
+        let status = daemon.shutdown().await;
+        assert_eq!(soon(waiting).await.unwrap(), status);
+        assert!(daemon.failure().is_none());
+        nothing_is_left_of(&directory_of(&command));
+        // The logs go on over both lives.
+        let mut started = 0;
+        while let Some(line) = soon(logs.next()).await {
+            started += usize::from(line.starts_with("Peer ID: "));
+        }
+        assert_eq!(started, 2);
+    }
+}
+
+#[tokio::test]
+async fn the_handlers_of_its_clients_come_back_with_it() {
+    let daemon_again = daemon().restart(5).spawn().await.unwrap();
+    let other = daemon().spawn().await.unwrap();
+    let server = daemon_again.client().await.unwrap();
+    let caller = other.client().await.unwrap();
+    for (protocol, balanced) in [("/greet", false), ("/balanced", true)] {
+        let mut incoming = server.stream_handler(protocol, balanced).await.unwrap();
+        tokio::spawn(async move {
+            while let Some(mut stream) = incoming.next().await {
+                let _ = stream.write_all(b"hello").await;
+            }
+        });
+    }
+    let echo = |call: UnaryCall| async move { Ok::<_, String>(call.payload) };
+    server.add_unary_handler("echo", false, echo).await.unwrap();
+    let pid = pid_of(&daemon_again);
+    kill_process(pid, Signal::KILL).unwrap();
+    another_run(&daemon_again, Some(pid)).await;
+    let (peer, addrs) = (daemon_again.peer_id(), daemon_again.addrs());
+    caller.connect(peer, addrs).await.unwrap();
+
+    // With no call of the server's.
+    let greeted = |protocol: &'static str| {
+        let caller = &caller;
+        async move {
+            let mut greeting = [0; 5];
+            match caller.stream_open(peer, [protocol]).await {
+                Ok(mut stream) => stream.read_exact(&mut greeting).await.is_ok(),
+                Err(_) => false,
+            }
+        }
+    };
+    soon(async {
+        while !greeted("/greet").await || !greeted("/balanced").await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        while caller.call_unary(peer, "echo", "data").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+/// A p2pd that can be started until the file `broken` is there, and counts its starts.
+fn mortal(directory: &TempDir) -> PathBuf {
+    let home = directory.path().display();
+    let p2pd = p2pd();
+    let body = format!(
+        "echo run >> {home}/runs\n\
+         if [ -e {home}/broken ]; then echo too bad; exit 3; fi\nexec {} \"$@\"",
+        p2pd.display()
+    );
+    script(directory, &body)
+}
+
+fn runs(directory: &TempDir) -> usize {
+    let runs = fs::read_to_string(directory.path().join("runs")).unwrap();
+    runs.lines().count()
+}
+
+#[tokio::test]
+async fn it_is_given_up_after_so_many_quick_deaths() {
+    let directory = TempDir::new().unwrap();
+    let daemon = P2PDaemon::builder().binary(mortal(&directory)).restart(3);
+    let daemon = daemon.spawn().await.unwrap();
+    fs::write(directory.path().join("broken"), "").unwrap();
+    kill_process(pid_of(&daemon), Signal::KILL).unwrap();
+    assert_eq!(soon(daemon.wait()).await.code(), Some(3));
+    let failure = daemon.failure().unwrap();
+    assert_eq!(
+        (failure.status, failure.logs),
+        (Some(3), vec!["too bad".into()])
+    );
+    assert_eq!(runs(&directory), 3);
+    assert_eq!(daemon.pid(), None);
+}
+
+#[tokio::test]
+async fn a_first_start_that_fails_is_not_repeated() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("broken"), "").unwrap();
+    let daemon = P2PDaemon::builder().binary(mortal(&directory)).restart(3);
+    let error = failed(daemon).await;
+    assert_eq!((error.status, runs(&directory)), (Some(3), 1));
+}
+
+#[tokio::test]
+async fn it_can_be_stopped_or_dropped_while_it_is_being_started_again() {
+    for drop_it in [false, true] {
+        let directory = TempDir::new().unwrap();
+        let daemon = P2PDaemon::builder().binary(mortal(&directory));
+        let daemon = daemon.restart(100).spawn().await.unwrap();
+        let private = directory_of(&daemon.command());
+        fs::write(directory.path().join("broken"), "").unwrap();
+        kill_process(pid_of(&daemon), Signal::KILL).unwrap();
+        until(|| runs(&directory) >= 3).await;
+        if drop_it {
+            drop(daemon);
+        } else {
+            soon(daemon.shutdown()).await;
+            assert!(daemon.failure().is_none());
+        }
+        nothing_is_left_of(&private);
+        let count = runs(&directory);
+        // In which it would have been started again.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(runs(&directory), count);
+    }
+}
+
+// --- bootstrap peers in the background ---
+
+#[tokio::test]
+async fn bootstrap_peers_in_the_background_may_come_later_and_come_back() {
+    let directory = TempDir::new().unwrap();
+    let key = write_key(&directory);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    let listening = addr(&format!("/ip4/127.0.0.1/tcp/{}", port.unwrap().port()));
+    let other = || daemon().identity(&key).host_addrs([listening.clone()]);
+    let first = other().spawn().await.unwrap();
+    let (peer, peers) = (first.peer_id().clone(), first.peer_addrs());
+    first.shutdown().await;
+
+    let background = daemon().bootstrap(Bootstrap::Background).restart(5);
+    let background = background.bootstrap_peers(peers.into_iter().chain([addr(UNREACHABLE)]));
+    let background = background.spawn().await.unwrap();
+    assert!(!background.command().contains(&"-b".to_owned()));
+    let client = background.client().await.unwrap();
+    assert_eq!(client.list_peers().await.unwrap(), []);
+
+    let _second = other().spawn().await.unwrap();
+    let connected = async || {
+        let connected = async || {
+            let peers = client.list_peers().await.unwrap();
+            peers.iter().any(|info| info.peer_id == peer)
+        };
+        while !connected().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon(connected()).await;
+    // Also to another process of the same daemon.
+    let pid = pid_of(&background);
+    kill_process(pid, Signal::KILL).unwrap();
+    another_run(&background, Some(pid)).await;
+    soon(connected()).await;
+    let private = directory_of(&background.command());
+    background.shutdown().await;
     nothing_is_left_of(&private);
 }
 

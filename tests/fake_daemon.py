@@ -38,6 +38,17 @@ def frame(message: bytes) -> bytes:
     return varint(len(message)) + message
 
 
+#: Fields of every wire type that no version of the protocol has.
+UNKNOWN = (
+    field(1000, 7)
+    + field(1001, b"new")
+    + varint(1002 << 3 | 1)
+    + bytes(8)
+    + varint(1003 << 3 | 5)
+    + bytes(4)
+    + (varint(1004 << 3 | 3) + field(1, 1) + varint(1004 << 3 | 4))
+)
+
 PEER = b"\x00\x24\x08\x01\x12\x20" + bytes(range(32))
 ADDR = b"\x04\x7f\x00\x00\x01\x06\x0f\xa1"  # /ip4/127.0.0.1/tcp/4001
 
@@ -56,7 +67,8 @@ def dht(kind: int, **fields: bytes) -> bytes:
 
 # --- the persistent connection ---
 
-UPGRADE = field(1, 9)
+# With a field that is nothing to whoever knows the request, and keeps jsp2pd from crashing.
+UPGRADE = field(1, 9) + field(9, field(1, b"\x78\x00"))
 
 
 def acknowledgement(call_id: bytes) -> bytes:
@@ -200,6 +212,10 @@ class Connection:
         """Waits until something came, without reading it."""
         assert select.select([self.socket], [], [], PATIENCE)[0]
 
+    def wait_writable(self) -> None:
+        """Waits until some of what was sent was read."""
+        assert select.select([], [self.socket], [], PATIENCE)[1]
+
     def send(self, data: bytes) -> None:
         """Sends bytes as they are."""
         self.socket.sendall(data)
@@ -217,6 +233,11 @@ class Connection:
     def read_message(self) -> Message:
         """The next request on a persistent connection."""
         return Message.decode(self.read_request())
+
+    def trickle(self, data: bytes) -> None:
+        """Sends bytes one at a time."""
+        for byte in data:
+            self.send(bytes([byte]))
 
     def wait_closed(self) -> bytes:
         """What else the client sends before it closes the connection."""
@@ -254,6 +275,59 @@ def serve_echo(connection: Connection) -> None:
             connection.send(frame(reply(message.call_id, message.data)))
         elif message.kind in ("add", "remove"):
             connection.send(frame(acknowledgement(message.call_id)))
+
+
+Fault: TypeAlias = Callable[[Connection, bytes], "bool | None"]
+
+
+class Plan:
+    """A script that answers as a well-behaved daemon does, but for the next request of a kind.
+
+    Requests are all one kind, and the messages of a persistent connection those of ``Message``.
+    """
+
+    def __init__(self) -> None:
+        self._next: tuple[str, Fault] | None = None
+
+    def next(self, kind: str, fault: Fault) -> None:
+        """Has the next one answered by ``fault``, with its call id, if it has one. The connection
+        ends if that gives None, and goes on otherwise: after UPGRADE as what it was if False."""
+        self._next = (kind, fault)
+
+    @property
+    def carried_out(self) -> bool:
+        """Whether that one came."""
+        return self._next is None
+
+    def _planned(self, kind: str) -> Fault | None:
+        if self._next is None or self._next[0] != kind:
+            return None
+        (_, fault), self._next = self._next, None
+        return fault
+
+    def __call__(self, connection: Connection) -> None:
+        while True:
+            request = connection.read_request()
+            if fault := self._planned("request"):
+                goes_on = fault(connection, b"")
+                if goes_on is None:
+                    return
+                if goes_on and request == UPGRADE:
+                    break
+            elif request == UPGRADE:
+                connection.send(frame(OK))
+                break
+            else:
+                connection.send(frame(IDENTITY))
+        while True:
+            message = connection.read_message()
+            if fault := self._planned(message.kind):
+                if fault(connection, message.call_id) is None:
+                    return
+            elif message.kind == "call":
+                connection.send(frame(reply(message.call_id, message.data)))
+            elif message.kind in ("add", "remove"):
+                connection.send(frame(acknowledgement(message.call_id)))
 
 
 class FakeDaemon:

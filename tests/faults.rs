@@ -965,7 +965,7 @@ async fn the_timeout_of_a_query_is_for_all_of_it() {
 async fn a_query_with_too_many_results_is_ended() {
     let daemon = FakeDaemon::new();
     let limits = Limits {
-        max_answer: 10,
+        max_answer: 150,
         ..Limits::default()
     };
     let client = Client::builder(daemon.control()).limits(limits).build();
@@ -974,7 +974,7 @@ async fn a_query_with_too_many_results_is_ended() {
         connection.answer(dht(Value, "four")).await;
     }
     let error = results.collect_all().await.unwrap_err();
-    assert!(error.to_string().contains("exceed 10 bytes"), "{error}");
+    assert!(error.to_string().contains("exceed 150 bytes"), "{error}");
     connection.ended().await;
 }
 
@@ -1078,7 +1078,14 @@ async fn the_peerstore_speaks_the_js_dialect() {
         ..ok()
     };
     let id = peer();
+    // Asked first, lest hivemind's daemon take what follows for a request of its own.
+    let is_there = async |connection: &mut common::fake::Connection| {
+        let request: p2pd::JsRequest = connection.message().await;
+        assert_eq!(request.r#type, Some(i32::MAX));
+        connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
+    };
     let (protocols, ()) = join!(client.peerstore_get_protocols(&id), async {
+        is_there(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(9));
         let request = request.peer_store.unwrap();
@@ -1090,6 +1097,7 @@ async fn the_peerstore_speaks_the_js_dialect() {
     assert_eq!(protocols.unwrap(), ["/a", "/b"]);
 
     let (info, ()) = join!(client.peerstore_get_peer_info(&id), async {
+        is_there(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.peer_store.unwrap().r#type, Some(2));
         let store = p2pd::PeerstoreResponse {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
+import get_daemon
 import pytest
+from daemons.features import RACES
 
 from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
 from p2pclient_rs.daemon import unused_tcp_port
+from p2pclient_rs.p2pclient.pb import p2pd_pb2
 
 T = TypeVar("T")
 
@@ -27,6 +31,13 @@ BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
     pytest.param(("trio", {}), id="trio"),
 ]
+
+#: The kind of daemon that a ``DaemonProcess`` is: conftest sets what ``--daemon`` says.
+DEFAULT_KIND = "hivemind"
+
+#: What the JavaScript daemon calls the options of the others. It cannot be had without a DHT, and
+#: has no connection manager that could be asked for anything.
+_JS_OPTIONS = {"-dhtServer": [], "-connManager": [], "-pubsub": ["--pubsub"]}
 
 #: Every directory the tests made: conftest looks for forgotten sockets there.
 DIRECTORIES: list[Path] = []
@@ -85,37 +96,55 @@ async def until(condition: Callable[[], object], within: float = 15.0) -> None:
 
 
 class DaemonProcess:
-    """A p2pd, started and stopped.
+    """A daemon, started and stopped.
 
     Args:
-        options: Command line options, as ``"-dht"``.
+        options: Command line options of p2pd, as ``"-dhtServer"``.
         transport: What its control socket is, and what its clients listen at: "unix", "tcp",
             "ip6" or "dns4".
         control_maddr: Its control address, if it is to be a certain one.
+        kind: "hivemind", "go" or "js"; by default the one that the tests are run on.
     """
 
     def __init__(
-        self, *options: str, transport: str = "unix", control_maddr: str | None = None
+        self,
+        *options: str,
+        transport: str = "unix",
+        control_maddr: str | None = None,
+        kind: str | None = None,
     ) -> None:
-        binary = os.environ.get("P2PD_PATH")
-        if not binary or not os.path.isfile(binary):
-            pytest.fail(f"P2PD_PATH must name a p2pd binary, not {binary!r}")
+        self.kind = kind or DEFAULT_KIND
         self.transport = transport
         self.directory = new_directory()
         self.control_maddr = control_maddr or self._control_maddr()
-        # The daemon resolves no names.
-        listen = self.control_maddr.replace("/dns4/localhost", "/ip4/127.0.0.1")
-        with open(self.directory / "log", "wb") as log:
-            self.process = subprocess.Popen(
-                [binary, "-listen", listen, "-hostAddrs", "/ip4/127.0.0.1/tcp/0"]
-                + ["-bootstrapPeers", "", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
+        self._options = options
         self._clients = 0
         self._kept: socket.socket | None = None
-        self.peer_id, self.addrs = self._read_banner()
+        self._launch()
+
+    def _launch(self) -> None:
+        # The daemon resolves no names.
+        listen = self.control_maddr.replace("/dns4/localhost", "/ip4/127.0.0.1")
+        command = [str(get_daemon.fetch(self.kind)), "--listen", listen]
+        command += ["--hostAddrs", "/ip4/127.0.0.1/tcp/0"]
+        if self.kind == "js":
+            command += ["--no-nat", *(js for go in self._options for js in _JS_OPTIONS[go])]
+        else:
+            command += ["-bootstrapPeers", "", *self._options]
+        with open(self.directory / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+            )
+        self._wait_for_banner()
+        self.peer_id, self.addrs = self._identify()
+
+    def restart(self) -> None:
+        """Starts it anew at its address, as another peer, when it has ended."""
+        kept = self._kept is not None
+        self.stop()
+        self._launch()
+        if kept:
+            self.keep()
 
     def _control_maddr(self) -> str:
         if self.transport == "unix":
@@ -125,18 +154,37 @@ class DaemonProcess:
         host = {"tcp": "/ip4/127.0.0.1", "dns4": "/dns4/localhost"}[self.transport]
         return f"{host}/tcp/{unused_tcp_port()}"
 
-    def _read_banner(self) -> tuple[PeerID, list[Multiaddr]]:
-        """What it prints once it can be talked to."""
+    def _wait_for_banner(self) -> None:
+        """Reads what it prints once it can be talked to."""
         assert self.process.stdout is not None
-        peer_id = None
         for line in self.process.stdout:
-            key, _, value = line.decode().strip().partition(": ")
-            if key == "Peer ID":
-                peer_id = PeerID(value)
-            elif key.startswith("/ip4/") and peer_id is not None:
-                return peer_id, [Multiaddr(key)]
+            if line.startswith((b"Peer Addrs:", b"daemon has started")):
+                return
         self.stop()
-        raise RuntimeError(f"p2pd did not start:\n{(self.directory / 'log').read_text()}")
+        log = (self.directory / "log").read_text()
+        pytest.fail(f"the {self.kind} daemon did not start:\n{log}")
+
+    def _identify(self) -> tuple[PeerID, list[Multiaddr]]:
+        """What it says of itself, asked without the client that is to be tested."""
+        with self._dial() as connection, connection.makefile("rb") as answers:
+            connection.sendall(b"\x02\x08\x00")  # Request{IDENTIFY}
+            length = 0
+            for shift in range(0, 21, 7):
+                (byte,) = answers.read(1)
+                length |= (byte & 0x7F) << shift
+                if byte < 0x80:
+                    break
+            identity = p2pd_pb2.Response.FromString(answers.read(length)).identify
+        addrs = [Multiaddr(addr) for addr in identity.addrs]
+        return PeerID(identity.id), [addr for addr in addrs if str(addr).startswith("/ip4/")]
+
+    def _dial(self) -> socket.socket:
+        if self.transport == "unix":
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(self.control_maddr.removeprefix("/unix"))
+            return connection
+        _, _, host, _, port = self.control_maddr.split("/")
+        return socket.create_connection((host, int(port)))
 
     def listen_maddr(self) -> str:
         """A new address for a client to listen at."""
@@ -152,14 +200,15 @@ class DaemonProcess:
 
     def keep(self) -> None:
         """Has it outlive its last client: hivemind's ends when no persistent connection is left."""
-        if self.transport == "unix":
-            self._kept = socket.socket(socket.AF_UNIX)
-            self._kept.connect(self.control_maddr.removeprefix("/unix"))
-        else:
-            _, _, host, _, port = self.control_maddr.split("/")
-            self._kept = socket.create_connection((host, int(port)))
-        self._kept.sendall(b"\x02\x08\x09")  # Request{PERSISTENT_CONN_UPGRADE}
-        assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
+        if self.kind == "hivemind":
+            self._kept = self._dial()
+            self._kept.sendall(b"\x02\x08\x09")  # Request{PERSISTENT_CONN_UPGRADE}
+            assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
+
+    def ended_of_a_race(self) -> bool:
+        """Whether it has ended of what it is known to end of now and then."""
+        words = (self.directory / "log").read_text(errors="replace")
+        return self.kind in RACES and re.search(RACES[self.kind], words[-2000:]) is not None
 
     def kill(self) -> None:
         """Ends it at once, as a crash would."""
@@ -175,6 +224,7 @@ class DaemonProcess:
         self.kill()
         if self._kept is not None:
             self._kept.close()
+            self._kept = None
         if self.process.stdout is not None:
             self.process.stdout.close()
         if self.control_maddr.startswith("/unix"):
@@ -185,6 +235,17 @@ class DaemonProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+async def still_there(*daemons: DaemonProcess) -> None:
+    """Fails if one of the daemons has ended, which is there again for the next test."""
+    if any(daemon.kind in RACES for daemon in daemons):
+        await anyio.sleep(0.2)  # in which what is to end of a client that is gone does so
+    ended = [daemon for daemon in daemons if daemon.process.poll() is not None]
+    expected = [daemon.ended_of_a_race() for daemon in ended]
+    for daemon in ended:
+        daemon.restart()
+    assert all(expected), "the daemon has ended: see below"
 
 
 def remove_directories() -> list[Path]:

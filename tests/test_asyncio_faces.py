@@ -18,7 +18,7 @@ from support import BACKENDS, new_directory, until
 from p2pclient_rs import DaemonConnector
 from p2pclient_rs.hivemind.streams import reader_and_writer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 
 MIB = 1 << 20
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -142,6 +143,7 @@ async def test_the_default_addresses_are_those_of_p2pd_and_p2pclient() -> None:
 # --- control: connections ---
 
 
+@pytest.mark.needs("disconnect")
 async def test_connected_peers_list_each_other(
     plain_daemons: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
@@ -171,6 +173,7 @@ PEER_ID_FORMS: dict[str, Callable[[PeerID], Any]] = {
 }
 
 
+@pytest.mark.needs("disconnect")
 @pytest.mark.parametrize("form", PEER_ID_FORMS.values(), ids=PEER_ID_FORMS)
 async def test_connect_and_disconnect_take_peer_ids_and_addresses_in_every_form(
     plain_daemons: tuple[DaemonProcess, DaemonProcess], form: Callable[[PeerID], Any]
@@ -208,25 +211,28 @@ async def test_connecting_to_another_peer_than_is_there_is_refused(pair: Pair) -
     assert type(refused) is DaemonRefused
     assert (refused.request, refused.peer_id, refused.protocol) == ("CONNECT", stranger, None)
     assert refused.daemon_message is not None
-    assert "peer id mismatch" in refused.daemon_message
+    assert re.search("peer id mismatch|Peer ID doesn't match", refused.daemon_message)
     for part in ("CONNECT", str(stranger), refused.daemon_message):
         assert part in str(refused)
 
 
 @pytest.mark.parametrize("addr", ["/ip4/127.0.0.1/tcp/1", "/unix/tmp/nowhere", "/ip4/127.0.0.1"])
 async def test_connecting_to_an_unusable_address_is_refused(pair: Pair, addr: str) -> None:
-    with pytest.raises(DaemonRefused, match="dial") as error:
+    with pytest.raises(DaemonRefused) as error:
         await pair.alice.connect(unknown_peer(), [addr])
     assert error.value.request == "CONNECT"
+    assert error.value.daemon_message
     assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
 
 
+@pytest.mark.needs("disconnect")
 async def test_disconnecting_from_a_peer_not_connected_is_no_error(pair: Pair) -> None:
     before = await pair.alice.list_peers()
     await pair.alice.disconnect(unknown_peer())
     assert set(before) <= set(await pair.alice.list_peers())
 
 
+@pytest.mark.needs("disconnect")
 async def test_what_the_daemon_cannot_read_as_a_peer_id_it_refuses(pair: Pair) -> None:
     with pytest.raises(DaemonRefused, match="buffer") as error:
         await pair.alice.disconnect(b"\x01\x02")
@@ -245,7 +251,8 @@ async def test_stream_open_agrees_on_the_first_protocol_that_the_peer_speaks(pai
     info, stream = await pair.alice.stream_open(peer_id, (first, second, third))
     async with stream:
         assert isinstance(info, StreamInfo)
-        assert (info.peer_id, info.addr) == (peer_id, pair.bob_daemon.addrs[0])
+        addr = str(info.addr).removesuffix(f"/p2p/{peer_id}")  # which the JavaScript daemon adds
+        assert (info.peer_id, addr) == (peer_id, str(pair.bob_daemon.addrs[0]))
         assert info.proto == second
         assert stream.info is info
         assert await stream.read() == second.encode()
@@ -272,8 +279,8 @@ async def test_a_protocol_that_the_peer_does_not_speak_is_refused(pair: Pair) ->
     assert (refused.request, refused.peer_id) == ("STREAM_OPEN", peer_id)
     assert refused.protocol == "/nobody, /speaks"
     assert refused.daemon_message is not None
-    assert "protocols not supported" in refused.daemon_message
-    with pytest.raises(DaemonRefused, match="no protocols specified"):
+    assert re.search("protocols not supported|selection failed", refused.daemon_message)
+    with pytest.raises(DaemonRefused, match="no protocols specified|must be specified"):
         await pair.alice.stream_open(peer_id, [])
 
 
@@ -298,6 +305,7 @@ async def test_registering_again_replaces_the_handler(pair: Pair) -> None:
     assert await greeting(pair.alice, pair.bob_daemon.peer_id, "/again") == b"new"
 
 
+@pytest.mark.needs("handler_taken")
 async def test_a_protocol_that_another_client_serves_is_refused(pair: Pair) -> None:
     await pair.bob.stream_handler("/taken", greeter(b"first"))
     async with pair.bob_daemon.client() as other, other.listen():
@@ -309,6 +317,7 @@ async def test_a_protocol_that_another_client_serves_is_refused(pair: Pair) -> N
     assert await greeting(pair.alice, pair.bob_daemon.peer_id, "/taken") == b"first"
 
 
+@pytest.mark.needs("balanced")
 async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> None:
     async with pair.bob_daemon.client() as other, other.listen():
         await pair.bob.stream_handler("/shared", greeter(b"one"), balanced=True)
@@ -322,6 +331,7 @@ async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> Non
             assert await greeting(pair.alice, pair.bob_daemon.peer_id, "/shared") == b"one"
 
 
+@pytest.mark.needs("remove_stream_handler")
 async def test_a_removed_handler_is_not_found_any_more(pair: Pair) -> None:
     alice, bob, peer_id = pair.alice, pair.bob, pair.bob_daemon.peer_id
     await bob.stream_handler("/passing", greeter(b"here"))
@@ -339,6 +349,7 @@ async def test_a_removed_handler_is_not_found_any_more(pair: Pair) -> None:
     assert (error.value.request, error.value.protocol) == ("REMOVE_STREAM_HANDLER", "/passing")
 
 
+@pytest.mark.needs("remove_stream_handler")
 async def test_leaving_listen_takes_the_handlers_back(pair: Pair) -> None:
     async with pair.bob_daemon.client() as client:
         for _ in range(2):  # refused the second time if the first had been left
@@ -353,6 +364,7 @@ async def test_leaving_listen_takes_the_handlers_back(pair: Pair) -> None:
 # --- the DHT ---
 
 
+@pytest.mark.needs("dht_values", "dht_public_key")
 async def test_a_public_key_record_put_by_one_is_got_by_the_other(dht_pair: Pair) -> None:
     alice, bob, peer_id = dht_pair.alice, dht_pair.bob, dht_pair.alice_daemon.peer_id
     key = await bob.dht_get_public_key(peer_id)
@@ -365,6 +377,7 @@ async def test_a_public_key_record_put_by_one_is_got_by_the_other(dht_pair: Pair
     assert set(values) == {record}
 
 
+@pytest.mark.needs("dht_values", "dht_search_value")
 async def test_a_value_that_is_not_there_is_refused_or_empty(dht_pair: Pair) -> None:
     name = b"/pk/" + unknown_peer().to_bytes()
     with pytest.raises(DaemonRefused) as error:
@@ -374,6 +387,7 @@ async def test_a_value_that_is_not_there_is_refused_or_empty(dht_pair: Pair) -> 
     assert await dht_pair.alice.dht_search_value(name) == ()
 
 
+@pytest.mark.needs("dht_validation")
 async def test_only_valid_records_can_be_put(dht_pair: Pair) -> None:
     with pytest.raises(DaemonRefused, match="invalid record keytype") as error:
         await dht_pair.alice.dht_put_value(b"/other/key", b"value")
@@ -384,6 +398,7 @@ async def test_only_valid_records_can_be_put(dht_pair: Pair) -> None:
         )
 
 
+@pytest.mark.needs("dht_no_providers")
 async def test_a_provider_is_found(dht_pair: Pair) -> None:
     cid = b"\x01\x55\x12\x20" + hashlib.sha256(os.urandom(8)).digest()
     assert await dht_pair.bob.dht_find_providers(cid, 5) == ()
@@ -397,6 +412,7 @@ async def test_a_provider_is_found(dht_pair: Pair) -> None:
     await eventually(found)
 
 
+@pytest.mark.needs("dht_bad_cid")
 async def test_what_is_no_cid_is_refused(dht_pair: Pair) -> None:
     for name, call in (
         ("DHT PROVIDE", lambda: dht_pair.alice.dht_provide(b"no cid")),
@@ -423,6 +439,7 @@ async def test_find_peer_gives_addresses(dht_pair: Pair) -> None:
     assert (error.value.request, error.value.peer_id) == ("DHT FIND_PEER", stranger)
 
 
+@pytest.mark.needs("dht_no_public_key")
 async def test_get_public_key_of_a_peer_whose_id_hashes_it_can_fail(dht_pair: Pair) -> None:
     hashed = PeerID(b"\x12\x20" + os.urandom(32))
     with pytest.raises(DaemonRefused) as error:
@@ -430,15 +447,18 @@ async def test_get_public_key_of_a_peer_whose_id_hashes_it_can_fail(dht_pair: Pa
     assert (error.value.request, error.value.peer_id) == ("DHT GET_PUBLIC_KEY", hashed)
 
 
-async def test_peers_connected_to_a_peer_are_not_supported_by_go(dht_pair: Pair) -> None:
+async def test_peers_connected_to_a_peer_are_not_supported_by_todays_daemons(
+    dht_pair: Pair,
+) -> None:
     peer_id = dht_pair.bob_daemon.peer_id
     with pytest.raises(NotSupported) as error:
         await dht_pair.alice.dht_find_peers_connected_to_peer(peer_id)
-    assert error.value.daemon_message == "not supported"
+    assert error.value.daemon_message in ("not supported", "ERR_INVALID_REQUEST_TYPE")
     assert error.value.request == "DHT FIND_PEERS_CONNECTED_TO_PEER"
     assert isinstance(error.value, DaemonRefused)
 
 
+@pytest.mark.needs("dht_off")
 async def test_without_a_dht_every_query_is_not_supported(bare_daemon: DaemonProcess) -> None:
     peer = unknown_peer()
     async with bare_daemon.client() as client:
@@ -461,6 +481,7 @@ async def test_without_a_dht_every_query_is_not_supported(bare_daemon: DaemonPro
 # --- the connection manager ---
 
 
+@pytest.mark.needs("connmgr")
 async def test_peers_can_be_tagged_and_untagged(pair: Pair) -> None:
     for peer in (pair.bob_daemon.peer_id, unknown_peer()):
         await pair.alice.connmgr_tag_peer(peer, "friend", 7)
@@ -470,6 +491,7 @@ async def test_peers_can_be_tagged_and_untagged(pair: Pair) -> None:
     assert pair.bob_daemon.peer_id in [info.peer_id for info in await pair.alice.list_peers()]
 
 
+@pytest.mark.needs("connmgr")
 async def test_trimming_keeps_the_peer_with_the_most_weight() -> None:
     options = ("-connManager", "-connLo", "1", "-connHi", "50", "-connGrace", "0s")
     with (
@@ -526,6 +548,7 @@ async def first_message(subscription: Subscription, data: bytes) -> PubsubMessag
     return message
 
 
+@pytest.mark.needs("pubsub_own", "pubsub_list_peers")
 async def test_messages_reach_the_subscribers_of_both_daemons(pair: Pair, topic: str) -> None:
     async with (
         await pair.alice.pubsub_subscribe(topic) as near,
@@ -551,6 +574,7 @@ async def test_messages_reach_the_subscribers_of_both_daemons(pair: Pair, topic:
         assert messages[0] == messages[1] == messages[2]
 
 
+@pytest.mark.needs("pubsub_list_peers")
 async def test_a_subscription_is_an_async_iterator_of_messages(pair: Pair, topic: str) -> None:
     sent = [b"%d" % number for number in range(20)]
     received = []
@@ -565,6 +589,7 @@ async def test_a_subscription_is_an_async_iterator_of_messages(pair: Pair, topic
     assert sorted(received) == sorted(sent)
 
 
+@pytest.mark.needs("pubsub_own")
 async def test_a_subscription_carries_the_daemons_own_frames(pair: Pair, topic: str) -> None:
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
         await pair.alice.pubsub_publish(topic, b"framed")
@@ -579,6 +604,7 @@ async def test_a_subscription_carries_the_daemons_own_frames(pair: Pair, topic: 
         assert b"\x12\x03raw" in await subscription.receive()
 
 
+@pytest.mark.needs("pubsub_unsubscribe", "pubsub_list_peers")
 async def test_closing_a_subscription_unsubscribes(pair: Pair, topic: str) -> None:
     subscription = await pair.bob.pubsub_subscribe(topic)
     await knows_a_subscriber(pair.alice, topic)
@@ -593,6 +619,7 @@ async def test_closing_a_subscription_unsubscribes(pair: Pair, topic: str) -> No
         await subscription.receive_message()
 
 
+@pytest.mark.needs("pubsub_own")
 async def test_a_message_of_a_mebibyte_arrives(pair: Pair, topic: str) -> None:
     data = os.urandom(1 << 20)
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
@@ -600,6 +627,7 @@ async def test_a_message_of_a_mebibyte_arrives(pair: Pair, topic: str) -> None:
         assert (await subscription.receive_message()).data == data
 
 
+@pytest.mark.needs("pubsub_list_peers")
 async def test_a_message_of_a_mebibyte_with_its_envelope_reaches_other_daemons(
     pair: Pair, topic: str
 ) -> None:
@@ -610,6 +638,7 @@ async def test_a_message_of_a_mebibyte_with_its_envelope_reaches_other_daemons(
         assert (await subscription.receive_message()).data == data
 
 
+@pytest.mark.needs("pubsub_own")
 async def test_an_empty_message_and_a_topic_in_any_script(pair: Pair) -> None:
     name = f"Thema – 主题 {os.urandom(4).hex()}"
     async with await pair.alice.pubsub_subscribe(name) as subscription:
@@ -619,6 +648,7 @@ async def test_an_empty_message_and_a_topic_in_any_script(pair: Pair) -> None:
         assert (message.data, message.topic_ids) == (b"", (name,))
 
 
+@pytest.mark.needs("pubsub_own")
 async def test_a_subscription_whose_wait_is_cancelled_loses_nothing(pair: Pair, topic: str) -> None:
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
         with anyio.move_on_after(0.05) as scope:
@@ -628,6 +658,7 @@ async def test_a_subscription_whose_wait_is_cancelled_loses_nothing(pair: Pair, 
         assert (await subscription.receive_message()).data == b"after"
 
 
+@pytest.mark.needs("pubsub_off")
 async def test_without_pubsub_every_request_is_not_supported(bare_daemon: DaemonProcess) -> None:
     async with bare_daemon.client() as client:
         for name, call in {
@@ -829,6 +860,7 @@ async def test_a_daemon_restarted_at_the_same_address_is_used_as_if_nothing_had_
 # --- sub-clients ---
 
 
+@pytest.mark.needs("connmgr", "list_peers_always")
 async def test_sub_clients_share_the_connections_of_the_client(pair: Pair) -> None:
     client = pair.alice
     assert client.control.daemon_connector is client.dht.daemon_connector

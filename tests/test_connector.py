@@ -45,7 +45,7 @@ from p2pclient_rs import (
 )
 from p2pclient_rs.connector import Types
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 
 FAKE_PEER = PeerID(PEER)
 

@@ -26,9 +26,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from p2pclient_rs import Multiaddr, PeerID
+import p2pclient_rs.daemon
+from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo
 from p2pclient_rs.daemon import Daemon, unused_tcp_port
-from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    DaemonNotFound,
+    DaemonStartError,
+    DaemonUnreachable,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -101,6 +107,16 @@ def links(pid: int | None) -> list[str]:
 def script(path: Path, body: str, interpreter: str = "/bin/sh") -> Path:
     path.write_text(f"#!{interpreter}\n{textwrap.dedent(body)}")
     path.chmod(0o755)
+    return path
+
+
+# The first key pair of RFC 8032.
+PRIVATE = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+PUBLIC = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+
+
+def write_key(path: Path) -> Path:
+    path.write_bytes(b"\x08\x01\x12\x40" + bytes.fromhex(PRIVATE + PUBLIC))
     return path
 
 
@@ -254,13 +270,8 @@ async def test_a_long_temporary_directory_is_avoided(
 
 
 async def test_identity_file(tmp_path: Path) -> None:
-    # The first key pair of RFC 8032, in libp2p's encoding.
-    private = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
-    public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
-    key = tmp_path / "key"
-    key.write_bytes(b"\x08\x01\x12\x40" + bytes.fromhex(private + public))
-    async with Daemon(identity=key) as daemon:
-        assert daemon.peer_id == PeerID(b"\x00\x24\x08\x01\x12\x20" + bytes.fromhex(public))
+    async with Daemon(identity=write_key(tmp_path / "key")) as daemon:
+        assert daemon.peer_id == PeerID(b"\x00\x24\x08\x01\x12\x20" + bytes.fromhex(PUBLIC))
 
 
 async def test_bootstrap_peers_are_connected() -> None:
@@ -334,6 +345,12 @@ async def test_a_quiet_daemon_is_ready_when_it_answers() -> None:
         ({"identity": os.fsdecode(b"key-\xff")}, "not UTF-8"),
         ({"start_timeout": -1}, "start_timeout cannot be -1"),
         ({"stop_timeout": float("nan")}, "stop_timeout cannot be nan"),
+        ({"control_maddr": f"/unix/tmp/{'x' * 103}"}, "its path is 108 bytes long, more than"),
+        ({"bootstrap_peers": [UNREACHABLE, "/ip4/127.0.0.1/tcp/1"]}, r'tcp/1".* end in /p2p/'),
+        ({"bootstrap_peers": [UNREACHABLE, "/ip4/1.2.3/tcp/1"]}, r'"/ip4/1.2.3/tcp/1" cannot'),
+        ({"bootstrap_peers": ["/ip4/127.0.0.1/tcp/1/p2p/QmA"]}, "QmA.*cannot be one: .*QmA"),
+        ({"bootstrap": "later"}, "bootstrap is .*required.*background.*later"),
+        ({"restart": -1}, "restart cannot be -1 deaths"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
@@ -385,6 +402,86 @@ async def test_silence_ends_in_a_timeout(tmp_path: Path) -> None:
     assert not daemon.running
 
 
+async def test_a_daemon_that_takes_requests_and_never_answers_is_given_up(tmp_path: Path) -> None:
+    body = """
+        import socket, sys
+        path = next(a for a in sys.argv if a.startswith("-listen=")).partition("/unix")[2]
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+            server.listen()
+            connections = [server.accept() for _ in range(100)]
+    """
+    daemon = Daemon(script(tmp_path / "p2pd", body, sys.executable), start_timeout=1)
+    with pytest.raises(DaemonStartError, match=r"not ready in 1 seconds and printed nothing"):
+        await daemon.start()
+    assert daemon.returncode == -signal.SIGKILL
+
+
+# In the words of the daemons themselves.
+@pytest.mark.parametrize(
+    ("status", "words", "cause"),
+    [
+        (
+            2,
+            "flag provided but not defined: -dhtServer\nUsage of p2pd:\n  -announceAddrs string\n",
+            "this daemon has no option -dhtServer",
+        ),
+        (
+            2,
+            'invalid value "5" for flag -connGrace: parse error\nUsage of p2pd:\n  -b\n',
+            'invalid value "5" for flag -connGrace: parse error',
+        ),
+    ],
+)
+async def test_a_daemon_older_than_its_options_names_them(
+    tmp_path: Path, status: int, words: str, cause: str
+) -> None:
+    (tmp_path / "words").write_text(words)
+    fake = script(tmp_path / "p2pd", f"cat {tmp_path}/words >&2; exit {status}")
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(fake, dht="server").start()
+    assert caught.value.cause == cause and caught.value.returncode == status
+    assert caught.value.logs == words.splitlines()[:1]
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"extra_args": ["--nonsense=1"]}, "jsp2pd has no option --nonsense"),
+        ({"extra_args": ["-muxer=yamux"]}, "jsp2pd has no option -muxer"),
+        ({"dht": "client"}, "jsp2pd has no option for a DHT client .-dhtClient"),
+        ({"relay": False}, "jsp2pd has no option for switching the relay off .-relay=false"),
+    ],
+)
+async def test_what_jsp2pd_would_ignore_is_refused(
+    tmp_path: Path, options: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(ValueError, match=flag):
+        await Daemon(script(tmp_path / "jsp2pd", "exit 1"), **options).start()
+
+
+async def test_jsp2pd_has_started_when_it_says_so(tmp_path: Path) -> None:
+    body = """
+        import socket, sys
+        path = next(a for a in sys.argv if a.startswith("--listen=")).partition("/unix")[2]
+        assert sys.argv[2:] == ["--hostAddrs=/ip4/127.0.0.1/tcp/0", "--dht=true", "--nat"]
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+            server.listen()
+            print("daemon has started", flush=True)
+            while True:
+                connection, _ = server.accept()
+                connection.recv(100)
+                identify = b"\\x0a\\x22\\x12\\x20" + bytes(32)
+                answer = b"\\x08\\x00\\x22" + bytes([len(identify)]) + identify
+                connection.send(bytes([len(answer)]) + answer)
+    """
+    fake = script(tmp_path / "jsp2pd", body, sys.executable)
+    async with Daemon(fake, dht="server", extra_args=["--nat"]) as daemon:
+        assert daemon.logs == ["daemon has started"]
+        assert daemon.peer_id == PeerID(b"\x12\x20" + bytes(32))
+
+
 async def test_a_wrong_flag_is_named() -> None:
     with pytest.raises(DaemonStartError, match="status 2 .*no option -nonsense") as caught:
         await Daemon(extra_args=["-nonsense"]).start()
@@ -403,6 +500,23 @@ async def test_a_port_taken_is_named(where: str) -> None:
     assert caught.value.cause == f"{host}:{port} is already in use"
 
 
+@pytest.mark.parametrize("kind", ["file", "directory"])
+async def test_a_socket_path_that_something_else_has_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    path.touch() if kind == "file" else path.mkdir()
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(control_maddr=f"/unix{path}").start()
+    assert caught.value.cause == f"{path} is already in use"
+    assert path.is_file() if kind == "file" else path.is_dir()
+
+
+async def test_a_socket_path_without_its_directory_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "missing/c.sock"
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(control_maddr=f"/unix{path}").start()
+    assert caught.value.cause == f"the directory of {path} does not exist"
+
+
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 async def test_another_daemon_at_the_address_is_not_taken_for_it(kind: str, tmp_path: Path) -> None:
     wanted = f"/unix{tmp_path}/c.sock" if kind == "unix" else "/ip4/127.0.0.1/tcp/0"
@@ -416,15 +530,28 @@ async def test_another_daemon_at_the_address_is_not_taken_for_it(kind: str, tmp_
 
 async def test_the_answer_of_another_peer_is_not_believed(tmp_path: Path, p2pd: Path) -> None:
     body = f'echo "Peer ID: 12D3KooWother"\nexec {p2pd} -q "$@"'
-    daemon = Daemon(script(tmp_path / "p2pd", body), start_timeout=1)
+    daemon = Daemon(script(tmp_path / "p2pd", body), start_timeout=3)
     with pytest.raises(DaemonStartError, match="another daemon, 12D3.*, answers in its place"):
         await daemon.start()
 
 
-async def test_unreachable_bootstrap_peers_are_named() -> None:
-    with pytest.raises(DaemonStartError) as caught:
-        await Daemon(bootstrap_peers=[UNREACHABLE]).start()
-    assert caught.value.cause == f"no bootstrap peer could be reached: {UNREACHABLE}"
+async def test_unreachable_bootstrap_peers_are_named_with_the_reason() -> None:
+    daemon = Daemon(bootstrap_peers=[UNREACHABLE])
+    with pytest.raises(DaemonStartError, match="status 1 before it was ready") as caught:
+        await daemon.start()
+    cause = caught.value.cause or ""
+    assert cause.startswith(f"no bootstrap peer could be reached: {UNREACHABLE} (")
+    assert "connection refused" in cause and "\n" not in cause
+
+
+async def test_a_bootstrap_peer_that_is_another_peer_is_named() -> None:
+    async with Daemon() as other:
+        peer = f"{other.addrs[0]}/p2p/{PeerID(UNREACHABLE.rpartition('/')[2])}"
+        with pytest.raises(DaemonStartError) as caught:
+            await Daemon(bootstrap_peers=[peer]).start()
+        cause = caught.value.cause or ""
+        assert cause.startswith(f"no bootstrap peer could be reached: {peer} (")
+        assert f"remote key matches {other.peer_id}" in cause
 
 
 async def test_an_unreachable_bootstrap_peer_among_others_is_not_fatal() -> None:
@@ -454,6 +581,25 @@ async def test_it_is_not_ready_before_its_bootstrap_peers_are_reached(tmp_path: 
     with pytest.raises(DaemonStartError, match="status 1 .*no bootstrap peer") as caught:
         await Daemon(fake, bootstrap_peers=[UNREACHABLE]).start()
     assert caught.value.returncode == 1
+
+
+async def test_an_identity_file_that_cannot_be_written_will_do(tmp_path: Path) -> None:
+    key = write_key(tmp_path / "key")
+    key.chmod(0o400)
+    tmp_path.chmod(0o500)
+    before = key.read_bytes()
+    try:
+        async with Daemon(identity=key) as one, Daemon(identity=key, restart=True) as other:
+            assert one.peer_id == other.peer_id
+    finally:
+        tmp_path.chmod(0o700)
+    assert key.read_bytes() == before
+
+
+async def test_an_identity_that_is_a_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(identity=tmp_path).start()
+    assert caught.value.cause == f"cannot read the identity file {tmp_path}: is a directory"
 
 
 @pytest.mark.parametrize(
@@ -633,6 +779,77 @@ async def test_a_daemon_that_dies_is_noticed_and_cleared_up() -> None:
     assert not directory_of(daemon).exists()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.sleep(0.01)
+
+
+async def suspend(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    stat_of = Path(f"/proc/{pid}/stat")
+    await until(lambda: stat_of.read_text().rpartition(")")[2].split()[0] == "T")
+
+
+async def test_a_daemon_that_was_suspended_is_killed() -> None:
+    async with Daemon(stop_timeout=0.2) as daemon:
+        await suspend(daemon.pid or 0)
+    assert daemon.returncode == -signal.SIGKILL
+
+
+async def test_when_it_dies_calls_under_way_fail_and_wait_returns() -> None:
+    failures: list[Exception] = []
+    statuses: list[int] = []
+
+    async def call(client: Client) -> None:
+        # What the daemon had not read is sent again, in vain.
+        with pytest.raises((ConnectionLost, DaemonUnreachable)) as caught:
+            await client.identify()
+        failures.append(caught.value)
+
+    async def wait() -> None:
+        statuses.append(await daemon.wait())
+
+    async with Daemon() as daemon, daemon.client() as client:
+        pid = daemon.pid or 0
+        await suspend(pid)  # so that it answers none of them
+        with anyio.fail_after(15):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(call, client)
+                    tasks.start_soon(wait)
+                for _ in range(100):
+                    await anyio.lowlevel.checkpoint()
+                assert daemon.running and not failures and not statuses
+                os.kill(pid, signal.SIGKILL)
+        assert len(failures) == 3 and statuses == 3 * [-signal.SIGKILL]
+        assert await daemon.wait() == -signal.SIGKILL
+
+
+async def test_wait_returns_when_it_was_stopped_and_needs_a_start() -> None:
+    daemon = Daemon(stop_timeout=60)
+    with pytest.raises(RuntimeError, match="not been started"):
+        await daemon.wait()
+    await daemon.start()
+    with anyio.move_on_after(0.01) as patience:
+        await daemon.wait()
+    assert patience.cancelled_caught
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(daemon.stop)
+        assert await daemon.wait() in ENDED_ITSELF
+    assert await daemon.wait() == daemon.returncode
+
+
+async def test_wait_does_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    async with Daemon() as daemon:
+        os.kill(daemon.pid or 0, signal.SIGKILL)
+        assert await daemon.wait() == -signal.SIGKILL
+
+
 async def test_two_tasks_may_stop_it() -> None:
     daemon = await Daemon(stop_timeout=60).start()
     async with anyio.create_task_group() as tasks:
@@ -651,16 +868,291 @@ async def test_a_forgotten_daemon_is_killed_with_a_warning() -> None:
     assert not is_alive(pid) and not directory.exists()
 
 
+# --- started again ---
+
+
+async def another_run(daemon: Daemon, pid: int | None) -> None:
+    """Waits until a process other than that one answers."""
+    with anyio.fail_after(20):
+        while True:
+            if daemon.pid not in (None, pid):
+                with suppress(p2pclient_rs.ControlFailure):
+                    async with Client(daemon.control_maddr) as client:
+                        await client.identify()
+                        return
+            await anyio.sleep(0.01)
+
+
+async def test_it_is_not_started_again_unasked(caplog: pytest.LogCaptureFixture) -> None:
+    async with Daemon() as daemon:
+        os.kill(daemon.pid or 0, signal.SIGKILL)
+        await daemon.wait()
+        assert not daemon.running and daemon.failure is None
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("identity", ["temporary", "file"])
+async def test_a_daemon_that_dies_is_started_again_as_the_same_peer(
+    identity: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "p2pclient_rs.daemon")
+    key = write_key(tmp_path / "key") if identity == "file" else None
+    async with Daemon(restart=True, identity=key) as daemon, daemon.client() as client:
+        before = await client.identify()
+        (directory,) = {directory_of(daemon)}
+        pid, command, statuses = daemon.pid, daemon.command, []
+
+        async def wait() -> None:
+            statuses.append(await daemon.wait())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            os.kill(pid or 0, signal.SIGKILL)
+            await another_run(daemon, pid)
+            # The same client, and the same peer at the same addresses.
+            assert await client.identify() == before == (daemon.peer_id, daemon.addrs)
+            assert daemon.command == command and directory_of(daemon) == directory
+            assert daemon.running and daemon.returncode is None and not statuses
+            await until(lambda: len(caplog.messages) == 2)
+            await daemon.stop()
+        assert statuses == [daemon.returncode] and daemon.failure is None
+    assert "killed by SIGKILL" in caplog.messages[0] and "again in 0.1 s" in caplog.messages[0]
+    assert caplog.messages[1].startswith("the daemon was started again as process ")
+    assert len([line for line in daemon.logs if line.startswith("Peer ID: ")]) == 2
+
+
+async def test_its_temporary_identity_is_private_and_goes_with_it() -> None:
+    async with Daemon(restart=True) as daemon:
+        (key,) = directory_of(daemon).glob("*.key")
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        peer_id = daemon.peer_id
+    async with daemon:
+        assert daemon.peer_id != peer_id
+
+
+async def test_the_socket_that_it_left_does_not_keep_it_out(tmp_path: Path) -> None:
+    control = f"/unix{tmp_path}/c.sock"
+    async with Daemon(restart=True, control_maddr=control) as daemon:
+        pid = daemon.pid
+        os.kill(pid or 0, signal.SIGKILL)
+        await another_run(daemon, pid)
+    assert not (tmp_path / "c.sock").exists()
+
+
+async def test_the_handlers_of_its_clients_come_back_with_it() -> None:
+    async def greet(info: StreamInfo, stream: Stream) -> None:
+        await stream.send(b"hello")
+        await stream.aclose()
+
+    async def echo(data: bytes, peer: PeerID) -> bytes:
+        return data
+
+    async with (
+        Daemon(restart=True) as daemon,
+        Daemon() as other,
+        daemon.client() as server,
+        other.client() as caller,
+        server.listen(),
+    ):
+        await server.stream_handler("/greet", greet)
+        await server.stream_handler("/balanced", greet, balanced=True)
+        await server.add_unary_handler("echo", echo)
+        pid = daemon.pid
+        os.kill(pid or 0, signal.SIGKILL)
+        await another_run(daemon, pid)
+        await caller.connect(daemon.peer_id, daemon.addrs)
+
+        # With no call of the server's.
+        async def greeted(protocol: str) -> bool:
+            try:
+                _, stream = await caller.stream_open(daemon.peer_id, [protocol])
+                return await stream.receive() == b"hello"
+            except (p2pclient_rs.DaemonRefused, anyio.EndOfStream, anyio.BrokenResourceError):
+                return False
+
+        async def echoed() -> bool:
+            try:
+                return await caller.call_unary(daemon.peer_id, "echo", b"data") == b"data"
+            except (p2pclient_rs.DaemonRefused, p2pclient_rs.P2PHandlerError):
+                return False
+
+        with anyio.fail_after(20):
+            while not await greeted("/greet") or not await greeted("/balanced"):
+                await anyio.sleep(0.02)
+            while not await echoed():
+                await anyio.sleep(0.02)
+
+
+@pytest.fixture
+def mortal(tmp_path: Path, p2pd: Path) -> Path:
+    """A p2pd that can be started until the file `broken` is there, and counts its starts."""
+    body = f"""
+        echo run >> {tmp_path}/runs
+        if [ -e {tmp_path}/broken ]; then echo too bad; exit 3; fi
+        exec {p2pd} "$@"
+    """
+    return script(tmp_path / "p2pd", body)
+
+
+async def test_it_is_given_up_after_so_many_quick_deaths(
+    mortal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Daemon(mortal, restart=3) as daemon:
+        (tmp_path / "broken").touch()
+        os.kill(daemon.pid or 0, signal.SIGKILL)
+        with anyio.fail_after(20):
+            assert await daemon.wait() == 3
+        assert not daemon.running and daemon.returncode == 3
+        failure = daemon.failure
+        assert failure is not None and failure.returncode == 3 and failure.logs == ["too bad"]
+        assert "exited with status 3 before it was ready" in str(failure)
+    assert (tmp_path / "runs").read_text() == 3 * "run\n"
+    assert caplog.messages[-1].startswith("the daemon has died 3 times in a row and is given up: ")
+    assert len(caplog.messages) == 3
+    (tmp_path / "broken").unlink()
+    async with daemon:
+        assert daemon.failure is None
+
+
+async def test_a_restart_that_hangs_is_a_death(tmp_path: Path, p2pd: Path) -> None:
+    body = f'[ -e {tmp_path}/hang ] && exec sleep 1000\nexec {p2pd} "$@"'
+    daemon = Daemon(script(tmp_path / "p2pd", body), restart=2, start_timeout=10)
+    async with daemon:
+        (tmp_path / "hang").touch()
+        daemon._keeper._start_timeout = 0.2  # type: ignore[union-attr]
+        os.kill(daemon.pid or 0, signal.SIGKILL)
+        with anyio.fail_after(20):
+            assert await daemon.wait() == -signal.SIGKILL
+        assert "not ready in 0.2 seconds and printed nothing" in str(daemon.failure)
+
+
+async def test_a_first_start_that_fails_is_not_repeated(mortal: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    daemon = Daemon(mortal, restart=True)
+    with pytest.raises(DaemonStartError, match="status 3"):
+        await daemon.start()
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+async def test_it_can_be_stopped_while_it_is_being_started_again(
+    mortal: Path, tmp_path: Path
+) -> None:
+    async with Daemon(mortal, restart=100) as daemon:
+        (tmp_path / "broken").touch()
+        os.kill(daemon.pid or 0, signal.SIGKILL)
+        runs = tmp_path / "runs"
+        await until(lambda: len(runs.read_text().splitlines()) == 3)
+        begun = time.monotonic()
+        await daemon.stop()
+        assert time.monotonic() - begun < 3
+        count = len(runs.read_text().splitlines())
+        await anyio.sleep(1)  # in which it would have been started again
+        assert len(runs.read_text().splitlines()) == count
+    assert daemon.failure is None
+
+
+async def test_a_forgotten_daemon_is_not_started_again() -> None:
+    daemon = await Daemon(restart=True).start()
+    pid, directory = daemon.pid, directory_of(daemon)
+    with pytest.warns(ResourceWarning, match=f"daemon {pid} was not stopped"):
+        del daemon
+        gc.collect()
+    assert not is_alive(pid or 0) and not directory.exists()
+    await anyio.sleep(0.5)
+    assert children() == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_no_task_is_left_of_what_looked_after_it() -> None:
+    import asyncio
+
+    before = asyncio.all_tasks()
+    async with Daemon(restart=True, bootstrap_peers=[UNREACHABLE], bootstrap="background"):
+        assert asyncio.all_tasks() > before
+    assert asyncio.all_tasks() == before
+
+
+# --- bootstrap peers in the background ---
+
+
+async def test_it_starts_without_its_bootstrap_peers_and_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    daemon = Daemon(bootstrap_peers=[UNREACHABLE], bootstrap="background")
+    async with daemon, daemon.client() as client:
+        assert "-b" not in daemon.command
+        assert await client.list_peers() == ()
+        await until(lambda: len(caplog.messages) == 1)
+        message = f"cannot connect to the bootstrap peer {UNREACHABLE}: "
+        assert caplog.messages[0].startswith(message)
+        assert "connection refused" in caplog.messages[0]
+
+
+class Hasty:
+    """A schedule with no pauses to speak of."""
+
+    TIMEOUT = 30.0
+
+    def connected(self) -> tuple[float, bool]:
+        return 0.02, False
+
+    def failed(self, reason: str) -> tuple[float, bool]:
+        return 0.02, True
+
+
+async def connected_to(client: Client, peer_id: PeerID) -> None:
+    with anyio.fail_after(25):
+        while peer_id not in [info.peer_id for info in await client.list_peers()]:
+            await anyio.sleep(0.01)
+
+
+async def test_bootstrap_peers_are_connected_again_when_they_are_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(p2pclient_rs.daemon, "Reconnection", Hasty)
+    async with Daemon() as other:
+        peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
+        options: dict[str, Any] = {"bootstrap": "background", "restart": True}
+        async with Daemon(bootstrap_peers=[UNREACHABLE, peer], **options) as daemon:
+            async with daemon.client() as client:
+                await connected_to(client, other.peer_id)
+                await client.disconnect(other.peer_id)
+                await connected_to(client, other.peer_id)
+                # Also by another process of the same daemon.
+                pid = daemon.pid
+                os.kill(pid or 0, signal.SIGKILL)
+                await another_run(daemon, pid)
+                await connected_to(client, other.peer_id)
+    assert not [m for m in caplog.messages if peer in m]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_bootstrap_peer_that_comes_later_is_connected(tmp_path: Path) -> None:
+    port = unused_tcp_port()
+    options: dict[str, Any] = {
+        "identity": write_key(tmp_path / "key"),
+        "host_addrs": [f"/ip4/127.0.0.1/tcp/{port}"],
+    }
+    async with Daemon(**options) as other:
+        peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
+    daemon = Daemon(bootstrap_peers=[peer], bootstrap="background")
+    async with daemon, daemon.client() as client, Daemon(**options):
+        await connected_to(client, other.peer_id)
+
+
 # --- the end of the process that started it ---
 
 PROGRAM = """
 import atexit, gc, json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
+# A shell's background jobs, and so these tests there, are started to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import anyio
 from p2pclient_rs.daemon import Daemon
 
 async def main():
-    daemon = await Daemon(stop_timeout=60).start()
+    daemon = await Daemon(stop_timeout=60{options}).start()
+    {before}
     janitor = daemon._process.janitor_pid
     print(json.dumps([daemon.pid, janitor, str(daemon.control_maddr)]), flush=True)
     sys.stdin.readline()
@@ -674,8 +1166,10 @@ FOREVER = "await anyio.sleep_forever()"
 class Program:
     """A Python process that starts a daemon."""
 
-    def __init__(self, backend: Backend, then: str) -> None:
-        code = PROGRAM.format(backend=backend, then=then)
+    def __init__(
+        self, backend: Backend, then: str, options: str = "", before: str = "pass"
+    ) -> None:
+        code = PROGRAM.format(backend=backend, then=then, options=options, before=before)
         home = {**os.environ, "TMPDIR": str(tempfile.tempdir)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=home
@@ -708,7 +1202,25 @@ def test_a_killed_parent_leaves_no_orphan(anyio_backend: Backend, number: signal
     program = Program(anyio_backend, FOREVER)
     status, _ = program.end(number)
     assert status == -number
-    eventually(lambda: not program.left())
+    eventually(lambda: not program.left(), 5)
+
+
+#: Has the daemon die, and waits until it has been started again.
+DIE = """
+    first = daemon.pid
+    os.kill(first, signal.SIGKILL)
+    while daemon.pid in (None, first):
+        await anyio.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_daemon_that_was_started_again_is_no_orphan(
+    anyio_backend: Backend, number: signal.Signals
+) -> None:
+    program = Program(anyio_backend, FOREVER, options=", restart=True", before=DIE)
+    program.end(number)
+    eventually(lambda: not program.left(), 5)
 
 
 def test_ctrl_c_reaches_the_parent_which_stops_it(anyio_backend: Backend) -> None:

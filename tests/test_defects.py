@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.independent
+
 
 @pytest.mark.parametrize(("kind", "right"), [("ours", True), ("hivemind", False)])
 def test_what_hivemind_cannot_take_is_no_matter_here(kind: str, right: bool) -> None:

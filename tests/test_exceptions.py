@@ -19,6 +19,8 @@ from p2pclient_rs.exceptions import (
     P2PDaemonError,
 )
 
+pytestmark = pytest.mark.independent
+
 PEER = PeerID("QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
 ALL: list[type[P2PDaemonError]] = [getattr(exceptions, name) for name in exceptions.__all__]
 

@@ -30,7 +30,11 @@ import p2pclient_rs
 from p2pclient_rs.p2pclient.pb import p2pd_pb2
 
 # The original leaves sockets to the garbage collector; that ours does not, conftest checks.
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.needs("unary"),
+]
 
 MIB = 1 << 20
 MODULES = ("control", "p2pclient", "utils", "datastructures")

@@ -21,6 +21,8 @@ import pytest
 import p2pclient_rs
 from p2pclient_rs.install import KNOWN_HIVEMIND
 
+pytestmark = pytest.mark.independent
+
 PEER_ID = "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7"
 
 

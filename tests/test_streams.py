@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import random
+import resource
 import select
 import socket
 import sys
@@ -1131,6 +1132,14 @@ async def test_a_stranger_at_the_listener_does_no_harm(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def peek(sock: socket.socket) -> bytes:
+    """What has come to a non-blocking socket, and stays there."""
+    try:
+        return sock.recv(100, socket.MSG_PEEK)
+    except BlockingIOError:
+        return b""
+
+
 def is_closed(sock: socket.socket) -> bool:
     """Whether the other side of a non-blocking socket has closed it."""
     try:
@@ -1139,6 +1148,25 @@ def is_closed(sock: socket.socket) -> bool:
         return False
     except ConnectionResetError:
         return True
+
+
+async def test_streams_wait_while_the_listener_has_no_descriptors_and_that_is_said_once(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    await pair.bob.stream_handler("/echo", echo)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connect_to_listener(pair.bob) as daemon:
+        daemon.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            await until(lambda: "Too many open files" in caplog.text)
+            await anyio.sleep(0.35)  # some more attempts
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        daemon.sendall(frame(HEADER) + b"ping")
+        await until(lambda: peek(daemon) == b"ping")
+    said = [r for r in caplog.records if r.getMessage().startswith("cannot accept a stream")]
+    assert len(said) == 1
 
 
 async def test_a_stream_whose_header_comes_byte_by_byte_is_handled(pair: Pair) -> None:

@@ -29,6 +29,8 @@ from p2pclient_rs import (
     StreamInfo,
 )
 
+pytestmark = pytest.mark.independent
+
 RSA = "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7"
 RSA_BYTES = base58.b58decode(RSA)
 ED25519 = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"

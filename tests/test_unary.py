@@ -34,7 +34,7 @@ from p2pclient_rs import (
     StreamInfo,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 #: What clients and daemons take, in bytes.
 LIMIT = 4 << 20

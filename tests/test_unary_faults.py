@@ -56,7 +56,7 @@ from p2pclient_rs import (
     ProtocolViolation,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 FAKE_PEER = PeerID(PEER)
 #: Ids of incoming calls.
@@ -474,9 +474,43 @@ async def test_a_daemon_restarted_at_its_address_has_the_handlers_again() -> Non
             with DaemonProcess(control_maddr=address) as there:
                 async with bob:
                     await until(lambda: not bob.unary.connected)
-                    await bob.unary.open(timeout=10)
+                    # Who only serves never asks.
+                    await until(lambda: bob.unary.connected)
                     await alice.connect(there.peer_id, there.addrs)
                     assert await alice.call_unary(there.peer_id, "echo", b"after") == b"after"
+
+
+@pytest.mark.parametrize("how", ["removed", "closed", "dropped"])
+async def test_who_serves_nothing_any_more_stops_looking_for_the_daemon(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pclient_rs.unary._PAUSES", (0.01, 0.02))
+
+    def script(connection: Connection) -> None:
+        if connection.number == 1:
+            connection.upgrade()
+            connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        else:
+            connection.read_request()
+
+    with FakeDaemon(script) as fake:
+        client: Client | None = Client(fake.control_maddr)
+        assert client is not None
+        await client.add_unary_handler("echo", echo)
+        await until(lambda: fake.accepted > 5)
+        if how == "removed":
+            await client.remove_unary_handler("echo")
+        elif how == "closed":
+            await client.close()
+        else:
+            client = None
+            gc.collect()
+        await anyio.sleep(0.1)  # an attempt under way may end
+        before = fake.accepted
+        await anyio.sleep(0.3)
+        assert fake.accepted == before
+        if client is not None:
+            await client.close()
 
 
 # --- answers that are none ---

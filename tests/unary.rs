@@ -91,8 +91,13 @@ async fn a_thousand_calls_at_once_each_way_are_answered_each_with_its_own() {
         };
         tokio::spawn(async move {
             let payload = pattern(number * 97 % 20_000, number * 8);
-            let reply = client.call_unary(callee, "many", payload.clone()).await;
-            assert!(reply.unwrap() == payload);
+            loop {
+                match client.call_unary(callee, "many", payload.clone()).await {
+                    // The daemons limit the streams that are being opened between them.
+                    Err(Error::Refused { message, .. }) if message == "stream reset" => continue,
+                    reply => break assert!(reply.unwrap() == payload),
+                }
+            }
         })
     });
     for call in join_all(calls).await {
@@ -399,13 +404,9 @@ async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_ha
         .connect(far_daemon.peer_id(), far_daemon.addrs())
         .await
         .unwrap();
-    // The call opens the connection, and that brings the handlers back.
-    let call = client
-        .call_unary(far_daemon.peer_id(), "nobody's", "")
-        .await;
-    assert!(matches!(call, Err(Error::Refused { .. })));
-    let reply = far.call_unary(daemon.peer_id(), "echo", "again").await;
-    assert_eq!(reply.unwrap(), "again");
+    // Without a call of its own.
+    let again = async || Ok(far.call_unary(daemon.peer_id(), "echo", "again").await?);
+    assert_eq!(eventually(again).await, "again");
     daemon.shutdown().await;
     std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
 }
@@ -1159,7 +1160,7 @@ async fn a_close_that_is_given_up_closes_all_the_same() {
 }
 
 #[tokio::test]
-async fn who_only_serves_is_told_when_the_connection_is_lost() {
+async fn who_only_serves_is_told_when_the_connection_is_lost_and_opens_another_by_itself() {
     let daemon = FakeDaemon::new();
     let (client, connection) = serving(&daemon, "echo", echo_or_words).await;
     let (lost, ()) = join!(client.unary_lost(), async { drop(connection) });
@@ -1167,12 +1168,11 @@ async fn who_only_serves_is_told_when_the_connection_is_lost() {
         matches!(lost, Some(Error::ConnectionLost { .. })),
         "{lost:?}"
     );
+    let mut connection = within("the next", Persistent::accept(&daemon)).await;
+    let (id, name) = connection.addition().await;
+    assert_eq!(name, "echo");
+    connection.answer(&id, None).await;
+    client.open_unary().await.unwrap();
+    client.close().await;
     assert!(client.unary_lost().await.is_none());
-    let (opened, ()) = join!(client.open_unary(), async {
-        let mut connection = Persistent::accept(&daemon).await;
-        let (id, name) = connection.addition().await;
-        assert_eq!(name, "echo");
-        connection.answer(&id, None).await;
-    });
-    opened.unwrap();
 }

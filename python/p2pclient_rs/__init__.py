@@ -40,6 +40,7 @@ from p2pclient_rs.exceptions import (
     ProtocolViolation,
 )
 from p2pclient_rs.install import InstallReport, UnsupportedVersion, install, uninstall
+from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
 from p2pclient_rs.unary import UnaryClient
@@ -83,6 +84,7 @@ __all__ = [
     "P2PHandlerError",
     "PeerID",
     "PeerInfo",
+    "PeerstoreClient",
     "Protocol",
     "ProtocolLookupError",
     "ProtocolViolation",

@@ -29,7 +29,9 @@ __all__ = [
     "RawListener",
     "RawStream",
     "Readiness",
+    "Reconnection",
     "Request",
+    "Restarts",
     "StreamInfo",
     "__version__",
     "decode_pubsub_message",
@@ -363,6 +365,12 @@ class Request:
     @staticmethod
     def connmgr_trim() -> Request: ...
     @staticmethod
+    def peerstore_is_there() -> Request: ...
+    @staticmethod
+    def peerstore_get_protocols(peer: _PeerIDLike) -> Request: ...
+    @staticmethod
+    def peerstore_get_peer_info(peer: _PeerIDLike) -> Request: ...
+    @staticmethod
     def pubsub_get_topics() -> Request: ...
     @staticmethod
     def pubsub_list_peers(topic: str) -> Request: ...
@@ -491,9 +499,11 @@ class DaemonOptions:
         host_addrs: list[str],
         announce_addrs: list[str],
         bootstrap_peers: list[str],
+        bootstrap: str,
         identity: str | PathLike[str] | None,
         control_maddr: Multiaddr | str | None,
         extra_args: list[str],
+        restart: bool | int,
     ) -> Self: ...
 
 def find_daemon(
@@ -529,8 +539,29 @@ class DaemonProcess:
     made."""
 
     def __new__(cls, binary: str | PathLike[str], options: DaemonOptions, parent: str) -> Self: ...
+    def without_bootstrap(self) -> DaemonProcess:
+        """The same daemon in a process of its own, which does not connect to its bootstrap
+        peers."""
+
+    def bootstrap_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
+        """Each with its address as it was given."""
+
+    def background_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
+        """Those that are not for the daemon itself to connect to."""
+
+    def restarts(self) -> Restarts | None:
+        """When it is to be started again; None if never."""
+
+    def keep(self, kept: bool) -> None:
+        """Says whether somebody starts it again when it ends."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended and nobody starts it again."""
+
     def spawn(self) -> None:
-        """Runs the daemon. Raises DaemonStartError if it cannot be executed."""
+        """Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be
+        executed."""
 
     @property
     def command(self) -> list[str]:
@@ -572,6 +603,9 @@ class DaemonProcess:
     def terminate(self) -> None:
         """Asks the daemon and its children to end, if it is running."""
 
+    def kill(self) -> None:
+        """Kills the daemon and its children, if it is running."""
+
     def output(self) -> str:
         """The end of what the daemon has printed: the last MiB."""
 
@@ -585,9 +619,44 @@ class DaemonProcess:
     def doubt(self, peer_id: PeerID) -> str | None:
         """Why the answer to IDENTIFY with this peer id is not to be believed yet; None if it is."""
 
-    def not_ready(self, timeout: float, obstacle: str | None) -> DaemonStartError:
+    def not_ready(
+        self, timeout: float, obstacle: str | None, reasons: list[tuple[str, str]] = ...
+    ) -> DaemonStartError:
         """The error of a daemon that ended, or was not ready in this many seconds, its last answer
-        being none because of this obstacle."""
+        being none because of this obstacle. `reasons` says why which bootstrap peer could not be
+        reached."""
+
+    @property
+    def unconnected(self) -> bool:
+        """Whether it ended since it reached none of its bootstrap peers."""
+
+    def died(self) -> DaemonStartError:
+        """The error of a daemon that was ready, and died."""
+
+@final
+class Restarts:
+    """When a daemon that died is started again."""
+
+    def died(self, lived: float) -> float | None:
+        """It has died, having lived for so many seconds. Returns the pause until it is started
+        again, or None if it is given up."""
+
+    @property
+    def deaths(self) -> int:
+        """How often it has died in a row."""
+
+@final
+class Reconnection:
+    """When to connect to a bootstrap peer that need not be reachable, and what to tell of it."""
+
+    TIMEOUT: float
+    def __new__(cls) -> Self: ...
+    def connected(self) -> tuple[float, bool]:
+        """It is connected. Returns the pause until the next time, and whether this is news."""
+
+    def failed(self, reason: str) -> tuple[float, bool]:
+        """It could not be connected to. Returns the pause until the next time, and whether this is
+        news."""
 
 def _the_end_is_near() -> None:
     """Says that the interpreter is about to end: waits until no other thread is on its way through

@@ -12,6 +12,7 @@ from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient, StreamHandler
 from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import Stream, Subscription
 from p2pclient_rs.unary import DEFAULT_MAX_MESSAGE_SIZE, UnaryClient, UnaryHandler
@@ -42,6 +43,7 @@ class Client:
         control: Peers, connections and streams.
         dht: The DHT.
         connmgr: The connection manager.
+        peerstore: What the JavaScript daemon knows of peers.
         pubsub: Pubsub.
         unary: Unary calls, which hivemind's daemon has.
 
@@ -55,6 +57,7 @@ class Client:
     control: ControlClient
     dht: DHTClient
     connmgr: ConnectionManagerClient
+    peerstore: PeerstoreClient
     pubsub: PubSubClient
     unary: UnaryClient
 
@@ -69,6 +72,7 @@ class Client:
         self.control = ControlClient(connector, listen_maddr)
         self.dht = DHTClient(connector)
         self.connmgr = ConnectionManagerClient(connector)
+        self.peerstore = PeerstoreClient(connector)
         self.pubsub = PubSubClient(connector)
         self.unary = UnaryClient(connector, max_message_size=persistent_conn_max_msg_size)
 
@@ -189,6 +193,23 @@ class Client:
     async def connmgr_trim(self, *, timeout: float | None = None) -> None:
         """Closes connections down to the low-water mark."""
         await self.connmgr.trim(timeout=timeout)
+
+    # --- peerstore ---
+
+    async def peerstore_get_protocols(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> tuple[str, ...]:
+        """The protocols that a peer is known to speak (JavaScript daemon); see
+        ``PeerstoreClient.get_protocols``."""
+        return await self.peerstore.get_protocols(peer_id, timeout=timeout)
+
+    async def peerstore_get_peer_info(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> PeerInfo:
+        """The addresses that a peer is known to have (JavaScript daemon); see
+        ``PeerstoreClient.get_peer_info``."""
+        info: PeerInfo = await self.peerstore.get_peer_info(peer_id, timeout=timeout)
+        return info
 
     # --- DHT ---
 

@@ -220,6 +220,34 @@ class DaemonConnector:
                 raise
         return stream.info, stream
 
+    async def request_peerstore(
+        self,
+        name: str,
+        request: Request,
+        *,
+        timeout: float | None = None,
+        peer_id: PeerIDLike | None = None,
+    ) -> Any:
+        """As ``request``, for those that only the JavaScript daemon has.
+
+        Raises:
+            NotSupported: It is another.
+        """
+        return await self._described(self._peerstore(request), name, timeout, peer_id)
+
+    async def _peerstore(self, request: Request) -> Any:
+        # hivemind's daemon would take it for another request, and could end from that.
+        try:
+            await self._exchange(Request.peerstore_is_there())
+        except DaemonRefused as error:
+            if not isinstance(_precise(error), NotSupported):
+                raise
+        except ConnectionLost as error:
+            raise await self.unknown_request(error) from error
+        else:
+            raise NotSupported("the daemon has no peerstore")
+        return (await self._exchange(request))[0]
+
     async def open_persistent_connection(
         self,
         max_message_size: int,
@@ -263,6 +291,8 @@ class DaemonConnector:
     async def unknown_request(self, error: ConnectionLost) -> ControlFailure:
         """What it means that the daemon closed the connection: if it is there still, that it does
         not know the request."""
+        if error.mid_answer:
+            return error
         try:
             await self._exchange(Request.identify())
         except ControlFailure:

@@ -36,6 +36,10 @@ StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
 #: The StreamInfo before an inbound stream is small, and comes at once.
 _MAX_HEADER = 64 * 1024
 _HEADER_TIMEOUT = 30.0
+#: So many inbound streams may be without theirs; when there are more, the oldest ones go that were
+#: given this long to send it, in seconds.
+_MAX_HALF_OPEN = 256
+_HALF_OPEN_PATIENCE = 1.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
@@ -67,9 +71,15 @@ class ControlClient:
         self.listen_maddr: Any = daemon_connector.types.multiaddr(Multiaddr(listen_maddr))
         #: The handlers of inbound streams, by protocol.
         self.handlers: dict[str, StreamHandler] = {}
+        #: Those registered as balanced.
+        self._balanced: set[str] = set()
         self._scope: anyio.CancelScope | None = None
+        #: What waits for the header of an inbound stream, the oldest first, and since when.
+        self._half_open: dict[anyio.CancelScope, float] = {}
         self._pid = os.getpid()
         self._listening = False
+        #: Whether the last attempt to accept a stream did not fail: one line a time will do.
+        self._accepting = True
 
     # --- peers ---
 
@@ -166,6 +176,7 @@ class ControlClient:
     ) -> None:
         request = Request.stream_handler(self.listen_maddr, proto, balanced)
         before = self.handlers.get(proto)
+        (self._balanced.add if balanced else self._balanced.discard)(proto)
         # In place before the daemon has it: a stream can come sooner than the daemon's answer.
         self.handlers[proto] = handler_cb
         try:
@@ -182,6 +193,18 @@ class ControlClient:
             else:
                 self.handlers[proto] = before
             raise
+
+    async def register_again(self, *, timeout: float | None = None) -> None:
+        """Tells a daemon that was started anew of the handlers that this client has."""
+        for proto in list(self.handlers):
+            request = Request.stream_handler(self.listen_maddr, proto, proto in self._balanced)
+            try:
+                await self.daemon_connector.request(
+                    "STREAM_HANDLER", request, timeout=timeout, protocol=proto
+                )
+            except DaemonRefused as error:
+                # Another client was quicker: no reason to do without the rest.
+                logger.error("the daemon has not taken a handler again: %s", error)
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
@@ -280,13 +303,24 @@ class ControlClient:
             listener.close()
 
     async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
+        if len(self._half_open) >= _MAX_HALF_OPEN:
+            oldest, since = next(iter(self._half_open.items()))
+            if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
+                await anyio.sleep(min(wait, 0.02))
+            else:
+                oldest.cancel()
+                await checkpoint()
+            return
         try:
             raw = listener.try_accept()
         except OSError as error:
-            # Out of descriptors, most likely: others will be closed.
-            logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+            # Out of descriptors, most likely: others will be closed. Streams wait until then.
+            if self._accepting:
+                logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
+            self._accepting = False
             await anyio.sleep(0.1)
             return
+        self._accepting = True
         if raw is None:
             await watched.readable()
         else:
@@ -297,8 +331,7 @@ class ControlClient:
         stream = Stream(raw, watch(raw.fileno()))
         handler = None
         try:
-            with anyio.fail_after(_HEADER_TIMEOUT):
-                header = await stream.receive_frame(_MAX_HEADER)
+            header = await self._header(stream)
             info = self.daemon_connector.types.stream_info(decode_stream_info(header))
             stream.info = info
             handler = self.handlers.get(info.proto)
@@ -331,6 +364,19 @@ class ControlClient:
                     info.peer_id,
                     exc_info=True,
                 )
+
+    async def _header(self, stream: Stream) -> bytes:
+        with anyio.CancelScope() as scope:
+            self._half_open[scope] = anyio.current_time()
+            try:
+                # The JavaScript daemon connects when a handler is registered, and says nothing
+                # until there is a stream.
+                await stream._watch.readable()
+                scope.deadline = anyio.current_time() + _HEADER_TIMEOUT
+                return await stream.receive_frame(_MAX_HEADER)
+            finally:
+                del self._half_open[scope]
+        raise DispatchFailure("the daemon does not say what it is")
 
     async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
         await handler(info, stream)

@@ -11,11 +11,13 @@ event loop.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from contextvars import copy_context
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,11 +30,13 @@ from p2pclient_rs._native import (
     Identity,
     Multiaddr,
     PeerID,
+    Reconnection,
     find_daemon,
     unused_tcp_port,
 )
 from p2pclient_rs.client import Client
-from p2pclient_rs.exceptions import ControlFailure, DaemonNotFound
+from p2pclient_rs.exceptions import ControlFailure, DaemonNotFound, DaemonStartError
+from p2pclient_rs.loops import reactor, watch
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,6 +44,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Daemon", "unused_tcp_port"]
+
+logger = logging.getLogger(__name__)
+
+#: How long it may take to find out why no bootstrap peer could be reached, in seconds.
+_EXPLAINING = 10.0
+#: How long the registrations of a client may take when the daemon was started again, in seconds.
+_REGISTERING = 30.0
 
 _processes: weakref.WeakSet[DaemonProcess] = weakref.WeakSet()
 
@@ -75,12 +86,24 @@ class Daemon:
         host_addrs: Multiaddrs to listen on for peers. With an empty sequence the daemon chooses,
             which means every interface.
         announce_addrs: Multiaddrs to tell peers instead of those.
-        bootstrap_peers: Peers to connect to before the daemon counts as started, each a multiaddr
-            that ends in ``/p2p/<peer id>``. One of them must be reachable.
+        bootstrap_peers: Peers to join others through, each a multiaddr that ends in
+            ``/p2p/<peer id>``.
+        bootstrap: With ``"required"``, the daemon connects to the bootstrap peers before it counts
+            as started, and one of them must be reachable. With ``"background"`` none need be: they
+            are connected to once it has started, again and again, with pauses that grow from a
+            second to a minute, and are looked after every 15 seconds from then on. Failures, with
+            the peer and the reason, are logged to ``p2pclient_rs.daemon``.
         identity: A file with a private key as libp2p encodes it; by default, a new identity.
         control_maddr: Where to serve the control protocol: a unix or TCP multiaddr; for TCP port
             0, a free port is chosen. By default a unix socket only this user can reach.
         extra_args: More arguments for the daemon, as they are.
+        restart: Whether a daemon that dies by itself is started again: with the same options and
+            control address, the same identity (without a file, a temporary one) and, of TCP, the
+            same ports. The pauses before that grow from 0.1 to 30 seconds. It is given up after
+            10 deaths in a row within 10 seconds of the start, or, with a number, after so many.
+            Clients made by ``client()`` have their handlers registered again. Restarts are logged
+            to ``p2pclient_rs.daemon``, and happen as long as the event loop runs on which it was
+            started.
         start_timeout: Seconds until a daemon that does not answer is given up.
         stop_timeout: Seconds until a daemon that does not end on SIGTERM is killed.
 
@@ -101,9 +124,11 @@ class Daemon:
         host_addrs: Sequence[Multiaddr | str] = ("/ip4/127.0.0.1/tcp/0",),
         announce_addrs: Sequence[Multiaddr | str] = (),
         bootstrap_peers: Sequence[Multiaddr | str] = (),
+        bootstrap: Literal["required", "background"] = "required",
         identity: str | os.PathLike[str] | None = None,
         control_maddr: Multiaddr | str | None = None,
         extra_args: Sequence[str] = (),
+        restart: bool | int = False,
         start_timeout: float = 30.0,
         stop_timeout: float = 5.0,
     ) -> None:
@@ -116,9 +141,11 @@ class Daemon:
             host_addrs=_texts(host_addrs),
             announce_addrs=_texts(announce_addrs),
             bootstrap_peers=_texts(bootstrap_peers),
+            bootstrap=bootstrap,
             identity=identity,
             control_maddr=None if control_maddr is None else str(control_maddr),
             extra_args=list(extra_args),
+            restart=restart,
         )
         self._start_timeout = _seconds("start_timeout", start_timeout)
         self._stop_timeout = _seconds("stop_timeout", stop_timeout)
@@ -126,6 +153,9 @@ class Daemon:
         self._process: DaemonProcess | None = None
         self._finalizer: weakref.finalize[..., Daemon] | None = None
         self._identity: Identity | None = None
+        self._keeper: _Keeper | None = None
+        self._failure: DaemonStartError | None = None
+        self._clients: weakref.WeakSet[Client] = weakref.WeakSet()
         self._control_maddr = None if control_maddr is None else Multiaddr(str(control_maddr))
 
     def __repr__(self) -> str:
@@ -149,6 +179,7 @@ class Daemon:
 
         Raises:
             DaemonNotFound: There is no binary; lists every place looked at.
+            ValueError: This kind of daemon has no such option.
             DaemonStartError: The daemon ended, at once when it does, or did not answer in
                 `start_timeout` seconds. No process and no file is left.
             RuntimeError: It is running.
@@ -171,11 +202,33 @@ class Daemon:
         if process is None or process.ended or not process.owned:
             return
         try:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(self._stop_timeout):
-                process.terminate()
-                await _until_exit(process)
+            with anyio.CancelScope(shield=True):
+                if self._keeper is not None:
+                    await self._keeper.stop()
+                with anyio.move_on_after(self._stop_timeout):
+                    process.terminate()
+                    await _until_exit(process)
         finally:
             self._end(process)
+
+    async def wait(self) -> int:
+        """Waits until the daemon has ended, and returns its exit status, negative for a signal.
+
+        One that is started again (``restart``) has ended when it was stopped, or given up: see
+        ``failure``. Any number of tasks may wait.
+
+        Raises:
+            RuntimeError: The daemon has not been started, or belongs to a parent process.
+        """
+        process = self._process
+        if process is None or not process.owned:
+            raise RuntimeError("the daemon has not been started by this process")
+        pause = _Pause()
+        while not process.over:
+            await _exit(process)
+            if not process.over:  # it is being started again
+                await pause()
+        return process.poll() or 0
 
     def client(self, listen_maddr: Multiaddr | str | None = None) -> Client:
         """Returns a new client of this daemon, to be used with ``async with``.
@@ -192,7 +245,9 @@ class Daemon:
             raise RuntimeError("the daemon is not running")
         if listen_maddr is None:
             listen_maddr = process.listen_maddr()
-        return Client(process.control_maddr, listen_maddr)
+        client = Client(process.control_maddr, listen_maddr)
+        self._clients.add(client)
+        return client
 
     @property
     def running(self) -> bool:
@@ -229,14 +284,19 @@ class Daemon:
         return None if self._process is None else self._process.poll()
 
     @property
+    def failure(self) -> DaemonStartError | None:
+        """Why a daemon that is started again (``restart``) was given up; None if it was not."""
+        return self._failure
+
+    @property
     def command(self) -> list[str]:
         """The command line of the last start; empty before the first."""
         return [] if self._process is None else self._process.command
 
     @property
     def logs(self) -> list[str]:
-        """The lines of the daemon's output so far, or of the last run; of a long output, the last
-        MiB."""
+        """The lines of the daemon's output so far, or until it was stopped; of a long output, the
+        last MiB."""
         return [] if self._process is None else self._process.output().splitlines()
 
     def _identified(self) -> Identity:
@@ -251,7 +311,7 @@ class Daemon:
         binary = _find_binary(self._binary)
         process = DaemonProcess(binary, self._options, tempfile.gettempdir())
         _processes.add(process)
-        self._process, self._identity = process, None
+        self._process, self._identity, self._failure = process, None, None
         self._control_maddr = process.control_maddr
         self._finalizer = weakref.finalize(self, _abandoned, process)
         try:
@@ -262,43 +322,206 @@ class Daemon:
         return process
 
     async def _become_ready(self, process: DaemonProcess) -> None:
-        """Waits for the daemon's answer; raises DaemonStartError if it ends or takes too long."""
-        answers: list[Identity] = []
-        obstacles: list[str] = []
-        with anyio.move_on_after(self._start_timeout):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._ask, process, answers, obstacles)
-                # `_ask` may wait long for an answer that never comes, and so cannot do this.
-                await _until_exit(process, unless=answers)
-                tasks.cancel_scope.cancel()
-        if not answers or process.poll() is not None:
-            raise process.not_ready(self._start_timeout, obstacles[-1] if obstacles else None)
-        self._identity = answers[0]
-
-    async def _ask(
-        self, process: DaemonProcess, answers: list[Identity], obstacles: list[str]
-    ) -> None:
-        """Asks the daemon who it is until it answers and may be believed."""
-        pause = _Pause()
-        while True:
-            try:
-                async with Client(process.control_maddr) as client:
-                    identity = await client.identify()
-            except ControlFailure as failure:
-                obstacle = str(failure)
-            else:
-                doubt = process.doubt(identity.peer_id)
-                if doubt is None:
-                    answers.append(identity)
-                    return
-                obstacle = doubt
-            obstacles[:] = [obstacle]
-            await pause()
+        """Waits for the daemon's answer, and has it looked after from then on."""
+        self._identity = await _ready(process, self._start_timeout)
+        if process.restarts() is not None or process.background_peers():
+            self._keeper = _Keeper(self, process)
 
     def _end(self, process: DaemonProcess) -> None:
         process.destroy()
         if self._finalizer is not None and process is self._process:
             self._finalizer.detach()
+
+
+class _Keeper:
+    """Keeps a daemon's bootstrap peers connected and starts it again when it dies, in a task of
+    its own, until it is stopped, given up or forgotten."""
+
+    def __init__(self, daemon: Daemon, process: DaemonProcess) -> None:
+        # Not the Daemon itself, whose end it would put off.
+        self._daemon = weakref.ref(daemon)
+        self._process = process
+        self._start_timeout = daemon._start_timeout
+        self._ended = anyio.Event()
+        self._reactor = reactor()
+        # From now on, though the task may not have begun.
+        process.keep(process.restarts() is not None)
+        self._work = self._reactor.spawn(self._run, copy_context())
+        self._reactor.when_ended(self._work, self._over)
+
+    async def stop(self) -> None:
+        if not self._reactor.ended:
+            self._work.cancel()
+            await self._ended.wait()
+
+    def _over(self) -> None:
+        self._process.keep(False)
+        self._ended.set()
+
+    async def _run(self) -> None:
+        process, restarts = self._process, self._process.restarts()
+        try:
+            lived = await self._live()
+            while restarts is not None and not process.ended:
+                failure = process.died()
+                while (pause := restarts.died(lived)) is not None:
+                    logger.warning("%s; it is started again in %.1f s", _brief(failure), pause)
+                    await anyio.sleep(pause)
+                    if process.ended:  # it was forgotten
+                        return
+                    try:
+                        await self._start_again()
+                        break
+                    except DaemonStartError as error:
+                        failure, lived = error, 0.0
+                        process.kill()
+                        await _until_exit(process)
+                if pause is None:
+                    return self._give_up(failure, restarts.deaths)
+                logger.info("the daemon was started again as process %s", process.pid)
+                lived = await self._live(again=True)
+        except Exception:
+            logger.exception("the daemon is no longer looked after")
+        finally:
+            self._over()
+
+    async def _live(self, again: bool = False) -> float:
+        """Returns, at the daemon's end, for how many seconds it has lived."""
+        begun = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+            for peer in self._process.background_peers():
+                tasks.start_soon(_stay_connected, self._process, *peer)
+            daemon = self._daemon()
+            for client in list(daemon._clients) if daemon is not None and again else ():
+                tasks.start_soon(_register_again, client)
+            del daemon
+            await _exit(self._process)
+            tasks.cancel_scope.cancel()
+        return anyio.current_time() - begun
+
+    async def _start_again(self) -> None:
+        self._process.spawn()
+        identity = await _ready(self._process, self._start_timeout)
+        daemon = self._daemon()
+        if daemon is not None:
+            daemon._identity = identity
+
+    def _give_up(self, failure: DaemonStartError, deaths: int) -> None:
+        logger.error("the daemon has died %d times in a row and is given up: %s", deaths, failure)
+        daemon = self._daemon()
+        if daemon is not None:
+            daemon._failure = failure
+
+
+async def _stay_connected(
+    process: DaemonProcess, address: str, peer_id: PeerID, addrs: Sequence[Multiaddr]
+) -> None:
+    """Connects a daemon to a bootstrap peer, and again when that is lost."""
+    schedule = Reconnection()
+    async with Client(process.control_maddr) as client:
+        while True:
+            try:
+                await client.connect(peer_id, addrs, timeout=schedule.TIMEOUT)
+            except ControlFailure as failure:
+                reason = _reason(failure)
+                pause, news = schedule.failed(reason)
+                # A ConnectionError is the daemon's end, and not the peer's fault.
+                if news and not isinstance(failure, ConnectionError):
+                    logger.warning("cannot connect to the bootstrap peer %s: %s", address, reason)
+            else:
+                pause, news = schedule.connected()
+                if news:
+                    logger.info("connected to the bootstrap peer %s", address)
+            await anyio.sleep(pause)
+
+
+async def _register_again(client: Client) -> None:
+    try:
+        with anyio.fail_after(_REGISTERING):
+            await client.control.register_again()
+            await client.unary.register_again()
+    except (ControlFailure, TimeoutError) as error:
+        logger.warning("the handlers of %r were not registered again: %s", client, error)
+
+
+async def _ready(process: DaemonProcess, timeout: float) -> Identity:
+    """Waits for the daemon's answer; raises DaemonStartError if it ends or takes too long."""
+    answers: list[Identity] = []
+    obstacles: list[str] = []
+    with anyio.move_on_after(timeout):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_ask, process, answers, obstacles)
+            # `_ask` may wait long for an answer that never comes, and so cannot do this.
+            await _until_exit(process, unless=answers)
+            tasks.cancel_scope.cancel()
+    if not answers or process.poll() is not None:
+        reasons = await _unreachable(process) if process.unconnected else []
+        raise process.not_ready(timeout, obstacles[-1] if obstacles else None, reasons)
+    return answers[0]
+
+
+async def _ask(process: DaemonProcess, answers: list[Identity], obstacles: list[str]) -> None:
+    """Asks the daemon who it is until it answers and may be believed."""
+    pause = _Pause()
+    while True:
+        try:
+            async with Client(process.control_maddr) as client:
+                identity = await client.identify()
+        except ControlFailure as failure:
+            obstacle = str(failure)
+        else:
+            doubt = process.doubt(identity.peer_id)
+            if doubt is None:
+                answers.append(identity)
+                return
+            obstacle = doubt
+        obstacles[:] = [obstacle]
+        await pause()
+
+
+async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
+    """Why which bootstrap peer could not be reached, in the words of another such daemon: the one
+    that ended has only said that none could."""
+    peers = process.bootstrap_peers()
+    reasons = {address: f"no answer within {_EXPLAINING:g} s" for address, _, _ in peers}
+
+    async def connect(client: Client, address: str, peer: PeerID, addrs: list[Multiaddr]) -> None:
+        try:
+            await client.connect(peer, addrs)
+            reasons[address] = "it can be reached now"
+        except ControlFailure as failure:
+            reasons[address] = _reason(failure)
+
+    try:
+        other = process.without_bootstrap()
+    except (OSError, ValueError):
+        return []
+    _processes.add(other)
+    try:
+        other.spawn()
+        with anyio.move_on_after(_EXPLAINING):
+            await _ready(other, _EXPLAINING)
+            async with (
+                Client(other.control_maddr) as client,
+                anyio.create_task_group() as tasks,
+            ):
+                for peer in peers:
+                    tasks.start_soon(connect, client, *peer)
+    except DaemonStartError:
+        return []
+    finally:
+        other.destroy()
+    return list(reasons.items())
+
+
+def _reason(failure: ControlFailure) -> str:
+    """The daemon's words, in one line."""
+    return " ".join((failure.daemon_message or str(failure)).split())
+
+
+def _brief(error: DaemonStartError) -> str:
+    """Without the command line and the output."""
+    return f"{error.args[0]}: {error.cause}" if error.cause else str(error.args[0])
 
 
 class _Pause:
@@ -317,6 +540,28 @@ async def _until_exit(process: DaemonProcess, unless: Sequence[object] = ()) -> 
     pause = _Pause()
     while not unless and process.poll() is None:
         await pause()
+
+
+async def _exit(process: DaemonProcess) -> None:
+    """Waits until the daemon has ended, without looking again and again where that can be."""
+    pid = process.pid
+    if pid is not None and process.poll() is None and hasattr(os, "pidfd_open"):
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:  # a kernel without, or no descriptor left
+            fd = -1
+        if fd != -1:
+            watched = watch(fd)
+            pause = _Pause()
+            try:
+                while process.poll() is None:
+                    await watched.readable()
+                    if process.poll() is None:  # waits can end early
+                        await pause()
+            finally:
+                watched.close()
+                os.close(fd)
+    await _until_exit(process)
 
 
 def _abandoned(process: DaemonProcess) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from p2pclient_rs._native import PeerID, PublicKey, Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
+from p2pclient_rs.exceptions import ProtocolViolation
 
 __all__ = ["DHTClient"]
 
@@ -75,13 +76,19 @@ class DHTClient:
 
     async def get_public_key(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
         """GET_PUBLIC_KEY: the ``PublicKey`` of a peer."""
+        name = "DHT GET_PUBLIC_KEY"
         serialized = await self.daemon_connector.request(
-            "DHT GET_PUBLIC_KEY",
+            name,
             Request.dht_get_public_key(peer_id, timeout),
             timeout=timeout,
             peer_id=peer_id,
         )
-        return self.daemon_connector.types.public_key(PublicKey.from_bytes(serialized))
+        try:
+            key = PublicKey.from_bytes(serialized)
+        except ValueError as error:
+            violation = ProtocolViolation(f"the daemon sent what is {error}")
+            raise self.daemon_connector.describe(violation, name, peer_id) from error
+        return self.daemon_connector.types.public_key(key)
 
     async def get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
         """GET_VALUE: the best value found for a key."""

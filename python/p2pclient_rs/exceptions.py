@@ -124,9 +124,11 @@ class ConnectionLost(ControlFailure, ConnectionError):
 
     Attributes:
         unexecuted: It cannot have been: the daemon did not read the whole request.
+        mid_answer: The answer had begun to come.
     """
 
     unexecuted: bool = False
+    mid_answer: bool = False
 
 
 class ControlTimeout(ControlFailure, TimeoutError):

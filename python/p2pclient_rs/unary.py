@@ -22,6 +22,8 @@ from p2pclient_rs.exceptions import (
     ControlFailure,
     ControlTimeout,
     DaemonRefused,
+    ForkedClientError,
+    NotSupported,
     P2PHandlerError,
 )
 from p2pclient_rs.loops import Promise, Work, current_loop, in_trio_task, reactor
@@ -44,6 +46,10 @@ _OPENING = 30.0
 #: How long the daemon may take to see that a lost connection ended, in seconds.
 _FORGETTING = 1.0
 
+#: The pauses between the attempts to serve again when the connection was lost, in seconds: the
+#: first, and the longest, from one to the other doubling.
+_PAUSES = 0.05, 5.0
+
 #: How many callers are remembered as the objects that handlers get.
 _MAX_PEERS = 4096
 
@@ -55,8 +61,9 @@ class UnaryClient:
 
     All calls, in both directions, share one persistent connection to the daemon, which the first of
     them opens. When it is lost, everything that waits for it fails at once, handlers at work are
-    cancelled, and the next call opens another one and registers the handlers again. hivemind's
-    daemon ends when its last persistent connection is closed.
+    cancelled, and the next call opens another one and registers the handlers again; if there are
+    handlers, that is tried without a call, too, until the daemon is there again. hivemind's daemon
+    ends when its last persistent connection is closed.
 
     Calls of peers are bounded: when 4096 of them, or 64 MiB, are at work, no more are read for up
     to 5 s, so that it is the peers who wait; then those over the bound are answered with an error.
@@ -98,6 +105,13 @@ class UnaryClient:
             await link.connection()
             return
         raise self.daemon_connector.describe(_timed_out(timeout), "PERSISTENT_CONN_UPGRADE")
+
+    async def register_again(self) -> None:
+        """Opens the persistent connection, if it is not open and there are handlers to be called
+        over it: for a daemon that was started anew."""
+        link = self._links.get(current_loop())
+        if link is not None and link.handlers:
+            await self.open()
 
     async def call(
         self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
@@ -259,8 +273,7 @@ class _Opening:
             return self.connection
         failed = self.error or ConnectionLost("the opening of the connection was cancelled")
         # Each adds to it what it was about.
-        error = copy.copy(failed)
-        raise error from failed.__cause__
+        raise copy.copy(failed) from failed.__cause__
 
     def give_up(self) -> None:
         """The client was closed."""
@@ -283,6 +296,7 @@ class _Link:
         #: Held while what is registered changes, and while a connection is opened.
         self._changing = anyio.Lock()
         self._opening: _Opening | None = None
+        self._return: Work | None = None
         self._closed = False
         self._pid = os.getpid()
         self.handlers: dict[str, _Handler] = {}
@@ -380,7 +394,8 @@ class _Link:
         except TimeoutError:
             opening.error = _timed_out(_OPENING)
         except Exception as error:
-            opening.error = error
+            # Its traceback would hold this frame, which holds it.
+            opening.error = error.with_traceback(None)
         finally:
             if self._opening is opening:
                 self._opening = None
@@ -512,6 +527,25 @@ class _Link:
         all_work, self._work = self._work, {}
         for call_id in list(all_work):
             self._cancel(connection, call_id, all_work)
+        if self._is_missed() and not self.ended:
+            link = weakref.ref(self)  # a client that nobody holds any more serves nobody
+            self._return = self._reactor.spawn(lambda: _come_back(link), copy_context())
+
+    def _is_missed(self) -> bool:
+        """Whether there are handlers that nobody can call."""
+        return bool(self.handlers) and self._connection is None and not self._closed
+
+    async def come_back(self) -> bool:
+        """Tries to serve again; says whether to try it later."""
+        if not self._is_missed():
+            return False
+        try:
+            await self.connection()
+        except (NotSupported, ForkedClientError):
+            return False  # nor will it ever
+        except ControlFailure:
+            pass
+        return self._is_missed()
 
     def _cancel(
         self, connection: PersistentConnection, call_id: bytes, all_work: dict[bytes, Work | None]
@@ -574,6 +608,8 @@ class _Link:
             if connection is not None:
                 connection.close()
             return
+        if self._return is not None:
+            self._reactor.call_from_anywhere(self._return.cancel)
         if self._opening is not None:
             self._reactor.call_from_anywhere(self._opening.give_up)
         if connection is not None:
@@ -582,6 +618,17 @@ class _Link:
     def __del__(self) -> None:
         if getattr(self, "_connection", None) is not None:
             self.close()
+
+
+async def _come_back(link: Callable[[], _Link | None]) -> None:
+    pause, longest = _PAUSES
+    while True:
+        await anyio.sleep(pause)
+        pause = min(2 * pause, longest)
+        missed = link()
+        if missed is None or not await missed.come_back():
+            return
+        del missed
 
 
 class _Answer:

@@ -142,7 +142,13 @@ impl Connector {
     /// What it means that the daemon closed the connection: if it is there still, that it does not
     /// know the request.
     pub async fn unknown_request(self: &Arc<Self>, error: Error) -> Error {
-        let closed = matches!(&error, Error::ConnectionLost { .. });
+        let closed = matches!(
+            &error,
+            Error::ConnectionLost {
+                mid_answer: false,
+                ..
+            }
+        );
         if closed && self.ask(&core::control::identify()).await.is_ok() {
             return Error::not_supported(
                 "the daemon closed the connection, as it does on a request it does not know",

@@ -47,6 +47,8 @@ pub enum Error {
         reason: String,
         /// The daemon did not read the whole request.
         unexecuted: bool,
+        /// The answer had begun to come.
+        mid_answer: bool,
         /// What it was about.
         context: Box<Context>,
     },
@@ -236,6 +238,7 @@ impl Error {
         Self::ConnectionLost {
             reason: reason.to_string(),
             unexecuted,
+            mid_answer: false,
             context: Box::default(),
         }
     }
@@ -263,7 +266,13 @@ impl From<core::Error> for Error {
     fn from(error: core::Error) -> Self {
         let context = Box::default();
         match error {
-            core::Error::Closed { .. } | core::Error::NoMemory { .. } => Self::lost(error, false),
+            core::Error::Closed { mid_message } => Self::ConnectionLost {
+                reason: error.to_string(),
+                unexecuted: false,
+                mid_answer: mid_message,
+                context,
+            },
+            core::Error::NoMemory { .. } => Self::lost(error, false),
             core::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
                 size,
                 limit,

@@ -40,7 +40,7 @@ use crate::core::{Answer, Limits, Multiaddr, Request, UnaryLimits};
 use connector::Connector;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// A client of one libp2p daemon.
@@ -70,6 +70,29 @@ struct Shared {
     connector: Arc<Connector>,
     inbound: streams::Inbound,
     unary: Arc<unary::Unary>,
+}
+
+/// A client that lives only as long as others have it.
+#[derive(Clone)]
+pub(crate) struct WeakClient {
+    shared: Weak<Shared>,
+    timeout: Option<Duration>,
+}
+
+impl WeakClient {
+    pub(crate) fn upgrade(&self) -> Option<Client> {
+        let shared = self.shared.upgrade()?;
+        Some(Client {
+            shared,
+            timeout: self.timeout,
+        })
+    }
+}
+
+impl fmt::Debug for WeakClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WeakClient")
+    }
 }
 
 /// The settings of a [`Client`].
@@ -144,6 +167,13 @@ impl Client {
     /// The daemon's control address.
     pub fn control_maddr(&self) -> &Multiaddr {
         self.connector().control_maddr()
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakClient {
+        WeakClient {
+            shared: Arc::downgrade(&self.shared),
+            timeout: self.timeout,
+        }
     }
 
     fn connector(&self) -> &Arc<Connector> {

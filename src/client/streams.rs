@@ -16,16 +16,18 @@ use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot, Notify, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, oneshot, Notify};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 /// How many streams of a protocol may wait for being taken, before the next ones are refused: held
 /// back instead, they would hold back those of other protocols.
 const MAX_WAITING: usize = 256;
 
-/// How many inbound connections may be on their way to a handler.
+/// How many inbound connections may be on their way to a handler; when there are more, those go
+/// that were given so long to say what they are.
 const MAX_ARRIVING: usize = 256;
+const ARRIVING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The StreamInfo before an inbound stream is small, and comes at once.
 const MAX_HEADER: usize = 64 * 1024;
@@ -110,6 +112,29 @@ impl Client {
         self.within(about, self.register(protocol, balanced)).await
     }
 
+    /// Tells a daemon that was started anew of the handlers that this client has, of streams and of
+    /// unary calls. One that a [`P2PDaemon`](crate::P2PDaemon) starts again is told by that.
+    ///
+    /// # Errors
+    /// When the daemon cannot be asked. That another client was quicker is none.
+    pub async fn register_again(&self) -> Result<(), Error> {
+        let handlers = self.shared.inbound.handlers.all();
+        let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
+        for (protocol, balanced) in handlers {
+            let Some(addr) = &addr else { break };
+            let about = Context::new("STREAM_HANDLER").protocol(&protocol);
+            let request = streams::stream_handler(addr, vec![protocol], balanced);
+            match self.tell(about, request).await {
+                Ok(()) | Err(Error::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if !self.unary_handlers().is_empty() {
+            self.open_unary().await?;
+        }
+        Ok(())
+    }
+
     /// Where the daemon connects to for inbound streams; `None` before the first handler.
     pub fn listen_maddr(&self) -> Option<Multiaddr> {
         let listening = lock(&self.shared.inbound.listening);
@@ -132,7 +157,7 @@ impl Client {
                 ready = async {
                     let addr = inbound.listen(client.connector()).await?;
                     let handlers = &inbound.handlers;
-                    Ok((addr, handlers.enter(protocol, still_wanted).await?))
+                    Ok((addr, handlers.enter(protocol, balanced, still_wanted).await?))
                 } => ready,
             };
             let registered = match ready {
@@ -317,6 +342,7 @@ struct Handlers {
 struct Entry {
     /// Tells one from those who had the name before and after.
     number: u64,
+    balanced: bool,
     sender: mpsc::Sender<Stream>,
     /// Whether anybody has what comes of it, or waits for that. If not, the name is about to be free.
     wanted: Weak<()>,
@@ -327,6 +353,7 @@ impl Handlers {
     async fn enter(
         self: &Arc<Self>,
         protocol: String,
+        balanced: bool,
         wanted: Weak<()>,
     ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
         loop {
@@ -339,6 +366,7 @@ impl Handlers {
                         let number = self.entered.fetch_add(1, Ordering::Relaxed);
                         let entry = Entry {
                             number,
+                            balanced,
                             sender,
                             wanted,
                         };
@@ -366,6 +394,13 @@ impl Handlers {
         let all = std::mem::take(&mut *lock(&self.by_protocol));
         drop(all);
         self.left.notify_waiters();
+    }
+
+    /// The protocols, and whether each is balanced.
+    fn all(&self) -> Vec<(String, bool)> {
+        let handlers = lock(&self.by_protocol);
+        let of_each = |(protocol, entry): (&String, &Entry)| (protocol.clone(), entry.balanced);
+        handlers.iter().map(of_each).collect()
     }
 
     fn get(&self, protocol: &str) -> Option<mpsc::Sender<Stream>> {
@@ -492,9 +527,16 @@ impl Drop for Accepting {
 }
 
 async fn accept(listener: Weak<Listener>, accepting: Accepting) {
-    let arriving = Arc::new(Semaphore::new(MAX_ARRIVING));
+    let mut arriving = JoinSet::new();
     loop {
-        let turn = Arc::clone(&arriving).acquire_owned().await;
+        while arriving.try_join_next().is_some() {}
+        if arriving.len() >= MAX_ARRIVING
+            && timeout(ARRIVING_PATIENCE, arriving.join_next())
+                .await
+                .is_err()
+        {
+            arriving.shutdown().await;
+        }
         let accepted = poll_fn(|cx| match listener.upgrade() {
             Some(listener) => listener.poll_accept(cx).map(Some),
             None => Poll::Ready(None),
@@ -502,10 +544,7 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
         match accepted.await {
             Some(Ok(socket)) => {
                 let handlers = Weak::clone(&accepting.0);
-                tokio::spawn(async move {
-                    dispatch(socket, handlers).await;
-                    drop(turn);
-                });
+                arriving.spawn(dispatch(socket, handlers));
             }
             Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
             None => return,
@@ -515,7 +554,12 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
 
 /// Hands an inbound stream to its handler; one that there is no handler for is closed.
 async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
-    let header = timeout(HEADER_TIMEOUT, read_header(&mut socket)).await;
+    let mut buffer = BytesMut::with_capacity(1024);
+    // The JS daemon connects when a handler is registered, and says nothing until there is a stream.
+    if read_some(&mut socket, &mut buffer).await.is_err() {
+        return;
+    }
+    let header = timeout(HEADER_TIMEOUT, read_header(&mut socket, buffer)).await;
     let Ok(Ok((info, ahead))) = header else {
         return;
     };
@@ -530,17 +574,24 @@ async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
     }
 }
 
-async fn read_header(socket: &mut Socket) -> Result<(StreamInfo, Bytes), Error> {
-    let mut buffer = BytesMut::with_capacity(1024);
+async fn read_header(
+    socket: &mut Socket,
+    mut buffer: BytesMut,
+) -> Result<(StreamInfo, Bytes), Error> {
     loop {
         if let Some(frame) = framing::split_frame(&mut buffer, MAX_HEADER)? {
             let info = streams::decode_stream_info(&frame)?;
             return Ok((info, buffer.freeze()));
         }
-        let read = socket.read_buf(&mut buffer).await;
-        if read.map_err(|error| Error::lost(error, false))? == 0 {
-            return Err(Error::lost("no stream came", false));
-        }
+        read_some(socket, &mut buffer).await?;
+    }
+}
+
+async fn read_some(socket: &mut Socket, buffer: &mut BytesMut) -> Result<(), Error> {
+    let read = socket.read_buf(buffer).await;
+    match read.map_err(|error| Error::lost(error, false))? {
+        0 => Err(Error::lost("no stream came", false)),
+        _ => Ok(()),
     }
 }
 

@@ -30,6 +30,11 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// How long the daemon may take to forget the handlers of a connection that was lost.
 const FORGETTING: Duration = Duration::from_secs(1);
 
+/// The pauses between the attempts to serve again when the connection was lost: the first, …
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// … and the longest, from one to the other doubling.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
 /// A call of a peer, given to a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -70,8 +75,8 @@ impl Client {
     ///
     /// Each call runs in a task of its own, which is dropped if the caller is gone. An error reaches
     /// the caller as its text. With `balanced`, several clients may serve the name in turn. When the
-    /// connection was lost, the next call or registration opens another one, and registers the
-    /// handlers there.
+    /// connection is lost, another one is opened as soon as the daemon is there again, which is looked
+    /// for every 5 s at the least, and the handlers are registered there.
     ///
     /// A handler that holds a clone of its own client keeps it open until `close`.
     ///
@@ -144,19 +149,8 @@ impl Client {
     }
 
     /// Waits until the persistent connection is lost, and says why; `None`, at once, if it is not
-    /// open. A client that only serves handlers learns from this that nobody can call it, until it
-    /// opens another one:
-    ///
-    /// ```no_run
-    /// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
-    /// loop {
-    ///     client.open_unary().await?;
-    ///     if let Some(error) = client.unary_lost().await {
-    ///         eprintln!("{error}");
-    ///     }
-    /// }
-    /// # }
-    /// ```
+    /// open. A client that only serves handlers learns from this that nobody can call it, until the
+    /// daemon is there again.
     pub async fn unary_lost(&self) -> Option<Error> {
         self.unary().lost().await
     }
@@ -387,30 +381,32 @@ impl Unary {
 
     /// The connection, opened and with all handlers registered.
     async fn opened(self: &Arc<Self>) -> Result<Arc<Link>, Error> {
-        let opening = {
-            let mut state = lock(&self.state);
-            if let Some(link) = state.open_link() {
-                return Ok(link);
-            }
-            match state.opening() {
-                Some(opening) => opening.outcome.clone(),
-                None => {
-                    let (done, outcome) = watch::channel(None);
-                    let opening = open(
-                        Arc::downgrade(self),
-                        Arc::clone(&self.connector),
-                        state.closed,
-                        done,
-                    );
-                    state.opening = Some(Opening {
-                        task: tokio::spawn(opening).abort_handle(),
-                        outcome: outcome.clone(),
-                    });
-                    outcome
-                }
-            }
-        };
-        self.outcome(opening).await
+        match self.open_or_opening() {
+            Ok(link) => Ok(link),
+            Err(opening) => self.outcome(opening).await,
+        }
+    }
+
+    fn open_or_opening(self: &Arc<Self>) -> Result<Arc<Link>, Coming> {
+        let mut state = lock(&self.state);
+        if let Some(link) = state.open_link() {
+            return Ok(link);
+        }
+        if let Some(opening) = state.opening() {
+            return Err(opening.outcome.clone());
+        }
+        let (done, outcome) = watch::channel(None);
+        let opening = open(
+            Arc::downgrade(self),
+            Arc::clone(&self.connector),
+            state.closed,
+            done,
+        );
+        state.opening = Some(Opening {
+            task: tokio::spawn(opening).abort_handle(),
+            outcome: outcome.clone(),
+        });
+        Err(outcome)
     }
 
     fn opening_outcome(&self) -> Option<Coming> {
@@ -466,12 +462,27 @@ impl Unary {
         Ok(link)
     }
 
-    /// A connection that was lost need not be kept.
-    fn forget_link(&self, lost: &Arc<Link>) {
-        let mut state = lock(&self.state);
-        if matches!(&state.link, Some(link) if Arc::ptr_eq(link, lost)) {
+    /// A connection that was lost need not be kept, but its handlers are missed.
+    fn lost_link(self: &Arc<Self>, lost: &Arc<Link>) {
+        let closed_before = {
+            let mut state = lock(&self.state);
+            if !matches!(&state.link, Some(link) if Arc::ptr_eq(link, lost)) {
+                return;
+            }
             state.link = None;
+            state.closed
+        };
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(come_back(Arc::downgrade(self), closed_before));
         }
+    }
+
+    /// Whether there are handlers that nobody can call.
+    fn is_missed(&self, closed_before: u64) -> bool {
+        let state = lock(&self.state);
+        state.closed == closed_before
+            && state.open_link().is_none()
+            && !lock(&self.handlers).is_empty()
     }
 
     /// What a peer's call is given to.
@@ -546,6 +557,27 @@ async fn open(
         }
     }
     done.send_replace(Some(outcome));
+}
+
+/// Looks for the daemon that was lost, for those whose handlers are there. Does not keep the client.
+async fn come_back(unary: Weak<Unary>, closed_before: u64) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        sleep(pause).await;
+        pause = LONGEST_PAUSE.min(2 * pause);
+        let Some(unary) = unary.upgrade() else { return };
+        if !unary.is_missed(closed_before) {
+            return;
+        }
+        let Err(mut opening) = unary.open_or_opening() else {
+            return;
+        };
+        drop(unary);
+        let outcome = opening.wait_for(Option::is_some).await;
+        if let Ok(Some(Ok(_) | Err(Error::NotSupported { .. }))) = outcome.as_deref() {
+            return;
+        }
+    }
 }
 
 /// A handler that was registered, and is taken back if nobody came to know of that.

@@ -94,11 +94,13 @@ impl Refusal {
     /// What these words mean.
     pub fn of(words: &str) -> Self {
         match words {
-            // The last is the JS daemon's.
+            // The last three are the JS daemon's. It cannot read what it has another meaning for.
             "not supported"
             | "DHT not enabled"
             | "PubSub not enabled"
-            | "ERR_INVALID_REQUEST_TYPE" => Self::NotSupported,
+            | "ERR_INVALID_MESSAGE"
+            | "ERR_INVALID_REQUEST_TYPE"
+            | "ERR_NOT_IMPLEMENTED" => Self::NotSupported,
             _ if words.ends_with("context deadline exceeded") => Self::TimedOut,
             _ => Self::Other,
         }

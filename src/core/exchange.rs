@@ -70,19 +70,12 @@ pub enum Answer {
     Protocols(Vec<String>),
 }
 
-/// What a result of a DHT query occupies, even an empty one, in bytes.
-const RESULT: usize = 64;
-
 impl Answer {
-    /// About what it occupies beside that, in bytes.
-    fn size(&self) -> usize {
-        match self {
-            Answer::Value(value) => value.len(),
-            Answer::PeerId(peer) => peer.as_bytes().len(),
-            Answer::PeerInfo(info) => {
-                let addrs = info.addrs.iter().map(|addr| addr.as_bytes().len() + 32);
-                info.peer_id.as_bytes().len() + addrs.sum::<usize>()
-            }
+    /// About what one of a DHT query's results occupies besides its bytes: an endless row of empty
+    /// ones has its end too.
+    fn overhead(&self) -> usize {
+        64 + match self {
+            Answer::PeerInfo(info) => 32 * info.addrs.len(),
             _ => 0,
         }
     }
@@ -201,9 +194,12 @@ impl Exchange {
                 return Ok(None);
             };
             if let (true, Expect::Dht { value, one }) = (in_values, expect) {
+                // However little of the frame is kept, it keeps all of it in memory.
+                let size = frame.len();
                 let response = p2pd::DhtResponse::decode(frame)
                     .map_err(|e| Error::malformed("DHTResponse", &e))?;
-                return self.dht_value(dht::step(response, value)?, one).map(Some);
+                let step = dht::step(response, value)?;
+                return self.dht_value(step, one, size).map(Some);
             }
             let response =
                 p2pd::Response::decode(frame).map_err(|e| Error::malformed("Response", &e))?;
@@ -283,8 +279,8 @@ impl Exchange {
         }
     }
 
-    /// A DHTResponse between BEGIN and END.
-    fn dht_value(&mut self, step: dht::Step, one: bool) -> Result<Event, Error> {
+    /// A DHTResponse of `size` bytes between BEGIN and END.
+    fn dht_value(&mut self, step: dht::Step, one: bool, size: usize) -> Result<Event, Error> {
         let values = self
             .pending
             .as_mut()
@@ -294,7 +290,7 @@ impl Exchange {
             dht::Step::Begin => Err(Error::Unexpected("DHT BEGIN after BEGIN".to_owned())),
             dht::Step::Value(answer) => {
                 values.count += 1;
-                values.bytes += answer.size() + RESULT;
+                values.bytes += size + answer.overhead();
                 if values.bytes > self.limits.max_answer {
                     return Err(Error::AnswerTooLarge {
                         limit: self.limits.max_answer,

@@ -1,9 +1,26 @@
 //! PEERSTORE: what the JS daemon knows of a peer. The Go daemons have no such requests, and
-//! hivemind's fork gives their number another meaning: send them to a JS daemon only.
+//! hivemind's fork gives their number another meaning, which can end the daemon: see
+//! [`is_there`].
 
 use super::pb::p2pd::{self, peerstore_request, request::Type};
 use super::request::Expect;
 use super::{control, Answer, Error, PeerId, Request};
+
+/// A request of a type that no daemon knows, which tells whether there is a peerstore: the JS
+/// daemon alone refuses such a request with words, as [`Refusal::NotSupported`]; the Go daemons
+/// close the connection.
+///
+/// It is to be sent before any other request of this family. hivemind's fork takes them for
+/// PERSISTENT_CONN_UPGRADE, and ends once its last persistent connection is closed.
+///
+/// [`Refusal::NotSupported`]: super::Refusal::NotSupported
+pub fn is_there() -> Request {
+    let message = p2pd::JsRequest {
+        r#type: Some(i32::MAX),
+        peer_store: None,
+    };
+    Request::encode(&message, Expect::Done)
+}
 
 /// Asks for the protocols `peer` speaks: [`Answer::Protocols`].
 pub fn get_protocols(peer: &PeerId) -> Request {

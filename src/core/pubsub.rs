@@ -62,13 +62,21 @@ pub fn subscribe(topic: String) -> Request {
 pub fn decode_message(frame: &[u8]) -> Result<PubsubMessage, Error> {
     let message = p2pd::PsMessage::decode(frame).map_err(|e| Error::malformed("PSMessage", &e))?;
     Ok(PubsubMessage {
-        from: message.from.map(PeerId::from_bytes),
+        from: message.from.map(sender),
         data: message.data.unwrap_or_default(),
         seqno: message.seqno.unwrap_or_default(),
         topic_ids: message.topic_i_ds,
         signature: message.signature.unwrap_or_default(),
         key: message.key.unwrap_or_default(),
     })
+}
+
+/// The peer id; the JS daemon sends its text.
+fn sender(bytes: Bytes) -> PeerId {
+    let text = std::str::from_utf8(&bytes).ok();
+    text.filter(|text| text.starts_with("Qm") || text.starts_with('1'))
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(|| PeerId::from_bytes(bytes))
 }
 
 fn of_type(r#type: ps_request::Type) -> p2pd::PsRequest {

@@ -73,10 +73,19 @@ pub const REMIND: Duration = Duration::from_millis(50);
 /// Upgrades a control connection to a persistent one. After the answer it takes no requests any
 /// more but the messages of a [`Persistent`].
 pub fn upgrade() -> Request {
-    Request::new(
-        &control::message(Type::PersistentConnUpgrade),
-        Expect::Persistent,
-    )
+    // The JS daemon takes it for a peerstore request, and one without contents makes it crash. What
+    // the field is in hivemind's fork, it has no use for here; the JS daemon, which reads numbers
+    // wherever it expects them, finds `type` = 2 in the length, GET_PEER_INFO, and in the text an
+    // unknown field: it answers that it has not implemented that.
+    let read_otherwise_by_js = p2pd::RemoveStreamHandlerRequest {
+        addr: Some(Bytes::from_static(b"\x78\x00")),
+        proto: Vec::new(),
+    };
+    let message = p2pd::Request {
+        remove_stream_handler: Some(read_otherwise_by_js),
+        ..control::message(Type::PersistentConnUpgrade)
+    };
+    Request::new(&message, Expect::Persistent)
 }
 
 /// What a persistent connection will take.
@@ -312,6 +321,7 @@ enum Scan {
 /// ```
 /// use p2pclient_rs::core::{Persistent, UnaryEvent, UnaryLimits};
 /// use bytes::BytesMut;
+/// use std::time::Instant;
 ///
 /// let mut connection = Persistent::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
 /// let mut out = BytesMut::new();
@@ -692,6 +702,7 @@ impl<T, P: Payload> Persistent<T, P> {
         let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
             return Ok(Frame::Needs(1));
         };
+        // With no limit to speak of, the length alone may be all that a usize holds.
         let end = prefix.saturating_add(len);
         if bytes.len() >= end {
             return Ok(Frame::Whole { prefix, end });
@@ -856,6 +867,7 @@ impl<T, P: Payload> Persistent<T, P> {
     fn arrived(&mut self, head: Head, payload: P, len: usize) -> Option<UnaryEvent<T, P>> {
         match head {
             Head::Reply { id } => {
+                self.cancelled.remove(&id);
                 let Pending { token, called } = self.pending.remove(&id)?;
                 Some(if called.is_some() {
                     UnaryEvent::Reply { token, payload }
@@ -1032,8 +1044,8 @@ fn put_cancel(out: &mut BytesMut, id: &CallId) {
     put_message(out, id, request::Message::Cancel(p2pd::Cancel {}));
 }
 
-/// The length-delimited fields of a message, one after the other; others are skipped. It ends
-/// before what it cannot read, which stays.
+/// The length-delimited fields of a message, one after the other; others are skipped, and groups
+/// with all that is in them. It ends before what it cannot read, which stays.
 ///
 /// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
 /// as groups in groups, that prost takes for reason enough to fail.
@@ -1041,8 +1053,11 @@ struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
     fn next(&mut self) -> Option<(u64, &'a [u8])> {
+        let mut bytes = self.0;
+        // In how many groups.
+        let mut depth = 0_usize;
         loop {
-            let (key, rest) = unsigned_varint::decode::u64(self.0).ok()?;
+            let (key, rest) = unsigned_varint::decode::u64(bytes).ok()?;
             let (value, rest) = match key & 7 {
                 0 => (None, unsigned_varint::decode::u64(rest).ok()?.1),
                 1 => (None, rest.get(8..)?),
@@ -1051,12 +1066,23 @@ impl<'a> Fields<'a> {
                     let (value, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
                     (Some(value), rest)
                 }
+                3 => {
+                    depth += 1;
+                    (None, rest)
+                }
+                4 => {
+                    depth = depth.checked_sub(1)?;
+                    (None, rest)
+                }
                 5 => (None, rest.get(4..)?),
                 _ => return None,
             };
-            self.0 = rest;
-            if let Some(value) = value {
-                return Some((key >> 3, value));
+            bytes = rest;
+            if depth == 0 {
+                self.0 = rest;
+                if let Some(value) = value {
+                    return Some((key >> 3, value));
+                }
             }
         }
     }

@@ -2,6 +2,9 @@
 //!
 //! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
 
+/// How the cause begins if no bootstrap peer could be reached.
+pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
+
 /// What a daemon prints once it has started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Startup {
@@ -116,7 +119,7 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
     }
     if message == "failed to connect to bootstrap peers" {
         let peers = option(arguments, "bootstrapPeers").unwrap_or("the built-in list of IPFS's");
-        return Some(format!("no bootstrap peer could be reached: {peers}"));
+        return Some(format!("{UNCONNECTED}{peers}"));
     }
     if message == "invalid p2p multiaddr" {
         let peers = option(arguments, "bootstrapPeers")?;
@@ -181,10 +184,14 @@ fn of_listening(message: &str) -> Option<String> {
         let (_code, reason) = listen.split_once(": ")?;
         (reason.rsplit_once(' ')?.1, reason)
     };
+    // To Node, a missing directory is one without permission.
+    let by_node = !message.contains(": bind: ") && what.starts_with('/');
     Some(if why.starts_with("address already in use") {
         format!("{what} is already in use")
     } else if why.starts_with("cannot assign requested address") {
         format!("{what} is not an address of this machine")
+    } else if why.starts_with("permission denied") && by_node {
+        format!("no permission to listen on {what}, or its directory does not exist")
     } else if why.starts_with("permission denied") {
         format!("no permission to listen on {what}")
     } else if why.starts_with("no such file or directory") {
@@ -328,6 +335,11 @@ mod tests {
         );
         let node = "Error: listen EADDRINUSE: address already in use 127.0.0.1:5\n    at Server\n";
         assert_eq!(cause(node, &[]).unwrap(), "127.0.0.1:5 is already in use");
+        let node = "Error: listen EACCES: permission denied /no/x.sock\n    at Server\n";
+        assert_eq!(
+            cause(node, &[]).unwrap(),
+            "no permission to listen on /no/x.sock, or its directory does not exist"
+        );
         let node =
             "/d.js:4\n  conn.remoteAddr\n\nTypeError: it is null\n    at /d.js:4\n\nNode.js v20\n";
         assert_eq!(cause(node, &[]).unwrap(), "TypeError: it is null");

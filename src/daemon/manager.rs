@@ -1,9 +1,10 @@
 //! The daemon manager for tokio: waits for what [`process`](super::process) does.
 
 use super::discovery::{find, Search, VARIABLE};
-use super::options::{ConnectionManager, DaemonOptions, Dht, Pubsub};
+use super::keeper::{ended, ready, Keeper, LOOK_AGAIN};
+use super::options::{Bootstrap, ConnectionManager, DaemonOptions, Dht, Pubsub};
 use super::process::Process;
-use super::start::DaemonError;
+use super::start::{DaemonError, StartError};
 use crate::client::{Client, Error, Identity};
 use crate::core::{Multiaddr, PeerId};
 use futures_core::Stream;
@@ -19,8 +20,6 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout, Sleep};
 
-/// How often the daemon's output is looked at while somebody waits for more of it.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// The longest line of output given in one piece, in bytes.
 const LINE_LIMIT: usize = 64 * 1024;
 const READ_SIZE: usize = 16 * 1024;
@@ -48,6 +47,7 @@ pub struct P2PDaemon {
     process: Arc<Process>,
     identity: Identity,
     stop_timeout: Duration,
+    keeper: Option<Keeper>,
 }
 
 /// What a [`P2PDaemon`] is started with.
@@ -140,10 +140,33 @@ impl P2PDaemonBuilder {
         self
     }
 
-    /// Peers to connect to before the daemon counts as started, each an address that ends in
-    /// `/p2p/<peer id>`; see [`P2PDaemon::peer_addrs`]. One of them must be reachable.
+    /// Peers to join others through, each an address that ends in `/p2p/<peer id>`; see
+    /// [`P2PDaemon::peer_addrs`]. The daemon connects to them before it counts as started, and one
+    /// of them must be reachable, unless [`bootstrap`](Self::bootstrap) says otherwise.
     pub fn bootstrap_peers(mut self, peers: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.options.bootstrap_peers = texts(peers);
+        self
+    }
+
+    /// When the bootstrap peers are connected to. With [`Bootstrap::Background`] none need be
+    /// reachable: they are connected to once the daemon has started, again and again, with pauses
+    /// that grow from a second to a minute, and are looked after every 15 seconds from then on.
+    /// Failures, with the peer and the reason, go to the [`log`] crate.
+    pub fn bootstrap(mut self, when: Bootstrap) -> Self {
+        self.options.bootstrap = when;
+        self
+    }
+
+    /// Has a daemon that dies by itself started again, in a task on the runtime on which it was
+    /// started: with the same options and control address, the same identity (without a file, a
+    /// temporary one) and, of TCP, the same ports. The pauses before that grow from 0.1 to 30
+    /// seconds. After `limit` deaths in a row within 10 seconds of the start it is given up: see
+    /// [`P2PDaemon::failure`]. With 0, the default, it is not started again.
+    ///
+    /// Clients made by [`P2PDaemon::client`] have their handlers registered again. Restarts go to
+    /// the [`log`] crate.
+    pub fn restart(mut self, limit: u32) -> Self {
+        self.options.restart = limit;
         self
     }
 
@@ -198,22 +221,14 @@ impl P2PDaemonBuilder {
         })?;
         let process = Process::prepare(binary, &self.options, None)?;
         process.spawn()?;
-        let mut obstacle = None;
-        let answer = tokio::select! {
-            identity = ask(&process, &mut obstacle) => Some(identity),
-            _ = ended(&process) => None,
-            () = sleep(self.start_timeout) => None,
-        };
-        match answer {
-            Some(identity) if process.poll().is_none() => Ok(P2PDaemon {
-                process: Arc::new(process),
-                identity,
-                stop_timeout: self.stop_timeout,
-            }),
-            _ => Err(process
-                .not_ready(self.start_timeout.as_secs_f64(), obstacle)
-                .into()),
-        }
+        let identity = ready(&process, self.start_timeout).await?;
+        let process = Arc::new(process);
+        Ok(P2PDaemon {
+            keeper: Keeper::start(&process, self.start_timeout),
+            process,
+            identity,
+            stop_timeout: self.stop_timeout,
+        })
     }
 }
 
@@ -229,7 +244,7 @@ impl P2PDaemon {
         &self.identity.peer_id
     }
 
-    /// What it listened on for peers when it had started, without its peer id.
+    /// What it listened on for peers when it had first started, without its peer id.
     pub fn addrs(&self) -> &[Multiaddr] {
         &self.identity.addrs
     }
@@ -246,7 +261,7 @@ impl P2PDaemon {
         self.process.control()
     }
 
-    /// Its process id; none once it has ended.
+    /// Its process id; none once it has ended, also while it is being started again.
     pub fn pid(&self) -> Option<u32> {
         self.process.pid().filter(|_| self.process.alive())
     }
@@ -266,15 +281,29 @@ impl P2PDaemon {
             .listen_maddr(self.process.listen_maddr())
             .build()?;
         client.identify().await?;
+        if let Some(keeper) = &self.keeper {
+            keeper.remember(&client);
+        }
         Ok(client)
     }
 
-    /// Waits until the daemon has ended. Any number of tasks may.
+    /// Waits until the daemon has ended: one that is started again
+    /// ([`restart`](P2PDaemonBuilder::restart)), until it was stopped or given up. Any number of
+    /// tasks may.
     ///
     /// If somebody else in this process has reaped it (who waits for any child, or ignores
     /// SIGCHLD), nobody knows its exit status, and this gives 0.
     pub async fn wait(&self) -> ExitStatus {
+        if let Some(keeper) = &self.keeper {
+            keeper.over().await;
+        }
         ended(&self.process).await
+    }
+
+    /// Why a daemon that is started again ([`restart`](P2PDaemonBuilder::restart)) was given up;
+    /// none if it was not.
+    pub fn failure(&self) -> Option<StartError> {
+        self.keeper.as_ref()?.failure()
     }
 
     /// Asks the daemon to end, kills it if it does not within the
@@ -282,9 +311,13 @@ impl P2PDaemon {
     /// status, which is 0 if nobody knows it (see [`wait`](Self::wait); or the kernel does not let
     /// go of it). Does nothing more the second time.
     pub async fn shutdown(&self) -> ExitStatus {
+        if let Some(keeper) = &self.keeper {
+            // Its runtime may be one that nobody runs any more.
+            let _ = timeout(self.stop_timeout, keeper.stop()).await;
+        }
         self.process.terminate();
         // Killed it is if need be, by what comes next.
-        let _ = timeout(self.stop_timeout, self.wait()).await;
+        let _ = timeout(self.stop_timeout, ended(&self.process)).await;
         let process = Arc::clone(&self.process);
         if spawn_blocking(move || process.destroy()).await.is_err() {
             // The runtime is being shut down.
@@ -335,53 +368,11 @@ fn texts(addrs: impl IntoIterator<Item = Multiaddr>) -> Vec<String> {
     addrs.into_iter().map(|addr| addr.to_string()).collect()
 }
 
-/// Asks the daemon who it is until it answers and may be believed.
-async fn ask(process: &Process, obstacle: &mut Option<String>) -> Identity {
-    let mut pause = Duration::from_millis(1);
-    loop {
-        let answer = match Client::new(process.control().clone()) {
-            Ok(client) => client.identify().await,
-            Err(error) => Err(error.into()),
-        };
-        *obstacle = match answer {
-            Ok(identity) => match process.doubt(&identity.peer_id) {
-                None => return identity,
-                doubt => doubt,
-            },
-            Err(error) => Some(error.to_string()),
-        };
-        sleep(pause).await;
-        pause = LOOK_AGAIN.min(2 * pause);
-    }
-}
-
 /// The last place up to `at` at which no character of UTF-8 is cut, if that is what the text is.
 fn character_end(text: &[u8], at: usize) -> usize {
     let continues = |place: &usize| text.get(*place).is_some_and(|byte| byte & 0xc0 == 0x80);
     let begins = (at.saturating_sub(3)..=at).rev().find(|at| !continues(at));
     begins.filter(|place| *place > 0).unwrap_or(at)
-}
-
-/// Waits until the daemon has ended.
-async fn ended(process: &Process) -> ExitStatus {
-    #[cfg(unix)]
-    // Before looking, so that no end is missed in between.
-    let mut children = {
-        use tokio::signal::unix::{signal, SignalKind};
-        signal(SignalKind::child()).ok()
-    };
-    loop {
-        if let Some(status) = process.poll() {
-            return status;
-        }
-        #[cfg(unix)]
-        if let Some(children) = &mut children {
-            // Somebody may have put another handler in the place of tokio's.
-            let _ = timeout(Duration::from_secs(1), children.recv()).await;
-            continue;
-        }
-        sleep(LOOK_AGAIN).await;
-    }
 }
 
 /// The lines of a daemon's output, as they come: a [`Stream`] that ends when the daemon has.
@@ -460,7 +451,7 @@ impl Stream for Logs {
                 logs.pause = None;
             }
             // Asked before reading: what it has printed until then is there.
-            let ended = logs.process.poll().is_some() || logs.process.ended();
+            let ended = logs.process.over();
             if logs.read() == 0 {
                 if ended {
                     logs.log = None;

@@ -2,8 +2,8 @@
 //!
 //! An option that is not set is not passed, so that an older daemon is not given a flag it lacks.
 
-use crate::core::multiaddr::EndpointError;
-use crate::core::Multiaddr;
+use crate::core::multiaddr::{EndpointError, MultiaddrError};
+use crate::core::{Multiaddr, PeerId};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -113,6 +113,59 @@ impl From<bool> for ConnectionManager {
     }
 }
 
+/// When the bootstrap peers are connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Bootstrap {
+    /// By the daemon, before it counts as started. One of them must be reachable (Go).
+    #[default]
+    Required,
+    /// By CONNECT requests once the daemon has started, again and again until they are connected,
+    /// and again when they no longer are. None of them need be reachable.
+    Background,
+}
+
+/// A peer to join others through: what a multiaddr that ends in `/p2p/<peer id>` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootstrapPeer {
+    /// Who it is.
+    pub peer_id: PeerId,
+    /// Where it is; nothing if that is for the daemon to find out.
+    pub addrs: Vec<Multiaddr>,
+}
+
+impl BootstrapPeer {
+    /// Takes the multiaddr apart.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub fn parse(address: &str) -> Result<Self, OptionsError> {
+        let malformed = |error: MultiaddrError| OptionsError::BootstrapPeer {
+            address: address.into(),
+            reason: error.to_string(),
+        };
+        let whole: Multiaddr = address.parse().map_err(malformed)?;
+        let parts = whole.components().map_err(malformed)?;
+        let (peer_id, before) = match parts.as_slice() {
+            [before @ .., last] if last.name == "p2p" => (last.value.as_deref(), before),
+            parts => (None, parts),
+        };
+        let peer_id = peer_id.and_then(|text| text.parse().ok());
+        let Some(peer_id) = peer_id else {
+            return Err(OptionsError::BootstrapPeer {
+                address: address.into(),
+                reason: "it does not end in /p2p/<peer id>".into(),
+            });
+        };
+        let addr: Vec<u8> = before.iter().flat_map(|part| part.bytes).copied().collect();
+        let addrs = (!addr.is_empty()).then(|| Multiaddr::from_bytes(addr));
+        Ok(BootstrapPeer {
+            peer_id,
+            addrs: addrs.into_iter().collect(),
+        })
+    }
+}
+
 /// Everything a daemon can be told when it is started.
 ///
 /// ```
@@ -143,6 +196,8 @@ pub struct DaemonOptions {
     /// Peers to connect to at the start, each a multiaddr that ends in `/p2p/<peer id>`. With
     /// none, the daemon connects to nobody, its built-in list of IPFS peers included.
     pub bootstrap_peers: Vec<String>,
+    /// When they are connected to.
+    pub bootstrap: Bootstrap,
     /// The DHT.
     pub dht: Dht,
     /// Circuit relay; the daemon's own default if none.
@@ -153,6 +208,10 @@ pub struct DaemonOptions {
     pub connection_manager: ConnectionManager,
     /// Arguments to pass as they are, after all others.
     pub extra_args: Vec<String>,
+    /// After how many quick deaths in a row a daemon that is started again is given up; with 0, it
+    /// is not started again. If it may be, it has the same identity each time, with no file a
+    /// temporary one, and a free TCP port in place of port 0 of `host_addrs`.
+    pub restart: u32,
 }
 
 /// Options that no arguments can be made of.
@@ -169,6 +228,14 @@ pub enum OptionsError {
         option: &'static str,
         /// The address.
         address: String,
+    },
+    /// A bootstrap peer that no daemon could connect to.
+    #[error("the bootstrap peer {address:?} cannot be one: {reason}")]
+    BootstrapPeer {
+        /// Its address.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A connection manager that could never be satisfied.
     #[error(
@@ -187,8 +254,11 @@ pub enum OptionsError {
     #[error("the path of the identity file is not UTF-8: {0:?}")]
     Identity(PathBuf),
     /// Something that this flavour of daemon has no flag for.
-    #[error("jsp2pd cannot do this: {0}")]
+    #[error("jsp2pd has no option for {0}")]
     NotInJs(&'static str),
+    /// An extra argument that jsp2pd would ignore without a word.
+    #[error("jsp2pd has no option {0}")]
+    UnknownToJs(String),
 }
 
 impl DaemonOptions {
@@ -210,6 +280,9 @@ impl DaemonOptions {
                 let address = address.clone();
                 return Err(OptionsError::Address { option, address });
             }
+        }
+        for address in &self.bootstrap_peers {
+            BootstrapPeer::parse(address)?;
         }
         if let ConnectionManager::Limits { low, high, .. } = self.connection_manager {
             if low > high {
@@ -247,6 +320,14 @@ impl DaemonOptions {
         Ok(arguments)
     }
 
+    /// The peers that the daemon itself is to connect to.
+    pub(crate) fn required_peers(&self) -> &[String] {
+        match self.bootstrap {
+            Bootstrap::Required => &self.bootstrap_peers,
+            Bootstrap::Background => &[],
+        }
+    }
+
     /// The flags that both flavours have, but for the number of dashes.
     fn common_arguments(&self, dashes: &str) -> Vec<String> {
         let identity = self
@@ -259,7 +340,7 @@ impl DaemonOptions {
             ("id", identity),
             ("hostAddrs", list(&self.host_addrs)),
             ("announceAddrs", list(&self.announce_addrs)),
-            ("bootstrapPeers", list(&self.bootstrap_peers)),
+            ("bootstrapPeers", list(self.required_peers())),
         ]
         .into_iter()
         .filter_map(|(flag, value)| Some(format!("{dashes}{flag}={}", value?)))
@@ -269,7 +350,7 @@ impl DaemonOptions {
     fn go_arguments(&self) -> Vec<String> {
         let mut arguments = self.common_arguments("-");
         // Without `-b` the list would be ignored; `-b` without a list would mean the IPFS peers.
-        if !self.bootstrap_peers.is_empty() {
+        if !self.required_peers().is_empty() {
             arguments.push("-b".into());
         }
         match self.dht {
@@ -298,18 +379,24 @@ impl DaemonOptions {
     }
 
     fn js_arguments(&self) -> Result<Vec<String>, OptionsError> {
+        // Go's daemons end when they are given a flag they do not know.
+        if let Some(flag) = self.extra_args.iter().find_map(|arg| unknown_to_js(arg)) {
+            return Err(OptionsError::UnknownToJs(flag.into()));
+        }
         let mut arguments = self.common_arguments("--");
-        if !self.bootstrap_peers.is_empty() {
+        if !self.required_peers().is_empty() {
             arguments.push("--bootstrap=true".into());
         }
         match self.dht {
             Dht::Off => {}
-            Dht::Client => return Err(OptionsError::NotInJs("a DHT client")),
+            Dht::Client => return Err(OptionsError::NotInJs("a DHT client (-dhtClient)")),
             Dht::Auto | Dht::Server => arguments.push("--dht=true".into()),
         }
         // Its relay is always on.
         if self.relay == Some(false) {
-            return Err(OptionsError::NotInJs("switching the relay off"));
+            return Err(OptionsError::NotInJs(
+                "switching the relay off (-relay=false)",
+            ));
         }
         if self.pubsub != Pubsub::Off {
             arguments.push("--pubsub=true".into());
@@ -325,6 +412,37 @@ impl DaemonOptions {
         Ok(arguments)
     }
 }
+
+/// The flag of an argument, if it is one that jsp2pd does not know.
+fn unknown_to_js(arg: &str) -> Option<&str> {
+    let flag = arg.split('=').next().filter(|flag| flag.starts_with('-'))?;
+    let known = match flag.strip_prefix("--") {
+        Some("") => true,
+        Some(name) => JS_OPTIONS.contains(&name.strip_prefix("no-").unwrap_or(name)),
+        None => flag[1..].chars().all(|letter| "bq".contains(letter)),
+    };
+    (!known).then_some(flag)
+}
+
+/// The names of jsp2pd's options.
+const JS_OPTIONS: &[&str] = &[
+    "announceAddrs",
+    "bootstrap",
+    "bootstrapPeers",
+    "connMgr",
+    "connMgrHi",
+    "connMgrLo",
+    "dht",
+    "dhtClient",
+    "help",
+    "hostAddrs",
+    "id",
+    "nat",
+    "pubsub",
+    "pubsubRouter",
+    "quiet",
+    "version",
+];
 
 impl Pubsub {
     fn router(self, dashes: &str) -> Option<String> {
@@ -351,6 +469,7 @@ mod tests {
             host_addrs: vec!["/ip4/127.0.0.1/tcp/0".into(), "/ip6/::1/tcp/0".into()],
             announce_addrs: vec!["/dns4/example.org/tcp/4001".into()],
             bootstrap_peers: vec![PEER.into()],
+            bootstrap: Bootstrap::Required,
             dht: Dht::Server,
             relay: Some(true),
             pubsub: Pubsub::Floodsub,
@@ -360,6 +479,7 @@ mod tests {
                 grace: Duration::from_millis(1500),
             },
             extra_args: vec!["-q".into()],
+            restart: 0,
         }
     }
 
@@ -417,6 +537,70 @@ mod tests {
     }
 
     #[test]
+    fn the_daemon_is_not_told_of_peers_that_it_is_not_to_wait_for() {
+        for flavour in [Flavour::Go, Flavour::Js] {
+            let options = DaemonOptions {
+                flavour,
+                bootstrap_peers: vec![PEER.into()],
+                bootstrap: Bootstrap::Background,
+                ..Default::default()
+            };
+            assert_eq!(options.arguments().unwrap(), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn a_bootstrap_peer_is_taken_apart() {
+        let peer = BootstrapPeer::parse(PEER).unwrap();
+        assert_eq!(peer.addrs, ["/ip4/127.0.0.1/tcp/4001".parse().unwrap()]);
+        assert!(PEER.ends_with(&peer.peer_id.to_string()));
+        let relayed = format!("{PEER}/p2p-circuit/p2p/{}", peer.peer_id);
+        let through = BootstrapPeer::parse(&relayed).unwrap().addrs;
+        assert_eq!(through, [format!("{PEER}/p2p-circuit").parse().unwrap()]);
+        let alone = BootstrapPeer::parse(&PEER[23..]).unwrap();
+        assert_eq!((alone.peer_id, alone.addrs), (peer.peer_id, vec![]));
+    }
+
+    #[test]
+    fn a_bootstrap_peer_that_is_none_is_named_with_what_is_wrong() {
+        for (address, words) in [
+            ("/ip4/127.0.0.1/tcp/4001", "does not end in /p2p/<peer id>"),
+            ("/ip4/300.0.0.1/tcp/4001/p2p/QmA", "300.0.0.1"),
+            ("/ip4/127.0.0.1/tcp/4001/p2p/QmA", "QmA"),
+            ("127.0.0.1:4001", "slash"),
+        ] {
+            let options = DaemonOptions {
+                bootstrap_peers: vec![PEER.into(), address.into()],
+                ..Default::default()
+            };
+            let error = options.validate().unwrap_err().to_string();
+            assert!(error.contains(address) && error.contains(words), "{error}");
+            assert!(!error.contains(PEER), "{error}");
+        }
+    }
+
+    #[test]
+    fn js_would_ignore_what_it_does_not_know() {
+        let with = |arg: &str| {
+            let options = DaemonOptions {
+                flavour: Flavour::Js,
+                extra_args: vec![arg.into()],
+                ..Default::default()
+            };
+            options.arguments()
+        };
+        for arg in ["--nonsense", "--nonsense=1", "-muxer=yamux", "-x", "--"] {
+            let flag = arg.split('=').next().unwrap();
+            let expected = OptionsError::UnknownToJs(flag.into());
+            let error = (flag != "--").then_some(expected);
+            assert_eq!(with(arg).err(), error);
+        }
+        for arg in ["--quiet", "-q", "-bq", "--no-nat", "--pubsub=true", "value"] {
+            assert_eq!(with(arg).unwrap(), [arg]);
+        }
+    }
+
+    #[test]
     fn the_daemons_own_choices_are_left_to_it() {
         let options = DaemonOptions {
             dht: true.into(),
@@ -452,7 +636,7 @@ mod tests {
         };
         assert_eq!(
             client.arguments(),
-            Err(OptionsError::NotInJs("a DHT client"))
+            Err(OptionsError::NotInJs("a DHT client (-dhtClient)"))
         );
         let relay = DaemonOptions {
             relay: Some(false),
@@ -460,7 +644,9 @@ mod tests {
         };
         assert_eq!(
             relay.arguments(),
-            Err(OptionsError::NotInJs("switching the relay off"))
+            Err(OptionsError::NotInJs(
+                "switching the relay off (-relay=false)"
+            ))
         );
     }
 

@@ -15,26 +15,32 @@ use self::{
     janitor::Janitor,
     launch::{Child, Launch},
 };
-use super::options::{DaemonOptions, Flavour};
+use super::options::{Bootstrap, BootstrapPeer, DaemonOptions, Flavour};
+use super::retry::Restarts;
 use super::start::{self, DaemonError, StartError};
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
 use crate::sockets;
 use std::fs::{self, File};
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::TcpListener;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 #[cfg(not(unix))]
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+#[cfg(unix)]
+use std::time::Duration;
 
 /// How much of the end of the daemon's output is kept, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
 /// The name of a client's socket, at its longest.
 const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
+/// How long what was killed with a wrapper is waited for.
+#[cfg(unix)]
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
 /// None of these does a system give to whoever asks for any port, or connects.
 const PORTS: Range<u16> = 20_000..32_000;
 
@@ -57,25 +63,36 @@ const PORTS: Range<u16> = 20_000..32_000;
 #[derive(Debug)]
 pub struct Process {
     binary: PathBuf,
+    options: DaemonOptions,
     arguments: Vec<String>,
     control: Multiaddr,
-    must_say_so: bool,
     owner: u32,
     directory: PathBuf,
     log: PathBuf,
     /// The control socket, if that is a file outside the directory that was not there before.
     socket: Option<PathBuf>,
     clients: AtomicU64,
-    pid: OnceLock<u32>,
-    status: OnceLock<ExitStatus>,
+    /// Of the last run; 0 before the first.
+    pid: AtomicU32,
+    /// Where the output of the last run begins in the log.
+    begun: AtomicU64,
+    /// Whether somebody starts it again when it ends.
+    kept: AtomicBool,
     /// There once it was destroyed.
     last_output: OnceLock<String>,
     /// Held for no longer than it takes to look.
-    daemon: Mutex<Option<Child>>,
-    /// Held until all has ended.
+    run: Mutex<Run>,
+    /// Held until all has ended, and while it is started.
     ending: Mutex<()>,
     #[cfg(unix)]
     janitor: Janitor,
+}
+
+/// The last run of the daemon.
+#[derive(Debug, Default)]
+struct Run {
+    child: Option<Child>,
+    status: Option<ExitStatus>,
 }
 
 impl Process {
@@ -94,6 +111,10 @@ impl Process {
     ) -> Result<Self, DaemonError> {
         options.validate()?;
         let directory = sockets::private_directory(parent, "p2pd-", LONGEST_SOCKET)?;
+        let mut options = options.clone();
+        if options.restart > 0 {
+            make_repeatable(&mut options, directory.path())?;
+        }
         let control = match &options.control {
             Some(control) => control.clone(),
             None => default_control(directory.path()),
@@ -123,37 +144,104 @@ impl Process {
             binary,
             arguments,
             control,
-            must_say_so: start::must_say_so(options),
+            options,
             owner: std::process::id(),
             log: directory.join("log"),
             directory,
             socket,
             clients: AtomicU64::new(0),
-            pid: OnceLock::new(),
-            status: OnceLock::new(),
+            pid: AtomicU32::new(0),
+            begun: AtomicU64::new(0),
+            kept: AtomicBool::new(false),
             last_output: OnceLock::new(),
-            daemon: Mutex::new(None),
+            run: Mutex::default(),
             ending: Mutex::new(()),
             #[cfg(unix)]
             janitor,
         })
     }
 
-    /// Runs the daemon, once.
+    /// The same daemon, in a process and a directory of its own, but for the bootstrap peers, to
+    /// which it does not connect: those can be asked what is wrong with them.
+    #[cfg_attr(not(any(feature = "python", feature = "tokio")), allow(dead_code))]
+    pub(crate) fn without_bootstrap(&self) -> Result<Self, DaemonError> {
+        let options = DaemonOptions {
+            bootstrap: Bootstrap::Background,
+            restart: 0,
+            ..self.options.clone()
+        };
+        Process::prepare(self.binary.clone(), &options, self.directory.parent())
+    }
+
+    /// The bootstrap peers, and their addresses as they were given.
+    pub fn bootstrap_peers(&self) -> Vec<(&str, BootstrapPeer)> {
+        let addresses = self.options.bootstrap_peers.iter();
+        addresses
+            .filter_map(|address| Some((&**address, BootstrapPeer::parse(address).ok()?)))
+            .collect()
+    }
+
+    /// Those that are not for the daemon itself to connect to.
+    pub fn background_peers(&self) -> Vec<(&str, BootstrapPeer)> {
+        match self.options.bootstrap {
+            Bootstrap::Background => self.bootstrap_peers(),
+            Bootstrap::Required => Vec::new(),
+        }
+    }
+
+    /// When it is to be started again; nothing if never.
+    pub fn restarts(&self) -> Option<Restarts> {
+        let limit = self.options.restart;
+        (limit > 0).then(|| Restarts::new(limit))
+    }
+
+    /// Says whether somebody starts it again when it ends.
+    pub fn keep(&self, kept: bool) {
+        self.kept.store(kept, Ordering::Release);
+    }
+
+    /// Whether the daemon has ended and nobody starts it again.
+    pub fn over(&self) -> bool {
+        // In this order: who keeps it no longer has seen its last end.
+        let kept = self.kept.load(Ordering::Acquire);
+        self.ended() || !kept && self.poll().is_some()
+    }
+
+    /// Runs the daemon; again, if it has ended.
     ///
     /// # Errors
-    /// It cannot be executed.
+    /// It cannot be executed, is running, or was destroyed.
     pub fn spawn(&self) -> Result<(), StartError> {
         self.try_spawn()
             .map_err(|error| StartError::not_run(self.command(), error))
     }
 
     fn try_spawn(&self) -> io::Result<()> {
-        let mut daemon = self.daemon();
-        let log = File::create_new(&self.log)?;
+        let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ended() {
+            return Err(io::Error::other("it was stopped"));
+        }
+        let mut run = self.run();
+        self.reap(&mut run);
+        if run.child.is_some() {
+            if run.status.is_none() {
+                return Err(io::Error::other("it is running"));
+            }
+            #[cfg(unix)]
+            // It may have died without removing it.
+            if let Ok(Endpoint::Unix(path)) = self.control.endpoint() {
+                let _ = sockets::remove_stale(Path::new(&path));
+            }
+        }
+        let log = File::options().create(true).append(true).open(&self.log)?;
+        let begun = log.metadata()?.len();
         let child = self.launch(log)?;
-        let _ = self.pid.set(child.id());
-        *daemon = Some(child);
+        self.begun.store(begun, Ordering::Relaxed);
+        self.pid.store(child.id(), Ordering::Relaxed);
+        *run = Run {
+            child: Some(child),
+            status: None,
+        };
         Ok(())
     }
 
@@ -210,7 +298,7 @@ impl Process {
 
     /// The daemon's process id, which on unix is its process group's too; none before it ran.
     pub fn pid(&self) -> Option<u32> {
-        self.pid.get().copied()
+        Some(self.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
     }
 
     /// Whether this is the process that started the daemon.
@@ -237,29 +325,49 @@ impl Process {
     /// The exit status; none if the daemon is running, or if only its parent can tell. Of a daemon
     /// that somebody else has reaped, nobody knows it, and it is 0.
     pub fn poll(&self) -> Option<ExitStatus> {
-        if self.status.get().is_none() && self.owned() {
-            self.reap(&mut self.daemon());
+        if !self.owned() {
+            // Another thread of the parent may have held it.
+            return self.run.try_lock().ok()?.status;
         }
-        self.status.get().copied()
+        let mut run = self.run();
+        self.reap(&mut run);
+        run.status
     }
 
     /// Asks the daemon and its children to end, if it is running. (On Windows, where nothing can
     /// be asked, it ends it.)
     pub fn terminate(&self) {
         if self.owned() {
-            self.signal(&mut self.daemon(), Signal::Terminate);
+            self.signal(&mut self.run(), Signal::Terminate);
+        }
+    }
+
+    /// Kills the daemon and its children, if it is running. Once it has ended, it can be run again.
+    pub fn kill(&self) {
+        if self.owned() {
+            self.signal(&mut self.run(), Signal::Kill);
         }
     }
 
     /// The end of what the daemon has printed.
     pub fn output(&self) -> String {
+        self.output_from(0)
+    }
+
+    /// What the last run has printed.
+    fn output_of_run(&self) -> String {
+        self.output_from(self.begun.load(Ordering::Relaxed))
+    }
+
+    fn output_from(&self, begin: u64) -> String {
         if let Some(output) = self.last_output.get() {
             return output.clone();
         }
         let tail = || -> io::Result<Vec<u8>> {
             let mut log = File::open(&self.log)?;
             let length = log.metadata()?.len();
-            log.seek(SeekFrom::Start(length.saturating_sub(OUTPUT_LIMIT)))?;
+            let begin = begin.max(length.saturating_sub(OUTPUT_LIMIT));
+            log.seek(SeekFrom::Start(begin))?;
             let mut tail = Vec::new();
             log.take(OUTPUT_LIMIT).read_to_end(&mut tail)?;
             Ok(tail)
@@ -284,9 +392,13 @@ impl Process {
         let _ = self.last_output.set(self.output());
         let _ = fs::remove_dir_all(&self.directory);
         if let Some(socket) = &self.socket {
-            // Another daemon may serve there by now.
+            // Another daemon may serve there by now, and so may one that a wrapper has left
+            // behind: that was killed, but need not have ended.
             #[cfg(unix)]
-            let _ = sockets::remove_stale(socket);
+            launch::wait_until(LEFT_BEHIND, || {
+                let _ = sockets::remove_stale(socket);
+                socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
+            });
             #[cfg(not(unix))]
             let _ = fs::remove_file(socket);
         }
@@ -297,19 +409,19 @@ impl Process {
 
     #[cfg(unix)]
     fn end_daemon(&self) {
-        self.signal(&mut self.daemon(), Signal::Kill);
+        self.signal(&mut self.run(), Signal::Kill);
         let running = self.pid().is_some();
         launch::wait_a_little(|| !running || self.poll().is_some());
     }
 
     #[cfg(not(unix))]
     fn end_daemon(&self) {
-        let mut daemon = self.daemon();
-        self.signal(&mut daemon, Signal::Kill);
-        if let Some(daemon) = daemon.as_mut() {
+        let mut run = self.run();
+        self.signal(&mut run, Signal::Kill);
+        if let Some(daemon) = run.child.as_mut() {
             let _ = daemon.wait();
         }
-        self.reap(&mut daemon);
+        self.reap(&mut run);
     }
 
     /// Lets go of what tells the janitor that this process lives. For a forked child, in which it
@@ -327,23 +439,31 @@ impl Process {
 
     /// Why the daemon's answer to IDENTIFY is not to be believed yet; nothing if it is.
     pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
-        start::doubt(&self.output(), peer_id, self.must_say_so)
+        let must_say_so = start::must_say_so(&self.options);
+        start::doubt(&self.output_of_run(), peer_id, must_say_so)
     }
 
     /// The error of a daemon that ended, or was not ready in `timeout` seconds. `obstacle` is why
     /// its last answer was none.
     pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
         let status = self.poll().map(exit_code);
-        StartError::not_ready(self.command(), &self.output(), status, timeout, obstacle)
+        let output = self.output_of_run();
+        StartError::not_ready(self.command(), &output, status, timeout, obstacle)
     }
 
-    fn daemon(&self) -> MutexGuard<'_, Option<Child>> {
-        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The error of a daemon that was ready, and died.
+    pub fn died(&self) -> StartError {
+        let status = self.poll().map(exit_code);
+        StartError::died(self.command(), &self.output_of_run(), status)
+    }
+
+    fn run(&self) -> MutexGuard<'_, Run> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the daemon's status if it has ended.
-    fn reap(&self, daemon: &mut Option<Child>) {
-        let Some(daemon) = daemon.as_mut().filter(|_| self.status.get().is_none()) else {
+    fn reap(&self, run: &mut Run) {
+        let Some(daemon) = run.child.as_mut().filter(|_| run.status.is_none()) else {
             return;
         };
         #[cfg(unix)]
@@ -367,18 +487,18 @@ impl Process {
             Ok(None) => return,
             status => status.ok().flatten(),
         };
-        let _ = self.status.set(status.unwrap_or_default());
+        run.status = Some(status.unwrap_or_default());
     }
 
-    fn signal(&self, daemon: &mut Option<Child>, signal: Signal) {
-        self.reap(daemon);
-        if self.status.get().is_some() {
+    fn signal(&self, run: &mut Run, signal: Signal) {
+        self.reap(run);
+        if run.status.is_some() {
             return;
         }
         #[cfg(unix)]
         self.signal_group(signal);
         #[cfg(not(unix))]
-        if let (Some(daemon), Signal::Terminate | Signal::Kill) = (daemon, signal) {
+        if let (Some(daemon), Signal::Terminate | Signal::Kill) = (&mut run.child, signal) {
             let _ = daemon.kill();
         }
     }
@@ -433,6 +553,34 @@ pub(crate) fn unused_tcp_port(host: &str) -> io::Result<u16> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, message))
 }
 
+/// Gives the options an identity and ports that are the same at every start.
+fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> io::Result<()> {
+    for address in &mut options.host_addrs {
+        // Of others than plain TCP the port is left to the daemon.
+        if let Ok(maddr) = address.parse() {
+            *address = with_free_port(maddr)?.to_string();
+        }
+    }
+    if options.identity.is_none() {
+        let path = directory.join("identity.key");
+        new_identity(&path)?;
+        options.identity = Some(path);
+    }
+    Ok(())
+}
+
+/// Writes a private key as libp2p encodes it: one for secp256k1, which is any 32 bytes, but for
+/// one set of them in 2^128.
+fn new_identity(path: &Path) -> io::Result<()> {
+    let mut key = *b"\x08\x02\x12\x20--------------------------------";
+    getrandom::fill(&mut key[4..]).map_err(|error| io::Error::other(error.to_string()))?;
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)?.write_all(&key)
+}
+
 /// Replaces TCP port 0: not every daemon says which port it was given.
 fn with_free_port(control: Multiaddr) -> io::Result<Multiaddr> {
     let host = match control.endpoint() {
@@ -483,6 +631,12 @@ fn exists(process: u32) -> bool {
 }
 
 #[cfg(unix)]
+fn group_exists(group: u32) -> bool {
+    let found = |pid| rustix::process::test_kill_process_group(pid) != Err(rustix::io::Errno::SRCH);
+    unix_pid(group).is_some_and(found)
+}
+
+#[cfg(unix)]
 fn unix_pid(number: u32) -> Option<rustix::process::Pid> {
     i32::try_from(number)
         .ok()
@@ -498,7 +652,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixListener;
     use std::process::Command;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// A process that runs a script, once it has said that its traps are set.
     fn running(body: &str) -> Process {

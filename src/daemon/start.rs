@@ -2,7 +2,7 @@
 //!
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
-use super::diagnosis::{diagnose, excerpt, Startup};
+use super::diagnosis::{diagnose, excerpt, Startup, UNCONNECTED};
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use crate::core::PeerId;
@@ -52,10 +52,7 @@ pub struct StartError {
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
-        if let Some(cause) = &self.cause {
-            write!(f, ": {cause}")?;
-        }
+        f.write_str(&self.brief())?;
         let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
         write!(f, "\n  command: {}", words.join(" "))?;
         if !self.logs.is_empty() {
@@ -105,10 +102,7 @@ impl StartError {
                 format!("the daemon was not ready in {timeout} seconds")
             }
         };
-        let logs: Vec<_> = excerpt(output, LOG_LINES)
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
+        let logs = last_lines(output);
         if logs.is_empty() {
             message += " and printed nothing";
         }
@@ -121,6 +115,59 @@ impl StartError {
             source: None,
         }
     }
+
+    /// It was ready, and ended with `status`.
+    pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
+        let arguments = command.get(1..).unwrap_or_default();
+        StartError {
+            message: match status {
+                Some(status) => format!("the daemon {}", describe(status)),
+                None => "the daemon is running".into(),
+            },
+            cause: status.and_then(|status| diagnose(output, Some(status), arguments)),
+            command,
+            status,
+            logs: last_lines(output),
+            source: None,
+        }
+    }
+
+    /// What happened and why, without the command line and the output.
+    pub(crate) fn brief(&self) -> String {
+        let cause = self.cause.as_ref().map(|cause| format!(": {cause}"));
+        format!("{}{}", self.message, cause.unwrap_or_default())
+    }
+
+    /// Whether it ended since it reached none of its bootstrap peers.
+    #[cfg_attr(not(feature = "process"), allow(dead_code))]
+    pub(crate) fn is_unconnected(&self) -> bool {
+        let cause = self.cause.as_deref();
+        self.status.is_some() && cause.is_some_and(|cause| cause.starts_with(UNCONNECTED))
+    }
+
+    /// Adds why each bootstrap peer could not be reached.
+    #[cfg_attr(not(feature = "process"), allow(dead_code))]
+    pub(crate) fn with_reasons(mut self, reasons: &[(String, String)]) -> Self {
+        if !reasons.is_empty() {
+            let of_each = reasons
+                .iter()
+                .map(|(peer, reason)| format!("{peer} ({})", one_line(reason)));
+            let of_each: Vec<_> = of_each.collect();
+            self.cause = Some(format!("{UNCONNECTED}{}", of_each.join(", ")));
+        }
+        self
+    }
+}
+
+fn last_lines(output: &str) -> Vec<String> {
+    let lines = excerpt(output, LOG_LINES);
+    lines.into_iter().map(str::to_owned).collect()
+}
+
+/// Words of a daemon that may go over several lines.
+#[cfg_attr(not(feature = "process"), allow(dead_code))]
+pub(crate) fn one_line(words: &str) -> String {
+    words.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Whether an answer means that a daemon with these options is ready only once it has also printed
@@ -132,7 +179,7 @@ impl StartError {
 #[cfg_attr(not(feature = "process"), allow(dead_code))]
 pub(crate) fn must_say_so(options: &DaemonOptions) -> bool {
     let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
-    (options.control.is_some() || cfg!(not(unix)) || !options.bootstrap_peers.is_empty())
+    (options.control.is_some() || cfg!(not(unix)) || !options.required_peers().is_empty())
         && !options.extra_args.iter().any(quiet)
 }
 
@@ -274,6 +321,34 @@ mod tests {
             "the daemon was not ready in 0.2 seconds and printed nothing"
         );
         assert_eq!(silent.cause.as_deref(), Some("why"));
+    }
+
+    #[test]
+    fn why_no_bootstrap_peer_was_reached_is_told_of_each() {
+        let output = "2026/01/02 03:04:05 failed to connect to bootstrap peers\n";
+        let command = command(&["p2pd", "-bootstrapPeers=/a,/b", "-b"]);
+        let error = StartError::not_ready(command.clone(), output, Some(1), 30.0, None);
+        assert!(error.is_unconnected());
+        let unexplained = error.clone().with_reasons(&[]);
+        assert_eq!(unexplained.cause, error.cause);
+        let reasons = [("/a", "all dials failed\n  * refused"), ("/b", "no")];
+        let reasons = reasons.map(|(peer, reason)| (peer.into(), reason.into()));
+        assert_eq!(
+            error.with_reasons(&reasons).cause.unwrap(),
+            "no bootstrap peer could be reached: /a (all dials failed * refused), /b (no)"
+        );
+        let other = StartError::not_ready(command, "", Some(1), 30.0, None);
+        assert!(!other.is_unconnected());
+    }
+
+    #[test]
+    fn a_death_is_told_with_its_cause_and_the_last_lines() {
+        let killed = StartError::died(command(&["p2pd"]), "before\nlast\n", Some(-9));
+        assert_eq!(
+            killed.to_string(),
+            "the daemon was killed by SIGKILL: something killed it, maybe for lack of memory\n  \
+             command: p2pd\n  last output:\n    before\n    last"
+        );
     }
 
     #[test]

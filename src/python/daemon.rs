@@ -3,9 +3,12 @@
 use super::convert::{extract_multiaddr, extract_peer_id};
 use super::errors;
 use super::multiaddr::{InvalidMultiaddr, PyMultiaddr};
+use super::peer_id::PyPeerId;
 use crate::daemon::process::{self, exit_code, Process};
+use crate::daemon::retry;
 use crate::daemon::{
-    self, ConnectionManager, DaemonError, Dht, OptionsError, Pubsub, Search, StartError,
+    self, Bootstrap, BootstrapPeer, ConnectionManager, DaemonError, Dht, OptionsError, Pubsub,
+    Search, StartError,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -28,6 +31,13 @@ enum Manager {
     Limits(u32, u32, f64),
 }
 
+/// `bool | int`: on and off, or on with another limit.
+#[derive(FromPyObject)]
+enum Restart {
+    Flag(bool),
+    Limit(i64),
+}
+
 /// A daemon's options, checked.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct DaemonOptions(daemon::DaemonOptions);
@@ -35,7 +45,7 @@ pub struct DaemonOptions(daemon::DaemonOptions);
 #[pymethods]
 impl DaemonOptions {
     #[new]
-    #[pyo3(signature = (*, dht, relay, pubsub, connmgr, host_addrs, announce_addrs, bootstrap_peers, identity, control_maddr, extra_args))]
+    #[pyo3(signature = (*, dht, relay, pubsub, connmgr, host_addrs, announce_addrs, bootstrap_peers, bootstrap, identity, control_maddr, extra_args, restart))]
     // One parameter for each option of Python's `Daemon`.
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -46,9 +56,11 @@ impl DaemonOptions {
         host_addrs: Vec<String>,
         announce_addrs: Vec<String>,
         bootstrap_peers: Vec<String>,
+        bootstrap: &str,
         identity: Option<PathBuf>,
         control_maddr: Option<&Bound<'_, PyAny>>,
         extra_args: Vec<String>,
+        restart: Restart,
     ) -> PyResult<Self> {
         let control = control_maddr.map(extract_multiaddr).transpose()?;
         let options = daemon::DaemonOptions {
@@ -82,8 +94,24 @@ impl DaemonOptions {
             host_addrs,
             announce_addrs,
             bootstrap_peers,
+            bootstrap: match bootstrap {
+                "required" => Bootstrap::Required,
+                "background" => Bootstrap::Background,
+                _ => {
+                    return Err(PyValueError::new_err(format!(
+                        "bootstrap is \"required\" or \"background\", not {bootstrap:?}"
+                    )))
+                }
+            },
             identity,
             extra_args,
+            restart: match restart {
+                Restart::Flag(false) => 0,
+                Restart::Flag(true) => retry::Restarts::LIMIT,
+                Restart::Limit(limit) => limit.try_into().map_err(|_| {
+                    PyValueError::new_err(format!("restart cannot be {limit} deaths"))
+                })?,
+            },
             ..Default::default()
         };
         options.validate().map_err(value_error)?;
@@ -150,14 +178,44 @@ impl DaemonProcess {
     fn new(binary: PathBuf, options: &Bound<'_, DaemonOptions>, parent: PathBuf) -> PyResult<Self> {
         Process::prepare(binary, &options.get().0, Some(&parent))
             .map(DaemonProcess)
-            .map_err(|error| match error {
-                DaemonError::Options(error) => value_error(error),
-                DaemonError::Io(error) => errors::os_error(error),
-                error => PyValueError::new_err(error.to_string()),
-            })
+            .map_err(prepare_error)
     }
 
-    /// Runs the daemon. Raises DaemonStartError if it cannot be executed.
+    /// The same daemon in a process of its own, which does not connect to its bootstrap peers.
+    fn without_bootstrap(&self) -> PyResult<Self> {
+        self.0
+            .without_bootstrap()
+            .map(DaemonProcess)
+            .map_err(prepare_error)
+    }
+
+    /// Each with its address as it was given.
+    fn bootstrap_peers(&self) -> Vec<(String, PyPeerId, Vec<PyMultiaddr>)> {
+        peers(self.0.bootstrap_peers())
+    }
+
+    /// Those that are not for the daemon itself to connect to.
+    fn background_peers(&self) -> Vec<(String, PyPeerId, Vec<PyMultiaddr>)> {
+        peers(self.0.background_peers())
+    }
+
+    /// When it is to be started again; None if never.
+    fn restarts(&self) -> Option<Restarts> {
+        self.0.restarts().map(Restarts)
+    }
+
+    /// Says whether somebody starts it again when it ends.
+    fn keep(&self, kept: bool) {
+        self.0.keep(kept);
+    }
+
+    /// Whether it has ended and nobody starts it again.
+    #[getter]
+    fn over(&self) -> bool {
+        self.0.over()
+    }
+
+    /// Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be executed.
     fn spawn(&self, py: Python<'_>) -> PyResult<()> {
         self.0.spawn().map_err(|error| start_error(py, error))
     }
@@ -218,6 +276,11 @@ impl DaemonProcess {
         self.0.terminate();
     }
 
+    /// Kills the daemon and its children, if it is running.
+    fn kill(&self) {
+        self.0.kill();
+    }
+
     /// The end of what the daemon has printed.
     fn output(&self) -> String {
         self.0.output()
@@ -239,9 +302,92 @@ impl DaemonProcess {
     }
 
     /// The DaemonStartError of a daemon that ended, or was not ready in this many seconds.
-    #[pyo3(signature = (timeout, obstacle))]
-    fn not_ready(&self, py: Python<'_>, timeout: f64, obstacle: Option<String>) -> PyErr {
-        start_error(py, self.0.not_ready(timeout, obstacle))
+    /// `reasons` says why which bootstrap peer could not be reached.
+    #[pyo3(signature = (timeout, obstacle, reasons = Vec::new()))]
+    fn not_ready(
+        &self,
+        py: Python<'_>,
+        timeout: f64,
+        obstacle: Option<String>,
+        reasons: Vec<(String, String)>,
+    ) -> PyErr {
+        let error = self.0.not_ready(timeout, obstacle);
+        start_error(py, error.with_reasons(&reasons))
+    }
+
+    /// Whether it ended since it reached none of its bootstrap peers.
+    #[getter]
+    fn unconnected(&self) -> bool {
+        self.0.not_ready(0.0, None).is_unconnected()
+    }
+
+    /// The DaemonStartError of a daemon that was ready, and died.
+    fn died(&self, py: Python<'_>) -> PyErr {
+        start_error(py, self.0.died())
+    }
+}
+
+fn prepare_error(error: DaemonError) -> PyErr {
+    match error {
+        DaemonError::Options(error) => value_error(error),
+        DaemonError::Io(error) => errors::os_error(error),
+        error => PyValueError::new_err(error.to_string()),
+    }
+}
+
+fn peers(peers: Vec<(&str, BootstrapPeer)>) -> Vec<(String, PyPeerId, Vec<PyMultiaddr>)> {
+    let peers = peers.into_iter();
+    let taken_apart = |(address, peer): (&str, BootstrapPeer)| {
+        let addrs = peer.addrs.into_iter().map(Into::into).collect();
+        (address.to_owned(), peer.peer_id.into(), addrs)
+    };
+    peers.map(taken_apart).collect()
+}
+
+/// When a daemon that died is started again.
+#[pyclass(module = "p2pclient_rs._native")]
+pub struct Restarts(retry::Restarts);
+
+#[pymethods]
+impl Restarts {
+    /// It has died, having lived for so many seconds. Returns the pause until it is started again,
+    /// or None if it is given up.
+    fn died(&mut self, lived: f64) -> Option<f64> {
+        // A clock that went backwards, or has no number.
+        let lived = Duration::try_from_secs_f64(lived).unwrap_or_default();
+        self.0.died(lived).map(|pause| pause.as_secs_f64())
+    }
+
+    #[getter]
+    fn deaths(&self) -> u32 {
+        self.0.deaths()
+    }
+}
+
+/// When to connect to a bootstrap peer, and what to tell of it.
+#[pyclass(module = "p2pclient_rs._native")]
+pub struct Reconnection(retry::Reconnection);
+
+#[pymethods]
+impl Reconnection {
+    #[new]
+    fn new() -> Self {
+        Reconnection(retry::Reconnection::default())
+    }
+
+    #[classattr]
+    const TIMEOUT: f64 = retry::Reconnection::TIMEOUT.as_secs_f64();
+
+    /// It is connected. Returns the pause until the next time, and whether this is news.
+    fn connected(&mut self) -> (f64, bool) {
+        let (pause, news) = self.0.connected();
+        (pause.as_secs_f64(), news)
+    }
+
+    /// It could not be connected to. Returns the pause until the next time, and whether this is news.
+    fn failed(&mut self, reason: &str) -> (f64, bool) {
+        let (pause, news) = self.0.failed(reason);
+        (pause.as_secs_f64(), news)
     }
 }
 

@@ -44,7 +44,10 @@ pub fn from_core(error: core::Error) -> PyErr {
     let words = error.to_string();
     Python::attach(|py| match error.fault() {
         core::Fault::Caller => made::<ControlFailure>(py, &words),
-        core::Fault::Connection => made::<ConnectionLost>(py, &words),
+        core::Fault::Connection => {
+            let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
+            lost(py, &words, "mid_answer", mid_answer)
+        }
         core::Fault::Daemon => made::<ProtocolViolation>(py, &words),
     })
 }
@@ -69,7 +72,7 @@ pub fn os_error(error: io::Error) -> PyErr {
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = lost(py, &words, unexecuted);
+        let lost = lost(py, &words, "unexecuted", unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
     })
@@ -77,7 +80,7 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    Python::attach(|py| lost(py, words, true))
+    Python::attach(|py| lost(py, words, "unexecuted", true))
 }
 
 /// A refusal in the daemon's words.
@@ -89,9 +92,9 @@ pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     }
 }
 
-fn lost(py: Python<'_>, words: &str, unexecuted: bool) -> PyErr {
+fn lost(py: Python<'_>, words: &str, attribute: &str, is: bool) -> PyErr {
     let lost = made::<ConnectionLost>(py, words);
-    match lost.value(py).setattr("unexecuted", unexecuted) {
+    match lost.value(py).setattr(attribute, is) {
         Ok(()) => lost,
         Err(error) => error,
     }

@@ -63,7 +63,9 @@ mod _native {
 
     // --- daemon ---
     #[pymodule_export]
-    use super::daemon::{find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess};
+    use super::daemon::{
+        find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess, Reconnection, Restarts,
+    };
 
     /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
     #[pyfunction]

@@ -1,7 +1,7 @@
 //! Every request of the core, as constructors of one opaque Python class.
 
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
-use crate::core::{connmgr, control, dht, pubsub, streams, unary, Request};
+use crate::core::{connmgr, control, dht, peerstore, pubsub, streams, unary, Request};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::time::Duration;
@@ -168,6 +168,21 @@ impl PyRequest {
     #[staticmethod]
     fn connmgr_trim() -> Self {
         Self(connmgr::trim())
+    }
+
+    #[staticmethod]
+    fn peerstore_is_there() -> Self {
+        Self(peerstore::is_there())
+    }
+
+    #[staticmethod]
+    fn peerstore_get_protocols(peer: Peer<'_, '_>) -> PyResult<Self> {
+        Ok(Self(peerstore::get_protocols(&extract_peer_id(peer)?)))
+    }
+
+    #[staticmethod]
+    fn peerstore_get_peer_info(peer: Peer<'_, '_>) -> PyResult<Self> {
+        Ok(Self(peerstore::get_peer_info(&extract_peer_id(peer)?)))
     }
 
     #[staticmethod]

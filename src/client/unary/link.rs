@@ -392,7 +392,7 @@ impl Drop for Driver {
         // The runtime has ended, unless this was told before.
         self.link.lose(&runtime_ended());
         if let Some(unary) = self.unary.upgrade() {
-            unary.forget_link(&self.link);
+            unary.lost_link(&self.link);
         }
     }
 }

@@ -340,11 +340,10 @@ fn the_end_of_the_connection_says_whether_an_answer_had_begun() {
     }
 }
 
-#[test]
-fn a_dht_answer_over_the_limit_is_refused() {
-    let limit = 2 * (6 + super::RESULT) - 1;
+/// How many of these values come before the query has too many.
+fn kept_of(value: &p2pd::DhtResponse, max_answer: usize) -> usize {
     let mut exchange = Exchange::new(Limits {
-        max_answer: limit,
+        max_answer,
         ..Limits::default()
     });
     exchange
@@ -354,29 +353,40 @@ fn a_dht_answer_over_the_limit_is_refused() {
         dht_response::Type::Begin,
         None,
     ))));
-    let value = encode_frame(&dht_response(dht_response::Type::Value, Some(b"sixsix")));
-    exchange.receive(&value);
-    exchange.receive(&value);
-    assert!(matches!(exchange.poll(), Ok(Some(Event::Item(_)))));
-    assert_eq!(exchange.poll(), Err(Error::AnswerTooLarge { limit }));
+    let value = encode_frame(value);
+    for kept in 0.. {
+        exchange.receive(&value);
+        match exchange.poll() {
+            Ok(event) => assert!(matches!(event, Some(Event::Item(_)))),
+            Err(error) => {
+                assert_eq!(error, Error::AnswerTooLarge { limit: max_answer });
+                return kept;
+            }
+        }
+    }
+    unreachable!()
 }
 
 #[test]
-fn empty_results_of_a_dht_query_have_an_end_too() {
-    let mut exchange = Exchange::new(Limits {
-        max_answer: 1000,
-        ..Limits::default()
-    });
-    let query = dht::search_value(Bytes::from_static(b"k"), None);
-    exchange.send(&query).unwrap();
-    let begin = dht_response(dht_response::Type::Begin, None);
-    exchange.receive(&encode_frame(&in_response(begin)));
-    let empty = encode_frame(&dht_response(dht_response::Type::Value, Some(b"")));
-    let refused = (0..1000).find_map(|_| {
-        exchange.receive(&empty);
-        exchange.poll().err()
-    });
-    assert_eq!(refused, Some(Error::AnswerTooLarge { limit: 1000 }));
+fn a_dht_answer_over_the_limit_is_refused() {
+    let mut value = dht_response(dht_response::Type::Value, Some(&[7; 1000]));
+    value.peer = None;
+    assert_eq!(kept_of(&value, 10), 0);
+    assert!((8..10).contains(&kept_of(&value, 10_000)));
+}
+
+#[test]
+fn a_dht_answer_of_endless_nothing_is_refused() {
+    let value = dht_response(dht_response::Type::Value, Some(b""));
+    assert!((50..200).contains(&kept_of(&value, 10_000)));
+}
+
+#[test]
+fn what_a_dht_value_keeps_in_memory_counts_not_what_is_kept_of_it() {
+    let mut value = dht_response(dht_response::Type::Value, Some(b""));
+    // Of no use here, but in the buffer that the value is a part of.
+    value.peer.as_mut().unwrap().id = Some(Bytes::from_static(&[7; 1000]));
+    assert!((8..10).contains(&kept_of(&value, 10_000)));
 }
 
 #[test]

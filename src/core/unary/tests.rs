@@ -468,6 +468,35 @@ fn who_leaves_cancels_what_the_daemon_was_to_be_told_later() {
 }
 
 #[test]
+fn a_large_late_reply_ends_the_reminders_in_whatever_pieces_it_comes() {
+    for size in [DIRECT + 1000, 100] {
+        let mut connection = connection(UnaryLimits::default());
+        let mut out = BytesMut::new();
+        let id = connection
+            .call(b"peer", "echo", 0, 1, now(), &mut out)
+            .unwrap();
+        connection.cancel(&id, later(), &mut out);
+        assert!(connection.has_cancelled());
+        let events = feed(&mut connection, &reply(id, &[7; DIRECT]), &[size]).unwrap();
+        assert_eq!(events, []);
+        assert!(!connection.has_cancelled());
+    }
+}
+
+#[test]
+fn with_no_limit_the_largest_length_there_is_does_no_harm() {
+    let mut connection = connection(UnaryLimits {
+        max_message: usize::MAX,
+        ..UnaryLimits::default()
+    });
+    let mut length = vec![0xff; 9];
+    length.push(1);
+    assert_eq!(feed(&mut connection, &length, &[100]), Ok(vec![]));
+    let call = call([5; 16], &[7; 100]);
+    assert_eq!(feed(&mut connection, &call, &[100]), Ok(vec![]));
+}
+
+#[test]
 fn a_call_of_ours_that_the_daemon_cancels_is_refused() {
     let mut connection = connection(UnaryLimits::default());
     let id = connection

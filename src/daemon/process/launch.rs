@@ -344,9 +344,14 @@ impl Child {
 
 /// Waits until something killed has ended, but not for ever.
 pub(super) fn wait_a_little(ended: impl Fn() -> bool) {
+    wait_until(LAST_WAIT, ended);
+}
+
+/// Waits until a condition holds, but no longer than `limit`.
+pub(super) fn wait_until(limit: Duration, condition: impl Fn() -> bool) {
     let begun = Instant::now();
     let mut pause = Duration::from_micros(200);
-    while !ended() && begun.elapsed() < LAST_WAIT {
+    while !condition() && begun.elapsed() < limit {
         thread::sleep(pause);
         pause = (2 * pause).min(Duration::from_millis(10));
     }

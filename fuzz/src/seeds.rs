@@ -1,0 +1,176 @@
+//! What the fuzzer begins with: valid input for every target.
+
+use super::{exchange, persistent};
+use bytes::Bytes;
+use p2pclient_rs::core::framing::encode_frame;
+use p2pclient_rs::core::pb::p2pd;
+use p2pclient_rs::core::{Answer, Event, Multiaddr, PeerId, PeerInfo, PublicKey, StreamInfo};
+use prost::Message as _;
+
+const PEERS: [&str; 3] = [
+    "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7",
+    "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA",
+    "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe",
+];
+
+const ADDRS: [&str; 16] = [
+    "/ip4/127.0.0.1/tcp/4001",
+    "/ip6/::1/udp/4001/quic-v1/webtransport",
+    "/dns4/example.org/tcp/443/wss",
+    "/dnsaddr/bootstrap.libp2p.io/p2p/QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7",
+    "/ip4/1.2.3.4/tcp/1/p2p/bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe/p2p-circuit",
+    "/unix/tmp/p2pd.sock",
+    "/ip4/1.2.3.4/tcp/80/unix/a/tcp",
+    "/ip6zone/eth0/ip6/fe80::1/tcp/0",
+    "/ip4/10.0.0.0/ipcidr/8",
+    "/onion/aaimaq4ygg2iegci:80",
+    "/onion3/vww6ybal4bd7szmgncyruucpgfkqahzddi37ktceo3ah7ngmcopnpyyd:1234",
+    "/ip4/1.2.3.4/udp/1/webrtc-direct/certhash/uEiDDq4_xNyDorZBH3TlGazyJdOWSwvo4PUo5YHFMrvDE8g",
+    "/memory/1234/http-path/a%2Fb",
+    "/ip4/1.2.3.4/tcp/5/tls/sni/example.org/ws",
+    "/dns/a/tcp/0/x-parity-ws/a",
+    "/ip4/1.2.3.4/sctp/5/utp/http",
+];
+
+/// For every target.
+pub fn seeds() -> Vec<(&'static str, Vec<Vec<u8>>)> {
+    let messages = persistent::samples();
+    let all: Vec<&[u8]> = messages.iter().map(|message| &message[..]).collect();
+    let mut scripts: Vec<_> = all
+        .iter()
+        .map(|message| persistent::script(&[message]))
+        .collect();
+    scripts.push(persistent::script(&all));
+    // A large reply in pieces, between everything else.
+    scripts.push(vec![
+        40, 2, 0, 1, b'p', 9, 2, 2, b'h', b'i', 12, 3, 5, 250, 2, b'h', b'i', 6, 3, 4, 1, 13, 0, 1,
+        255, 7, 2, 100, 8, 2, 3, b'w', b'h', b'y', 6, 60, 12, 6, 0, 0, 10, 5, 0, 14, 7, 2, 0, 9, 3,
+        1, b'h',
+    ]);
+    let key = PublicKey {
+        key_type: 1,
+        data: Bytes::from_static(&[7; 32]),
+    };
+    vec![
+        ("exchange", exchanges()),
+        (
+            "framing",
+            vec![
+                vec![3, 10, 3, 1, 2, 3, 0, 200, 1],
+                [&[255, 4, 200, 1][..], &[8; 210]].concat(),
+            ],
+        ),
+        ("heads", heads()),
+        (
+            "multiaddr_bytes",
+            addrs().map(|addr| addr.to_bytes().to_vec()).collect(),
+        ),
+        ("multiaddr_text", ADDRS.map(Into::into).to_vec()),
+        (
+            "peer_id",
+            PEERS
+                .into_iter()
+                .flat_map(|text| {
+                    [
+                        text.into(),
+                        parse(text).to_bytes().to_vec(),
+                        parse(text).to_cid().into(),
+                    ]
+                })
+                .collect(),
+        ),
+        ("persistent", scripts),
+        ("public_key", vec![key.encode()]),
+    ]
+}
+
+fn parse(text: &str) -> PeerId {
+    text.parse().expect("a valid peer id")
+}
+
+fn addrs() -> impl Iterator<Item = Multiaddr> {
+    ADDRS.into_iter().map(|text| {
+        text.parse()
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
+    })
+}
+
+fn peer_info() -> PeerInfo {
+    PeerInfo {
+        peer_id: parse(PEERS[0]),
+        addrs: addrs().take(3).collect(),
+    }
+}
+
+fn stream_info() -> StreamInfo {
+    StreamInfo {
+        peer_id: parse(PEERS[1]),
+        addr: peer_info().addrs.remove(0),
+        protocol: "/echo/1".to_owned(),
+    }
+}
+
+/// A valid answer to every kind of request, and a refusal.
+fn exchanges() -> Vec<Vec<u8>> {
+    let value = Answer::Value(Bytes::from_static(b"value"));
+    let dht = |item: Answer, count| {
+        [
+            vec![Event::Item(item); count],
+            vec![Event::Answer(Answer::Done)],
+        ]
+        .concat()
+    };
+    let mut seeds = Vec::new();
+    for kind in 0..exchange::KINDS {
+        let answer = match kind {
+            0 => Answer::Identity {
+                peer_id: parse(PEERS[1]),
+                addrs: addrs().take(2).collect(),
+            },
+            3 => Answer::Peers(vec![peer_info(), peer_info()]),
+            4 => Answer::StreamOpened(stream_info()),
+            19 => Answer::Topics(vec!["topic".to_owned(), String::new()]),
+            20 => Answer::PeerIds(PEERS.map(parse).to_vec()),
+            22 => Answer::Subscribed,
+            23 => Answer::Protocols(vec!["/a/1".to_owned()]),
+            24 => Answer::PeerInfo(peer_info()),
+            _ => Answer::Done,
+        };
+        let events = match kind {
+            7 => dht(Answer::PeerInfo(peer_info()), 1),
+            8 | 9 => dht(Answer::PeerInfo(peer_info()), 3),
+            10 => dht(Answer::PeerId(parse(PEERS[2])), 2),
+            11 | 12 => dht(value.clone(), 1),
+            13 => dht(value.clone(), 2),
+            _ => vec![Event::Answer(answer)],
+        };
+        for events in [events, vec![Event::Refused("no such luck".to_owned())]] {
+            let mut seed = vec![kind, 2, 60];
+            seed.extend(exchange::encode(&events, (7..=13).contains(&kind)));
+            seeds.push(seed);
+        }
+    }
+    seeds
+}
+
+fn heads() -> Vec<Vec<u8>> {
+    let info = stream_info();
+    let head = p2pd::StreamInfo {
+        peer: Some(info.peer_id.to_bytes()),
+        addr: Some(info.addr.to_bytes()),
+        proto: Some(info.protocol),
+    };
+    let message = p2pd::PsMessage {
+        from: Some(parse(PEERS[0]).to_bytes()),
+        data: Some(Bytes::from_static(b"data")),
+        seqno: Some(Bytes::from_static(&[0, 0, 0, 0, 0, 0, 0, 1])),
+        topic_i_ds: vec!["topic".to_owned()],
+        signature: Some(Bytes::from_static(b"signature")),
+        key: Some(Bytes::from_static(b"key")),
+    };
+    vec![
+        head.encode_to_vec(),
+        message.encode_to_vec(),
+        encode_frame(&head).to_vec(),
+    ]
+}
