@@ -34,6 +34,7 @@ __all__ = [
     "Restarts",
     "StreamInfo",
     "__version__",
+    "_the_end_is_near",
     "decode_pubsub_message",
     "decode_stream_info",
     "endpoint",
