@@ -15,7 +15,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
 .PHONY: demo examples test test-rust test-python test-daemons compatibility test-p2pclient \
-	test-hivemind hivemind-env lint package platforms bench bench-rust wheel fmt clean
+	test-hivemind hivemind-env lint package platforms bench bench-rust soak wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -67,6 +67,10 @@ hivemind-env: $(HIVEMIND_VENV)/.wheel
 # Against the bindings it replaces, in one run.
 bench: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python benches/run.py $(BENCH_ARGS)
+
+# Load and endurance, for an hour or so: see docs/reliability.md.
+soak: $(VENV)/.wheel
+	P2PD_PATH=$(P2PD) $(BIN)/python benches/soak/run.py $(SOAK_ARGS)
 
 # What the core costs, and the Rust client against a mock daemon. `-- --test` runs each bench once.
 bench-rust:
