@@ -123,7 +123,7 @@ FEATURES = {
         "a writer is held back when nobody reads",
         YES,
         YES,
-        _broken("Differs", "all was taken", "takes more than 32 MiB into its memory"),
+        _broken("Differs", "all was taken", "takes 20 MiB and more into its memory"),
     ),
     "half_close": Feature("reading on after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
     "handler_taken": Feature(
