@@ -686,6 +686,8 @@ async def test_malformed_peer_ids_are_refused_without_asking_the_daemon() -> Non
         client.dht_get_public_key,
         lambda peer: client.connmgr_tag_peer(peer, "tag", 1),
         lambda peer: client.connmgr_untag_peer(peer, "tag"),
+        client.peerstore_get_protocols,
+        client.peerstore_get_peer_info,
     ]
     for call in calls:
         for wrong in ("", "0OIl", "Qm123", "/ip4/127.0.0.1/tcp/1"):

@@ -23,6 +23,7 @@ from fake_daemon import (
     FakeDaemon,
     Gone,
     Script,
+    decode,
     dht,
     field,
     frame,
@@ -39,6 +40,7 @@ from p2pclient_rs import (
     ControlTimeout,
     DaemonConnector,
     DaemonRefused,
+    NotSupported,
     PeerID,
     ProtocolViolation,
     StreamInfo,
@@ -619,6 +621,35 @@ async def test_dht_values_arrive_one_or_many_and_leave_the_connection_usable() -
             assert await client.dht_get_value(b"key") == b"value"
             await works(client)
             assert fake.accepted == 1
+
+
+async def test_the_peerstore_is_asked_only_where_there_is_one() -> None:
+    unknown = frame(field(1, 1) + field(2, field(1, b"ERR_INVALID_REQUEST_TYPE")))
+
+    def script(connection: Connection) -> None:
+        if fake.accepted > 1:
+            honest(connection)
+            return
+        for store in (field(2, b"/a") + field(2, b"/b"), field(1, INFO)):
+            assert decode(connection.read_request()) == {1: 2**31 - 1}  # of no type there is
+            connection.send(unknown)
+            request = decode(connection.read_request())
+            assert (request[1], sorted(request)) == (9, [1, 9])
+            connection.send(frame(OK + field(8, store)))
+        # hivemind's would take it for an upgrade, whose end can be the daemon's, and upstream's
+        # closes the connection on what it does not know: as both do here.
+        assert decode(connection.read_request()) == {1: 2**31 - 1}
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            assert await client.peerstore_get_protocols(FAKE_PEER) == ("/a", "/b")
+            info = await client.peerstore_get_peer_info(FAKE_PEER)
+            assert (info.peer_id, info.addrs[0].to_bytes()) == (FAKE_PEER, ADDR)
+            with pytest.raises(NotSupported) as error:
+                await client.peerstore_get_protocols(FAKE_PEER)
+            assert error.value.request == "PEERSTORE GET_PROTOCOLS"
+            assert error.value.peer_id == FAKE_PEER
+            await works(client)
 
 
 async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:

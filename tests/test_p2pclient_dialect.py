@@ -54,6 +54,9 @@ from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import (
 )
 from p2pclient_rs.p2pclient.pb import p2pd_pb2
 
+# Its daemons are p2pd; p2pclient's own suite is what the JavaScript one is tested with.
+pytestmark = pytest.mark.daemons("hivemind", "go")
+
 REQUIRED = FieldDescriptorProto.LABEL_REQUIRED
 PEER_ID = ID.from_base58("QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7")
 

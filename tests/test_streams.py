@@ -1197,6 +1197,30 @@ async def test_a_stream_whose_header_comes_byte_by_byte_is_handled(pair: Pair) -
         await until(answered)
 
 
+async def test_a_daemon_may_connect_long_before_there_is_a_stream(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pclient_rs.control._HEADER_TIMEOUT", 0.05)
+    pair.bob.control.handlers["/echo"] = echo
+    with connect_to_listener(pair.bob) as daemon:
+        daemon.setblocking(False)
+        await anyio.sleep(0.2)  # as the JavaScript daemon does, but for longer
+        daemon.sendall(frame(HEADER) + b"ping")
+        received = bytearray()
+
+        def answered() -> bool:
+            with suppress(BlockingIOError):
+                received.extend(daemon.recv(100))
+            return bytes(received) == b"ping"
+
+        await until(answered)
+    # Once it has begun, it is to go on.
+    with connect_to_listener(pair.bob) as daemon:
+        daemon.setblocking(False)
+        daemon.sendall(frame(HEADER)[:-1])
+        await until(lambda: is_closed(daemon))
+
+
 async def test_bytes_right_behind_the_header_are_the_first_of_the_stream(pair: Pair) -> None:
     got: list[bytes] = []
 

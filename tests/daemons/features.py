@@ -123,7 +123,7 @@ FEATURES = {
         "a writer is held back when nobody reads",
         YES,
         YES,
-        _broken("Differs", "all was taken", "takes more than 32 MiB into its memory"),
+        _broken("Differs", "all was taken", "takes 20 MiB and more into its memory"),
     ),
     "half_close": Feature("reading on after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
     "handler_taken": Feature(
@@ -274,7 +274,7 @@ on each of them, but for the tests of what a daemon has not.
 
 jsp2pd can end at any time of a client that closes a connection to which it is just writing (a
 stream that the peer still sends to, a call that was cancelled): it does not handle the error,
-`EPIPE` or `ECONNRESET`. `NODE_OPTIONS=--unhandled-rejections=warn` has it survive some of these.
+`EPIPE` or `ECONNRESET`.
 
 """
 
