@@ -15,7 +15,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
 .PHONY: demo examples test test-rust test-python test-daemons compatibility test-p2pclient \
-	test-hivemind hivemind-env lint package platforms bench bench-rust soak wheel fmt clean
+	test-hivemind hivemind-env test-debug deny lint package platforms bench bench-rust soak wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -38,6 +38,13 @@ test-rust: $(VENV)/.wheel
 
 test-python: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What has to do with waiting, buffers and ends, with everything on that Python has to find defects. Loops
+# in debug mode are too slow for a few.
+test-debug: $(VENV)/.wheel
+	PYTHONASYNCIODEBUG=1 PYTHONMALLOC=debug P2PD_PATH=$(P2PD) $(BIN)/python -X dev -W error -m pytest \
+		tests/test_connector.py tests/test_streams.py tests/test_unary_handlers.py \
+		-k "not tcp and not many_mebibytes and not 200_streams and not holds_back_its_callers"
 
 # The same on upstream Go's daemon and on the JavaScript one, and p2pclient's own suite on both.
 # Needed besides: Go, node and npm.
@@ -75,6 +82,12 @@ soak: $(VENV)/.wheel
 # What the core costs, and the Rust client against a mock daemon. `-- --test` runs each bench once.
 bench-rust:
 	cargo bench --locked $(BENCH_ARGS)
+
+# What is built in: its advisories, licences and sources, by deny.toml. Not in CI: it takes cargo-deny ten
+# minutes to build, and the advisories come from GitHub.
+deny:
+	cargo install --locked --quiet cargo-deny@0.20.2
+	cargo deny --locked check
 
 # What crates.io would get, built from that alone.
 package:

@@ -7,13 +7,11 @@ use super::request::Expect;
 use super::{control, Answer, Error, PeerId, Request};
 
 /// A request of a type that no daemon knows, which tells whether there is a peerstore: the JS
-/// daemon alone refuses such a request with words, as [`Refusal::NotSupported`]; the Go daemons
+/// daemon alone refuses such a request with words, that it does not support it; the Go daemons
 /// close the connection.
 ///
 /// It is to be sent before any other request of this family. hivemind's fork takes them for
 /// PERSISTENT_CONN_UPGRADE, and ends once its last persistent connection is closed.
-///
-/// [`Refusal::NotSupported`]: super::Refusal::NotSupported
 pub fn is_there() -> Request {
     let message = p2pd::JsRequest {
         r#type: Some(i32::MAX),
