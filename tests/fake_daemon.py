@@ -55,6 +55,9 @@ ADDR = b"\x04\x7f\x00\x00\x01\x06\x0f\xa1"  # /ip4/127.0.0.1/tcp/4001
 OK = field(1, 0)
 ERROR = field(1, 1) + field(2, field(1, b"no such luck"))
 IDENTITY = OK + field(4, field(1, PEER) + field(2, ADDR))
+#: A request of a type that there is not, and what jsp2pd says to it, which has a peerstore.
+PEERSTORE_IS_THERE = field(1, 2**31 - 1)
+NO_SUCH_REQUEST = field(1, 1) + field(2, field(1, b"ERR_INVALID_REQUEST_TYPE"))
 STREAM_INFO = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
 STREAM_OPENED = OK + field(3, STREAM_INFO)
 
@@ -308,7 +311,9 @@ class Plan:
     def __call__(self, connection: Connection) -> None:
         while True:
             request = connection.read_request()
-            if fault := self._planned("request"):
+            if request == PEERSTORE_IS_THERE:
+                connection.send(frame(NO_SUCH_REQUEST))
+            elif fault := self._planned("request"):
                 goes_on = fault(connection, b"")
                 if goes_on is None:
                     return

@@ -21,7 +21,17 @@ from daemons.features import DOCUMENT, FEATURES, State, render
 from support import DaemonProcess, eventually, revive, still_there, unknown_peer, until
 
 import p2pclient_rs
-from p2pclient_rs import Client, Daemon, DaemonRefused, NotSupported, PeerID, Stream, StreamInfo
+from p2pclient_rs import (
+    Client,
+    ControlFailure,
+    Daemon,
+    DaemonRefused,
+    IncompleteRead,
+    NotSupported,
+    PeerID,
+    Stream,
+    StreamInfo,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +162,32 @@ async def stream_handler_again(scene: Scene) -> None:
     for _ in range(3):
         if await answered(scene.far, scene.near_daemon, proto) != b"hello\n":
             raise Differs("the stream ended")
+
+
+@probe
+async def many_streams(scene: Scene) -> None:
+    proto = unused()
+    await scene.near.stream_handler(proto, echo)
+    begun: list[int] = []
+    answers: list[bytes] = []
+
+    async def talk(number: int) -> None:
+        try:
+            _, stream = await scene.far.stream_open(scene.near_daemon.peer_id, [proto])
+            async with stream:
+                begun.append(number)
+                await until(lambda: len(begun) == 200)
+                await stream.send(b"hello\n")
+                answers.append(await stream.readexactly(6))
+        except (ControlFailure, IncompleteRead, anyio.BrokenResourceError):
+            if number not in begun:
+                begun.append(number)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(200):
+            tasks.start_soon(talk, number)
+    if len(answers) < 200:
+        raise Differs("streams were reset")
 
 
 @probe

@@ -940,6 +940,7 @@ async def test_the_socket_that_it_left_does_not_keep_it_out(tmp_path: Path) -> N
     assert not (tmp_path / "c.sock").exists()
 
 
+@pytest.mark.needs("unary")
 async def test_the_handlers_of_its_clients_come_back_with_it() -> None:
     async def greet(info: StreamInfo, stream: Stream) -> None:
         await stream.send(b"hello")

@@ -56,7 +56,7 @@ from p2pclient_rs import (
     control,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 
 FAKE_PEER = PeerID(PEER)
 INFO = field(1, PEER) + field(2, ADDR)
@@ -220,25 +220,21 @@ CALLS = [
         gives=lambda subscription: isinstance(subscription, Subscription),
     ),
     Call("PERSISTENT_CONN_UPGRADE", lambda c, t: c.unary.open(timeout=t)),
+    Call(
+        "PEERSTORE GET_PROTOCOLS",
+        lambda c, t: c.peerstore_get_protocols(FAKE_PEER, timeout=t),
+        (OK + field(8, field(2, b"/echo")),),
+        ((OK,),),
+        lambda protocols: list(protocols) == ["/echo"],
+    ),
+    Call(
+        "PEERSTORE GET_PEER_INFO",
+        lambda c, t: c.peerstore_get_peer_info(FAKE_PEER, timeout=t),
+        (OK + field(8, field(1, INFO)),),
+        ((OK,), (OK + field(8, b""),), (OK + field(8, field(1, field(2, ADDR))),)),
+        lambda info: info.peer_id == FAKE_PEER,
+    ),
 ]
-
-if hasattr(Client, "peerstore_get_protocols"):
-    CALLS += [
-        Call(
-            "PEERSTORE GET_PROTOCOLS",
-            lambda c, t: c.peerstore_get_protocols(FAKE_PEER, timeout=t),  # type: ignore[attr-defined, unused-ignore]
-            (OK + field(8, field(2, b"/echo")),),
-            ((OK,),),
-            lambda protocols: list(protocols) == ["/echo"],
-        ),
-        Call(
-            "PEERSTORE GET_PEER_INFO",
-            lambda c, t: c.peerstore_get_peer_info(FAKE_PEER, timeout=t),  # type: ignore[attr-defined, unused-ignore]
-            (OK + field(8, field(1, INFO)),),
-            ((OK,), (OK + field(8, b""),), (OK + field(8, field(1, field(2, ADDR))),)),
-            lambda info: info.peer_id == FAKE_PEER,
-        ),
-    ]
 
 
 @dataclass(frozen=True)
@@ -855,7 +851,7 @@ async def test_a_head_may_have_unknown_fields_and_come_one_byte_at_a_time() -> N
         await until(lambda: got == [b"data"])
 
 
-async def test_half_open_inbound_streams_are_few_and_do_not_last(
+async def test_half_open_inbound_streams_are_few_and_do_not_last_once_they_have_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control, "_MAX_HALF_OPEN", 5)
@@ -868,5 +864,6 @@ async def test_half_open_inbound_streams_are_few_and_do_not_last(
         # The oldest make room, for the one that is meant seriously too.
         await is_served(connect, got)
         assert sum(map(is_closed, silent)) >= 15
-        await until(lambda: all(map(is_closed, silent)), within=SOON)
+        # Those who say nothing at all may stay, for a daemon can: jsp2pd does.
+        await until(lambda: all(map(is_closed, silent[::2])), within=SOON)
         await is_served(connect, got)

@@ -127,7 +127,7 @@ async def test_many_mebibytes_go_both_ways_at_once_unharmed(pair: Pair) -> None:
     assert sorted(done) == [1, 2]
 
 
-@pytest.mark.needs("stream_handler_again")
+@pytest.mark.needs("many_streams")
 async def test_200_streams_at_once_do_not_mix(pair: Pair) -> None:
     answers = {}
 

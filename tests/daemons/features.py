@@ -119,6 +119,12 @@ FEATURES = {
             ends=None,
         ),
     ),
+    "many_streams": Feature(
+        "200 streams of a protocol and peer at once",
+        YES,
+        _broken("Differs", "streams were reset", "serves some 75 at once, and resets the others"),
+        _broken("Differs", "streams were reset", "hands over one for each registration", ends=None),
+    ),
     "backpressure": Feature(
         "a writer is held back when nobody reads",
         YES,
