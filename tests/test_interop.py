@@ -194,6 +194,7 @@ async def test_a_message_reaches_a_subscriber_of_another_kind(ends: Ends) -> Non
     assert message.topic_ids == (topic,)
 
 
+@pytest.mark.daemons("js")
 @pytest.mark.parametrize(("near", "far"), pairs(connect=False))
 async def test_peers_without_a_muxer_in_common_are_refused_at_once(near: str, far: str) -> None:
     entry = between(near, far, "connect")
