@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::signal::unix::{signal, SignalKind};
 use tokio::time::timeout;
 
 const UNREACHABLE: &str = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
@@ -689,8 +690,11 @@ async fn no_orphan_is_left_when_this_process_is_killed() {
         kill_process(first, Signal::KILL).unwrap();
         let second = another_run(&daemon, Some(first)).await;
         let second = second.as_raw_nonzero();
+        // Not by the default action: a shell's background jobs are started to ignore this signal.
+        let mut interrupt = signal(SignalKind::interrupt()).unwrap();
         println!("\n{second} {}", directory_of(&daemon.command()).display());
-        std::future::pending::<()>().await;
+        interrupt.recv().await;
+        std::process::exit(130);
     }
     for signal in [Signal::KILL, Signal::INT] {
         let mut program = Command::new(std::env::current_exe().unwrap());
