@@ -131,12 +131,17 @@ async fn planned(
 
 async fn serve(mut connection: Connection, plan: &Mutex<Option<Planned>>) {
     while let Some(frame) = connection.frame().await {
+        // Of a type that there is not, by which the client finds out that there is a peerstore.
+        if frame[..] == [8, 0xff, 0xff, 0xff, 0xff, 7] {
+            connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
+            continue;
+        }
         // Not all: PEERSTORE has numbers that mean something else to other daemons.
-        let [8, number, ref rest @ ..] = frame[..] else {
+        let [8, number, ..] = frame[..] else {
             panic!("{frame:?} has no type");
         };
         let r#type = Type::try_from(i32::from(number)).unwrap();
-        let upgrades = r#type == Type::PersistentConnUpgrade && rest.is_empty();
+        let upgrades = frame[..] == [8, 9, 74, 4, 10, 2, 0x78, 0];
         match planned(&mut connection, plan, Kind::Request(r#type), &[]).await {
             Some(false) => return,
             Some(true) => {}
