@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
@@ -478,6 +479,69 @@ async def test_a_daemon_restarted_at_its_address_has_the_handlers_again() -> Non
                     await until(lambda: bob.unary.connected)
                     await alice.connect(there.peer_id, there.addrs)
                     assert await alice.call_unary(there.peer_id, "echo", b"after") == b"after"
+
+
+async def test_a_connection_lost_as_soon_as_its_handlers_are_there_is_replaced() -> None:
+    served = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        acknowledged = frame(acknowledgement(connection.read_message().call_id))
+        if 1 < connection.number < 6:
+            # What breaks the connection comes with what completes it.
+            connection.send(acknowledged + b"\xff" * 11)
+            return
+        connection.send(acknowledged)
+        if connection.number == 1:
+            return
+        served.set()
+        connection.wait_closed()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await until(served.is_set)
+            await until(lambda: client.unary.connected)
+
+
+async def test_a_daemon_that_drops_every_connection_is_asked_less_and_less_often() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        message = connection.read_message()
+        if connection.number == 1:
+            connection.send(frame(acknowledgement(message.call_id)))
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await anyio.sleep(1.5)
+            # After 0.05, 0.15, 0.35, 0.75 and 1.55 s.
+            assert 2 <= fake.accepted <= 6
+
+
+def test_a_client_whose_loop_ended_while_it_looked_for_the_daemon_serves_the_next_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def script(connection: Connection) -> None:
+        if connection.number == 1:
+            connection.upgrade()
+            connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        else:
+            unary_echo(connection)
+
+    async def serve(client: Client) -> None:
+        await client.add_unary_handler("echo", echo)
+        await until(lambda: not client.unary.connected)
+
+    with FakeDaemon(script) as fake:
+        client = Client(fake.control_maddr)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(serve(client))
+        loop.close()
+        assert asyncio.run(ask(client, b"the next")) == b"the next"
+        asyncio.run(client.close())
+    gc.collect()
+    caplog.clear()  # asyncio's complaint about a loop that was closed with a task in it
 
 
 @pytest.mark.parametrize("how", ["removed", "closed", "dropped"])

@@ -175,8 +175,8 @@ class ControlClient:
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
     ) -> None:
         request = Request.stream_handler(self.listen_maddr, proto, balanced)
-        before = self.handlers.get(proto)
-        (self._balanced.add if balanced else self._balanced.discard)(proto)
+        before, was_balanced = self.handlers.get(proto), proto in self._balanced
+        self._note_balanced(proto, balanced)
         # In place before the daemon has it: a stream can come sooner than the daemon's answer.
         self.handlers[proto] = handler_cb
         try:
@@ -192,10 +192,17 @@ class ControlClient:
                 self.handlers.pop(proto, None)
             else:
                 self.handlers[proto] = before
+                self._note_balanced(proto, was_balanced)
             raise
 
+    def _note_balanced(self, proto: str, balanced: bool) -> None:
+        (self._balanced.add if balanced else self._balanced.discard)(proto)
+
     async def register_again(self, *, timeout: float | None = None) -> None:
-        """Tells a daemon that was started anew of the handlers that this client has."""
+        """Tells a daemon that was started anew of the handlers that this client has, if it listens:
+        a closed one would take them from others."""
+        if not self._listening:
+            return
         for proto in list(self.handlers):
             request = Request.stream_handler(self.listen_maddr, proto, proto in self._balanced)
             try:
@@ -303,7 +310,8 @@ class ControlClient:
             listener.close()
 
     async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
-        if len(self._half_open) >= _MAX_HALF_OPEN:
+        # jsp2pd has one for each handler, from its registration on.
+        if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
             oldest, since = next(iter(self._half_open.items()))
             if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
                 await anyio.sleep(min(wait, 0.02))

@@ -204,7 +204,9 @@ class Daemon:
         try:
             with anyio.CancelScope(shield=True):
                 if self._keeper is not None:
-                    await self._keeper.stop()
+                    # Its event loop may be another, that does not run.
+                    with anyio.move_on_after(self._stop_timeout):
+                        await self._keeper.stop()
                 with anyio.move_on_after(self._stop_timeout):
                     process.terminate()
                     await _until_exit(process)
@@ -225,6 +227,8 @@ class Daemon:
             raise RuntimeError("the daemon has not been started by this process")
         pause = _Pause()
         while not process.over:
+            if self._keeper is not None and self._keeper.ended:
+                process.keep(False)  # its event loop is no more
             await _exit(process)
             if not process.over:  # it is being started again
                 await pause()
@@ -349,9 +353,15 @@ class _Keeper:
         self._work = self._reactor.spawn(self._run, copy_context())
         self._reactor.when_ended(self._work, self._over)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its event loop is no more."""
+        return self._reactor.ended
+
     async def stop(self) -> None:
-        if not self._reactor.ended:
-            self._work.cancel()
+        self._process.keep(False)
+        if not self.ended:
+            self._reactor.call_from_anywhere(self._work.cancel)
             await self._ended.wait()
 
     def _over(self) -> None:

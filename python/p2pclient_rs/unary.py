@@ -23,7 +23,6 @@ from p2pclient_rs.exceptions import (
     ControlTimeout,
     DaemonRefused,
     ForkedClientError,
-    NotSupported,
     P2PHandlerError,
 )
 from p2pclient_rs.loops import Promise, Work, current_loop, in_trio_task, reactor
@@ -381,6 +380,8 @@ class _Link:
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
             opening.work = self._reactor.spawn(lambda: self._open(opening), copy_context())
+            # A task that never began does not do it.
+            self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
         return opening.result()
 
@@ -397,19 +398,24 @@ class _Link:
             # Its traceback would hold this frame, which holds it.
             opening.error = error.with_traceback(None)
         finally:
-            if self._opening is opening:
-                self._opening = None
-            opening.ended.set()
+            self._opened(opening)
+
+    def _opened(self, opening: _Opening) -> None:
+        if self._opening is opening:
+            self._opening = None
+        opening.ended.set()
 
     async def _open_and_register(self) -> PersistentConnection:
         self._work = {}
         opened = await self._connector.open_persistent_connection(
             self._max_message_size, self._reactor, weakref.ref(self)
         )
+        # The daemon may not have seen yet that our last connection ended.
+        give_up = time.monotonic() + _FORGETTING
         try:
             for proto, entry in list(self.handlers.items()):
                 try:
-                    await self._register_again(opened, proto, entry)
+                    await self._register_again(opened, proto, entry, give_up)
                 except DaemonRefused as error:
                     # Taken by another client meanwhile: no reason to do without the rest.
                     logger.error("lost the handler of %r: %s", proto, error.daemon_message)
@@ -419,19 +425,19 @@ class _Link:
             raise
         if self._closed:  # at the last moment
             opened.close()
+        elif opened.closed:  # which `on_lost` was told of before this was anybody's
+            raise ConnectionLost("the connection was lost as soon as it was opened")
         else:
             self._connection = opened
         return opened
 
     async def _register_again(
-        self, connection: PersistentConnection, proto: str, entry: _Handler
+        self, connection: PersistentConnection, proto: str, entry: _Handler, give_up: float
     ) -> None:
-        give_up = time.monotonic() + _FORGETTING
         while True:
             try:
                 return await self._register(connection, proto, entry)
             except DaemonRefused:
-                # The daemon may not have seen yet that our last connection ended.
                 if time.monotonic() > give_up:
                     raise
             await anyio.sleep(0.02)
@@ -527,9 +533,14 @@ class _Link:
         all_work, self._work = self._work, {}
         for call_id in list(all_work):
             self._cancel(connection, call_id, all_work)
-        if self._is_missed() and not self.ended:
+        if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            self._return = self._reactor.spawn(lambda: _come_back(link), copy_context())
+            work = self._reactor.spawn(lambda: _come_back(link), copy_context())
+            self._return = work
+            self._reactor.when_ended(work, lambda: _returned(link))
+
+    def returned(self) -> None:
+        self._return = None
 
     def _is_missed(self) -> bool:
         """Whether there are handlers that nobody can call."""
@@ -541,9 +552,10 @@ class _Link:
             return False
         try:
             await self.connection()
-        except (NotSupported, ForkedClientError):
-            return False  # nor will it ever
+        except ForkedClientError:
+            return False
         except ControlFailure:
+            # Not supported, even: so it seems where a daemon goes down, or comes up.
             pass
         return self._is_missed()
 
@@ -608,10 +620,11 @@ class _Link:
             if connection is not None:
                 connection.close()
             return
-        if self._return is not None:
-            self._reactor.call_from_anywhere(self._return.cancel)
-        if self._opening is not None:
-            self._reactor.call_from_anywhere(self._opening.give_up)
+        if not self.ended:
+            if self._return is not None:
+                self._reactor.call_from_anywhere(self._return.cancel)
+            if self._opening is not None:
+                self._reactor.call_from_anywhere(self._opening.give_up)
         if connection is not None:
             self._reactor.call_from_anywhere(connection.close)
 
@@ -622,13 +635,23 @@ class _Link:
 
 async def _come_back(link: Callable[[], _Link | None]) -> None:
     pause, longest = _PAUSES
-    while True:
-        await anyio.sleep(pause)
-        pause = min(2 * pause, longest)
-        missed = link()
-        if missed is None or not await missed.come_back():
-            return
-        del missed
+    try:
+        while True:
+            await anyio.sleep(pause)
+            pause = min(2 * pause, longest)
+            missed = link()
+            if missed is None or not await missed.come_back():
+                return
+            del missed
+    finally:
+        _returned(link)
+
+
+def _returned(link: Callable[[], _Link | None]) -> None:
+    """Its connection is there again, or nobody looks for it any more."""
+    missed = link()
+    if missed is not None:
+        missed.returned()
 
 
 class _Answer:

@@ -546,14 +546,24 @@ async fn open(
     let mut outcome = timeout(OPENING, opening)
         .await
         .unwrap_or_else(|_| Err(Error::timeout(OPENING)));
-    if let Some(unary) = unary.upgrade() {
-        let mut state = lock(&unary.state);
-        if state.closed == closed_before {
+    let unary = unary.upgrade();
+    let state = unary.as_ref().map(|unary| lock(&unary.state));
+    match state.filter(|state| state.closed == closed_before) {
+        Some(mut state) => {
             state.opening = None;
             state.link = outcome.as_ref().ok().cloned();
-        } else if let Ok(link) = &outcome {
-            link.lose(&closed());
-            outcome = Err(closed());
+        }
+        None => {
+            if let Ok(link) = &outcome {
+                link.lose(&closed());
+                outcome = Err(closed());
+            }
+        }
+    }
+    if let (Some(unary), Ok(link)) = (&unary, &outcome) {
+        // Lost before it was in its place, whoever would have looked for another did not.
+        if link.is_lost() {
+            unary.lost_link(link);
         }
     }
     done.send_replace(Some(outcome));
@@ -574,7 +584,9 @@ async fn come_back(unary: Weak<Unary>, closed_before: u64) {
         };
         drop(unary);
         let outcome = opening.wait_for(Option::is_some).await;
-        if let Ok(Some(Ok(_) | Err(Error::NotSupported { .. }))) = outcome.as_deref() {
+        // If that one is lost, too, somebody else comes back. What is not supported may be another
+        // daemon's doing, on its way up or down.
+        if let Ok(Some(Ok(_))) = outcome.as_deref() {
             return;
         }
     }

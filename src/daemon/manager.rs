@@ -359,6 +359,8 @@ impl P2PDaemon {
 
 impl Drop for P2PDaemon {
     fn drop(&mut self) {
+        // It would take this for a death.
+        self.keeper = None;
         // `Logs` may still have the process.
         self.process.destroy();
     }

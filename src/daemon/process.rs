@@ -168,6 +168,8 @@ impl Process {
         let options = DaemonOptions {
             bootstrap: Bootstrap::Background,
             restart: 0,
+            // Nobody but who asks is to talk to it.
+            control: None,
             ..self.options.clone()
         };
         Process::prepare(self.binary.clone(), &options, self.directory.parent())
@@ -217,6 +219,11 @@ impl Process {
     }
 
     fn try_spawn(&self) -> io::Result<()> {
+        if !self.owned() {
+            return Err(io::Error::other(
+                "it belongs to the process that made it, of which this is a forked child",
+            ));
+        }
         let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
         if self.ended() {
             return Err(io::Error::other("it was stopped"));
