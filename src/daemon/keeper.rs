@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{sleep, timeout, Instant};
+use tokio::time::{sleep, Instant};
 
 /// How often the daemon is looked at while somebody waits for something of it.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -309,7 +309,7 @@ pub(super) async fn ended(process: &Process) -> ExitStatus {
         #[cfg(unix)]
         if let Some(children) = &mut children {
             // Somebody may have put another handler in the place of tokio's.
-            let _ = timeout(Duration::from_secs(1), children.recv()).await;
+            let _ = tokio::time::timeout(Duration::from_secs(1), children.recv()).await;
             continue;
         }
         sleep(LOOK_AGAIN).await;

@@ -230,15 +230,14 @@ impl Process {
         }
         let mut run = self.run();
         self.reap(&mut run);
-        if run.child.is_some() {
-            if run.status.is_none() {
-                return Err(io::Error::other("it is running"));
-            }
-            #[cfg(unix)]
-            // It may have died without removing it.
-            if let Ok(Endpoint::Unix(path)) = self.control.endpoint() {
-                let _ = sockets::remove_stale(Path::new(&path));
-            }
+        let ran = run.child.is_some();
+        if ran && run.status.is_none() {
+            return Err(io::Error::other("it is running"));
+        }
+        #[cfg(unix)]
+        // It may have died without removing it.
+        if let (true, Ok(Endpoint::Unix(path))) = (ran, self.control.endpoint()) {
+            let _ = sockets::remove_stale(Path::new(&path));
         }
         let log = File::options().create(true).append(true).open(&self.log)?;
         let begun = log.metadata()?.len();
