@@ -495,10 +495,11 @@ async fn an_identity_file_that_cannot_be_written_will_do() {
 #[tokio::test]
 async fn a_daemon_that_takes_requests_and_never_answers_is_given_up() {
     let directory = TempDir::new().unwrap();
-    // Its socket is a real one's, which does not run any more.
+    // Its socket is a real one's, which did not run any more when it came to its place.
     let body = format!(
-        "{} \"$@\" > /dev/null &\npath=${{1#-listen=/unix}}\n\
-         until [ -S \"$path\" ]; do sleep 0.01; done\nkill -STOP $!\nwait",
+        "path=${{1#-listen=/unix}}; shift\n{} -listen=/unix$path.new \"$@\" > /dev/null &\n\
+         until [ -S \"$path.new\" ]; do sleep 0.01; done\n\
+         kill -STOP $!; mv \"$path.new\" \"$path\"; wait",
         p2pd().display()
     );
     let hung = P2PDaemon::builder().binary(script(&directory, &body));
