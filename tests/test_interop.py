@@ -51,6 +51,13 @@ class Ends:
     near_daemon: DaemonProcess
     far_daemon: DaemonProcess
 
+    def both_ways(self) -> tuple[tuple[Client, Client, DaemonProcess], ...]:
+        """Who asks, who serves, and the daemon of that one."""
+        return (
+            (self.near, self.far, self.far_daemon),
+            (self.far, self.near, self.near_daemon),
+        )
+
     def entry(self, feature: str) -> Any:
         """What the table says of a feature between the two."""
         return between(self.near_daemon.kind, self.far_daemon.kind, feature)
@@ -124,10 +131,7 @@ async def test_payloads_go_both_ways_at_once_unharmed(ends: Ends, size: int) -> 
             await stream.read()  # until the caller has all of it
 
     proto = unused()
-    for asks, serves, daemon in (
-        (ends.near, ends.far, ends.far_daemon),
-        (ends.far, ends.near, ends.near_daemon),
-    ):
+    for asks, serves, daemon in ends.both_ways():
         received.clear()
         await serves.stream_handler(proto, handler)
         _, stream = await asks.stream_open(daemon.peer_id, [proto])
@@ -145,10 +149,7 @@ async def test_after_send_eof_the_other_has_everything_and_the_end(ends: Ends) -
     received: list[bytes] = []
     data = os.urandom(MIB)
     proto = unused()
-    for asks, serves, daemon in (
-        (ends.near, ends.far, ends.far_daemon),
-        (ends.far, ends.near, ends.near_daemon),
-    ):
+    for asks, serves, daemon in ends.both_ways():
         received.clear()
         await serves.stream_handler(proto, handler)
         _, stream = await asks.stream_open(daemon.peer_id, [proto])

@@ -109,6 +109,24 @@ def refuses(connection: Connection) -> None:
         request = connection.read_request()
 
 
+def silent(connection: Connection) -> None:
+    """A daemon that never answers."""
+    connection.read_request()
+    connection.wait_closed()
+
+
+def upgraded_at(go_on: threading.Event) -> Script:
+    """A daemon that answers the upgrade, and then every call, once it may."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        go_on.wait(PATIENCE)
+        connection.send(frame(OK))
+        serve_echo(connection)
+
+    return script
+
+
 @pytest.mark.parametrize("script", [upstream, refuses])
 async def test_a_daemon_without_persistent_connections_is_not_supported(script: Script) -> None:
     with FakeDaemon(script) as fake:
@@ -138,10 +156,6 @@ async def test_no_daemon_is_daemon_unreachable(tmp_path: Path) -> None:
 
 
 async def test_an_upgrade_that_is_not_answered_costs_each_call_its_own_time_only() -> None:
-    def silent(connection: Connection) -> None:
-        connection.read_request()
-        connection.wait_closed()
-
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(2):
@@ -156,10 +170,6 @@ async def test_an_upgrade_that_is_not_answered_costs_each_call_its_own_time_only
 async def test_an_upgrade_that_is_not_answered_is_given_up_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def silent(connection: Connection) -> None:
-        connection.read_request()
-        connection.wait_closed()
-
     monkeypatch.setattr("p2pclient_rs.unary._OPENING", 0.2)
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
@@ -173,14 +183,7 @@ async def test_an_upgrade_that_is_not_answered_is_given_up_in_the_end(
 async def test_giving_up_the_first_call_does_not_give_up_the_connection() -> None:
     """With its last persistent connection hivemind's daemon ends."""
     go_on = threading.Event()
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        go_on.wait(PATIENCE)
-        connection.send(frame(OK))
-        serve_echo(connection)
-
-    with FakeDaemon(script) as fake:
+    with FakeDaemon(upgraded_at(go_on)) as fake:
         async with Client(fake.control_maddr) as client:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(ask, client, b"goes")
@@ -192,10 +195,6 @@ async def test_giving_up_the_first_call_does_not_give_up_the_connection() -> Non
 
 
 async def test_closing_while_the_connection_is_opened_ends_the_wait_for_it() -> None:
-    def silent(connection: Connection) -> None:
-        connection.read_request()
-        connection.wait_closed()
-
     with FakeDaemon(silent) as fake:
         async with Client(fake.control_maddr) as client:
             async with anyio.create_task_group() as tasks:
@@ -222,14 +221,7 @@ async def test_calls_at_once_share_one_upgrade() -> None:
 
 async def test_a_call_cancelled_during_the_upgrade_does_not_disturb_the_others() -> None:
     go_on = threading.Event()
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        go_on.wait(PATIENCE)
-        connection.send(frame(OK))
-        serve_echo(connection)
-
-    with FakeDaemon(script) as fake:
+    with FakeDaemon(upgraded_at(go_on)) as fake:
         async with Client(fake.control_maddr) as client:
             results = []
 

@@ -540,6 +540,7 @@ class _Link:
             self._reactor.when_ended(work, lambda: _returned(link))
 
     def returned(self) -> None:
+        """Its connection is there again, or nobody looks for it any more."""
         self._return = None
 
     def _is_missed(self) -> bool:
@@ -648,7 +649,6 @@ async def _come_back(link: Callable[[], _Link | None]) -> None:
 
 
 def _returned(link: Callable[[], _Link | None]) -> None:
-    """Its connection is there again, or nobody looks for it any more."""
     missed = link()
     if missed is not None:
         missed.returned()
