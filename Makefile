@@ -47,29 +47,30 @@ test-debug: $(VENV)/.wheel
 		tests/test_connector.py tests/test_streams.py tests/test_unary_handlers.py \
 		-k "not tcp and not many_mebibytes and not 200_streams and not holds_back_its_callers"
 
-# The same on upstream Go's daemon and on the JavaScript one, and p2pclient's own suite on both.
-# Needed besides: Go, node and npm. The two at once: they wait more than they work.
+# The same on upstream Go's daemon and on the JavaScript one. Needed besides: Go, node and npm.
+# The two at once: they wait more than they work.
 test-daemons: $(VENV)/.wheel
 	$(MAKE) -j2 --output-sync=target test-go test-js
 
 test-go: $(VENV)/.wheel
 	$(BIN)/python -m pytest --daemon=go $(PYTEST_ARGS)
-	P2PD_PATH=$$($(BIN)/python tests/get_daemon.py go) PYTHON=$(CURDIR)/$(BIN)/python \
-		sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
 
 # jsp2pd can end whenever one of its clients closes a connection, which fails whichever test is next.
 test-js: $(VENV)/.wheel
 	$(BIN)/python -m pytest --daemon=js --reruns 2 $(PYTEST_ARGS)
-	JSP2PD_PATH=$$($(BIN)/python tests/get_daemon.py js) PYTHON=$(CURDIR)/$(BIN)/python \
-		sh tests/p2pclient_suite/run.sh --daemon=js $(PYTEST_ARGS)
 
 # docs/compatibility.md, from the table in tests/daemons/features.py.
 compatibility:
 	cd tests && $(PYTHON) -m daemons.features --write
 
-# PyPI p2pclient's own test suite, unmodified, with this package in its place.
+# PyPI p2pclient's own test suite, unmodified, with this package in its place, on each kind of daemon.
+# One after another: it listens on a port of its choice, and two at once take each other's connections.
 test-p2pclient: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) PYTHON=$(CURDIR)/$(BIN)/python sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
+	P2PD_PATH=$$($(BIN)/python tests/get_daemon.py go) PYTHON=$(CURDIR)/$(BIN)/python \
+		sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
+	JSP2PD_PATH=$$($(BIN)/python tests/get_daemon.py js) PYTHON=$(CURDIR)/$(BIN)/python \
+		sh tests/p2pclient_suite/run.sh --daemon=js $(PYTEST_ARGS)
 
 # Whole swarms of real hivemind, on its own bindings and with this package in their place.
 test-hivemind: hivemind-env

@@ -35,4 +35,5 @@ mkdir "$work/bin"
 export PATH="$work/bin:$PATH"
 
 cd "$work"
-"$python" -m pytest -c /dev/null --rootdir "$work" -p no:cacheprovider tests "$@"
+"$python" -m pytest -c /dev/null --rootdir "$work" -p no:cacheprovider \
+    -o faulthandler_timeout=120 -o faulthandler_exit_on_timeout=true tests "$@"
