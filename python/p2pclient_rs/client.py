@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from p2pclient_rs._native import Identity, PeerID, PeerInfo, PublicKey, StreamInfo
 from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
@@ -155,11 +155,11 @@ class Client:
 
     # --- unary calls ---
 
-    async def call_unary(
+    def call_unary(
         self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
-    ) -> bytes:
-        """Calls a peer's unary handler and returns its reply; see ``UnaryClient.call``."""
-        return await self.unary.call(peer_id, proto, data, timeout=timeout)
+    ) -> Coroutine[Any, Any, bytes]:
+        """Calls a peer's unary handler; the reply is to be awaited. See ``UnaryClient.call``."""
+        return self.unary.call(peer_id, proto, data, timeout=timeout)
 
     async def add_unary_handler(
         self,

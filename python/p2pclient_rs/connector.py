@@ -272,7 +272,7 @@ class DaemonConnector:
         connection = await self._described(work, name, timeout)
         connection.watch.close()
         persistent, rest = connection.raw.take_persistent(
-            os.urandom(32), max_message_size, reactor, owner
+            os.urandom(32), max_message_size, reactor, reactor.event_loop, owner
         )
         persistent.start(rest)
         return persistent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import anyio
 
-from p2pclient_rs._native import ControlConnection, RawStream, Readiness
+from p2pclient_rs._native import ControlConnection, RawStream, Readiness, Waiter
 
 __all__ = [
     "Promise",
@@ -157,7 +158,10 @@ class TrioWatch:
 
 
 class Promise(Protocol):
-    """Something to await that is set from outside, once: an asyncio future or alike."""
+    """Something to await that is set from outside, once."""
+
+    #: The call whose reply it is, if it is one.
+    call_id: bytes
 
     def set_result(self, result: Any, /) -> None: ...
     def set_exception(self, exception: Any, /) -> None: ...
@@ -176,6 +180,10 @@ class Reactor(Protocol):
 
     ``closing`` says that a file descriptor is about to be closed: its callbacks are removed.
     """
+
+    @property
+    def event_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop itself, if it is asyncio's or alike."""
 
     def add_reader(self, fd: int, callback: Callable[[], object], /) -> object: ...
     def remove_reader(self, fd: int, /) -> object: ...
@@ -219,13 +227,13 @@ class AsyncioReactor:
     """An asyncio or uvloop loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = self.event_loop = loop
         self.add_reader = loop.add_reader
         self.remove_reader = loop.remove_reader
         self.add_writer = loop.add_writer
         self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
-        self.promise: Callable[[], Promise] = loop.create_future
+        self.promise: Callable[[], Promise] = functools.partial(Waiter, loop)
 
     @property
     def ended(self) -> bool:
@@ -266,6 +274,8 @@ class TrioReactor:
 
     They end with the run, without a word to whoever is waited for: nobody is left to wait then.
     """
+
+    event_loop = None
 
     def __init__(self, token: Any) -> None:
         import trio
@@ -385,6 +395,8 @@ class _TrioWork:
 
 
 class _TrioPromise:
+    call_id = b""
+
     def __init__(self, trio: Any) -> None:
         self._set = trio.Event()
         self._result: Any = None

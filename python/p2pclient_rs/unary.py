@@ -6,6 +6,7 @@ import asyncio
 import copy
 import logging
 import os
+import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -53,6 +54,10 @@ _PAUSES = 0.05, 5.0
 _MAX_PEERS = 4096
 
 logger = logging.getLogger(__name__)
+
+
+_get_running_loop = asyncio._get_running_loop
+_modules = sys.modules
 
 
 class UnaryClient:
@@ -131,15 +136,30 @@ class UnaryClient:
             ConnectionLost: The connection to the daemon ended before the reply.
             ControlTimeout: No reply within ``timeout`` seconds.
         """
+        if timeout is not None:
+            return await self._call_within(timeout, peer_id, proto, data)
         link = self._recent
-        if link is None or asyncio._get_running_loop() is not self._loop or in_trio_task():
+        # What comes here often is to go a short way.
+        if link is None or _get_running_loop() is not self._loop or ("trio" in _modules and in_trio_task()):
             link = self._link()
         try:
-            if timeout is None:
-                return await link.call(peer_id, proto, data)
-            with _deadline(timeout):
-                return await link.call(peer_id, proto, data)
-            raise _timed_out(timeout)
+            connection = link.current
+            reply = None
+            if connection is not None:
+                try:
+                    reply = connection.call(peer_id, proto, data)
+                except ConnectionLost as error:
+                    # The daemon may be there again, and cannot have seen this call.
+                    if not error.unexecuted:
+                        raise
+            if connection is None or reply is None:
+                connection, reply = await link.call(peer_id, proto, data)
+            try:
+                return await reply  # type: ignore[no-any-return]
+            except BaseException:
+                # Cancelled, most likely: whoever answered has no call to be given up.
+                connection.cancel(reply.call_id)
+                raise
         except ControlFailure as error:
             described = self.daemon_connector.describe(error, "CALL_UNARY", peer_id, proto)
             if described is error:
@@ -151,6 +171,13 @@ class UnaryClient:
             if converted is error:
                 raise
             raise converted from None
+
+    async def _call_within(
+        self, timeout: float, peer_id: PeerIDLike, proto: str, data: Buffer
+    ) -> bytes:
+        with _deadline(timeout):
+            return await self.call(peer_id, proto, data)
+        raise self.daemon_connector.describe(_timed_out(timeout), "CALL_UNARY", peer_id, proto)
 
     async def add_handler(
         self,
@@ -291,7 +318,8 @@ class _Link:
         self._max_message_size = max_message_size
         self._reactor = reactor()
         self._promise = self._reactor.promise
-        self._connection: PersistentConnection | None = None
+        #: The connection, if it is open.
+        self.current: PersistentConnection | None = None
         #: Held while what is registered changes, and while a connection is opened.
         self._changing = anyio.Lock()
         self._opening: _Opening | None = None
@@ -308,38 +336,31 @@ class _Link:
 
     # --- out ---
 
-    async def call(self, peer_id: PeerIDLike, proto: str, data: Buffer) -> bytes:
+    async def call(
+        self, peer_id: PeerIDLike, proto: str, data: Buffer
+    ) -> tuple[PersistentConnection, Any]:
+        """Makes a call, once there is a connection and room; gives what to await for the reply."""
         retried = False
         while True:
-            connection = self._connection
-            if connection is None:
-                connection = await self.connection()
-            promise = self._promise()
+            connection = await self.connection()
             try:
-                call_id = connection.call(peer_id, proto, data, promise)
+                reply = connection.call(peer_id, proto, data)
             except ConnectionLost as error:
-                # The daemon may be there again, and cannot have seen this call.
+                # As in `UnaryClient.call`.
                 if retried or not error.unexecuted:
                     raise
                 retried = True
                 continue
-            if call_id is not None:
-                break
+            if reply is not None:
+                return connection, reply
             await self._room(connection)
-        try:
-            reply: bytes = await promise
-            return reply
-        except BaseException:
-            # Cancelled, most likely: whoever answered has no call to be given up.
-            connection.cancel(call_id)
-            raise
 
     async def add_handler(self, proto: str, entry: _Handler) -> None:
         retried = False
         while True:
             connection = await self.connection()
             async with self._changing:
-                connection = self._connection or connection  # lost while others had their turn
+                connection = self.current or connection  # lost while others had their turn
                 while (leaving := self._leaving.get(proto)) is not None:
                     await leaving.wait()
                 if proto in self.handlers:
@@ -362,7 +383,7 @@ class _Link:
             entry = self.handlers.get(proto)
             if entry is None:
                 raise ControlFailure(f"Handler for protocol {proto} is not registered")
-            left = self._leave(proto, self._connection)
+            left = self._leave(proto, self.current)
             try:
                 # It serves the calls that come until then.
                 await left.wait()
@@ -372,8 +393,8 @@ class _Link:
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
         self._connector.check_fork()  # whose lock the parent may hold
-        if self._connection is not None:
-            return self._connection
+        if self.current is not None:
+            return self.current
         if self._closed:
             raise ConnectionLost("the client was closed")
         opening = self._opening
@@ -428,7 +449,7 @@ class _Link:
         elif opened.closed:  # which `on_lost` was told of before this was anybody's
             raise ConnectionLost("the connection was lost as soon as it was opened")
         else:
-            self._connection = opened
+            self.current = opened
         return opened
 
     async def _register_again(
@@ -526,8 +547,8 @@ class _Link:
         self._cancel(connection, call_id, self._work)
 
     def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
-        if self._connection is connection:
-            self._connection = None
+        if self.current is connection:
+            self.current = None
         if not self._closed:
             logger.warning("the persistent connection to the daemon was lost: %s", error)
         all_work, self._work = self._work, {}
@@ -545,7 +566,7 @@ class _Link:
 
     def _is_missed(self) -> bool:
         """Whether there are handlers that nobody can call."""
-        return bool(self.handlers) and self._connection is None and not self._closed
+        return bool(self.handlers) and self.current is None and not self._closed
 
     async def come_back(self) -> bool:
         """Tries to serve again; says whether to try it later."""
@@ -604,19 +625,19 @@ class _Link:
 
     @property
     def connected(self) -> bool:
-        return self._connection is not None
+        return self.current is not None
 
     @property
     def pending(self) -> int:
-        return self._connection.pending if self._connection is not None else 0
+        return self.current.pending if self.current is not None else 0
 
     @property
     def unanswered(self) -> int:
-        return self._connection.unanswered if self._connection is not None else 0
+        return self.current.unanswered if self.current is not None else 0
 
     def close(self) -> None:
         self._closed = True
-        connection, self._connection = self._connection, None
+        connection, self.current = self.current, None
         if os.getpid() != self._pid:
             if connection is not None:
                 connection.close()
@@ -630,7 +651,7 @@ class _Link:
             self._reactor.call_from_anywhere(connection.close)
 
     def __del__(self) -> None:
-        if getattr(self, "_connection", None) is not None:
+        if getattr(self, "current", None) is not None:
             self.close()
 
 

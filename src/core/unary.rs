@@ -43,8 +43,9 @@ const MAX_CANCELLED: usize = 64 * 1024;
 /// How much one read takes that is not into a payload's own place, in bytes.
 pub const READ: usize = 64 * 1024;
 
-/// What is read behind a payload in the same system call, so that the next head comes with it.
-pub const BEHIND: usize = 4 * 1024;
+/// What is read behind a payload in the same system call, so that the next head comes with it, and
+/// enough of a payload of 64 KiB, or of twice that, for room to be made for it.
+pub const BEHIND: usize = 8 * 1024;
 
 /// How much is read before others get a turn, in bytes.
 pub const TURN: usize = 1024 * 1024;

@@ -60,7 +60,7 @@ impl ControlConnection {
         }
         Ok(Some(Self {
             fd: socket.as_raw_fd(),
-            pid: std::process::id(),
+            pid: super::pid::pid(),
             inner: Mutex::new(Some(Inner {
                 socket,
                 connected,
@@ -161,6 +161,7 @@ impl ControlConnection {
         seed: [u8; 32],
         max_message: usize,
         reactor: Py<PyAny>,
+        event_loop: Option<Py<PyAny>>,
         owner: Py<PyAny>,
     ) -> PyResult<(PersistentConnection, Py<PyBytes>)> {
         let this = slf.get();
@@ -168,8 +169,14 @@ impl ControlConnection {
         match this.lock().take() {
             Some(inner) if inner.exchange.state() == State::Consumed => {
                 let rest = PyBytes::new(slf.py(), &inner.exchange.into_remainder());
-                let connection =
-                    PersistentConnection::new(inner.socket, seed, max_message, reactor, owner);
+                let connection = PersistentConnection::new(
+                    inner.socket,
+                    seed,
+                    max_message,
+                    reactor,
+                    event_loop,
+                    owner,
+                );
                 Ok((connection, rest.unbind()))
             }
             _ => Err(closed()),
@@ -184,7 +191,7 @@ impl ControlConnection {
     /// closed: the connection is the parent's.
     fn close(&self) {
         let inner = self.lock().take();
-        if let Some(inner) = inner.filter(|_| std::process::id() == self.pid) {
+        if let Some(inner) = inner.filter(|_| super::pid::pid() == self.pid) {
             inner.socket.end();
         }
     }

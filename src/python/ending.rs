@@ -76,7 +76,7 @@ pub fn _the_end_is_near(py: Python<'_>) {
 
 /// Has Python call that.
 pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    PROCESS.store(std::process::id(), Ordering::Relaxed);
+    PROCESS.store(super::pid::pid(), Ordering::Relaxed);
     let callback = module.getattr("_the_end_is_near")?;
     module
         .py()
@@ -86,7 +86,7 @@ pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 fn is_this_process() -> bool {
-    PROCESS.load(Ordering::Relaxed) == std::process::id()
+    PROCESS.load(Ordering::Relaxed) == super::pid::pid()
 }
 
 /// Waits without the interpreter, for good if its end has come.

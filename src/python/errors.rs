@@ -102,7 +102,7 @@ fn lost(py: Python<'_>, words: &str, attribute: &str, is: bool) -> PyErr {
 
 /// Refuses what was made in another process, from which this one was forked.
 pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
-    let here = std::process::id();
+    let here = super::pid::pid();
     if here == pid {
         return Ok(());
     }

@@ -17,12 +17,14 @@ mod errors;
 mod listener;
 mod multiaddr;
 mod peer_id;
+mod pid;
 mod public_key;
 mod readiness;
 mod request;
 mod socket;
 mod stream;
 mod unary;
+mod waiter;
 
 /// The Rust half of `p2pclient_rs`.
 #[pymodule(gil_used = true)]
@@ -60,6 +62,8 @@ mod _native {
     use super::stream::RawStream;
     #[pymodule_export]
     use super::unary::PersistentConnection;
+    #[pymodule_export]
+    use super::waiter::Waiter;
 
     // --- daemon ---
     #[pymodule_export]
@@ -77,6 +81,7 @@ mod _native {
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
         super::refuse_free_threading(m.py())?;
         super::refuse_subinterpreters()?;
+        super::pid::watch();
         super::ending::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -7,7 +7,9 @@
 use super::convert::{extract_peer_id, with_bytes};
 use super::ending::inside;
 use super::errors::{self, ConnectionLost, MessageTooLarge, P2PHandlerError, ProtocolViolation};
+use super::pid::pid;
 use super::socket::{with_scratch, Socket};
+use super::waiter::{may_wake, Waiter};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -32,6 +34,8 @@ pub struct PersistentConnection {
     /// `add_reader`, `add_writer`, `remove_reader`, `remove_writer`, `call_soon`, `call_later`,
     /// `closing`.
     reactor: Py<PyAny>,
+    /// Asyncio's event loop, if it is one.
+    event_loop: Option<Py<PyAny>>,
     /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
     owner: Py<PyAny>,
     inner: Mutex<Inner>,
@@ -73,7 +77,7 @@ struct Chores {
 /// What came of something to be sent.
 struct Submitted {
     /// `None` if there is no room.
-    id: io::Result<Option<Py<PyBytes>>>,
+    id: io::Result<Option<CallId>>,
     too_large: Option<Error>,
     chores: Chores,
     /// A token that is not to be dropped under the lock.
@@ -149,6 +153,7 @@ impl PersistentConnection {
         seed: [u8; 32],
         max_message: usize,
         reactor: Py<PyAny>,
+        event_loop: Option<Py<PyAny>>,
         owner: Py<PyAny>,
     ) -> Self {
         let limits = UnaryLimits {
@@ -157,8 +162,9 @@ impl PersistentConnection {
         };
         Self {
             fd: socket.as_raw_fd(),
-            pid: std::process::id(),
+            pid: pid(),
             reactor,
+            event_loop,
             owner,
             inner: Mutex::new(Inner {
                 socket: Some(socket),
@@ -185,69 +191,69 @@ impl PersistentConnection {
         let read = {
             let mut inner = this.lock();
             let mut rest = input;
-            let read = inner.poll(&mut rest, &mut events);
-            read.map(|()| inner.chores())
+            inner.poll(&mut rest, &mut events)
         };
-        Self::dispatch(slf, events, read)
+        Self::dispatch(slf, events, read, false)
     }
 
-    /// Calls the handler of `protocol` at a peer: `token.set_result` is called with the reply, or
-    /// `token.set_exception`. Returns the call's id, or `None` if too much waits to be sent: wait
-    /// for `room`.
+    /// Calls the handler of `protocol` at a peer. Returns what to await for the reply, with the
+    /// `call_id`, or `None` if too much waits to be sent: wait for `room`.
     fn call<'py>(
         slf: &Bound<'py, Self>,
         peer: &Bound<'py, PyAny>,
         protocol: &str,
         data: &Bound<'py, PyAny>,
-        token: Token,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let (py, this) = (slf.py(), slf.get());
         let peer = extract_peer_id(peer)?;
+        let waiter = match &this.event_loop {
+            Some(event_loop) => Bound::new(py, Waiter::new(event_loop.clone_ref(py)))?.into_any(),
+            None => this.reactor.bind(py).call_method0(intern!(py, "promise"))?,
+        };
         // Nothing runs while the bytes are borrowed: they may be those of a bytearray.
         let submitted = with_bytes(data, |bytes| {
-            slf.get().submit(slf.py(), Tail::of(data, bytes), |inner| {
+            this.submit(Tail::of(data, bytes), |inner| {
                 if inner.output.len() > unary::HIGH_WATER {
                     return Ok(None);
                 }
                 let Inner { core, head, .. } = inner;
-                core.call(
-                    peer.as_bytes(),
-                    protocol,
-                    bytes.len(),
-                    token,
-                    Instant::now(),
-                    head,
-                )
-                .map(Some)
+                let (token, now) = (waiter.clone().unbind(), Instant::now());
+                core.call(peer.as_bytes(), protocol, bytes.len(), token, now, head)
+                    .map(Some)
             })
         })?;
-        Self::finish(slf, submitted)
+        let Some(id) = Self::finish(slf, submitted)? else {
+            return Ok(None);
+        };
+        match waiter.cast_exact::<Waiter>() {
+            Ok(waiter) => waiter.get().set_call_id(id),
+            Err(_) => waiter.setattr(intern!(py, "call_id"), PyBytes::new(py, &id))?,
+        }
+        Ok(Some(waiter))
     }
 
-    /// Asks for calls of `protocol`, as `call` does.
-    fn add_handler<'py>(
-        slf: &Bound<'py, Self>,
+    /// Asks for calls of `protocol`: `token.set_result` is called when they come, or
+    /// `token.set_exception`.
+    fn add_handler(
+        slf: &Bound<'_, Self>,
         protocol: &str,
         balanced: bool,
         token: Token,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let submitted = slf.get().submit(slf.py(), Tail::None, |inner| {
+    ) -> PyResult<()> {
+        let submitted = slf.get().submit(Tail::None, |inner| {
             let Inner { core, head, .. } = inner;
             core.add_handler(protocol, balanced, token, head).map(Some)
         })?;
-        Self::finish(slf, submitted)
+        Self::finish(slf, submitted).map(drop)
     }
 
-    /// Asks for no more calls of `protocol`, as `call` does.
-    fn remove_handler<'py>(
-        slf: &Bound<'py, Self>,
-        protocol: &str,
-        token: Token,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let submitted = slf.get().submit(slf.py(), Tail::None, |inner| {
+    /// Asks for no more calls of `protocol`, as `add_handler` does.
+    fn remove_handler(slf: &Bound<'_, Self>, protocol: &str, token: Token) -> PyResult<()> {
+        let submitted = slf.get().submit(Tail::None, |inner| {
             let Inner { core, head, .. } = inner;
             core.remove_handler(protocol, token, head).map(Some)
         })?;
-        Self::finish(slf, submitted)
+        Self::finish(slf, submitted).map(drop)
     }
 
     /// Gives up on what was called, and tells the daemon. Does nothing if its answer came, or in a
@@ -365,9 +371,10 @@ impl PersistentConnection {
             // The answers to several are better sent at once, when all of those who were woken
             // have had their turn.
             inner.corked |= events.len() > 1;
-            read.map(|()| inner.chores())
+            read
         };
-        Self::dispatch(slf, events, read)
+        // The loop calls this: no task is running.
+        Self::dispatch(slf, events, read, true)
     }
 
     fn _on_writable(slf: &Bound<'_, Self>) -> PyResult<()> {
@@ -400,6 +407,7 @@ impl PersistentConnection {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.reactor)?;
+        visit.call(&self.event_loop)?;
         visit.call(&self.owner)?;
         if let Ok(inner) = self.inner.try_lock() {
             for token in inner.core.tokens().chain(&inner.waiters) {
@@ -428,13 +436,12 @@ impl PersistentConnection {
 
     /// Whether this is a forked child of the process that the connection belongs to.
     fn is_elsewhere(&self) -> bool {
-        std::process::id() != self.pid
+        pid() != self.pid
     }
 
     /// Sends the head that `encode` makes and `tail`, for `finish` to go on with.
     fn submit(
         &self,
-        py: Python<'_>,
         tail: Tail<'_, '_>,
         encode: impl FnOnce(&mut Inner) -> Result<Option<CallId>, Error>,
     ) -> PyResult<Submitted> {
@@ -454,7 +461,7 @@ impl PersistentConnection {
             }
         }
         Ok(Submitted {
-            id: sent.map(|id| id.map(|id| PyBytes::new(py, &id).unbind())),
+            id: sent,
             too_large: encoded.err(),
             // Also if nothing was sent: somebody else may wait for the room.
             chores: inner.chores(),
@@ -463,16 +470,13 @@ impl PersistentConnection {
     }
 
     /// Does what follows from `submit`. If this fails, nothing was carried out.
-    fn finish<'py>(
-        slf: &Bound<'py, Self>,
-        submitted: Submitted,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    fn finish(slf: &Bound<'_, Self>, submitted: Submitted) -> PyResult<Option<CallId>> {
         Self::run(slf, submitted.chores)?;
         if let Some(error) = submitted.too_large {
             return Err(MessageTooLarge::new_err(error.to_string()));
         }
         match submitted.id {
-            Ok(id) => Ok(id.map(|id| id.into_bound(slf.py()))),
+            Ok(id) => Ok(id),
             Err(error) => {
                 let words = format!("the connection was lost: {error}");
                 Self::break_off(slf, error.into())?;
@@ -509,57 +513,77 @@ impl PersistentConnection {
     fn break_off(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let mut events = Vec::new();
         let _ = slf.get().lock().read(&mut events);
-        Self::dispatch(slf, events, Err(loss))
+        Self::dispatch(slf, events, Err(loss), false)
     }
 
     /// Hands out what came, and loses the connection if that is what came last. What one handler
-    /// raises does not keep the rest from theirs.
+    /// raises does not keep the rest from theirs. `here` says that no task should be running.
     fn dispatch(
         slf: &Bound<'_, Self>,
         events: Vec<Event>,
-        read: Result<Chores, Loss>,
+        read: Result<(), Loss>,
+        here: bool,
     ) -> PyResult<()> {
         let py = slf.py();
         let _inside = inside(py);
+        let this = slf.get();
+        let here = match &this.event_loop {
+            Some(event_loop) if here && !events.is_empty() => may_wake(event_loop.bind(py))?,
+            _ => false,
+        };
+        // Whether all who may answer to what came have had their turn.
+        let mut answered = here;
         let mut outcome = Ok(());
         for event in events {
-            let handed = Self::hand_out(slf, event);
+            answered &= !matches!(event, Event::Call { .. });
+            let handed = Self::hand_out(slf, event, here);
             outcome = outcome.and(handed);
         }
         let finished = match read {
             Err(loss) => Self::lose(slf, loss),
-            Ok(chores) => {
-                let corked = slf.get().lock().corked;
-                let scheduled = if corked {
-                    let flush = slf.getattr(intern!(py, "_flush"))?;
-                    let reactor = slf.get().reactor.bind(py);
-                    reactor
-                        .call_method1(intern!(py, "call_soon"), (flush,))
-                        .map(drop)
-                } else {
-                    Ok(())
-                };
-                scheduled.and(Self::run(slf, chores))
-            }
+            Ok(()) => Self::uncork(slf, answered),
         };
         outcome.and(finished)
     }
 
-    fn hand_out(slf: &Bound<'_, Self>, event: Event) -> PyResult<()> {
+    /// Has what was kept back sent: now, or after those who were woken have had their turn.
+    fn uncork(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+        let py = slf.py();
+        let mut corked = false;
+        let changed = slf.get().changed(|inner| {
+            inner.corked &= !now;
+            corked = inner.corked;
+            inner.flush()
+        });
+        let scheduled = if corked {
+            let flush = slf.getattr(intern!(py, "_flush"))?;
+            let reactor = slf.get().reactor.bind(py);
+            reactor
+                .call_method1(intern!(py, "call_soon"), (flush,))
+                .map(drop)
+        } else {
+            Ok(())
+        };
+        scheduled.and(Self::after(slf, changed))
+    }
+
+    fn hand_out(slf: &Bound<'_, Self>, event: Event, here: bool) -> PyResult<()> {
         let py = slf.py();
         let gone = || slf.get().lock().socket.is_none();
         match event {
             // Its handler would be at work for nobody, and nobody would end it.
             Event::Call { .. } | Event::Cancelled { .. } if gone() => Ok(()),
-            Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any()),
-            Event::Acknowledged { token } => resolve(py, &token, py.None()),
+            Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any(), here),
+            Event::Acknowledged { token } => resolve(py, &token, py.None(), here),
             Event::HandlerFailed { token, error } => {
-                fail(py, &token, errors::made::<P2PHandlerError>(py, &error))
+                let error = errors::made::<P2PHandlerError>(py, &error);
+                fail(py, &token, error, here)
             }
-            Event::Refused { token, error } => fail(py, &token, errors::refused(py, &error)),
+            Event::Refused { token, error } => fail(py, &token, errors::refused(py, &error), here),
             Event::Broken { token, error } => {
                 let words = format!("the peer's daemon sent no reply: {error}");
-                fail(py, &token, errors::made::<ProtocolViolation>(py, &words))
+                let error = errors::made::<ProtocolViolation>(py, &words);
+                fail(py, &token, error, here)
             }
             Event::Call {
                 id,
@@ -628,10 +652,10 @@ impl PersistentConnection {
             return outcome;
         }
         for token in pending {
-            outcome = outcome.and(fail(py, &token, loss.to_err(py)));
+            outcome = outcome.and(fail(py, &token, loss.to_err(py), false));
         }
         for token in waiters {
-            outcome = outcome.and(resolve(py, &token, py.None()));
+            outcome = outcome.and(resolve(py, &token, py.None(), false));
         }
         if let Some(owner) = Self::owner(slf)? {
             let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err(py)));
@@ -670,7 +694,7 @@ impl PersistentConnection {
             }
         }
         if let Some(token) = chores.wake {
-            resolve(py, &token, py.None())?;
+            resolve(py, &token, py.None(), false)?;
         }
         Ok(())
     }
@@ -821,13 +845,20 @@ impl<'a, 'py> Tail<'a, 'py> {
     }
 }
 
-/// Sets a future's result, unless whoever awaited it was cancelled.
-fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>) -> PyResult<()> {
+/// Sets a future's result, unless whoever awaited it was cancelled. `here` says that a task that
+/// awaits it may go on here and now.
+fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyResult<()> {
+    if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
+        return Waiter::succeed(waiter, value, here);
+    }
     let set = token.call_method1(py, intern!(py, "set_result"), (value,));
     unless_done(py, token, set)
 }
 
-fn fail(py: Python<'_>, token: &Token, error: PyErr) -> PyResult<()> {
+fn fail(py: Python<'_>, token: &Token, error: PyErr, here: bool) -> PyResult<()> {
+    if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
+        return Waiter::fail(waiter, error, here);
+    }
     let set = token.call_method1(py, intern!(py, "set_exception"), (error,));
     unless_done(py, token, set)
 }
