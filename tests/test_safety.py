@@ -319,8 +319,10 @@ def test_nothing_is_built_to_abort_on_a_panic() -> None:
     assert "[profile.release]" in manifest
     assert not re.search(r"^\s*panic\s*=", manifest, re.MULTILINE)
     for source in HERE.parent.glob("src/python/**/*.rs"):
-        # Rust that others call: what panics there cannot unwind, and ends the process.
-        assert not re.search(r'extern "', source.read_text()), source
+        # Rust that others call: what panics there cannot unwind, and ends the process. That of
+        # pid.rs sets a number to 0.
+        called = re.findall(r'extern "[^"]*"\s+fn (\w+)', source.read_text())
+        assert called == (["forget"] if source.name == "pid.rs" else []), source
 
 
 # --- what is left to the garbage collector ---

@@ -108,10 +108,9 @@ class Client:
 
     # --- control ---
 
-    async def identify(self, *, timeout: float | None = None) -> Identity:
+    def identify(self, *, timeout: float | None = None) -> Coroutine[Any, Any, Identity]:
         """The daemon's peer id and addresses: unpacks as ``(peer_id, addrs)``."""
-        identity: Identity = await self.control.identify(timeout=timeout)
-        return identity
+        return self.control.identify(timeout=timeout)
 
     async def connect(
         self,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -32,12 +33,16 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import Reactor, Watch, current_loop, watch
+from p2pclient_rs.loops import Reactor, Watch, carry_out, current_loop, pump, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
 
 DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
+
+_get_running_loop = asyncio._get_running_loop
+_getpid = os.getpid
+_modules = sys.modules
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
@@ -170,6 +175,9 @@ class DaemonConnector:
         self._max_message_size = max_message_size
         self._pid = os.getpid()
         self._pools: WeakKeyDictionary[Any, _Pool] = WeakKeyDictionary()
+        #: The last one used, and its asyncio loop.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._recent: _Pool | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._maddr}>"
@@ -194,9 +202,14 @@ class DaemonConnector:
         Raises:
             ControlFailure: One of its subclasses, with the arguments above.
         """
-        work = self._exchange(request)
-        answer, _ = await self._described(work, name, timeout, peer_id, protocol)
-        return answer
+        if timeout is not None:
+            work = self._exchange(request)
+            answer, _ = await self._described(work, name, timeout, peer_id, protocol)
+            return answer
+        try:
+            return (await self._exchange(request))[0]
+        except ControlFailure as error:
+            self._raise(error, name, peer_id, protocol)
 
     async def request_stream(
         self,
@@ -272,9 +285,9 @@ class DaemonConnector:
         connection = await self._described(work, name, timeout)
         connection.watch.close()
         persistent, rest = connection.raw.take_persistent(
-            os.urandom(32), max_message_size, reactor, reactor.event_loop, owner
+            os.urandom(32), max_message_size, reactor, reactor.event_loop, pump, owner
         )
-        persistent.start(rest)
+        carry_out(persistent, persistent.start(rest))
         return persistent
 
     async def _upgrade(self, name: str) -> _Connection:
@@ -319,6 +332,7 @@ class DaemonConnector:
 
     def close(self) -> None:
         """As ``aclose``."""
+        self._loop = self._recent = None
         pools = list(self._pools.values())
         self._pools.clear()
         for pool in pools:
@@ -326,9 +340,12 @@ class DaemonConnector:
 
     async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
         """The answer, and the connection, which is open only if it became a stream."""
-        self.check_fork()
-        loop = current_loop()
-        pool = self._pools.get(loop) or self._new_pool(loop)
+        if _getpid() != self._pid:
+            self.check_fork()
+        # What comes here often is to go a short way.
+        pool = self._recent
+        if pool is None or _get_running_loop() is not self._loop or "trio" in _modules:
+            pool = self._pool()
         turn = pool.slow if request.waits_for_peers else pool.quick
         try:
             turn.acquire_nowait()
@@ -348,12 +365,18 @@ class DaemonConnector:
         finally:
             turn.release()
 
-    def _new_pool(self, loop: Any) -> _Pool:
-        # A closed loop can live on, with what was idle on it.
-        for other in list(self._pools):
-            if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
-                self._pools.pop(other).close()
-        pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+    def _pool(self) -> _Pool:
+        """This loop's."""
+        loop = current_loop()
+        pool = self._pools.get(loop)
+        if pool is None:
+            # A closed loop can live on, with what was idle on it.
+            for other in list(self._pools):
+                if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
+                    self._pools.pop(other).close()
+            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+        if isinstance(loop, asyncio.AbstractEventLoop):
+            self._loop, self._recent = loop, pool
         return pool
 
     async def _drive(
@@ -431,10 +454,19 @@ class DaemonConnector:
                 return await work
             raise ControlTimeout(f"no answer within {timeout:g} s")
         except ControlFailure as error:
-            raised = self.describe(error, name, peer_id, protocol)
-            if raised is error:
-                raise
-            raise raised from error.__cause__
+            self._raise(error, name, peer_id, protocol)
+
+    def _raise(
+        self,
+        error: ControlFailure,
+        name: str,
+        peer_id: PeerIDLike | None,
+        protocol: str | None,
+    ) -> NoReturn:
+        raised = self.describe(error, name, peer_id, protocol)
+        if raised is error:
+            raise error
+        raise raised from error.__cause__
 
     def describe(
         self,

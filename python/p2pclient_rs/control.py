@@ -46,6 +46,9 @@ _GOODBYE_TIMEOUT = 1.0
 logger = logging.getLogger(__name__)
 
 
+_IDENTIFY = Request.identify()
+
+
 class ControlClient:
     """Peers, connections and streams.
 
@@ -85,10 +88,9 @@ class ControlClient:
 
     async def identify(self, *, timeout: float | None = None) -> Any:
         """IDENTIFY: the daemon's ``Identity``, which unpacks as ``(peer_id, addrs)``."""
-        identity = await self.daemon_connector.request(
-            "IDENTIFY", Request.identify(), timeout=timeout
-        )
-        return self.daemon_connector.types.identity(identity)
+        connector = self.daemon_connector
+        identity = await connector.request("IDENTIFY", _IDENTIFY, timeout=timeout)
+        return connector.types.identity(identity)
 
     async def connect(
         self,

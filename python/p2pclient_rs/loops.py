@@ -13,15 +13,23 @@ from typing import Any, Protocol
 
 import anyio
 
-from p2pclient_rs._native import ControlConnection, RawStream, Readiness, Waiter
+from p2pclient_rs._native import (
+    ControlConnection,
+    PersistentConnection,
+    RawStream,
+    Readiness,
+    Waiter,
+)
 
 __all__ = [
     "Promise",
     "Reactor",
     "Watch",
     "Work",
+    "carry_out",
     "current_loop",
     "in_trio_task",
+    "pump",
     "reactor",
     "watch",
 ]
@@ -185,7 +193,7 @@ class Reactor(Protocol):
     def event_loop(self) -> asyncio.AbstractEventLoop | None:
         """The loop itself, if it is asyncio's or alike."""
 
-    def add_reader(self, fd: int, callback: Callable[[], object], /) -> object: ...
+    def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
     def remove_reader(self, fd: int, /) -> object: ...
     def add_writer(self, fd: int, callback: Callable[[], object], /) -> object: ...
     def remove_writer(self, fd: int, /) -> object: ...
@@ -201,7 +209,7 @@ class Reactor(Protocol):
 
     def closing(self, fd: int) -> None: ...
 
-    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
         """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
@@ -249,12 +257,19 @@ class AsyncioReactor:
             self._loop.remove_reader(fd)
             self._loop.remove_writer(fd)
 
-    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
-        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
+        loop = self._loop
+        if loop.get_task_factory() is not None:
+            # A new task copies the context that it is made in.
+            return context.run(loop.create_task, work)
+        # As the loop would do it, in half the time.
+        if sys.version_info >= (3, 12):
             # It ends here and now if it can, which is 1 us less than another turn of the loop.
-            return asyncio.Task(work(), loop=self._loop, context=context.copy(), eager_start=True)
-        # A new task copies the context that it is made in.
-        return context.run(self._loop.create_task, work())
+            context = context.copy()
+            return asyncio.Task(work, loop=loop, name=name, context=context, eager_start=True)
+        if sys.version_info >= (3, 11):
+            return asyncio.Task(work, loop=loop, name=name, context=context.copy())
+        return context.run(functools.partial(asyncio.Task, work, loop=loop, name=name))
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
         work.add_done_callback(lambda _: callback())
@@ -292,8 +307,8 @@ class TrioReactor:
             return True
         return False
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
-        self._add(fd, "wait_readable", callback)
+    def add_reader(self, fd: int, callback: Callable[..., object], *args: Any) -> None:
+        self._add(fd, "wait_readable", functools.partial(callback, *args))
 
     def remove_reader(self, fd: int) -> None:
         self._remove(fd, "wait_readable")
@@ -324,18 +339,18 @@ class TrioReactor:
         if self._trio.lowlevel.in_trio_run():
             self._trio.lowlevel.notify_closing(fd)
 
-    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Work:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
         scope = self._trio.CancelScope()
 
         async def run() -> None:
             try:
                 with scope:
-                    await work()
+                    await work
             except Exception:
                 # What is left of a group with Cancelled in it: it must not end the whole run.
                 logger.exception("a handler failed when it was cancelled")
 
-        self._trio.lowlevel.spawn_system_task(run, context=context.copy())
+        self._trio.lowlevel.spawn_system_task(run, name=name, context=context.copy())
         return _TrioWork(scope)
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
@@ -376,6 +391,35 @@ class TrioReactor:
         scope, _ = self._watches.get((fd, wait), (None, None))
         if scope is not None:
             scope.cancel()
+
+
+def pump(connection: PersistentConnection) -> None:
+    """What an event loop calls when a persistent connection is readable."""
+    carry_out(connection, connection.take())
+
+
+def carry_out(
+    connection: PersistentConnection, work: list[tuple[Context | None, Callable[..., Any], Any]]
+) -> None:
+    """Does what is to be done for what came over a persistent connection.
+
+    Python does it, not Rust: tasks go on here, which can be anything, and what ends a thread there,
+    as the interpreter's end does, must not meet Rust.
+    """
+    failed = None
+    answered = True
+    for context, function, argument in work:
+        try:
+            if context is not None:
+                context.run(function, argument)
+            else:
+                answered = False
+                function(*argument)
+        except BaseException as error:  # which is not to keep the rest from theirs
+            failed = failed or error
+    connection.settle(answered)
+    if failed is not None:
+        raise failed
 
 
 def _logged(callback: Callable[[], object]) -> None:

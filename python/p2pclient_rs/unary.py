@@ -140,7 +140,11 @@ class UnaryClient:
             return await self._call_within(timeout, peer_id, proto, data)
         link = self._recent
         # What comes here often is to go a short way.
-        if link is None or _get_running_loop() is not self._loop or ("trio" in _modules and in_trio_task()):
+        if (
+            link is None
+            or _get_running_loop() is not self._loop
+            or ("trio" in _modules and in_trio_task())
+        ):
             link = self._link()
         try:
             connection = link.current
@@ -400,7 +404,9 @@ class _Link:
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
-            opening.work = self._reactor.spawn(lambda: self._open(opening), copy_context())
+            opening.work = self._reactor.spawn(
+                self._open(opening), copy_context(), "opening of the persistent connection"
+            )
             # A task that never began does not do it.
             self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
@@ -530,8 +536,9 @@ class _Link:
                 caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
             all_work[call_id] = None
             work = self._reactor.spawn(
-                lambda: self._handle(connection, call_id, handler, data, caller, all_work),
+                self._handle(connection, call_id, handler, data, caller, all_work),
                 entry.context,
+                proto,
             )
         except BaseException as error:
             all_work.pop(call_id, None)
@@ -556,7 +563,7 @@ class _Link:
             self._cancel(connection, call_id, all_work)
         if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            work = self._reactor.spawn(lambda: _come_back(link), copy_context())
+            work = self._reactor.spawn(_come_back(link), copy_context(), "return of the daemon")
             self._return = work
             self._reactor.when_ended(work, lambda: _returned(link))
 

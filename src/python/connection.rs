@@ -162,6 +162,7 @@ impl ControlConnection {
         max_message: usize,
         reactor: Py<PyAny>,
         event_loop: Option<Py<PyAny>>,
+        pump: Py<PyAny>,
         owner: Py<PyAny>,
     ) -> PyResult<(PersistentConnection, Py<PyBytes>)> {
         let this = slf.get();
@@ -175,6 +176,7 @@ impl ControlConnection {
                     max_message,
                     reactor,
                     event_loop,
+                    pump,
                     owner,
                 );
                 Ok((connection, rest.unbind()))

@@ -9,7 +9,7 @@ use super::ending::inside;
 use super::errors::{self, ConnectionLost, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{may_wake, Waiter};
+use super::waiter::{may_wake, Waiter, Wakeup};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -36,6 +36,8 @@ pub struct PersistentConnection {
     reactor: Py<PyAny>,
     /// Asyncio's event loop, if it is one.
     event_loop: Option<Py<PyAny>>,
+    /// What the loop is to call with this when it is readable: it does what `take` returns.
+    pump: Py<PyAny>,
     /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
     owner: Py<PyAny>,
     inner: Mutex<Inner>,
@@ -52,6 +54,8 @@ struct Inner {
     /// A flush is scheduled, before which nothing is sent: the answers to what one read brought
     /// go out together.
     corked: bool,
+    /// What came last, and is to be seen to when what came before it has been.
+    loss: Option<Loss>,
     reading: bool,
     writing: bool,
     /// `_press_on` and `_remind` are to be called back.
@@ -60,6 +64,9 @@ struct Inner {
     /// Futures of those who wait for room in the output.
     waiters: VecDeque<Token>,
 }
+
+/// What is to be called, in a context with one argument, or without one with several.
+type Work = (Option<Py<PyAny>>, Py<PyAny>, Py<PyAny>);
 
 /// What is to be done to the event loop once the state is unlocked.
 #[derive(Default)]
@@ -154,6 +161,7 @@ impl PersistentConnection {
         max_message: usize,
         reactor: Py<PyAny>,
         event_loop: Option<Py<PyAny>>,
+        pump: Py<PyAny>,
         owner: Py<PyAny>,
     ) -> Self {
         let limits = UnaryLimits {
@@ -165,6 +173,7 @@ impl PersistentConnection {
             pid: pid(),
             reactor,
             event_loop,
+            pump,
             owner,
             inner: Mutex::new(Inner {
                 socket: Some(socket),
@@ -172,6 +181,7 @@ impl PersistentConnection {
                 output: Output::default(),
                 head: BytesMut::new(),
                 corked: false,
+                loss: None,
                 reading: false,
                 writing: false,
                 pressing: false,
@@ -184,16 +194,62 @@ impl PersistentConnection {
 
 #[pymethods]
 impl PersistentConnection {
-    /// Begins to read. `input` came right behind the upgrade's answer.
-    fn start(slf: &Bound<'_, Self>, input: &[u8]) -> PyResult<()> {
-        let this = slf.get();
+    /// Begins to read, and returns what `take` does. `input` came right behind the upgrade's answer.
+    fn start(slf: &Bound<'_, Self>, input: &[u8]) -> PyResult<Vec<Work>> {
         let mut events = Vec::new();
-        let read = {
+        {
+            let mut inner = slf.get().lock();
+            inner.loss = inner.poll(&mut &input[..], &mut events).err();
+        }
+        Self::hand_out(slf, events, false)
+    }
+
+    /// Reads, and returns what is to be called for what came. When that has been, all of it and
+    /// whatever it raised, `settle` is to be called.
+    fn take(slf: &Bound<'_, Self>) -> PyResult<Vec<Work>> {
+        let this = slf.get();
+        if this.is_elsewhere() {
+            return Ok(Vec::new());
+        }
+        let mut events = Vec::new();
+        {
             let mut inner = this.lock();
-            let mut rest = input;
-            inner.poll(&mut rest, &mut events)
+            inner.loss = inner.read(&mut events).err();
+            // The answers to several are better sent at once, when all of those who were woken
+            // have had their turn.
+            inner.corked |= events.len() > 1;
+        }
+        let here = match &this.event_loop {
+            Some(event_loop) if !events.is_empty() => may_wake(event_loop.bind(slf.py()))?,
+            _ => false,
         };
-        Self::dispatch(slf, events, read, false)
+        Self::hand_out(slf, events, here)
+    }
+
+    /// Loses the connection, if that is what came last, or has the answers sent: now, if `now`, or
+    /// after those who were woken have had their turn.
+    fn settle(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+        if slf.get().is_elsewhere() {
+            return Ok(());
+        }
+        let py = slf.py();
+        let _inside = inside(py);
+        let (mut loss, mut corked) = (None, false);
+        let changed = slf.get().changed(|inner| {
+            loss = inner.loss.take();
+            inner.corked &= !now;
+            corked = inner.corked;
+            inner.flush()
+        });
+        if let Some(loss) = loss {
+            return Self::lose(slf, loss);
+        }
+        if corked {
+            let flush = slf.getattr(intern!(py, "_flush"))?;
+            let reactor = slf.get().reactor.bind(py);
+            reactor.call_method1(intern!(py, "call_soon"), (flush,))?;
+        }
+        Self::after(slf, changed)
     }
 
     /// Calls the handler of `protocol` at a peer. Returns what to await for the reply, with the
@@ -359,24 +415,6 @@ impl PersistentConnection {
         self.lock().core.unanswered()
     }
 
-    fn _on_readable(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let this = slf.get();
-        if this.is_elsewhere() {
-            return Ok(());
-        }
-        let mut events = Vec::new();
-        let read = {
-            let mut inner = this.lock();
-            let read = inner.read(&mut events);
-            // The answers to several are better sent at once, when all of those who were woken
-            // have had their turn.
-            inner.corked |= events.len() > 1;
-            read
-        };
-        // The loop calls this: no task is running.
-        Self::dispatch(slf, events, read, true)
-    }
-
     fn _on_writable(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::change(slf, Inner::flush)
     }
@@ -408,6 +446,7 @@ impl PersistentConnection {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.reactor)?;
         visit.call(&self.event_loop)?;
+        visit.call(&self.pump)?;
         visit.call(&self.owner)?;
         if let Ok(inner) = self.inner.try_lock() {
             for token in inner.core.tokens().chain(&inner.waiters) {
@@ -513,77 +552,60 @@ impl PersistentConnection {
     fn break_off(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let mut events = Vec::new();
         let _ = slf.get().lock().read(&mut events);
-        Self::dispatch(slf, events, Err(loss), false)
+        // Handlers would be at work for nobody.
+        events.retain(|event| !matches!(event, Event::Call { .. } | Event::Cancelled { .. }));
+        let handed = Self::hand_out(slf, events, false);
+        handed.and(Self::lose(slf, loss))
     }
 
-    /// Hands out what came, and loses the connection if that is what came last. What one handler
-    /// raises does not keep the rest from theirs. `here` says that no task should be running.
-    fn dispatch(
-        slf: &Bound<'_, Self>,
-        events: Vec<Event>,
-        read: Result<(), Loss>,
-        here: bool,
-    ) -> PyResult<()> {
+    /// Sets what is awaited, and returns what is to be called then: the tasks that wait, if they may
+    /// go on `here`, and what takes calls.
+    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool) -> PyResult<Vec<Work>> {
         let py = slf.py();
         let _inside = inside(py);
-        let this = slf.get();
-        let here = match &this.event_loop {
-            Some(event_loop) if here && !events.is_empty() => may_wake(event_loop.bind(py))?,
-            _ => false,
-        };
-        // Whether all who may answer to what came have had their turn.
-        let mut answered = here;
+        let mut work = Vec::with_capacity(events.len());
         let mut outcome = Ok(());
         for event in events {
-            answered &= !matches!(event, Event::Call { .. });
-            let handed = Self::hand_out(slf, event, here);
-            outcome = outcome.and(handed);
+            match Self::work_of(slf, event, here) {
+                Ok(some) => work.extend(some),
+                // One that fails does not keep the rest from theirs.
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
         }
-        let finished = match read {
-            Err(loss) => Self::lose(slf, loss),
-            Ok(()) => Self::uncork(slf, answered),
-        };
-        outcome.and(finished)
+        if let Err(error) = outcome {
+            error.write_unraisable(py, Some(slf));
+        }
+        Ok(work)
     }
 
-    /// Has what was kept back sent: now, or after those who were woken have had their turn.
-    fn uncork(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+    fn work_of(slf: &Bound<'_, Self>, event: Event, here: bool) -> PyResult<Option<Work>> {
         let py = slf.py();
-        let mut corked = false;
-        let changed = slf.get().changed(|inner| {
-            inner.corked &= !now;
-            corked = inner.corked;
-            inner.flush()
-        });
-        let scheduled = if corked {
-            let flush = slf.getattr(intern!(py, "_flush"))?;
-            let reactor = slf.get().reactor.bind(py);
-            reactor
-                .call_method1(intern!(py, "call_soon"), (flush,))
-                .map(drop)
-        } else {
-            Ok(())
-        };
-        scheduled.and(Self::after(slf, changed))
-    }
-
-    fn hand_out(slf: &Bound<'_, Self>, event: Event, here: bool) -> PyResult<()> {
-        let py = slf.py();
-        let gone = || slf.get().lock().socket.is_none();
-        match event {
-            // Its handler would be at work for nobody, and nobody would end it.
-            Event::Call { .. } | Event::Cancelled { .. } if gone() => Ok(()),
-            Event::Reply { token, payload } => resolve(py, &token, payload.0.into_any(), here),
-            Event::Acknowledged { token } => resolve(py, &token, py.None(), here),
+        let (function, arguments) = match event {
+            Event::Reply { token, payload } => {
+                return resolve(py, &token, payload.0.into_any(), here);
+            }
+            Event::Acknowledged { token } => return resolve(py, &token, py.None(), here),
             Event::HandlerFailed { token, error } => {
                 let error = errors::made::<P2PHandlerError>(py, &error);
-                fail(py, &token, error, here)
+                return fail(py, &token, error, here);
             }
-            Event::Refused { token, error } => fail(py, &token, errors::refused(py, &error), here),
+            Event::Refused { token, error } => {
+                return fail(py, &token, errors::refused(py, &error), here);
+            }
             Event::Broken { token, error } => {
                 let words = format!("the peer's daemon sent no reply: {error}");
-                let error = errors::made::<ProtocolViolation>(py, &words);
-                fail(py, &token, error, here)
+                return fail(
+                    py,
+                    &token,
+                    errors::made::<ProtocolViolation>(py, &words),
+                    here,
+                );
+            }
+            Event::Unserved { id, reason } => {
+                Self::change(slf, |inner| {
+                    inner.send_head(|core, head| core.refuse(&id, reason, head))
+                })?;
+                return Ok(None);
             }
             Event::Call {
                 id,
@@ -591,27 +613,20 @@ impl PersistentConnection {
                 protocol,
                 payload,
             } => {
-                let Some(owner) = Self::owner(slf)? else {
-                    return Ok(());
-                };
-                let arguments = (slf, PyBytes::new(py, &id), protocol, &peer[..], payload.0);
-                owner
-                    .call_method1(intern!(py, "on_call"), arguments)
-                    .map(drop)
+                let id = PyBytes::new(py, &id);
+                let arguments = (slf, id, protocol, &peer[..], payload.0).into_pyobject(py)?;
+                (intern!(py, "on_call"), arguments)
             }
             Event::Cancelled { id } => {
-                let Some(owner) = Self::owner(slf)? else {
-                    return Ok(());
-                };
-                let arguments = (slf, PyBytes::new(py, &id));
-                owner
-                    .call_method1(intern!(py, "on_cancelled"), arguments)
-                    .map(drop)
+                let arguments = (slf, PyBytes::new(py, &id)).into_pyobject(py)?;
+                (intern!(py, "on_cancelled"), arguments)
             }
-            Event::Unserved { id, reason } => Self::change(slf, |inner| {
-                inner.send_head(|core, head| core.refuse(&id, reason, head))
-            }),
-        }
+        };
+        let Some(owner) = Self::owner(slf)? else {
+            return Ok(None);
+        };
+        let function = owner.getattr(function)?.unbind();
+        Ok(Some((None, function, arguments.into_any().unbind())))
     }
 
     fn owner<'py>(slf: &Bound<'py, Self>) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -652,10 +667,10 @@ impl PersistentConnection {
             return outcome;
         }
         for token in pending {
-            outcome = outcome.and(fail(py, &token, loss.to_err(py), false));
+            outcome = outcome.and(fail(py, &token, loss.to_err(py), false).map(drop));
         }
         for token in waiters {
-            outcome = outcome.and(resolve(py, &token, py.None(), false));
+            outcome = outcome.and(resolve(py, &token, py.None(), false).map(drop));
         }
         if let Some(owner) = Self::owner(slf)? {
             let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err(py)));
@@ -671,8 +686,7 @@ impl PersistentConnection {
         let reactor = this.reactor.bind(py);
         let fd = this.fd;
         if chores.add_reader {
-            let callback = slf.getattr(intern!(py, "_on_readable"))?;
-            reactor.call_method1(intern!(py, "add_reader"), (fd, callback))?;
+            reactor.call_method1(intern!(py, "add_reader"), (fd, &this.pump, slf))?;
         }
         if chores.remove_reader {
             reactor.call_method1(intern!(py, "remove_reader"), (fd,))?;
@@ -845,31 +859,46 @@ impl<'a, 'py> Tail<'a, 'py> {
     }
 }
 
-/// Sets a future's result, unless whoever awaited it was cancelled. `here` says that a task that
-/// awaits it may go on here and now.
-fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyResult<()> {
+/// Sets a future's result, unless whoever awaited it was cancelled. What is returned is a task that
+/// can go on `here`.
+fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyResult<Option<Work>> {
     if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        return Waiter::succeed(waiter, value, here);
+        let wakeup = Waiter::succeed(waiter, value)?;
+        return woken(waiter, wakeup, here);
     }
     let set = token.call_method1(py, intern!(py, "set_result"), (value,));
     unless_done(py, token, set)
 }
 
-fn fail(py: Python<'_>, token: &Token, error: PyErr, here: bool) -> PyResult<()> {
+fn fail(py: Python<'_>, token: &Token, error: PyErr, here: bool) -> PyResult<Option<Work>> {
     if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        return Waiter::fail(waiter, error, here);
+        let wakeup = Waiter::fail(waiter, error)?;
+        return woken(waiter, wakeup, here);
     }
     let set = token.call_method1(py, intern!(py, "set_exception"), (error,));
     unless_done(py, token, set)
 }
 
-fn unless_done(py: Python<'_>, token: &Token, set: PyResult<Py<PyAny>>) -> PyResult<()> {
+fn woken(waiter: &Bound<'_, Waiter>, wakeup: Option<Wakeup>, here: bool) -> PyResult<Option<Work>> {
+    match wakeup {
+        Some(Wakeup {
+            function,
+            context: Some(context),
+        }) if here => {
+            let waiter = waiter.clone().into_any().unbind();
+            Ok(Some((Some(context), function, waiter)))
+        }
+        wakeup => Waiter::later(waiter, wakeup).map(|()| None),
+    }
+}
+
+fn unless_done(py: Python<'_>, token: &Token, set: PyResult<Py<PyAny>>) -> PyResult<Option<Work>> {
     let Err(error) = set else {
-        return Ok(());
+        return Ok(None);
     };
     let done: bool = token.call_method0(py, intern!(py, "done"))?.extract(py)?;
     if done {
-        Ok(())
+        Ok(None)
     } else {
         Err(error)
     }

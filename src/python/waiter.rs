@@ -1,6 +1,6 @@
-//! What a task on asyncio awaits until something here has come: as `asyncio.Future`, but it can wake
-//! the task where it is called, with no other turn of the event loop in between. That turn is most
-//! of what a small operation costs there.
+//! What a task on asyncio awaits until something here has come: as `asyncio.Future`, but the task can
+//! be woken by what the event loop calls, with no other turn of the loop in between. That turn, with
+//! the system call that asks for events, is most of what a small operation costs there.
 //!
 //! It has as much of a future as `Task` asks for, and is awaited once, by one task.
 
@@ -9,7 +9,7 @@ use pyo3::exceptions::asyncio::{CancelledError, InvalidStateError};
 use pyo3::exceptions::{PyBaseException, PyRuntimeError, PyStopIteration};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyDict, PyTuple};
+use pyo3::types::{IntoPyDict, PyBytes, PyTuple};
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -25,8 +25,8 @@ struct State {
     /// Asyncio's mark that it was yielded by an `await`.
     blocking: bool,
     yielded: bool,
-    /// The task's wake-up with its context, and whatever else was added.
-    callbacks: Callbacks,
+    /// The task's wake-up; others, if somebody adds them.
+    callbacks: Vec<Wakeup>,
     call_id: [u8; 16],
 }
 
@@ -37,17 +37,10 @@ enum Outcome {
     Cancelled(Option<Py<PyAny>>),
 }
 
-#[derive(Default)]
-enum Callbacks {
-    #[default]
-    None,
-    One(Callback),
-    Some(Vec<Callback>),
-}
-
-struct Callback {
-    function: Py<PyAny>,
-    context: Option<Py<PyAny>>,
+/// What is called at the end with the waiter, and the context to run it in.
+pub struct Wakeup {
+    pub function: Py<PyAny>,
+    pub context: Option<Py<PyAny>>,
 }
 
 impl Waiter {
@@ -59,7 +52,7 @@ impl Waiter {
                 outcome: Outcome::Pending,
                 blocking: false,
                 yielded: false,
-                callbacks: Callbacks::None,
+                callbacks: Vec::new(),
                 call_id: [0; 16],
             }),
         }
@@ -75,63 +68,53 @@ impl Waiter {
         self.lock().call_id = id;
     }
 
-    /// Ends the wait with a result, unless it has ended. `here` says that the task may run here and
-    /// now; see [`may_wake`].
-    pub fn succeed(slf: &Bound<'_, Self>, value: Py<PyAny>, here: bool) -> PyResult<()> {
-        Self::end(slf, Outcome::Value(value), here).map(drop)
+    /// Ends the wait with a result, unless it has ended. What is returned is to be run, if
+    /// [`may_wake`], by Python: it may be anything, and is not to be on its way through Rust then
+    /// (see `ending`).
+    pub fn succeed(slf: &Bound<'_, Self>, value: Py<PyAny>) -> PyResult<Option<Wakeup>> {
+        Self::end(slf, Outcome::Value(value)).map(|(wakeup, _)| wakeup)
     }
 
     /// As [`succeed`](Self::succeed), with an exception.
-    pub fn fail(slf: &Bound<'_, Self>, error: PyErr, here: bool) -> PyResult<()> {
-        Self::end(slf, Outcome::Error(error.into_value(slf.py())), here).map(drop)
+    pub fn fail(slf: &Bound<'_, Self>, error: PyErr) -> PyResult<Option<Wakeup>> {
+        Self::end(slf, Outcome::Error(error.into_value(slf.py()))).map(|(wakeup, _)| wakeup)
     }
 
-    /// Says whether the wait had not ended before.
-    fn end(slf: &Bound<'_, Self>, outcome: Outcome, here: bool) -> PyResult<bool> {
+    /// Has what was returned run in another turn of the loop.
+    pub fn later(slf: &Bound<'_, Self>, wakeup: Option<Wakeup>) -> PyResult<()> {
+        let Some(Wakeup { function, context }) = wakeup else {
+            return Ok(());
+        };
+        let py = slf.py();
+        let _inside = inside(py);
+        let event_loop = slf.get().event_loop.bind(py);
+        let keywords = match context {
+            Some(context) => Some([(intern!(py, "context"), context)].into_py_dict(py)?),
+            None => None,
+        };
+        let arguments = (function, slf);
+        event_loop.call_method(intern!(py, "call_soon"), arguments, keywords.as_ref())?;
+        Ok(())
+    }
+
+    /// What is to be run, and whether the wait had not ended before.
+    fn end(slf: &Bound<'_, Self>, outcome: Outcome) -> PyResult<(Option<Wakeup>, bool)> {
         let callbacks = {
             let mut state = slf.get().lock();
             if !matches!(state.outcome, Outcome::Pending) {
                 drop(state);
                 drop(outcome);
-                return Ok(false);
+                return Ok((None, false));
             }
             state.outcome = outcome;
             std::mem::take(&mut state.callbacks)
         };
-        match callbacks {
-            Callbacks::None => {}
-            Callbacks::One(callback) => Self::call(slf, &callback, here)?,
-            Callbacks::Some(callbacks) => {
-                for callback in callbacks {
-                    Self::call(slf, &callback, false)?;
-                }
-            }
+        let mut callbacks = callbacks.into_iter();
+        let first = callbacks.next();
+        for callback in callbacks {
+            Self::later(slf, Some(callback))?;
         }
-        Ok(true)
-    }
-
-    fn call(slf: &Bound<'_, Self>, callback: &Callback, here: bool) -> PyResult<()> {
-        let py = slf.py();
-        let _inside = inside(py);
-        match &callback.context {
-            Some(context) if here => {
-                let arguments = (&callback.function, slf);
-                context.call_method1(py, intern!(py, "run"), arguments)?;
-            }
-            context => {
-                let event_loop = slf.get().event_loop.bind(py);
-                let arguments = (&callback.function, slf);
-                let keywords = context.as_ref().map(|context| {
-                    let keywords = PyDict::new(py);
-                    keywords
-                        .set_item(intern!(py, "context"), context)
-                        .map(|()| keywords)
-                });
-                let keywords = keywords.transpose()?;
-                event_loop.call_method(intern!(py, "call_soon"), arguments, keywords.as_ref())?;
-            }
-        }
-        Ok(())
+        Ok((first, true))
     }
 
     fn error(slf: &Bound<'_, Self>) -> Option<PyErr> {
@@ -188,12 +171,14 @@ impl Waiter {
 
     /// Ends the wait; the task runs in another turn of the loop.
     fn set_result(slf: &Bound<'_, Self>, result: Py<PyAny>) -> PyResult<()> {
-        Self::succeed(slf, result, false)
+        let wakeup = Self::succeed(slf, result)?;
+        Self::later(slf, wakeup)
     }
 
     /// Ends the wait with an exception; the task runs in another turn of the loop.
     fn set_exception(slf: &Bound<'_, Self>, exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        Self::fail(slf, PyErr::from_value(exception.clone()), false)
+        let wakeup = Self::fail(slf, PyErr::from_value(exception.clone()))?;
+        Self::later(slf, wakeup)
     }
 
     fn done(&self) -> bool {
@@ -207,7 +192,9 @@ impl Waiter {
     /// Ends the wait with a CancelledError; says whether it had not ended before.
     #[pyo3(signature = (msg = None))]
     fn cancel(slf: &Bound<'_, Self>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
-        Self::end(slf, Outcome::Cancelled(msg), false)
+        let (wakeup, ended) = Self::end(slf, Outcome::Cancelled(msg))?;
+        Self::later(slf, wakeup)?;
+        Ok(ended)
     }
 
     fn result(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
@@ -249,32 +236,20 @@ impl Waiter {
         function: Py<PyAny>,
         context: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let callback = Callback { function, context };
+        let wakeup = Wakeup { function, context };
         {
             let mut state = slf.get().lock();
             if matches!(state.outcome, Outcome::Pending) {
-                let before = std::mem::take(&mut state.callbacks);
-                state.callbacks = match before {
-                    Callbacks::None => Callbacks::One(callback),
-                    Callbacks::One(first) => Callbacks::Some(vec![first, callback]),
-                    Callbacks::Some(mut some) => {
-                        some.push(callback);
-                        Callbacks::Some(some)
-                    }
-                };
+                state.callbacks.push(wakeup);
                 return Ok(());
             }
         }
-        Self::call(slf, &callback, false)
+        Self::later(slf, Some(wakeup))
     }
 
     /// Takes back `add_done_callback`; says how often it was called with that.
     fn remove_done_callback(slf: &Bound<'_, Self>, function: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let callbacks = match std::mem::take(&mut slf.get().lock().callbacks) {
-            Callbacks::None => Vec::new(),
-            Callbacks::One(one) => vec![one],
-            Callbacks::Some(some) => some,
-        };
+        let callbacks = std::mem::take(&mut slf.get().lock().callbacks);
         let (mut removed, mut kept) = (Vec::new(), Vec::new());
         for callback in callbacks {
             if callback.function.bind(slf.py()).eq(function)? {
@@ -283,13 +258,7 @@ impl Waiter {
                 kept.push(callback);
             }
         }
-        let added = {
-            let mut state = slf.get().lock();
-            let added = std::mem::take(&mut state.callbacks);
-            state.callbacks = Callbacks::Some(kept);
-            added
-        };
-        debug_assert!(matches!(added, Callbacks::None));
+        slf.get().lock().callbacks.splice(0..0, kept);
         Ok(removed.len())
     }
 
@@ -336,12 +305,7 @@ impl Waiter {
             Outcome::Cancelled(message) => visit.call(message)?,
             Outcome::Pending => {}
         }
-        let callbacks = match &state.callbacks {
-            Callbacks::None => &[],
-            Callbacks::One(one) => std::slice::from_ref(one),
-            Callbacks::Some(some) => &some[..],
-        };
-        for Callback { function, context } in callbacks {
+        for Wakeup { function, context } in &state.callbacks {
             visit.call(function)?;
             visit.call(context)?;
         }
