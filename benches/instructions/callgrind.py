@@ -33,9 +33,12 @@ class Count:
     all: int
 
 
-def count(command: list[str], is_ours: Callable[[str], bool]) -> dict[str, Count]:
+def count(
+    command: list[str], is_ours: Callable[[str], bool], keep: Path | None = None
+) -> dict[str, Count]:
     """Runs a program and gives the counts of its stretches by name; those of a stretch are ours
-    where ``is_ours`` says so of the object file's path."""
+    where ``is_ours`` says so of the object file's path. What they are made of is kept in a
+    directory, if there is one, for callgrind_annotate."""
     if shutil.which("valgrind") is None:
         raise SystemExit("valgrind is needed: apt-get install valgrind")
     with tempfile.TemporaryDirectory(prefix="instructions-") as directory:
@@ -57,11 +60,14 @@ def count(command: list[str], is_ours: Callable[[str], bool]) -> dict[str, Count
         counts = {}
         for number, stretch in enumerate(stretches, 1):
             # The odd ones end where a stretch begins.
-            by_object = self_cost(Path(f"{out}.{2 * number}").read_text())
+            profile = Path(f"{out}.{2 * number}")
+            by_object = self_cost(profile.read_text())
             ours = sum(cost for path, cost in by_object.items() if is_ours(path))
             operations = stretch["count"]
             total = sum(by_object.values())
             counts[stretch["name"]] = Count(round(ours / operations), round(total / operations))
+            if keep is not None:
+                shutil.copy(profile, keep / f"{stretch['name']}.callgrind")
         return counts
 
 

@@ -27,7 +27,7 @@ FRAMED = b"\0" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
 
 def split(buffer: bytearray) -> list[bytes]:
     """Takes the whole messages out."""
-    messages = []
+    messages: list[bytes] = []
     while True:
         length, prefix = 0, 0
         for prefix, byte in enumerate(buffer, 1):

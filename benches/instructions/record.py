@@ -10,15 +10,16 @@ from instructions.callgrind import Count
 
 #: By how much a count may grow, or shrink without being recorded anew.
 ALLOWED = 0.05
-#: Likewise, where another compiler made the code.
-ALLOWED_OF_ANOTHER_COMPILER = 0.10
+#: Likewise, where the code was made by another compiler, or for another interpreter.
+ALLOWED_OF_ANOTHER_BUILD = 0.10
 
 
 @dataclass(frozen=True)
 class Record:
     """Counts by scenario, and what they depend on."""
 
-    rustc: str
+    #: The compiler, and what it compiled for.
+    build: str
     #: What else the totals depend on: the interpreter, the C library, the kind of CPU.
     surroundings: dict[str, str]
     counts: dict[str, Count]
@@ -27,7 +28,7 @@ class Record:
     def load(cls, file: Path) -> Record:
         fields = json.loads(file.read_text())
         counts = {name: Count(**count) for name, count in fields["counts"].items()}
-        return cls(fields["rustc"], fields["surroundings"], counts)
+        return cls(fields["build"], fields["surroundings"], counts)
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -48,10 +49,10 @@ def compare(recorded: Record, counted: Record) -> Comparison:
     """What has changed since a record was made."""
     result = Comparison([f"{'instructions per operation':46}{'recorded':>12}{'now':>12}"])
     allowed = ALLOWED
-    if recorded.rustc != counted.rustc:
-        allowed = ALLOWED_OF_ANOTHER_COMPILER
+    if recorded.build != counted.build:
+        allowed = ALLOWED_OF_ANOTHER_BUILD
         result.notes.append(
-            f"{counted.rustc} made the code, and {recorded.rustc} what is recorded:"
+            f"{counted.build}, not {recorded.build} as recorded:"
             f" {allowed:.0%} are allowed instead of {ALLOWED:.0%}"
         )
     numbers = ["ours", "all"]
@@ -61,10 +62,10 @@ def compare(recorded: Record, counted: Record) -> Comparison:
         if counted.surroundings.get(what) != was
     ]:
         numbers.remove("all")
-        result.notes.append(f"only ours is compared, for the totals have another {', '.join(others)}")
+        result.notes.append(f"only ours is compared, since another is here: {', '.join(others)}")
 
     shrunk = False
-    for name in [*recorded.counts, *(counted.counts.keys() - recorded.counts.keys())]:
+    for name in [*recorded.counts, *sorted(counted.counts.keys() - recorded.counts.keys())]:
         was, now = recorded.counts.get(name), counted.counts.get(name)
         if now is None:
             result.failures.append(f"{name} is recorded and was not counted")

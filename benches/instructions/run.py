@@ -1,9 +1,9 @@
 """Counts the instructions of the hot paths, and fails where they have grown by more than 5 %.
 
-Usage: run.py [--update] [--only TEXT]
+Usage: run.py [--update] [--keep DIRECTORY]
 
-``--update`` records them anew in counts.json, which is to be done, and looked at, where they have
-shrunk or a growth is what it is worth.
+``--update`` records them anew in counts.json, where they have shrunk or the growth is what it
+costs to have something. ``--keep`` keeps the profiles, for callgrind_annotate.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from instructions import callgrind, record
 
+HERE = Path(__file__).resolve().parent
 COUNTS = HERE / "counts.json"
 
 
-def core() -> dict[str, callgrind.Count]:
+def core(keep: Path | None) -> dict[str, callgrind.Count]:
     """Of the core, with no Python around it."""
     command = ["cargo", "bench", "--locked", "--quiet", "--bench=core", "--no-run"]
     build = subprocess.run(
@@ -35,11 +35,11 @@ def core() -> dict[str, callgrind.Count]:
     )
     messages = map(json.loads, build.stdout.splitlines())
     (program,) = {message["executable"] for message in messages if message.get("executable")}
-    counts = callgrind.count([program, "--instructions"], program.__eq__)
+    counts = callgrind.count([program, "--instructions"], program.__eq__, keep)
     return {f"core: {name}": count for name, count in counts.items()}
 
 
-def client() -> dict[str, callgrind.Count]:
+def client(keep: Path | None) -> dict[str, callgrind.Count]:
     """Of the Python client, and its extension."""
     with tempfile.TemporaryDirectory(prefix="lockstep-") as directory:
         daemon = subprocess.Popen(
@@ -49,7 +49,7 @@ def client() -> dict[str, callgrind.Count]:
             try:
                 assert daemon.stdout is not None and daemon.stdout.readline() == b"ready\n"
                 command = [sys.executable, str(HERE / "client.py"), directory]
-                counts = callgrind.count(command, is_extension)
+                counts = callgrind.count(command, is_extension, keep)
             finally:
                 daemon.kill()
     return {f"python: {name}": count for name, count in counts.items()}
@@ -59,15 +59,23 @@ def is_extension(path: str) -> bool:
     return Path(path).name.startswith("_native.")
 
 
+def build() -> str:
+    """What ours depend on besides the code."""
+    rustc = subprocess.run(["rustc", "--version"], stdout=subprocess.PIPE, text=True, check=True)
+    return f"{rustc.stdout.strip()} for {sysconfig.get_config_var('SOABI')}"
+
+
 def surroundings() -> dict[str, str]:
-    """What the totals depend on, and ours do not."""
-    library = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("LDLIBRARY"))
-    interpreter = library if library.suffix == ".so" or ".so." in library.name else None
-    file = interpreter or Path(os.path.realpath(sys.executable))
+    """What the totals depend on besides."""
+    # In a library or in the program itself.
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    libraries = [path for path in mapped if Path(path).name.startswith("libpython")]
+    (interpreter,) = libraries or [os.path.realpath(sys.executable)]
+    digest = hashlib.sha256(Path(interpreter).read_bytes()).hexdigest()[:16]
     # The C library and memchr pick their code by what the CPU can do; valgrind knows no more.
     has_avx2 = "avx2" in Path("/proc/cpuinfo").read_text().split()
     return {
-        "interpreter": f"{platform.python_version()} {hashlib.sha256(file.read_bytes()).hexdigest()}",
+        "interpreter": f"{platform.python_version()} {digest}",
         "C library": " ".join(platform.libc_ver()),
         "CPU": f"{platform.machine()} {'with' if has_avx2 else 'without'} AVX2",
     }
@@ -76,9 +84,13 @@ def surroundings() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the instructions of the hot paths.")
     parser.add_argument("--update", action="store_true", help="record them anew")
-    update = parser.parse_args().update
-    version = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=True)
-    counted = record.Record(version.stdout.strip(), surroundings(), {**core(), **client()})
+    parser.add_argument("--keep", type=Path, help="a directory for the profiles")
+    arguments = parser.parse_args()
+    update, keep = arguments.update, arguments.keep
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    counts = {**core(keep), **client(keep)}
+    counted = record.Record(build(), surroundings(), counts)
 
     if COUNTS.exists():
         comparison = record.compare(record.Record.load(COUNTS), counted)
