@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
+sys.path.append(str(Path(__file__).parents[1] / "benches"))
 
 from instructions.callgrind import Count, self_cost
 from instructions.record import Record, compare

@@ -33,14 +33,20 @@ class Count:
     all: int
 
 
+def version() -> str:
+    """valgrind's."""
+    if shutil.which("valgrind") is None:
+        raise SystemExit("valgrind is needed: apt-get install valgrind")
+    command = ["valgrind", "--version"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def count(
     command: list[str], is_ours: Callable[[str], bool], keep: Path | None = None
 ) -> dict[str, Count]:
     """Runs a program and gives the counts of its stretches by name; those of a stretch are ours
     where ``is_ours`` says so of the object file's path. What they are made of is kept in a
     directory, if there is one, for callgrind_annotate."""
-    if shutil.which("valgrind") is None:
-        raise SystemExit("valgrind is needed: apt-get install valgrind")
     with tempfile.TemporaryDirectory(prefix="instructions-") as directory:
         out = Path(directory, "out")
         valgrind = ["valgrind", "--quiet", "--tool=callgrind", f"--callgrind-out-file={out}"]

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-from p2pclient_rs import Client, PeerID, Stream
-from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter, reader_and_writer
+from p2pclient_rs import Client, PeerID, Stream, hivemind, p2pclient
+from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter
 
 #: Does that many operations.
 Scenario: TypeAlias = Callable[[int], Awaitable[object]]
@@ -39,7 +39,8 @@ class Lockstep(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._turns.send(self.order + b"\n")
         self.order = b""
-        self._turns.recv(1)
+        if not self._turns.recv(1):
+            raise ConnectionError("the daemon is gone")
         return super().select(timeout)
 
 
@@ -89,11 +90,14 @@ async def open_stream(client: Client, proto: str) -> Stream:
     return stream
 
 
-async def scenarios(client: Client, daemon: Lockstep) -> dict[str, tuple[int, Scenario]]:
+async def scenarios(control: str, daemon: Lockstep) -> dict[str, tuple[int, Scenario]]:
     """By name, with how many operations give a steady count."""
+    client = Client(control)
     echo = await open_stream(client, "echo")
-    reader, _ = reader_and_writer(await open_stream(client, "source"))
-    _, writer = reader_and_writer(await open_stream(client, "sink"))
+    as_p2pclient = p2pclient.Client(control)
+    as_hivemind = await hivemind.Client.create(control)
+    _, reader, _ = await as_hivemind.stream_open(PEER, ["source"])
+    _, _, writer = await as_hivemind.stream_open(PEER, ["sink"])
 
     async def identify(count: int) -> None:
         for _ in range(count):
@@ -102,6 +106,15 @@ async def scenarios(client: Client, daemon: Lockstep) -> dict[str, tuple[int, Sc
     async def identify_at_once(count: int) -> None:
         for _ in range(count // PARALLEL):
             await asyncio.gather(*(client.identify() for _ in range(PARALLEL)))
+
+    async def p2pclient_identify(count: int) -> None:
+        for _ in range(count):
+            await as_p2pclient.identify()
+
+    async def hivemind_call(count: int) -> None:
+        data = bytes(KIB)
+        for _ in range(count):
+            await as_hivemind.call_unary_handler(PEER, "echo", data)
 
     async def streams(count: int) -> None:
         for _ in range(count):
@@ -125,6 +138,8 @@ async def scenarios(client: Client, daemon: Lockstep) -> dict[str, tuple[int, Sc
         "unary 1 KiB handled, 64 at once": (640, handled(client, daemon, KIB, PARALLEL)),
         "stream_open and close": (200, streams),
         "ping-pong of 100 B": (200, ping_pong),
+        "p2pclient's identify": (200, p2pclient_identify),
+        "hivemind's unary 1 KiB": (200, hivemind_call),
         "hivemind's framed 1 MiB, read": (20, lambda count: read_framed(reader, count)),
         "hivemind's framed 1 MiB, written": (20, lambda count: write_framed(writer, count)),
     }
@@ -150,24 +165,23 @@ async def write_framed(writer: StreamWriter, count: int) -> None:
         await writer.drain()
 
 
-async def main(directory: str, daemon: Lockstep) -> None:
-    async with Client(f"/unix{directory}/control") as client:
-        for name, (count, scenario) in (await scenarios(client, daemon)).items():
-            await scenario(count)
-            # When the collector runs depends on all that was there before.
-            gc.collect()
-            gc.disable()
-            os.getppid()
-            await scenario(count)
-            os.getppid()
-            gc.enable()
-            print(json.dumps({"name": name, "count": count}))
+async def main(control: str, daemon: Lockstep) -> None:
+    for name, (count, scenario) in (await scenarios(control, daemon)).items():
+        await scenario(count)
+        # When the collector runs depends on all that was there before.
+        gc.collect()
+        gc.disable()
+        os.getppid()
+        await scenario(count)
+        os.getppid()
+        gc.enable()
+        print(json.dumps({"name": name, "count": count}))
 
 
 def run(directory: str) -> None:
     daemon = Lockstep(directory)
     loop: Any = asyncio.SelectorEventLoop(daemon)
-    loop.run_until_complete(main(directory, daemon))
+    loop.run_until_complete(main(f"/unix{directory}/control", daemon))
 
 
 if __name__ == "__main__":

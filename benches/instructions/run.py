@@ -72,11 +72,12 @@ def surroundings() -> dict[str, str]:
     libraries = [path for path in mapped if Path(path).name.startswith("libpython")]
     (interpreter,) = libraries or [os.path.realpath(sys.executable)]
     digest = hashlib.sha256(Path(interpreter).read_bytes()).hexdigest()[:16]
-    # The C library and memchr pick their code by what the CPU can do; valgrind knows no more.
+    # The C library and memchr pick their code by what the CPU can do, as valgrind has it.
     has_avx2 = "avx2" in Path("/proc/cpuinfo").read_text().split()
     return {
         "interpreter": f"{platform.python_version()} {digest}",
         "C library": " ".join(platform.libc_ver()),
+        "valgrind": callgrind.version(),
         "CPU": f"{platform.machine()} {'with' if has_avx2 else 'without'} AVX2",
     }
 
@@ -89,8 +90,8 @@ def main() -> None:
     update, keep = arguments.update, arguments.keep
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-    counts = {**core(keep), **client(keep)}
-    counted = record.Record(build(), surroundings(), counts)
+    where = build(), surroundings()
+    counted = record.Record(*where, {**core(keep), **client(keep)})
 
     if COUNTS.exists():
         comparison = record.compare(record.Record.load(COUNTS), counted)
