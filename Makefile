@@ -16,7 +16,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
 
 .PHONY: demo examples test test-rust test-python test-daemons test-go test-js compatibility \
 	test-p2pclient test-hivemind hivemind-env test-debug deny lint package platforms \
-	bench bench-rust soak wheel fmt clean
+	bench bench-rust instructions soak wheel fmt clean
 
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
@@ -90,6 +90,11 @@ soak: $(VENV)/.wheel
 # What the core costs, and the Rust client against a mock daemon. `-- --test` runs each bench once.
 bench-rust:
 	cargo bench --locked $(BENCH_ARGS)
+
+# How many instructions the hot paths take, compared with benches/instructions/counts.json, which
+# INSTRUCTIONS_ARGS=--update records anew. Needed besides: valgrind.
+instructions: $(VENV)/.wheel
+	$(BIN)/python benches/instructions/run.py $(INSTRUCTIONS_ARGS)
 
 # What is built in: its advisories, licences and sources, by deny.toml. Not in CI: it takes cargo-deny ten
 # minutes to build, and the advisories come from GitHub.

@@ -1,7 +1,8 @@
-//! What the core costs: messages to bytes and back, with no socket in between.
+//! What the core costs: messages to bytes and back, with no socket in between. Timed by criterion;
+//! or, with `--instructions`, run so often under valgrind (benches/instructions).
 
 use bytes::{Bytes, BytesMut};
-use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
+use criterion::{Criterion, Throughput};
 use p2pclient_rs::core::pb::p2pd::{
     self, dht_response, persistent_connection_response as response_to_call, response,
 };
@@ -28,6 +29,35 @@ const SIZES: [(&str, usize); 4] = [
     ("64 KiB", 64 << 10),
     ("1 MiB", 1 << 20),
 ];
+
+/// How often each is run to be counted.
+const COUNT: usize = 100;
+
+/// Something that is done again and again.
+struct Operation {
+    group: &'static str,
+    name: String,
+    throughput: Option<Throughput>,
+    run: Box<dyn FnMut()>,
+}
+
+impl Operation {
+    fn new(group: &'static str, name: impl Into<String>, run: impl FnMut() + 'static) -> Self {
+        Self {
+            group,
+            name: name.into(),
+            throughput: None,
+            run: Box::new(run),
+        }
+    }
+
+    fn with(self, throughput: Throughput) -> Self {
+        Self {
+            throughput: Some(throughput),
+            ..self
+        }
+    }
+}
 
 /// One of many peers: an inlined Ed25519 key, as most are.
 fn peer(number: u8) -> PeerId {
@@ -73,33 +103,28 @@ fn exchange(exchange: &mut Exchange, request: &Request, answer: &[u8]) -> usize 
     panic!("the answer is not whole");
 }
 
-fn bench_framing(c: &mut Criterion) {
-    let message = Bytes::from(vec![7; 100]);
+fn framing() -> Vec<Operation> {
     let mut frames = BytesMut::new();
     for _ in 0..1000 {
         frames.extend_from_slice(&[100]);
-        frames.extend_from_slice(&message);
+        frames.extend_from_slice(&[7; 100]);
     }
-    let mut group = c.benchmark_group("framing");
-    group.throughput(Throughput::Elements(1000));
-    group.bench_function("split 1000 frames of 100 B", |b| {
-        b.iter_batched_ref(
-            || frames.clone(),
-            |buffer| {
-                let mut count = 0;
-                while let Ok(Some(frame)) = framing::split_frame(buffer, 1000) {
-                    black_box(frame);
-                    count += 1;
-                }
-                assert_eq!(count, 1000);
-            },
-            BatchSize::SmallInput,
-        );
-    });
-    group.finish();
+    let mut buffer = BytesMut::new();
+    let split = move || {
+        // As a read would.
+        buffer.extend_from_slice(&frames);
+        let mut count = 0;
+        while let Ok(Some(frame)) = framing::split_frame(&mut buffer, 1000) {
+            black_box(frame);
+            count += 1;
+        }
+        assert_eq!(count, 1000);
+    };
+    let split = Operation::new("framing", "split 1000 frames of 100 B", split);
+    vec![split.with(Throughput::Elements(1000))]
 }
 
-fn bench_requests(c: &mut Criterion) {
+fn requests() -> Vec<Operation> {
     let identify = frame(&p2pd::Response {
         identify: Some(p2pd::IdentifyResponse {
             id: Some(peer(1).to_bytes()),
@@ -132,94 +157,93 @@ fn bench_requests(c: &mut Criterion) {
     }
     found.extend(frame(&step(dht_response::Type::End, None)));
 
-    let mut group = c.benchmark_group("requests");
-    let mut connection = Exchange::new(Limits::default());
-    group.bench_function("identify", |b| {
-        b.iter(|| exchange(&mut connection, &control::identify(), &identify));
-    });
-    group.bench_function("list_peers, 100 peers", |b| {
-        b.iter(|| exchange(&mut connection, &control::list_peers(), &peers));
-    });
-    let cid = Bytes::from(vec![7; 36]);
-    group.bench_function("dht_find_providers, 20 peers", |b| {
-        b.iter(|| {
-            let request = dht::find_providers(cid.clone(), 20, None);
-            assert_eq!(exchange(&mut connection, &request, &found), 21);
-        });
-    });
     let opened = frame(&p2pd::Response {
         stream_info: Some(stream_info.clone()),
         ..ok()
     });
+    let inbound = stream_info.encode_to_vec();
     let remote = peer(1);
-    group.bench_function("stream_open", |b| {
-        b.iter(|| {
+    let cid = Bytes::from(vec![7; 36]);
+    let mut connection = Exchange::new(Limits::default());
+    let mut another = Exchange::new(Limits::default());
+    let mut third = Exchange::new(Limits::default());
+    vec![
+        Operation::new("requests", "identify", move || {
+            exchange(&mut connection, &control::identify(), &identify);
+        }),
+        Operation::new("requests", "list_peers, 100 peers", move || {
+            exchange(&mut another, &control::list_peers(), &peers);
+        }),
+        Operation::new("requests", "dht_find_providers, 20 peers", move || {
+            let request = dht::find_providers(cid.clone(), 20, None);
+            assert_eq!(exchange(&mut third, &request, &found), 21);
+        }),
+        Operation::new("requests", "stream_open", move || {
             // It ends as a stream.
             let mut connection = Exchange::new(Limits::default());
             let request = streams::stream_open(&remote, vec!["/echo/1.0.0".to_owned()], None);
-            exchange(&mut connection, &request, &opened)
-        });
-    });
-    let inbound = stream_info.encode_to_vec();
-    group.bench_function("StreamInfo of an inbound stream", |b| {
-        b.iter(|| streams::decode_stream_info(black_box(&inbound)).expect("it is good"));
-    });
-    group.finish();
+            exchange(&mut connection, &request, &opened);
+        }),
+        Operation::new("requests", "StreamInfo of an inbound stream", move || {
+            let info = streams::decode_stream_info(black_box(&inbound));
+            black_box(info).expect("it is good");
+        }),
+    ]
 }
 
-fn bench_unary(c: &mut Criterion) {
+fn unary() -> Vec<Operation> {
+    let sized = |kind, (name, size): (&str, usize), run: fn(usize) -> Box<dyn FnMut()>| {
+        let mut operation = Operation::new("unary", format!("{kind}, {name}"), || {});
+        operation.run = run(size);
+        operation.with(Throughput::Bytes(size as u64))
+    };
+    let calls = SIZES.map(|size| sized("call and reply", size, call));
+    let served = SIZES.map(|size| sized("call served", size, serve));
+    calls.into_iter().chain(served).collect()
+}
+
+/// The payload of the call is no part of what is encoded; that of the reply is received.
+fn call(size: usize) -> Box<dyn FnMut()> {
     let remote = peer(1);
-    let limits = UnaryLimits::default();
-    let mut group = c.benchmark_group("unary");
-    for (name, size) in SIZES {
-        group.throughput(Throughput::Bytes(size as u64));
-        // The payload of the call is no part of what is encoded; that of the reply is received.
-        group.bench_function(format!("call and reply, {name}"), |b| {
-            let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
-            let mut out = BytesMut::new();
-            let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
-            let reply = incoming(response_to_call::Message::CallUnaryResponse(
-                p2pd::CallUnaryResponse {
-                    result: Some(result),
-                },
-            ));
-            let (len, mut reply) = (reply.encoded_len(), frame(&reply).to_vec());
-            let id_at = reply.len() - len + 2;
-            let now = Instant::now();
-            b.iter(|| {
-                out.clear();
-                let id = connection.call(remote.as_bytes(), "echo", size, (), now, &mut out);
-                reply[id_at..id_at + 16].copy_from_slice(&id.expect("it is small enough"));
-                assert!(matches!(
-                    receive(&mut connection, &reply),
-                    UnaryEvent::Reply { .. }
-                ));
-            });
-        });
-    }
-    for (name, size) in SIZES {
-        group.throughput(Throughput::Bytes(size as u64));
-        group.bench_function(format!("call served, {name}"), |b| {
-            let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], limits);
-            let mut out = BytesMut::new();
-            let call = incoming(response_to_call::Message::RequestHandling(
-                p2pd::CallUnaryRequest {
-                    peer: Some(remote.to_bytes()),
-                    proto: Some(Bytes::from_static(b"echo")),
-                    data: Some(vec![7; size].into()),
-                },
-            ));
-            let call = frame(&call);
-            b.iter(|| {
-                out.clear();
-                let UnaryEvent::Call { id, .. } = receive(&mut connection, &call) else {
-                    panic!("it is a call");
-                };
-                assert!(connection.reply(&id, size, &mut out));
-            });
-        });
-    }
-    group.finish();
+    let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
+    let reply = incoming(response_to_call::Message::CallUnaryResponse(
+        p2pd::CallUnaryResponse {
+            result: Some(result),
+        },
+    ));
+    let (len, mut reply) = (reply.encoded_len(), frame(&reply).to_vec());
+    let id_at = reply.len() - len + 2;
+    let now = Instant::now();
+    Box::new(move || {
+        out.clear();
+        let id = connection.call(remote.as_bytes(), "echo", size, (), now, &mut out);
+        reply[id_at..id_at + 16].copy_from_slice(&id.expect("it is small enough"));
+        let event = receive(&mut connection, &reply);
+        assert!(matches!(event, UnaryEvent::Reply { .. }));
+    })
+}
+
+/// Likewise, the other way round.
+fn serve(size: usize) -> Box<dyn FnMut()> {
+    let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let call = incoming(response_to_call::Message::RequestHandling(
+        p2pd::CallUnaryRequest {
+            peer: Some(peer(1).to_bytes()),
+            proto: Some(Bytes::from_static(b"echo")),
+            data: Some(vec![7; size].into()),
+        },
+    ));
+    let call = frame(&call);
+    Box::new(move || {
+        out.clear();
+        let UnaryEvent::Call { id, .. } = receive(&mut connection, &call) else {
+            panic!("it is a call");
+        };
+        assert!(connection.reply(&id, size, &mut out));
+    })
 }
 
 /// A message of the daemon on a persistent connection.
@@ -252,33 +276,69 @@ fn receive(
     }
 }
 
-fn bench_values(c: &mut Criterion) {
+fn values() -> Vec<Operation> {
     let peer_id = peer(1);
     let text = peer_id.to_base58();
-    let mut group = c.benchmark_group("values");
-    group.bench_function("peer id to base58", |b| {
-        b.iter(|| black_box(&peer_id).to_base58());
-    });
-    group.bench_function("peer id from base58", |b| {
-        b.iter(|| black_box(&text).parse::<PeerId>().expect("it is good"));
-    });
+    let mut operations = vec![
+        Operation::new("values", "peer id to base58", move || {
+            black_box(black_box(&peer_id).to_base58());
+        }),
+        Operation::new("values", "peer id from base58", move || {
+            black_box(black_box(&text).parse::<PeerId>()).expect("it is good");
+        }),
+    ];
     for (name, text) in [("short", ADDRS[0]), ("long", ADDRS[2])] {
         let addr: Multiaddr = text.parse().expect("it is good");
-        group.bench_function(format!("multiaddr from text, {name}"), |b| {
-            b.iter(|| black_box(text).parse::<Multiaddr>().expect("it is good"));
-        });
-        group.bench_function(format!("multiaddr to text, {name}"), |b| {
-            b.iter(|| black_box(&addr).to_string());
-        });
+        let from = move || {
+            black_box(black_box(text).parse::<Multiaddr>()).expect("it is good");
+        };
+        let to = move || {
+            black_box(black_box(&addr).to_string());
+        };
+        operations.push(Operation::new(
+            "values",
+            format!("multiaddr from text, {name}"),
+            from,
+        ));
+        operations.push(Operation::new(
+            "values",
+            format!("multiaddr to text, {name}"),
+            to,
+        ));
     }
-    group.finish();
+    operations
 }
 
-criterion_group!(
-    benches,
-    bench_framing,
-    bench_requests,
-    bench_unary,
-    bench_values
-);
-criterion_main!(benches);
+/// Runs them as benches/instructions/callgrind.py wants it: between two calls of getppid().
+fn count(operations: &mut [Operation]) {
+    for Operation { name, run, .. } in operations {
+        let mut run_and_mark = || {
+            (0..COUNT).for_each(|_| run());
+            #[cfg(unix)]
+            let _ = std::os::unix::process::parent_id();
+        };
+        run_and_mark();
+        run_and_mark();
+        println!(r#"{{"name": "{name}", "count": {COUNT}}}"#);
+    }
+}
+
+fn main() {
+    let groups = [framing(), requests(), unary(), values()];
+    let mut operations: Vec<_> = groups.into_iter().flatten().collect();
+    if std::env::args().any(|argument| argument == "--instructions") {
+        return count(&mut operations);
+    }
+    let mut criterion = Criterion::default().configure_from_args();
+    for operations in operations.chunk_by_mut(|one, other| one.group == other.group) {
+        let mut group = criterion.benchmark_group(operations[0].group);
+        for operation in operations {
+            if let Some(throughput) = &operation.throughput {
+                group.throughput(throughput.clone());
+            }
+            group.bench_function(&operation.name, |b| b.iter(&mut operation.run));
+        }
+        group.finish();
+    }
+    criterion.final_summary();
+}
