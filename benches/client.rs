@@ -1,29 +1,27 @@
 //! What the client for tokio costs, against the mock daemon, which runs in threads of this process.
 //!
-//! Beside it is the floor: the blocking client of `floor_client.rs`. All times are of one operation, also where many are under way at once.
+//! Beside it is the floor: the blocking client of `floor_client.rs`. All times are of one operation,
+//! also where many are under way at once.
 
 #[path = "floor_client.rs"]
 mod floor_client;
 #[path = "mock_daemon.rs"]
 mod mock_daemon;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use criterion::measurement::WallTime;
 use criterion::{
     criterion_group, criterion_main, Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode,
     Throughput,
 };
-use mock_daemon::{MockDaemon, Socket, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
+use floor_client::{per_call, serve, Calls, Floor, CHUNK};
+use mock_daemon::{MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
 use p2pclient_rs::client::{Client, UnaryCall};
-use p2pclient_rs::core::{
-    control, multiaddr::Endpoint, streams, unary, Multiaddr, PeerId, Persistent, Request,
-    UnaryEvent, UnaryLimits,
-};
+use p2pclient_rs::core::{control, multiaddr::Endpoint, streams, Multiaddr, PeerId};
 use std::future::Future;
-use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;

@@ -113,7 +113,7 @@ MOCK: tuple[Scenario, ...] = (
     _unary("handler", MIB, 64, 128),
     Scenario(
         "stall",
-        "longest stall of the loop, 64 calls of 64 KiB at once being handled",
+        "longest stall of the loop as the handler of 64 KiB x64",
         "stall",
         1280,
         (64 * KIB, 64),
