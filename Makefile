@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # Where real hivemind runs: see tests/hivemind_swarm/env.sh.
 HIVEMIND_VENV := .venv-hivemind
 HIVEMIND_BIN := $(HIVEMIND_VENV)/bin
+# Where the benches run: on the distribution's interpreter, which is an optimised one.
+BENCH_VENV := .venv-bench
+BENCH_BIN := $(BENCH_VENV)/bin
 # Asked for when a recipe runs, by when it is there.
 P2PD = $$($(BIN)/python tests/get_p2pd.py)
 
@@ -79,9 +82,11 @@ test-hivemind: hivemind-env
 
 hivemind-env: $(HIVEMIND_VENV)/.wheel
 
-# Against the bindings it replaces, in one run.
-bench: $(VENV)/.wheel
-	P2PD_PATH=$(P2PD) $(BIN)/python benches/run.py $(BENCH_ARGS)
+# Against the bindings it replaces, and a blocking client in Rust, in one run of some ten minutes: see
+# docs/performance.md. BENCH_ARGS="--json docs/performance.json" renews the numbers in there.
+bench: $(BENCH_VENV)/.wheel
+	cargo build --locked --release --quiet --example mock_daemon --example floor
+	P2PD_PATH=$(P2PD) $(BENCH_BIN)/python benches/run.py $(BENCH_ARGS)
 
 # Load and endurance, for an hour or so: see docs/reliability.md.
 soak: $(VENV)/.wheel
@@ -134,7 +139,7 @@ fmt: $(VENV)/.tools
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(HIVEMIND_VENV) dist target
+	rm -rf $(VENV) $(HIVEMIND_VENV) $(BENCH_VENV) dist target
 
 $(VENV)/.tools: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -151,11 +156,19 @@ $(HIVEMIND_VENV)/.tools: tests/hivemind_swarm/env.sh tests/hivemind_swarm/requir
 	sh tests/hivemind_swarm/env.sh $(HIVEMIND_VENV)
 	touch $@
 
+# Without it the one at hand, and the report says so.
+$(BENCH_VENV)/.tools: requirements-dev.txt benches/requirements.txt
+	python=/usr/bin/python3; \
+	$$python -c 'import ensurepip, sys; assert sys.version_info >= (3, 10)' 2>/dev/null || python=$(PYTHON); \
+	$$python -m venv --clear $(BENCH_VENV)
+	$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -r benches/requirements.txt
+	touch $@
+
 # The same wheel if that interpreter can use it, else one of its own.
-$(HIVEMIND_VENV)/.wheel: $(HIVEMIND_VENV)/.tools $(VENV)/.wheel
-	tag=$$($(HIVEMIND_BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])') && \
+$(HIVEMIND_VENV)/.wheel $(BENCH_VENV)/.wheel: %/.wheel: %/.tools $(VENV)/.wheel
+	tag=$$($*/bin/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])') && \
 	{ ls dist/*-$$tag-*.whl >/dev/null 2>&1 || $(BIN)/maturin build --locked --release --quiet \
-		--interpreter $(HIVEMIND_BIN)/python --out dist; } && \
-	$(HIVEMIND_BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall \
+		--interpreter $*/bin/python --out dist; } && \
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall \
 		--no-deps dist/*-$$tag-*.whl
 	touch $@

@@ -1,35 +1,33 @@
 //! What the client for tokio costs, against the mock daemon, which runs in threads of this process.
 //!
-//! Beside it is the floor: a blocking client that writes the same frames and counts the bytes that
-//! come back. All times are of one operation, also where many are under way at once.
+//! Beside it is the floor: the blocking client of `floor_client.rs`. All times are of one operation,
+//! also where many are under way at once.
 
+#[path = "floor_client.rs"]
+mod floor_client;
 #[path = "mock_daemon.rs"]
 mod mock_daemon;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use criterion::measurement::WallTime;
 use criterion::{
     criterion_group, criterion_main, Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode,
     Throughput,
 };
-use mock_daemon::{MockDaemon, Socket, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
+use floor_client::{per_call, serve, Calls, Floor, CHUNK};
+use mock_daemon::{MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
 use p2pclient_rs::client::{Client, UnaryCall};
-use p2pclient_rs::core::{
-    control, multiaddr::Endpoint, streams, unary, Multiaddr, PeerId, Persistent, Request,
-    UnaryEvent, UnaryLimits,
-};
+use p2pclient_rs::core::{control, multiaddr::Endpoint, streams, Multiaddr, PeerId};
 use std::future::Future;
-use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 
 /// What goes over a stream in one iteration, and in one call, in bytes.
 const BULK: usize = 64 << 20;
-const CHUNK: usize = 256 << 10;
 
 const PING: usize = 100;
 const SIZES: [(&str, usize); 3] = [("1 KiB", 1 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)];
@@ -67,191 +65,8 @@ impl Daemon {
     }
 
     fn floor(&self) -> Floor {
-        let endpoint = self.control.endpoint().expect("a control address");
-        Floor {
-            socket: Socket::connect(&endpoint).expect("the mock daemon listens"),
-            room: Vec::new(),
-        }
+        Floor::connect(&self.control)
     }
-}
-
-/// The blocking client.
-struct Floor {
-    socket: Socket,
-    room: Vec<u8>,
-}
-
-impl Floor {
-    fn write(&self, bytes: &[u8]) {
-        write(&self.socket, bytes);
-    }
-
-    /// Reads so many bytes and drops them.
-    fn read(&mut self, count: usize) {
-        read(&self.socket, &mut self.room, count);
-    }
-
-    /// Sends a request, and returns how long its answer is.
-    fn first(&mut self, request: &Request) -> usize {
-        self.write(request.frame());
-        let mut answer = [0; 256];
-        let read = (&self.socket).read(&mut answer);
-        let read = read.expect("the mock daemon answers");
-        // Short as the answers are, they come in one piece.
-        assert_eq!(read, 1 + usize::from(answer[0]));
-        read
-    }
-}
-
-fn write(mut socket: &Socket, bytes: &[u8]) {
-    socket.write_all(bytes).expect("the mock daemon reads");
-}
-
-fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) {
-    room.resize(CHUNK, 0);
-    while count > 0 {
-        let len = room.len().min(count);
-        let read = socket.read(&mut room[..len]);
-        let read = read.expect("the mock daemon answers");
-        assert!(read > 0, "the mock daemon is gone");
-        count -= read;
-    }
-}
-
-/// Unary calls of the blocking client, so many at once.
-struct Calls {
-    floor: Floor,
-    /// Some calls that are written at once, where their ids are, and how long their replies are.
-    batch: Vec<u8>,
-    ids: Vec<usize>,
-    replies: usize,
-    /// How many batches are under way.
-    window: usize,
-    counter: u64,
-}
-
-impl Calls {
-    fn new(daemon: &Daemon, protocol: &str, size: usize, parallel: usize) -> Self {
-        let mut floor = daemon.floor();
-        floor.first(&unary::upgrade());
-        let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
-        let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
-        let (mut batch, mut ids) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            let mut head = BytesMut::new();
-            let peer = daemon.peer_id.as_bytes();
-            let id = core
-                .call(peer, protocol, size, (), Instant::now(), &mut head)
-                .expect("it is small enough");
-            let place = head.windows(id.len()).position(|bytes| bytes == id);
-            ids.push(batch.len() + place.expect("the id is in the head"));
-            batch.extend_from_slice(&head);
-            batch.resize(batch.len() + size, 7);
-        }
-        // The call id, and two headers around the payload.
-        let inner = 1 + prost::length_delimiter_len(size) + size;
-        let reply = 18 + 1 + prost::length_delimiter_len(inner) + inner;
-        Self {
-            floor,
-            batch,
-            replies: (prost::length_delimiter_len(reply) + reply) * count,
-            window: parallel / count,
-            ids,
-            counter: 0,
-        }
-    }
-
-    /// Makes at least so many calls; how long each took.
-    fn run(&mut self, calls: u64) -> Duration {
-        let count = self.ids.len() as u64;
-        let batches = calls.div_ceil(count);
-        let Self {
-            floor: Floor { socket, room },
-            batch,
-            ids,
-            replies,
-            counter,
-            ..
-        } = self;
-        let socket = &*socket;
-        let mut call = || {
-            for id in &*ids {
-                *counter += 1;
-                batch[*id..id + 8].copy_from_slice(&counter.to_le_bytes());
-            }
-            write(socket, batch);
-        };
-        let start = Instant::now();
-        if self.window == 1 {
-            for _ in 0..batches {
-                call();
-                read(socket, room, *replies);
-            }
-        } else {
-            let (replied, may_call) = mpsc::channel();
-            (0..self.window).for_each(|_| replied.send(()).expect("it is held below"));
-            thread::scope(move |scope| {
-                scope.spawn(move || {
-                    for _ in 0..batches {
-                        may_call.recv().expect("it is held below");
-                        call();
-                    }
-                });
-                for _ in 0..batches {
-                    read(socket, room, *replies);
-                    let _ = replied.send(()); // the last ones are for nobody
-                }
-            });
-        }
-        let elapsed = start.elapsed();
-        per_call(elapsed, calls, batches * count)
-    }
-}
-
-/// Serves calls of a protocol with their data, to the end of the connection: the core on a blocking
-/// socket.
-fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
-    floor.first(&unary::upgrade());
-    floor.room.resize(CHUNK, 0);
-    let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
-    let mut out = BytesMut::new();
-    let asked = core.add_handler(protocol, false, (), &mut out);
-    asked.expect("it is small enough");
-    loop {
-        write(&floor.socket, &out);
-        out.clear();
-        let mut input = &[][..];
-        let read = match core.payload_room() {
-            Some(room) => {
-                let read = (&floor.socket).read(room).unwrap_or(0);
-                core.payload_filled(read);
-                read
-            }
-            None => {
-                let read = (&floor.socket).read(&mut floor.room).unwrap_or(0);
-                input = &floor.room[..read];
-                read
-            }
-        };
-        if read == 0 {
-            return;
-        }
-        while let Some(event) = core.poll(&mut input).expect("the mock daemon is good") {
-            match event {
-                UnaryEvent::Acknowledged { .. } => serving.send(()).expect("it is waited for"),
-                UnaryEvent::Call { id, payload, .. } => {
-                    assert!(core.reply(&id, payload.len(), &mut out));
-                    out.extend_from_slice(&payload);
-                }
-                other => panic!("nobody sent {other:?}"),
-            }
-        }
-    }
-}
-
-/// What `wanted` of them took, of which `made` were made.
-fn per_call(elapsed: Duration, wanted: u64, made: u64) -> Duration {
-    elapsed.mul_f64(wanted as f64 / made as f64)
 }
 
 fn runtimes() -> [(&'static str, Runtime); 2] {
@@ -359,18 +174,7 @@ fn bench_streams(c: &mut Criterion) {
         let stream = runtime.block_on(client.stream_open(&daemon.peer_id, [protocol]));
         stream.expect("the mock daemon opens it")
     };
-    let open_floor = |protocol: &str| {
-        let mut floor = daemon.floor();
-        let request = streams::stream_open(&daemon.peer_id, vec![protocol.to_owned()], None);
-        floor.write(request.frame());
-        // The answer, of which the length is in the first byte, and nothing of the stream.
-        let mut len = [0];
-        (&floor.socket)
-            .read_exact(&mut len)
-            .expect("the mock daemon answers");
-        floor.read(usize::from(len[0]));
-        floor
-    };
+    let open_floor = |protocol: &str| Floor::open(&daemon.control, &daemon.peer_id, protocol);
 
     let mut group = c.benchmark_group("ping-pong of 100 B");
     group.bench_function("floor", |b| {
@@ -440,7 +244,7 @@ fn bench_unary(c: &mut Criterion) {
     let daemon = Daemon::start();
     let mut group = c.benchmark_group("unary");
     each_load(&mut group, "caller, floor", |b, size, parallel| {
-        let mut calls = Calls::new(&daemon, UNARY_ECHO, size, parallel);
+        let mut calls = Calls::new(&daemon.control, &daemon.peer_id, UNARY_ECHO, size, parallel);
         b.iter_custom(|iterations| calls.run(iterations));
     });
     for (name, runtime) in runtimes() {
@@ -467,7 +271,7 @@ fn bench_unary(c: &mut Criterion) {
     thread::spawn(move || serve(floor, "floor", &serving));
     is_serving.recv().expect("it serves");
     each_load(&mut group, "handler, floor", |b, size, parallel| {
-        let mut calls = Calls::new(&daemon, "floor", size, parallel);
+        let mut calls = Calls::new(&daemon.control, &daemon.peer_id, "floor", size, parallel);
         b.iter_custom(|iterations| calls.run(iterations));
     });
     for (name, runtime) in runtimes() {
@@ -489,7 +293,8 @@ fn bench_unary(c: &mut Criterion) {
                 &mut group,
                 &format!("handler, {name}"),
                 |b, size, parallel| {
-                    let mut calls = Calls::new(&daemon, name, size, parallel);
+                    let mut calls =
+                        Calls::new(&daemon.control, &daemon.peer_id, name, size, parallel);
                     b.iter_custom(|iterations| calls.run(iterations));
                 },
             );

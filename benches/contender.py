@@ -2,217 +2,348 @@
 
 Usage: contender.py KIND LOOP CONTROL_MADDR PEER_ID
 
-Reads lines, and answers each with one:
-  SCENARIO COUNT                    `WALL CPU`: seconds for COUNT operations
-  unary COUNT PROTO SIZE PARALLEL   likewise, for calls of the peer's echo, so many at once
-  serve PROTO                       adds an echo, and answers `ready`
-  cpu                               the process's CPU time so far, in seconds
+It says `ready`, then reads lines and answers each with one. A round is answered with a JSON object:
+`wall` and `cpu` in seconds, `peak`, the most memory that was resident, in bytes. COUNT is how many
+operations it has. Where a protocol is not named, it is the mock daemon's.
+  identify COUNT PARALLEL
+  unary COUNT SIZE PARALLEL [PROTO]   calls of an echo
+  handler COUNT SIZE PARALLEL         the mock daemon calls; `wall` is as it saw it
+  stall COUNT SIZE PARALLEL           likewise; `stall`, how late the event loop was at the most
+  stream-open COUNT
+  ping-pong COUNT [PROTO]
+  readexactly COUNT SIZE
+  framed-read COUNT SIZE, framed-write COUNT SIZE
+  framed-echo COUNT SIZE PROTO        messages there and back
+  bulk-read SIZE, bulk-write SIZE     bytes
+  memory COUNT                        idle streams; `memory`, by how much the process grew
+  serve NAME                          answers calls of NAME, and streams of NAME/echo and
+                                      NAME/framed, with what they send; says `ready`
+  cpu                                 the process's CPU time so far, in seconds
 """
 
+import asyncio
+import gc
+import itertools
+import json
 import os
+import resource
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
 
 import anyio
-import incumbents
+from contenders import Contender, contender
+from faces import BODY, Face
 
 PING = b"p" * 100
+#: What is sent and compared before a scenario is measured for the first time, in bytes.
+SAMPLE = 1 << 20
+#: How often the loop is looked at while it may stall, in seconds.
+TICK = 0.001
 
-Echo: TypeAlias = Callable[[bytes], Awaitable[bytes]]
-
-
-@dataclass
-class Contender:
-    """What a scenario needs of a client."""
-
-    identify: Callable[[], Awaitable[Any]]
-    #: Opens a stream to the echo; what it gives sends a message and reads that much back.
-    open_echo: Callable[[], Awaitable[Echo]]
-    #: Calls a protocol of the peer.
-    call: Callable[[str, bytes], Awaitable[bytes]] | None = None
-    #: Has calls of a protocol answered with their data.
-    serve: Callable[[str], Awaitable[None]] | None = None
+Answer = dict[str, float]
 
 
-async def unary_echo(data: bytes, peer_id: object) -> bytes:
-    return data
+class Rounds:
+    """The scenarios, for one contender."""
 
+    def __init__(self, contender: Contender, stack: AsyncExitStack) -> None:
+        self.contender, self.stack = contender, stack
+        self.checked: set[str] = set()
 
-@asynccontextmanager
-async def ours(control: str, peer: str) -> AsyncIterator[Contender]:
-    from p2pclient_rs import Client, PeerID
-
-    peer_id = PeerID(peer)
-
-    async def open_echo() -> Echo:
-        _, stream = await client.stream_open(peer_id, ["echo"])
-
-        async def ping(data: bytes) -> bytes:
-            await stream.send(data)
-            return await stream.readexactly(len(data))
-
-        return ping
-
-    async def call(proto: str, data: bytes) -> bytes:
-        return await client.call_unary(peer_id, proto, data)
-
-    async def serve(proto: str) -> None:
-        await client.add_unary_handler(proto, unary_echo)
-
-    async with Client(control) as client:
-        yield Contender(client.identify, open_echo, call, serve)
-
-
-@asynccontextmanager
-async def p2pclient(control: str, peer: str) -> AsyncIterator[Contender]:
-    incumbents.load_p2pclient()
-    from multiaddr import Multiaddr
-    from p2pclient import Client
-    from p2pclient.libp2p_stubs.peer.id import ID
-
-    async def open_echo() -> Echo:
-        _, stream = await client.stream_open(ID.from_base58(peer), ["echo"])
-
-        async def ping(data: bytes) -> bytes:
-            await stream.send(data)
-            back = b""
-            while len(back) < len(data):
-                back += await stream.receive(len(data) - len(back))
-            return back
-
-        return ping
-
-    client = Client(control_maddr=Multiaddr(control))
-    yield Contender(client.identify, open_echo)
-
-
-@asynccontextmanager
-async def hivemind(control: str, peer: str) -> AsyncIterator[Contender]:
-    incumbents.load_hivemind()
-    from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
-    from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
-    from multiaddr import Multiaddr
-
-    peer_id = PeerID.from_base58(peer)
-
-    async def open_echo() -> Echo:
-        _, reader, writer = await client.stream_open(peer_id, ["echo"])
-
-        async def ping(data: bytes) -> bytes:
-            writer.write(data)
-            await writer.drain()
-            back: bytes = await reader.readexactly(len(data))
-            return back
-
-        return ping
-
-    async def call(proto: str, data: bytes) -> bytes:
-        result: bytes = await client.call_unary_handler(peer_id, proto, data)
-        return result
-
-    async def serve(proto: str) -> None:
-        await client.add_unary_handler(proto, unary_echo)
-
-    client = await Client.create(Multiaddr(control), Multiaddr("/unix/tmp/unused.sock"))
-    yield Contender(client.identify, open_echo, call, serve)
-    client.close()
-
-
-async def identify(contender: Contender, count: int) -> None:
-    for _ in range(count):
-        await contender.identify()
-
-
-async def identify_64(contender: Contender, count: int) -> None:
-    async def some() -> None:
-        for _ in range(count // 64):
-            await contender.identify()
-
-    async with anyio.create_task_group() as tasks:
-        for _ in range(64):
-            tasks.start_soon(some)
-
-
-class Pinger:
-    """Messages over one stream, which is opened for the first."""
-
-    def __init__(self) -> None:
-        self._ping: Echo | None = None
-
-    async def run(self, contender: Contender, count: int) -> None:
-        ping = self._ping = self._ping or await contender.open_echo()
-        for _ in range(count):
-            if await ping(PING) != PING:
-                raise SystemExit("the echo is wrong")
-
-
-async def unary(contender: Contender, count: int, proto: str, size: int, parallel: int) -> None:
-    assert contender.call is not None
-    call, data = contender.call, bytes(size)
-
-    async def some() -> None:
-        for _ in range(count // parallel):
-            if len(await call(proto, data)) != size:
-                raise SystemExit("the echo is wrong")
-
-    async with anyio.create_task_group() as tasks:
-        for _ in range(parallel):
-            tasks.start_soon(some)
-
-
-async def check(contender: Contender, proto: str, size: int, parallel: int) -> None:
-    """Ends the process if what comes back is not what was sent."""
-    assert contender.call is not None
-    call = contender.call
-
-    async def one() -> None:
-        data = os.urandom(size)
-        if await call(proto, data) != data:
-            raise SystemExit("the echo is wrong")
-
-    async with anyio.create_task_group() as tasks:
-        for _ in range(parallel):
-            tasks.start_soon(one)
-
-
-async def main(kind: str, control: str, peer: str) -> None:
-    scenarios: dict[str, Callable[[Contender, int], Coroutine[Any, Any, None]]] = {
-        "identify": identify,
-        "identify-64": identify_64,
-        "ping-pong": Pinger().run,
-    }
-
-    async def answer(name: str, *arguments: str) -> str:
+    async def answer(self, name: str, *arguments: str) -> str:
         if name == "cpu":
             return str(time.process_time())
         if name == "serve":
-            assert contender.serve is not None
-            await contender.serve(*arguments)
+            await self.serve(*arguments)
             return "ready"
-        count = int(arguments[0])
-        if name == "unary":
-            proto, size, parallel = arguments[1], int(arguments[2]), int(arguments[3])
-            await check(contender, proto, size, parallel)
-            work = unary(contender, count, proto, size, parallel)
-        else:
-            work = scenarios[name](contender, count)
-        wall, cpu = time.perf_counter(), time.process_time()
-        await work
-        return f"{time.perf_counter() - wall} {time.process_time() - cpu}"
+        numbers = [int(word) for word in arguments if word.isdecimal()]
+        protocol = [word for word in arguments if not word.isdecimal()]
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+        method: Callable[..., Awaitable[Answer]] = getattr(self, name.replace("-", "_"))
+        result = await method(*numbers, *protocol)
+        return json.dumps(result | {"peak": memory("VmHWM")})
 
-    async with KINDS[kind](control, peer) as contender:
-        print("ready", flush=True)
-        while line := await anyio.to_thread.run_sync(sys.stdin.readline):
-            print(await answer(*line.split()), flush=True)
+    def first_time(self, what: str) -> bool:
+        known = what in self.checked
+        self.checked.add(what)
+        return not known
+
+    # --- requests ---
+
+    async def identify(self, count: int, parallel: int) -> Answer:
+        identify = self.contender.identify
+
+        async def some() -> None:
+            for _ in range(count // parallel):
+                await identify()
+
+        return await timed(at_once(some, parallel))
+
+    async def stream_open(self, count: int) -> Answer:
+        await self.check_stream("/echo")
+        return await timed(self.contender.open_and_close("/echo", count))
+
+    # --- unary calls ---
+
+    async def unary(self, count: int, size: int, parallel: int, proto: str = "echo") -> Answer:
+        call, data = self.call, BODY * size
+
+        async def some() -> None:
+            for _ in range(count // parallel):
+                if len(await call(proto, data)) != size:
+                    raise SystemExit("the echo is wrong")
+
+        async def one() -> None:
+            # No two are alike.
+            data = next(numbers).to_bytes(8, "big") + random
+            if await call(proto, data) != data:
+                raise SystemExit("the echo is wrong")
+
+        if self.first_time(f"unary {size} {parallel} {proto}"):
+            numbers, random = itertools.count(), os.urandom(size - 8)
+            await at_once(one, parallel)
+        return await timed(at_once(some, parallel))
+
+    async def handler(self, count: int, size: int, parallel: int) -> Answer:
+        """The mock daemon looks at what comes back."""
+        load = f"{await self.own_handler()} {size} {parallel} {count}".encode()
+        seconds = b""
+
+        async def work() -> None:
+            nonlocal seconds
+            seconds = await self.call("load", load)
+
+        return await timed(work()) | {"wall": float(seconds)}
+
+    async def stall(self, count: int, size: int, parallel: int) -> Answer:
+        late = 0.0
+
+        async def watch() -> None:
+            nonlocal late
+            while True:
+                begun = time.perf_counter()
+                await anyio.sleep(TICK)
+                late = max(late, time.perf_counter() - begun - TICK)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            answer = await self.handler(count, size, parallel)
+            await anyio.sleep(2 * TICK)  # for the last of it to be seen
+            tasks.cancel_scope.cancel()
+        return answer | {"stall": late}
+
+    @property
+    def call(self) -> Callable[[str, bytes], Awaitable[bytes]]:
+        assert self.contender.call is not None
+        return self.contender.call
+
+    async def own_handler(self) -> str:
+        assert self.contender.serve_calls is not None
+        name = f"handler-{os.getpid()}"
+        if self.first_time(name):
+            await self.contender.serve_calls(name, echo_call)
+        return name
+
+    # --- streams ---
+
+    async def ping_pong(self, count: int, proto: str = "/echo") -> Answer:
+        await self.check_stream(proto)
+        face = await self.contender.open(proto)
+        back = b""
+
+        async def work() -> None:
+            nonlocal back
+            back = await face.exchange(PING, count)
+
+        answer = await timed(work())
+        if back != PING:
+            raise SystemExit("the echo is wrong")
+        await face.aclose()
+        return answer
+
+    async def readexactly(self, count: int, size: int) -> Answer:
+        face = await self.contender.open("/source")
+        data = b""
+
+        async def work() -> None:
+            nonlocal data
+            for _ in range(count):
+                data = await face.readexactly(size)
+
+        answer = await timed(work())
+        if data != bytes(size):
+            raise SystemExit("what was read is wrong")
+        await face.aclose()
+        return answer
+
+    async def bulk_read(self, size: int) -> Answer:
+        face = await self.contender.open("/source")
+        answer = await timed(face.read_bulk(size))
+        await face.aclose()
+        return answer
+
+    async def bulk_write(self, size: int) -> Answer:
+        face = await self.contender.open("/framed-sink")
+
+        async def work() -> None:
+            await face.send(b"\x01" + size.to_bytes(8, "big"))
+            await face.write_bulk(size)
+            await took(face, size)
+
+        answer = await timed(work())
+        await face.aclose()
+        return answer
+
+    async def framed_read(self, count: int, size: int) -> Answer:
+        face = await self.contender.open(f"/framed-source/{size}")
+        body = b""
+
+        async def work() -> None:
+            nonlocal body
+            for _ in range(count):
+                body = await face.receive_message()
+                if len(body) != size:
+                    raise SystemExit("what was read is wrong")
+
+        answer = await timed(work())
+        if body != BODY * size:
+            raise SystemExit("what was read is wrong")
+        await face.aclose()
+        return answer
+
+    async def framed_write(self, count: int, size: int) -> Answer:
+        await self.check_stream("/echo")
+        face = await self.contender.open("/framed-sink")
+        body = BODY * size
+
+        async def work() -> None:
+            for _ in range(count - 1):
+                await face.send_message(body, b"\x00")
+            await face.send_message(body, b"\x01")
+            await took(face, count * size)
+
+        answer = await timed(work())
+        await face.aclose()
+        return answer
+
+    async def framed_echo(self, count: int, size: int, proto: str) -> Answer:
+        face = await self.contender.open(proto)
+        body, back = os.urandom(size), b""
+
+        async def work() -> None:
+            nonlocal back
+            for _ in range(count):
+                await face.send_message(body, b"\x00")
+                back = await face.receive_message()
+
+        answer = await timed(work())
+        if back != body:
+            raise SystemExit("the echo is wrong")
+        await face.aclose()
+        return answer
+
+    async def check_stream(self, proto: str) -> None:
+        """Sends a message to an echo, and compares what comes back meanwhile."""
+        if not self.first_time(f"stream {proto}"):
+            return
+        face = await self.contender.open(proto)
+        body = os.urandom(SAMPLE)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(face.send_message, body, b"\x00")
+            if await face.receive_message() != body:
+                raise SystemExit("the echo is wrong")
+        await face.aclose()
+
+    async def memory(self, count: int) -> Answer:
+        await self.contender.open_and_close("/echo", 16)
+        gc.collect()
+        before = memory("VmRSS")
+        faces = [await self.contender.open("/echo") for _ in range(count)]
+        gc.collect()
+        grown = memory("VmRSS") - before
+        if await faces[-1].exchange(PING, 1) != PING:
+            raise SystemExit("the echo is wrong")
+        return {"memory": grown}
+
+    # --- the other end ---
+
+    async def serve(self, name: str) -> None:
+        contender = self.contender
+        assert contender.serve_calls is not None
+        assert contender.listen is not None and contender.serve_streams is not None
+        await contender.serve_calls(name, echo_call)
+        await self.stack.enter_async_context(contender.listen())
+        await contender.serve_streams(f"{name}/echo", echo_stream)
+        await contender.serve_streams(f"{name}/framed", echo_messages)
 
 
-KINDS = {"ours": ours, "p2pclient": p2pclient, "hivemind": hivemind}
+async def echo_call(data: bytes, peer_id: object) -> bytes:
+    return data
+
+
+async def echo_stream(face: Face) -> None:
+    while data := await face.receive():
+        await face.send(data)
+    await face.aclose()
+
+
+async def echo_messages(face: Face) -> None:
+    try:
+        while True:
+            await face.send_message(await face.receive_message(), b"\x00")
+    except asyncio.IncompleteReadError:
+        await face.aclose()
+
+
+async def took(face: Face, size: int) -> None:
+    """Waits until the mock daemon has taken so many bytes."""
+    if int.from_bytes(await face.readexactly(8), "big") != size:
+        raise SystemExit("not all of it arrived")
+
+
+async def at_once(work: Callable[[], Coroutine[Any, Any, None]], parallel: int) -> None:
+    if parallel == 1:
+        await work()
+        return
+    async with anyio.create_task_group() as tasks:
+        for _ in range(parallel):
+            tasks.start_soon(work)
+
+
+async def timed(work: Awaitable[None]) -> Answer:
+    wall, cpu = time.perf_counter(), time.process_time()
+    await work
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def memory(field: str) -> int:
+    """A field of the process's status, in bytes."""
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith(f"{field}:"))
+    return int(line.split()[1]) << 10
+
+
+async def main(kind: str, control: str, peer: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with AsyncExitStack() as stack:
+            listen = f"/unix{folder}/listen.sock"
+            made = await stack.enter_async_context(contender(kind, control, peer, listen))
+            rounds = Rounds(made, stack)
+            print("ready", flush=True)
+            while line := await anyio.to_thread.run_sync(sys.stdin.readline):
+                print(await rounds.answer(*line.split()), flush=True)
+
 
 if __name__ == "__main__":
+    # Many streams are open at once.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     kind, loop, control, peer = sys.argv[1:]
     options = {"use_uvloop": loop == "uvloop"} if loop != "trio" else {}
     backend = "trio" if loop == "trio" else "asyncio"

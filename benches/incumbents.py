@@ -1,16 +1,15 @@
 """The bindings that are measured against: PyPI p2pclient, and those inside hivemind.
 
-Both are fetched from PyPI into the cache folder and loaded from there, unchanged. Importing
-hivemind itself would need torch; its bindings do not, so its packages above them are given empty
-`__init__`s.
+Both are fetched from PyPI into the cache folder and loaded from there, unchanged.
 """
 
 import sys
-import types
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+
+import without_torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from downloads import HIVEMIND_VERSION, cache_dir, download, hivemind_wheel  # noqa: E402
@@ -52,11 +51,7 @@ def load_p2pclient() -> None:
 
 def load_hivemind() -> None:
     """Makes `import hivemind.p2p.p2p_daemon_bindings` find the original."""
-    root = fetch(HIVEMIND) / "hivemind"
-    for name in ("", "p2p", "utils"):
-        module = types.ModuleType(f"hivemind.{name}".rstrip("."))
-        module.__path__ = [str(root / name)]
-        sys.modules[module.__name__] = module
+    without_torch.load_hivemind(str(fetch(HIVEMIND)))
 
 
 if __name__ == "__main__":

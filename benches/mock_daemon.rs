@@ -11,11 +11,17 @@
 //! - IDENTIFY, LIST_PEERS, CONNECT and the like: the same answer every time, any number of them on
 //!   one connection. What it does not have, as a DHT, it refuses.
 //! - STREAM_OPEN to whatever peer: `/echo` sends back, `/source` sends zeros as fast as they are
-//!   taken, `/sink` drops what it reads, and closes at its end; any other protocol is the registered
-//!   handler's, which is dialled as a daemon does.
+//!   taken, `/sink` drops what it reads, and closes at its end. `/framed-source/SIZE` sends hivemind's
+//!   messages (a byte, the length as 8 bytes, the body) with bodies of that size, without end, and
+//!   `/framed-sink` takes such messages, and answers one that begins with a 1 with the number of bytes
+//!   of all the bodies so far, again as 8 bytes. Any other protocol is the registered handler's, which
+//!   is dialled as a daemon does.
 //! - Unary calls to whatever peer: `echo` is answered here, with one copy of the payload and one
-//!   write for all the calls that one read brought. Any other protocol is a handler's, on any
-//!   persistent connection, and its replies find their way back by their call id.
+//!   write for all the calls that one read brought. `load` is answered here too, when its work is done:
+//!   its payload says `HANDLER SIZE PARALLEL COUNT`, and that handler gets so many calls, so many
+//!   at once, from here. The reply is the time that took, in seconds, or what was wrong with the
+//!   echo of one. Any other protocol is a handler's, on any persistent connection, and its replies
+//!   find their way back by their call id.
 //!
 //! A thread serves each connection, and it waits while a socket is full: a client that does
 //! not read while it writes comes to a stop, as at the Go daemons.
@@ -33,6 +39,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 /// The largest message taken, in bytes.
 const MAX_FRAME: usize = 16 << 20;
@@ -42,7 +49,7 @@ const READ: usize = 256 << 10;
 /// How much is kept for one write, in bytes, and what comes on top of it at once.
 const BATCH: usize = 256 << 10;
 /// How many connections, handlers, and calls on their way there may be.
-const MAX_CONNECTIONS: usize = 1024;
+const MAX_CONNECTIONS: usize = 4096;
 const MAX_HANDLERS: usize = 1024;
 const MAX_CALLS: usize = 64 << 10;
 
@@ -52,8 +59,26 @@ pub const STREAM_ECHO: &str = "/echo";
 pub const STREAM_SOURCE: &str = "/source";
 /// … of streams that nobody looks at, …
 pub const STREAM_SINK: &str = "/sink";
-/// … and of unary calls answered with their data.
+/// … of streams full of hivemind's messages, with the size of their bodies behind it, …
+pub const FRAMED_SOURCE: &str = "/framed-source/";
+/// … of streams to which they are sent, …
+pub const FRAMED_SINK: &str = "/framed-sink";
+/// … of unary calls answered with their data, …
 pub const UNARY_ECHO: &str = "echo";
+/// … and of the one that has a handler called.
+pub const UNARY_LOAD: &str = "load";
+
+/// What is in front of a message of hivemind's: whether the sink is to answer it, and its length.
+pub const FRAME_HEAD: usize = 9;
+/// What the bodies are full of.
+pub const FRAME_BODY: u8 = 7;
+
+/// The head of a message of hivemind's.
+pub fn frame_head(is_last: bool, len: u64) -> [u8; FRAME_HEAD] {
+    let mut head = [u8::from(is_last); FRAME_HEAD];
+    head[1..].copy_from_slice(&len.to_be_bytes());
+    head
+}
 
 /// A daemon that listens.
 pub struct MockDaemon {
@@ -193,6 +218,26 @@ struct Handlers {
 struct Call {
     caller: Arc<Persistent>,
     handler: Arc<Persistent>,
+    /// What it is a part of, if it was made here.
+    load: Option<Arc<Load>>,
+}
+
+/// Calls that are made here.
+struct Load {
+    /// Of the call that asked for them.
+    id: CallId,
+    /// A call up to its payload, and the payload, which begins with the number of the call.
+    head: Vec<u8>,
+    payload: Vec<u8>,
+    parallel: u64,
+    count: u64,
+    progress: Mutex<Progress>,
+}
+
+struct Progress {
+    made: u64,
+    done: u64,
+    begun: Instant,
 }
 
 /// The way out to a persistent connection.
@@ -367,7 +412,17 @@ fn serve_stream(
                     }
                 }
             }
-            _ => {}
+            FRAMED_SINK => {
+                socket.write_all(&opened(protocol))?;
+                return take_messages(socket, input).map(|()| true);
+            }
+            other => {
+                let size = other.strip_prefix(FRAMED_SOURCE);
+                if let Some(size) = size.and_then(|size| size.parse().ok()) {
+                    socket.write_all(&opened(protocol))?;
+                    send_messages(socket, size)?;
+                }
+            }
         }
         let Some(addr) = lock(&shared.stream_handlers).get(protocol).cloned() else {
             continue;
@@ -394,6 +449,56 @@ fn serve_stream(
     }
     socket.write_all(&refusal(format!("protocols not supported: {protocols:?}")))?;
     Ok(false)
+}
+
+/// Sends hivemind's messages until nobody takes them.
+fn send_messages(mut socket: &Socket, size: u64) -> io::Result<()> {
+    let mut first = frame_head(false, size).to_vec();
+    first.resize(FRAME_HEAD + size.min(BATCH as u64) as usize, FRAME_BODY);
+    let body = vec![FRAME_BODY; BATCH];
+    loop {
+        socket.write_all(&first)?;
+        let mut left = size - (first.len() - FRAME_HEAD) as u64;
+        while left > 0 {
+            let count = left.min(BATCH as u64);
+            socket.write_all(&body[..count as usize])?;
+            left -= count;
+        }
+    }
+}
+
+/// Takes hivemind's messages to the end of the stream, and answers those that ask for it.
+fn take_messages(mut socket: &Socket, input: &mut Input) -> io::Result<()> {
+    let (mut bodies, mut left, mut is_last) = (0, 0, false);
+    loop {
+        let mut bytes = input.peek();
+        loop {
+            let body = left.min(bytes.len() as u64);
+            left -= body;
+            bodies += body;
+            bytes = &bytes[body as usize..];
+            if left == 0 && is_last {
+                socket.write_all(&u64::to_be_bytes(bodies))?;
+                is_last = false;
+            }
+            if left > 0 {
+                break;
+            }
+            let Some((head, rest)) = bytes.split_first_chunk::<FRAME_HEAD>() else {
+                break;
+            };
+            is_last = head[0] == 1;
+            left = head[1..]
+                .iter()
+                .fold(0, |len, byte| len << 8 | u64::from(*byte));
+            bytes = rest;
+        }
+        let rest = bytes.len();
+        input.keep(rest);
+        if !input.fill(socket)? {
+            return Ok(());
+        }
+    }
 }
 
 /// Passes on what either side sends, until both have ended.
@@ -529,6 +634,9 @@ fn answer(
             else {
                 return Err(malformed("a call's peer, protocol and data"));
             };
+            if name == UNARY_LOAD.as_bytes() {
+                return start_load(id, data, own, shared, outputs);
+            }
             if name == UNARY_ECHO.as_bytes() {
                 let len = header_len(data.len()) + data.len();
                 put_response(&mut outputs.own, &id, Some((2, len)));
@@ -545,10 +653,20 @@ fn answer(
             }
         }
         4 => {
-            if let Some(call) = lock(&shared.routes).calls.remove(&id) {
-                let out = outputs.to(own, &call.caller);
-                put_response(out, &id, Some((2, content.len())));
-                out.extend_from_slice(content);
+            let call = lock(&shared.routes).calls.remove(&id);
+            if let Some(Call {
+                caller,
+                handler,
+                load,
+            }) = call
+            {
+                if let Some(load) = load {
+                    load.go_on(&id, content, &caller, &handler, own, shared, outputs);
+                } else {
+                    let out = outputs.to(own, &caller);
+                    put_response(out, &id, Some((2, content.len())));
+                    out.extend_from_slice(content);
+                }
             }
         }
         5 => {
@@ -586,9 +704,132 @@ fn route(
     let call = Call {
         caller: caller.clone(),
         handler: handler.clone(),
+        load: None,
     };
     routes.calls.insert(id, call);
     Ok(handler)
+}
+
+/// Begins to call a handler, as the payload of a call says.
+fn start_load(
+    id: CallId,
+    data: &[u8],
+    own: &Arc<Persistent>,
+    shared: &Shared,
+    outputs: &mut Outputs,
+) -> io::Result<()> {
+    let words = String::from_utf8_lossy(data).into_owned();
+    let words: Vec<&str> = words.split(' ').collect();
+    let numbers: Vec<u64> = words.iter().skip(1).flat_map(|word| word.parse()).collect();
+    let (name, &[size, parallel, count]) = (words[0], &numbers[..]) else {
+        put_daemon_error(&mut outputs.own, &id, "not HANDLER SIZE PARALLEL COUNT");
+        return Ok(());
+    };
+    let handlers = lock(&shared.routes);
+    let handler = handlers.handlers.get(name.as_bytes());
+    let handler = handler.map(|handlers| handlers.persistents[0].clone());
+    drop(handlers);
+    let size = usize::try_from(size).unwrap_or(usize::MAX);
+    let (Some(handler), 8..MAX_FRAME, 1..) = (handler, size, parallel) else {
+        put_daemon_error(&mut outputs.own, &id, "no such handler, or not that large");
+        return Ok(());
+    };
+    let mut head = Vec::new();
+    put_field(&mut head, 1, &shared.peer_id.to_bytes());
+    put_field(&mut head, 2, name.as_bytes());
+    put_header(&mut head, 3, size);
+    let load = Arc::new(Load {
+        id,
+        head,
+        payload: vec![7; size],
+        parallel,
+        count,
+        progress: Mutex::new(Progress {
+            made: 0,
+            done: 0,
+            begun: Instant::now(),
+        }),
+    });
+    for _ in 0..parallel.min(count) {
+        load.call(own, &handler, own, shared, outputs);
+        if outputs.is_full() {
+            outputs.flush(own)?;
+        }
+    }
+    Ok(())
+}
+
+impl Load {
+    /// Makes the next call.
+    fn call(
+        self: &Arc<Self>,
+        caller: &Arc<Persistent>,
+        handler: &Arc<Persistent>,
+        own: &Persistent,
+        shared: &Shared,
+        outputs: &mut Outputs,
+    ) {
+        let mut progress = lock(&self.progress);
+        let number = progress.made.to_le_bytes();
+        progress.made += 1;
+        drop(progress);
+        let mut id = self.id;
+        id[8..].copy_from_slice(&number);
+        let call = Call {
+            caller: caller.clone(),
+            handler: handler.clone(),
+            load: Some(self.clone()),
+        };
+        lock(&shared.routes).calls.insert(id, call);
+        let out = outputs.to(own, handler);
+        put_response(out, &id, Some((3, self.head.len() + self.payload.len())));
+        out.extend_from_slice(&self.head);
+        out.extend_from_slice(&number);
+        out.extend_from_slice(&self.payload[8..]);
+    }
+
+    /// Whether that is a call's data. The first replies are looked at in whole, and of all the rest
+    /// the length and the number, so that it is the handler's time that is measured.
+    fn is_echo(&self, id: &CallId, reply: &[u8], done: u64) -> bool {
+        reply.len() == self.payload.len()
+            && reply[..8] == id[8..]
+            && (done > self.parallel || reply[8..] == self.payload[8..])
+    }
+
+    /// Takes the reply to a call, and makes the next one.
+    #[allow(clippy::too_many_arguments)] // the call and where it goes
+    fn go_on(
+        self: &Arc<Self>,
+        id: &CallId,
+        content: &[u8],
+        caller: &Arc<Persistent>,
+        handler: &Arc<Persistent>,
+        own: &Persistent,
+        shared: &Shared,
+        outputs: &mut Outputs,
+    ) {
+        let mut progress = lock(&self.progress);
+        progress.done += 1;
+        let (made, done, elapsed) = (progress.made, progress.done, progress.begun.elapsed());
+        drop(progress);
+        let reply = Fields(content).next();
+        if !reply.is_some_and(|(kind, data)| kind == 1 && self.is_echo(id, data, done)) {
+            // Whatever else comes is for nobody any more.
+            let is_other =
+                |call: &Call| !call.load.as_ref().is_some_and(|of| Arc::ptr_eq(of, self));
+            lock(&shared.routes).calls.retain(|_, call| is_other(call));
+            let words = "the handler's reply is no echo";
+            put_daemon_error(outputs.to(own, caller), &self.id, words);
+        } else if made < self.count {
+            self.call(caller, handler, own, shared, outputs);
+        } else if done == self.count {
+            let seconds = elapsed.as_secs_f64().to_string();
+            let len = header_len(seconds.len()) + seconds.len();
+            let out = outputs.to(own, caller);
+            put_response(out, &self.id, Some((2, len)));
+            put_field(out, 1, seconds.as_bytes());
+        }
+    }
 }
 
 /// Tells those who wait for a connection that ended, or work for it.
@@ -597,9 +838,10 @@ fn leave(own: &Arc<Persistent>, shared: &Shared, outputs: &mut Outputs) {
     routes.remove_handlers(own, None);
     routes.calls.retain(|id, call| {
         if call.handler.number == own.number {
+            // More than once for calls that were made here; whoever asked for them knows but one.
             put_daemon_error(
                 outputs.to(own, &call.caller),
-                id,
+                call.load.as_ref().map_or(id, |load| &load.id),
                 "the handler's client left",
             );
         } else if call.caller.number == own.number {
@@ -687,6 +929,15 @@ impl Input {
     fn take(&mut self) -> &[u8] {
         let start = std::mem::replace(&mut self.start, self.end);
         &self.room[start..self.end]
+    }
+
+    fn peek(&self) -> &[u8] {
+        &self.room[self.start..self.end]
+    }
+
+    /// Takes all but the last `count` bytes.
+    fn keep(&mut self, count: usize) {
+        self.start = self.end - count;
     }
 
     /// The next message, if it is all there.

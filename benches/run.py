@@ -1,106 +1,120 @@
-"""Measures this package against the bindings it replaces, in one run, on the same two daemons.
+"""Measures this package against the bindings it replaces, and a blocking Rust client as the floor.
 
-Every contender is a process of its own; rounds are interleaved, so that whatever else the machine
-does falls on all of them alike. The echo at the other end of streams is the same for all.
-Prints medians per operation and the ratio to ours on asyncio, of wall time and of CPU time.
-Unary calls are measured by calls.py.
+Every contender is a process of its own, and rounds are interleaved. Against the mock daemon what a
+client costs is seen alone; through two real daemons, what a program has of it. docs/performance.md
+says how to read the tables.
 
-Usage: run.py [--rounds N] [--only requests|unary]
+Usage: run.py [--rounds N] [--quick | --smoke] [--only NAME...] [--json FILE]
 """
 
 import argparse
-import platform
-import statistics
-from contextlib import ExitStack
+import resource
+from pathlib import Path
 
 import anyio
-import calls
+import chart
+import document
 import incumbents
-from worker import Worker
+import machine
+import measure
+from report import Numbers, scenario_table, show, targets_table
+from scenarios import DAEMONS, FRESH, MOCK, Scenario
+from worker import TARGET
 
-from p2pclient_rs import Daemon, Stream, StreamInfo
+from p2pclient_rs import Daemon
 
-CONTENDERS = [
-    ("ours", "asyncio"),
-    ("ours", "uvloop"),
-    ("ours", "trio"),
-    ("p2pclient", "asyncio"),
-    ("p2pclient", "trio"),
-    ("hivemind", "asyncio"),
-    ("hivemind", "uvloop"),
-]
-#: How many operations a round has.
-SCENARIOS = {"identify": 500, "identify-64": 640, "ping-pong": 500}
-DESCRIPTIONS = {
-    "identify": "identify, one after another",
-    "identify-64": "identify, 64 at once",
-    "ping-pong": "ping-pong of 100 bytes over a stream",
-}
-
-Times = dict[tuple[str, str, str], list[tuple[float, float]]]
+GROUPS = (
+    ("against the mock daemon", MOCK),
+    ("in a new process", FRESH),
+    ("through two real daemons", DAEMONS),
+)
 
 
-async def echo(info: StreamInfo, stream: Stream) -> None:
-    async for chunk in stream:
-        await stream.send(chunk)
-
-
-def measure(control: str, peer: str, rounds: int) -> Times:
-    times: Times = {}
-    with ExitStack() as stack:
-        workers = {}
-        for kind, loop in CONTENDERS:
-            worker = workers[kind, loop] = Worker(kind, loop, control, peer)
-            stack.callback(worker.stop)
-        for number in range(rounds + 1):
-            for scenario, count in SCENARIOS.items():
-                for (kind, loop), worker in workers.items():
-                    result = worker.round(scenario, count)
-                    if number > 0:  # the first is for warming up
-                        times.setdefault((scenario, kind, loop), []).append(result)
-    return times
-
-
-def report(times: Times) -> None:
-    for scenario, count in SCENARIOS.items():
-        print(f"\n{DESCRIPTIONS[scenario]} ({count} a round)")
-        print(f"{'':22}{'wall us':>9}{'spread':>14}{'CPU us':>9}{'x wall':>8}{'x CPU':>8}")
-        base = [statistics.median(t) for t in zip(*times[scenario, "ours", "asyncio"], strict=True)]
-        for kind, loop in CONTENDERS:
-            walls, cpus = zip(*times[scenario, kind, loop], strict=True)
-            wall, cpu = statistics.median(walls), statistics.median(cpus)
-            spread = f"{min(walls) * 1e6:.0f}-{max(walls) * 1e6:.0f}"
-            print(
-                f"{kind + ' on ' + loop:22}{wall * 1e6:9.1f}{spread:>14}{cpu * 1e6:9.1f}"
-                f"{wall / base[0]:8.2f}{cpu / base[1]:8.2f}"
-            )
-
-
-async def main(rounds: int, only: str | None) -> None:
-    for name in incumbents.WHEELS:
-        incumbents.fetch(name)
-    machine = platform.processor() or platform.machine()
-    print(f"{platform.python_implementation()} {platform.python_version()}, {machine}, ", end="")
-    print(f"medians of {rounds} interleaved rounds")
+async def through_daemons(
+    scenarios: list[Scenario], effort: measure.Effort, results: measure.Results
+) -> None:
     async with Daemon() as here, Daemon() as there:
-        async with there.client() as server, server.listen():
-            await server.stream_handler("echo", echo)
-            async with here.client() as client:
-                await client.connect(there.peer_id, there.addrs)
-                # Those daemons end with their last persistent connection.
-                await client.unary.open()
-                await server.unary.open()
-                near = str(here.control_maddr), str(there.peer_id)
-                far = str(there.control_maddr), str(here.peer_id)
-                if only != "unary":
-                    report(await anyio.to_thread.run_sync(measure, *near, rounds))
-                if only != "requests":
-                    calls.report(await anyio.to_thread.run_sync(calls.measure, near, far, rounds))
+        async with here.client() as client, there.client() as server:
+            await client.connect(there.peer_id, there.addrs)
+            # Those daemons end with their last persistent connection.
+            await client.unary.open()
+            await server.unary.open()
+            near = str(here.control_maddr), str(there.peer_id)
+            far = str(there.control_maddr), str(here.peer_id)
+            processes = [daemon.pid for daemon in (here, there) if daemon.pid is not None]
+
+            def run() -> None:
+                measure.through_daemons(scenarios, effort, results, near, far, processes)
+
+            await anyio.to_thread.run_sync(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, help="how many count (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
+    parser.add_argument("--smoke", action="store_true", help="only that everything works")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="scenarios, or how they begin")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        default=TARGET / "performance.json",
+        help="where the numbers go, and beside them the chart, and tables if there is a document",
+    )
+    options = parser.parse_args()
+    effort = measure.Effort(options.rounds or 7)
+    if options.quick:
+        effort = measure.Effort(options.rounds or 3, scale=0.2)
+    if options.smoke:
+        effort = measure.Effort(1, scale=1e-3, warms_up=False)
+
+    def chosen(scenarios: tuple[Scenario, ...]) -> list[Scenario]:
+        only = tuple(options.only or ("",))
+        return [scenario for scenario in scenarios if scenario.key.startswith(only)]
+
+    # Many streams are open at once.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for wheel in incumbents.WHEELS:
+        incumbents.fetch(wheel)
+    described = machine.describe()
+    described["rounds"] = f"{effort.rounds}, interleaved" + (
+        f", of {effort.scale:g} of the operations" if effort.scale != 1 else ""
+    )
+    for what, words in described.items():
+        print(f"{what}: {words}")
+
+    results: measure.Results = {}
+    numbers = Numbers(results)
+    for title, scenarios in GROUPS:
+        some = chosen(scenarios)
+        if not some:
+            continue
+        if scenarios is MOCK:
+            measure.against_mock(some, effort, results)
+        elif scenarios is FRESH:
+            measure.fresh(some, effort, results)
+        else:
+            anyio.run(through_daemons, some, effort, results)
+        for scenario in some:
+            table = scenario_table(numbers, scenario)
+            if table is None:
+                raise SystemExit(f"{scenario.key} was not measured")
+            if options.smoke:
+                print(f"{scenario.title}, {title}: all right", flush=True)
+            else:
+                show(f"{scenario.title}, {title}", table)
+    table = targets_table(numbers, MOCK)
+    if len(table) > 1 and not options.smoke:
+        show("targets: ours on asyncio, against the mock daemon", table)
+    written: Path = options.json
+    written.write_text(measure.to_json({"machine": described, "results": results}))
+    if chart.draw(numbers, described, str(written.with_suffix(".svg"))):
+        print(f"\nwritten: {written}, and the chart beside it")
+    if written.with_suffix(".md").exists():
+        document.fill(numbers, described, written.with_suffix(".md"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=["requests", "unary"])
-    arguments = parser.parse_args()
-    anyio.run(main, arguments.rounds, arguments.only)
+    main()

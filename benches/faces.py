@@ -1,0 +1,190 @@
+"""What the scenarios do with a stream, the way a user of each client would write it.
+
+A loop around an operation is in here, so that nothing of the bench is between two of them.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+#: How much is read and written at a time in bulk, in bytes: what suits all of the clients.
+CHUNK = 256 << 10
+#: What hivemind writes at a time, in bytes.
+HIVEMIND_CHUNK = 64 << 10
+#: The byte that the mock daemon's messages are full of, and ours to it.
+BODY = b"\x07"
+
+
+class Face(Protocol):
+    """A stream."""
+
+    async def receive(self) -> bytes:
+        """What is there."""
+
+    async def send(self, data: bytes) -> None:
+        """Sends all of it."""
+
+    async def readexactly(self, count: int) -> bytes:
+        """So many bytes."""
+
+    async def exchange(self, data: bytes, count: int) -> bytes:
+        """Sends that and reads as much, so often; what came last."""
+
+    async def read_bulk(self, count: int) -> None:
+        """Reads so many bytes at least."""
+
+    async def write_bulk(self, count: int) -> None:
+        """Writes so many bytes, a multiple of CHUNK."""
+
+    async def send_message(self, body: bytes, marker: bytes) -> None:
+        """Sends a message as hivemind frames it."""
+
+    async def receive_message(self) -> bytes:
+        """Receives one."""
+
+    async def aclose(self) -> None:
+        """Closes it."""
+
+
+class AsyncioFace:
+    """asyncio's reader and writer, as hivemind's bindings give them out.
+
+    Messages are hivemind's ``P2P.send_raw_data`` and ``receive_raw_data``, behind the marker.
+    """
+
+    def __init__(self, reader: Any, writer: Any) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def receive(self) -> bytes:
+        data: bytes = await self.reader.read(CHUNK)
+        return data
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def readexactly(self, count: int) -> bytes:
+        data: bytes = await self.reader.readexactly(count)
+        return data
+
+    async def exchange(self, data: bytes, count: int) -> bytes:
+        reader, writer, size, back = self.reader, self.writer, len(data), b""
+        for _ in range(count):
+            writer.write(data)
+            await writer.drain()
+            back = await reader.readexactly(size)
+        return back
+
+    async def read_bulk(self, count: int) -> None:
+        reader = self.reader
+        while count > 0:
+            count -= len(await reader.read(CHUNK))
+
+    async def write_bulk(self, count: int) -> None:
+        writer, chunk = self.writer, BODY * CHUNK
+        for _ in range(count // CHUNK):
+            writer.write(chunk)
+            await writer.drain()
+
+    async def send_message(self, body: bytes, marker: bytes) -> None:
+        writer = self.writer
+        writer.write(marker)
+        writer.write(len(body).to_bytes(8, "big"))
+        view = memoryview(body)
+        for offset in range(0, len(view), HIVEMIND_CHUNK):
+            writer.write(view[offset : offset + HIVEMIND_CHUNK])
+        await writer.drain()
+
+    async def receive_message(self) -> bytes:
+        reader = self.reader
+        await reader.readexactly(1)
+        size = int.from_bytes(await reader.readexactly(8), "big")
+        data: bytes = await reader.readexactly(size)
+        return data
+
+    async def aclose(self) -> None:
+        self.writer.close()
+        await self.writer.wait_closed()
+
+
+async def receive_bulk(stream: Any, count: int) -> None:
+    """Reads so many bytes at least, through anyio's face."""
+    while count > 0:
+        count -= len(await stream.receive(CHUNK))
+
+
+async def send_bulk(stream: Any, count: int) -> None:
+    """Writes so many bytes through anyio's face."""
+    chunk = BODY * CHUNK
+    for _ in range(count // CHUNK):
+        await stream.send(chunk)
+
+
+class OurFace(AsyncioFace):
+    """Ours, which has asyncio's methods and anyio's."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream, stream)
+        self.stream = stream
+
+    async def exchange(self, data: bytes, count: int) -> bytes:
+        stream, size, back = self.stream, len(data), b""
+        for _ in range(count):
+            await stream.send(data)
+            back = await stream.readexactly(size)
+        return back
+
+    async def read_bulk(self, count: int) -> None:
+        await receive_bulk(self.stream, count)
+
+    async def write_bulk(self, count: int) -> None:
+        await send_bulk(self.stream, count)
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+class AnyioFace:
+    """anyio's, as p2pclient gives it out, with its own way to read exactly so much."""
+
+    def __init__(self, stream: Any, exactly: Callable[[Any, int], Awaitable[bytes]]) -> None:
+        self.stream, self.exactly = stream, exactly
+
+    async def receive(self) -> bytes:
+        data: bytes = await self.stream.receive(CHUNK)
+        return data
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send(data)
+
+    async def readexactly(self, count: int) -> bytes:
+        return await self.exactly(self.stream, count)
+
+    async def exchange(self, data: bytes, count: int) -> bytes:
+        stream, exactly, size, back = self.stream, self.exactly, len(data), b""
+        for _ in range(count):
+            await stream.send(data)
+            back = await exactly(stream, size)
+        return back
+
+    async def read_bulk(self, count: int) -> None:
+        await receive_bulk(self.stream, count)
+
+    async def write_bulk(self, count: int) -> None:
+        await send_bulk(self.stream, count)
+
+    async def send_message(self, body: bytes, marker: bytes) -> None:
+        stream = self.stream
+        await stream.send(marker)
+        await stream.send(len(body).to_bytes(8, "big"))
+        view = memoryview(body)
+        for offset in range(0, len(view), HIVEMIND_CHUNK):
+            await stream.send(view[offset : offset + HIVEMIND_CHUNK])
+
+    async def receive_message(self) -> bytes:
+        stream, exactly = self.stream, self.exactly
+        await exactly(stream, 1)
+        size = int.from_bytes(await exactly(stream, 8), "big")
+        return await exactly(stream, size)
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()

@@ -1,0 +1,169 @@
+"""The numbers as tables: cells, which are printed here, and made into Markdown by document.py."""
+
+import statistics
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from measure import Results
+from scenarios import CONTENDERS, FLOOR, OURS, Contender, Scenario, key, name
+from targets import TARGETS, Target
+
+Table: TypeAlias = list[list[str]]
+
+MIB = 1 << 20
+
+
+class Numbers:
+    """What was measured."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    def values(self, scenario: str, contender: Contender, metric: str) -> list[float]:
+        """Of each round; empty if it was not measured."""
+        return self.results.get(scenario, {}).get(key(contender), {}).get(metric, [])
+
+    def median(self, scenario: str, contender: Contender, metric: str) -> float | None:
+        values = self.values(scenario, contender, metric)
+        return statistics.median(values) if values else None
+
+    def ratio(
+        self, scenario: str, one: Contender, other: Contender, metric: str
+    ) -> tuple[float, float, float] | None:
+        """How many times the other one is: of the medians, and the least and most of a round."""
+        mine, theirs = (self.values(scenario, of, metric) for of in (one, other))
+        if not mine or not theirs or not all(mine):
+            return None
+        rounds = [b / a for a, b in zip(mine, theirs, strict=False)]
+        return statistics.median(theirs) / statistics.median(mine), min(rounds), max(rounds)
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(ratio: tuple[float, float, float] | None, spread: bool = True) -> str:
+    """As ``6.2x (5.9-6.6)``."""
+    if ratio is None:
+        return "-"
+    text = f"{ratio[0]:.2f}x" if ratio[0] < 3 else f"{ratio[0]:.1f}x"
+    return text + (f" ({ratio[1]:.1f}-{ratio[2]:.1f})" if spread else "")
+
+
+LABELS = {"cpu": "CPU", "server": "server's CPU", "daemons": "daemons' CPU", "peak": "peak MiB"}
+
+
+def scenario_table(numbers: Numbers, scenario: Scenario) -> Table | None:
+    """All contenders of a scenario, each against ours on asyncio; None if nobody was measured."""
+    unit, factor = scenario.unit
+    metrics = [
+        metric
+        for metric in (*scenario.metrics[:2], "server", "daemons", *scenario.metrics[2:])
+        if numbers.values(scenario.key, OURS, metric)
+    ]
+    if not metrics:
+        return None
+    header = [""]
+    for place, metric in enumerate(metrics):
+        label = LABELS.get(metric, metric)
+        if metric in ("peak", "memory"):
+            header.append("MiB" if metric == "memory" else label)
+            if metric == "memory":
+                header.append("x ours")
+            continue
+        header.append(f"{label}, {unit}")
+        if place == 0:
+            header.append("spread")
+        if metric != "daemons":
+            header.append("x ours")
+    table = [header]
+    for contender in CONTENDERS:
+        if not numbers.values(scenario.key, contender, metrics[0]):
+            continue
+        row = [name(contender)]
+        for place, metric in enumerate(metrics):
+            values = numbers.values(scenario.key, contender, metric)
+            if not values:
+                row += ["-", "-"]
+                continue
+            median = statistics.median(values)
+            ratio = numbers.ratio(scenario.key, OURS, contender, metric)
+            if metric == "peak":
+                row.append(number(median / MIB))
+            elif metric == "memory":
+                row += [number(median / MIB), times(ratio)]
+            else:
+                row.append(number(median * factor))
+                if place == 0:
+                    row.append(f"{number(min(values) * factor)}-{number(max(values) * factor)}")
+                if metric != "daemons":
+                    row.append(times(ratio, spread=place == 0))
+        table.append(row)
+    return table
+
+
+def targets_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
+    """What was to be reached, and whether it was, where it was measured."""
+    known = {scenario.key: scenario for scenario in scenarios}
+    header = ["scenario", "ours", "ratio", "at least", "aim", "x floor", "at most", "reached"]
+    table = [header]
+    for target in TARGETS:
+        scenario = known.get(target.scenario)
+        ours = numbers.median(target.scenario, OURS, target.metric)
+        if scenario is None or ours is None:
+            continue
+        unit, factor = scenario.unit
+        least = numbers.ratio(target.scenario, OURS, target.least[0], target.metric)
+        same = target.aim is None or target.aim[0] == target.least[0]
+        ratios = f"{times(least)} {target.least[0][0]}"
+        if target.aim is not None and not same:
+            aim = numbers.ratio(target.scenario, OURS, target.aim[0], target.metric)
+            ratios += f", {times(aim)} {target.aim[0][0]}"
+        floor = numbers.ratio(target.scenario, FLOOR, OURS, target.metric)
+        table.append(
+            [
+                scenario.title + (", CPU" if target.metric == "cpu" else ""),
+                f"{number(ours * factor)} {unit}",
+                ratios,
+                *(_bar(bar, named=not same) for bar in (target.least, target.aim)),
+                times(floor, spread=False),
+                f"{target.floor:g}x" if target.floor else "-",
+                verdict(numbers, target),
+            ]
+        )
+    return table
+
+
+def _bar(bar: tuple[Contender, float] | None, named: bool) -> str:
+    if bar is None:
+        return "-"
+    return f"{bar[1]:g}x" + (f" {bar[0][0]}" if named else "")
+
+
+def verdict(numbers: Numbers, target: Target) -> str:
+    """The most that was reached, and whether the floor is near enough."""
+
+    def reaches(bar: tuple[Contender, float] | None) -> bool:
+        if bar is None:
+            return False
+        ratio = numbers.ratio(target.scenario, OURS, bar[0], target.metric)
+        return ratio is not None and ratio[0] >= bar[1]
+
+    words = "aim" if reaches(target.aim) else "at least" if reaches(target.least) else "NO"
+    if words == "at least" and target.aim is None:
+        words = "yes"
+    if target.floor is not None:
+        floor = numbers.ratio(target.scenario, FLOOR, OURS, target.metric)
+        if floor is None or floor[0] > target.floor:
+            words += ", floor NO"
+    return words
+
+
+def show(title: str, table: Table) -> None:
+    """Prints it."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(f"\n{title}")
+    for row in table:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip(), flush=True)
