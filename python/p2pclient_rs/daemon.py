@@ -350,7 +350,7 @@ class _Keeper:
         self._reactor = reactor()
         # From now on, though the task may not have begun.
         process.keep(process.restarts() is not None)
-        self._work = self._reactor.spawn(self._run(), copy_context(), "keeper of the daemon")
+        self._work = self._reactor.spawn(self._run(), copy_context())
         self._reactor.when_ended(self._work, self._over)
 
     @property

@@ -209,7 +209,7 @@ class Reactor(Protocol):
 
     def closing(self, fd: int) -> None: ...
 
-    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
@@ -257,19 +257,16 @@ class AsyncioReactor:
             self._loop.remove_reader(fd)
             self._loop.remove_writer(fd)
 
-    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         loop = self._loop
-        if loop.get_task_factory() is not None:
+        if loop.get_task_factory() is not None or sys.version_info < (3, 11):
             # A new task copies the context that it is made in.
             return context.run(loop.create_task, work)
-        # As the loop would do it, in half the time.
+        # As the loop would do it, without the detour.
         if sys.version_info >= (3, 12):
             # It ends here and now if it can, which is 1 us less than another turn of the loop.
-            context = context.copy()
-            return asyncio.Task(work, loop=loop, name=name, context=context, eager_start=True)
-        if sys.version_info >= (3, 11):
-            return asyncio.Task(work, loop=loop, name=name, context=context.copy())
-        return context.run(functools.partial(asyncio.Task, work, loop=loop, name=name))
+            return asyncio.Task(work, loop=loop, context=context.copy(), eager_start=True)
+        return asyncio.Task(work, loop=loop, context=context.copy())
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
         work.add_done_callback(lambda _: callback())
@@ -339,7 +336,7 @@ class TrioReactor:
         if self._trio.lowlevel.in_trio_run():
             self._trio.lowlevel.notify_closing(fd)
 
-    def spawn(self, work: Coroutine[Any, Any, None], context: Context, name: str) -> Work:
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         scope = self._trio.CancelScope()
 
         async def run() -> None:
@@ -350,7 +347,7 @@ class TrioReactor:
                 # What is left of a group with Cancelled in it: it must not end the whole run.
                 logger.exception("a handler failed when it was cancelled")
 
-        self._trio.lowlevel.spawn_system_task(run, name=name, context=context.copy())
+        self._trio.lowlevel.spawn_system_task(run, context=context.copy())
         return _TrioWork(scope)
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:

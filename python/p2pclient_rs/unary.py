@@ -404,9 +404,7 @@ class _Link:
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
-            opening.work = self._reactor.spawn(
-                self._open(opening), copy_context(), "opening of the persistent connection"
-            )
+            opening.work = self._reactor.spawn(self._open(opening), copy_context())
             # A task that never began does not do it.
             self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
@@ -523,6 +521,8 @@ class _Link:
     def on_call(
         self, connection: PersistentConnection, call_id: bytes, proto: str, peer: bytes, data: bytes
     ) -> None:
+        if connection.closed:  # by what came before: this would be at work for nobody
+            return
         entry = self.handlers.get(proto)
         if entry is None:
             connection.reply_error(call_id, f"no handler for the protocol {proto!r}")
@@ -538,7 +538,6 @@ class _Link:
             work = self._reactor.spawn(
                 self._handle(connection, call_id, handler, data, caller, all_work),
                 entry.context,
-                proto,
             )
         except BaseException as error:
             all_work.pop(call_id, None)
@@ -563,7 +562,7 @@ class _Link:
             self._cancel(connection, call_id, all_work)
         if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            work = self._reactor.spawn(_come_back(link), copy_context(), "return of the daemon")
+            work = self._reactor.spawn(_come_back(link), copy_context())
             self._return = work
             self._reactor.when_ended(work, lambda: _returned(link))
 

@@ -219,6 +219,7 @@ impl PersistentConnection {
             // have had their turn.
             inner.corked |= events.len() > 1;
         }
+        let _inside = inside(slf.py());
         let here = match &this.event_loop {
             Some(event_loop) if !events.is_empty() => may_wake(event_loop.bind(slf.py()))?,
             _ => false,
@@ -261,6 +262,7 @@ impl PersistentConnection {
         data: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let (py, this) = (slf.py(), slf.get());
+        let _inside = inside(py);
         let peer = extract_peer_id(peer)?;
         let waiter = match &this.event_loop {
             Some(event_loop) => Bound::new(py, Waiter::new(event_loop.clone_ref(py)))?.into_any(),
