@@ -1,7 +1,7 @@
 """Puts the tables of what run.py measured into Markdown files, between lines such as
 ``<!-- targets -->`` and ``<!-- /targets -->``, so that nobody types a number.
 
-Usage: document.py JSON_FILE MARKDOWN_FILE...
+Usage: document.py JSON_FILE MARKDOWN_FILE...; run.py does so with the file beside its numbers.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from report import Numbers, Table, scenario_table, targets_table
+from report import Numbers, Table, scenario_table, split_table, targets_table
 from scenarios import DAEMONS, FRESH, MOCK, Scenario
 
 
@@ -33,6 +33,7 @@ def fill(numbers: Numbers, machine: Mapping[str, str], file: Path) -> None:
     parts = {
         "machine": "\n".join(f"- {what}: {words}" for what, words in machine.items()),
         "targets": markdown(targets_table(numbers, MOCK)),
+        "split": markdown(split_table(numbers, DAEMONS)),
         "mock": _all(numbers, MOCK),
         "fresh": _all(numbers, FRESH),
         "daemons": _all(numbers, DAEMONS),

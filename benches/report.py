@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from measure import Results
-from scenarios import CONTENDERS, FLOOR, OURS, Contender, Scenario, key, name
+from scenarios import CONTENDERS, FLOOR, HIVEMIND, OURS, Contender, Scenario, key, name
 from targets import TARGETS, Target
 
 Table: TypeAlias = list[list[str]]
@@ -139,6 +139,27 @@ def _bar(bar: tuple[Contender, float] | None, named: bool) -> str:
     if bar is None:
         return "-"
     return f"{bar[1]:g}x" + (f" {bar[0][0]}" if named else "")
+
+
+def split_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
+    """Whose CPU time an operation through two daemons takes: caller's, server's and daemons', of
+    ours and of hivemind's, and how many times ours hivemind's sides take."""
+    parts = ("cpu", "server", "daemons")
+    header = ["scenario"]
+    for who in ("ours", "hivemind"):
+        header += [f"{who}: caller", "server", "daemons"]
+    table = [[*header, "caller x ours", "server x ours"]]
+    for scenario in scenarios:
+        if not numbers.values(scenario.key, OURS, "server"):
+            continue
+        row = [scenario.title]
+        for contender in (OURS, HIVEMIND):
+            medians = (numbers.median(scenario.key, contender, part) for part in parts)
+            row += [number(median * 1e6) if median is not None else "-" for median in medians]
+        for part in parts[:2]:
+            row.append(times(numbers.ratio(scenario.key, OURS, HIVEMIND, part)))
+        table.append(row)
+    return table
 
 
 def verdict(numbers: Numbers, target: Target) -> str:

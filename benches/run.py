@@ -17,7 +17,7 @@ import document
 import incumbents
 import machine
 import measure
-from report import Numbers, scenario_table, show, targets_table
+from report import Numbers, scenario_table, show, split_table, targets_table
 from scenarios import DAEMONS, FRESH, MOCK, Scenario
 from worker import TARGET
 
@@ -51,7 +51,7 @@ async def through_daemons(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, help="how many count (default: 7)")
+    parser.add_argument("--rounds", type=int, help="how many count (default: 9)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
     parser.add_argument("--smoke", action="store_true", help="only that everything works")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="scenarios, or how they begin")
@@ -63,7 +63,7 @@ def main() -> None:
         help="where the numbers go, and beside them the chart, and tables if there is a document",
     )
     options = parser.parse_args()
-    effort = measure.Effort(options.rounds or 7)
+    effort = measure.Effort(options.rounds or 9)
     if options.quick:
         effort = measure.Effort(options.rounds or 3, scale=0.2)
     if options.smoke:
@@ -108,6 +108,9 @@ def main() -> None:
     table = targets_table(numbers, MOCK)
     if len(table) > 1 and not options.smoke:
         show("targets: ours on asyncio, against the mock daemon", table)
+    table = split_table(numbers, DAEMONS)
+    if len(table) > 1 and not options.smoke:
+        show("whose CPU time an operation through two real daemons takes, us, on asyncio", table)
     written: Path = options.json
     written.write_text(measure.to_json({"machine": described, "results": results}))
     if chart.draw(numbers, described, str(written.with_suffix(".svg"))):

@@ -99,17 +99,17 @@ def _unary(what: str, size: int, parallel: int, count: int) -> Scenario:
 MOCK: tuple[Scenario, ...] = (
     Scenario("identify-x1", "identify, one after another", "identify", 1500, (1,)),
     Scenario("identify-x64", "identify, 64 at once", "identify", 1920, (64,), PYTHON, parallel=64),
-    _unary("unary", KIB, 1, 1500),
-    _unary("unary", KIB, 64, 6400),
-    _unary("unary", 64 * KIB, 1, 400),
+    _unary("unary", KIB, 1, 3000),
+    _unary("unary", KIB, 64, 9600),
+    _unary("unary", 64 * KIB, 1, 1000),
     _unary("unary", 64 * KIB, 64, 1280),
-    _unary("unary", MIB, 1, 50),
+    _unary("unary", MIB, 1, 100),
     _unary("unary", MIB, 64, 128),
-    _unary("handler", KIB, 1, 1500),
-    _unary("handler", KIB, 64, 6400),
-    _unary("handler", 64 * KIB, 1, 400),
+    _unary("handler", KIB, 1, 3000),
+    _unary("handler", KIB, 64, 9600),
+    _unary("handler", 64 * KIB, 1, 1000),
     _unary("handler", 64 * KIB, 64, 1280),
-    _unary("handler", MIB, 1, 50),
+    _unary("handler", MIB, 1, 100),
     _unary("handler", MIB, 64, 128),
     Scenario(
         "stall",
@@ -126,10 +126,14 @@ MOCK: tuple[Scenario, ...] = (
     Scenario("ping-pong", "ping-pong of 100 B", "ping-pong", 3000),
     Scenario("readexactly", "readexactly of 4 MiB blocks", "readexactly", 24, (4 * MIB,)),
     Scenario(
-        "framed-read-1MiB", "hivemind's framed 1 MiB messages, read", "framed-read", 60, (MIB,)
+        "framed-read-1MiB", "hivemind's framed 1 MiB messages, read", "framed-read", 150, (MIB,)
     ),
     Scenario(
-        "framed-write-1MiB", "hivemind's framed 1 MiB messages, written", "framed-write", 60, (MIB,)
+        "framed-write-1MiB",
+        "hivemind's framed 1 MiB messages, written",
+        "framed-write",
+        150,
+        (MIB,),
     ),
     Scenario(
         "framed-read-100MB",
