@@ -169,19 +169,16 @@ import sys, threading, time
 from p2pclient_rs._native import Readiness, _the_end_is_near
 
 class Loop:
-    def create_future(self):
+    def add_reader(self, *_):
         # Called from Rust: without the interpreter, while it comes to its end.
         entered.set()
         time.sleep({nap})
         print("woke", flush=True)
-        return self
-    def done(self): return False
-    def add_reader(self, *_): pass
     def is_closed(self): return True
 
 def wait():
     while True:
-        Readiness(Loop(), 0).readable()
+        Readiness(Loop(), 0, None, None).readable()
 
 entered = threading.Event()
 threading.Thread(target=wait, daemon=True).start()

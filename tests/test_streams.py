@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from p2pclient_rs import (
     StreamAttribute,
     StreamInfo,
 )
+from p2pclient_rs.loops import in_trio_task
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -609,6 +611,182 @@ async def test_a_stream_that_always_has_data_lets_other_tasks_run() -> None:
             await stream.readexactly(100)
         tasks.cancel_scope.cancel()
     assert turns >= 2000 // 20
+
+
+# --- large reads, which are received into what they return ---
+
+
+async def cancelled_in_the_middle(stream: Stream, count: int, sent: threading.Event) -> None:
+    """Has a read of ``count`` bytes take all that was sent, and be cancelled."""
+    poll = select.poll()
+    poll.register(stream._raw.fileno(), select.POLLIN)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream.readexactly, count)
+        await until(lambda: sent.is_set() and stream._reading and not poll.poll(0))
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("how", ["again", "shorter", "longer", "read", "receive", "line", "frame"])
+async def test_what_a_cancelled_large_read_took_is_there_for_any_other(how: str) -> None:
+    size = 150_000
+    data = frame(os.urandom(size).replace(b"\n", b"") + b"\n")
+
+    def script(connection: Connection) -> None:
+        connection.send(data[: len(data) // 2])
+        sent.set()
+        assert connection.read(1) == b"!"
+        connection.send(data[len(data) // 2 :])
+
+    sent = threading.Event()
+    async with raw_stream(script) as stream:
+        await cancelled_in_the_middle(stream, len(data), sent)
+        await stream.send(b"!")
+        if how == "again":
+            received = await stream.readexactly(len(data))
+        elif how == "shorter":
+            received = await stream.readexactly(5) + await stream.readexactly(len(data) - 5)
+        elif how == "longer":
+            with pytest.raises(IncompleteRead) as caught:
+                await stream.readexactly(len(data) + 1)
+            received = caught.value.partial
+        elif how == "read":
+            received = await stream.read()
+        elif how == "receive":
+            received = b"".join([part async for part in stream])
+        elif how == "line":
+            received = await stream.readuntil(b"\n", limit=size)
+        else:
+            received = frame(await stream.receive_frame())
+        assert received == data
+        assert await stream.read() == b""
+
+
+async def test_the_end_within_a_large_read_gives_what_there_was() -> None:
+    data = os.urandom(100_000)
+    async with raw_stream(lambda c: c.send(data)) as stream:
+        assert await stream.readexactly(10) == data[:10]
+        # More than there could be memory for, as another peer may have announced.
+        for count in (data[10:], 1 << 46), (b"", MIB), (b"", 1 << 60):
+            with pytest.raises(IncompleteRead) as caught:
+                await stream.readexactly(count[1])
+            assert (caught.value.partial, caught.value.expected) == count
+            assert stream.at_eof()
+
+
+async def test_reads_of_all_sizes_take_turns() -> None:
+    rng = random.Random(6)
+    sizes = [65_535, 65_536, 65_537, 1, 8, MIB, 4096, 3 * MIB, 1, 100_000, 0, 300_000] * 2
+    data = rng.randbytes(sum(sizes))
+
+    async with raw_stream(lambda c: c.send(data)) as stream:
+        at = 0
+        for size in sizes:
+            assert await stream.readexactly(size) == data[at : at + size]
+            at += size
+        assert await stream.read() == b""
+
+
+async def test_a_stream_closed_within_a_large_read_has_nothing_more_to_read() -> None:
+    sent = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.send(bytes(100_000))
+        sent.set()
+        connection.wait_closed()
+
+    async with raw_stream(script) as stream:
+        await cancelled_in_the_middle(stream, MIB, sent)
+        await stream.aclose()
+        with pytest.raises(anyio.ClosedResourceError):
+            await stream.readexactly(MIB)
+        with pytest.raises(anyio.ClosedResourceError):
+            await stream.read(1)
+
+
+# --- who is woken, and when ---
+
+
+async def test_a_task_that_was_woken_is_itself() -> None:
+    def script(connection: Connection) -> None:
+        for _ in range(20):
+            assert connection.read(1) == b"!"
+            connection.send(b"?")
+
+    name: ContextVar[int] = ContextVar("name")
+
+    async def ask(number: int) -> None:
+        name.set(number)
+        before = anyio.get_current_task()
+        async with raw_stream(script) as stream:
+            for _ in range(20):
+                await stream.send(b"!")
+                assert await stream.readexactly(1) == b"?"
+                assert (name.get(), anyio.get_current_task()) == (number, before)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(3):
+            tasks.start_soon(ask, number)
+
+
+async def test_what_came_before_it_was_asked_for_is_read() -> None:
+    def script(connection: Connection) -> None:
+        connection.send(b"a")
+        assert connection.read(1) == b"!"
+        connection.send(b"b")
+        sent.set()
+        connection.wait_closed()
+
+    sent = threading.Event()
+    async with raw_stream(script) as stream:
+        assert await stream.read(100) == b"a"
+        await stream.send(b"!")
+        await until(sent.is_set)
+        # Which nobody answers.
+        await stream.send(b"?")
+        with anyio.fail_after(20):
+            assert await stream.read(100) == b"b"
+
+
+async def test_a_task_can_be_cancelled_while_it_waits_and_told_why(anyio_backend: Any) -> None:
+    if in_trio_task():
+        pytest.skip("asyncio's")
+
+    def hold(connection: Connection) -> None:
+        connection.wait_closed()
+
+    async with raw_stream(hold) as stream:
+        for words in [], ["why"]:
+            task = asyncio.ensure_future(stream.read())
+            await until(lambda: stream._reading)
+            task.cancel(*words)
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+            assert list(caught.value.args) == words
+        # The last one waits on.
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(stream.read(), 0.01)
+
+
+async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
+    if in_trio_task():
+        pytest.skip("nothing runs by itself there")
+
+    def script(connection: Connection) -> None:
+        release.wait(20)
+        received.append(connection.wait_closed())
+
+    release = threading.Event()
+    received: list[bytes] = []
+    data = os.urandom(4 * MIB)
+    with FakeDaemon(script) as fake:
+        stream = await DaemonConnector(fake.control_maddr).open_connection()
+        stream.write(data)
+        assert stream._raw.buffered
+        del stream
+        gc.collect()
+        release.set()
+        await until(lambda: received)
+    assert received == [data]
 
 
 # --- writing ---

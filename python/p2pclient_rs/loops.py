@@ -54,6 +54,13 @@ class Watch(Protocol):
     def writable(self) -> Awaitable[object]:
         """Waits until the socket may be writable."""
 
+    def flush_later(self, raw: RawStream, owner: object) -> None:
+        """Has the loop write what a stream has left over, if it runs callbacks."""
+
+    def drained(self, mark: int) -> Awaitable[object]:
+        """Waits until no more than ``mark`` bytes are left of what is flushed later, or, where
+        nothing is, until the socket may be writable."""
+
     def close(self) -> None:
         """Ends every wait, for the descriptor is about to be closed."""
 
@@ -97,9 +104,11 @@ class AsyncioWatch:
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self._loop = loop
         self._pid = os.getpid()
-        readiness = Readiness(loop, fd)
+        readiness = Readiness(loop, fd, _wake_reader, _wake_writer)
         self.readable = readiness.readable
         self.writable = readiness.writable
+        self.drained = readiness.drained
+        self.flush_later = readiness.flush_later
         self.close = readiness.close
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
@@ -118,6 +127,25 @@ class AsyncioWatch:
             self.close()
         finally:
             raw.close()
+
+
+def _wake_reader(readiness: Readiness) -> None:
+    # A task goes on here and now, in place of a callback that schedules it: the loop would ask for
+    # events in between, which costs more than the rest.
+    woken = readiness.take_readable()
+    if woken is not None:
+        context, callback, wait = woken
+        context.run(callback, wait)
+
+
+def _wake_writer(readiness: Readiness) -> None:
+    try:
+        woken = readiness.take_writable()
+        if woken is not None:
+            context, callback, wait = woken
+            context.run(callback, wait)
+    finally:
+        readiness.settle()
 
 
 class TrioWatch:
@@ -154,6 +182,12 @@ class TrioWatch:
         finally:
             self._writing.set()
             self._writing = None
+
+    def flush_later(self, raw: RawStream, owner: object) -> None:
+        pass
+
+    async def drained(self, mark: int) -> None:
+        await self.writable()
 
     def close(self) -> None:
         # In a forked child trio's epoll is the parent's too.

@@ -13,7 +13,13 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from p2pclient_rs._native import PubsubMessage, RawStream, StreamInfo, decode_pubsub_message
+from p2pclient_rs._native import (
+    PubsubMessage,
+    RawStream,
+    StreamInfo,
+    Waiter,
+    decode_pubsub_message,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -68,13 +74,15 @@ class Stream(ByteStream):
     def __init__(self, raw: RawStream, watch: Watch, info: Any = None) -> None:
         self._raw = raw
         self._watch = watch
+        self._readable = watch.readable
         #: The StreamInfo of a stream to a peer.
         self.info = info
         self._pid = os.getpid()
         self._reading = False
         self._sending = False
         self._turns = watch.turns
-        self._flushing = False
+        #: The loop calls back once everything is written.
+        self._finishing = False
         self._ending = False
         self._closing = False
         #: Whether closing leaves what had come to be read: asyncio's way, not anyio's.
@@ -101,7 +109,13 @@ class Stream(ByteStream):
         if max_bytes < 1:
             raise ValueError("max_bytes must be positive")
         await checkpoint_if_cancelled()
-        data = await self._pull(self._raw.try_receive, max_bytes)
+        if self._turns > 0 and not self._reading:
+            self._turns -= 1
+            data = self._raw.try_receive(max_bytes)
+            if data is None:
+                data = await self._pull_later(self._raw.try_receive, max_bytes)
+        else:
+            data = await self._pull(self._raw.try_receive, max_bytes)
         if not data:
             raise anyio.EndOfStream
         return data
@@ -113,7 +127,10 @@ class Stream(ByteStream):
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
         """
         await checkpoint_if_cancelled()
-        await self._turn()
+        if self._turns > 0:
+            self._turns -= 1
+        else:
+            await self._turn()
         data = _bytes(item)
         size = len(data)
         self._begin_sending()
@@ -187,7 +204,14 @@ class Stream(ByteStream):
         if n == 0:
             return b""
         if n > 0:
-            return await self._pull(self._raw.try_receive, min(n, sys.maxsize))
+            count = n if n < sys.maxsize else sys.maxsize
+            if self._turns > 0 and not self._reading:
+                self._turns -= 1
+                data = self._raw.try_receive(count)
+                if data is None:
+                    data = await self._pull_later(self._raw.try_receive, count)
+                return data
+            return await self._pull(self._raw.try_receive, count)
         return await self._pull(self._raw.try_read_exactly, sys.maxsize)
 
     async def readexactly(self, n: int) -> bytes:
@@ -201,7 +225,14 @@ class Stream(ByteStream):
             raise ValueError("readexactly size can not be less than zero")
         if n == 0:
             return b""
-        data = await self._pull(self._raw.try_read_exactly, min(n, sys.maxsize))
+        count = n if n < sys.maxsize else sys.maxsize
+        if self._turns > 0 and not self._reading:
+            self._turns -= 1
+            data = self._raw.try_read_exactly(count)
+            if data is None:
+                data = await self._pull_later(self._raw.try_read_exactly, count)
+        else:
+            data = await self._pull(self._raw.try_read_exactly, count)
         if len(data) < n:
             raise IncompleteRead(data, n)
         return data
@@ -267,7 +298,7 @@ class Stream(ByteStream):
             # It would land in the middle of what the other task has sent a part of.
             raise anyio.BusyResourceError("writing to")
         if self._raw.write(_bytes(data)):
-            self._flush_later()
+            self._watch.flush_later(self._raw, self)
         return _Later(self.drain)
 
     def writelines(self, data: Iterable[Buffer]) -> None:
@@ -285,7 +316,10 @@ class Stream(ByteStream):
             await self._flush(0)
         elif self._raw.buffered > HIGH_WATER:
             await self._flush(LOW_WATER)
-        await self._turn()
+        if self._turns > 0:
+            self._turns -= 1
+        else:
+            await self._turn()
 
     def can_write_eof(self) -> bool:
         """True."""
@@ -294,7 +328,8 @@ class Stream(ByteStream):
     def write_eof(self) -> None:
         """As ``send_eof``, after what is left in the buffer."""
         self._ending = True
-        self._after_flush(self._raw.flush())
+        self._raw.flush()
+        self._after_flush()
 
     def close(self) -> Awaitable[None]:
         """Closes the stream, after sending what is left in the buffer.
@@ -306,9 +341,8 @@ class Stream(ByteStream):
         self._closing = True
         if self._raw.closed or not self._raw.buffered or os.getpid() != self._pid:
             self._close()
-        elif self._watch.runs_callbacks and not self._flushing:
-            # Whoever was to send the rest has failed at it.
-            self._on_writable(None)
+        elif self._watch.runs_callbacks and not self._finishing:
+            self._on_drained(None)
         return _Later(self.wait_closed)
 
     def is_closing(self) -> bool:
@@ -339,19 +373,23 @@ class Stream(ByteStream):
 
     async def _pull(self, attempt: Callable[..., T | None], *args: Any) -> T:
         """What ``attempt`` gives, once the socket has enough for it to give something."""
-        self._turns -= 1
-        if self._turns < 0:
-            self._turns = self._watch.turns
-            # Before anything is taken: nothing is lost by being cancelled here.
-            await checkpoint()
+        await self._turn()
         if self._reading:
             raise anyio.BusyResourceError("reading from")
+        # Nothing has been taken before: nothing was lost by being cancelled until here.
+        result = attempt(*args)
+        return await self._pull_later(attempt, *args) if result is None else result
+
+    async def _pull_later(self, attempt: Callable[..., T | None], *args: Any) -> T:
+        """As ``_pull``, when the first attempt has come to nothing."""
         self._reading = True
         try:
-            while (result := attempt(*args)) is None:
-                await self._watch.readable()
+            while True:
+                await self._readable()
                 self._turns = self._watch.turns
-            return result
+                result = attempt(*args)
+                if result is not None:
+                    return result
         finally:
             self._reading = False
 
@@ -369,36 +407,38 @@ class Stream(ByteStream):
 
     async def _flush(self, until: int) -> None:
         """Sends what is buffered until no more than ``until`` bytes are."""
-        while (buffered := self._raw.flush()) > until:
-            await self._watch.writable()
-        self._after_flush(buffered)
+        raw = self._raw
+        left = raw.buffered if raw.blocked else raw.flush()
+        while left > until:
+            self._watch.flush_later(raw, self)
+            await self._watch.drained(until)
+            left = raw.flush()
+        self._after_flush()
 
-    def _flush_later(self) -> None:
-        """On asyncio, has the loop send what is buffered when the socket takes it."""
-        if self._flushing or not self._watch.runs_callbacks:
-            return
-        self._flushing = True
-        waiting = self._watch.writable()
-        assert isinstance(waiting, asyncio.Future)
-        waiting.add_done_callback(self._on_writable)
+    def _after_flush(self) -> None:
+        """Does what waited for the buffer to be empty, or sees to it that it will be done."""
+        if not self._raw.buffered:
+            if self._closing:
+                self._close()
+            elif self._ending and not self._raw.write_ended:
+                self._raw.shutdown_write()
+        elif self._watch.runs_callbacks and not self._finishing:
+            self._watch.flush_later(self._raw, self)
+            if self._closing or self._ending:
+                self._finishing = True
+                waiting = self._watch.drained(0)
+                assert isinstance(waiting, Waiter)
+                waiting.add_done_callback(self._on_drained)
 
-    def _on_writable(self, waiting: object) -> None:
-        self._flushing = False
+    def _on_drained(self, waiting: object) -> None:
+        self._finishing = False
         try:
-            self._after_flush(self._raw.flush())
+            self._raw.flush()
+            self._after_flush()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             # Whoever reads or writes next is told.
             if self._closing:
                 self._close()
-
-    def _after_flush(self, buffered: int) -> None:
-        """Does what waited for the buffer to be empty, or sees to it that it will be."""
-        if buffered:
-            self._flush_later()
-        elif self._closing:
-            self._close()
-        elif self._ending:
-            self._raw.shutdown_write()
 
     def _close(self, abort: bool = False) -> None:
         self._closing = True

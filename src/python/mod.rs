@@ -21,6 +21,7 @@ mod pid;
 mod public_key;
 mod readiness;
 mod request;
+mod room;
 mod socket;
 mod stream;
 mod unary;

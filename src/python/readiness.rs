@@ -1,20 +1,33 @@
 //! Waiting for a socket on an asyncio or uvloop event loop, with its own readiness callbacks.
 
 use super::ending::inside;
+use super::pid::pid;
+use super::stream::RawStream;
+use super::waiter::{may_wake, Waiter};
 use pyo3::prelude::*;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// What wakes whoever waits: the context to run it in, a callable, and its argument.
+type Wakeup = (Py<PyAny>, Py<PyAny>, Py<Waiter>);
+
 /// The watch of one event loop over one file descriptor.
 ///
 /// A callback stays registered while it might be needed again, since every `add_reader` costs a
-/// system call; it is removed when the socket is readable and nobody waits for it.
+/// system call.
+///
+/// Whoever waits goes on within the loop's callback, not a turn of the loop later. What the loop
+/// calls is `wake_reader` and `wake_writer`, which run what `take_…` gives them: Python's functions,
+/// for what goes on there may be anything, and is not to be on its way through Rust then (see
+/// `ending`).
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct Readiness {
     event_loop: Py<PyAny>,
     fd: RawFd,
     pid: u32,
+    wake_reader: Py<PyAny>,
+    wake_writer: Py<PyAny>,
     read: Mutex<Direction>,
     write: Mutex<Direction>,
 }
@@ -23,11 +36,19 @@ pub struct Readiness {
 #[derive(Default)]
 struct Direction {
     registered: bool,
-    /// The last event woke somebody, whose reading the next event may have overtaken: a loop asks
-    /// for events before it runs the tasks that the last ones woke.
-    stale: bool,
+    /// The last event found nobody who waits.
+    idle: bool,
     closed: bool,
-    waiters: Vec<Py<PyAny>>,
+    /// Each with how many bytes may be left over once it is woken.
+    waiters: Vec<(Py<Waiter>, usize)>,
+    /// What is to be written when that is possible.
+    flushing: Option<Flushing>,
+}
+
+/// A stream that has left something over, and what is to live until it is written.
+struct Flushing {
+    stream: Py<RawStream>,
+    owner: Py<PyAny>,
 }
 
 #[derive(Clone, Copy)]
@@ -39,50 +60,92 @@ enum Way {
 #[pymethods]
 impl Readiness {
     #[new]
-    fn new(event_loop: Py<PyAny>, fd: RawFd) -> Self {
+    fn new(
+        event_loop: Py<PyAny>,
+        fd: RawFd,
+        wake_reader: Py<PyAny>,
+        wake_writer: Py<PyAny>,
+    ) -> Self {
         Self {
             event_loop,
             fd,
-            pid: std::process::id(),
+            pid: pid(),
+            wake_reader,
+            wake_writer,
             read: Mutex::default(),
             write: Mutex::default(),
         }
     }
 
-    /// A future that is done when the socket may be readable, or the watch was closed.
-    fn readable<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        Self::wait(slf, Way::Read)
+    /// A wait until the socket may be readable, or the watch was closed.
+    fn readable(slf: &Bound<'_, Self>) -> PyResult<Py<Waiter>> {
+        Self::wait(slf, Way::Read, usize::MAX)
     }
 
-    /// A future that is done when the socket may be writable, or the watch was closed.
-    fn writable<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        Self::wait(slf, Way::Write)
+    /// A wait until the socket may be writable, or the watch was closed.
+    fn writable(slf: &Bound<'_, Self>) -> PyResult<Py<Waiter>> {
+        Self::wait(slf, Way::Write, usize::MAX)
     }
 
-    fn _on_readable(&self, py: Python<'_>) -> PyResult<()> {
-        self.on_event(py, Way::Read)
+    /// Has what a stream has left over be written when that is possible. Its `owner` lives until
+    /// that is done or has failed.
+    fn flush_later(slf: &Bound<'_, Self>, stream: Py<RawStream>, owner: Py<PyAny>) -> PyResult<()> {
+        {
+            let mut direction = slf.get().direction(Way::Write);
+            if direction.closed || direction.flushing.is_some() {
+                return Ok(());
+            }
+            direction.flushing = Some(Flushing { stream, owner });
+        }
+        Self::register(slf, Way::Write)
     }
 
-    fn _on_writable(&self, py: Python<'_>) -> PyResult<()> {
-        self.on_event(py, Way::Write)
+    /// A wait until no more than `mark` bytes are left of what `flush_later` is to write, or that
+    /// failed, or the watch was closed.
+    fn drained(slf: &Bound<'_, Self>, mark: usize) -> PyResult<Py<Waiter>> {
+        Self::wait(slf, Way::Write, mark)
+    }
+
+    /// What is to be run when the socket is readable.
+    fn take_readable(&self, py: Python<'_>) -> PyResult<Option<Wakeup>> {
+        self.take(py, Way::Read)
+    }
+
+    /// What is to be run when the socket is writable. Then `settle` is to be called.
+    fn take_writable(&self, py: Python<'_>) -> PyResult<Option<Wakeup>> {
+        self.take(py, Way::Write)
+    }
+
+    /// Stops to watch for the socket to be writable, as it mostly is, if nobody waits for that.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        {
+            let mut direction = self.direction(Way::Write);
+            let busy = direction.flushing.is_some() || !direction.waiters.is_empty();
+            if busy || !std::mem::take(&mut direction.registered) {
+                return Ok(());
+            }
+        }
+        let _inside = inside(py);
+        self.remove(py, Way::Write)
     }
 
     /// Ends the watch and wakes whoever waits. In a forked child nothing is touched: the loop's
     /// epoll is the parent's too.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        if std::process::id() != self.pid {
+        if pid() != self.pid {
             return Ok(());
         }
         let _inside = inside(py);
         // A loop that is closed watches nothing, and can wake nobody.
         let loop_is_closed = self.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
-            let (registered, waiters) = {
+            let (registered, waiters, _flushing) = {
                 let mut direction = self.direction(way);
                 direction.closed = true;
                 (
                     std::mem::take(&mut direction.registered),
                     std::mem::take(&mut direction.waiters),
+                    direction.flushing.take(),
                 )
             };
             if loop_is_closed {
@@ -91,17 +154,26 @@ impl Readiness {
             if registered {
                 self.remove(py, way)?;
             }
-            wake(py, waiters)?;
+            for (waiter, _) in waiters {
+                let waiter = waiter.bind(py);
+                let wakeup = Waiter::succeed(waiter, py.None())?;
+                Waiter::later(waiter, wakeup)?;
+            }
         }
         Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.event_loop)?;
+        visit.call(&self.wake_reader)?;
+        visit.call(&self.wake_writer)?;
         for direction in [&self.read, &self.write] {
             if let Ok(direction) = direction.try_lock() {
-                for waiter in &direction.waiters {
+                for (waiter, _) in &direction.waiters {
                     visit.call(waiter)?;
+                }
+                if let Some(flushing) = &direction.flushing {
+                    visit.call(&flushing.owner)?;
                 }
             }
         }
@@ -110,11 +182,11 @@ impl Readiness {
 
     fn __clear__(&self) {
         for direction in [&self.read, &self.write] {
-            let waiters = match direction.try_lock() {
-                Ok(mut direction) => std::mem::take(&mut direction.waiters),
-                Err(_) => Vec::new(),
-            };
-            drop(waiters);
+            let held = direction.try_lock().map(|mut direction| {
+                let waiters = std::mem::take(&mut direction.waiters);
+                (waiters, direction.flushing.take())
+            });
+            drop(held);
         }
     }
 }
@@ -129,75 +201,106 @@ impl Readiness {
     }
 
     /// No Python is called while a direction is locked: it could come back to this watch.
-    fn wait<'py>(slf: &Bound<'py, Self>, way: Way) -> PyResult<Bound<'py, PyAny>> {
+    fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<Waiter>> {
         let py = slf.py();
-        let _inside = inside(py);
         let this = slf.get();
-        let future = this
-            .event_loop
-            .bind(py)
-            .call_method0(intern!(py, "create_future"))?;
-        let old = std::mem::take(&mut this.direction(way).waiters);
-        let mut kept = Vec::with_capacity(old.len() + 1);
-        for waiter in old {
-            if !is_done(waiter.bind(py))? {
-                kept.push(waiter);
-            }
-        }
-        kept.push(future.clone().unbind());
-        let register = {
+        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
+        let closed = {
             let mut direction = this.direction(way);
-            if direction.closed {
-                None
-            } else {
-                direction.waiters.append(&mut kept);
-                Some(!std::mem::replace(&mut direction.registered, true))
+            if !direction.closed {
+                // Who was cancelled waits no more.
+                direction.waiters.retain(|(waiter, _)| !waiter.get().done());
+                direction.waiters.push((waiter.clone().unbind(), mark));
+                direction.idle = false;
             }
+            direction.closed
         };
-        match register {
-            None => wake(py, kept)?,
-            Some(true) => {
-                if let Err(error) = this.add(slf, way) {
-                    this.direction(way).registered = false;
-                    return Err(error);
-                }
-            }
-            Some(false) => {}
+        if closed {
+            Waiter::succeed(&waiter, py.None())?;
+        } else {
+            Self::register(slf, way)?;
         }
-        Ok(future)
+        Ok(waiter.unbind())
     }
 
-    fn on_event(&self, py: Python<'_>, way: Way) -> PyResult<()> {
+    fn register(slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
+        let this = slf.get();
+        if std::mem::replace(&mut this.direction(way).registered, true) {
+            return Ok(());
+        }
+        let _inside = inside(slf.py());
+        let added = this.add(slf, way);
+        if added.is_err() {
+            this.direction(way).registered = false;
+        }
+        added
+    }
+
+    /// Whoever is to be woken by an event, the first of them by who called, the others a turn of
+    /// the loop later.
+    fn take(&self, py: Python<'_>, way: Way) -> PyResult<Option<Wakeup>> {
         let _inside = inside(py);
-        let waiters = {
+        let (waiters, flushing) = {
             let mut direction = self.direction(way);
-            let suspect = std::mem::replace(&mut direction.stale, false);
-            if (suspect || direction.waiters.is_empty()) && !is_ready(self.fd, way) {
-                return Ok(());
-            }
-            if direction.waiters.is_empty() {
-                if std::mem::replace(&mut direction.registered, false) {
-                    drop(direction);
-                    self.remove(py, way)?;
-                }
-                return Ok(());
-            }
-            direction.stale = true;
-            std::mem::take(&mut direction.waiters)
+            (
+                std::mem::take(&mut direction.waiters),
+                direction.flushing.take(),
+            )
         };
-        wake(py, waiters)
+        // What has failed will fail again for whoever goes on.
+        let left = flushing
+            .as_ref()
+            .map_or(0, |flushing| flushing.stream.get().flush().unwrap_or(0));
+        let (mut woken, mut kept) = (Vec::new(), Vec::new());
+        for (waiter, mark) in waiters {
+            if left > mark && !waiter.get().done() {
+                kept.push((waiter, mark));
+            } else if let Some(wakeup) = Waiter::succeed(waiter.bind(py), py.None())? {
+                woken.push((waiter, wakeup));
+            }
+        }
+        let (done, unfinished) = match left {
+            0 => (flushing, None),
+            _ => (None, flushing),
+        };
+        let remove = {
+            let mut direction = self.direction(way);
+            kept.append(&mut direction.waiters);
+            direction.waiters = kept;
+            direction.flushing = unfinished;
+            let idle = woken.is_empty() && direction.waiters.is_empty();
+            let idle = idle && direction.flushing.is_none();
+            // Somebody may be about to wait again: the next event, if there is one, will tell.
+            let again = std::mem::replace(&mut direction.idle, idle);
+            idle && again && std::mem::take(&mut direction.registered)
+        };
+        if remove {
+            self.remove(py, way)?;
+        }
+        drop(done);
+        let mut first = None;
+        for (waiter, mut wakeup) in woken {
+            match wakeup.context.take() {
+                Some(context) if first.is_none() && may_wake(self.event_loop.bind(py))? => {
+                    first = Some((context, wakeup.function, waiter));
+                }
+                context => {
+                    wakeup.context = context;
+                    Waiter::later(waiter.bind(py), Some(wakeup))?;
+                }
+            }
+        }
+        Ok(first)
     }
 
     fn add(&self, slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
         let py = slf.py();
         let (add, callback) = match way {
-            Way::Read => (intern!(py, "add_reader"), intern!(py, "_on_readable")),
-            Way::Write => (intern!(py, "add_writer"), intern!(py, "_on_writable")),
+            Way::Read => (intern!(py, "add_reader"), &self.wake_reader),
+            Way::Write => (intern!(py, "add_writer"), &self.wake_writer),
         };
-        let callback = slf.getattr(callback)?;
-        self.event_loop
-            .bind(py)
-            .call_method1(add, (self.fd, callback))?;
+        let event_loop = self.event_loop.bind(py);
+        event_loop.call_method1(add, (self.fd, callback, slf))?;
         Ok(())
     }
 
@@ -216,34 +319,4 @@ impl Readiness {
             .call_method0(intern!(py, "is_closed"))?
             .extract()
     }
-}
-
-fn wake(py: Python<'_>, waiters: Vec<Py<PyAny>>) -> PyResult<()> {
-    for waiter in waiters {
-        let waiter = waiter.bind(py);
-        if !is_done(waiter)? {
-            waiter.call_method1(intern!(py, "set_result"), (py.None(),))?;
-        }
-    }
-    Ok(())
-}
-
-fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
-    future.call_method0(intern!(future.py(), "done"))?.extract()
-}
-
-/// Whether the socket is ready now.
-#[allow(unsafe_code)]
-fn is_ready(fd: RawFd, way: Way) -> bool {
-    let mut poll = libc::pollfd {
-        fd,
-        events: match way {
-            Way::Read => libc::POLLIN,
-            Way::Write => libc::POLLOUT,
-        },
-        revents: 0,
-    };
-    // SAFETY: one pollfd is passed, and it outlives the call. A descriptor that is not open is
-    // reported in `revents`.
-    unsafe { libc::poll(&mut poll, 1, 0) > 0 }
 }

@@ -3,17 +3,34 @@
 
 use super::convert::with_bytes;
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
-use super::socket::{Socket, READ_SIZE};
+use super::room::Room;
+use super::socket::{with_scratch, Socket, READ_SIZE};
 use crate::core::framing;
+use crate::core::output::Output;
 use bytes::{Bytes, BytesMut};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Reads of less than this fetch more at once and keep the rest, in bytes.
 const READ_AHEAD: usize = 16 * 1024;
+
+/// At least as many bytes are received into the object that they are asked for in.
+const LARGE: usize = 64 * 1024;
+
+/// For how many bytes such an object has room at first: whoever asks may have been told the number
+/// by another peer.
+const FIRST_ROOM: usize = 128 * 1024 * 1024;
+
+/// How much is read at the end of a large object of what may follow, in bytes: the head of the
+/// next, mostly.
+const BEHIND: usize = 4 * 1024;
+
+/// How much is read ahead after a large object, in bytes, lest much of the next takes a detour.
+const SHY: usize = 16 * 1024;
 
 /// How much of what has come a close keeps to be read, in bytes: as much as asyncio reads ahead.
 const KEPT: usize = 2 * 64 * 1024;
@@ -34,8 +51,23 @@ struct Half {
     socket: Option<Socket>,
     /// Read, not yet asked for.
     input: BytesMut,
-    /// Written by `write`, not yet taken by the socket.
-    output: BytesMut,
+    /// What is read for a `try_read_exactly` of that many bytes, which has not come to its end or
+    /// was given up. Before `input`, which is empty meanwhile.
+    large: Option<(Room, usize)>,
+    /// How much is read ahead at the most, in bytes.
+    ahead: usize,
+    /// The last `try_receive` got much of what it had room for.
+    bulk: bool,
+    /// The last read got all there was.
+    drained: bool,
+    /// Something was sent since: what is read next is most likely the answer, which is not there
+    /// yet. Reading is not tried then, before the socket says that it is readable.
+    asked: bool,
+    /// Written by `write`, not yet taken by the socket. Holds bytes objects, not of subclasses: to
+    /// drop one runs no Python.
+    output: Output<PyBackedBytes>,
+    /// The socket did not take all of it: it will be ready when it takes more.
+    blocked: bool,
     at_eof: bool,
     /// Closed so that what was read ahead can still be read, and then the end.
     readable_to_end: bool,
@@ -47,11 +79,17 @@ impl RawStream {
     pub fn new(socket: Socket, input: Bytes) -> Self {
         Self {
             fd: socket.as_raw_fd(),
-            pid: std::process::id(),
+            pid: super::pid::pid(),
             state: Mutex::new(Half {
                 socket: Some(socket),
                 input: BytesMut::from(input),
-                output: BytesMut::new(),
+                large: None,
+                ahead: READ_SIZE,
+                bulk: false,
+                drained: false,
+                asked: false,
+                output: Output::default(),
+                blocked: false,
                 at_eof: false,
                 readable_to_end: false,
                 write_ended: false,
@@ -89,23 +127,18 @@ impl RawStream {
         max_bytes: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let mut half = self.open_to_read()?;
+        half.give_up_large(py);
         if half.input.is_empty() && max_bytes >= READ_AHEAD {
             // Nothing was read ahead: what comes goes to the caller without another copy.
             if half.at_eof {
                 return Ok(Some(PyBytes::new(py, b"")));
             }
-            let read = half
-                .socket()?
-                .read_with(max_bytes, |bytes| {
-                    (bytes.is_empty(), PyBytes::new(py, bytes))
-                })
-                .map_err(broken)?;
-            return Ok(read.map(|(end, bytes)| {
-                half.at_eof = end;
-                bytes
-            }));
+            if half.is_too_early() {
+                return Ok(None);
+            }
+            return half.receive(py, max_bytes.min(READ_SIZE));
         }
-        if half.input.is_empty() && max_bytes > 0 && !half.fill()? {
+        if half.input.is_empty() && max_bytes > 0 && (half.is_too_early() || !half.fill()?) {
             return Ok(None);
         }
         let count = max_bytes.min(half.input.len());
@@ -119,15 +152,16 @@ impl RawStream {
         count: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let mut half = self.open_to_read()?;
-        let begin = half.input.len();
-        while half.input.len() < count && !half.at_eof {
-            // A sender that keeps up must not keep the loop from everything else.
-            if half.input.len() - begin >= TURN || !half.fill()? {
-                return Ok(None);
+        if half.input.len() < count && half.is_too_early() {
+            return Ok(None);
+        }
+        if !matches!(half.large, Some((_, wanted)) if wanted == count) {
+            half.give_up_large(py);
+            if count < half.input.len().saturating_add(LARGE) || !half.begin_large(py, count) {
+                return half.read_exactly(py, count);
             }
         }
-        let count = count.min(half.input.len());
-        Ok(Some(half.take(py, count)))
+        half.read_large(py)
     }
 
     /// Everything up to and including `separator`; what is left at the end of the stream. More
@@ -139,6 +173,7 @@ impl RawStream {
         limit: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let mut half = self.open_to_read()?;
+        half.give_up_large(py);
         let mut searched = 0;
         loop {
             let found = memchr::memmem::find(&half.input[searched..], separator);
@@ -176,6 +211,7 @@ impl RawStream {
         max_bytes: usize,
     ) -> PyResult<Option<Vec<Bound<'py, PyBytes>>>> {
         let mut half = self.open_to_read()?;
+        half.give_up_large(py);
         loop {
             let frame = framing::split_frame(&mut half.input, max_bytes);
             if let Some(frame) = frame.map_err(errors::from_core)? {
@@ -206,26 +242,22 @@ impl RawStream {
                 return Ok(0);
             }
             let rest = bytes.get(offset..).unwrap_or_default();
+            half.asked = half.drained;
             half.socket()?.write(rest).map_err(broken)
         })
     }
 
-    /// Writes `data`; what the socket does not take now is copied and written later. Returns how
-    /// many bytes wait.
+    /// Writes `data`; what the socket does not take now is kept and written later, a large bytes
+    /// object as it is and anything else as a copy. Returns how many bytes wait.
     fn write(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             let mut half = self.open()?;
             half.writable()?;
-            let mut written = 0;
-            if half.flush()? {
-                while written < bytes.len() {
-                    match half.socket()?.write(&bytes[written..]).map_err(broken)? {
-                        0 => break,
-                        count => written += count,
-                    }
-                }
+            let written = half.write(bytes)?;
+            match data.cast_exact::<PyBytes>() {
+                Ok(object) => half.output.push_shared(object.clone().into(), written),
+                Err(_) => half.output.push_copied(&bytes[written..]),
             }
-            half.output.extend_from_slice(&bytes[written..]);
             Ok(half.output.len())
         })
     }
@@ -235,13 +267,13 @@ impl RawStream {
         with_bytes(data, |bytes| {
             let mut half = self.open()?;
             half.writable()?;
-            half.output.extend_from_slice(bytes);
+            half.output.push_copied(bytes);
             Ok(half.output.len())
         })
     }
 
     /// Writes what waits; says how many bytes still do.
-    fn flush(&self) -> PyResult<usize> {
+    pub fn flush(&self) -> PyResult<usize> {
         let mut half = self.open()?;
         half.flush()?;
         Ok(half.output.len())
@@ -251,6 +283,12 @@ impl RawStream {
     #[getter]
     fn buffered(&self) -> usize {
         self.lock().output.len()
+    }
+
+    /// Whether something waits for the socket to take more.
+    #[getter]
+    fn blocked(&self) -> bool {
+        self.lock().blocked
     }
 
     /// Whether the end was reached and everything before it was read.
@@ -282,8 +320,9 @@ impl RawStream {
     }
 
     /// Reads ahead if nothing was, so that `at_eof` knows of an end that has come.
-    fn look_ahead(&self) -> PyResult<()> {
+    fn look_ahead(&self, py: Python<'_>) -> PyResult<()> {
         let mut half = self.open_to_read()?;
+        half.give_up_large(py);
         if half.input.is_empty() {
             half.fill()?;
         }
@@ -296,15 +335,16 @@ impl RawStream {
     /// With `keep_input` it is asyncio's way: what has come, up to a bound, can still be read, and
     /// then the end; and what waits to be written is lost only if the socket does not take it.
     #[pyo3(signature = (*, abort = false, keep_input = false))]
-    fn close(&self, abort: bool, keep_input: bool) {
+    fn close(&self, py: Python<'_>, abort: bool, keep_input: bool) {
         let mut half = self.lock();
-        let forked = std::process::id() != self.pid;
+        half.give_up_large(py);
+        let forked = super::pid::pid() != self.pid;
         if keep_input && !forked {
             // Whatever this fails at, a close has nobody to tell.
             let _ = half.flush();
             half.keep();
         }
-        half.output.clear();
+        half.output = Output::default();
         let Some(socket) = half.socket.take() else {
             return;
         };
@@ -379,13 +419,128 @@ impl Half {
         self.socket()?;
         let Self { socket, input, .. } = self;
         let socket = socket.as_ref().expect("checked above");
-        let read = socket.read_with(READ_SIZE, |bytes| {
+        let read = socket.read_with(self.ahead, |bytes| {
             input.extend_from_slice(bytes);
-            bytes.is_empty()
+            bytes.len()
         });
-        let end = read.map_err(broken)?;
-        self.at_eof |= end == Some(true);
-        Ok(end.is_some())
+        let read = read.map_err(broken)?;
+        self.at_eof |= read == Some(0);
+        self.drained = read < Some(self.ahead);
+        if read == Some(self.ahead) {
+            self.ahead = READ_SIZE.min(2 * self.ahead);
+        }
+        Ok(read.is_some())
+    }
+
+    /// Reads once, up to `size` bytes, for a caller.
+    fn receive<'py>(
+        &mut self,
+        py: Python<'py>,
+        size: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let socket = self.socket()?;
+        let received = if self.bulk {
+            let mut room = Room::new(py, size)?;
+            match socket.read(room.rest(py)).map_err(broken)? {
+                Some(count) => {
+                    room.advance(py, count);
+                    Some(room.finish(py)?)
+                }
+                None => None,
+            }
+        } else {
+            // What comes is likely to be much less, and is copied to an object of its size.
+            let read = socket.read_with(size, |bytes| PyBytes::new(py, bytes));
+            read.map_err(broken)?
+        };
+        self.drained = received.as_ref().is_none_or(|b| b.as_bytes().len() < size);
+        if let Some(bytes) = &received {
+            let count = bytes.as_bytes().len();
+            self.at_eof = count == 0;
+            self.bulk = count >= size / 2;
+        }
+        Ok(received)
+    }
+
+    /// As `try_read_exactly`, by way of `input`.
+    fn read_exactly<'py>(
+        &mut self,
+        py: Python<'py>,
+        count: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let begin = self.input.len();
+        while self.input.len() < count && !self.at_eof {
+            // A sender that keeps up must not keep the loop from everything else.
+            if self.input.len() - begin >= TURN || !self.fill()? {
+                return Ok(None);
+            }
+        }
+        let count = count.min(self.input.len());
+        Ok(Some(self.take(py, count)))
+    }
+
+    /// Makes room for an object of `count` bytes; false if it is not to be, since there is no
+    /// memory or not so much will come.
+    fn begin_large(&mut self, py: Python<'_>, count: usize) -> bool {
+        if self.at_eof || count > FIRST_ROOM && self.input.len() < FIRST_ROOM {
+            // Of what was announced, so much must have come before there is room for all of it.
+            return false;
+        }
+        let Ok(mut room) = Room::new(py, count) else {
+            return false;
+        };
+        room.push(py, &self.input);
+        self.input = BytesMut::new();
+        self.large = Some((room, count));
+        true
+    }
+
+    /// Reads into the large object; `None` if that would block before it is whole.
+    fn read_large<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let mut budget = TURN;
+        while budget > 0 {
+            self.socket()?;
+            let (Some(socket), Some((room, _))) = (&self.socket, &mut self.large) else {
+                break;
+            };
+            let input = &mut self.input;
+            let wanted = room.rest(py).len();
+            let read = with_scratch(|scratch| {
+                let behind = &mut scratch[..BEHIND];
+                let read = socket.read_both(room.rest(py), behind)?;
+                if let Some(count) = read.filter(|count| *count > wanted) {
+                    input.extend_from_slice(&behind[..count - wanted]);
+                }
+                Ok(read)
+            });
+            let Some(count) = read.map_err(broken)? else {
+                return Ok(None);
+            };
+            room.advance(py, count.min(wanted));
+            self.drained = count < wanted + BEHIND;
+            if count >= wanted {
+                self.ahead = SHY;
+                return match self.large.take() {
+                    Some((room, _)) => room.finish(py).map(Some),
+                    None => Ok(None),
+                };
+            }
+            if count == 0 {
+                self.at_eof = true;
+                self.give_up_large(py);
+                let count = self.input.len();
+                return Ok(Some(self.take(py, count)));
+            }
+            budget = budget.saturating_sub(count);
+        }
+        Ok(None)
+    }
+
+    /// Has what was read for a large object be read by whatever comes next.
+    fn give_up_large(&mut self, py: Python<'_>) {
+        if let Some((room, _)) = self.large.take() {
+            self.input.extend_from_slice(room.filled(py));
+        }
     }
 
     /// Reads what has come into `input`, up to a bound.
@@ -404,15 +559,47 @@ impl Half {
 
     /// Writes what `write` left over; false if some is left still.
     fn flush(&mut self) -> PyResult<bool> {
-        while !self.output.is_empty() {
-            match self.socket()?.write(&self.output).map_err(broken)? {
-                0 => return Ok(false),
-                count => {
-                    let _ = self.output.split_to(count);
-                }
-            }
+        self.blocked = false;
+        while !self.output.is_empty() && !self.blocked {
+            self.write_out(&[])?;
         }
-        Ok(true)
+        Ok(self.output.is_empty())
+    }
+
+    /// Writes what is taken of `bytes` behind what waits. Tries nothing if the socket took less
+    /// than all the last time: it says when it takes more.
+    fn write(&mut self, bytes: &[u8]) -> PyResult<usize> {
+        if self.blocked {
+            return Ok(0);
+        }
+        self.write_out(bytes)
+    }
+
+    /// Whether reading can be left until the socket says that it is readable.
+    fn is_too_early(&mut self) -> bool {
+        std::mem::take(&mut self.asked) && self.socket.is_some() && !self.at_eof
+    }
+
+    /// Writes once: what waits, and `bytes`. Returns how many of `bytes` were written.
+    fn write_out(&mut self, bytes: &[u8]) -> PyResult<usize> {
+        let socket = self.socket()?;
+        let (offered, sent) = if self.output.is_empty() {
+            (bytes.len(), socket.write(bytes))
+        } else {
+            let mut slices = self.output.slices();
+            let mut offered = slices.iter().map(|slice| slice.len()).sum();
+            if offered == self.output.len() && !bytes.is_empty() {
+                offered += bytes.len();
+                slices.push(IoSlice::new(bytes));
+            }
+            (offered, socket.write_vectored(&slices))
+        };
+        let sent = sent.map_err(broken)?;
+        self.asked = self.drained;
+        self.blocked = sent < offered;
+        let waiting = self.output.len();
+        self.output.sent(sent);
+        Ok(sent.saturating_sub(waiting))
     }
 
     fn take<'py>(&mut self, py: Python<'py>, count: usize) -> Bound<'py, PyBytes> {

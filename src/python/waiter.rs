@@ -181,7 +181,7 @@ impl Waiter {
         Self::later(slf, wakeup)
     }
 
-    fn done(&self) -> bool {
+    pub fn done(&self) -> bool {
         !matches!(self.lock().outcome, Outcome::Pending)
     }
 

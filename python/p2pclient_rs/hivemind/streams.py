@@ -57,7 +57,8 @@ class StreamReader(asyncio.StreamReader):
             RuntimeError: Another task is reading.
         """
         if n > 0:
-            data = await self._pull("read", self._try_receive, min(n, sys.maxsize))
+            count = n if n < sys.maxsize else sys.maxsize
+            data = await self._pull("read", self._try_receive, count)
             if not data and self._lost is not None:
                 raise self._lost
             return data
@@ -82,7 +83,8 @@ class StreamReader(asyncio.StreamReader):
             raise ValueError("readexactly size can not be less than zero")
         if n == 0 and self._lost is None:
             return b""
-        data = await self._pull("readexactly", self._try_read_exactly, min(n, sys.maxsize))
+        count = n if n < sys.maxsize else sys.maxsize
+        data = await self._pull("readexactly", self._try_read_exactly, count)
         if len(data) < n:
             raise self._lost or IncompleteRead(data, n)
         return data
@@ -139,8 +141,13 @@ class StreamReader(asyncio.StreamReader):
     async def _pull(self, name: str, attempt: Callable[..., T | None], *args: Any) -> T:
         if self._lost is not None:
             raise self._lost
+        stream = self._stream
         try:
-            return await self._stream._pull(attempt, *args)
+            if stream._turns > 0 and not stream._reading:
+                stream._turns -= 1
+                result = attempt(*args)
+                return await stream._pull_later(attempt, *args) if result is None else result
+            return await stream._pull(attempt, *args)
         except anyio.BrokenResourceError as error:
             raise self._lose(error) from None
         except anyio.BusyResourceError:
@@ -197,10 +204,10 @@ class StreamTransport(asyncio.Transport):
         try:
             if len(data) >= _CORK:
                 if self._raw.write(data):
-                    stream._flush_later()
+                    stream._watch.flush_later(self._raw, stream)
             elif self._raw.cork(data) >= HIGH_WATER:
                 self._uncork()
-            elif not (self._corked or stream._flushing):
+            elif not (self._corked or self._raw.blocked):
                 self._corked = True
                 self._loop.call_soon(self._uncork)
         except anyio.ClosedResourceError:
@@ -269,7 +276,7 @@ class StreamTransport(asyncio.Transport):
         self._corked = False
         try:
             if self._raw.flush():
-                self._stream._flush_later()
+                self._stream._watch.flush_later(self._raw, self._stream)
         except anyio.ClosedResourceError:
             pass
         except anyio.BrokenResourceError as error:
@@ -289,7 +296,7 @@ class StreamTransport(asyncio.Transport):
             buffered = self._raw.buffered
             if buffered > self._high:
                 await stream._flush(self._low)
-            elif buffered and not stream._flushing:
+            elif buffered and not self._raw.blocked:
                 # The loop was to send it, and failed.
                 await stream._flush(buffered)
             stream._turns -= 1
