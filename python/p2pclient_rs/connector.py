@@ -353,15 +353,31 @@ class DaemonConnector:
             await turn.acquire()
         try:
             connection = pool.take()
-            if connection is not None:
+            retry = connection is not None
+            while True:
+                if connection is None:
+                    connection = await self._connect()
+                raw, watch = connection
+                consumed = False
                 try:
-                    return await self._drive(pool, connection, request)
+                    if not raw.start(request):
+                        await watch.writable()
+                        while not raw.flush():
+                            await watch.writable()
+                    answer = await watch.answer(raw)
+                    consumed = raw.consumed
+                    return answer, connection
                 except ConnectionLost as error:
                     # The daemon closed it meanwhile, perhaps by a restart. Only where it cannot
                     # have acted on the request is it right to send that again.
-                    if not error.unexecuted:
+                    if not (retry and error.unexecuted):
                         raise
-            return await self._drive(pool, await self._connect(), request)
+                    retry = False
+                finally:
+                    # One with half an answer on it is of no use to anybody else.
+                    if not consumed:
+                        pool.give_back(connection)
+                connection = None
         finally:
             turn.release()
 
@@ -378,22 +394,6 @@ class DaemonConnector:
         if isinstance(loop, asyncio.AbstractEventLoop):
             self._loop, self._recent = loop, pool
         return pool
-
-    async def _drive(
-        self, pool: _Pool, connection: _Connection, request: Request
-    ) -> tuple[Any, _Connection]:
-        raw, watch = connection
-        consumed = False
-        try:
-            raw.start(request)
-            while (answer := raw.step()) is None:
-                await (watch.writable() if raw.wants_write else watch.readable())
-            consumed = raw.consumed
-            return answer[0], connection
-        finally:
-            # A connection with half an answer on it is of no use to anybody else.
-            if not consumed:
-                pool.give_back(connection)
 
     async def _connect(self) -> _Connection:
         try:

@@ -54,6 +54,9 @@ class Watch(Protocol):
     def writable(self) -> Awaitable[object]:
         """Waits until the socket may be writable."""
 
+    def answer(self, raw: ControlConnection) -> Awaitable[Any]:
+        """Waits for the answer to the request that ``raw`` has sent."""
+
     def flush_later(self, raw: RawStream, owner: object) -> None:
         """Has the loop write what a stream has left over, if it runs callbacks."""
 
@@ -107,6 +110,7 @@ class AsyncioWatch:
         readiness = Readiness(loop, fd, _wake_reader, _wake_writer)
         self.readable = readiness.readable
         self.writable = readiness.writable
+        self.answer = readiness.answer
         self.drained = readiness.drained
         self.flush_later = readiness.flush_later
         self.close = readiness.close
@@ -182,6 +186,11 @@ class TrioWatch:
         finally:
             self._writing.set()
             self._writing = None
+
+    async def answer(self, raw: ControlConnection) -> Any:
+        while (answer := raw.step()) is None:
+            await self.readable()
+        return answer[0]
 
     def flush_later(self, raw: RawStream, owner: object) -> None:
         pass

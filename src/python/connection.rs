@@ -90,8 +90,9 @@ impl ControlConnection {
         })
     }
 
-    /// Sends a request, as far as the socket takes it.
-    fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<()> {
+    /// Sends a request, as far as the socket takes it; says whether that was all of it. If not,
+    /// wait for it to be writable and call `flush`.
+    fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<bool> {
         self.with(|inner| {
             inner.items.clear();
             inner.results = request.0.results();
@@ -100,21 +101,16 @@ impl ControlConnection {
         })
     }
 
-    /// Goes on with the exchange as far as the socket allows. `None` while the answer is not
-    /// there; then `(answer,)`.
-    fn step<'py>(&self, py: Python<'py>) -> PyResult<Option<(Bound<'py, PyAny>,)>> {
-        Ok(match self.with(Inner::step)? {
-            None => None,
-            Some(Outcome::Answer(answer)) => Some((answer::to_python(py, answer)?,)),
-            Some(Outcome::Items(items)) => Some((answer::all_to_python(py, items)?,)),
-            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
-        })
+    /// Goes on sending; says whether the request is sent.
+    fn flush(&self) -> PyResult<bool> {
+        self.with(Inner::flush)
     }
 
-    /// Whether the rest of the request waits for the socket to be writable.
-    #[getter]
-    fn wants_write(&self) -> PyResult<bool> {
-        self.with(|inner| Ok(!inner.output.is_empty()))
+    /// Goes on with the exchange as far as the socket allows. `None` while the answer is not
+    /// there; then `(answer,)`.
+    #[pyo3(name = "step")]
+    fn py_step(&self, py: Python<'_>) -> PyResult<Option<(Py<PyAny>,)>> {
+        Ok(self.step(py)?.map(|answer| (answer,)))
     }
 
     /// Whether another request can be sent.
@@ -211,6 +207,16 @@ impl ControlConnection {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Reads what there is; the answer, if that completes it.
+    pub fn step(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        Ok(match self.with(Inner::step)? {
+            None => None,
+            Some(Outcome::Answer(answer)) => Some(answer::to_python(py, answer)?.unbind()),
+            Some(Outcome::Items(items)) => Some(answer::all_to_python(py, items)?.unbind()),
+            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
+        })
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut Inner) -> PyResult<T>) -> PyResult<T> {
         errors::check_fork(self.pid, "connection")?;
         f(self.lock().as_mut().ok_or_else(closed)?)
@@ -218,7 +224,7 @@ impl ControlConnection {
 }
 
 impl Inner {
-    fn flush(&mut self) -> PyResult<()> {
+    fn flush(&mut self) -> PyResult<bool> {
         while !self.output.is_empty() {
             match self.socket.write(&self.output) {
                 Ok(0) => break,
@@ -229,7 +235,7 @@ impl Inner {
                 }
             }
         }
-        Ok(())
+        Ok(self.output.is_empty())
     }
 
     fn step(&mut self) -> PyResult<Option<Outcome>> {
@@ -285,6 +291,7 @@ impl Inner {
     }
 }
 
-fn closed() -> PyErr {
+/// The error of whoever uses a closed one.
+pub fn closed() -> PyErr {
     ConnectionLost::new_err("the control connection is closed")
 }

@@ -1,5 +1,6 @@
 //! Waiting for a socket on an asyncio or uvloop event loop, with its own readiness callbacks.
 
+use super::connection::{closed, ControlConnection};
 use super::ending::inside;
 use super::pid::pid;
 use super::stream::RawStream;
@@ -43,6 +44,21 @@ struct Direction {
     waiters: Vec<(Py<Waiter>, usize)>,
     /// What is to be written when that is possible.
     flushing: Option<Flushing>,
+    /// Whose answer is to be read, and who waits for it.
+    answering: Option<(Py<ControlConnection>, Py<Waiter>)>,
+    /// How many answers in a row were tried for without a turn of the loop.
+    tried: u8,
+}
+
+/// How many answers may be there at once before the loop gets a turn.
+const TRIES: u8 = 16;
+
+impl Direction {
+    /// Whether an answer may be tried for now.
+    fn tries(&mut self) -> bool {
+        self.tried += 1;
+        self.tried <= TRIES
+    }
 }
 
 /// A stream that has left something over, and what is to live until it is written.
@@ -106,6 +122,35 @@ impl Readiness {
         Self::wait(slf, Way::Write, mark)
     }
 
+    /// A wait for the answer to the request that a connection has sent.
+    fn answer(slf: &Bound<'_, Self>, connection: Py<ControlConnection>) -> PyResult<Py<Waiter>> {
+        let py = slf.py();
+        let _inside = inside(py);
+        let this = slf.get();
+        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
+        // A daemon that is quick has answered by now, unless it has to wait for this core. Whoever
+        // asks again and again is to give the loop a turn all the same.
+        if this.direction(Way::Read).tries() {
+            if let Some(answer) = connection.get().step(py)? {
+                Waiter::succeed(&waiter, answer)?;
+                return Ok(waiter.unbind());
+            }
+        }
+        let before = {
+            let mut direction = this.direction(Way::Read);
+            if direction.closed {
+                return Err(closed());
+            }
+            direction.tried = 0;
+            direction.idle = false;
+            let answering = Some((connection, waiter.clone().unbind()));
+            std::mem::replace(&mut direction.answering, answering)
+        };
+        drop(before); // of a wait that was cancelled
+        Self::register(slf, Way::Read)?;
+        Ok(waiter.unbind())
+    }
+
     /// What is to be run when the socket is readable.
     fn take_readable(&self, py: Python<'_>) -> PyResult<Option<Wakeup>> {
         self.take(py, Way::Read)
@@ -139,12 +184,13 @@ impl Readiness {
         // A loop that is closed watches nothing, and can wake nobody.
         let loop_is_closed = self.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
-            let (registered, waiters, _flushing) = {
+            let (registered, waiters, answering, _flushing) = {
                 let mut direction = self.direction(way);
                 direction.closed = true;
                 (
                     std::mem::take(&mut direction.registered),
                     std::mem::take(&mut direction.waiters),
+                    direction.answering.take(),
                     direction.flushing.take(),
                 )
             };
@@ -157,6 +203,11 @@ impl Readiness {
             for (waiter, _) in waiters {
                 let waiter = waiter.bind(py);
                 let wakeup = Waiter::succeed(waiter, py.None())?;
+                Waiter::later(waiter, wakeup)?;
+            }
+            if let Some((_, waiter)) = answering {
+                let waiter = waiter.bind(py);
+                let wakeup = Waiter::fail(waiter, closed())?;
                 Waiter::later(waiter, wakeup)?;
             }
         }
@@ -175,6 +226,9 @@ impl Readiness {
                 if let Some(flushing) = &direction.flushing {
                     visit.call(&flushing.owner)?;
                 }
+                if let Some((_, waiter)) = &direction.answering {
+                    visit.call(waiter)?;
+                }
             }
         }
         Ok(())
@@ -184,7 +238,8 @@ impl Readiness {
         for direction in [&self.read, &self.write] {
             let held = direction.try_lock().map(|mut direction| {
                 let waiters = std::mem::take(&mut direction.waiters);
-                (waiters, direction.flushing.take())
+                let answering = direction.answering.take();
+                (waiters, answering, direction.flushing.take())
             });
             drop(held);
         }
@@ -240,11 +295,12 @@ impl Readiness {
     /// the loop later.
     fn take(&self, py: Python<'_>, way: Way) -> PyResult<Option<Wakeup>> {
         let _inside = inside(py);
-        let (waiters, flushing) = {
+        let (waiters, flushing, answering) = {
             let mut direction = self.direction(way);
             (
                 std::mem::take(&mut direction.waiters),
                 direction.flushing.take(),
+                direction.answering.take(),
             )
         };
         // What has failed will fail again for whoever goes on.
@@ -259,6 +315,18 @@ impl Readiness {
                 woken.push((waiter, wakeup));
             }
         }
+        let mut unanswered = None;
+        if let Some((connection, waiter)) = answering.filter(|(_, waiter)| !waiter.get().done()) {
+            let wakeup = match connection.get().step(py) {
+                Ok(None) => {
+                    unanswered = Some((connection, waiter.clone_ref(py)));
+                    None
+                }
+                Ok(Some(answer)) => Waiter::succeed(waiter.bind(py), answer)?,
+                Err(error) => Waiter::fail(waiter.bind(py), error)?,
+            };
+            woken.extend(wakeup.map(|wakeup| (waiter, wakeup)));
+        }
         let (done, unfinished) = match left {
             0 => (flushing, None),
             _ => (None, flushing),
@@ -268,8 +336,9 @@ impl Readiness {
             kept.append(&mut direction.waiters);
             direction.waiters = kept;
             direction.flushing = unfinished;
+            direction.answering = unanswered;
             let idle = woken.is_empty() && direction.waiters.is_empty();
-            let idle = idle && direction.flushing.is_none();
+            let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
             // Somebody may be about to wait again: the next event, if there is one, will tell.
             let again = std::mem::replace(&mut direction.idle, idle);
             idle && again && std::mem::take(&mut direction.registered)
