@@ -297,6 +297,22 @@ async def test_what_had_come_can_be_read_after_closing(ends: Ends, how: str) -> 
     assert ends.reader.at_eof()
 
 
+async def test_what_a_cancelled_large_read_took_can_be_read_after_closing(ends: Ends) -> None:
+    data = os.urandom(100_000)
+    reading = asyncio.ensure_future(ends.reader.readexactly(2 * len(data)))
+    await turns()
+    ends.peer.sendall(data)
+    await turns()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    ends.writer.close()
+    await ends.writer.wait_closed()
+    assert await ends.reader.readexactly(10) == data[:10]
+    assert await ends.reader.read() == data[10:]
+    assert ends.reader.at_eof()
+
+
 async def test_no_more_than_128_kib_are_kept_of_what_had_come(anyio_backend: Any) -> None:
     # asyncio's own keeps what its last read happened to bring.
     async with connected("ours", "unix") as ends:

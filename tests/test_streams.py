@@ -728,25 +728,6 @@ async def test_a_task_that_was_woken_is_itself() -> None:
             tasks.start_soon(ask, number)
 
 
-async def test_what_came_before_it_was_asked_for_is_read() -> None:
-    def script(connection: Connection) -> None:
-        connection.send(b"a")
-        assert connection.read(1) == b"!"
-        connection.send(b"b")
-        sent.set()
-        connection.wait_closed()
-
-    sent = threading.Event()
-    async with raw_stream(script) as stream:
-        assert await stream.read(100) == b"a"
-        await stream.send(b"!")
-        await until(sent.is_set)
-        # Which nobody answers.
-        await stream.send(b"?")
-        with anyio.fail_after(20):
-            assert await stream.read(100) == b"b"
-
-
 async def test_a_task_can_be_cancelled_while_it_waits_and_told_why(anyio_backend: Any) -> None:
     if in_trio_task():
         pytest.skip("asyncio's")

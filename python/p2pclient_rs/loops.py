@@ -48,6 +48,9 @@ class Watch(Protocol):
     #: Whether the loop runs callbacks by itself, without a task that waits.
     runs_callbacks: bool
 
+    def checkpoint(self) -> Awaitable[object]:
+        """Lets other tasks run, and is cancelled if that is due."""
+
     def readable(self) -> Awaitable[object]:
         """Waits until the socket may be readable."""
 
@@ -115,6 +118,10 @@ class AsyncioWatch:
         self.flush_later = readiness.flush_later
         self.close = readiness.close
 
+    async def checkpoint(self) -> None:
+        # What anyio's does here, but for finding out that it is here.
+        await asyncio.sleep(0)
+
     def abandon(self, raw: RawStream | ControlConnection) -> None:
         # A finalizer can run in any thread, and a loop is not to be touched from another.
         in_thread = asyncio._get_running_loop() is self._loop or not self._loop.is_running()
@@ -165,6 +172,9 @@ class TrioWatch:
         self._fd = fd
         self._pid = os.getpid()
         self._writing: trio.Event | None = None
+
+    async def checkpoint(self) -> None:
+        await self._trio.lowlevel.checkpoint()
 
     async def readable(self) -> None:
         try:

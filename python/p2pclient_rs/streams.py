@@ -398,7 +398,7 @@ class Stream(ByteStream):
         self._turns -= 1
         if self._turns < 0:
             self._turns = self._watch.turns
-            await checkpoint()
+            await self._watch.checkpoint()
 
     def _begin_sending(self) -> None:
         if self._sending:

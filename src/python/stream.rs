@@ -58,11 +58,6 @@ struct Half {
     ahead: usize,
     /// The last `try_receive` got much of what it had room for.
     bulk: bool,
-    /// The last read got all there was.
-    drained: bool,
-    /// Something was sent since: what is read next is most likely the answer, which is not there
-    /// yet. Reading is not tried then, before the socket says that it is readable.
-    asked: bool,
     /// Written by `write`, not yet taken by the socket. Holds bytes objects, not of subclasses: to
     /// drop one runs no Python.
     output: Output<PyBackedBytes>,
@@ -86,8 +81,6 @@ impl RawStream {
                 large: None,
                 ahead: READ_SIZE,
                 bulk: false,
-                drained: false,
-                asked: false,
                 output: Output::default(),
                 blocked: false,
                 at_eof: false,
@@ -133,12 +126,9 @@ impl RawStream {
             if half.at_eof {
                 return Ok(Some(PyBytes::new(py, b"")));
             }
-            if half.is_too_early() {
-                return Ok(None);
-            }
             return half.receive(py, max_bytes.min(READ_SIZE));
         }
-        if half.input.is_empty() && max_bytes > 0 && (half.is_too_early() || !half.fill()?) {
+        if half.input.is_empty() && max_bytes > 0 && !half.fill()? {
             return Ok(None);
         }
         let count = max_bytes.min(half.input.len());
@@ -152,9 +142,6 @@ impl RawStream {
         count: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let mut half = self.open_to_read()?;
-        if half.input.len() < count && half.is_too_early() {
-            return Ok(None);
-        }
         if !matches!(half.large, Some((_, wanted)) if wanted == count) {
             half.give_up_large(py);
             if count < half.input.len().saturating_add(LARGE) || !half.begin_large(py, count) {
@@ -242,7 +229,6 @@ impl RawStream {
                 return Ok(0);
             }
             let rest = bytes.get(offset..).unwrap_or_default();
-            half.asked = half.drained;
             half.socket()?.write(rest).map_err(broken)
         })
     }
@@ -425,7 +411,6 @@ impl Half {
         });
         let read = read.map_err(broken)?;
         self.at_eof |= read == Some(0);
-        self.drained = read < Some(self.ahead);
         if read == Some(self.ahead) {
             self.ahead = READ_SIZE.min(2 * self.ahead);
         }
@@ -453,7 +438,6 @@ impl Half {
             let read = socket.read_with(size, |bytes| PyBytes::new(py, bytes));
             read.map_err(broken)?
         };
-        self.drained = received.as_ref().is_none_or(|b| b.as_bytes().len() < size);
         if let Some(bytes) = &received {
             let count = bytes.as_bytes().len();
             self.at_eof = count == 0;
@@ -517,7 +501,6 @@ impl Half {
                 return Ok(None);
             };
             room.advance(py, count.min(wanted));
-            self.drained = count < wanted + BEHIND;
             if count >= wanted {
                 self.ahead = SHY;
                 return match self.large.take() {
@@ -575,11 +558,6 @@ impl Half {
         self.write_out(bytes)
     }
 
-    /// Whether reading can be left until the socket says that it is readable.
-    fn is_too_early(&mut self) -> bool {
-        std::mem::take(&mut self.asked) && self.socket.is_some() && !self.at_eof
-    }
-
     /// Writes once: what waits, and `bytes`. Returns how many of `bytes` were written.
     fn write_out(&mut self, bytes: &[u8]) -> PyResult<usize> {
         let socket = self.socket()?;
@@ -595,7 +573,6 @@ impl Half {
             (offered, socket.write_vectored(&slices))
         };
         let sent = sent.map_err(broken)?;
-        self.asked = self.drained;
         self.blocked = sent < offered;
         let waiting = self.output.len();
         self.output.sent(sent);
