@@ -26,7 +26,7 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute
 from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
-from support import DaemonProcess, new_directory, open_descriptors, until
+from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
 
 from p2pclient_rs import (
     Client,
@@ -39,7 +39,6 @@ from p2pclient_rs import (
     StreamAttribute,
     StreamInfo,
 )
-from p2pclient_rs.loops import in_trio_task
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -728,10 +727,8 @@ async def test_a_task_that_was_woken_is_itself() -> None:
             tasks.start_soon(ask, number)
 
 
-async def test_a_task_can_be_cancelled_while_it_waits_and_told_why(anyio_backend: Any) -> None:
-    if in_trio_task():
-        pytest.skip("asyncio's")
-
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
+async def test_a_task_can_be_cancelled_while_it_waits_and_told_why() -> None:
     def hold(connection: Connection) -> None:
         connection.wait_closed()
 
@@ -748,10 +745,10 @@ async def test_a_task_can_be_cancelled_while_it_waits_and_told_why(anyio_backend
             await asyncio.wait_for(stream.read(), 0.01)
 
 
+@pytest.mark.parametrize(
+    "anyio_backend", BACKENDS[:2], indirect=True
+)  # trio runs nothing by itself
 async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
-    if in_trio_task():
-        pytest.skip("nothing runs by itself there")
-
     def script(connection: Connection) -> None:
         release.wait(20)
         received.append(connection.wait_closed())

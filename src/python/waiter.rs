@@ -109,11 +109,13 @@ impl Waiter {
             state.outcome = outcome;
             std::mem::take(&mut state.callbacks)
         };
-        let mut callbacks = callbacks.into_iter();
-        let first = callbacks.next();
-        for callback in callbacks {
-            Self::later(slf, Some(callback))?;
+        if callbacks.len() > 1 {
+            for callback in callbacks {
+                Self::later(slf, Some(callback))?;
+            }
+            return Ok((None, true));
         }
+        let first = callbacks.into_iter().next();
         Ok((first, true))
     }
 
