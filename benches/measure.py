@@ -2,6 +2,7 @@
 falls on all of them alike. The order is another each time; the first round is for warming up."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,9 +63,19 @@ def _keep(
         metrics.setdefault(metric, []).append(float(f"{each:.5g}"))
 
 
+def _cores() -> list[int]:
+    """Two to pin processes to, if there are."""
+    return sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
+
+
+def _pin(process: int, core: int) -> None:
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {core})
+
+
 @contextmanager
-def mock_daemon() -> Iterator[tuple[str, str]]:
-    """Its control address and its peer id."""
+def mock_daemon() -> Iterator[tuple[str, str, int]]:
+    """Its control address, its peer id and its process."""
     with tempfile.TemporaryDirectory() as folder:
         control = f"/unix{folder}/control.sock"
         program = [str(EXAMPLES / "mock_daemon"), control]
@@ -72,20 +83,30 @@ def mock_daemon() -> Iterator[tuple[str, str]]:
             try:
                 assert process.stdout is not None
                 lines = dict(process.stdout.readline().strip().split(": ") for _ in range(3))
-                yield control, lines["Peer ID"]
+                yield control, lines["Peer ID"], process.pid
             finally:
                 process.terminate()
 
 
 def against_mock(scenarios: Sequence[Scenario], effort: Effort, results: Results) -> None:
-    """With the mock daemon at the other end."""
+    """With the mock daemon at the other end.
+
+    It has a core of its own, and contenders another one, but where the two take turns: then they
+    share one. Left to the system, who shares one with whom, and so the cost of waking the other,
+    which is several times that of a small operation, would change by the second.
+    """
+    cores = _cores()
     with ExitStack() as stack:
-        place = stack.enter_context(mock_daemon())
+        *place, daemon = stack.enter_context(mock_daemon())
+        if len(cores) == 2:
+            _pin(daemon, cores[0])
         workers: dict[Contender, Worker] = {}
         for counts, scenario, count, contender in _order(scenarios, effort):
             if contender not in workers:
                 workers[contender] = Worker(contender, *place)
                 stack.callback(workers[contender].stop)
+            if len(cores) == 2:
+                _pin(workers[contender].process.pid, cores[not scenario.in_turns])
             found = workers[contender].round(scenario.command, count, *scenario.arguments)
             if counts:
                 _keep(results, scenario, contender, count, found)
@@ -93,7 +114,7 @@ def against_mock(scenarios: Sequence[Scenario], effort: Effort, results: Results
 
 def fresh(scenarios: Sequence[Scenario], effort: Effort, results: Results) -> None:
     """In a new process for each round."""
-    with mock_daemon() as place:
+    with mock_daemon() as (*place, _):
         for counts, scenario, count, contender in _order(scenarios, effort):
             if scenario.command == "import":
                 if contender[1] != OURS[1]:

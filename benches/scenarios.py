@@ -56,6 +56,7 @@ class Scenario:
         metrics: What is measured, the most important first.
         unit: In what times are given, and how many of them are a second.
         parallel: Of what ``count`` is a multiple.
+        in_turns: Whether the client and the other end do nothing but wait for each other.
     """
 
     key: str
@@ -68,6 +69,7 @@ class Scenario:
     metrics: tuple[str, ...] = ("wall", "cpu", "peak")
     unit: tuple[str, float] = ("us", 1e6)
     parallel: int = 1
+    in_turns: bool = False
 
     def scaled(self, scale: float) -> int:
         """How many operations a smaller round has."""
@@ -92,12 +94,13 @@ def _unary(what: str, size: int, parallel: int, count: int) -> Scenario:
         (size, parallel),
         CALLERS - {"floor"} if is_blocked else CALLERS,
         parallel=parallel,
+        in_turns=parallel == 1,
     )
 
 
 #: With the mock daemon at the other end.
 MOCK: tuple[Scenario, ...] = (
-    Scenario("identify-x1", "identify, one after another", "identify", 1500, (1,)),
+    Scenario("identify-x1", "identify, one after another", "identify", 1500, (1,), in_turns=True),
     Scenario("identify-x64", "identify, 64 at once", "identify", 1920, (64,), PYTHON, parallel=64),
     _unary("unary", KIB, 1, 3000),
     _unary("unary", KIB, 64, 9600),
@@ -122,8 +125,8 @@ MOCK: tuple[Scenario, ...] = (
         unit=("ms", 1e3),
         parallel=64,
     ),
-    Scenario("stream-open", "stream_open, and close", "stream-open", 800),
-    Scenario("ping-pong", "ping-pong of 100 B", "ping-pong", 3000),
+    Scenario("stream-open", "stream_open, and close", "stream-open", 800, in_turns=True),
+    Scenario("ping-pong", "ping-pong of 100 B", "ping-pong", 3000, in_turns=True),
     Scenario("readexactly", "readexactly of 4 MiB blocks", "readexactly", 24, (4 * MIB,)),
     Scenario(
         "framed-read-1MiB", "hivemind's framed 1 MiB messages, read", "framed-read", 150, (MIB,)
