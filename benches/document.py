@@ -10,7 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from report import Numbers, Table, scenario_table, split_table, targets_table
+from report import (
+    Numbers,
+    Table,
+    scenario_table,
+    split_table,
+    summary_table,
+    targets_table,
+)
 from scenarios import DAEMONS, FRESH, MOCK, Scenario
 
 
@@ -32,6 +39,7 @@ def fill(numbers: Numbers, machine: Mapping[str, str], file: Path) -> None:
     """Renews what is between the marks, where there are some."""
     parts = {
         "machine": "\n".join(f"- {what}: {words}" for what, words in machine.items()),
+        "summary": markdown(summary_table(numbers, MOCK)),
         "targets": markdown(targets_table(numbers, MOCK)),
         "split": markdown(split_table(numbers, DAEMONS)),
         "mock": _all(numbers, MOCK),

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from measure import Results
-from scenarios import CONTENDERS, FLOOR, HIVEMIND, OURS, Contender, Scenario, key, name
+from scenarios import (
+    CONTENDERS,
+    FLOOR,
+    HIVEMIND,
+    OURS,
+    P2PCLIENT,
+    Contender,
+    Scenario,
+    key,
+    name,
+)
 from targets import TARGETS, Target
 
 Table: TypeAlias = list[list[str]]
@@ -106,8 +116,8 @@ def scenario_table(numbers: Numbers, scenario: Scenario) -> Table | None:
 def targets_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
     """What was to be reached, and whether it was, where it was measured."""
     known = {scenario.key: scenario for scenario in scenarios}
-    header = ["scenario", "ours", "ratio", "at least", "aim", "x floor", "at most", "reached"]
-    table = [header]
+    header = ["scenario", "ours", "ratio", "the floor's", "at least", "aim"]
+    table = [[*header, "x floor", "at most", "reached"]]
     for target in TARGETS:
         scenario = known.get(target.scenario)
         ours = numbers.median(target.scenario, OURS, target.metric)
@@ -126,12 +136,33 @@ def targets_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
                 scenario.title + (", CPU" if target.metric == "cpu" else ""),
                 f"{number(ours * factor)} {unit}",
                 ratios,
+                times(numbers.ratio(target.scenario, FLOOR, target.least[0], target.metric), False),
                 *(_bar(bar, named=not same) for bar in (target.least, target.aim)),
                 times(floor, spread=False),
                 f"{target.floor:g}x" if target.floor else "-",
                 verdict(numbers, target),
             ]
         )
+    return table
+
+
+def summary_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
+    """Each contender's median, with how many times ours it is."""
+    some = [OURS, ("ours", "uvloop"), ("ours", "trio"), HIVEMIND, P2PCLIENT, FLOOR]
+    table = [["", *(name(contender) for contender in some)]]
+    for scenario in scenarios:
+        metric = "cpu" if scenario.unit[0] == "ms/GB" else scenario.metrics[0]
+        unit, factor = scenario.unit
+        if metric not in ("wall", "cpu") or not numbers.values(scenario.key, OURS, metric):
+            continue
+        row = [f"{scenario.title}, {'CPU, ' if metric == 'cpu' else ''}{unit}"]
+        for contender in some:
+            median = numbers.median(scenario.key, contender, metric)
+            text = "-" if median is None else number(median * factor)
+            if median is not None and contender != OURS:
+                text += f" ({times(numbers.ratio(scenario.key, OURS, contender, metric), False)})"
+            row.append(text)
+        table.append(row)
     return table
 
 

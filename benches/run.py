@@ -60,7 +60,7 @@ def main() -> None:
         metavar="FILE",
         type=Path,
         default=TARGET / "performance.json",
-        help="where the numbers go, and beside them the chart, and tables if there is a document",
+        help="where the numbers go, and the chart beside them; in docs, the tables there as well",
     )
     options = parser.parse_args()
     effort = measure.Effort(options.rounds or 9)
@@ -115,8 +115,9 @@ def main() -> None:
     written.write_text(measure.to_json({"machine": described, "results": results}))
     if chart.draw(numbers, described, str(written.with_suffix(".svg"))):
         print(f"\nwritten: {written}, and the chart beside it")
-    if written.with_suffix(".md").exists():
-        document.fill(numbers, described, written.with_suffix(".md"))
+    for text in (written.with_suffix(".md"), written.parent.parent / "README.md"):
+        if written.parent.name == "docs" and text.exists():
+            document.fill(numbers, described, text)
 
 
 if __name__ == "__main__":

@@ -100,18 +100,18 @@ def _unary(what: str, size: int, parallel: int, count: int) -> Scenario:
 
 #: With the mock daemon at the other end.
 MOCK: tuple[Scenario, ...] = (
-    Scenario("identify-x1", "identify, one after another", "identify", 1500, (1,), in_turns=True),
-    Scenario("identify-x64", "identify, 64 at once", "identify", 1920, (64,), PYTHON, parallel=64),
-    _unary("unary", KIB, 1, 3000),
-    _unary("unary", KIB, 64, 9600),
-    _unary("unary", 64 * KIB, 1, 1000),
-    _unary("unary", 64 * KIB, 64, 1280),
+    Scenario("identify-x1", "identify, one after another", "identify", 3000, (1,), in_turns=True),
+    Scenario("identify-x64", "identify, 64 at once", "identify", 6400, (64,), PYTHON, parallel=64),
+    _unary("unary", KIB, 1, 5000),
+    _unary("unary", KIB, 64, 38400),
+    _unary("unary", 64 * KIB, 1, 2000),
+    _unary("unary", 64 * KIB, 64, 5120),
     _unary("unary", MIB, 1, 100),
-    _unary("unary", MIB, 64, 128),
-    _unary("handler", KIB, 1, 3000),
-    _unary("handler", KIB, 64, 9600),
+    _unary("unary", MIB, 64, 256),
+    _unary("handler", KIB, 1, 5000),
+    _unary("handler", KIB, 64, 38400),
     _unary("handler", 64 * KIB, 1, 1000),
-    _unary("handler", 64 * KIB, 64, 1280),
+    _unary("handler", 64 * KIB, 64, 5120),
     _unary("handler", MIB, 1, 100),
     _unary("handler", MIB, 64, 128),
     Scenario(
