@@ -34,7 +34,12 @@ pub fn listen(target: &SockAddr) -> io::Result<(Socket, Option<SocketFile>)> {
 
 /// A non-blocking socket for that address.
 pub fn new(address: &SockAddr) -> io::Result<Socket> {
+    // Where the kernel takes it with the type, that saves two system calls.
+    #[cfg(target_os = "linux")]
+    let socket = Socket::new(address.domain(), Type::STREAM.nonblocking(), None)?;
+    #[cfg(not(target_os = "linux"))]
     let socket = Socket::new(address.domain(), Type::STREAM, None)?;
+    #[cfg(not(target_os = "linux"))]
     socket.set_nonblocking(true)?;
     if address.domain() != Domain::UNIX {
         socket.set_tcp_nodelay(true)?;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,10 +13,22 @@ from typing import Any
 import anyio
 import pytest
 import uvloop
-from fake_daemon import PATIENCE, PEER, Connection, FakeDaemon, frame, reply
+from fake_daemon import (
+    ERROR,
+    OK,
+    PATIENCE,
+    PEER,
+    UPGRADE,
+    Connection,
+    FakeDaemon,
+    daemon_error,
+    frame,
+    handler_error,
+    reply,
+)
 from support import BACKENDS, until
 
-from p2pclient_rs import Client, PeerID
+from p2pclient_rs import Client, DaemonRefused, DaemonUnreachable, P2PHandlerError, PeerID
 from p2pclient_rs._native import Waiter
 from p2pclient_rs.loops import pump
 
@@ -201,6 +214,45 @@ async def test_tasks_written_in_python_are_woken_as_well() -> None:
         assert [await tasks[0], await tasks[2]] == [b"0", b"2"]
         batches.answer()
         assert await ask(client, b"next") == b"next"
+
+
+async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
+    """An exception has the frames that it passed, and none of them may have it."""
+
+    def script(connection: Connection) -> None:
+        request = connection.read_request()
+        if request != UPGRADE:
+            while True:
+                connection.send(frame(ERROR))
+                connection.read_request()
+        connection.send(frame(OK))
+        while True:
+            call_id = connection.read_message().call_id
+            connection.send(frame(handler_error(call_id, b"no")))
+            call_id = connection.read_message().call_id
+            connection.send(frame(daemon_error(call_id, b"no")))
+
+    async def fail() -> None:
+        for _ in range(100):
+            with pytest.raises(P2PHandlerError):
+                await ask(client)
+            with pytest.raises(DaemonRefused):
+                await ask(client)
+            with pytest.raises(DaemonRefused):
+                await client.identify()
+            with pytest.raises(DaemonUnreachable):
+                await nobody.identify()
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client, Client("/unix/tmp/nobody.sock") as nobody:
+            await fail()
+            gc.collect()
+            gc.disable()
+            try:
+                await fail()
+                assert gc.collect() < 100
+            finally:
+                gc.enable()
 
 
 @pytest.mark.parametrize("result", [b"bytes", None, (), (1, 2), ValueError("no"), [3]])

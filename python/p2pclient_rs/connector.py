@@ -209,7 +209,7 @@ class DaemonConnector:
         try:
             return (await self._exchange(request))[0]
         except ControlFailure as error:
-            self._raise(error, name, peer_id, protocol)
+            self.raise_described(error, name, peer_id, protocol)
 
     async def request_stream(
         self,
@@ -454,19 +454,24 @@ class DaemonConnector:
                 return await work
             raise ControlTimeout(f"no answer within {timeout:g} s")
         except ControlFailure as error:
-            self._raise(error, name, peer_id, protocol)
+            self.raise_described(error, name, peer_id, protocol)
 
-    def _raise(
+    def raise_described(
         self,
         error: ControlFailure,
         name: str,
-        peer_id: PeerIDLike | None,
-        protocol: str | None,
+        peer_id: PeerIDLike | None = None,
+        protocol: str | None = None,
     ) -> NoReturn:
+        """Raises ``error``, or what stands for it, saying what it was about."""
         raised = self.describe(error, name, peer_id, protocol)
-        if raised is error:
-            raise error
-        raise raised from error.__cause__
+        try:
+            if raised is error:
+                raise error
+            raise raised from error.__cause__
+        finally:
+            # Its traceback has this frame, which is not to have it.
+            del error, raised
 
     def describe(
         self,

@@ -164,17 +164,19 @@ class UnaryClient:
                 # Cancelled, most likely: whoever answered has no call to be given up.
                 connection.cancel(reply.call_id)
                 raise
+            finally:
+                del reply  # which has the exception, whose traceback has this frame
         except ControlFailure as error:
-            described = self.daemon_connector.describe(error, "CALL_UNARY", peer_id, proto)
-            if described is error:
-                raise
-            raise described from error.__cause__
+            self.daemon_connector.raise_described(error, "CALL_UNARY", peer_id, proto)
         except P2PHandlerError as error:
             error.peer_id, error.protocol = PeerID(peer_id), proto
             converted = self.daemon_connector.types.error(error)
-            if converted is error:
-                raise
-            raise converted from None
+            try:
+                if converted is error:
+                    raise
+                raise converted from None
+            finally:
+                del converted
 
     async def _call_within(
         self, timeout: float, peer_id: PeerIDLike, proto: str, data: Buffer
