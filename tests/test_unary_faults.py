@@ -747,6 +747,20 @@ async def test_what_is_no_answer_fails_what_is_pending_at_once(
             assert fake.accepted == 2
 
 
+async def test_who_has_a_reply_before_what_is_none_calls_over_the_next_connection() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        call = connection.read_message()
+        connection.send(frame(reply(call.call_id, b"good")) + frame(b"\xff\xff\xff"))
+        connection.wait_closed()
+
+    with FakeDaemon(first(script)) as fake:
+        async with Client(fake.control_maddr) as client:
+            assert await ask(client) == b"good"
+            await works(client)
+            assert fake.accepted == 2
+
+
 @pytest.mark.parametrize("close", [True, False])
 async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
     rng = random.Random(6)
