@@ -55,6 +55,7 @@ from p2pclient_rs import (
     P2PHandlerError,
     PeerID,
     ProtocolViolation,
+    UnaryClient,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
@@ -747,6 +748,20 @@ async def test_what_is_no_answer_fails_what_is_pending_at_once(
             assert fake.accepted == 2
 
 
+async def test_who_has_a_reply_before_what_is_none_calls_over_the_next_connection() -> None:
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        call = connection.read_message()
+        connection.send(frame(reply(call.call_id, b"good")) + frame(b"\xff\xff\xff"))
+        connection.wait_closed()
+
+    with FakeDaemon(first(script)) as fake:
+        async with Client(fake.control_maddr) as client:
+            assert await ask(client) == b"good"
+            await works(client)
+            assert fake.accepted == 2
+
+
 @pytest.mark.parametrize("close", [True, False])
 async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
     rng = random.Random(6)
@@ -832,6 +847,18 @@ async def test_everything_at_once_is_taken_apart() -> None:
     messages = [Message.decode(request) for request in fake.requests[52:]]
     answered = {m.call_id: m.data for m in messages if m.kind == "response"}
     assert answered == {call_id: call_id * 300 for call_id in IDS[:50]}
+
+
+async def test_a_subclass_may_have_a_timeout_of_its_own() -> None:
+    class Impatient(UnaryClient):
+        async def call(self, *args: Any, timeout: float | None = 10.0) -> bytes:
+            return await super().call(*args, timeout=timeout)
+
+    with FakeDaemon(unary_echo) as fake:
+        async with Client(fake.control_maddr) as client:
+            client.unary = Impatient(client.unary.daemon_connector)
+            assert await ask(client) == b"data"
+            assert await client.unary.call(FAKE_PEER, "echo", b"more") == b"more"
 
 
 # --- incoming calls ---

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import anyio
@@ -30,7 +32,7 @@ from support import BACKENDS, until
 
 from p2pclient_rs import Client, DaemonRefused, DaemonUnreachable, P2PHandlerError, PeerID
 from p2pclient_rs._native import Waiter
-from p2pclient_rs.loops import pump
+from p2pclient_rs.loops import AsyncioWatch, carry_out, pump
 
 pytestmark = [
     pytest.mark.anyio,
@@ -326,3 +328,78 @@ async def test_a_waiter_that_is_awaited_by_no_task_says_so() -> None:
     assert next(iterator) is waiter
     with pytest.raises(RuntimeError, match="await wasn't used with future"):
         next(iterator)
+
+
+async def test_a_task_that_nobody_wakes_any_more_is_collected() -> None:
+    loop = asyncio.get_running_loop()
+
+    async def wait() -> None:
+        await Waiter(loop)
+
+    del [Waiter(loop) for _ in range(10)][:]  # memory that waiters had, as most have
+    task = asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    there = weakref.ref(task)
+    del task
+    gc.collect()
+    assert there() is None
+
+
+async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None:
+    class Reason:
+        def __del__(self) -> None:
+            again.append(watch.readable())
+
+    async def wait() -> None:
+        await watch.readable()
+
+    again: list[Any] = []
+    near, far = socket.socketpair()
+    with near, far:
+        watch = AsyncioWatch(asyncio.get_running_loop(), near.fileno())
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        task.cancel(Reason())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        waits = watch.readable()
+        assert len(again) == 1
+        far.send(b"x")
+        await waits
+        await again[0]
+        watch.close()
+
+
+class Settled:
+    """Of a persistent connection, what is done last: whether at once."""
+
+    def __init__(self) -> None:
+        self.now: list[bool] = []
+
+    def settle(self, now: bool) -> None:
+        self.now.append(now)
+
+
+async def test_what_is_sent_waits_for_those_who_go_on_later() -> None:
+    connection: Any = Settled()
+    carry_out(connection, [(copy_context(), lambda _: None, None)])
+    carry_out(connection, [])  # all were woken in another way, as on trio
+    carry_out(connection, [(None, lambda: None, ())])  # a handler is at work
+    assert connection.now == [True, False, False]
+
+
+async def test_what_ends_the_loop_is_raised_whatever_else_is() -> None:
+    def fails() -> None:
+        raise ValueError
+
+    def ends() -> None:
+        raise KeyboardInterrupt
+
+    connection: Any = Settled()
+    for order in ([fails, ends, fails], [ends, fails]):
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(connection, [(None, function, ()) for function in order])
+    with pytest.raises(ValueError):
+        carry_out(connection, [(None, fails, ())])

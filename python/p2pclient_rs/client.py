@@ -108,9 +108,10 @@ class Client:
 
     # --- control ---
 
-    def identify(self, *, timeout: float | None = None) -> Coroutine[Any, Any, Identity]:
+    async def identify(self, *, timeout: float | None = None) -> Identity:
         """The daemon's peer id and addresses: unpacks as ``(peer_id, addrs)``."""
-        return self.control.identify(timeout=timeout)
+        identity: Identity = await self.control.identify(timeout=timeout)
+        return identity
 
     async def connect(
         self,

@@ -456,8 +456,9 @@ def carry_out(
     Python does it, not Rust: tasks go on here, which can be anything, and what ends a thread there,
     as the interpreter's end does, must not meet Rust.
     """
-    failed = None
-    answered = True
+    failed: BaseException | None = None
+    # With nothing to do here, those who were woken have their turn later.
+    answered = bool(work)
     for context, function, argument in work:
         try:
             if context is not None:
@@ -466,7 +467,9 @@ def carry_out(
                 answered = False
                 function(*argument)
         except BaseException as error:  # which is not to keep the rest from theirs
-            failed = failed or error
+            # What ends the loop is not to be lost behind what does not.
+            if failed is None or isinstance(failed, Exception):
+                failed = error
     connection.settle(answered)
     if failed is not None:
         raise failed

@@ -182,7 +182,8 @@ class UnaryClient:
         self, timeout: float, peer_id: PeerIDLike, proto: str, data: Buffer
     ) -> bytes:
         with _deadline(timeout):
-            return await self.call(peer_id, proto, data)
+            # Not what a subclass has put in its place, which may have brought the timeout.
+            return await UnaryClient.call(self, peer_id, proto, data)
         raise self.daemon_connector.describe(_timed_out(timeout), "CALL_UNARY", peer_id, proto)
 
     async def add_handler(

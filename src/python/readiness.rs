@@ -260,16 +260,21 @@ impl Readiness {
         let py = slf.py();
         let this = slf.get();
         let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
-        let closed = {
+        let (closed, cancelled) = {
             let mut direction = this.direction(way);
+            let mut cancelled = Vec::new();
             if !direction.closed {
-                // Who was cancelled waits no more.
-                direction.waiters.retain(|(waiter, _)| !waiter.get().done());
+                // Who was cancelled waits no more, and is dropped when this is unlocked.
+                let before = std::mem::take(&mut direction.waiters);
+                (cancelled, direction.waiters) = before
+                    .into_iter()
+                    .partition(|(waiter, _)| waiter.get().done());
                 direction.waiters.push((waiter.clone().unbind(), mark));
                 direction.idle = false;
             }
-            direction.closed
+            (direction.closed, cancelled)
         };
+        drop(cancelled);
         if closed {
             Waiter::succeed(&waiter, py.None())?;
         } else {

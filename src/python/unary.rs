@@ -212,16 +212,18 @@ impl PersistentConnection {
             return Ok(Vec::new());
         }
         let mut events = Vec::new();
-        {
+        let lost = {
             let mut inner = this.lock();
             inner.loss = inner.read(&mut events).err();
             // The answers to several are better sent at once, when all of those who were woken
             // have had their turn.
             inner.corked |= events.len() > 1;
-        }
+            inner.loss.is_some()
+        };
         let _inside = inside(slf.py());
         let here = match &this.event_loop {
-            Some(event_loop) if !events.is_empty() => may_wake(event_loop.bind(slf.py()))?,
+            // On what is lost nobody is to make another call: they go on when that is known.
+            Some(event_loop) if !events.is_empty() && !lost => may_wake(event_loop.bind(slf.py()))?,
             _ => false,
         };
         Self::hand_out(slf, events, here)
