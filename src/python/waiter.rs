@@ -14,7 +14,7 @@ use pyo3::{intern, PyTraverseError, PyVisit};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See above.
-#[pyclass(frozen, freelist = 256, module = "p2pclient_rs._native")]
+#[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct Waiter {
     event_loop: Py<PyAny>,
     state: Mutex<State>,
