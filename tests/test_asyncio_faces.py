@@ -447,6 +447,20 @@ async def test_a_draining_writer_is_told_of_a_lost_connection(tcp_ends: Ends) ->
         await draining
 
 
+async def test_a_draining_writer_is_told_of_a_lost_connection_that_a_reader_found(
+    tcp_ends: Ends,
+) -> None:
+    tcp_ends.writer.write(bytes(16 * MIB))
+    reading = asyncio.ensure_future(tcp_ends.reader.read(1))
+    draining = asyncio.ensure_future(tcp_ends.writer.drain())
+    await soon(reading)
+    await soon(draining)
+    tcp_ends.reset()
+    for task in reading, draining:
+        with pytest.raises(ConnectionResetError):
+            await task
+
+
 async def test_a_lost_connection_found_by_a_write_leaves_a_reader_what_had_come(
     anyio_backend: Any,
 ) -> None:

@@ -4,7 +4,9 @@ what the daemon's bytes may cost; what is private. See docs/reliability.md."""
 from __future__ import annotations
 
 import ast
+import asyncio
 import gc
+import logging
 import os
 import re
 import socket
@@ -12,12 +14,14 @@ import stat
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import uvloop
 from fake_daemon import (
     IDENTITY,
     OK,
@@ -404,6 +408,29 @@ def test_tasks_that_are_left_with_their_loop_close_their_descriptors(
     name, options = backend
     anyio.run(main, backend=name, backend_options=options)
     gc.collect()
+    anyio.run(lambda: until(lambda: openable.open == 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])  # trio leaves no task
+def test_tasks_that_wait_when_their_loop_is_given_up_close_their_descriptors(
+    backend: Any, openable: FakeDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> list[asyncio.Task[bytes]]:
+        streams = [
+            await DaemonConnector(openable.control_maddr).open_connection() for _ in range(10)
+        ]
+        reading = [asyncio.ensure_future(stream.read(1)) for stream in streams]
+        await until(lambda: all(stream._reading for stream in streams))
+        return reading
+
+    caplog.set_level(logging.CRITICAL, "asyncio")  # which complains about such tasks
+    for _ in range(3):  # whatever the first leaves behind is used again by the next
+        loop = uvloop.new_event_loop() if backend[1]["use_uvloop"] else asyncio.new_event_loop()
+        left = [weakref.ref(task) for task in loop.run_until_complete(main())]
+        loop.close()
+        del loop
+        gc.collect()
+        assert [task() for task in left] == [None] * 10
     anyio.run(lambda: until(lambda: openable.open == 0))
 
 

@@ -296,6 +296,8 @@ class StreamTransport(asyncio.Transport):
             buffered = self._raw.buffered
             if buffered > self._high:
                 await stream._flush(self._low)
+                if self._reader._lost is not None:  # which a reader has found meanwhile
+                    raise self._reader._lost
             elif buffered and not self._raw.blocked:
                 # The loop was to send it, and failed.
                 await stream._flush(buffered)
