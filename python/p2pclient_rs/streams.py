@@ -132,6 +132,8 @@ class Stream(ByteStream):
         else:
             await self._turn()
         data = _bytes(item)
+        if isinstance(data, bytearray):
+            data = memoryview(data)  # which keeps it from shrinking
         size = len(data)
         self._begin_sending()
         try:
