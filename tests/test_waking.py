@@ -8,7 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import uvloop
 from fake_daemon import (
     ERROR,
+    IDENTITY,
     OK,
     PATIENCE,
     PEER,
@@ -30,7 +31,15 @@ from fake_daemon import (
 )
 from support import BACKENDS, until
 
-from p2pclient_rs import Client, DaemonRefused, DaemonUnreachable, P2PHandlerError, PeerID
+from p2pclient_rs import (
+    Client,
+    ConnectionLost,
+    DaemonRefused,
+    DaemonUnreachable,
+    NotSupported,
+    P2PHandlerError,
+    PeerID,
+)
 from p2pclient_rs._native import Waiter
 from p2pclient_rs.loops import AsyncioWatch, carry_out, pump
 
@@ -234,6 +243,13 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
             call_id = connection.read_message().call_id
             connection.send(frame(daemon_error(call_id, b"no")))
 
+    def closes(connection: Connection) -> None:
+        connection.read_request()
+
+    def knows_not(connection: Connection) -> None:
+        while connection.read_request() != UPGRADE:
+            connection.send(frame(IDENTITY))
+
     async def fail() -> None:
         for _ in range(100):
             with pytest.raises(P2PHandlerError):
@@ -244,9 +260,22 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
                 await client.identify()
             with pytest.raises(DaemonUnreachable):
                 await nobody.identify()
+            with pytest.raises(ConnectionLost):
+                await brief.unary.open()
+            with pytest.raises(NotSupported):
+                await old.unary.open()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client, Client("/unix/tmp/nobody.sock") as nobody:
+    with FakeDaemon(script) as fake, FakeDaemon(closes) as closing, FakeDaemon(knows_not) as older:
+        async with AsyncExitStack() as clients:
+            client, brief, old, nobody = [
+                await clients.enter_async_context(Client(maddr))
+                for maddr in (
+                    fake.control_maddr,
+                    closing.control_maddr,
+                    older.control_maddr,
+                    "/unix/tmp/nobody.sock",
+                )
+            ]
             await fail()
             gc.collect()
             gc.disable()

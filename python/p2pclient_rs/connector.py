@@ -40,6 +40,9 @@ __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDL
 
 DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
 
+#: What is said of a request that a daemon closed the connection on.
+UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it does not know"
+
 _get_running_loop = asyncio._get_running_loop
 _getpid = os.getpid
 _modules = sys.modules
@@ -256,7 +259,9 @@ class DaemonConnector:
             if not isinstance(_precise(error), NotSupported):
                 raise
         except ConnectionLost as error:
-            raise await self.unknown_request(error) from error
+            if not await self.is_unknown_request(error):
+                raise
+            raise NotSupported(UNKNOWN_REQUEST) from error
         else:
             raise NotSupported("the daemon has no peerstore")
         return (await self._exchange(request))[0]
@@ -298,21 +303,21 @@ class DaemonConnector:
                 "the daemon has no persistent connections", daemon_message=error.daemon_message
             ) from error
         except ConnectionLost as error:
-            raise await self.unknown_request(error) from error
+            if not await self.is_unknown_request(error):
+                raise
+            raise NotSupported(UNKNOWN_REQUEST) from error
         return connection
 
-    async def unknown_request(self, error: ConnectionLost) -> ControlFailure:
-        """What it means that the daemon closed the connection: if it is there still, that it does
-        not know the request."""
+    async def is_unknown_request(self, error: ConnectionLost) -> bool:
+        """Whether the daemon closed the connection because it does not know the request: it is
+        there still."""
         if error.mid_answer:
-            return error
+            return False
         try:
             await self._exchange(Request.identify())
         except ControlFailure:
-            return error
-        return NotSupported(
-            "the daemon closed the connection, as it does on a request it does not know"
-        )
+            return False
+        return True
 
     async def open_connection(self, *, timeout: float | None = None) -> Stream:
         """A new connection to the control socket, on which nothing was said yet.

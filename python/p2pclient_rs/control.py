@@ -15,7 +15,13 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from p2pclient_rs._native import Multiaddr, RawListener, RawStream, Request, decode_stream_info
-from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike, resolve
+from p2pclient_rs.connector import (
+    UNKNOWN_REQUEST,
+    DaemonConnector,
+    MultiaddrLike,
+    PeerIDLike,
+    resolve,
+)
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
@@ -233,9 +239,10 @@ class ControlClient:
                 "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
             )
         except ConnectionLost as error:
-            unknown = await self.daemon_connector.unknown_request(error)
+            if not await self.daemon_connector.is_unknown_request(error):
+                raise
             raise self.daemon_connector.describe(
-                unknown, "REMOVE_STREAM_HANDLER", protocol=proto
+                NotSupported(UNKNOWN_REQUEST), "REMOVE_STREAM_HANDLER", protocol=proto
             ) from error
 
     # --- inbound streams ---
