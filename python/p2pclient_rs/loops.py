@@ -146,16 +146,24 @@ def _wake_reader(readiness: Readiness) -> None:
     woken = readiness.take_readable()
     if woken is not None:
         context, callback, wait = woken
-        context.run(callback, wait)
+        try:
+            context.run(callback, wait)
+        finally:
+            # From the frames of an exception that the task is left with, this one can be reached.
+            del woken, callback, wait
 
 
 def _wake_writer(readiness: Readiness) -> None:
+    woken = readiness.take_writable()
     try:
-        woken = readiness.take_writable()
         if woken is not None:
             context, callback, wait = woken
-            context.run(callback, wait)
+            try:
+                context.run(callback, wait)
+            finally:
+                del callback, wait
     finally:
+        del woken
         readiness.settle()
 
 
@@ -470,9 +478,16 @@ def carry_out(
             # What ends the loop is not to be lost behind what does not.
             if failed is None or isinstance(failed, Exception):
                 failed = error
+    if work:
+        # From the frames of an exception that a task is left with, this one can be reached.
+        del context, function, argument
+        work.clear()
     connection.settle(answered)
     if failed is not None:
-        raise failed
+        try:
+            raise failed
+        finally:
+            del failed
 
 
 def _logged(callback: Callable[[], object]) -> None:

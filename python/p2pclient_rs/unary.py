@@ -423,8 +423,11 @@ class _Link:
         except TimeoutError:
             opening.error = _timed_out(_OPENING)
         except Exception as error:
-            # Its traceback would hold this frame, which holds it.
-            opening.error = error.with_traceback(None)
+            opening.error = error
+            cause: BaseException | None = error
+            while cause is not None:
+                # It would hold this frame, which holds the error.
+                cause = cause.with_traceback(None).__cause__ or cause.__context__
         finally:
             self._opened(opening)
 
