@@ -172,12 +172,14 @@ impl Waiter {
     }
 
     /// Ends the wait; the task runs in another turn of the loop.
+    #[pyo3(signature = (result, /))]
     fn set_result(slf: &Bound<'_, Self>, result: Py<PyAny>) -> PyResult<()> {
         let wakeup = Self::succeed(slf, result)?;
         Self::later(slf, wakeup)
     }
 
     /// Ends the wait with an exception; the task runs in another turn of the loop.
+    #[pyo3(signature = (exception, /))]
     fn set_exception(slf: &Bound<'_, Self>, exception: &Bound<'_, PyAny>) -> PyResult<()> {
         let wakeup = Self::fail(slf, PyErr::from_value(exception.clone()))?;
         Self::later(slf, wakeup)
