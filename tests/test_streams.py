@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
+from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, Script, field, frame
 from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
 
 from p2pclient_rs import (
@@ -748,18 +748,23 @@ async def test_a_task_can_be_cancelled_while_it_waits_and_told_why() -> None:
             await asyncio.wait_for(stream.read(), 0.01)
 
 
-@pytest.mark.parametrize(
-    "anyio_backend", BACKENDS[:2], indirect=True
-)  # trio runs nothing by itself
-async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
+def reads_later(release: threading.Event, received: list[bytes]) -> Script:
+    """A peer that reads nothing until it is told to, and then everything."""
+
     def script(connection: Connection) -> None:
         release.wait(20)
         received.append(connection.wait_closed())
 
+    return script
+
+
+# On trio nothing runs by itself.
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
+async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
     release = threading.Event()
     received: list[bytes] = []
     data = os.urandom(4 * MIB)
-    with FakeDaemon(script) as fake:
+    with FakeDaemon(reads_later(release, received)) as fake:
         stream = await DaemonConnector(fake.control_maddr).open_connection()
         stream.write(data)
         assert stream._raw.buffered
@@ -774,14 +779,10 @@ async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
 
 
 async def test_a_buffer_cannot_shrink_while_it_is_sent() -> None:
-    def hold(connection: Connection) -> None:
-        release.wait(20)
-        received.append(connection.wait_closed())
-
     release = threading.Event()
     received: list[bytes] = []
     data = bytearray(os.urandom(4 * MIB))
-    async with raw_stream(hold) as stream:
+    async with raw_stream(reads_later(release, received)) as stream:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stream.send, data)
             await until(lambda: stream._sending)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -33,7 +32,7 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import Reactor, Watch, carry_out, current_loop, pump, watch
+from p2pclient_rs.loops import Reactor, Watch, carry_out, current_loop, is_current, pump, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
@@ -42,10 +41,6 @@ DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
 
 #: What is said of a request that a daemon closed the connection on.
 UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it does not know"
-
-_get_running_loop = asyncio._get_running_loop
-_getpid = os.getpid
-_modules = sys.modules
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
@@ -345,11 +340,10 @@ class DaemonConnector:
 
     async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
         """The answer, and the connection, which is open only if it became a stream."""
-        if _getpid() != self._pid:
-            self.check_fork()
+        self.check_fork()
         # What comes here often is to go a short way.
         pool = self._recent
-        if pool is None or _get_running_loop() is not self._loop or "trio" in _modules:
+        if pool is None or not is_current(self._loop):
             pool = self._pool()
         turn = pool.slow if request.waits_for_peers else pool.quick
         try:

@@ -29,6 +29,7 @@ __all__ = [
     "carry_out",
     "current_loop",
     "in_trio_task",
+    "is_current",
     "pump",
     "reactor",
     "watch",
@@ -85,6 +86,14 @@ def current_loop() -> Any:
     if in_trio_task():
         return sys.modules["trio"].lowlevel.current_trio_token()
     return asyncio.get_running_loop()
+
+
+def is_current(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Whether ``loop`` is the running event loop: a short way to ask for what is asked often."""
+    if asyncio._get_running_loop() is not loop:
+        return False
+    # Trio as a guest runs inside it.
+    return "trio" not in sys.modules or not in_trio_task()
 
 
 def in_trio_task() -> bool:

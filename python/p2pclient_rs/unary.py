@@ -6,7 +6,6 @@ import asyncio
 import copy
 import logging
 import os
-import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,7 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     P2PHandlerError,
 )
-from p2pclient_rs.loops import Promise, Work, current_loop, in_trio_task, reactor
+from p2pclient_rs.loops import Promise, Work, current_loop, is_current, reactor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,10 +53,6 @@ _PAUSES = 0.05, 5.0
 _MAX_PEERS = 4096
 
 logger = logging.getLogger(__name__)
-
-
-_get_running_loop = asyncio._get_running_loop
-_modules = sys.modules
 
 
 class UnaryClient:
@@ -140,11 +135,7 @@ class UnaryClient:
             return await self._call_within(timeout, peer_id, proto, data)
         link = self._recent
         # What comes here often is to go a short way.
-        if (
-            link is None
-            or _get_running_loop() is not self._loop
-            or ("trio" in _modules and in_trio_task())
-        ):
+        if link is None or not is_current(self._loop):
             link = self._link()
         try:
             connection = link.current
