@@ -24,6 +24,8 @@ from hivemind.p2p import P2PHandlerError
 from hivemind.utils import get_dht_time
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
+from hivemind_swarm.processes import may_be_cut_short
+
 HIDDEN = 256
 UIDS = ["expert.0", "expert.1", "expert.2"]
 
@@ -84,6 +86,7 @@ def setting() -> Iterator[Setting]:
             process.join()
 
 
+@may_be_cut_short
 # A batch this large does not fit a unary call: hivemind streams it.
 @pytest.mark.parametrize("batch", [3, 8192], ids=["unary", "streamed"])
 def test_a_remote_expert_is_as_the_local_one_forward_and_backward(

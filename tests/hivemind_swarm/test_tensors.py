@@ -16,7 +16,7 @@ from hivemind.p2p import P2P, P2PContext, ServicerBase
 from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse
 from hivemind.utils.streaming import split_for_streaming
 
-from hivemind_swarm.processes import Peer, serving
+from hivemind_swarm.processes import Peer, may_be_cut_short, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -70,6 +70,7 @@ async def client(server: Peer, anyio_backend: Any) -> Yields[P2P]:
     await p2p.shutdown()
 
 
+@may_be_cut_short
 async def test_a_tensor_in_parts(
     server: Peer, client: P2P, anyio_backend: Any, report: Callable[[str], None]
 ) -> None:
