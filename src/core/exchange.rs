@@ -6,6 +6,8 @@
 //!                      ├── STREAM_OPEN, SUBSCRIBE succeeded ──▶ Consumed
 //!                      └── broken protocol, end of file ──────▶ Failed
 //! ```
+//!
+//! Requests that only ask may follow each other: it is busy until the last of them is answered.
 
 use super::pb::p2pd::{self, response};
 use super::request::{DhtValue, Expect};
@@ -13,6 +15,7 @@ use super::{control, dht, peerstore, pubsub, streams};
 use super::{Error, FrameDecoder, Limits, Multiaddr, PeerId, PeerInfo, Request, StreamInfo};
 use bytes::Bytes;
 use prost::Message as _;
+use std::collections::VecDeque;
 
 /// Where a connection stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +92,15 @@ struct Pending {
     values: Option<Values>,
 }
 
+impl Pending {
+    fn new(expect: Expect) -> Self {
+        Self {
+            expect,
+            values: None,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Values {
     count: usize,
@@ -102,6 +114,8 @@ pub struct Exchange {
     limits: Limits,
     state: State,
     pending: Option<Pending>,
+    /// What follows it: the answers to further queries.
+    following: VecDeque<Expect>,
     /// The answer that ends a query answered by a single VALUE.
     last: Option<Event>,
 }
@@ -114,6 +128,7 @@ impl Exchange {
             limits,
             state: State::Ready,
             pending: None,
+            following: VecDeque::new(),
             last: None,
         }
     }
@@ -128,9 +143,12 @@ impl Exchange {
         self.state == State::Ready && self.decoder.is_empty()
     }
 
-    /// Begins an exchange; what is returned is to be written to the connection.
+    /// Begins an exchange; what is returned is to be written to the connection. While the answers
+    /// to queries are awaited, another [query](Request::is_query) may follow them.
     pub fn send(&mut self, request: &Request) -> Result<Bytes, Error> {
-        if !self.is_reusable() {
+        let asking = matches!(&self.pending, Some(pending) if pending.expect.is_query());
+        let follows = asking && self.state == State::Busy && request.is_query();
+        if !follows && !self.is_reusable() {
             return Err(Error::NotReady(self.state));
         }
         if request.frame.len() > self.limits.max_frame {
@@ -139,11 +157,12 @@ impl Exchange {
                 limit: self.limits.max_frame,
             });
         }
-        self.state = State::Busy;
-        self.pending = Some(Pending {
-            expect: request.expect,
-            values: None,
-        });
+        if follows {
+            self.following.push_back(request.expect);
+        } else {
+            self.state = State::Busy;
+            self.pending = Some(Pending::new(request.expect));
+        }
         Ok(request.frame.clone())
     }
 
@@ -307,8 +326,11 @@ impl Exchange {
     }
 
     fn finish(&mut self, event: Event, state: State) -> Event {
-        self.pending = None;
-        self.state = state;
+        self.pending = self.following.pop_front().map(Pending::new);
+        self.state = match self.pending {
+            Some(_) => State::Busy,
+            None => state,
+        };
         event
     }
 }

@@ -45,6 +45,13 @@ pub(super) enum Expect {
     },
 }
 
+impl Expect {
+    pub(super) fn is_query(self) -> bool {
+        use Expect::{Identity, Peers, TopicPeers, Topics};
+        matches!(self, Identity | Peers | Topics | TopicPeers)
+    }
+}
+
 /// What a DHT query's values are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DhtValue {
@@ -85,6 +92,12 @@ impl Request {
     /// request's timeout, in which a connection serves nothing else.
     pub fn waits_for_peers(&self) -> bool {
         self.waits_for_peers
+    }
+
+    /// Whether it only asks what the daemon knows and answers at once, in one message. Such requests
+    /// may follow each other on a connection before they are answered, and be sent again.
+    pub fn is_query(&self) -> bool {
+        self.expect.is_query()
     }
 
     /// The request as it goes over the wire, length first.

@@ -281,6 +281,56 @@ fn a_busy_connection_takes_no_request_and_goes_on() {
 }
 
 #[test]
+fn behind_a_query_only_queries_may_follow() {
+    let mut exchange = Exchange::new(Limits::default());
+    exchange.send(&control::identify()).unwrap();
+    exchange.send(&pubsub::get_topics()).unwrap();
+    for (request, _) in exchanges() {
+        let mut exchange = Exchange::new(Limits::default());
+        exchange.send(&control::list_peers()).unwrap();
+        let sent = exchange.send(&request);
+        assert_eq!(sent.is_ok(), request.is_query(), "{request:?}");
+        assert_eq!(exchange.state(), State::Busy);
+    }
+}
+
+proptest! {
+    #[test]
+    fn queries_that_follow_each_other_are_answered_in_their_order(
+        asked in prop::collection::vec((0..4usize, any::<bool>(), any::<bool>()), 1..30),
+        size in 1..200usize,
+    ) {
+        let queries: Vec<_> = exchanges().into_iter().filter(|(r, _)| r.is_query()).collect();
+        prop_assert_eq!(queries.len(), 4);
+        let mut exchange = Exchange::new(Limits::default());
+        let (mut input, mut expected, mut got) = (Vec::new(), Vec::new(), Vec::new());
+        for (which, refused, at_once) in asked {
+            let (request, frames) = &queries[which];
+            exchange.send(request).unwrap();
+            let frame = if refused { encode_frame(&error(b"no")) } else { frames.concat().into() };
+            let (_, alone) = events(request, [&frame[..]]);
+            expected.extend(alone.unwrap());
+            input.extend_from_slice(&frame);
+            if at_once {
+                // Answered before the next is asked, as far as the pieces go.
+                for piece in std::mem::take(&mut input).chunks(size) {
+                    exchange.receive(piece);
+                    got.extend(exchange.poll().unwrap());
+                }
+            }
+        }
+        for piece in input.chunks(size) {
+            exchange.receive(piece);
+        }
+        while let Some(event) = exchange.poll().unwrap() {
+            got.push(event);
+        }
+        prop_assert_eq!(got, expected);
+        prop_assert!(exchange.is_reusable());
+    }
+}
+
+#[test]
 fn bytes_that_answer_nothing_make_a_connection_unusable() {
     let mut exchange = Exchange::new(Limits::default());
     exchange.receive(&encode_frame(&ok()));
