@@ -140,6 +140,23 @@ async def test_the_default_addresses_are_those_of_p2pd_and_p2pclient() -> None:
     assert repr(client) == "<Client /unix/tmp/p2pd.sock>"
 
 
+async def test_queries_at_once_are_each_given_their_own_answer(pair: Pair) -> None:
+    alice, answers = pair.alice, dict[int, Any]()
+    identity, topics = await alice.identify(), await alice.pubsub_get_topics()
+
+    async def ask(number: int) -> None:
+        query = (alice.identify, alice.list_peers, alice.pubsub_get_topics)[number % 3]
+        answers[number] = await query()
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(300):
+            tasks.start_soon(ask, number)
+    assert [answers[number] for number in range(0, 300, 3)] == [identity] * 100
+    for number in range(1, 300, 3):
+        assert pair.bob_daemon.peer_id in [info.peer_id for info in answers[number]]
+    assert [answers[number] for number in range(2, 300, 3)] == [topics] * 100
+
+
 # --- control: connections ---
 
 

@@ -323,6 +323,8 @@ class Request:
     """An encoded request. Timeouts are in seconds."""
 
     @property
+    def is_query(self) -> bool: ...
+    @property
     def waits_for_peers(self) -> bool:
         """Whether the daemon asks other peers before it answers, which can take long."""
     @staticmethod
@@ -412,8 +414,26 @@ class ControlConnection:
         pump: Callable[[PersistentConnection], object],
         owner: Callable[[], object],
     ) -> tuple[PersistentConnection, bytes]: ...
+    def take_pipeline(
+        self, event_loop: asyncio.AbstractEventLoop, pump: Callable[[Pipeline], object]
+    ) -> Pipeline: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
+
+@final
+class Pipeline:
+    """A control connection on which queries follow each other, for one asyncio or uvloop loop."""
+
+    def ask(self, request: Request) -> Waiter | None:
+        """Sends a query; what to await for the answer, or None if this takes it not."""
+    def take(self) -> list[tuple[Context | None, Callable[..., Any], Any]]: ...
+    def settle(self, now: bool) -> None: ...
+    def retire(self) -> None:
+        """Takes no more queries, and closes when those under way are answered or given up."""
+    def close(self) -> None: ...
+    @property
+    def retired(self) -> bool: ...
+    def _flush(self) -> None: ...
 
 @final
 class RawStream:

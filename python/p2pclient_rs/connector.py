@@ -17,6 +17,7 @@ from p2pclient_rs._native import (
     PeerID,
     PeerInfo,
     PersistentConnection,
+    Pipeline,
     PublicKey,
     Request,
     StreamInfo,
@@ -102,9 +103,15 @@ class _Connection(NamedTuple):
 class _Pool:
     """The connections that belong to one event loop."""
 
-    def __init__(self, max_connections: int, max_idle: int) -> None:
+    def __init__(
+        self, max_connections: int, max_idle: int, loop: asyncio.AbstractEventLoop | None
+    ) -> None:
+        self._loop = loop
         self._max_idle = max_idle
         self._idle: list[_Connection] = []
+        #: For the queries of asyncio's tasks, once there was a connection to spare.
+        self.pipeline: Pipeline | None = None
+        self._pipeline_watch: Watch | None = None
         self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
         self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
 
@@ -117,6 +124,18 @@ class _Pool:
             connection.close()
         return None
 
+    def open_pipeline(self) -> Pipeline | None:
+        """Makes an idle connection one for queries, on an event loop that runs callbacks."""
+        if self._loop is None:
+            return None
+        self.pipeline = None
+        connection = self.take()
+        if connection is not None:
+            connection.watch.close()
+            self.pipeline = connection.raw.take_pipeline(self._loop, pump)
+            self._pipeline_watch = connection.watch
+        return self.pipeline
+
     def give_back(self, connection: _Connection) -> None:
         if connection.raw.reusable and len(self._idle) < self._max_idle:
             self._idle.append(connection)
@@ -128,10 +147,14 @@ class _Pool:
         self._max_idle = 0
         while self._idle:
             self._idle.pop().close()
+        if self.pipeline is not None:
+            self.pipeline.retire()
 
     def __del__(self) -> None:
         for connection in self._idle:
             connection.watch.abandon(connection.raw)
+        if self.pipeline is not None and self._pipeline_watch is not None:
+            self._pipeline_watch.abandon(self.pipeline)
 
 
 class DaemonConnector:
@@ -201,11 +224,9 @@ class DaemonConnector:
             ControlFailure: One of its subclasses, with the arguments above.
         """
         if timeout is not None:
-            work = self._exchange(request)
-            answer, _ = await self._described(work, name, timeout, peer_id, protocol)
-            return answer
+            return await self._described(self._answer(request), name, timeout, peer_id, protocol)
         try:
-            return (await self._exchange(request))[0]
+            return await self._answer(request)
         except ControlFailure as error:
             self.raise_described(error, name, peer_id, protocol)
 
@@ -338,6 +359,31 @@ class DaemonConnector:
         for pool in pools:
             pool.close()
 
+    async def _answer(self, request: Request) -> Any:
+        if request.is_query:
+            pool = self._recent
+            # What comes here often is to go a short way.
+            if pool is None or not is_current(self._loop):
+                pool = self._pool()
+            pipeline = pool.pipeline
+            if pipeline is None or pipeline.retired:
+                pipeline = pool.open_pipeline()
+            answer = None if pipeline is None else pipeline.ask(request)
+            if answer is not None:
+                try:
+                    return await answer
+                except ConnectionLost:
+                    pass  # it only asks, which can be done again
+                except ControlFailure:
+                    raise
+                except BaseException:
+                    # The daemon may be slow for what this asked: nobody is to wait behind it.
+                    pipeline.retire()
+                    raise
+                finally:
+                    del answer  # which has the exception, whose traceback has this frame
+        return (await self._exchange(request))[0]
+
     async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
         """The answer, and the connection, which is open only if it became a stream."""
         self.check_fork()
@@ -389,7 +435,9 @@ class DaemonConnector:
             for other in list(self._pools):
                 if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
                     self._pools.pop(other).close()
-            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+            asyncios = loop if isinstance(loop, asyncio.AbstractEventLoop) else None
+            pool = _Pool(self._max_connections, self._max_idle, asyncios)
+            self._pools[loop] = pool
         if isinstance(loop, asyncio.AbstractEventLoop):
             self._loop, self._recent = loop, pool
         return pool

@@ -16,6 +16,7 @@ import anyio
 from p2pclient_rs._native import (
     ControlConnection,
     PersistentConnection,
+    Pipeline,
     RawStream,
     Readiness,
     Waiter,
@@ -71,7 +72,7 @@ class Watch(Protocol):
     def close(self) -> None:
         """Ends every wait, for the descriptor is about to be closed."""
 
-    def abandon(self, raw: RawStream | ControlConnection) -> None:
+    def abandon(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         """Closes a socket that nobody holds any more, in whichever thread or forked child that is
         found."""
 
@@ -131,7 +132,7 @@ class AsyncioWatch:
         # What anyio's does here, but for finding out that it is here.
         await asyncio.sleep(0)
 
-    def abandon(self, raw: RawStream | ControlConnection) -> None:
+    def abandon(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         # A finalizer can run in any thread, and a loop is not to be touched from another.
         in_thread = asyncio._get_running_loop() is self._loop or not self._loop.is_running()
         if in_thread or os.getpid() != self._pid:
@@ -142,7 +143,7 @@ class AsyncioWatch:
         except RuntimeError:  # it was closed meanwhile
             self._close_both(raw)
 
-    def _close_both(self, raw: RawStream | ControlConnection) -> None:
+    def _close_both(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         try:
             self.close()
         finally:
@@ -230,7 +231,7 @@ class TrioWatch:
         if self._trio.lowlevel.in_trio_task() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
-    def abandon(self, raw: RawStream | ControlConnection) -> None:
+    def abandon(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         # Whoever waited would hold the stream: there is nobody to tell.
         raw.close()
 
@@ -460,15 +461,16 @@ class TrioReactor:
             scope.cancel()
 
 
-def pump(connection: PersistentConnection) -> None:
-    """What an event loop calls when a persistent connection is readable."""
+def pump(connection: PersistentConnection | Pipeline) -> None:
+    """What an event loop calls when a connection that several share is readable."""
     carry_out(connection, connection.take())
 
 
 def carry_out(
-    connection: PersistentConnection, work: list[tuple[Context | None, Callable[..., Any], Any]]
+    connection: PersistentConnection | Pipeline,
+    work: list[tuple[Context | None, Callable[..., Any], Any]],
 ) -> None:
-    """Does what is to be done for what came over a persistent connection.
+    """Does what is to be done for what came over such a connection.
 
     Python does it, not Rust: tasks go on here, which can be anything, and what ends a thread there,
     as the interpreter's end does, must not meet Rust.

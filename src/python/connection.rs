@@ -3,6 +3,7 @@
 
 use super::answer;
 use super::errors::{self, ConnectionLost};
+use super::pipeline::Pipeline;
 use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
@@ -15,7 +16,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How much is read before the event loop gets a turn, in bytes.
-const TURN: usize = 2 * 1024 * 1024;
+pub const TURN: usize = 2 * 1024 * 1024;
 
 /// A connection to the daemon's control socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
@@ -177,6 +178,17 @@ impl ControlConnection {
                 );
                 Ok((connection, rest.unbind()))
             }
+            _ => Err(closed()),
+        }
+    }
+
+    /// Takes the connection for queries that follow each other, if nothing is under way on it.
+    fn take_pipeline(&self, event_loop: Py<PyAny>, pump: Py<PyAny>) -> PyResult<Pipeline> {
+        errors::check_fork(self.pid, "connection")?;
+        match self.lock().take() {
+            Some(inner) if inner.exchange.is_reusable() && inner.output.is_empty() => Ok(
+                Pipeline::new(inner.socket, inner.exchange, event_loop, pump),
+            ),
             _ => Err(closed()),
         }
     }

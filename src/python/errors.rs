@@ -100,6 +100,31 @@ fn lost(py: Python<'_>, words: &str, attribute: &str, is: bool) -> PyErr {
     }
 }
 
+/// Why a connection is no more.
+#[derive(Clone)]
+pub enum Loss {
+    Protocol(core::Error),
+    Socket(String),
+    Closed,
+}
+
+impl Loss {
+    /// The exception, anew for each who is told.
+    pub fn to_err(&self, py: Python<'_>) -> PyErr {
+        match self {
+            Loss::Protocol(error) => from_core(error.clone()),
+            Loss::Socket(words) => made::<ConnectionLost>(py, words),
+            Loss::Closed => made::<ConnectionLost>(py, "the client was closed"),
+        }
+    }
+}
+
+impl From<io::Error> for Loss {
+    fn from(error: io::Error) -> Self {
+        Loss::Socket(format!("the connection was lost: {error}"))
+    }
+}
+
 /// Refuses what was made in another process, from which this one was forked.
 pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
     let here = super::pid::pid();

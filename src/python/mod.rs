@@ -18,6 +18,7 @@ mod listener;
 mod multiaddr;
 mod peer_id;
 mod pid;
+mod pipeline;
 mod public_key;
 mod readiness;
 mod request;
@@ -55,6 +56,8 @@ mod _native {
     use super::errors::refusal_kind;
     #[pymodule_export]
     use super::listener::RawListener;
+    #[pymodule_export]
+    use super::pipeline::Pipeline;
     #[pymodule_export]
     use super::readiness::Readiness;
     #[pymodule_export]

@@ -51,7 +51,7 @@ struct Direction {
 }
 
 /// How many answers may be there at once before the loop gets a turn.
-const TRIES: u8 = 16;
+pub const TRIES: u8 = 16;
 
 impl Direction {
     /// Whether an answer may be tried for now.
@@ -201,14 +201,10 @@ impl Readiness {
                 self.remove(py, way)?;
             }
             for (waiter, _) in waiters {
-                let waiter = waiter.bind(py);
-                let wakeup = Waiter::succeed(waiter, py.None())?;
-                Waiter::later(waiter, wakeup)?;
+                Waiter::tell(waiter.bind(py), Ok(py.None()), false)?;
             }
             if let Some((_, waiter)) = answering {
-                let waiter = waiter.bind(py);
-                let wakeup = Waiter::fail(waiter, closed())?;
-                Waiter::later(waiter, wakeup)?;
+                Waiter::tell(waiter.bind(py), Err(closed()), false)?;
             }
         }
         Ok(())

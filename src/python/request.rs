@@ -21,6 +21,13 @@ impl PyRequest {
         self.0.waits_for_peers()
     }
 
+    /// Whether it only asks what the daemon knows: such requests may follow each other, and be
+    /// sent again.
+    #[getter]
+    fn is_query(&self) -> bool {
+        self.0.is_query()
+    }
+
     #[staticmethod]
     fn identify() -> Self {
         Self(control::identify())

@@ -6,10 +6,10 @@
 
 use super::convert::{extract_peer_id, with_bytes};
 use super::ending::inside;
-use super::errors::{self, ConnectionLost, MessageTooLarge, P2PHandlerError, ProtocolViolation};
+use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{may_wake, Waiter, Wakeup};
+use super::waiter::{may_wake, Waiter, Work};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -65,9 +65,6 @@ struct Inner {
     waiters: VecDeque<Token>,
 }
 
-/// What is to be called, in a context with one argument, or without one with several.
-type Work = (Option<Py<PyAny>>, Py<PyAny>, Py<PyAny>);
-
 /// What is to be done to the event loop once the state is unlocked.
 #[derive(Default)]
 struct Chores {
@@ -89,30 +86,6 @@ struct Submitted {
     chores: Chores,
     /// A token that is not to be dropped under the lock.
     _forgotten: Option<Token>,
-}
-
-/// Why a connection is no more.
-#[derive(Clone)]
-enum Loss {
-    Protocol(Error),
-    Socket(String),
-    Closed,
-}
-
-impl Loss {
-    fn to_err(&self, py: Python<'_>) -> PyErr {
-        match self {
-            Loss::Protocol(error) => errors::from_core(error.clone()),
-            Loss::Socket(words) => errors::made::<ConnectionLost>(py, words),
-            Loss::Closed => errors::made::<ConnectionLost>(py, "the client was closed"),
-        }
-    }
-}
-
-impl From<io::Error> for Loss {
-    fn from(error: io::Error) -> Self {
-        Loss::Socket(format!("the connection was lost: {error}"))
-    }
 }
 
 /// A payload that is a Python bytes object from the start.
@@ -867,8 +840,7 @@ impl<'a, 'py> Tail<'a, 'py> {
 /// can go on `here`.
 fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyResult<Option<Work>> {
     if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        let wakeup = Waiter::succeed(waiter, value)?;
-        return woken(waiter, wakeup, here);
+        return Waiter::tell(waiter, Ok(value), here);
     }
     let set = token.call_method1(py, intern!(py, "set_result"), (value,));
     unless_done(py, token, set)
@@ -876,24 +848,10 @@ fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyRes
 
 fn fail(py: Python<'_>, token: &Token, error: PyErr, here: bool) -> PyResult<Option<Work>> {
     if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        let wakeup = Waiter::fail(waiter, error)?;
-        return woken(waiter, wakeup, here);
+        return Waiter::tell(waiter, Err(error), here);
     }
     let set = token.call_method1(py, intern!(py, "set_exception"), (error,));
     unless_done(py, token, set)
-}
-
-fn woken(waiter: &Bound<'_, Waiter>, wakeup: Option<Wakeup>, here: bool) -> PyResult<Option<Work>> {
-    match wakeup {
-        Some(Wakeup {
-            function,
-            context: Some(context),
-        }) if here => {
-            let waiter = waiter.clone().into_any().unbind();
-            Ok(Some((Some(context), function, waiter)))
-        }
-        wakeup => Waiter::later(waiter, wakeup).map(|()| None),
-    }
 }
 
 fn unless_done(py: Python<'_>, token: &Token, set: PyResult<Py<PyAny>>) -> PyResult<Option<Work>> {

@@ -43,6 +43,9 @@ pub struct Wakeup {
     pub context: Option<Py<PyAny>>,
 }
 
+/// What is to be called, in a context with one argument, or without one with several.
+pub type Work = (Option<Py<PyAny>>, Py<PyAny>, Py<PyAny>);
+
 impl Waiter {
     /// One for a task of this loop.
     pub fn new(event_loop: Py<PyAny>) -> Self {
@@ -95,6 +98,29 @@ impl Waiter {
         let arguments = (function, slf);
         event_loop.call_method(intern!(py, "call_soon"), arguments, keywords.as_ref())?;
         Ok(())
+    }
+
+    /// Ends the wait, unless it has ended. What is returned has the task go on `here`; without it,
+    /// it has another turn of the loop.
+    pub fn tell(
+        slf: &Bound<'_, Self>,
+        outcome: PyResult<Py<PyAny>>,
+        here: bool,
+    ) -> PyResult<Option<Work>> {
+        let wakeup = match outcome {
+            Ok(value) => Self::succeed(slf, value)?,
+            Err(error) => Self::fail(slf, error)?,
+        };
+        match wakeup {
+            Some(Wakeup {
+                function,
+                context: Some(context),
+            }) if here => {
+                let waiter = slf.clone().into_any().unbind();
+                Ok(Some((Some(context), function, waiter)))
+            }
+            wakeup => Self::later(slf, wakeup).map(|()| None),
+        }
     }
 
     /// What is to be run, and whether the wait had not ended before.

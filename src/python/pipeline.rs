@@ -1,0 +1,423 @@
+//! A control connection on which queries follow each other, without waiting for the answers before:
+//! the core's exchange over a non-blocking socket, on the event loop's own thread. A read brings the
+//! answers to many, and what those who are woken ask next goes out in one write.
+//!
+//! As in `unary`, no Python is called while the state is locked.
+
+use super::answer;
+use super::connection::TURN;
+use super::ending::inside;
+use super::errors::{self, Loss};
+use super::pid::pid;
+use super::readiness::TRIES;
+use super::request::PyRequest;
+use super::socket::{Socket, READ_SIZE};
+use super::waiter::{may_wake, Waiter, Work};
+use crate::core::{Error, Event, Exchange, Request};
+use bytes::BytesMut;
+use pyo3::prelude::*;
+use pyo3::{intern, PyTraverseError, PyVisit};
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// How many queries may be under way. A daemon that does not answer is not to fill our memory.
+const MAX_ASKED: usize = 1024;
+
+/// A control connection for queries of one event loop, asyncio's or alike.
+#[pyclass(frozen, module = "p2pclient_rs._native")]
+pub struct Pipeline {
+    fd: RawFd,
+    pid: u32,
+    event_loop: Py<PyAny>,
+    /// What the loop is to call with this when it is readable: it does what `take` returns.
+    pump: Py<PyAny>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// `None` once lost or closed.
+    socket: Option<Socket>,
+    exchange: Exchange,
+    output: BytesMut,
+    /// Who waits, in the order of the answers. One that was cancelled keeps its place.
+    asked: VecDeque<Py<Waiter>>,
+    /// It takes no more queries, and ends with the last answer.
+    retired: bool,
+    /// A flush is to come, before which nothing is sent.
+    corked: bool,
+    /// What came last, and is to be seen to when what came before it has been.
+    loss: Option<Loss>,
+    reading: bool,
+    writing: bool,
+    /// How many answers in a row were tried for without a turn of the loop.
+    tried: u8,
+}
+
+/// What came of a query.
+enum Asked {
+    Sent,
+    /// It is to be asked elsewhere.
+    Refused,
+    Failed(Error),
+    Lost(Loss),
+}
+
+/// What the event loop has to be told after a change.
+#[derive(Default)]
+struct Chores {
+    add_reader: bool,
+    add_writer: bool,
+    remove_writer: bool,
+    close: bool,
+}
+
+impl Pipeline {
+    /// On a connection that is connected, and on which nothing is under way.
+    pub fn new(socket: Socket, exchange: Exchange, event_loop: Py<PyAny>, pump: Py<PyAny>) -> Self {
+        Self {
+            fd: socket.as_raw_fd(),
+            pid: pid(),
+            event_loop,
+            pump,
+            inner: Mutex::new(Inner {
+                socket: Some(socket),
+                exchange,
+                output: BytesMut::new(),
+                asked: VecDeque::new(),
+                retired: false,
+                corked: false,
+                loss: None,
+                reading: false,
+                writing: false,
+                tried: 0,
+            }),
+        }
+    }
+}
+
+#[pymethods]
+impl Pipeline {
+    /// Sends a query. Returns what to await for the answer, or `None` if there are too many, or
+    /// this takes no more.
+    fn ask(slf: &Bound<'_, Self>, request: PyRef<'_, PyRequest>) -> PyResult<Option<Py<Waiter>>> {
+        let (py, this) = (slf.py(), slf.get());
+        let _inside = inside(py);
+        errors::check_fork(this.pid, "client")?;
+        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
+        let mut events = Vec::new();
+        let (asked, chores) = {
+            let mut inner = this.lock();
+            let asked = inner.ask(&request.0, &waiter, &mut events);
+            (asked, inner.chores())
+        };
+        Self::run(slf, chores)?;
+        Self::hand_out(slf, events, false);
+        match asked {
+            Asked::Refused => return Ok(None),
+            Asked::Failed(error) => return Err(errors::from_core(error)),
+            Asked::Lost(loss) => Self::lose(slf, &loss)?,
+            Asked::Sent => {}
+        }
+        Ok(Some(waiter.unbind()))
+    }
+
+    /// Reads, and returns what is to be called for what came. When that has been, all of it and
+    /// whatever it raised, `settle` is to be called.
+    fn take(slf: &Bound<'_, Self>) -> PyResult<Vec<Work>> {
+        let this = slf.get();
+        if this.is_elsewhere() {
+            return Ok(Vec::new());
+        }
+        let _inside = inside(slf.py());
+        let mut events = Vec::new();
+        let lost = {
+            let mut inner = this.lock();
+            inner.loss = inner.read(&mut events).err();
+            inner.tried = 0;
+            // What several ask next is better sent at once.
+            inner.corked |= events.len() > 1;
+            inner.loss.is_some()
+        };
+        let here = !events.is_empty() && !lost && may_wake(this.event_loop.bind(slf.py()))?;
+        Ok(Self::hand_out(slf, events, here))
+    }
+
+    /// Loses the connection, if that is what came last, or sends what was asked: now, if `now`, or
+    /// after those who were woken have had their turn.
+    fn settle(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+        if slf.get().is_elsewhere() {
+            return Ok(());
+        }
+        let py = slf.py();
+        let _inside = inside(py);
+        let (loss, corked) = {
+            let mut inner = slf.get().lock();
+            inner.corked &= !now;
+            (inner.loss.take(), inner.corked)
+        };
+        if let Some(loss) = loss {
+            return Self::lose(slf, &loss);
+        }
+        if corked {
+            let flush = slf.getattr(intern!(py, "_flush"))?;
+            let event_loop = slf.get().event_loop.bind(py);
+            event_loop.call_method1(intern!(py, "call_soon"), (flush,))?;
+            return Ok(());
+        }
+        Self::_flush(slf)
+    }
+
+    /// Takes no more queries, and closes when those under way are answered or given up.
+    fn retire(slf: &Bound<'_, Self>) -> PyResult<()> {
+        slf.get().lock().retired = true;
+        if Self::loop_is_closed(slf)? {
+            return Self::close(slf); // nobody is left to be answered
+        }
+        Self::_flush(slf)
+    }
+
+    /// Closes the connection. In a forked child only the descriptor is closed.
+    fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
+        if slf.get().is_elsewhere() {
+            let socket = slf.get().lock().socket.take();
+            drop(socket);
+            return Ok(());
+        }
+        Self::lose(slf, &Loss::Closed)
+    }
+
+    /// Whether it takes no more queries.
+    #[getter]
+    fn retired(&self) -> bool {
+        let inner = self.lock();
+        inner.retired || inner.socket.is_none()
+    }
+
+    fn _flush(slf: &Bound<'_, Self>) -> PyResult<()> {
+        if slf.get().is_elsewhere() {
+            return Ok(());
+        }
+        let _inside = inside(slf.py());
+        let flushed = {
+            let mut inner = slf.get().lock();
+            inner.corked = false;
+            inner.flush().map(|()| inner.chores())
+        };
+        match flushed {
+            Ok(chores) => Self::run(slf, chores),
+            Err(loss) => Self::lose(slf, &loss),
+        }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.event_loop)?;
+        visit.call(&self.pump)?;
+        if let Ok(inner) = self.inner.try_lock() {
+            for waiter in &inner.asked {
+                visit.call(waiter)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let asked = match self.inner.try_lock() {
+            Ok(mut inner) => std::mem::take(&mut inner.asked),
+            Err(_) => return,
+        };
+        drop(asked);
+    }
+}
+
+impl Pipeline {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is a forked child of the process that the connection belongs to.
+    fn is_elsewhere(&self) -> bool {
+        pid() != self.pid
+    }
+
+    /// Tells those who asked, and returns what is to be called for that.
+    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool) -> Vec<Work> {
+        let py = slf.py();
+        let mut work = Vec::with_capacity(events.len());
+        for event in events {
+            let Some(waiter) = slf.get().lock().asked.pop_front() else {
+                continue;
+            };
+            if waiter.get().done() {
+                continue; // it was cancelled
+            }
+            let answer = match event {
+                Event::Answer(answer) | Event::Item(answer) => answer::to_python(py, answer),
+                Event::Refused(words) => Err(errors::refused(py, &words)),
+            };
+            match Waiter::tell(waiter.bind(py), answer.map(Bound::unbind), here) {
+                Ok(some) => work.extend(some),
+                // One that fails does not keep the rest from theirs.
+                Err(error) => error.write_unraisable(py, Some(slf)),
+            }
+        }
+        work
+    }
+
+    /// Ends the connection: everything that is awaited fails now.
+    fn lose(slf: &Bound<'_, Self>, loss: &Loss) -> PyResult<()> {
+        let py = slf.py();
+        let _inside = inside(py);
+        let this = slf.get();
+        let (socket, asked, reading, writing) = {
+            let mut inner = this.lock();
+            (
+                inner.socket.take(),
+                std::mem::take(&mut inner.asked),
+                std::mem::take(&mut inner.reading),
+                std::mem::take(&mut inner.writing),
+            )
+        };
+        let Some(socket) = socket else {
+            return Ok(());
+        };
+        let event_loop = this.event_loop.bind(py);
+        if Self::loop_is_closed(slf)? {
+            // It can wake nobody.
+            socket.end();
+            return Ok(());
+        }
+        if reading {
+            event_loop.call_method1(intern!(py, "remove_reader"), (this.fd,))?;
+        }
+        if writing {
+            event_loop.call_method1(intern!(py, "remove_writer"), (this.fd,))?;
+        }
+        socket.end();
+        drop(socket);
+        for waiter in asked {
+            if let Err(error) = Waiter::tell(waiter.bind(py), Err(loss.to_err(py)), false) {
+                error.write_unraisable(py, Some(slf));
+            }
+        }
+        Ok(())
+    }
+
+    fn loop_is_closed(slf: &Bound<'_, Self>) -> PyResult<bool> {
+        let py = slf.py();
+        let event_loop = slf.get().event_loop.bind(py);
+        event_loop.call_method0(intern!(py, "is_closed"))?.extract()
+    }
+
+    fn run(slf: &Bound<'_, Self>, chores: Chores) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let event_loop = this.event_loop.bind(py);
+        if chores.add_reader {
+            event_loop.call_method1(intern!(py, "add_reader"), (this.fd, &this.pump, slf))?;
+        }
+        if chores.add_writer {
+            let flush = slf.getattr(intern!(py, "_flush"))?;
+            event_loop.call_method1(intern!(py, "add_writer"), (this.fd, flush))?;
+        }
+        if chores.remove_writer {
+            event_loop.call_method1(intern!(py, "remove_writer"), (this.fd,))?;
+        }
+        if chores.close {
+            Self::lose(slf, &Loss::Closed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn ask(
+        &mut self,
+        request: &Request,
+        waiter: &Bound<'_, Waiter>,
+        events: &mut Vec<Event>,
+    ) -> Asked {
+        let alone = self.asked.is_empty() && !self.corked;
+        let Some(socket) = self.socket.as_ref().filter(|_| !self.retired) else {
+            return Asked::Refused;
+        };
+        if self.asked.len() >= MAX_ASKED || self.loss.is_some() {
+            return Asked::Refused;
+        }
+        if alone && socket.is_readable() {
+            // Whatever that is, it answers nothing: the connection's end, most likely.
+            self.retired = true;
+            return Asked::Refused;
+        }
+        match self.exchange.send(request) {
+            Ok(frame) => self.output.extend_from_slice(&frame),
+            Err(error) => return Asked::Failed(error),
+        }
+        self.asked.push_back(waiter.clone().unbind());
+        let mut sent = self.flush();
+        // A daemon that is quick has answered by now, unless it has to wait for this core. Whoever
+        // asks again and again is to give the loop a turn all the same.
+        if sent.is_ok() && alone && self.tried < TRIES {
+            self.tried += 1;
+            sent = self.read(events);
+        }
+        match sent {
+            Ok(()) => Asked::Sent,
+            Err(loss) => Asked::Lost(loss),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Loss> {
+        let Some(socket) = self.socket.as_ref().filter(|_| !self.corked) else {
+            return Ok(());
+        };
+        while !self.output.is_empty() {
+            match socket.write(&self.output)? {
+                0 => break,
+                count => drop(self.output.split_to(count)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, within the bounds of a turn.
+    fn read(&mut self, events: &mut Vec<Event>) -> Result<(), Loss> {
+        let mut budget = TURN;
+        loop {
+            let (Some(socket), exchange) = (&self.socket, &mut self.exchange) else {
+                return Ok(());
+            };
+            let read = socket.read_with(READ_SIZE, |bytes| {
+                exchange.receive(bytes);
+                bytes.len()
+            });
+            let count = match read? {
+                None => return Ok(()),
+                Some(0) => return Err(Loss::Protocol(self.exchange.end_of_file())),
+                Some(count) => count,
+            };
+            while let Some(event) = self.exchange.poll().map_err(Loss::Protocol)? {
+                events.push(event);
+            }
+            budget = budget.saturating_sub(count);
+            if count < READ_SIZE || budget == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    fn chores(&mut self) -> Chores {
+        let mut chores = Chores::default();
+        if self.socket.is_none() {
+            return chores;
+        }
+        chores.add_reader = !std::mem::replace(&mut self.reading, true);
+        let write = !self.output.is_empty() && !self.corked;
+        if write != self.writing {
+            self.writing = write;
+            chores.add_writer = write;
+            chores.remove_writer = !write;
+        }
+        chores.close = self.retired && self.asked.iter().all(|waiter| waiter.get().done());
+        chores
+    }
+}
