@@ -169,10 +169,14 @@ def test_the_interpreters_end_with_everything_open_is_silent(
 
 
 LATE = """
-import sys, threading, time
+import asyncio, sys, threading, time
 from p2pclient_rs._native import Readiness, _the_end_is_near
 
+closed = asyncio.new_event_loop()
+closed.close()
+
 class Loop:
+    create_future = closed.create_future
     def add_reader(self, *_):
         # Called from Rust: without the interpreter, while it comes to its end.
         entered.set()

@@ -40,7 +40,6 @@ from p2pclient_rs import (
     P2PHandlerError,
     PeerID,
 )
-from p2pclient_rs._native import Waiter
 from p2pclient_rs.loops import AsyncioWatch, carry_out, pump
 
 pytestmark = [
@@ -284,95 +283,6 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
                 assert gc.collect() < 100
             finally:
                 gc.enable()
-
-
-@pytest.mark.parametrize("result", [b"bytes", None, (), (1, 2), ValueError("no"), [3]])
-async def test_a_waiter_returns_what_it_was_given(result: object) -> None:
-    loop = asyncio.get_running_loop()
-    waiter = Waiter(loop)
-    loop.call_soon(waiter.set_result, result)
-    assert await waiter is result
-    assert waiter.done() and not waiter.cancelled() and waiter.exception() is None
-    assert waiter.result() is result
-    waiter.set_result("another")
-    waiter.set_exception(ValueError())
-    assert not waiter.cancel()
-    assert waiter.result() is result
-
-
-async def test_a_waiter_raises_what_it_was_given() -> None:
-    loop = asyncio.get_running_loop()
-    waiter = Waiter(loop)
-    error = LookupError("it")
-    loop.call_soon(waiter.set_exception, error)
-    with pytest.raises(LookupError) as caught:
-        await waiter
-    assert caught.value is error is waiter.exception()
-    # The task that awaits it has given it back its turn: it is done at once the next time.
-    with pytest.raises(LookupError):
-        await waiter
-
-
-async def test_a_waiter_is_cancelled_with_its_task_and_says_why() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
-
-    async def wait() -> None:
-        await waiter
-
-    task = asyncio.ensure_future(wait())
-    await asyncio.sleep(0)
-    assert not waiter.done()
-    with pytest.raises(asyncio.InvalidStateError):
-        waiter.result()
-    with pytest.raises(asyncio.InvalidStateError):
-        waiter.exception()
-    task.cancel("why")
-    with pytest.raises(asyncio.CancelledError, match="why"):
-        await task
-    assert waiter.cancelled()
-    with pytest.raises(asyncio.CancelledError):
-        waiter.exception()
-
-
-async def test_callbacks_of_a_waiter_are_called_in_another_turn_of_the_loop() -> None:
-    loop = asyncio.get_running_loop()
-    waiter = Waiter(loop)
-    called: list[str] = []
-    unwanted = lambda _: called.append("unwanted")  # noqa: E731
-    waiter.add_done_callback(lambda _: called.append("first"))
-    waiter.add_done_callback(unwanted)
-    waiter.add_done_callback(lambda _: called.append("second"))
-    assert waiter.remove_done_callback(unwanted) == 1
-    assert waiter.remove_done_callback(unwanted) == 0
-    waiter.set_result(None)
-    waiter.add_done_callback(lambda _: called.append("late"))
-    assert called == []
-    await asyncio.sleep(0)
-    assert called == ["first", "second", "late"]
-
-
-async def test_a_waiter_that_is_awaited_by_no_task_says_so() -> None:
-    waiter = Waiter(asyncio.get_running_loop())
-    iterator = iter(waiter)
-    assert next(iterator) is waiter
-    with pytest.raises(RuntimeError, match="await wasn't used with future"):
-        next(iterator)
-
-
-async def test_a_task_that_nobody_wakes_any_more_is_collected() -> None:
-    loop = asyncio.get_running_loop()
-
-    async def wait() -> None:
-        await Waiter(loop)
-
-    del [Waiter(loop) for _ in range(10)][:]  # memory that waiters had, as most have
-    task = asyncio.ensure_future(wait())
-    await asyncio.sleep(0)
-    task._log_destroy_pending = False  # type: ignore[attr-defined]
-    there = weakref.ref(task)
-    del task
-    gc.collect()
-    assert there() is None
 
 
 async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None:

@@ -19,7 +19,6 @@ from p2pclient_rs._native import (
     Pipeline,
     RawStream,
     Readiness,
-    Waiter,
 )
 
 __all__ = [
@@ -239,9 +238,6 @@ class TrioWatch:
 class Promise(Protocol):
     """Something to await that is set from outside, once."""
 
-    #: The call whose reply it is, if it is one.
-    call_id: bytes
-
     def set_result(self, result: Any, /) -> None: ...
     def set_exception(self, exception: Any, /) -> None: ...
     def done(self) -> bool: ...
@@ -312,7 +308,7 @@ class AsyncioReactor:
         self.add_writer = loop.add_writer
         self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
-        self.promise: Callable[[], Promise] = functools.partial(Waiter, loop)
+        self.promise: Callable[[], Promise] = loop.create_future
 
     @property
     def ended(self) -> bool:
@@ -518,8 +514,6 @@ class _TrioWork:
 
 
 class _TrioPromise:
-    call_id = b""
-
     def __init__(self, trio: Any) -> None:
         self._set = trio.Event()
         self._result: Any = None

@@ -17,7 +17,6 @@ from p2pclient_rs._native import (
     PubsubMessage,
     RawStream,
     StreamInfo,
-    Waiter,
     decode_pubsub_message,
 )
 
@@ -429,7 +428,7 @@ class Stream(ByteStream):
             if self._closing or self._ending:
                 self._finishing = True
                 waiting = self._watch.drained(0)
-                assert isinstance(waiting, Waiter)
+                assert isinstance(waiting, asyncio.Future)
                 waiting.add_done_callback(self._on_drained)
 
     def _on_drained(self, waiting: object) -> None:

@@ -139,24 +139,25 @@ class UnaryClient:
             link = self._link()
         try:
             connection = link.current
-            reply = None
+            called = None
             if connection is not None:
                 try:
-                    reply = connection.call(peer_id, proto, data)
+                    called = connection.call(peer_id, proto, data)
                 except ConnectionLost as error:
                     # The daemon may be there again, and cannot have seen this call.
                     if not error.unexecuted:
                         raise
-            if connection is None or reply is None:
-                connection, reply = await link.call(peer_id, proto, data)
+            if connection is None or called is None:
+                connection, called = await link.call(peer_id, proto, data)
+            reply, call_id = called
             try:
-                return await reply  # type: ignore[no-any-return]
+                return await reply
             except BaseException:
                 # Cancelled, most likely: whoever answered has no call to be given up.
-                connection.cancel(reply.call_id)
+                connection.cancel(call_id)
                 raise
             finally:
-                del reply  # which has the exception, whose traceback has this frame
+                del called, reply  # which has the exception, whose traceback has this frame
         except ControlFailure as error:
             self.daemon_connector.raise_described(error, "CALL_UNARY", peer_id, proto)
         except P2PHandlerError as error:
@@ -336,21 +337,22 @@ class _Link:
 
     async def call(
         self, peer_id: PeerIDLike, proto: str, data: Buffer
-    ) -> tuple[PersistentConnection, Any]:
-        """Makes a call, once there is a connection and room; gives what to await for the reply."""
+    ) -> tuple[PersistentConnection, tuple[Awaitable[bytes], bytes]]:
+        """Makes a call, once there is a connection and room; gives what to await for the reply, and
+        the call's id."""
         retried = False
         while True:
             connection = await self.connection()
             try:
-                reply = connection.call(peer_id, proto, data)
+                called = connection.call(peer_id, proto, data)
             except ConnectionLost as error:
                 # As in `UnaryClient.call`.
                 if retried or not error.unexecuted:
                     raise
                 retried = True
                 continue
-            if reply is not None:
-                return connection, reply
+            if called is not None:
+                return connection, called
             await self._room(connection)
 
     async def add_handler(self, proto: str, entry: _Handler) -> None:

@@ -36,6 +36,9 @@ const PIECES: usize = 64;
 pub struct Output<S> {
     chunks: VecDeque<Chunk<S>>,
     len: usize,
+    /// Room that was written from, for what comes next, and how much of it may be kept.
+    spare: BytesMut,
+    keeps: usize,
 }
 
 #[derive(Debug)]
@@ -59,11 +62,22 @@ impl<S> Default for Output<S> {
         Self {
             chunks: VecDeque::new(),
             len: 0,
+            spare: BytesMut::new(),
+            keeps: 0,
         }
     }
 }
 
 impl<S> Output<S> {
+    /// One that keeps up to `room` bytes of room for what comes next, for what is in use all the
+    /// time.
+    pub fn keeping(room: usize) -> Self {
+        Self {
+            keeps: room,
+            ..Self::default()
+        }
+    }
+
     /// How many bytes wait.
     pub fn len(&self) -> usize {
         self.len
@@ -84,7 +98,11 @@ impl<S: AsRef<[u8]>> Output<S> {
         self.len += bytes.len();
         match self.chunks.back_mut() {
             Some(Chunk::Copied(chunk)) => chunk.extend_from_slice(bytes),
-            _ => self.chunks.push_back(Chunk::Copied(bytes.into())),
+            _ => {
+                let mut chunk = std::mem::take(&mut self.spare);
+                chunk.extend_from_slice(bytes);
+                self.chunks.push_back(Chunk::Copied(chunk));
+            }
         }
     }
 
@@ -122,8 +140,13 @@ impl<S: AsRef<[u8]>> Output<S> {
                 break;
             }
             count -= rest;
-            if let Some(Chunk::Shared { data, .. }) = self.chunks.pop_front() {
-                done.push(data);
+            match self.chunks.pop_front() {
+                Some(Chunk::Shared { data, .. }) => done.push(data),
+                Some(Chunk::Copied(mut bytes)) if bytes.capacity() <= self.keeps => {
+                    bytes.clear();
+                    self.spare = bytes;
+                }
+                _ => {}
             }
         }
         done
@@ -205,6 +228,21 @@ mod tests {
     }
 
     #[test]
+    fn room_is_kept_within_its_bound_and_only_if_asked_for() {
+        for (mut output, len, kept) in [
+            (Output::<Bytes>::keeping(1000), 700, 700),
+            (Output::keeping(1000), 1001, 0),
+            (Output::default(), 700, 0),
+        ] {
+            output.push_copied(&vec![7; len]);
+            output.sent(len);
+            assert_eq!(output.spare.capacity(), kept);
+            output.push_copied(b"next");
+            assert_eq!(drain(&mut output, 100), b"next");
+        }
+    }
+
+    #[test]
     fn one_write_gets_a_bounded_number_of_pieces() {
         let payload = Bytes::from(vec![7; SHARE]);
         let mut output = Output::default();
@@ -243,7 +281,7 @@ mod tests {
                 next = next.wrapping_add(1);
                 vec![next; len]
             };
-            let (mut output, mut pushed, mut written) = (Output::default(), vec![], vec![]);
+            let (mut output, mut pushed, mut written) = (Output::keeping(64), vec![], vec![]);
             for step in steps {
                 match step {
                     Step::Copied(len) => {

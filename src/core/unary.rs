@@ -55,6 +55,9 @@ pub const HIGH_WATER: usize = 1024 * 1024;
 /// … until no more than this does.
 pub const LOW_WATER: usize = 256 * 1024;
 
+/// How much room for what waits to be sent is kept, in bytes: for a hundred small calls.
+pub const KEPT_OUTPUT: usize = 128 * 1024;
+
 /// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
 /// would only wait too. Far above the rest, for a daemon that writes before it reads on would
 /// otherwise wait for us as we for it.

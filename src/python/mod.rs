@@ -66,8 +66,6 @@ mod _native {
     use super::stream::RawStream;
     #[pymodule_export]
     use super::unary::PersistentConnection;
-    #[pymodule_export]
-    use super::waiter::Waiter;
 
     // --- daemon ---
     #[pymodule_export]

@@ -12,7 +12,7 @@ use super::pid::pid;
 use super::readiness::TRIES;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
-use super::waiter::{may_wake, Waiter, Work};
+use super::waiter::{done, may_wake, tell, waiter, Work};
 use crate::core::{Error, Event, Exchange, Request};
 use bytes::BytesMut;
 use pyo3::prelude::*;
@@ -41,7 +41,7 @@ struct Inner {
     exchange: Exchange,
     output: BytesMut,
     /// Who waits, in the order of the answers. One that was cancelled keeps its place.
-    asked: VecDeque<Py<Waiter>>,
+    asked: VecDeque<Py<PyAny>>,
     /// It takes no more queries, and ends with the last answer.
     retired: bool,
     /// A flush is to come, before which nothing is sent.
@@ -69,7 +69,7 @@ struct Chores {
     add_reader: bool,
     add_writer: bool,
     remove_writer: bool,
-    close: bool,
+    retired: bool,
 }
 
 impl Pipeline {
@@ -100,11 +100,11 @@ impl Pipeline {
 impl Pipeline {
     /// Sends a query. Returns what to await for the answer, or `None` if there are too many, or
     /// this takes no more.
-    fn ask(slf: &Bound<'_, Self>, request: PyRef<'_, PyRequest>) -> PyResult<Option<Py<Waiter>>> {
+    fn ask(slf: &Bound<'_, Self>, request: PyRef<'_, PyRequest>) -> PyResult<Option<Py<PyAny>>> {
         let (py, this) = (slf.py(), slf.get());
         let _inside = inside(py);
         errors::check_fork(this.pid, "client")?;
-        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
+        let waiter = waiter(this.event_loop.bind(py))?;
         let mut events = Vec::new();
         let (asked, chores) = {
             let mut inner = this.lock();
@@ -248,14 +248,11 @@ impl Pipeline {
             let Some(waiter) = slf.get().lock().asked.pop_front() else {
                 continue;
             };
-            if waiter.get().done() {
-                continue; // it was cancelled
-            }
             let answer = match event {
                 Event::Answer(answer) | Event::Item(answer) => answer::to_python(py, answer),
                 Event::Refused(words) => Err(errors::refused(py, &words)),
             };
-            match Waiter::tell(waiter.bind(py), answer.map(Bound::unbind), here) {
+            match tell(waiter.bind(py), answer.map(Bound::unbind), here) {
                 Ok(some) => work.extend(some),
                 // One that fails does not keep the rest from theirs.
                 Err(error) => error.write_unraisable(py, Some(slf)),
@@ -296,7 +293,7 @@ impl Pipeline {
         socket.end();
         drop(socket);
         for waiter in asked {
-            if let Err(error) = Waiter::tell(waiter.bind(py), Err(loss.to_err(py)), false) {
+            if let Err(error) = tell(waiter.bind(py), Err(loss.to_err(py)), false) {
                 error.write_unraisable(py, Some(slf));
             }
         }
@@ -322,10 +319,28 @@ impl Pipeline {
         if chores.remove_writer {
             event_loop.call_method1(intern!(py, "remove_writer"), (this.fd,))?;
         }
-        if chores.close {
+        if chores.retired && Self::nobody_waits(slf)? {
             Self::lose(slf, &Loss::Closed)?;
         }
         Ok(())
+    }
+
+    fn nobody_waits(slf: &Bound<'_, Self>) -> PyResult<bool> {
+        let py = slf.py();
+        let asked: Vec<_> = {
+            let inner = slf.get().lock();
+            inner
+                .asked
+                .iter()
+                .map(|waiter| waiter.clone_ref(py))
+                .collect()
+        };
+        for waiter in asked {
+            if !done(waiter.bind(py))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -333,7 +348,7 @@ impl Inner {
     fn ask(
         &mut self,
         request: &Request,
-        waiter: &Bound<'_, Waiter>,
+        waiter: &Bound<'_, PyAny>,
         events: &mut Vec<Event>,
     ) -> Asked {
         let alone = self.asked.is_empty() && !self.corked;
@@ -417,7 +432,7 @@ impl Inner {
             chores.add_writer = write;
             chores.remove_writer = !write;
         }
-        chores.close = self.retired && self.asked.iter().all(|waiter| waiter.get().done());
+        chores.retired = self.retired;
         chores
     }
 }

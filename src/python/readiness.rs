@@ -4,14 +4,11 @@ use super::connection::{closed, ControlConnection};
 use super::ending::inside;
 use super::pid::pid;
 use super::stream::RawStream;
-use super::waiter::{may_wake, Waiter};
+use super::waiter::{done, may_wake, tell, waiter, Work};
 use pyo3::prelude::*;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// What wakes whoever waits: the context to run it in, a callable, and its argument.
-type Wakeup = (Py<PyAny>, Py<PyAny>, Py<Waiter>);
 
 /// The watch of one event loop over one file descriptor.
 ///
@@ -41,11 +38,11 @@ struct Direction {
     idle: bool,
     closed: bool,
     /// Each with how many bytes may be left over once it is woken.
-    waiters: Vec<(Py<Waiter>, usize)>,
+    waiters: Vec<(Py<PyAny>, usize)>,
     /// What is to be written when that is possible.
     flushing: Option<Flushing>,
     /// Whose answer is to be read, and who waits for it.
-    answering: Option<(Py<ControlConnection>, Py<Waiter>)>,
+    answering: Option<(Py<ControlConnection>, Py<PyAny>)>,
     /// How many answers in a row were tried for without a turn of the loop.
     tried: u8,
 }
@@ -94,12 +91,12 @@ impl Readiness {
     }
 
     /// A wait until the socket may be readable, or the watch was closed.
-    fn readable(slf: &Bound<'_, Self>) -> PyResult<Py<Waiter>> {
+    fn readable(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Read, usize::MAX)
     }
 
     /// A wait until the socket may be writable, or the watch was closed.
-    fn writable(slf: &Bound<'_, Self>) -> PyResult<Py<Waiter>> {
+    fn writable(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Write, usize::MAX)
     }
 
@@ -118,21 +115,21 @@ impl Readiness {
 
     /// A wait until no more than `mark` bytes are left of what `flush_later` is to write, or that
     /// failed, or the watch was closed.
-    fn drained(slf: &Bound<'_, Self>, mark: usize) -> PyResult<Py<Waiter>> {
+    fn drained(slf: &Bound<'_, Self>, mark: usize) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Write, mark)
     }
 
     /// A wait for the answer to the request that a connection has sent.
-    fn answer(slf: &Bound<'_, Self>, connection: Py<ControlConnection>) -> PyResult<Py<Waiter>> {
+    fn answer(slf: &Bound<'_, Self>, connection: Py<ControlConnection>) -> PyResult<Py<PyAny>> {
         let py = slf.py();
         let _inside = inside(py);
         let this = slf.get();
-        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
+        let waiter = waiter(this.event_loop.bind(py))?;
         // A daemon that is quick has answered by now, unless it has to wait for this core. Whoever
         // asks again and again is to give the loop a turn all the same.
         if this.direction(Way::Read).tries() {
             if let Some(answer) = connection.get().step(py)? {
-                Waiter::succeed(&waiter, answer)?;
+                tell(&waiter, Ok(answer), false)?;
                 return Ok(waiter.unbind());
             }
         }
@@ -152,12 +149,12 @@ impl Readiness {
     }
 
     /// What is to be run when the socket is readable.
-    fn take_readable(&self, py: Python<'_>) -> PyResult<Option<Wakeup>> {
+    fn take_readable(&self, py: Python<'_>) -> PyResult<Option<Work>> {
         self.take(py, Way::Read)
     }
 
     /// What is to be run when the socket is writable. Then `settle` is to be called.
-    fn take_writable(&self, py: Python<'_>) -> PyResult<Option<Wakeup>> {
+    fn take_writable(&self, py: Python<'_>) -> PyResult<Option<Work>> {
         self.take(py, Way::Write)
     }
 
@@ -201,10 +198,10 @@ impl Readiness {
                 self.remove(py, way)?;
             }
             for (waiter, _) in waiters {
-                Waiter::tell(waiter.bind(py), Ok(py.None()), false)?;
+                tell(waiter.bind(py), Ok(py.None()), false)?;
             }
             if let Some((_, waiter)) = answering {
-                Waiter::tell(waiter.bind(py), Err(closed()), false)?;
+                tell(waiter.bind(py), Err(closed()), false)?;
             }
         }
         Ok(())
@@ -252,30 +249,33 @@ impl Readiness {
     }
 
     /// No Python is called while a direction is locked: it could come back to this watch.
-    fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<Waiter>> {
-        let py = slf.py();
-        let this = slf.get();
-        let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
-        let (closed, cancelled) = {
+    fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        let _inside = inside(py);
+        let waiter = waiter(this.event_loop.bind(py))?;
+        let before = {
             let mut direction = this.direction(way);
-            let mut cancelled = Vec::new();
-            if !direction.closed {
-                // Who was cancelled waits no more, and is dropped when this is unlocked.
-                let before = std::mem::take(&mut direction.waiters);
-                (cancelled, direction.waiters) = before
-                    .into_iter()
-                    .partition(|(waiter, _)| waiter.get().done());
-                direction.waiters.push((waiter.clone().unbind(), mark));
-                direction.idle = false;
-            }
-            (direction.closed, cancelled)
+            (!direction.closed).then(|| std::mem::take(&mut direction.waiters))
         };
-        drop(cancelled);
-        if closed {
-            Waiter::succeed(&waiter, py.None())?;
-        } else {
-            Self::register(slf, way)?;
+        let Some(before) = before else {
+            tell(&waiter, Ok(py.None()), false)?;
+            return Ok(waiter.unbind());
+        };
+        // Who was cancelled waits no more.
+        let mut waiters = Vec::with_capacity(before.len() + 1);
+        for (waiter, mark) in before {
+            if !done(waiter.bind(py))? {
+                waiters.push((waiter, mark));
+            }
         }
+        waiters.push((waiter.clone().unbind(), mark));
+        {
+            let mut direction = this.direction(way);
+            waiters.append(&mut direction.waiters);
+            direction.waiters = waiters;
+            direction.idle = false;
+        }
+        Self::register(slf, way)?;
         Ok(waiter.unbind())
     }
 
@@ -294,7 +294,7 @@ impl Readiness {
 
     /// Whoever is to be woken by an event, the first of them by who called, the others a turn of
     /// the loop later.
-    fn take(&self, py: Python<'_>, way: Way) -> PyResult<Option<Wakeup>> {
+    fn take(&self, py: Python<'_>, way: Way) -> PyResult<Option<Work>> {
         let _inside = inside(py);
         let (waiters, flushing, answering) = {
             let mut direction = self.direction(way);
@@ -308,27 +308,27 @@ impl Readiness {
         let left = flushing
             .as_ref()
             .map_or(0, |flushing| flushing.stream.get().flush().unwrap_or(0));
-        let (mut woken, mut kept) = (Vec::new(), Vec::new());
+        let (mut told, mut kept) = (Vec::new(), Vec::new());
         for (waiter, mark) in waiters {
-            if left > mark && !waiter.get().done() {
+            if done(waiter.bind(py))? {
+                continue; // it was cancelled
+            }
+            if left > mark {
                 kept.push((waiter, mark));
-            } else if let Some(wakeup) = Waiter::succeed(waiter.bind(py), py.None())? {
-                woken.push((waiter, wakeup));
+            } else {
+                told.push((waiter, Ok(py.None())));
             }
         }
         let mut unanswered = None;
-        if let Some((connection, waiter)) = answering.filter(|(_, waiter)| !waiter.get().done()) {
-            let wakeup = match connection.get().step(py) {
-                Ok(None) => {
-                    unanswered = Some((connection, waiter.clone_ref(py)));
-                    None
+        if let Some((connection, waiter)) = answering {
+            if !done(waiter.bind(py))? {
+                match connection.get().step(py).transpose() {
+                    Some(outcome) => told.push((waiter, outcome)),
+                    None => unanswered = Some((connection, waiter)),
                 }
-                Ok(Some(answer)) => Waiter::succeed(waiter.bind(py), answer)?,
-                Err(error) => Waiter::fail(waiter.bind(py), error)?,
-            };
-            woken.extend(wakeup.map(|wakeup| (waiter, wakeup)));
+            }
         }
-        let (done, unfinished) = match left {
+        let (finished, unfinished) = match left {
             0 => (flushing, None),
             _ => (None, flushing),
         };
@@ -338,7 +338,7 @@ impl Readiness {
             direction.waiters = kept;
             direction.flushing = unfinished;
             direction.answering = unanswered;
-            let idle = woken.is_empty() && direction.waiters.is_empty();
+            let idle = told.is_empty() && direction.waiters.is_empty();
             let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
             // Somebody may be about to wait again: the next event, if there is one, will tell.
             let again = std::mem::replace(&mut direction.idle, idle);
@@ -347,18 +347,11 @@ impl Readiness {
         if remove {
             self.remove(py, way)?;
         }
-        drop(done);
+        drop(finished);
         let mut first = None;
-        for (waiter, mut wakeup) in woken {
-            match wakeup.context.take() {
-                Some(context) if first.is_none() && may_wake(self.event_loop.bind(py))? => {
-                    first = Some((context, wakeup.function, waiter));
-                }
-                context => {
-                    wakeup.context = context;
-                    Waiter::later(waiter.bind(py), Some(wakeup))?;
-                }
-            }
+        for (waiter, outcome) in told {
+            let here = first.is_none() && may_wake(self.event_loop.bind(py))?;
+            first = tell(waiter.bind(py), outcome, here)?.or(first);
         }
         Ok(first)
     }

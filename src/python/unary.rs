@@ -9,7 +9,7 @@ use super::ending::inside;
 use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{may_wake, Waiter, Work};
+use super::waiter::{may_wake, tell, waiter, Work};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -151,7 +151,7 @@ impl PersistentConnection {
             inner: Mutex::new(Inner {
                 socket: Some(socket),
                 core: Persistent::new(seed, limits),
-                output: Output::default(),
+                output: Output::keeping(unary::KEPT_OUTPUT),
                 head: BytesMut::new(),
                 corked: false,
                 loss: None,
@@ -228,19 +228,19 @@ impl PersistentConnection {
         Self::after(slf, changed)
     }
 
-    /// Calls the handler of `protocol` at a peer. Returns what to await for the reply, with the
-    /// `call_id`, or `None` if too much waits to be sent: wait for `room`.
+    /// Calls the handler of `protocol` at a peer. Returns what to await for the reply and the call's
+    /// id, or `None` if too much waits to be sent: wait for `room`.
     fn call<'py>(
         slf: &Bound<'py, Self>,
         peer: &Bound<'py, PyAny>,
         protocol: &str,
         data: &Bound<'py, PyAny>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+    ) -> PyResult<Option<(Bound<'py, PyAny>, Bound<'py, PyBytes>)>> {
         let (py, this) = (slf.py(), slf.get());
         let _inside = inside(py);
         let peer = extract_peer_id(peer)?;
         let waiter = match &this.event_loop {
-            Some(event_loop) => Bound::new(py, Waiter::new(event_loop.clone_ref(py)))?.into_any(),
+            Some(event_loop) => waiter(event_loop.bind(py))?,
             None => this.reactor.bind(py).call_method0(intern!(py, "promise"))?,
         };
         // Nothing runs while the bytes are borrowed: they may be those of a bytearray.
@@ -255,14 +255,8 @@ impl PersistentConnection {
                     .map(Some)
             })
         })?;
-        let Some(id) = Self::finish(slf, submitted)? else {
-            return Ok(None);
-        };
-        match waiter.cast_exact::<Waiter>() {
-            Ok(waiter) => waiter.get().set_call_id(id),
-            Err(_) => waiter.setattr(intern!(py, "call_id"), PyBytes::new(py, &id))?,
-        }
-        Ok(Some(waiter))
+        let id = Self::finish(slf, submitted)?;
+        Ok(id.map(|id| (waiter, PyBytes::new(py, &id))))
     }
 
     /// Asks for calls of `protocol`: `token.set_result` is called when they come, or
@@ -559,24 +553,20 @@ impl PersistentConnection {
         let py = slf.py();
         let (function, arguments) = match event {
             Event::Reply { token, payload } => {
-                return resolve(py, &token, payload.0.into_any(), here);
+                return tell(token.bind(py), Ok(payload.0.into_any()), here);
             }
-            Event::Acknowledged { token } => return resolve(py, &token, py.None(), here),
+            Event::Acknowledged { token } => return tell(token.bind(py), Ok(py.None()), here),
             Event::HandlerFailed { token, error } => {
                 let error = errors::made::<P2PHandlerError>(py, &error);
-                return fail(py, &token, error, here);
+                return tell(token.bind(py), Err(error), here);
             }
             Event::Refused { token, error } => {
-                return fail(py, &token, errors::refused(py, &error), here);
+                return tell(token.bind(py), Err(errors::refused(py, &error)), here);
             }
             Event::Broken { token, error } => {
                 let words = format!("the peer's daemon sent no reply: {error}");
-                return fail(
-                    py,
-                    &token,
-                    errors::made::<ProtocolViolation>(py, &words),
-                    here,
-                );
+                let error = errors::made::<ProtocolViolation>(py, &words);
+                return tell(token.bind(py), Err(error), here);
             }
             Event::Unserved { id, reason } => {
                 Self::change(slf, |inner| {
@@ -644,10 +634,10 @@ impl PersistentConnection {
             return outcome;
         }
         for token in pending {
-            outcome = outcome.and(fail(py, &token, loss.to_err(py), false).map(drop));
+            outcome = outcome.and(tell(token.bind(py), Err(loss.to_err(py)), false).map(drop));
         }
         for token in waiters {
-            outcome = outcome.and(resolve(py, &token, py.None(), false).map(drop));
+            outcome = outcome.and(tell(token.bind(py), Ok(py.None()), false).map(drop));
         }
         if let Some(owner) = Self::owner(slf)? {
             let told = owner.call_method1(intern!(py, "on_lost"), (slf, loss.to_err(py)));
@@ -685,7 +675,7 @@ impl PersistentConnection {
             }
         }
         if let Some(token) = chores.wake {
-            resolve(py, &token, py.None(), false)?;
+            tell(token.bind(py), Ok(py.None()), false)?;
         }
         Ok(())
     }
@@ -833,35 +823,5 @@ impl<'a, 'py> Tail<'a, 'py> {
             Tail::Shared(data) => data.as_bytes(),
             Tail::Borrowed(bytes) => bytes,
         }
-    }
-}
-
-/// Sets a future's result, unless whoever awaited it was cancelled. What is returned is a task that
-/// can go on `here`.
-fn resolve(py: Python<'_>, token: &Token, value: Py<PyAny>, here: bool) -> PyResult<Option<Work>> {
-    if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        return Waiter::tell(waiter, Ok(value), here);
-    }
-    let set = token.call_method1(py, intern!(py, "set_result"), (value,));
-    unless_done(py, token, set)
-}
-
-fn fail(py: Python<'_>, token: &Token, error: PyErr, here: bool) -> PyResult<Option<Work>> {
-    if let Ok(waiter) = token.bind(py).cast_exact::<Waiter>() {
-        return Waiter::tell(waiter, Err(error), here);
-    }
-    let set = token.call_method1(py, intern!(py, "set_exception"), (error,));
-    unless_done(py, token, set)
-}
-
-fn unless_done(py: Python<'_>, token: &Token, set: PyResult<Py<PyAny>>) -> PyResult<Option<Work>> {
-    let Err(error) = set else {
-        return Ok(None);
-    };
-    let done: bool = token.call_method0(py, intern!(py, "done"))?.extract(py)?;
-    if done {
-        Ok(None)
-    } else {
-        Err(error)
     }
 }

@@ -60,7 +60,7 @@ impl Link {
     pub fn new(socket: Socket, core: Core) -> Self {
         let inner = Inner {
             core,
-            output: Output::default(),
+            output: Output::keeping(unary::KEPT_OUTPUT),
             head: BytesMut::new(),
             corked: false,
             awaited: Awaited::default(),
