@@ -11,12 +11,13 @@ use super::pb::p2pd::{
 use super::request::Expect;
 use super::{control, framing, Error, Request};
 use bytes::{BufMut, Bytes, BytesMut};
-use prost::encoding::{encode_key, encode_varint, encoded_len_varint, key_len, WireType};
+use prost::encoding::{encoded_len_varint, key_len, WireType};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
+use unsigned_varint::encode;
 
 /// What matches a reply to its call.
 pub type CallId = [u8; 16];
@@ -1016,9 +1017,16 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
+/// The key and length of a field with a number under 16, at once: prost puts them byte by byte, and
+/// every call has six of them.
 fn put_header(out: &mut BytesMut, number: u32, len: usize) {
-    encode_key(number, WireType::LengthDelimited, out);
-    encode_varint(len as u64, out);
+    debug_assert!(number < 16);
+    let mut buffer = encode::u64_buffer();
+    let len = encode::u64(len as u64, &mut buffer);
+    let mut header = [0; 11];
+    header[0] = (number << 3) as u8 | WireType::LengthDelimited as u8;
+    header[1..=len.len()].copy_from_slice(len);
+    out.put_slice(&header[..=len.len()]);
 }
 
 fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
@@ -1029,7 +1037,7 @@ fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
 /// The length of a message of `size` bytes, its call id, and the header of the field `number`,
 /// which is the rest of it.
 fn begin(out: &mut BytesMut, size: usize, id: &CallId, number: u32, len: usize) {
-    encode_varint(size as u64, out);
+    out.put_slice(encode::u64(size as u64, &mut encode::u64_buffer()));
     put_field(out, 1, id);
     put_header(out, number, len);
 }

@@ -4,6 +4,7 @@ use super::p2pd::persistent_connection_response as response;
 use super::*;
 use crate::core::framing::encode_frame;
 use proptest::prelude::*;
+use prost::encoding::encode_varint;
 use std::sync::OnceLock;
 
 type Connection = Persistent<u32, Vec<u8>>;
