@@ -167,7 +167,9 @@ class DaemonConnector:
             STREAM_OPEN, DHT) may be under way at once in one event loop, each on a connection of
             its own; further ones wait their turn. Open streams do not count.
         max_idle: How many connections are kept for the next requests, and how many of the other
-            requests, which the daemon answers at once, may be under way.
+            requests, which the daemon answers at once, may be under way. Those that only ask what
+            it knows (IDENTIFY, LIST_PEERS, pubsub's lists) follow each other on one more
+            connection, on asyncio and uvloop.
         max_message_size: The largest message taken from the daemon, in bytes; 4 MiB and a
             little if none.
         types: What requests return.
@@ -372,8 +374,10 @@ class DaemonConnector:
             if answer is not None:
                 try:
                     return await answer
-                except ConnectionLost:
-                    pass  # it only asks, which can be done again
+                except ConnectionLost as error:
+                    # As in `_exchange`.
+                    if not error.unexecuted:
+                        raise
                 except ControlFailure:
                     raise
                 except BaseException:

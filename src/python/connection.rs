@@ -12,6 +12,7 @@ use crate::core::{Answer, Error, Event, Exchange, Limits, Results, State};
 use bytes::{Buf, Bytes};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -290,17 +291,19 @@ impl Inner {
             Ok(Some(0)) => Err(errors::from_core(self.exchange.end_of_file())),
             Ok(read) => Ok(read),
             Err(error) => {
-                let nothing_came = matches!(
-                    self.exchange.end_of_file(),
-                    Error::Closed { mid_message: false }
-                );
-                // A unix socket is reset exactly when its peer closed it with input unread, and
-                // this request was the only input there was.
-                let unread = self.socket.is_unix() && is_disconnect(&error);
-                Err(errors::connection_lost(error, nothing_came && unread))
+                let unread = is_unread(&self.socket, &mut self.exchange, &error);
+                Err(errors::connection_lost(error, unread))
             }
         }
     }
+}
+
+/// Whether a connection on which one request is under way was lost before the daemon read that.
+pub fn is_unread(socket: &Socket, exchange: &mut Exchange, error: &io::Error) -> bool {
+    let nothing_came = matches!(exchange.end_of_file(), Error::Closed { mid_message: false });
+    // A unix socket is reset exactly when its peer closed it with input unread, and this request
+    // was the only input there was.
+    nothing_came && socket.is_unix() && is_disconnect(error)
 }
 
 /// The error of whoever uses a closed one.

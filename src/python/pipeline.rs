@@ -5,7 +5,7 @@
 //! As in `unary`, no Python is called while the state is locked.
 
 use super::answer;
-use super::connection::TURN;
+use super::connection::{is_unread, TURN};
 use super::ending::inside;
 use super::errors::{self, Loss};
 use super::pid::pid;
@@ -14,7 +14,7 @@ use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
 use super::waiter::{done, may_wake, tell, waiter, Work};
 use crate::core::{Error, Event, Exchange, Request};
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use pyo3::prelude::*;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::collections::VecDeque;
@@ -48,6 +48,10 @@ struct Inner {
     corked: bool,
     /// What came last, and is to be seen to when what came before it has been.
     loss: Option<Loss>,
+    /// Whether anything was sent since nobody waited, and, of a connection that was lost, whether
+    /// the daemon cannot have read the first query that was not answered.
+    sent: bool,
+    unread: bool,
     reading: bool,
     writing: bool,
     /// How many answers in a row were tried for without a turn of the loop.
@@ -88,6 +92,8 @@ impl Pipeline {
                 retired: false,
                 corked: false,
                 loss: None,
+                sent: false,
+                unread: false,
                 reading: false,
                 writing: false,
                 tried: 0,
@@ -261,16 +267,18 @@ impl Pipeline {
         work
     }
 
-    /// Ends the connection: everything that is awaited fails now.
+    /// Ends the connection: everything that is awaited fails now. Only the first in the row is told
+    /// why: the daemon was not at the others yet, which can be asked again.
     fn lose(slf: &Bound<'_, Self>, loss: &Loss) -> PyResult<()> {
         let py = slf.py();
         let _inside = inside(py);
         let this = slf.get();
-        let (socket, asked, reading, writing) = {
+        let (socket, asked, unread, reading, writing) = {
             let mut inner = this.lock();
             (
                 inner.socket.take(),
                 std::mem::take(&mut inner.asked),
+                inner.unread,
                 std::mem::take(&mut inner.reading),
                 std::mem::take(&mut inner.writing),
             )
@@ -292,8 +300,12 @@ impl Pipeline {
         }
         socket.end();
         drop(socket);
-        for waiter in asked {
-            if let Err(error) = tell(waiter.bind(py), Err(loss.to_err(py)), false) {
+        for (place, waiter) in asked.iter().enumerate() {
+            let error = match place {
+                0 if !unread => loss.to_err(py),
+                _ => errors::connection_gone("the connection was lost before the daemon read this"),
+            };
+            if let Err(error) = tell(waiter.bind(py), Err(error), false) {
                 error.write_unraisable(py, Some(slf));
             }
         }
@@ -352,6 +364,7 @@ impl Inner {
         events: &mut Vec<Event>,
     ) -> Asked {
         let alone = self.asked.is_empty() && !self.corked;
+        self.sent &= !self.asked.is_empty();
         let Some(socket) = self.socket.as_ref().filter(|_| !self.retired) else {
             return Asked::Refused;
         };
@@ -386,9 +399,17 @@ impl Inner {
             return Ok(());
         };
         while !self.output.is_empty() {
-            match socket.write(&self.output)? {
-                0 => break,
-                count => drop(self.output.split_to(count)),
+            match socket.write(&self.output) {
+                Ok(0) => break,
+                Ok(count) => {
+                    self.output.advance(count);
+                    self.sent = true;
+                }
+                Err(error) => {
+                    // A part of a query is none.
+                    self.unread = !self.sent || self.asked.len() == 1;
+                    return Err(error.into());
+                }
             }
         }
         Ok(())
@@ -405,10 +426,15 @@ impl Inner {
                 exchange.receive(bytes);
                 bytes.len()
             });
-            let count = match read? {
-                None => return Ok(()),
-                Some(0) => return Err(Loss::Protocol(self.exchange.end_of_file())),
-                Some(count) => count,
+            let count = match read {
+                Ok(None) => return Ok(()),
+                Ok(Some(0)) => return Err(Loss::Protocol(self.exchange.end_of_file())),
+                Ok(Some(count)) => count,
+                Err(error) => {
+                    let only = self.asked.len() == 1 && events.is_empty();
+                    self.unread = only && is_unread(socket, &mut self.exchange, &error);
+                    return Err(error.into());
+                }
             };
             while let Some(event) = self.exchange.poll().map_err(Loss::Protocol)? {
                 events.push(event);
