@@ -224,8 +224,10 @@ struct Call {
 
 /// Calls that are made here.
 struct Load {
-    /// Of the call that asked for them.
+    /// Of the call that asked for them, who made it, and who is called.
     id: CallId,
+    caller: Arc<Persistent>,
+    handler: Arc<Persistent>,
     /// A call up to its payload, and the payload, which begins with the number of the call.
     head: Vec<u8>,
     payload: Vec<u8>,
@@ -654,14 +656,9 @@ fn answer(
         }
         4 => {
             let call = lock(&shared.routes).calls.remove(&id);
-            if let Some(Call {
-                caller,
-                handler,
-                load,
-            }) = call
-            {
+            if let Some(Call { caller, load, .. }) = call {
                 if let Some(load) = load {
-                    load.go_on(&id, content, &caller, &handler, own, shared, outputs);
+                    load.go_on(&id, content, own, shared, outputs);
                 } else {
                     let out = outputs.to(own, &caller);
                     put_response(out, &id, Some((2, content.len())));
@@ -740,6 +737,8 @@ fn start_load(
     put_header(&mut head, 3, size);
     let load = Arc::new(Load {
         id,
+        caller: own.clone(),
+        handler,
         head,
         payload: vec![7; size],
         parallel,
@@ -751,7 +750,7 @@ fn start_load(
         }),
     });
     for _ in 0..parallel.min(count) {
-        load.call(own, &handler, own, shared, outputs);
+        load.call(own, shared, outputs);
         if outputs.is_full() {
             outputs.flush(own)?;
         }
@@ -761,14 +760,7 @@ fn start_load(
 
 impl Load {
     /// Makes the next call.
-    fn call(
-        self: &Arc<Self>,
-        caller: &Arc<Persistent>,
-        handler: &Arc<Persistent>,
-        own: &Persistent,
-        shared: &Shared,
-        outputs: &mut Outputs,
-    ) {
+    fn call(self: &Arc<Self>, own: &Persistent, shared: &Shared, outputs: &mut Outputs) {
         let mut progress = lock(&self.progress);
         let number = progress.made.to_le_bytes();
         progress.made += 1;
@@ -776,12 +768,12 @@ impl Load {
         let mut id = self.id;
         id[8..].copy_from_slice(&number);
         let call = Call {
-            caller: caller.clone(),
-            handler: handler.clone(),
+            caller: self.caller.clone(),
+            handler: self.handler.clone(),
             load: Some(self.clone()),
         };
         lock(&shared.routes).calls.insert(id, call);
-        let out = outputs.to(own, handler);
+        let out = outputs.to(own, &self.handler);
         put_response(out, &id, Some((3, self.head.len() + self.payload.len())));
         out.extend_from_slice(&self.head);
         out.extend_from_slice(&number);
@@ -797,13 +789,10 @@ impl Load {
     }
 
     /// Takes the reply to a call, and makes the next one.
-    #[allow(clippy::too_many_arguments)] // the call and where it goes
     fn go_on(
         self: &Arc<Self>,
         id: &CallId,
         content: &[u8],
-        caller: &Arc<Persistent>,
-        handler: &Arc<Persistent>,
         own: &Persistent,
         shared: &Shared,
         outputs: &mut Outputs,
@@ -819,13 +808,13 @@ impl Load {
                 |call: &Call| !call.load.as_ref().is_some_and(|of| Arc::ptr_eq(of, self));
             lock(&shared.routes).calls.retain(|_, call| is_other(call));
             let words = "the handler's reply is no echo";
-            put_daemon_error(outputs.to(own, caller), &self.id, words);
+            put_daemon_error(outputs.to(own, &self.caller), &self.id, words);
         } else if made < self.count {
-            self.call(caller, handler, own, shared, outputs);
+            self.call(own, shared, outputs);
         } else if done == self.count {
             let seconds = elapsed.as_secs_f64().to_string();
             let len = header_len(seconds.len()) + seconds.len();
-            let out = outputs.to(own, caller);
+            let out = outputs.to(own, &self.caller);
             put_response(out, &self.id, Some((2, len)));
             put_field(out, 1, seconds.as_bytes());
         }
