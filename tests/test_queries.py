@@ -14,7 +14,18 @@ from typing import Any
 import anyio
 import pytest
 import uvloop
-from fake_daemon import ERROR, IDENTITY, OK, PEER, Connection, FakeDaemon, decode, field, frame, honest
+from fake_daemon import (
+    ERROR,
+    IDENTITY,
+    OK,
+    PEER,
+    Connection,
+    FakeDaemon,
+    decode,
+    field,
+    frame,
+    honest,
+)
 from support import all_of, open_descriptors, until
 
 from p2pclient_rs import (
@@ -42,6 +53,7 @@ FAKE_PEER = PeerID(PEER)
 
 #: Response's field for pubsub.
 PUBSUB = 7
+
 
 def topic_of(request: bytes) -> bytes | None:
     """The topic that a PUBSUB LIST_PEERS is about."""

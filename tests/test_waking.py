@@ -6,7 +6,6 @@ import asyncio
 import gc
 import socket
 import threading
-import weakref
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar, copy_context

@@ -23,6 +23,7 @@ __all__ = [
     "PeerID",
     "PeerInfo",
     "PersistentConnection",
+    "Pipeline",
     "Protocol",
     "ProtocolLookupError",
     "PublicKey",

@@ -370,8 +370,7 @@ class DaemonConnector:
             pipeline = pool.pipeline
             if pipeline is None or pipeline.retired:
                 pipeline = pool.open_pipeline()
-            answer = None if pipeline is None else pipeline.ask(request)
-            if answer is not None:
+            if pipeline is not None and (answer := pipeline.ask(request)) is not None:
                 try:
                     return await answer
                 except ConnectionLost as error:

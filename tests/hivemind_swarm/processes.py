@@ -21,8 +21,9 @@ from hivemind.p2p import P2P
 #: Helpers that torch and multiprocessing start once and keep for as long as the process lives.
 KEPT = ("torch_shm_manager", "multiprocessing.resource_tracker")
 
-#: For tests of streams that a handler closes right after it wrote: with any bindings, p2pd cuts the end
-#: of one in some hundred or two that are long (docs/defects.md). What is wrong otherwise is not repeated.
+#: For tests of streams that a handler closes right after it wrote: with any bindings, p2pd cuts the
+#: end of one in some hundred or two that are long (docs/defects.md). What is wrong otherwise is not
+#: repeated.
 may_be_cut_short = pytest.mark.flaky(reruns=2, rerun_except=["AssertionError"])
 
 _fork = mp.get_context("fork")
