@@ -21,11 +21,13 @@ from fake_daemon import (
     PEER,
     Connection,
     FakeDaemon,
+    Script,
     decode,
     field,
     frame,
     honest,
 )
+from forking import in_child
 from support import all_of, open_descriptors, until
 
 from p2pclient_rs import (
@@ -34,6 +36,7 @@ from p2pclient_rs import (
     ControlTimeout,
     DaemonRefused,
     DaemonUnreachable,
+    ForkedClientError,
     PeerID,
     ProtocolViolation,
 )
@@ -491,3 +494,43 @@ def test_a_loop_that_ends_takes_its_connection_with_it(anyio_backend: Any, waiti
             for task in asyncio.all_tasks(loop):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
             loop.close()
+
+
+async def test_connections_of_those_who_gave_up_are_bounded() -> None:
+    def deaf_after(count: int) -> Script:
+        def script(connection: Connection) -> None:
+            for _ in range(count):
+                connection.answer(IDENTITY)
+            connection.wait_closed()
+
+        return script
+
+    # Each has an answer for whoever makes it idle, and never one for those who share it.
+    with FakeDaemon(deaf_after(1)) as fake:
+        async with Client(fake.control_maddr) as client, anyio.create_task_group() as tasks:
+            for _ in range(20):
+                with anyio.move_on_after(0.05):
+                    await client.identify()  # makes an idle connection, if it may
+                tasks.start_soon(client.identify)
+                with anyio.move_on_after(0.05):
+                    await client.identify()
+            await until(lambda: fake.open <= 8 + 8)
+            tasks.cancel_scope.cancel()
+        await until(lambda: fake.open == 0)
+
+
+def test_what_was_idle_is_refused_in_a_forked_child_as_the_clients(anyio_backend: Any) -> None:
+    with FakeDaemon(honest) as fake:
+        loop = asyncio.new_event_loop()
+        client = Client(fake.control_maddr)
+        loop.run_until_complete(client.identify())
+
+        def use() -> None:
+            with pytest.raises(ForkedClientError, match="this client belongs to process"):
+                loop.run_until_complete(client.identify())
+
+        asyncio.run(in_child(use))
+        loop.run_until_complete(client.identify())
+        assert fake.accepted == 1
+        loop.run_until_complete(client.close())
+        loop.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -20,13 +21,18 @@ from fake_daemon import (
     OK,
     PATIENCE,
     PEER,
+    STREAM_OPENED,
     UPGRADE,
     Connection,
     FakeDaemon,
     daemon_error,
+    field,
     frame,
     handler_error,
+    honest,
     reply,
+    serve_echo,
+    unary_echo,
 )
 from support import BACKENDS, until
 
@@ -39,7 +45,7 @@ from p2pclient_rs import (
     P2PHandlerError,
     PeerID,
 )
-from p2pclient_rs.loops import AsyncioWatch, carry_out, pump
+from p2pclient_rs.loops import AsyncioWatch, _wake_reader, _wake_writer, carry_out, pump
 
 pytestmark = [
     pytest.mark.anyio,
@@ -61,6 +67,7 @@ class Batches:
     def __init__(self, *sizes: int) -> None:
         self._sizes = sizes
         self._go_on = threading.Semaphore(0)
+        self.sent = threading.Semaphore(0)
         self.arrived = 0
 
     def __call__(self, connection: Connection) -> None:
@@ -73,6 +80,7 @@ class Batches:
                 self.arrived += 1
             assert self._go_on.acquire(timeout=PATIENCE)
             connection.send(b"".join(replies))
+            self.sent.release()
         connection.wait_closed()
 
     def answer(self) -> None:
@@ -194,6 +202,202 @@ async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_fro
     assert results[0] == b"second" and isinstance(results[1], Ended)
 
 
+NESTED = """
+import asyncio, nest_asyncio
+from p2pclient_rs import Client
+nest_asyncio.apply()
+
+async def main():
+    async with Client({control!r}) as client:
+        peer = (await client.identify()).peer_id
+        await client.unary.open()
+        _, stream = await client.stream_open(peer, ["/echo"])
+        for turn in range(3):
+            for ask in (
+                lambda: client.identify(),
+                lambda: client.call_unary(peer, "echo", b"data"),
+                lambda: stream.readexactly(1),
+            ):
+                await stream.send(b"x")
+                await ask()  # the loop calls what wakes this task, which runs the loop
+                nested = asyncio.wait_for(ask(), {patience})
+                asyncio.get_running_loop().run_until_complete(nested)
+        stream.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_task_that_was_woken_can_run_the_loop_within_itself_as_notebooks_do() -> None:
+    def script(connection: Connection) -> None:
+        while not (request := connection.read_request()).startswith(field(1, 2)):  # STREAM_OPEN
+            connection.send(frame(OK if request == UPGRADE else IDENTITY))
+            if request == UPGRADE:
+                serve_echo(connection)
+        connection.send(frame(STREAM_OPENED))
+        while True:
+            connection.send(connection.read(1) * 2)
+
+    with FakeDaemon(script) as fake:
+        code = NESTED.format(control=fake.control_maddr, patience=PATIENCE / 4)
+        ended = await anyio.run_process([sys.executable, "-c", code], check=False)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+class Interrupted(KeyboardInterrupt):
+    """What a signal's handler raises, wherever it finds the program."""
+
+
+class InterruptedLoop(asyncio.SelectorEventLoop):
+    """Raises when it is looked up, as asyncio's function for the current task does it."""
+
+    interrupts = False
+
+    def __hash__(self) -> int:
+        if self.interrupts:
+            raise Interrupted
+        return super().__hash__()
+
+
+@contextmanager
+def interrupted_loop() -> Iterator[InterruptedLoop]:
+    loop = InterruptedLoop()
+    try:
+        yield loop
+    finally:
+        loop.close()
+
+
+def is_interrupted(loop: InterruptedLoop, connection: Any) -> None:
+    """Has that be read, in vain."""
+    loop.interrupts = True
+    try:
+        with pytest.raises(Interrupted):
+            pump(connection)
+    finally:
+        loop.interrupts = False
+
+
+looked_up = pytest.mark.skipif(sys.version_info >= (3, 14), reason="no loop is looked up there")
+
+
+@looked_up
+def test_an_interrupt_before_anybody_is_woken_loses_no_reply() -> None:
+    async def program() -> tuple[bytes, bytes]:
+        async with client_of(batches) as client:
+            asked = asyncio.gather(ask(client, b"one"), ask(client, b"other"))
+            await until(lambda: batches.arrived == 2)
+            connection = client.unary._recent.current  # type: ignore[union-attr]
+            batches.answer()
+            assert batches.sent.acquire(timeout=PATIENCE)  # and the loop has not read it
+            is_interrupted(loop, connection)
+            return await asyncio.wait_for(asked, PATIENCE)
+
+    batches = Batches(2)
+    with interrupted_loop() as loop:
+        assert list(loop.run_until_complete(program())) == [b"one", b"other"]
+
+
+@looked_up
+def test_an_interrupt_before_anybody_is_woken_gives_nobody_anothers_answer() -> None:
+    def script(connection: Connection) -> None:
+        connection.answer(IDENTITY)
+        connection.read_request()
+        connection.read_request()
+        connection.send(frame(IDENTITY) + frame(ERROR))
+        sent.release()
+        connection.answer(IDENTITY)
+        connection.wait_closed()
+
+    async def program(fake: FakeDaemon) -> None:
+        async with Client(fake.control_maddr) as client:
+            await client.identify()
+            tasks = [asyncio.ensure_future(client.identify()) for _ in range(2)]
+            await until(lambda: len(fake.requests) == 3)
+            connection = client.control.daemon_connector._recent.pipeline  # type: ignore[union-attr]
+            assert sent.acquire(timeout=PATIENCE)  # and the loop has not read it
+            is_interrupted(loop, connection)
+            assert (await asyncio.wait_for(tasks[0], PATIENCE)).peer_id == FAKE_PEER
+            with pytest.raises(DaemonRefused):
+                await asyncio.wait_for(tasks[1], PATIENCE)
+            assert (await client.identify(timeout=PATIENCE)).peer_id == FAKE_PEER
+
+    sent = threading.Semaphore(0)
+    with interrupted_loop() as loop, FakeDaemon(script) as fake:
+        loop.run_until_complete(program(fake))
+
+
+class Interrupting:
+    """Of a connection or its readiness: gives what is to be done, and is interrupted after that,
+    and before it settles."""
+
+    def __init__(self, went_on: list[object]) -> None:
+        self._work = copy_context(), went_on.append, self
+        self.settled: list[bool] = []
+
+    def take(self, work: list[Any]) -> None:
+        work.append(self._work)
+        raise Interrupted
+
+    take_readable = take_writable = take
+
+    def settle(self, now: bool = True) -> None:
+        self.settled.append(now)
+        if len(self.settled) == 1:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("run", [pump, _wake_reader, _wake_writer])
+async def test_an_interrupt_between_reading_and_waking_leaves_nobody_asleep(run: Any) -> None:
+    went_on: list[object] = []
+    connection = Interrupting(went_on)
+    with pytest.raises(Interrupted):
+        run(connection)
+    assert went_on == [connection]
+    if run is pump:
+        assert connection.settled == [True, True]
+
+
+async def test_futures_that_hide_their_callbacks_wake_their_tasks_themselves() -> None:
+    class Shy(asyncio.Future[Any]):
+        @property
+        def _callbacks(self) -> Any:
+            raise RuntimeError("not to be seen")
+
+    class Sticky(asyncio.Future[Any]):
+        def remove_done_callback(self, function: Any, /) -> int:
+            return 0
+
+    async def program(fake: FakeDaemon) -> None:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            for _ in range(3):
+                assert (await client.identify(timeout=PATIENCE)).peer_id == FAKE_PEER
+                assert await ask(client, b"data") == b"data"
+
+    def script(connection: Connection) -> None:
+        if connection.number == 1:
+            unary_echo(connection)
+        else:
+            honest(connection)
+
+    for kind in (Shy, Sticky):
+
+        class Loop(asyncio.SelectorEventLoop):
+            def create_future(self) -> asyncio.Future[Any]:
+                return kind(loop=self)  # noqa: B023
+
+        def run() -> None:
+            loop = Loop()  # noqa: B023
+            try:
+                loop.run_until_complete(program(fake))  # noqa: B023
+            finally:
+                loop.close()
+
+        with FakeDaemon(script) as fake:
+            await anyio.to_thread.run_sync(run)
+
+
 async def test_what_a_loop_calls_within_a_task_wakes_the_others_when_that_is_possible() -> None:
     """As nest_asyncio has it: the callback finds a task running, and no other may be entered."""
     batches = Batches(1)
@@ -308,6 +512,27 @@ async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None
         await waits
         await again[0]
         watch.close()
+
+
+async def test_who_begins_to_wait_as_the_watch_is_closed_waits_no_more() -> None:
+    class Reason:
+        def __del__(self) -> None:
+            watch.close()
+
+    async def wait() -> None:
+        await watch.readable()
+
+    near, far = socket.socketpair()
+    with near, far:
+        watch = AsyncioWatch(asyncio.get_running_loop(), near.fileno())
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        task.cancel(Reason())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        with anyio.fail_after(PATIENCE):
+            await watch.readable()
 
 
 class Settled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -111,6 +112,8 @@ class _Pool:
         self._idle: list[_Connection] = []
         #: For the queries of asyncio's tasks, once there was a connection to spare.
         self.pipeline: Pipeline | None = None
+        #: That one, and those that take no more and are not yet closed.
+        self._pipelines: list[Pipeline] = []
         self._pipeline_watch: Watch | None = None
         self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
         self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
@@ -126,13 +129,16 @@ class _Pool:
 
     def open_pipeline(self) -> Pipeline | None:
         """Makes an idle connection one for queries, on an event loop that runs callbacks."""
-        if self._loop is None:
-            return None
         self.pipeline = None
+        self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
+        # With many on which somebody gave up, those who ask are to wait for their turn.
+        if self._loop is None or len(self._pipelines) >= self._max_idle:
+            return None
         connection = self.take()
         if connection is not None:
             connection.watch.close()
             self.pipeline = connection.raw.take_pipeline(self._loop, pump)
+            self._pipelines.append(self.pipeline)
             self._pipeline_watch = connection.watch
         return self.pipeline
 
@@ -310,7 +316,9 @@ class DaemonConnector:
         persistent, rest = connection.raw.take_persistent(
             os.urandom(32), max_message_size, reactor, reactor.event_loop, pump, owner
         )
-        carry_out(persistent, persistent.start(rest))
+        came: list[Any] = []
+        persistent.start(rest, came)
+        carry_out(persistent, came)
         return persistent
 
     async def _upgrade(self, name: str) -> _Connection:
@@ -362,6 +370,7 @@ class DaemonConnector:
             pool.close()
 
     async def _answer(self, request: Request) -> Any:
+        retry = True
         if request.is_query:
             pool = self._recent
             # What comes here often is to go a short way.
@@ -369,6 +378,7 @@ class DaemonConnector:
                 pool = self._pool()
             pipeline = pool.pipeline
             if pipeline is None or pipeline.retired:
+                self.check_fork()
                 pipeline = pool.open_pipeline()
             if pipeline is not None and (answer := pipeline.ask(request)) is not None:
                 try:
@@ -377,18 +387,22 @@ class DaemonConnector:
                     # As in `_exchange`.
                     if not error.unexecuted:
                         raise
+                    retry = False
                 except ControlFailure:
                     raise
                 except BaseException:
+                    with suppress(RuntimeError):  # from a closed loop
+                        answer.cancel()  # if it was not: the coroutine may have been closed
                     # The daemon may be slow for what this asked: nobody is to wait behind it.
                     pipeline.retire()
                     raise
                 finally:
                     del answer  # which has the exception, whose traceback has this frame
-        return (await self._exchange(request))[0]
+        return (await self._exchange(request, retry))[0]
 
-    async def _exchange(self, request: Request) -> tuple[Any, _Connection]:
-        """The answer, and the connection, which is open only if it became a stream."""
+    async def _exchange(self, request: Request, retry: bool = True) -> tuple[Any, _Connection]:
+        """The answer, and the connection, which is open only if it became a stream. ``retry`` if it
+        may be sent again on another connection."""
         self.check_fork()
         # What comes here often is to go a short way.
         pool = self._recent
@@ -401,7 +415,7 @@ class DaemonConnector:
             await turn.acquire()
         try:
             connection = pool.take()
-            retry = connection is not None
+            retry = retry and connection is not None
             while True:
                 if connection is None:
                     connection = await self._connect()

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import anyio
 
@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+#: What is to be called: in a context with one argument, or without one with several.
+_Call: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
 
 
 class Watch(Protocol):
@@ -152,28 +155,33 @@ class AsyncioWatch:
 def _wake_reader(readiness: Readiness) -> None:
     # A task goes on here and now, in place of a callback that schedules it: the loop would ask for
     # events in between, which costs more than the rest.
-    woken = readiness.take_readable()
-    if woken is not None:
-        context, callback, wait = woken
-        try:
-            context.run(callback, wait)
-        finally:
-            # From the frames of an exception that the task is left with, this one can be reached.
-            del woken, callback, wait
+    work: list[_Call] = []
+    try:
+        readiness.take_readable(work)
+    finally:  # also if a signal's handler raises as that returns
+        _go_on(work)
 
 
 def _wake_writer(readiness: Readiness) -> None:
-    woken = readiness.take_writable()
+    work: list[_Call] = []
     try:
-        if woken is not None:
-            context, callback, wait = woken
-            try:
-                context.run(callback, wait)
-            finally:
-                del callback, wait
+        readiness.take_writable(work)
     finally:
-        del woken
-        readiness.settle()
+        try:
+            _go_on(work)
+        finally:
+            readiness.settle()
+
+
+def _go_on(work: list[_Call]) -> None:
+    for context, callback, wait in work:
+        # From the frames of an exception that the task is left with, this one can be reached.
+        work.clear()
+        try:
+            if context is not None:
+                context.run(callback, wait)
+        finally:
+            del callback, wait
 
 
 class TrioWatch:
@@ -459,13 +467,14 @@ class TrioReactor:
 
 def pump(connection: PersistentConnection | Pipeline) -> None:
     """What an event loop calls when a connection that several share is readable."""
-    carry_out(connection, connection.take())
+    work: list[_Call] = []
+    try:
+        connection.take(work)
+    finally:  # also if a signal's handler raises as that returns
+        carry_out(connection, work)
 
 
-def carry_out(
-    connection: PersistentConnection | Pipeline,
-    work: list[tuple[Context | None, Callable[..., Any], Any]],
-) -> None:
+def carry_out(connection: PersistentConnection | Pipeline, work: list[_Call]) -> None:
     """Does what is to be done for what came over such a connection.
 
     Python does it, not Rust: tasks go on here, which can be anything, and what ends a thread there,
@@ -474,22 +483,28 @@ def carry_out(
     failed: BaseException | None = None
     # With nothing to do here, those who were woken have their turn later.
     answered = bool(work)
-    for context, function, argument in work:
+    try:
+        for context, function, argument in work:
+            try:
+                if context is not None:
+                    context.run(function, argument)
+                else:
+                    answered = False
+                    function(*argument)
+            except BaseException as error:  # which is not to keep the rest from theirs
+                # What ends the loop is not to be lost behind what does not.
+                if failed is None or isinstance(failed, Exception):
+                    failed = error
+    finally:
+        if work:
+            # From the frames of an exception that a task is left with, this one can be reached.
+            context = function = argument = None  # type: ignore[assignment]
+            work.clear()
         try:
-            if context is not None:
-                context.run(function, argument)
-            else:
-                answered = False
-                function(*argument)
-        except BaseException as error:  # which is not to keep the rest from theirs
-            # What ends the loop is not to be lost behind what does not.
-            if failed is None or isinstance(failed, Exception):
-                failed = error
-    if work:
-        # From the frames of an exception that a task is left with, this one can be reached.
-        del context, function, argument
-        work.clear()
-    connection.settle(answered)
+            connection.settle(answered)
+        except BaseException:
+            connection.settle(answered)  # such a handler may have raised before it was
+            raise
     if failed is not None:
         try:
             raise failed

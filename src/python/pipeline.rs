@@ -12,17 +12,20 @@ use super::pid::pid;
 use super::readiness::TRIES;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
-use super::waiter::{done, may_wake, tell, waiter, Work};
+use super::waiter::{done, hand_over, may_wake, tell, waiter};
 use crate::core::{Error, Event, Exchange, Request};
 use bytes::{Buf, BytesMut};
 use pyo3::prelude::*;
+use pyo3::types::PyList;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How many queries may be under way. A daemon that does not answer is not to fill our memory.
+/// How many queries may be under way, and how many bytes of them may wait to be sent. A daemon that
+/// does not answer or read is not to fill our memory.
 const MAX_ASKED: usize = 1024;
+const MAX_OUTPUT: usize = 1024 * 1024;
 
 /// A control connection for queries of one event loop, asyncio's or alike.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
@@ -117,8 +120,8 @@ impl Pipeline {
             let asked = inner.ask(&request.0, &waiter, &mut events);
             (asked, inner.chores())
         };
+        Self::hand_out(slf, events, false, &PyList::empty(py));
         Self::run(slf, chores)?;
-        Self::hand_out(slf, events, false);
         match asked {
             Asked::Refused => return Ok(None),
             Asked::Failed(error) => return Err(errors::from_core(error)),
@@ -128,14 +131,16 @@ impl Pipeline {
         Ok(Some(waiter.unbind()))
     }
 
-    /// Reads, and returns what is to be called for what came. When that has been, all of it and
-    /// whatever it raised, `settle` is to be called.
-    fn take(slf: &Bound<'_, Self>) -> PyResult<Vec<Work>> {
+    /// Reads, and adds to `work` what is to be called for what came. When that has been, all of it
+    /// and whatever it raised, `settle` is to be called.
+    fn take(slf: &Bound<'_, Self>, work: &Bound<'_, PyList>) -> PyResult<()> {
         let this = slf.get();
         if this.is_elsewhere() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let _inside = inside(slf.py());
+        // First: a signal's handler can raise in it, and what was read is not to be lost then.
+        let may_wake = may_wake(this.event_loop.bind(slf.py()))?;
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();
@@ -145,8 +150,8 @@ impl Pipeline {
             inner.corked |= events.len() > 1;
             inner.loss.is_some()
         };
-        let here = !events.is_empty() && !lost && may_wake(this.event_loop.bind(slf.py()))?;
-        Ok(Self::hand_out(slf, events, here))
+        Self::hand_out(slf, events, may_wake && !lost, work);
+        Ok(())
     }
 
     /// Loses the connection, if that is what came last, or sends what was asked: now, if `now`, or
@@ -191,6 +196,12 @@ impl Pipeline {
             return Ok(());
         }
         Self::lose(slf, &Loss::Closed)
+    }
+
+    /// Whether the connection was closed or lost.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.lock().socket.is_none()
     }
 
     /// Whether it takes no more queries.
@@ -246,10 +257,9 @@ impl Pipeline {
         pid() != self.pid
     }
 
-    /// Tells those who asked, and returns what is to be called for that.
-    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool) -> Vec<Work> {
+    /// Tells those who asked, and adds to `work` what is to be called for that.
+    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool, work: &Bound<'_, PyList>) {
         let py = slf.py();
-        let mut work = Vec::with_capacity(events.len());
         for event in events {
             let Some(waiter) = slf.get().lock().asked.pop_front() else {
                 continue;
@@ -258,13 +268,8 @@ impl Pipeline {
                 Event::Answer(answer) | Event::Item(answer) => answer::to_python(py, answer),
                 Event::Refused(words) => Err(errors::refused(py, &words)),
             };
-            match tell(waiter.bind(py), answer.map(Bound::unbind), here) {
-                Ok(some) => work.extend(some),
-                // One that fails does not keep the rest from theirs.
-                Err(error) => error.write_unraisable(py, Some(slf)),
-            }
+            hand_over(work, tell(waiter.bind(py), answer.map(Bound::unbind), here));
         }
-        work
     }
 
     /// Ends the connection: everything that is awaited fails now. Only the first in the row is told
@@ -321,12 +326,22 @@ impl Pipeline {
     fn run(slf: &Bound<'_, Self>, chores: Chores) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
         let event_loop = this.event_loop.bind(py);
+        let mut watched = Ok(());
         if chores.add_reader {
-            event_loop.call_method1(intern!(py, "add_reader"), (this.fd, &this.pump, slf))?;
+            let arguments = (this.fd, &this.pump, slf);
+            watched = event_loop
+                .call_method1(intern!(py, "add_reader"), arguments)
+                .map(drop);
         }
         if chores.add_writer {
-            let flush = slf.getattr(intern!(py, "_flush"))?;
-            event_loop.call_method1(intern!(py, "add_writer"), (this.fd, flush))?;
+            let arguments = (this.fd, slf.getattr(intern!(py, "_flush"))?);
+            let added = event_loop.call_method1(intern!(py, "add_writer"), arguments);
+            watched = watched.and(added.map(drop));
+        }
+        if watched.is_err() {
+            // Nothing would ever come of what was asked.
+            Self::lose(slf, &Loss::Closed)?;
+            return watched;
         }
         if chores.remove_writer {
             event_loop.call_method1(intern!(py, "remove_writer"), (this.fd,))?;
@@ -368,7 +383,8 @@ impl Inner {
         let Some(socket) = self.socket.as_ref().filter(|_| !self.retired) else {
             return Asked::Refused;
         };
-        if self.asked.len() >= MAX_ASKED || self.loss.is_some() {
+        let full = self.asked.len() >= MAX_ASKED || self.output.len() > MAX_OUTPUT;
+        if full || self.loss.is_some() {
             return Asked::Refused;
         }
         if alone && socket.is_readable() {

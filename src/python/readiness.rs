@@ -4,8 +4,9 @@ use super::connection::{closed, ControlConnection};
 use super::ending::inside;
 use super::pid::pid;
 use super::stream::RawStream;
-use super::waiter::{done, may_wake, tell, waiter, Work};
+use super::waiter::{done, hand_over, may_wake, tell, waiter};
 use pyo3::prelude::*;
+use pyo3::types::PyList;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -148,14 +149,14 @@ impl Readiness {
         Ok(waiter.unbind())
     }
 
-    /// What is to be run when the socket is readable.
-    fn take_readable(&self, py: Python<'_>) -> PyResult<Option<Work>> {
-        self.take(py, Way::Read)
+    /// Adds to `work` what is to be run when the socket is readable.
+    fn take_readable(&self, work: &Bound<'_, PyList>) -> PyResult<()> {
+        self.take(work, Way::Read)
     }
 
-    /// What is to be run when the socket is writable. Then `settle` is to be called.
-    fn take_writable(&self, py: Python<'_>) -> PyResult<Option<Work>> {
-        self.take(py, Way::Write)
+    /// Adds to `work` what is to be run when the socket is writable. Then `settle` is to be called.
+    fn take_writable(&self, work: &Bound<'_, PyList>) -> PyResult<()> {
+        self.take(work, Way::Write)
     }
 
     /// Stops to watch for the socket to be writable, as it mostly is, if nobody waits for that.
@@ -261,11 +262,12 @@ impl Readiness {
             tell(&waiter, Ok(py.None()), false)?;
             return Ok(waiter.unbind());
         };
-        // Who was cancelled waits no more.
-        let mut waiters = Vec::with_capacity(before.len() + 1);
+        // Who was cancelled waits no more, and is dropped at the end: what runs then may close this.
+        let (mut waiters, mut cancelled) = (Vec::with_capacity(before.len() + 1), Vec::new());
         for (waiter, mark) in before {
-            if !done(waiter.bind(py))? {
-                waiters.push((waiter, mark));
+            match done(waiter.bind(py))? {
+                true => cancelled.push(waiter),
+                false => waiters.push((waiter, mark)),
             }
         }
         waiters.push((waiter.clone().unbind(), mark));
@@ -294,8 +296,11 @@ impl Readiness {
 
     /// Whoever is to be woken by an event, the first of them by who called, the others a turn of
     /// the loop later.
-    fn take(&self, py: Python<'_>, way: Way) -> PyResult<Option<Work>> {
+    fn take(&self, work: &Bound<'_, PyList>, way: Way) -> PyResult<()> {
+        let py = work.py();
         let _inside = inside(py);
+        // First: a signal's handler can raise in it, and nobody who waits is to be lost then.
+        let may_wake = may_wake(self.event_loop.bind(py))?;
         let (waiters, flushing, answering) = {
             let mut direction = self.direction(way);
             (
@@ -348,12 +353,11 @@ impl Readiness {
             self.remove(py, way)?;
         }
         drop(finished);
-        let mut first = None;
         for (waiter, outcome) in told {
-            let here = first.is_none() && may_wake(self.event_loop.bind(py))?;
-            first = tell(waiter.bind(py), outcome, here)?.or(first);
+            let here = may_wake && work.is_empty();
+            hand_over(work, tell(waiter.bind(py), outcome, here));
         }
-        Ok(first)
+        Ok(())
     }
 
     fn add(&self, slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {

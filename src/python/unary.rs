@@ -9,13 +9,13 @@ use super::ending::inside;
 use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{may_wake, tell, waiter, Work};
+use super::waiter::{hand_over, may_wake, tell, waiter, Work};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyList};
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -167,23 +167,29 @@ impl PersistentConnection {
 
 #[pymethods]
 impl PersistentConnection {
-    /// Begins to read, and returns what `take` does. `input` came right behind the upgrade's answer.
-    fn start(slf: &Bound<'_, Self>, input: &[u8]) -> PyResult<Vec<Work>> {
+    /// Begins to read, as `take` does. `input` came right behind the upgrade's answer.
+    fn start(slf: &Bound<'_, Self>, input: &[u8], work: &Bound<'_, PyList>) {
         let mut events = Vec::new();
         {
             let mut inner = slf.get().lock();
             inner.loss = inner.poll(&mut &input[..], &mut events).err();
         }
-        Self::hand_out(slf, events, false)
+        Self::hand_out(slf, events, false, work);
     }
 
-    /// Reads, and returns what is to be called for what came. When that has been, all of it and
-    /// whatever it raised, `settle` is to be called.
-    fn take(slf: &Bound<'_, Self>) -> PyResult<Vec<Work>> {
+    /// Reads, and adds to `work` what is to be called for what came. When that has been, all of it
+    /// and whatever it raised, `settle` is to be called.
+    fn take(slf: &Bound<'_, Self>, work: &Bound<'_, PyList>) -> PyResult<()> {
         let this = slf.get();
         if this.is_elsewhere() {
-            return Ok(Vec::new());
+            return Ok(());
         }
+        let _inside = inside(slf.py());
+        // First: a signal's handler can raise in it, and what was read is not to be lost then.
+        let may_wake = match &this.event_loop {
+            Some(event_loop) => may_wake(event_loop.bind(slf.py()))?,
+            None => false,
+        };
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();
@@ -193,13 +199,9 @@ impl PersistentConnection {
             inner.corked |= events.len() > 1;
             inner.loss.is_some()
         };
-        let _inside = inside(slf.py());
-        let here = match &this.event_loop {
-            // On what is lost nobody is to make another call: they go on when that is known.
-            Some(event_loop) if !events.is_empty() && !lost => may_wake(event_loop.bind(slf.py()))?,
-            _ => false,
-        };
-        Self::hand_out(slf, events, here)
+        // On what is lost nobody is to make another call: they go on when that is known.
+        Self::hand_out(slf, events, may_wake && !lost, work);
+        Ok(())
     }
 
     /// Loses the connection, if that is what came last, or has the answers sent: now, if `now`, or
@@ -525,28 +527,17 @@ impl PersistentConnection {
         let _ = slf.get().lock().read(&mut events);
         // Handlers would be at work for nobody.
         events.retain(|event| !matches!(event, Event::Call { .. } | Event::Cancelled { .. }));
-        let handed = Self::hand_out(slf, events, false);
-        handed.and(Self::lose(slf, loss))
+        Self::hand_out(slf, events, false, &PyList::empty(slf.py()));
+        Self::lose(slf, loss)
     }
 
-    /// Sets what is awaited, and returns what is to be called then: the tasks that wait, if they may
-    /// go on `here`, and what takes calls.
-    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool) -> PyResult<Vec<Work>> {
-        let py = slf.py();
-        let _inside = inside(py);
-        let mut work = Vec::with_capacity(events.len());
-        let mut outcome = Ok(());
+    /// Sets what is awaited, and adds to `work` what is to be called then: the tasks that wait, if
+    /// they may go on `here`, and what takes calls.
+    fn hand_out(slf: &Bound<'_, Self>, events: Vec<Event>, here: bool, work: &Bound<'_, PyList>) {
+        let _inside = inside(slf.py());
         for event in events {
-            match Self::work_of(slf, event, here) {
-                Ok(some) => work.extend(some),
-                // One that fails does not keep the rest from theirs.
-                Err(error) => outcome = outcome.and(Err(error)),
-            }
+            hand_over(work, Self::work_of(slf, event, here));
         }
-        if let Err(error) = outcome {
-            error.write_unraisable(py, Some(slf));
-        }
-        Ok(work)
     }
 
     fn work_of(slf: &Bound<'_, Self>, event: Event, here: bool) -> PyResult<Option<Work>> {

@@ -27,10 +27,16 @@ pub fn done(waiter: &Bound<'_, PyAny>) -> PyResult<bool> {
 }
 
 /// Whether tasks of a loop may be woken here and now: none is running. What an event loop calls
-/// finds it so, unless something runs a loop inside a task.
+/// finds it so, unless something runs a loop inside a task. Where nest_asyncio makes that possible, a
+/// task that was woken could do it, and the loop cannot call within itself what has called that task.
 pub fn may_wake(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     static CURRENT_TASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = event_loop.py();
+    if let Some(patched) = event_loop.getattr_opt(intern!(py, "_nest_patched"))? {
+        if patched.is_truthy()? {
+            return Ok(false);
+        }
+    }
     let current = CURRENT_TASK.import(py, "asyncio", "current_task")?;
     Ok(current.call1((event_loop,))?.is_none())
 }
@@ -47,7 +53,7 @@ pub fn tell(
     if done(waiter)? {
         return Ok(None);
     }
-    let wakeup = if here { take_wakeup(waiter)? } else { None };
+    let wakeup = here.then(|| take_wakeup(waiter)).flatten();
     match outcome {
         Ok(value) => waiter.call_method1(intern!(py, "set_result"), (value,))?,
         Err(error) => waiter.call_method1(intern!(py, "set_exception"), (error.into_value(py),))?,
@@ -55,25 +61,34 @@ pub fn tell(
     Ok(wakeup)
 }
 
+/// Adds what came of telling one who waits to what is to be done. One that fails does not keep the
+/// rest from theirs.
+pub fn hand_over(work: &Bound<'_, PyList>, told: PyResult<Option<Work>>) {
+    let added = match told {
+        Ok(Some(some)) => work.append(some),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = added {
+        error.write_unraisable(work.py(), None);
+    }
+}
+
 /// What the task that waits is to be run by, if there is one and nobody else waits. Of a future that
 /// does not show its callbacks, as all of asyncio's do, there is none: it calls them itself.
-fn take_wakeup(waiter: &Bound<'_, PyAny>) -> PyResult<Option<Work>> {
+fn take_wakeup(waiter: &Bound<'_, PyAny>) -> Option<Work> {
     let py = waiter.py();
-    let callbacks = waiter.getattr_opt(intern!(py, "_callbacks"))?;
-    let Some(Ok(callbacks)) = callbacks.as_ref().map(|it| it.cast::<PyList>()) else {
-        return Ok(None);
-    };
-    if callbacks.len() != 1 {
-        return Ok(None);
-    }
-    let only = callbacks.get_item(0)?;
-    let Some((callback, context)) = only.cast::<PyTuple>().ok().and_then(|only| {
-        let (callback, context) = (only.get_item(0).ok()?, only.get_item(1).ok()?);
-        (!context.is_none()).then_some((callback, context))
-    }) else {
-        return Ok(None);
-    };
-    waiter.call_method1(intern!(py, "remove_done_callback"), (&callback,))?;
+    let callbacks = waiter.getattr(intern!(py, "_callbacks")).ok()?;
+    let callbacks = callbacks.cast::<PyList>().ok()?;
+    let only = callbacks
+        .get_item(0)
+        .ok()
+        .filter(|_| callbacks.len() == 1)?;
+    let only = only.cast::<PyTuple>().ok()?;
+    let (callback, context) = (only.get_item(0).ok()?, only.get_item(1).ok()?);
+    let removed = waiter.call_method1(intern!(py, "remove_done_callback"), (&callback,));
+    // One that is not taken off will be called.
+    let removed: usize = removed.ok()?.extract().ok()?;
     let waiter = waiter.clone().unbind();
-    Ok(Some((Some(context.unbind()), callback.unbind(), waiter)))
+    (removed == 1).then(|| (Some(context.unbind()), callback.unbind(), waiter))
 }
