@@ -202,6 +202,29 @@ async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_fro
     assert results[0] == b"second" and isinstance(results[1], Ended)
 
 
+async def test_a_turn_is_the_woken_tasks_in_its_thread_and_ends_when_they_wait_again() -> None:
+    def elsewhere(ask: Any) -> bool:
+        answers: list[bool] = []
+        thread = threading.Thread(target=lambda: answers.append(ask()))
+        thread.start()
+        thread.join()
+        return answers[0]
+
+    async def woken() -> tuple[bool, bool]:
+        await ask(client)
+        return connection.in_turn, elsewhere(lambda: connection.in_turn)
+
+    batches = Batches(1)
+    async with client_of(batches) as client:
+        connection: Any = client.unary._recent.current  # type: ignore[union-attr]
+        task = asyncio.ensure_future(woken())
+        await until(lambda: batches.arrived == 1)
+        assert not connection.in_turn
+        batches.answer()
+        assert await task == (True, False)
+        assert not connection.in_turn
+
+
 NESTED = """
 import asyncio, nest_asyncio
 from p2pclient_rs import Client

@@ -371,12 +371,13 @@ class DaemonConnector:
 
     async def _answer(self, request: Request) -> Any:
         retry = True
-        if request.is_query:
-            pool = self._recent
+        pool = self._recent  # of trio it is none
+        if request.is_query and pool is not None:
             # What comes here often is to go a short way.
-            if pool is None or not is_current(self._loop):
-                pool = self._pool()
             pipeline = pool.pipeline
+            if pipeline is None or not (pipeline.in_turn or is_current(self._loop)):
+                pool = self._pool()
+                pipeline = pool.pipeline
             if pipeline is None or pipeline.retired:
                 self.check_fork()
                 pipeline = pool.open_pipeline()

@@ -133,12 +133,13 @@ class UnaryClient:
         """
         if timeout is not None:
             return await self._call_within(timeout, peer_id, proto, data)
-        link = self._recent
         # What comes here often is to go a short way.
-        if link is None or not is_current(self._loop):
+        link = self._recent or self._link()
+        connection = link.current
+        if connection is None or not (connection.in_turn or is_current(self._loop)):
             link = self._link()
-        try:
             connection = link.current
+        try:
             called = None
             if connection is not None:
                 try:

@@ -12,7 +12,7 @@ use super::pid::pid;
 use super::readiness::TRIES;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
-use super::waiter::{done, hand_over, may_wake, tell, waiter};
+use super::waiter::{done, hand_over, may_wake, tell, waiter, Turn};
 use crate::core::{Error, Event, Exchange, Request};
 use bytes::{Buf, BytesMut};
 use pyo3::prelude::*;
@@ -35,6 +35,7 @@ pub struct Pipeline {
     event_loop: Py<PyAny>,
     /// What the loop is to call with this when it is readable: it does what `take` returns.
     pump: Py<PyAny>,
+    turn: Turn,
     inner: Mutex<Inner>,
 }
 
@@ -87,6 +88,7 @@ impl Pipeline {
             pid: pid(),
             event_loop,
             pump,
+            turn: Turn::default(),
             inner: Mutex::new(Inner {
                 socket: Some(socket),
                 exchange,
@@ -141,6 +143,7 @@ impl Pipeline {
         let _inside = inside(slf.py());
         // First: a signal's handler can raise in it, and what was read is not to be lost then.
         let may_wake = may_wake(this.event_loop.bind(slf.py()))?;
+        this.turn.begin(may_wake);
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();
@@ -157,6 +160,7 @@ impl Pipeline {
     /// Loses the connection, if that is what came last, or sends what was asked: now, if `now`, or
     /// after those who were woken have had their turn.
     fn settle(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+        slf.get().turn.end();
         if slf.get().is_elsewhere() {
             return Ok(());
         }
@@ -196,6 +200,12 @@ impl Pipeline {
             return Ok(());
         }
         Self::lose(slf, &Loss::Closed)
+    }
+
+    /// Whether what runs is called by the loop for what came over this connection.
+    #[getter]
+    fn in_turn(&self) -> bool {
+        self.turn.is_here()
     }
 
     /// Whether the connection was closed or lost.

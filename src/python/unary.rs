@@ -9,7 +9,7 @@ use super::ending::inside;
 use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{hand_over, may_wake, tell, waiter, Work};
+use super::waiter::{hand_over, may_wake, tell, waiter, Turn, Work};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -40,6 +40,7 @@ pub struct PersistentConnection {
     pump: Py<PyAny>,
     /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
     owner: Py<PyAny>,
+    turn: Turn,
     inner: Mutex<Inner>,
 }
 
@@ -148,6 +149,7 @@ impl PersistentConnection {
             event_loop,
             pump,
             owner,
+            turn: Turn::default(),
             inner: Mutex::new(Inner {
                 socket: Some(socket),
                 core: Persistent::new(seed, limits),
@@ -190,6 +192,7 @@ impl PersistentConnection {
             Some(event_loop) => may_wake(event_loop.bind(slf.py()))?,
             None => false,
         };
+        this.turn.begin(may_wake);
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();
@@ -207,6 +210,7 @@ impl PersistentConnection {
     /// Loses the connection, if that is what came last, or has the answers sent: now, if `now`, or
     /// after those who were woken have had their turn.
     fn settle(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
+        slf.get().turn.end();
         if slf.get().is_elsewhere() {
             return Ok(());
         }
@@ -374,6 +378,12 @@ impl PersistentConnection {
     #[getter]
     fn closed(&self) -> bool {
         self.lock().socket.is_none()
+    }
+
+    /// Whether what runs is called by the loop for what came over this connection.
+    #[getter]
+    fn in_turn(&self) -> bool {
+        self.turn.is_here()
     }
 
     /// How many answers are awaited.

@@ -9,6 +9,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// What is to be called, in a context with one argument, or without one with several. Python calls
 /// it: it may be anything, and is not to be on its way through Rust then (see `ending`).
@@ -39,6 +40,33 @@ pub fn may_wake(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     }
     let current = CURRENT_TASK.import(py, "asyncio", "current_task")?;
     Ok(current.call1((event_loop,))?.is_none())
+}
+
+/// The time in which the tasks that an event loop's callback wakes have their turn: in which thread, if
+/// it is on. They are that loop's, which nobody need ask asyncio then; up to Python 3.11 that costs a
+/// system call.
+#[derive(Default)]
+pub struct Turn(AtomicUsize);
+
+impl Turn {
+    /// Begins it, if tasks may be woken.
+    pub fn begin(&self, may_wake: bool) {
+        self.0.store(if may_wake { thread() } else { 0 }, Relaxed);
+    }
+
+    pub fn end(&self) {
+        self.0.store(0, Relaxed);
+    }
+
+    pub fn is_here(&self) -> bool {
+        self.0.load(Relaxed) == thread()
+    }
+}
+
+/// What tells a thread from the others that live.
+fn thread() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| std::ptr::from_ref(here) as usize)
 }
 
 /// Ends a wait, unless it has ended. What is returned has the task go on `here`; without it, it
