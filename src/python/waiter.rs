@@ -8,7 +8,7 @@ use super::ending::inside;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::{PyDict, PyList, PyTuple};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// What is to be called, in a context with one argument, or without one with several. Python calls
@@ -33,13 +33,26 @@ pub fn done(waiter: &Bound<'_, PyAny>) -> PyResult<bool> {
 pub fn may_wake(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     static CURRENT_TASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = event_loop.py();
-    if let Some(patched) = event_loop.getattr_opt(intern!(py, "_nest_patched"))? {
-        if patched.is_truthy()? {
-            return Ok(false);
-        }
+    if is_nested(event_loop)? {
+        return Ok(false);
     }
     let current = CURRENT_TASK.import(py, "asyncio", "current_task")?;
     Ok(current.call1((event_loop,))?.is_none())
+}
+
+/// Whether nest_asyncio, or what goes on with it, was applied to a loop.
+fn is_nested(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
+    let py = event_loop.py();
+    let modules = MODULES.import(py, "sys", "modules")?;
+    // Before Python 3.13 an attribute that is not there costs an exception.
+    for name in [intern!(py, "nest_asyncio"), intern!(py, "nest_asyncio2")] {
+        if modules.get_item(name)?.is_some() {
+            let patched = event_loop.getattr_opt(intern!(py, "_nest_patched"))?;
+            return patched.map_or(Ok(false), |patched| patched.is_truthy());
+        }
+    }
+    Ok(false)
 }
 
 /// The time in which the tasks that an event loop's callback wakes have their turn: in which thread, if
