@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -78,6 +79,17 @@ async def pipelined(client: Client) -> None:
         assert (await client.identify(timeout=10)).peer_id == FAKE_PEER
 
 
+@asynccontextmanager
+async def pipeline(
+    script: Script, transport: str = "unix"
+) -> AsyncIterator[tuple[Client, FakeDaemon]]:
+    """A client of such a daemon whose queries share its only connection."""
+    with FakeDaemon(script, transport) as fake:
+        async with Client(fake.control_maddr) as client:
+            await pipelined(client)
+            yield client, fake
+
+
 async def asks(client: Client, number: int) -> None:
     """Asks what only one answer is right for."""
     topic = f"topic {number}"
@@ -121,13 +133,11 @@ async def test_queries_at_once_are_all_sent_before_the_first_is_answered_each_by
             connection.send(frame(answer_to(request)))
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            async with anyio.create_task_group() as tasks:
-                for number in range(200):
-                    tasks.start_soon(asks, client, number)
-            assert fake.accepted == 1
+    async with pipeline(script) as (client, fake):
+        async with anyio.create_task_group() as tasks:
+            for number in range(200):
+                tasks.start_soon(asks, client, number)
+        assert fake.accepted == 1
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
@@ -140,14 +150,12 @@ async def test_whoever_is_woken_asks_again_and_gets_its_own_answers(transport: s
         for number in range(start, start + 50):
             await asks(client, number)
 
-    with FakeDaemon(script, transport) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            async with anyio.create_task_group() as tasks:
-                for start in range(0, 3200, 50):
-                    tasks.start_soon(ask_often, start)
-            assert fake.accepted == 1
-            assert len(fake.requests) == 2 + 3200
+    async with pipeline(script, transport) as (client, fake):
+        async with anyio.create_task_group() as tasks:
+            for start in range(0, 3200, 50):
+                tasks.start_soon(ask_often, start)
+        assert fake.accepted == 1
+        assert len(fake.requests) == 2 + 3200
 
 
 async def test_what_changes_something_never_follows_a_query() -> None:
@@ -162,15 +170,13 @@ async def test_what_changes_something_never_follows_a_query() -> None:
         connection.wait_closed()
 
     changed = threading.Event()
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(client.identify)
-                await until(held.complete.is_set)
-                await client.disconnect(FAKE_PEER, timeout=10)
-                changed.set()
-            assert fake.accepted == 2
+    async with pipeline(script) as (client, fake):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.identify)
+            await until(held.complete.is_set)
+            await client.disconnect(FAKE_PEER, timeout=10)
+            changed.set()
+        assert fake.accepted == 2
 
 
 async def test_a_refusal_is_for_the_one_who_asked() -> None:
@@ -181,15 +187,13 @@ async def test_a_refusal_is_for_the_one_who_asked() -> None:
         connection.send(frame(IDENTITY) + frame(ERROR) + frame(IDENTITY))
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            one, refused, other = await all_of(client.identify() for _ in range(3))
-            assert isinstance(refused, DaemonRefused)
-            assert refused.daemon_message == "no such luck"
-            assert refused.request == "IDENTIFY"
-            assert one == other != refused
-            assert fake.accepted == 1
+    async with pipeline(script) as (client, fake):
+        one, refused, other = await all_of(client.identify() for _ in range(3))
+        assert isinstance(refused, DaemonRefused)
+        assert refused.daemon_message == "no such luck"
+        assert refused.request == "IDENTIFY"
+        assert one == other != refused
+        assert fake.accepted == 1
 
 
 async def test_one_that_is_given_up_keeps_its_place_and_nobody_is_to_wait_behind_it() -> None:
@@ -207,27 +211,25 @@ async def test_one_that_is_given_up_keeps_its_place_and_nobody_is_to_wait_behind
 
     given_up = threading.Event()
     closed: list[bytes] = []
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(asks, client, 1)
+    async with pipeline(script) as (client, fake):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(asks, client, 1)
+            await anyio.lowlevel.checkpoint()
+            impatient = anyio.create_task_group()
+            async with impatient:
+                impatient.start_soon(asks, client, 2)
                 await anyio.lowlevel.checkpoint()
-                impatient = anyio.create_task_group()
-                async with impatient:
-                    impatient.start_soon(asks, client, 2)
-                    await anyio.lowlevel.checkpoint()
-                    tasks.start_soon(asks, client, 3)
-                    await until(held.complete.is_set)
-                    impatient.cancel_scope.cancel()
-                with anyio.fail_after(10):
-                    await asks(client, 4)
-                assert fake.accepted == 2
-                given_up.set()
-            # When the last of the others is answered, nothing is to come on it any more.
-            await until(lambda: closed == [b""])
-            await asks(client, 5)
+                tasks.start_soon(asks, client, 3)
+                await until(held.complete.is_set)
+                impatient.cancel_scope.cancel()
+            with anyio.fail_after(10):
+                await asks(client, 4)
             assert fake.accepted == 2
+            given_up.set()
+        # When the last of the others is answered, nothing is to come on it any more.
+        await until(lambda: closed == [b""])
+        await asks(client, 5)
+        assert fake.accepted == 2
 
 
 async def test_a_connection_on_which_all_gave_up_is_closed_at_once() -> None:
@@ -239,13 +241,11 @@ async def test_a_connection_on_which_all_gave_up_is_closed_at_once() -> None:
         held.read(connection)
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            errors = await all_of(client.identify(timeout=0.2) for _ in range(5))
-            assert [type(error) for error in errors] == [ControlTimeout] * 5
-            await until(lambda: fake.open == 0)
-            await pipelined(client)
+    async with pipeline(script) as (client, fake):
+        errors = await all_of(client.identify(timeout=0.2) for _ in range(5))
+        assert [type(error) for error in errors] == [ControlTimeout] * 5
+        await until(lambda: fake.open == 0)
+        await pipelined(client)
 
 
 @pytest.mark.parametrize("partly", [False, True], ids=["before an answer", "in an answer"])
@@ -264,14 +264,12 @@ async def test_a_lost_connection_fails_the_query_it_was_at_and_the_rest_are_aske
         if partly:
             connection.send(frame(answer_to(requests[30]))[:-1])
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            results = await all_of(asks(client, number) for number in range(100))
-            lost = results.pop(30)
-            assert isinstance(lost, ConnectionLost) and lost.mid_answer is partly
-            assert results == [None] * 99
-            assert len(fake.requests) == 2 + 100 + 69
+    async with pipeline(script) as (client, fake):
+        results = await all_of(asks(client, number) for number in range(100))
+        lost = results.pop(30)
+        assert isinstance(lost, ConnectionLost) and lost.mid_answer is partly
+        assert results == [None] * 99
+        assert len(fake.requests) == 2 + 100 + 69
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
@@ -288,13 +286,11 @@ async def test_a_connection_lost_in_the_moment_of_use_is_replaced_if_nothing_was
         else:
             connection.wait_readable()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            (result,) = await all_of([client.identify()])
-            assert isinstance(result, ConnectionLost) is read
-            await pipelined(client)
-            assert fake.accepted == 2
+    async with pipeline(script) as (client, fake):
+        (result,) = await all_of([client.identify()])
+        assert isinstance(result, ConnectionLost) is read
+        await pipelined(client)
+        assert fake.accepted == 2
 
 
 async def test_queries_that_could_not_be_written_are_all_asked_again() -> None:
@@ -310,12 +306,10 @@ async def test_queries_that_could_not_be_written_are_all_asked_again() -> None:
         assert poll.poll(10_000)
 
     stopped = threading.Event()
-    with FakeDaemon(deaf) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            stopped.wait()
-            results = await all_of(client.identify() for _ in range(20))
-            assert [identity.peer_id for identity in results] == [FAKE_PEER] * 20  # type: ignore[union-attr]
+    async with pipeline(deaf) as (client, fake):
+        stopped.wait()
+        results = await all_of(client.identify() for _ in range(20))
+        assert [identity.peer_id for identity in results] == [FAKE_PEER] * 20  # type: ignore[union-attr]
 
 
 async def test_a_daemon_that_is_gone_is_an_error_for_each_who_waits(left_open: None) -> None:
@@ -348,14 +342,12 @@ async def test_an_answer_that_is_none_fails_its_query_and_the_rest_are_asked_aga
         connection.send(frame(IDENTITY) + frame(b"\xff\xff\xff"))
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            answered, failed, again = await all_of(client.identify() for _ in range(3))
-            assert isinstance(failed, ProtocolViolation)
-            assert answered == again != failed
-            await pipelined(client)
-            assert fake.accepted == 2
+    async with pipeline(script) as (client, fake):
+        answered, failed, again = await all_of(client.identify() for _ in range(3))
+        assert isinstance(failed, ProtocolViolation)
+        assert answered == again != failed
+        await pipelined(client)
+        assert fake.accepted == 2
 
 
 async def test_what_comes_unasked_is_nobodys_answer() -> None:
@@ -370,12 +362,10 @@ async def test_what_comes_unasked_is_nobodys_answer() -> None:
         sent.set()
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            sent.wait()  # and the loop cannot see it before the next is asked
-            await pipelined(client)
-            assert fake.accepted == 2
+    async with pipeline(script) as (client, fake):
+        sent.wait()  # and the loop cannot see it before the next is asked
+        await pipelined(client)
+        assert fake.accepted == 2
 
 
 async def test_more_than_a_connection_may_have_go_other_ways() -> None:
@@ -389,13 +379,11 @@ async def test_more_than_a_connection_may_have_go_other_ways() -> None:
             connection.send(frame(answer_to(request)))
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            async with anyio.create_task_group() as tasks:
-                for number in range(1500):
-                    tasks.start_soon(asks, client, number)
-            assert 1 < fake.accepted <= 9
+    async with pipeline(script) as (client, fake):
+        async with anyio.create_task_group() as tasks:
+            for number in range(1500):
+                tasks.start_soon(asks, client, number)
+        assert 1 < fake.accepted <= 9
 
 
 async def test_a_daemon_that_does_not_read_holds_nothing_up_but_its_queries() -> None:
@@ -408,16 +396,14 @@ async def test_a_daemon_that_does_not_read_holds_nothing_up_but_its_queries() ->
             connection.send(frame(OK + field(PUBSUB, field(2, request[-4:]))))
         connection.wait_closed()
 
-    with FakeDaemon(script) as fake:
-        async with Client(fake.control_maddr) as client:
-            await pipelined(client)
-            tasks = [asyncio.ensure_future(client.pubsub_list_peers(name)) for name in names]
-            for _ in range(20):
-                await asyncio.sleep(0)  # the loop goes on
-            assert not any(task.done() for task in tasks)
-            held.go.set()
-            answers = await asyncio.gather(*tasks)
-            assert answers == [(PeerID(name[-4:].encode()),) for name in names]
+    async with pipeline(script) as (client, fake):
+        tasks = [asyncio.ensure_future(client.pubsub_list_peers(name)) for name in names]
+        for _ in range(20):
+            await asyncio.sleep(0)  # the loop goes on
+        assert not any(task.done() for task in tasks)
+        held.go.set()
+        answers = await asyncio.gather(*tasks)
+        assert answers == [(PeerID(name[-4:].encode()),) for name in names]
 
 
 async def test_closing_lets_queries_in_flight_finish_and_keeps_no_connection() -> None:

@@ -7,7 +7,7 @@ import gc
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -511,15 +511,17 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
                 gc.enable()
 
 
-async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None:
+@asynccontextmanager
+async def waited_in_vain(dropped: Callable[[AsyncioWatch], object]) -> AsyncIterator[Any]:
+    """A watch, on which somebody was cancelled; ``dropped`` runs when that is forgotten."""
+
     class Reason:
         def __del__(self) -> None:
-            again.append(watch.readable())
+            dropped(watch)
 
     async def wait() -> None:
         await watch.readable()
 
-    again: list[Any] = []
     near, far = socket.socketpair()
     with near, far:
         watch = AsyncioWatch(asyncio.get_running_loop(), near.fileno())
@@ -529,31 +531,22 @@ async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None
         await asyncio.wait([task])
         del task
         gc.collect()
+        yield watch, far
+        watch.close()
+
+
+async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None:
+    again: list[Any] = []
+    async with waited_in_vain(lambda watch: again.append(watch.readable())) as (watch, far):
         waits = watch.readable()
         assert len(again) == 1
         far.send(b"x")
         await waits
         await again[0]
-        watch.close()
 
 
 async def test_who_begins_to_wait_as_the_watch_is_closed_waits_no_more() -> None:
-    class Reason:
-        def __del__(self) -> None:
-            watch.close()
-
-    async def wait() -> None:
-        await watch.readable()
-
-    near, far = socket.socketpair()
-    with near, far:
-        watch = AsyncioWatch(asyncio.get_running_loop(), near.fileno())
-        task = asyncio.ensure_future(wait())
-        await asyncio.sleep(0)
-        task.cancel(Reason())
-        await asyncio.wait([task])
-        del task
-        gc.collect()
+    async with waited_in_vain(lambda watch: watch.close()) as (watch, _):
         with anyio.fail_after(PATIENCE):
             await watch.readable()
 

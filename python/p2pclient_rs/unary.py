@@ -134,9 +134,11 @@ class UnaryClient:
         if timeout is not None:
             return await self._call_within(timeout, peer_id, proto, data)
         # What comes here often is to go a short way.
-        link = self._recent or self._link()
-        connection = link.current
-        if connection is None or not (connection.in_turn or is_current(self._loop)):
+        link = self._recent
+        connection = None if link is None else link.current
+        if link is None or not (
+            (connection is not None and connection.in_turn) or is_current(self._loop)
+        ):
             link = self._link()
             connection = link.current
         try:

@@ -12,7 +12,7 @@ use super::pid::pid;
 use super::readiness::TRIES;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
-use super::waiter::{done, hand_over, may_wake, tell, waiter, Turn};
+use super::waiter::{done, hand_over, tell, waiter, Turn};
 use crate::core::{Error, Event, Exchange, Request};
 use bytes::{Buf, BytesMut};
 use pyo3::prelude::*;
@@ -141,9 +141,7 @@ impl Pipeline {
             return Ok(());
         }
         let _inside = inside(slf.py());
-        // First: a signal's handler can raise in it, and what was read is not to be lost then.
-        let may_wake = may_wake(this.event_loop.bind(slf.py()))?;
-        this.turn.begin(may_wake);
+        let may_wake = this.turn.begin(Some(this.event_loop.bind(slf.py())))?;
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();

@@ -9,7 +9,7 @@ use super::ending::inside;
 use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
-use super::waiter::{hand_over, may_wake, tell, waiter, Turn, Work};
+use super::waiter::{hand_over, tell, waiter, Turn, Work};
 use crate::core::unary::{self, CallId, Payload};
 use crate::core::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
 use bytes::BytesMut;
@@ -187,12 +187,8 @@ impl PersistentConnection {
             return Ok(());
         }
         let _inside = inside(slf.py());
-        // First: a signal's handler can raise in it, and what was read is not to be lost then.
-        let may_wake = match &this.event_loop {
-            Some(event_loop) => may_wake(event_loop.bind(slf.py()))?,
-            None => false,
-        };
-        this.turn.begin(may_wake);
+        let event_loop = this.event_loop.as_ref().map(|it| it.bind(slf.py()));
+        let may_wake = this.turn.begin(event_loop)?;
         let mut events = Vec::new();
         let lost = {
             let mut inner = this.lock();

@@ -62,9 +62,12 @@ fn is_nested(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
 pub struct Turn(AtomicUsize);
 
 impl Turn {
-    /// Begins it, if tasks may be woken.
-    pub fn begin(&self, may_wake: bool) {
+    /// Begins it, if tasks of the loop may be woken; says whether they may. This is to be the first
+    /// thing done: a signal's handler can raise in it, and what was read is not to be lost then.
+    pub fn begin(&self, event_loop: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        let may_wake = event_loop.map_or(Ok(false), may_wake)?;
         self.0.store(if may_wake { thread() } else { 0 }, Relaxed);
+        Ok(may_wake)
     }
 
     pub fn end(&self) {
