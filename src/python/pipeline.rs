@@ -183,6 +183,7 @@ impl Pipeline {
 
     /// Takes no more queries, and closes when those under way are answered or given up.
     fn retire(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let _inside = inside(slf.py());
         slf.get().lock().retired = true;
         if Self::loop_is_closed(slf)? {
             return Self::close(slf); // nobody is left to be answered
