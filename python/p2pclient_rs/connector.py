@@ -104,10 +104,7 @@ class _Connection(NamedTuple):
 class _Pool:
     """The connections that belong to one event loop."""
 
-    def __init__(
-        self, max_connections: int, max_idle: int, loop: asyncio.AbstractEventLoop | None
-    ) -> None:
-        self._loop = loop
+    def __init__(self, max_connections: int, max_idle: int) -> None:
         self._max_idle = max_idle
         self._idle: list[_Connection] = []
         #: For the queries of asyncio's tasks, once there was a connection to spare.
@@ -131,13 +128,15 @@ class _Pool:
         """Makes an idle connection one for queries, on an event loop that runs callbacks."""
         self.pipeline = None
         self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
+        loop = current_loop()
         # With many on which somebody gave up, those who ask are to wait for their turn.
-        if self._loop is None or len(self._pipelines) >= self._max_idle:
+        full = len(self._pipelines) >= self._max_idle
+        if full or not isinstance(loop, asyncio.AbstractEventLoop):
             return None
         connection = self.take()
         if connection is not None:
             connection.watch.close()
-            self.pipeline = connection.raw.take_pipeline(self._loop, pump)
+            self.pipeline = connection.raw.take_pipeline(loop, pump)
             self._pipelines.append(self.pipeline)
             self._pipeline_watch = connection.watch
         return self.pipeline
@@ -453,9 +452,7 @@ class DaemonConnector:
             for other in list(self._pools):
                 if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
                     self._pools.pop(other).close()
-            asyncios = loop if isinstance(loop, asyncio.AbstractEventLoop) else None
-            pool = _Pool(self._max_connections, self._max_idle, asyncios)
-            self._pools[loop] = pool
+            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
         if isinstance(loop, asyncio.AbstractEventLoop):
             self._loop, self._recent = loop, pool
         return pool

@@ -135,21 +135,27 @@ class AsyncioWatch:
         await asyncio.sleep(0)
 
     def abandon(self, raw: RawStream | ControlConnection | Pipeline) -> None:
-        # A finalizer can run in any thread, and a loop is not to be touched from another.
-        in_thread = asyncio._get_running_loop() is self._loop or not self._loop.is_running()
-        if in_thread or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             self._close_both(raw)
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._close_both, raw)
-        except RuntimeError:  # it was closed meanwhile
-            self._close_both(raw)
+        else:
+            _call_in_its_thread(self._loop, functools.partial(self._close_both, raw))
 
     def _close_both(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         try:
             self.close()
         finally:
             raw.close()
+
+
+def _call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    # A finalizer can run in any thread, and a loop is not to be touched from another.
+    if asyncio._get_running_loop() is loop or not loop.is_running():
+        callback()
+        return
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:  # it was closed meanwhile
+        callback()
 
 
 def _wake_reader(readiness: Readiness) -> None:
@@ -347,13 +353,7 @@ class AsyncioReactor:
         work.add_done_callback(lambda _: callback())
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
-        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
-            callback()
-            return
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:  # it was closed meanwhile
-            callback()
+        _call_in_its_thread(self._loop, callback)
 
 
 class TrioReactor:

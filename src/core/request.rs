@@ -95,7 +95,7 @@ impl Request {
     }
 
     /// Whether it only asks what the daemon knows and answers at once, in one message. Such requests
-    /// may follow each other on a connection before they are answered, and be sent again.
+    /// may follow each other on a connection before they are answered.
     pub fn is_query(&self) -> bool {
         self.expect.is_query()
     }

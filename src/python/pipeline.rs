@@ -9,7 +9,7 @@ use super::connection::{is_unread, TURN};
 use super::ending::inside;
 use super::errors::{self, Loss};
 use super::pid::pid;
-use super::readiness::TRIES;
+use super::readiness::Tries;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
 use super::waiter::{done, hand_over, tell, waiter, Turn};
@@ -33,7 +33,7 @@ pub struct Pipeline {
     fd: RawFd,
     pid: u32,
     event_loop: Py<PyAny>,
-    /// What the loop is to call with this when it is readable: it does what `take` returns.
+    /// What the loop is to call with this when it is readable: it does what `take` adds.
     pump: Py<PyAny>,
     turn: Turn,
     inner: Mutex<Inner>,
@@ -58,8 +58,7 @@ struct Inner {
     unread: bool,
     reading: bool,
     writing: bool,
-    /// How many answers in a row were tried for without a turn of the loop.
-    tried: u8,
+    tries: Tries,
 }
 
 /// What came of a query.
@@ -101,7 +100,7 @@ impl Pipeline {
                 unread: false,
                 reading: false,
                 writing: false,
-                tried: 0,
+                tries: Tries::default(),
             }),
         }
     }
@@ -146,7 +145,7 @@ impl Pipeline {
         let lost = {
             let mut inner = this.lock();
             inner.loss = inner.read(&mut events).err();
-            inner.tried = 0;
+            inner.tries.start_over();
             // What several ask next is better sent at once.
             inner.corked |= events.len() > 1;
             inner.loss.is_some()
@@ -407,10 +406,8 @@ impl Inner {
         }
         self.asked.push_back(waiter.clone().unbind());
         let mut sent = self.flush();
-        // A daemon that is quick has answered by now, unless it has to wait for this core. Whoever
-        // asks again and again is to give the loop a turn all the same.
-        if sent.is_ok() && alone && self.tried < TRIES {
-            self.tried += 1;
+        // A daemon that is quick has answered by now, unless it has to wait for this core.
+        if sent.is_ok() && alone && self.tries.another() {
             sent = self.read(events);
         }
         match sent {

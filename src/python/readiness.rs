@@ -44,18 +44,27 @@ struct Direction {
     flushing: Option<Flushing>,
     /// Whose answer is to be read, and who waits for it.
     answering: Option<(Py<ControlConnection>, Py<PyAny>)>,
-    /// How many answers in a row were tried for without a turn of the loop.
-    tried: u8,
+    tries: Tries,
 }
 
-/// How many answers may be there at once before the loop gets a turn.
-pub const TRIES: u8 = 16;
+/// How many answers in a row were tried for without a turn of the loop: whoever asks again and again
+/// is to give it one all the same.
+#[derive(Default)]
+pub struct Tries(u8);
 
-impl Direction {
-    /// Whether an answer may be tried for now.
-    fn tries(&mut self) -> bool {
-        self.tried += 1;
-        self.tried <= TRIES
+impl Tries {
+    const MAX: u8 = 16;
+
+    /// Whether another answer may be tried for.
+    pub fn another(&mut self) -> bool {
+        let may = self.0 < Self::MAX;
+        self.0 += u8::from(may);
+        may
+    }
+
+    /// The loop has its turn.
+    pub fn start_over(&mut self) {
+        self.0 = 0;
     }
 }
 
@@ -126,9 +135,8 @@ impl Readiness {
         let _inside = inside(py);
         let this = slf.get();
         let waiter = waiter(this.event_loop.bind(py))?;
-        // A daemon that is quick has answered by now, unless it has to wait for this core. Whoever
-        // asks again and again is to give the loop a turn all the same.
-        if this.direction(Way::Read).tries() {
+        // A daemon that is quick has answered by now, unless it has to wait for this core.
+        if this.direction(Way::Read).tries.another() {
             if let Some(answer) = connection.get().step(py)? {
                 tell(&waiter, Ok(answer), false)?;
                 return Ok(waiter.unbind());
@@ -139,7 +147,7 @@ impl Readiness {
             if direction.closed {
                 return Err(closed());
             }
-            direction.tried = 0;
+            direction.tries.start_over();
             direction.idle = false;
             let answering = Some((connection, waiter.clone().unbind()));
             std::mem::replace(&mut direction.answering, answering)

@@ -21,8 +21,7 @@ impl PyRequest {
         self.0.waits_for_peers()
     }
 
-    /// Whether it only asks what the daemon knows: such requests may follow each other, and be
-    /// sent again.
+    /// Whether it only asks what the daemon knows: such requests may follow each other.
     #[getter]
     fn is_query(&self) -> bool {
         self.0.is_query()

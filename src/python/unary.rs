@@ -36,7 +36,7 @@ pub struct PersistentConnection {
     reactor: Py<PyAny>,
     /// Asyncio's event loop, if it is one.
     event_loop: Option<Py<PyAny>>,
-    /// What the loop is to call with this when it is readable: it does what `take` returns.
+    /// What the loop is to call with this when it is readable: it does what `take` adds.
     pump: Py<PyAny>,
     /// A weak reference to what has `on_call`, `on_cancelled`, `on_lost`.
     owner: Py<PyAny>,
