@@ -66,6 +66,17 @@ pub enum Error {
     /// A request on a connection that is busy, has become a stream, or has failed.
     #[error("this connection cannot take a request: it is {0:?}")]
     NotReady(super::State),
+    /// A request of a type that no daemon has. The server may go on with the next one.
+    #[error("a request of unknown type {0}")]
+    UnknownRequest(i32),
+    /// A reply that does not fit the request being served; nothing was sent.
+    #[error("{reply} does not answer {request}")]
+    WrongReply {
+        /// What was to be sent.
+        reply: &'static str,
+        /// The request being served.
+        request: &'static str,
+    },
 }
 
 /// Whose fault an [`Error`] is.
@@ -111,7 +122,9 @@ impl Error {
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {
         match self {
-            Error::RequestTooLarge { .. } | Error::NotReady(_) => Fault::Caller,
+            Error::RequestTooLarge { .. } | Error::NotReady(_) | Error::WrongReply { .. } => {
+                Fault::Caller
+            }
             Error::Closed { .. } | Error::NoMemory { .. } => Fault::Connection,
             _ => Fault::Daemon,
         }

@@ -9,6 +9,8 @@
 //!
 //! Requests that only ask may follow each other: it is busy until the last of them is answered.
 
+pub mod server;
+
 use super::pb::p2pd::{self, response};
 use super::request::{DhtValue, Expect};
 use super::{control, dht, peerstore, pubsub, streams};

@@ -49,6 +49,11 @@ impl FrameDecoder {
         split_frame(&mut self.buffer, self.max_frame)
     }
 
+    /// How many bytes are waiting.
+    pub fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Whether no bytes are waiting.
     pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()

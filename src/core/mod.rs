@@ -28,6 +28,7 @@
 //! # Ok::<(), p2pclient_rs::core::Error>(())
 //! ```
 
+pub mod command;
 pub mod connmgr;
 pub mod control;
 pub mod dht;

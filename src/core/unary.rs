@@ -1061,10 +1061,14 @@ fn put_cancel(out: &mut BytesMut, id: &CallId) {
 ///
 /// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
 /// as groups in groups, that prost takes for reason enough to fail.
-struct Fields<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
-    fn next(&mut self) -> Option<(u64, &'a [u8])> {
+    pub(super) fn new(message: &'a [u8]) -> Self {
+        Self(message)
+    }
+
+    pub(super) fn next(&mut self) -> Option<(u64, &'a [u8])> {
         let mut bytes = self.0;
         // In how many groups.
         let mut depth = 0_usize;
