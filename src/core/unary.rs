@@ -5,11 +5,8 @@
 //! the payload is its tail. Coming in, a large one is received straight into its final place, which
 //! the driver provides as a [`Payload`].
 
-use super::pb::p2pd::{
-    self, call_unary_response, persistent_connection_request as request, request::Type,
-};
-use super::request::Expect;
-use super::{control, framing, Error, Request};
+use super::pb::p2pd::{self, call_unary_response, persistent_connection_request as request};
+use super::{framing, Error};
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encoded_len_varint, key_len, WireType};
 use prost::Message as _;
@@ -74,24 +71,6 @@ pub const SETTLE: Duration = Duration::from_millis(20);
 
 /// How often what is to be said of cancelled calls is.
 pub const REMIND: Duration = Duration::from_millis(50);
-
-/// Upgrades a control connection to a persistent one. After the answer it takes no requests any
-/// more but the messages of a [`Persistent`].
-pub fn upgrade() -> Request {
-    // The JS daemon takes it for a peerstore request, and one without contents makes it crash. What
-    // the field is in hivemind's fork, it has no use for here; the JS daemon, which reads numbers
-    // wherever it expects them, finds `type` = 2 in the length, GET_PEER_INFO, and in the text an
-    // unknown field: it answers that it has not implemented that.
-    let read_otherwise_by_js = p2pd::RemoveStreamHandlerRequest {
-        addr: Some(Bytes::from_static(b"\x78\x00")),
-        proto: Vec::new(),
-    };
-    let message = p2pd::Request {
-        remove_stream_handler: Some(read_otherwise_by_js),
-        ..control::message(Type::PersistentConnUpgrade)
-    };
-    Request::new(&message, Expect::Persistent)
-}
 
 /// What a persistent connection will take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,11 +5,20 @@ use super::{
     Answered, Request,
 };
 use crate::core::pb::p2pd::{self, request::Type};
-use crate::core::{Error, Multiaddr, PeerId, PeerInfo};
+use crate::core::{Error, Multiaddr, PeerId};
 use bytes::Bytes;
 use std::time::Duration;
 
 family!(Control: requests { Identify, Connect, Disconnect, ListPeers } queries {});
+
+/// A peer and its addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerInfo {
+    /// The peer.
+    pub peer_id: PeerId,
+    /// Where it can be reached.
+    pub addrs: Vec<Multiaddr>,
+}
 
 /// Asks for the daemon's peer id and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -96,6 +96,108 @@ pub trait Query: Sized {
     fn decode_value(response: p2pd::DhtResponse) -> Result<Self::Value, Error>;
 }
 
+/// A request or query together with the enums of all: what is generic over every kind of request
+/// needs this.
+pub trait Typed: Sized {
+    /// The reply, or one value of it.
+    type Output;
+
+    /// The reply as one of all.
+    fn wrap(output: Self::Output) -> Reply;
+
+    /// The reply as what it is; `None` if it is another request's.
+    fn unwrap(reply: Reply) -> Option<Self::Output>;
+
+    /// The request as a client sends it.
+    fn encoded(&self) -> EncodedRequest;
+}
+
+/// A reply that a client has received: one of any request's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reply {
+    /// Identity and connections.
+    Control(control::Reply),
+    /// Streams and their handlers.
+    Streams(streams::Reply),
+    /// The DHT.
+    Dht(dht::Reply),
+    /// The connection manager.
+    ConnManager(connmgr::Reply),
+    /// Pubsub.
+    Pubsub(pubsub::Reply),
+    /// The peer store.
+    Peerstore(peerstore::Reply),
+    /// The upgrade to a persistent connection.
+    Unary(unary::Reply),
+}
+
+/// A request as a client sends it, with what it takes to read the reply.
+#[derive(Debug, Clone)]
+pub struct EncodedRequest {
+    frame: Bytes,
+    name: &'static str,
+    answered: Answered,
+    waits_for_peers: bool,
+    pub(super) reader: Reader,
+}
+
+/// How a reply is read.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Reader {
+    Reply(fn(p2pd::Response) -> Result<Reply, Error>),
+    Value(fn(p2pd::DhtResponse) -> Result<Reply, Error>),
+}
+
+impl EncodedRequest {
+    fn new<R: Request + Typed<Output = <R as Request>::Reply>>(request: &R) -> Self {
+        Self {
+            frame: request.encode(),
+            name: R::NAME,
+            answered: R::ANSWERED,
+            waits_for_peers: R::WAITS_FOR_PEERS,
+            reader: Reader::Reply(|response| R::decode_reply(response).map(R::wrap)),
+        }
+    }
+
+    fn of_query<Q: Query + Typed<Output = <Q as Query>::Value>>(query: &Q) -> Self {
+        Self {
+            frame: query.encode(),
+            name: Q::NAME,
+            answered: Q::ANSWERED,
+            waits_for_peers: true,
+            reader: Reader::Value(|response| Q::decode_value(response).map(Q::wrap)),
+        }
+    }
+
+    /// The request as it goes over the wire, length first.
+    pub fn frame(&self) -> &Bytes {
+        &self.frame
+    }
+
+    /// The request's name in the protocol.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// How the daemon answers.
+    pub fn answered(&self) -> Answered {
+        self.answered
+    }
+
+    /// Whether the daemon asks other peers before it answers. That can take as long as the
+    /// request's timeout, and the connection serves nothing else meanwhile.
+    pub fn waits_for_peers(&self) -> bool {
+        self.waits_for_peers
+    }
+}
+
+impl<R: Typed> From<R> for EncodedRequest {
+    fn from(request: R) -> Self {
+        request.encoded()
+    }
+}
+
 /// A request that a server has received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -162,6 +264,19 @@ impl Command {
         }
     }
 
+    /// The request as a client sends it.
+    pub fn encoded(&self) -> EncodedRequest {
+        match self {
+            Self::Control(command) => command.encoded(),
+            Self::Streams(command) => command.encoded(),
+            Self::Dht(command) => command.encoded(),
+            Self::ConnManager(command) => command.encoded(),
+            Self::Pubsub(command) => command.encoded(),
+            Self::Peerstore(command) => command.encoded(),
+            Self::Unary(command) => command.encoded(),
+        }
+    }
+
     /// The request's name in the protocol.
     pub fn name(&self) -> &'static str {
         match self {
@@ -211,6 +326,14 @@ macro_rules! family {
                 }
             }
 
+            /// The request as a client sends it.
+            pub fn encoded(&self) -> $crate::core::command::EncodedRequest {
+                match self {
+                    $(Self::$request(request) => $crate::core::command::Typed::encoded(request),)*
+                    $(Self::$query(query) => $crate::core::command::Typed::encoded(query),)*
+                }
+            }
+
             /// The request's name in the protocol.
             pub fn name(&self) -> &'static str {
                 match self {
@@ -228,28 +351,79 @@ macro_rules! family {
             }
         }
 
+        /// One of the replies to this family's requests, named as the request. Queries have one such
+        /// reply for each value.
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[non_exhaustive]
+        #[allow(missing_docs)] // each variant is the reply to the request of its name
+        pub enum Reply {
+            $($request(<$request as $crate::core::command::Request>::Reply),)*
+            $($query(<$query as $crate::core::command::Query>::Value),)*
+        }
+
         impl From<Command> for $crate::core::command::Command {
             fn from(command: Command) -> Self {
                 Self::$family(command)
             }
         }
 
-        $crate::core::command::family!(@from $family: $($request)* $($query)*);
-    };
-    (@from $family:ident: $($name:ident)*) => {
-        $(
-            impl From<$name> for Command {
-                fn from(request: $name) -> Self {
-                    Self::$name(request)
-                }
+        impl From<Reply> for $crate::core::command::Reply {
+            fn from(reply: Reply) -> Self {
+                Self::$family(reply)
             }
+        }
 
-            impl From<$name> for $crate::core::command::Command {
-                fn from(request: $name) -> Self {
-                    Self::$family(Command::$name(request))
+        $(
+            $crate::core::command::family!(@convert $family $request);
+
+            impl $crate::core::command::Typed for $request {
+                type Output = <Self as $crate::core::command::Request>::Reply;
+
+                $crate::core::command::family!(@wrap $family $request);
+
+                fn encoded(&self) -> $crate::core::command::EncodedRequest {
+                    $crate::core::command::EncodedRequest::new(self)
                 }
             }
         )*
+        $(
+            $crate::core::command::family!(@convert $family $query);
+
+            impl $crate::core::command::Typed for $query {
+                type Output = <Self as $crate::core::command::Query>::Value;
+
+                $crate::core::command::family!(@wrap $family $query);
+
+                fn encoded(&self) -> $crate::core::command::EncodedRequest {
+                    $crate::core::command::EncodedRequest::of_query(self)
+                }
+            }
+        )*
+    };
+    (@convert $family:ident $name:ident) => {
+        impl From<$name> for Command {
+            fn from(request: $name) -> Self {
+                Self::$name(request)
+            }
+        }
+
+        impl From<$name> for $crate::core::command::Command {
+            fn from(request: $name) -> Self {
+                Self::$family(Command::$name(request))
+            }
+        }
+    };
+    (@wrap $family:ident $name:ident) => {
+        fn wrap(output: Self::Output) -> $crate::core::command::Reply {
+            $crate::core::command::Reply::$family(Reply::$name(output))
+        }
+
+        fn unwrap(reply: $crate::core::command::Reply) -> Option<Self::Output> {
+            match reply {
+                $crate::core::command::Reply::$family(Reply::$name(output)) => Some(output),
+                _ => None,
+            }
+        }
     };
 }
 use family;

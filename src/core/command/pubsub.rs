@@ -2,11 +2,28 @@
 
 use super::{encode, family, ok, replies_done, required, Answered, Request};
 use crate::core::pb::p2pd::{self, ps_request::Type, request};
-use crate::core::{framing, Error, PeerId, PubsubMessage};
+use crate::core::{framing, Error, PeerId};
 use bytes::Bytes;
 use prost::Message as _;
 
 family!(Pubsub: requests { GetTopics, ListTopicPeers, Publish, Subscribe } queries {});
+
+/// A message published to a topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PubsubMessage {
+    /// The peer that published it, which need not be the one that relayed it.
+    pub from: Option<PeerId>,
+    /// What was published.
+    pub data: Bytes,
+    /// The publisher's sequence number; with `from` it identifies the message.
+    pub seqno: Bytes,
+    /// The topics to which it was published.
+    pub topic_ids: Vec<String>,
+    /// The publisher's signature, if messages are signed.
+    pub signature: Bytes,
+    /// The publisher's public key, where `from` does not contain it.
+    pub key: Bytes,
+}
 
 /// Asks for the topics to which the daemon is subscribed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,5 +194,33 @@ fn response(message: p2pd::PsResponse) -> p2pd::Response {
     p2pd::Response {
         pubsub: Some(message),
         ..ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_javascript_daemons_textual_author_is_read_as_a_peer_id() {
+        for text in [
+            "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+            "12D3KooWPzHkwrq8suTFQL9KmawM8h6rgmov7h7riBoSi7abAKgb",
+        ] {
+            let author: PeerId = text.parse().unwrap();
+            for from in [author.to_bytes(), Bytes::from(text)] {
+                let message = p2pd::PsMessage {
+                    from: Some(from),
+                    ..Default::default()
+                };
+                let read = decode_message(&message.encode_to_vec()).unwrap();
+                assert_eq!(read.from, Some(author.clone()));
+            }
+        }
+        // Neither form: kept as it is.
+        for bytes in [&b"Qm"[..], b"1", b"Qm0OIl", b"\x12\x20", b"other"] {
+            let from = Bytes::copy_from_slice(bytes);
+            assert_eq!(sender(from.clone()), PeerId::from_bytes(from));
+        }
     }
 }

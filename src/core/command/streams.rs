@@ -4,12 +4,23 @@ use super::{
     duration, encode, family, ok, peer_id, replies_done, required, whole_seconds, Answered, Request,
 };
 use crate::core::pb::p2pd::{self, request::Type};
-use crate::core::{framing, Error, Multiaddr, PeerId, StreamInfo};
+use crate::core::{framing, Error, Multiaddr, PeerId};
 use bytes::Bytes;
 use prost::Message as _;
 use std::time::Duration;
 
 family!(Streams: requests { StreamOpen, StreamHandler, RemoveStreamHandler } queries {});
+
+/// What the daemon says of a stream: the peer at the other end, and the protocol agreed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamInfo {
+    /// The remote peer.
+    pub peer_id: PeerId,
+    /// The remote peer's address.
+    pub addr: Multiaddr,
+    /// The protocol, of those proposed.
+    pub protocol: String,
+}
 
 /// Opens a stream to a peer for the first of the protocols that it speaks. On success the
 /// connection becomes the stream.

@@ -30,10 +30,10 @@ struct Serving {
 ///
 /// ```
 /// use p2pclient_rs::core::command::{control, Command};
-/// use p2pclient_rs::core::exchange::server::Server;
+/// use p2pclient_rs::core::exchange::server::ServerExchange;
 /// use p2pclient_rs::core::Limits;
 ///
-/// let mut server = Server::new(Limits::default());
+/// let mut server = ServerExchange::new(Limits::default());
 /// server.receive(&[2, 8, 5]); // whatever was read from the socket
 /// let command = server.poll()?;
 /// assert_eq!(command, Some(control::ListPeers.into()));
@@ -42,14 +42,14 @@ struct Serving {
 /// # Ok::<(), p2pclient_rs::core::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct Server {
+pub struct ServerExchange {
     decoder: FrameDecoder,
     limits: Limits,
     state: State,
     serving: Option<Serving>,
 }
 
-impl Server {
+impl ServerExchange {
     /// A new connection.
     pub fn new(limits: Limits) -> Self {
         Self {

@@ -2,12 +2,13 @@
 
 use super::*;
 use crate::core::command::tests::{any_command, any_peer_info};
+use crate::core::command::Typed;
 use crate::core::command::{connmgr, control, dht, pubsub, streams, unary};
-use crate::core::{Multiaddr, PeerId};
+use crate::core::{ClientExchange, Event, Multiaddr, PeerId, StreamInfo};
 use proptest::prelude::*;
 
-fn server_with(command: &Command) -> Server {
-    let mut server = Server::new(Limits::default());
+fn server_with(command: &Command) -> ServerExchange {
+    let mut server = ServerExchange::new(Limits::default());
     server.receive(&command.encode());
     assert_eq!(server.poll().unwrap().as_ref(), Some(command));
     server
@@ -15,7 +16,7 @@ fn server_with(command: &Command) -> Server {
 
 #[test]
 fn serves_pipelined_requests_one_after_another() {
-    let mut server = Server::new(Limits::default());
+    let mut server = ServerExchange::new(Limits::default());
     server.receive(&control::Identify.encode());
     server.receive(&control::ListPeers.encode());
     assert_eq!(server.poll(), Ok(Some(control::Identify.into())));
@@ -63,7 +64,7 @@ fn is_consumed_by_a_success_and_not_by_a_refusal() {
 
 #[test]
 fn refuses_a_request_of_unknown_type_and_goes_on() {
-    let mut server = Server::new(Limits::default());
+    let mut server = ServerExchange::new(Limits::default());
     server.receive(&[3, 8, 0xd0, 0x0f]);
     server.receive(&control::Identify.encode());
     assert_eq!(server.poll(), Err(Error::UnknownRequest(2000)));
@@ -115,7 +116,7 @@ fn fails_on_bytes_that_are_no_request() {
         &[2, 0x10, 0],
         &[4, 8, 1, 0x12, 0],
     ] {
-        let mut server = Server::new(Limits::default());
+        let mut server = ServerExchange::new(Limits::default());
         server.receive(bytes);
         assert!(server.poll().is_err(), "{bytes:?}");
         assert_eq!(server.state(), State::Failed);
@@ -130,7 +131,7 @@ proptest! {
         sizes in prop::collection::vec(1usize..40, 1..20),
     ) {
         let bytes: Vec<u8> = commands.iter().flat_map(Command::encode).collect();
-        let mut server = Server::new(Limits::default());
+        let mut server = ServerExchange::new(Limits::default());
         let mut decoded = Vec::new();
         let mut rest = &bytes[..];
         for size in sizes.iter().cycle() {
@@ -153,7 +154,7 @@ proptest! {
     fn any_bytes_give_commands_or_an_error(
         bytes in prop::collection::vec(any::<u8>(), 0..400),
     ) {
-        let mut server = Server::new(Limits::default());
+        let mut server = ServerExchange::new(Limits::default());
         server.receive(&bytes);
         loop {
             match server.poll() {
@@ -175,38 +176,48 @@ proptest! {
         addrs in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..3),
         words in ".{0,40}".prop_map(String::from),
     ) {
-        use crate::core::{streams as old_streams, Answer, Event, Exchange, StreamInfo};
-        // LIST_PEERS, IDENTIFY, a refusal.
-        let mut server = server_with(&control::ListPeers.into());
-        let mut client = Exchange::new(Limits::default());
-        client.send(&crate::core::control::list_peers()).unwrap();
+        let client_of = |request: &Command| {
+            let mut client = ClientExchange::new(Limits::default());
+            client.send(&request.encoded()).unwrap();
+            (client, server_with(request))
+        };
+        let (mut client, mut server) = client_of(&control::ListPeers.into());
         client.receive(&server.reply::<control::ListPeers>(&peers).unwrap());
-        prop_assert_eq!(client.poll(), Ok(Some(Event::Answer(Answer::Peers(peers.clone())))));
+        let reply = control::ListPeers::wrap(peers.clone());
+        prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(reply))));
 
         let addrs: Vec<_> = addrs.into_iter().map(Multiaddr::from_bytes).collect();
-        let identity = control::Identity::new(PeerId::from_bytes(vec![7]), addrs.clone());
-        let mut server = server_with(&control::Identify.into());
-        client.send(&crate::core::control::identify()).unwrap();
+        let identity = control::Identity::new(PeerId::from_bytes(vec![7]), addrs);
+        let (mut client, mut server) = client_of(&control::Identify.into());
         client.receive(&server.reply::<control::Identify>(&identity).unwrap());
-        let answer = Answer::Identity { peer_id: identity.peer_id, addrs };
-        prop_assert_eq!(client.poll(), Ok(Some(Event::Answer(answer))));
+        let reply = control::Identify::wrap(identity);
+        prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(reply))));
 
-        let mut server = server_with(&control::ListPeers.into());
-        client.send(&crate::core::control::list_peers()).unwrap();
+        let (mut client, mut server) = client_of(&control::ListPeers.into());
         client.receive(&server.refuse(&words).unwrap());
         prop_assert_eq!(client.poll(), Ok(Some(Event::Refused(words))));
 
         // A query, value by value, of which there may be none.
         let query = dht::FindProviders { cid: Bytes::new(), count: 3, timeout: None };
-        let mut server = server_with(&query.into());
-        client.send(&crate::core::dht::find_providers(Bytes::new(), 3, None)).unwrap();
+        let (mut client, mut server) = client_of(&query.into());
         for peer in &peers {
             client.receive(&server.value::<dht::FindProviders>(peer).unwrap());
-            let item = Event::Item(Answer::PeerInfo(peer.clone()));
-            prop_assert_eq!(client.poll(), Ok(Some(item)));
+            let value = dht::FindProviders::wrap(peer.clone());
+            prop_assert_eq!(client.poll(), Ok(Some(Event::Value(value))));
         }
         client.receive(&server.end().unwrap());
-        prop_assert_eq!(client.poll(), Ok(Some(Event::Answer(Answer::Done))));
+        prop_assert_eq!(client.poll(), Ok(Some(Event::End)));
+
+        // A query with one value, which is a message of its own.
+        if let Some(peer) = peers.first() {
+            let query = dht::FindPeer { peer: peer.peer_id.clone(), timeout: None };
+            let (mut client, mut server) = client_of(&query.into());
+            client.receive(&server.value::<dht::FindPeer>(peer).unwrap());
+            let value = dht::FindPeer::wrap(peer.clone());
+            prop_assert_eq!(client.poll(), Ok(Some(Event::Value(value))));
+            prop_assert_eq!(client.poll(), Ok(Some(Event::End)));
+            prop_assert_eq!(server.state(), State::Ready);
+        }
 
         // A takeover, with the stream's first bytes right behind it.
         let info = StreamInfo {
@@ -219,12 +230,10 @@ proptest! {
             protocols: vec!["p".to_owned()],
             timeout: None,
         };
-        let mut server = server_with(&open.into());
-        let request = old_streams::stream_open(&info.peer_id, vec!["p".to_owned()], None);
-        client.send(&request).unwrap();
+        let (mut client, mut server) = client_of(&open.into());
         client.receive(&server.reply::<streams::StreamOpen>(&info).unwrap());
         client.receive(b"rest");
-        prop_assert_eq!(client.poll(), Ok(Some(Event::Answer(Answer::StreamOpened(info)))));
+        prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(streams::StreamOpen::wrap(info)))));
         prop_assert_eq!(client.state(), State::Consumed);
         prop_assert_eq!(&client.into_remainder()[..], b"rest");
     }

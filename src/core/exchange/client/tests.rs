@@ -1,13 +1,27 @@
 //! The exchange, fed from byte strings.
 
 use super::*;
+use crate::core::command::{connmgr, control, dht, peerstore, pubsub, streams, unary, Typed};
 use crate::core::framing::encode_frame;
-use crate::core::{connmgr, dht::Step};
+use crate::core::{Multiaddr, PeerId};
 use p2pd::{dht_response, response};
 use proptest::prelude::*;
 
 fn peer() -> PeerId {
     PeerId::from_bytes(vec![0, 2, 7, 7])
+}
+
+fn addr() -> Multiaddr {
+    Multiaddr::from_bytes(vec![4])
+}
+
+fn stream_open() -> EncodedRequest {
+    let open = streams::StreamOpen {
+        peer: peer(),
+        protocols: vec!["proto".to_owned()],
+        timeout: None,
+    };
+    open.encoded()
 }
 
 fn ok() -> p2pd::Response {
@@ -57,7 +71,7 @@ fn stream_opened() -> p2pd::Response {
 }
 
 /// Every kind of request, by a valid answer.
-fn exchanges() -> Vec<(Request, Vec<Bytes>)> {
+fn exchanges() -> Vec<(EncodedRequest, Vec<Bytes>)> {
     let values = || {
         vec![
             encode_frame(&in_response(dht_response(dht_response::Type::Begin, None))),
@@ -91,7 +105,7 @@ fn exchanges() -> Vec<(Request, Vec<Bytes>)> {
     let key = Bytes::from_static(b"/pk/key");
     vec![
         (
-            control::identify(),
+            control::Identify.encoded(),
             with(p2pd::Response {
                 identify: Some(p2pd::IdentifyResponse {
                     id: Some(Bytes::from_static(b"me")),
@@ -101,12 +115,17 @@ fn exchanges() -> Vec<(Request, Vec<Bytes>)> {
             }),
         ),
         (
-            control::connect(&peer(), &[Multiaddr::from_bytes(vec![4])], None),
+            control::Connect {
+                peer: peer(),
+                addrs: vec![addr()],
+                timeout: None,
+            }
+            .encoded(),
             done(),
         ),
-        (control::disconnect(&peer()), done()),
+        (control::Disconnect { peer: peer() }.encoded(), done()),
         (
-            control::list_peers(),
+            control::ListPeers.encoded(),
             with(p2pd::Response {
                 peers: vec![p2pd::PeerInfo {
                     id: Some(Bytes::from_static(b"p")),
@@ -115,48 +134,158 @@ fn exchanges() -> Vec<(Request, Vec<Bytes>)> {
                 ..ok()
             }),
         ),
+        (stream_open(), with(stream_opened())),
         (
-            streams::stream_open(&peer(), vec!["proto".to_owned()], None),
-            with(stream_opened()),
-        ),
-        (
-            streams::stream_handler(&Multiaddr::from_bytes(vec![4]), vec!["p".to_owned()], false),
+            streams::StreamHandler {
+                addr: addr(),
+                protocols: vec!["p".to_owned()],
+                balanced: false,
+            }
+            .encoded(),
             done(),
         ),
         (
-            streams::remove_stream_handler(&Multiaddr::from_bytes(vec![4]), vec!["p".to_owned()]),
+            streams::RemoveStreamHandler {
+                addr: addr(),
+                protocols: vec!["p".to_owned()],
+            }
+            .encoded(),
             done(),
         ),
-        (dht::find_peer(&peer(), None), value()),
-        (dht::find_peers_connected_to_peer(&peer(), None), values()),
-        (dht::find_providers(key.clone(), 5, None), values()),
-        (dht::get_closest_peers(key.clone(), None), values()),
-        (dht::get_public_key(&peer(), None), value()),
-        (dht::get_value(key.clone(), None), value()),
-        (dht::search_value(key.clone(), None), values()),
-        (dht::put_value(key.clone(), key.clone(), None), done()),
-        (dht::provide(key.clone(), None), done()),
-        (connmgr::tag_peer(&peer(), "t".to_owned(), 3), done()),
-        (connmgr::untag_peer(&peer(), "t".to_owned()), done()),
-        (connmgr::trim(), done()),
-        (pubsub::get_topics(), with(pubsub_body.clone())),
-        (pubsub::list_peers("t".to_owned()), with(pubsub_body)),
-        (pubsub::publish("t".to_owned(), key), done()),
-        (pubsub::subscribe("t".to_owned()), done()),
         (
-            peerstore::get_protocols(&peer()),
+            dht::FindPeer {
+                peer: peer(),
+                timeout: None,
+            }
+            .encoded(),
+            value(),
+        ),
+        (
+            dht::FindPeersConnectedToPeer {
+                peer: peer(),
+                timeout: None,
+            }
+            .encoded(),
+            values(),
+        ),
+        (
+            dht::FindProviders {
+                cid: key.clone(),
+                count: 5,
+                timeout: None,
+            }
+            .encoded(),
+            values(),
+        ),
+        (
+            dht::GetClosestPeers {
+                key: key.clone(),
+                timeout: None,
+            }
+            .encoded(),
+            values(),
+        ),
+        (
+            dht::GetPublicKey {
+                peer: peer(),
+                timeout: None,
+            }
+            .encoded(),
+            value(),
+        ),
+        (
+            dht::GetValue {
+                key: key.clone(),
+                timeout: None,
+            }
+            .encoded(),
+            value(),
+        ),
+        (
+            dht::SearchValue {
+                key: key.clone(),
+                timeout: None,
+            }
+            .encoded(),
+            values(),
+        ),
+        (
+            dht::PutValue {
+                key: key.clone(),
+                value: key.clone(),
+                timeout: None,
+            }
+            .encoded(),
+            done(),
+        ),
+        (
+            dht::Provide {
+                cid: key.clone(),
+                timeout: None,
+            }
+            .encoded(),
+            done(),
+        ),
+        (
+            connmgr::TagPeer {
+                peer: peer(),
+                tag: "t".to_owned(),
+                weight: 3,
+            }
+            .encoded(),
+            done(),
+        ),
+        (
+            connmgr::UntagPeer {
+                peer: peer(),
+                tag: "t".to_owned(),
+            }
+            .encoded(),
+            done(),
+        ),
+        (connmgr::Trim.encoded(), done()),
+        (pubsub::GetTopics.encoded(), with(pubsub_body.clone())),
+        (
+            pubsub::ListTopicPeers {
+                topic: "t".to_owned(),
+            }
+            .encoded(),
+            with(pubsub_body),
+        ),
+        (
+            pubsub::Publish {
+                topic: "t".to_owned(),
+                data: key,
+            }
+            .encoded(),
+            done(),
+        ),
+        (
+            pubsub::Subscribe {
+                topic: "t".to_owned(),
+            }
+            .encoded(),
+            done(),
+        ),
+        (
+            peerstore::GetProtocols { peer: peer() }.encoded(),
             with(peerstore_body.clone()),
         ),
-        (peerstore::get_peer_info(&peer()), with(peerstore_body)),
+        (
+            peerstore::GetPeerInfo { peer: peer() }.encoded(),
+            with(peerstore_body),
+        ),
+        (unary::Upgrade.encoded(), done()),
+        (unary::Upgrade.encoded(), done()),
     ]
 }
 
 /// Feeds `pieces` and collects events up to the end of the answer.
 fn events<'a>(
-    request: &Request,
+    request: &EncodedRequest,
     pieces: impl IntoIterator<Item = &'a [u8]>,
-) -> (Exchange, Result<Vec<Event>, Error>) {
-    let mut exchange = Exchange::new(Limits::default());
+) -> (ClientExchange, Result<Vec<Event>, Error>) {
+    let mut exchange = ClientExchange::new(Limits::default());
     exchange.send(request).unwrap();
     let mut events = Vec::new();
     for piece in pieces {
@@ -179,10 +308,10 @@ fn every_valid_answer_ends_its_exchange() {
         let (exchange, events) = events(&request, [&bytes[..]]);
         let events = events.unwrap();
         assert!(
-            matches!(events.last(), Some(Event::Answer(_))),
+            matches!(events.last(), Some(Event::Reply(_) | Event::End)),
             "{request:?}: {events:?}"
         );
-        let consumed = matches!(request.expect, Expect::Stream | Expect::Subscription);
+        let consumed = request.answered() == Answered::ByTakeover;
         let state = if consumed {
             State::Consumed
         } else {
@@ -206,11 +335,8 @@ fn bytes_one_at_a_time_give_the_same_events() {
 fn a_dht_query_with_values_gives_each_and_then_its_end() {
     let (request, frames) = &exchanges()[10];
     let (exchange, events) = events(request, [&frames.concat()[..]]);
-    let id = |id: &'static [u8]| Event::Item(Answer::PeerId(PeerId::from_bytes(id)));
-    assert_eq!(
-        events.unwrap(),
-        [id(b"one"), id(b"two"), Event::Answer(Answer::Done)]
-    );
+    let id = |id: &'static [u8]| Event::Value(dht::GetClosestPeers::wrap(PeerId::from_bytes(id)));
+    assert_eq!(events.unwrap(), [id(b"one"), id(b"two"), Event::End]);
     assert!(exchange.is_reusable());
 }
 
@@ -219,7 +345,11 @@ fn a_query_for_one_value_refuses_none_and_two() {
     let begin = encode_frame(&in_response(dht_response(dht_response::Type::Begin, None)));
     let value = encode_frame(&dht_response(dht_response::Type::Value, Some(b"x")));
     let end = encode_frame(&dht_response(dht_response::Type::End, None));
-    let request = dht::get_value(Bytes::from_static(b"k"), None);
+    let request = dht::GetValue {
+        key: Bytes::from_static(b"k"),
+        timeout: None,
+    }
+    .encoded();
     for (count, right) in [(0, false), (1, true), (2, false)] {
         let bytes = [
             vec![begin.clone()],
@@ -246,13 +376,13 @@ fn a_refusal_carries_the_daemons_words_and_leaves_the_connection_ready() {
 
 #[test]
 fn what_follows_a_stream_opened_belongs_to_the_stream() {
-    let request = streams::stream_open(&peer(), vec!["proto".to_owned()], None);
+    let request = stream_open();
     let mut bytes = encode_frame(&stream_opened()).to_vec();
     bytes.extend_from_slice(b"\x05the stream's first bytes");
     let (exchange, events) = events(&request, [&bytes[..]]);
     assert!(matches!(
         events.unwrap()[..],
-        [Event::Answer(Answer::StreamOpened(_))]
+        [Event::Reply(Reply::Streams(streams::Reply::StreamOpen(_)))]
     ));
     assert_eq!(exchange.state(), State::Consumed);
     assert_eq!(exchange.into_remainder(), "\x05the stream's first bytes");
@@ -260,36 +390,46 @@ fn what_follows_a_stream_opened_belongs_to_the_stream() {
 
 #[test]
 fn a_consumed_connection_takes_no_request() {
-    let request = pubsub::subscribe("t".to_owned());
+    let request = pubsub::Subscribe {
+        topic: "t".to_owned(),
+    }
+    .encoded();
     let (mut exchange, _) = events(&request, [&encode_frame(&ok())[..]]);
     assert_eq!(
-        exchange.send(&control::identify()),
+        exchange.send(&control::Identify.encoded()),
         Err(Error::NotReady(State::Consumed))
     );
 }
 
 #[test]
 fn a_busy_connection_takes_no_request_and_goes_on() {
-    let mut exchange = Exchange::new(Limits::default());
-    exchange.send(&connmgr::trim()).unwrap();
+    let mut exchange = ClientExchange::new(Limits::default());
+    exchange.send(&connmgr::Trim.encoded()).unwrap();
     assert_eq!(
-        exchange.send(&control::identify()),
+        exchange.send(&control::Identify.encoded()),
         Err(Error::NotReady(State::Busy))
     );
     exchange.receive(&encode_frame(&ok()));
-    assert_eq!(exchange.poll(), Ok(Some(Event::Answer(Answer::Done))));
+    assert_eq!(
+        exchange.poll(),
+        Ok(Some(Event::Reply(connmgr::Trim::wrap(()))))
+    );
 }
 
 #[test]
 fn behind_a_query_only_queries_may_follow() {
-    let mut exchange = Exchange::new(Limits::default());
-    exchange.send(&control::identify()).unwrap();
-    exchange.send(&pubsub::get_topics()).unwrap();
+    let mut exchange = ClientExchange::new(Limits::default());
+    exchange.send(&control::Identify.encoded()).unwrap();
+    exchange.send(&pubsub::GetTopics.encoded()).unwrap();
     for (request, _) in exchanges() {
-        let mut exchange = Exchange::new(Limits::default());
-        exchange.send(&control::list_peers()).unwrap();
+        let mut exchange = ClientExchange::new(Limits::default());
+        exchange.send(&control::ListPeers.encoded()).unwrap();
         let sent = exchange.send(&request);
-        assert_eq!(sent.is_ok(), request.is_query(), "{request:?}");
+        assert_eq!(
+            sent.is_ok(),
+            request.answered() == Answered::AtOnce,
+            "{request:?}"
+        );
         assert_eq!(exchange.state(), State::Busy);
     }
 }
@@ -300,9 +440,9 @@ proptest! {
         asked in prop::collection::vec((0..4usize, any::<bool>(), any::<bool>()), 1..30),
         size in 1..200usize,
     ) {
-        let queries: Vec<_> = exchanges().into_iter().filter(|(r, _)| r.is_query()).collect();
+        let queries: Vec<_> = exchanges().into_iter().filter(|(r, _)| r.answered() == Answered::AtOnce).collect();
         prop_assert_eq!(queries.len(), 4);
-        let mut exchange = Exchange::new(Limits::default());
+        let mut exchange = ClientExchange::new(Limits::default());
         let (mut input, mut expected, mut got) = (Vec::new(), Vec::new(), Vec::new());
         for (which, refused, at_once) in asked {
             let (request, frames) = &queries[which];
@@ -332,7 +472,7 @@ proptest! {
 
 #[test]
 fn bytes_that_answer_nothing_make_a_connection_unusable() {
-    let mut exchange = Exchange::new(Limits::default());
+    let mut exchange = ClientExchange::new(Limits::default());
     exchange.receive(&encode_frame(&ok()));
     assert!(!exchange.is_reusable());
     assert!(matches!(exchange.poll(), Err(Error::Unexpected(_))));
@@ -345,7 +485,7 @@ fn an_absent_type_is_not_taken_for_ok() {
         r#type: None,
         ..stream_opened()
     };
-    let request = streams::stream_open(&peer(), vec!["proto".to_owned()], None);
+    let request = stream_open();
     let (_, events) = events(&request, [&encode_frame(&response)[..]]);
     assert_eq!(
         events,
@@ -358,12 +498,9 @@ fn an_absent_type_is_not_taken_for_ok() {
 
 #[test]
 fn an_answer_to_another_request_is_a_missing_field() {
-    for (request, _) in exchanges() {
-        if request.expect == Expect::Done
-            || request.expect == Expect::Subscription
-            || request.expect == Expect::Peers
-        {
-            continue; // these answers are OK and nothing else
+    for (request, frames) in exchanges() {
+        if frames == [encode_frame(&ok())] || request.name() == "LIST_PEERS" {
+            continue; // these replies are OK and nothing else, or may be
         }
         let (exchange, events) = events(&request, [&encode_frame(&ok())[..]]);
         assert!(matches!(events, Err(Error::MissingField { .. })));
@@ -392,12 +529,18 @@ fn the_end_of_the_connection_says_whether_an_answer_had_begun() {
 
 /// How many of these values come before the query has too many.
 fn kept_of(value: &p2pd::DhtResponse, max_answer: usize) -> usize {
-    let mut exchange = Exchange::new(Limits {
+    let mut exchange = ClientExchange::new(Limits {
         max_answer,
         ..Limits::default()
     });
     exchange
-        .send(&dht::search_value(Bytes::from_static(b"k"), None))
+        .send(
+            &dht::SearchValue {
+                key: Bytes::from_static(b"k"),
+                timeout: None,
+            }
+            .encoded(),
+        )
         .unwrap();
     exchange.receive(&encode_frame(&in_response(dht_response(
         dht_response::Type::Begin,
@@ -407,7 +550,7 @@ fn kept_of(value: &p2pd::DhtResponse, max_answer: usize) -> usize {
     for kept in 0.. {
         exchange.receive(&value);
         match exchange.poll() {
-            Ok(event) => assert!(matches!(event, Some(Event::Item(_)))),
+            Ok(event) => assert!(matches!(event, Some(Event::Value(_)))),
             Err(error) => {
                 assert_eq!(error, Error::AnswerTooLarge { limit: max_answer });
                 return kept;
@@ -441,21 +584,30 @@ fn what_a_dht_value_keeps_in_memory_counts_not_what_is_kept_of_it() {
 
 #[test]
 fn a_request_over_the_limit_is_not_sent_and_does_no_harm() {
-    let mut exchange = Exchange::new(Limits {
+    let mut exchange = ClientExchange::new(Limits {
         max_frame: 100,
         ..Limits::default()
     });
-    let request = pubsub::publish("t".to_owned(), Bytes::from(vec![0; 100]));
+    let request = pubsub::Publish {
+        topic: "t".to_owned(),
+        data: Bytes::from(vec![0; 100]),
+    }
+    .encoded();
     assert!(matches!(
         exchange.send(&request),
         Err(Error::RequestTooLarge { .. })
     ));
-    assert!(exchange.send(&control::identify()).is_ok());
+    assert!(exchange.send(&control::Identify.encoded()).is_ok());
 }
 
 #[test]
 fn handlers_are_registered_with_the_field_the_fork_requires() {
-    let request = streams::stream_handler(&Multiaddr::from_bytes(vec![4]), vec![], false);
+    let request = streams::StreamHandler {
+        addr: addr(),
+        protocols: vec![],
+        balanced: false,
+    }
+    .encoded();
     // type = 3; streamHandler { addr = 04; balanced = false }
     assert_eq!(request.frame()[..], [9, 8, 3, 34, 5, 10, 1, 4, 24, 0]);
 }
@@ -466,16 +618,13 @@ fn a_dht_step_of_unknown_type_is_refused() {
         r#type: Some(99),
         ..Default::default()
     };
-    assert!(matches!(
-        dht::step(response, DhtValue::Bytes).map(|step| matches!(step, Step::End)),
-        Err(Error::Unexpected(_))
-    ));
+    assert!(matches!(step(&response), Err(Error::Unexpected(_))));
 }
 
 proptest! {
     #[test]
     fn any_split_of_an_answer_gives_the_same_events(
-        which in 0..25usize,
+        which in 0..26usize,
         sizes in prop::collection::vec(1usize..20, 1..10),
     ) {
         let (request, frames) = &exchanges()[which];
@@ -497,7 +646,7 @@ proptest! {
 
     #[test]
     fn any_bytes_give_events_or_an_error_and_never_a_panic(
-        which in 0..25usize,
+        which in 0..26usize,
         bytes in prop::collection::vec(any::<u8>(), 0..200),
         framed in any::<bool>(),
     ) {
@@ -515,7 +664,7 @@ proptest! {
 
     #[test]
     fn a_damaged_answer_gives_events_or_an_error(
-        which in 0..25usize,
+        which in 0..26usize,
         at in any::<prop::sample::Index>(),
         byte in any::<u8>(),
     ) {
