@@ -17,7 +17,8 @@ use criterion::{
 use floor_client::{per_call, serve, Calls, Floor, CHUNK};
 use mock_daemon::{MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
 use p2pclient_rs::client::{Client, UnaryCall};
-use p2pclient_rs::core::{control, multiaddr::Endpoint, streams, Multiaddr, PeerId};
+use p2pclient_rs::core::command::{control::Identify, streams::StreamOpen, Typed as _};
+use p2pclient_rs::core::{multiaddr::Endpoint, Multiaddr, PeerId};
 use std::future::Future;
 use std::sync::mpsc;
 use std::thread;
@@ -127,7 +128,7 @@ fn bench_requests(c: &mut Criterion) {
     let mut group = c.benchmark_group("identify");
     group.bench_function("floor", |b| {
         let mut floor = daemon.floor();
-        let request = control::identify();
+        let request = Identify.encoded();
         let answer = floor.first(&request);
         b.iter(|| {
             floor.write(request.frame());
@@ -149,8 +150,12 @@ fn bench_requests(c: &mut Criterion) {
 
     let mut group = c.benchmark_group("stream_open");
     group.bench_function("floor", |b| {
-        let protocols = vec![STREAM_ECHO.to_owned()];
-        let request = streams::stream_open(&daemon.peer_id, protocols, None);
+        let request = StreamOpen {
+            peer: daemon.peer_id.clone(),
+            protocols: vec![STREAM_ECHO.to_owned()],
+            timeout: None,
+        };
+        let request = request.encoded();
         b.iter(|| daemon.floor().first(&request));
     });
     group.bench_function("x1", |b| {

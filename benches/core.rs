@@ -3,12 +3,13 @@
 
 use bytes::{Bytes, BytesMut};
 use criterion::{Criterion, Throughput};
+use p2pclient_rs::core::command::{control, dht, streams, Typed};
 use p2pclient_rs::core::pb::p2pd::{
     self, dht_response, persistent_connection_response as response_to_call, response,
 };
 use p2pclient_rs::core::{
-    control, dht, framing, streams, Event, Exchange, Limits, Multiaddr, PeerId, Persistent,
-    Request, UnaryEvent, UnaryLimits,
+    framing, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, PeerId, Persistent,
+    UnaryEvent, UnaryLimits,
 };
 use prost::Message;
 use std::hint::black_box;
@@ -88,15 +89,15 @@ fn ok() -> p2pd::Response {
 }
 
 /// Sends a request and reads the whole of its answer; says how many events that had.
-fn exchange(exchange: &mut Exchange, request: &Request, answer: &[u8]) -> usize {
+fn exchange(exchange: &mut ClientExchange, request: &EncodedRequest, answer: &[u8]) -> usize {
     black_box(exchange.send(request).expect("the connection is ready"));
     exchange.receive(answer);
     let mut count = 0;
     while let Some(event) = exchange.poll().expect("the answer is good") {
         count += 1;
         match black_box(event) {
-            Event::Item(_) => {}
-            Event::Answer(_) => return count,
+            Event::Value(_) => {}
+            Event::Reply(_) | Event::End => return count,
             Event::Refused(words) => panic!("{words}"),
         }
     }
@@ -164,25 +165,33 @@ fn requests() -> Vec<Operation> {
     let inbound = stream_info.encode_to_vec();
     let remote = peer(1);
     let cid = Bytes::from(vec![7; 36]);
-    let mut connection = Exchange::new(Limits::default());
-    let mut another = Exchange::new(Limits::default());
-    let mut third = Exchange::new(Limits::default());
+    let mut connection = ClientExchange::new(Limits::default());
+    let mut another = ClientExchange::new(Limits::default());
+    let mut third = ClientExchange::new(Limits::default());
     vec![
         Operation::new("requests", "identify", move || {
-            exchange(&mut connection, &control::identify(), &identify);
+            exchange(&mut connection, &control::Identify.encoded(), &identify);
         }),
         Operation::new("requests", "list_peers, 100 peers", move || {
-            exchange(&mut another, &control::list_peers(), &peers);
+            exchange(&mut another, &control::ListPeers.encoded(), &peers);
         }),
         Operation::new("requests", "dht_find_providers, 20 peers", move || {
-            let request = dht::find_providers(cid.clone(), 20, None);
-            assert_eq!(exchange(&mut third, &request, &found), 21);
+            let request = dht::FindProviders {
+                cid: cid.clone(),
+                count: 20,
+                timeout: None,
+            };
+            assert_eq!(exchange(&mut third, &request.encoded(), &found), 21);
         }),
         Operation::new("requests", "stream_open", move || {
             // It ends as a stream.
-            let mut connection = Exchange::new(Limits::default());
-            let request = streams::stream_open(&remote, vec!["/echo/1.0.0".to_owned()], None);
-            exchange(&mut connection, &request, &opened);
+            let mut connection = ClientExchange::new(Limits::default());
+            let request = streams::StreamOpen {
+                peer: remote.clone(),
+                protocols: vec!["/echo/1.0.0".to_owned()],
+                timeout: None,
+            };
+            exchange(&mut connection, &request.encoded(), &opened);
         }),
         Operation::new("requests", "StreamInfo of an inbound stream", move || {
             let info = streams::decode_stream_info(black_box(&inbound));

@@ -15,9 +15,10 @@ use mock_daemon::{
     frame_head, FRAMED_SINK, FRAMED_SOURCE, FRAME_BODY, FRAME_HEAD, STREAM_ECHO, STREAM_SOURCE,
     UNARY_ECHO, UNARY_LOAD,
 };
-use p2pclient_rs::core::{
-    control, streams, unary, Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits,
+use p2pclient_rs::core::command::{
+    control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _,
 };
+use p2pclient_rs::core::{Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
 use std::io::{self, BufRead, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -75,7 +76,7 @@ impl Contender {
         Ok(match (scenario, numbers) {
             ("identify", &[count, 1]) => {
                 let mut floor = Floor::connect(&self.control);
-                let request = control::identify();
+                let request = Identify.encoded();
                 let answer = floor.first(&request);
                 timed(|| {
                     for _ in 0..count {
@@ -104,8 +105,12 @@ impl Contender {
                 (wall, cpu)
             }
             ("stream-open", &[count]) => {
-                let protocols = vec![STREAM_ECHO.to_owned()];
-                let request = streams::stream_open(&self.peer_id, protocols, None);
+                let request = StreamOpen {
+                    peer: self.peer_id.clone(),
+                    protocols: vec![STREAM_ECHO.to_owned()],
+                    timeout: None,
+                };
+                let request = request.encoded();
                 timed(|| {
                     for _ in 0..count {
                         Floor::connect(&self.control).first(&request);
@@ -195,7 +200,7 @@ impl Contender {
     /// Has the mock daemon call; how long that took it.
     fn load(&self, load: &str) -> Duration {
         let mut floor = Floor::connect(&self.control);
-        floor.first(&unary::upgrade());
+        floor.first(&Upgrade.encoded());
         let mut core = Persistent::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
         let mut out = bytes::BytesMut::new();
         let peer = self.peer_id.as_bytes();

@@ -4,9 +4,8 @@
 
 use crate::mock_daemon::Socket;
 use bytes::BytesMut;
-use p2pclient_rs::core::{
-    streams, unary, Multiaddr, PeerId, Persistent, Request, UnaryEvent, UnaryLimits,
-};
+use p2pclient_rs::core::command::{streams::StreamOpen, unary::Upgrade, Typed as _};
+use p2pclient_rs::core::{EncodedRequest, Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
 use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread;
@@ -36,7 +35,12 @@ impl Floor {
     /// Opens a stream.
     pub fn open(control: &Multiaddr, peer_id: &PeerId, protocol: &str) -> Self {
         let mut floor = Self::connect(control);
-        let request = streams::stream_open(peer_id, vec![protocol.to_owned()], None);
+        let request = StreamOpen {
+            peer: peer_id.clone(),
+            protocols: vec![protocol.to_owned()],
+            timeout: None,
+        }
+        .encoded();
         floor.write(request.frame());
         // The answer, of which the length is in the first byte, and nothing of the stream.
         floor.read(1);
@@ -61,7 +65,7 @@ impl Floor {
     }
 
     /// Sends a request, and returns how long its answer is.
-    pub fn first(&mut self, request: &Request) -> usize {
+    pub fn first(&mut self, request: &EncodedRequest) -> usize {
         self.write(request.frame());
         let mut answer = [0; 256];
         let read = (&self.socket).read(&mut answer);
@@ -113,7 +117,7 @@ impl Calls {
         parallel: usize,
     ) -> Self {
         let mut floor = Floor::connect(control);
-        floor.first(&unary::upgrade());
+        floor.first(&Upgrade.encoded());
         let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
         let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
         let (mut batch, mut ids) = (Vec::new(), Vec::new());
@@ -194,7 +198,7 @@ impl Calls {
 /// Serves calls of a protocol with their data, to the end of the connection: the core on a blocking
 /// socket.
 pub fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
-    floor.first(&unary::upgrade());
+    floor.first(&Upgrade.encoded());
     floor.room.resize(CHUNK, 0);
     let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();

@@ -1,7 +1,8 @@
 //! What the daemon's bytes can make us allocate, counted at the allocator.
 
 use bytes::BytesMut;
-use p2pclient_rs::core::{control, dht, pubsub, Exchange, FrameDecoder, Limits, Request};
+use p2pclient_rs::core::command::{control, dht, pubsub, Typed};
+use p2pclient_rs::core::{ClientExchange, EncodedRequest, FrameDecoder, Limits};
 use p2pclient_rs::core::{Persistent, UnaryLimits};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -91,8 +92,8 @@ fn what_is_announced_and_does_not_come_takes_no_memory() {
             varint(announced, &mut bytes);
             bytes.resize(bytes.len() + sent, 0);
             let used = peak(|| {
-                let mut exchange = Exchange::new(Limits::default());
-                exchange.send(&control::identify()).unwrap();
+                let mut exchange = ClientExchange::new(Limits::default());
+                exchange.send(&control::Identify.encoded()).unwrap();
                 exchange.receive(&bytes);
                 assert_eq!(exchange.poll(), Ok(None));
             });
@@ -148,10 +149,10 @@ fn connection_like(id: &[u8; 16]) -> Persistent<(), Vec<u8>> {
 }
 
 /// What a Response that is nothing but empty things takes, in multiples of its size.
-fn multiple(request: Request, message: Vec<u8>) -> usize {
+fn multiple(request: EncodedRequest, message: Vec<u8>) -> usize {
     let bytes = frame(&message);
     let used = peak(|| {
-        let mut exchange = Exchange::new(Limits::default());
+        let mut exchange = ClientExchange::new(Limits::default());
         exchange.send(&request).unwrap();
         exchange.receive(&bytes);
         // Whatever it is, it is decided.
@@ -167,21 +168,28 @@ fn what_comes_takes_a_bounded_multiple_of_its_size() {
     // The smallest PeerInfo that is taken.
     let peer = [10, 0];
     let answers = [
-        (control::list_peers(), ok(&empty(6))),
-        (control::list_peers(), ok(&many(&field(6, &peer)))),
+        (control::ListPeers.encoded(), ok(&empty(6))),
+        (control::ListPeers.encoded(), ok(&many(&field(6, &peer)))),
         (
-            control::identify(),
+            control::Identify.encoded(),
             ok(&field(4, &[&peer[..], &empty(2)].concat())),
         ),
-        (pubsub::get_topics(), ok(&field(7, &empty(1)))),
-        (pubsub::list_peers(String::new()), ok(&field(7, &empty(2)))),
+        (pubsub::GetTopics.encoded(), ok(&field(7, &empty(1)))),
         (
-            dht::find_peer(
-                &"QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+            pubsub::ListTopicPeers {
+                topic: String::new(),
+            }
+            .encoded(),
+            ok(&field(7, &empty(2))),
+        ),
+        (
+            dht::FindPeer {
+                peer: "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
                     .parse()
                     .unwrap(),
-                None,
-            ),
+                timeout: None,
+            }
+            .encoded(),
             ok(&field(
                 5,
                 &[&[8, 1][..], &field(2, &[&peer[..], &empty(2)].concat())].concat(),

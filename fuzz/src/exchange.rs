@@ -2,48 +2,86 @@
 
 use super::{bounded, pieces};
 use bytes::Bytes;
-use p2pclient_rs::core::framing::encode_frame;
-use p2pclient_rs::core::pb::p2pd::{self, dht_response, response};
+use p2pclient_rs::core::command::{
+    connmgr, control, dht, peerstore, pubsub, streams, unary, Answered, Command,
+};
 use p2pclient_rs::core::{
-    connmgr, control, dht, peerstore, pubsub, streams, unary, Answer, Error, Event, Exchange,
-    Limits, Multiaddr, PeerId, PeerInfo, Request, Results, State,
+    ClientExchange, EncodedRequest, Error, Event, Limits, Multiaddr, PeerId, ServerExchange, State,
 };
 
 /// How many kinds of request there are.
 pub const KINDS: u8 = 26;
 
 /// A request of each kind.
-fn request(kind: u8) -> Request {
+fn command(kind: u8) -> Command {
     let peer = PeerId::from_bytes(&[0, 2, 7, 7][..]);
     let addr = Multiaddr::from_bytes(&[4, 127, 0, 0, 1][..]);
     let (key, topic) = (Bytes::from_static(b"key"), "topic".to_owned());
+    let (cid, value, tag) = (key.clone(), key.clone(), topic.clone());
+    let (protocols, timeout) = (vec![topic.clone()], None);
     match kind % KINDS {
-        0 => control::identify(),
-        1 => control::connect(&peer, &[addr], None),
-        2 => control::disconnect(&peer),
-        3 => control::list_peers(),
-        4 => streams::stream_open(&peer, vec![topic], None),
-        5 => streams::stream_handler(&addr, vec![topic], false),
-        6 => streams::remove_stream_handler(&addr, vec![topic]),
-        7 => dht::find_peer(&peer, None),
-        8 => dht::find_peers_connected_to_peer(&peer, None),
-        9 => dht::find_providers(key, 5, None),
-        10 => dht::get_closest_peers(key, None),
-        11 => dht::get_public_key(&peer, None),
-        12 => dht::get_value(key, None),
-        13 => dht::search_value(key, None),
-        14 => dht::put_value(key.clone(), key, None),
-        15 => dht::provide(key, None),
-        16 => connmgr::tag_peer(&peer, topic, 3),
-        17 => connmgr::untag_peer(&peer, topic),
-        18 => connmgr::trim(),
-        19 => pubsub::get_topics(),
-        20 => pubsub::list_peers(topic),
-        21 => pubsub::publish(topic, key),
-        22 => pubsub::subscribe(topic),
-        23 => peerstore::get_protocols(&peer),
-        24 => peerstore::get_peer_info(&peer),
-        _ => unary::upgrade(),
+        0 => control::Identify.into(),
+        1 => {
+            let addrs = vec![addr];
+            control::Connect {
+                peer,
+                addrs,
+                timeout,
+            }
+            .into()
+        }
+        2 => control::Disconnect { peer }.into(),
+        3 => control::ListPeers.into(),
+        4 => streams::StreamOpen {
+            peer,
+            protocols,
+            timeout,
+        }
+        .into(),
+        5 => {
+            let balanced = false;
+            streams::StreamHandler {
+                addr,
+                protocols,
+                balanced,
+            }
+            .into()
+        }
+        6 => streams::RemoveStreamHandler { addr, protocols }.into(),
+        7 => dht::FindPeer { peer, timeout }.into(),
+        8 => dht::FindPeersConnectedToPeer { peer, timeout }.into(),
+        9 => dht::FindProviders {
+            cid,
+            count: 5,
+            timeout,
+        }
+        .into(),
+        10 => dht::GetClosestPeers { key, timeout }.into(),
+        11 => dht::GetPublicKey { peer, timeout }.into(),
+        12 => dht::GetValue { key, timeout }.into(),
+        13 => dht::SearchValue { key, timeout }.into(),
+        14 => dht::PutValue {
+            key,
+            value,
+            timeout,
+        }
+        .into(),
+        15 => dht::Provide { cid, timeout }.into(),
+        16 => connmgr::TagPeer {
+            peer,
+            tag,
+            weight: 3,
+        }
+        .into(),
+        17 => connmgr::UntagPeer { peer, tag }.into(),
+        18 => connmgr::Trim.into(),
+        19 => pubsub::GetTopics.into(),
+        20 => pubsub::ListTopicPeers { topic }.into(),
+        21 => pubsub::Publish { topic, data: key }.into(),
+        22 => pubsub::Subscribe { topic }.into(),
+        23 => peerstore::GetProtocols { peer }.into(),
+        24 => peerstore::GetPeerInfo { peer }.into(),
+        _ => unary::Upgrade.into(),
     }
 }
 
@@ -55,8 +93,8 @@ struct Outcome {
 }
 
 /// Gives the bytes to an exchange as a driver does.
-fn run(request: &Request, limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
-    let mut exchange = Exchange::new(limits);
+fn run(request: &EncodedRequest, limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
+    let mut exchange = ClientExchange::new(limits);
     exchange.send(request).unwrap();
     let mut events = Vec::new();
     let mut failed = None;
@@ -106,7 +144,8 @@ pub fn exchange(data: &[u8]) {
     let &[kind, seed, limit, ref bytes @ ..] = data else {
         return;
     };
-    let request = request(kind);
+    let command = command(kind);
+    let request = command.encoded();
     let limits = Limits {
         max_frame: 128 + usize::from(limit) * 64,
         max_answer: usize::from(limit) * 64,
@@ -120,20 +159,22 @@ pub fn exchange(data: &[u8]) {
     let items = outcome
         .events
         .iter()
-        .filter(|event| matches!(event, Event::Item(_)));
+        .filter(|event| matches!(event, Event::Value(_)));
     let ended = outcome
         .events
         .iter()
-        .filter(|event| !matches!(event, Event::Item(_)));
+        .filter(|event| !matches!(event, Event::Value(_)));
     let (items, ended) = (items.count(), ended.count());
     assert!(ended <= 1, "an exchange ends once");
-    assert!(items == 0 || request.results().is_some());
+    let one_value = request.answered() == Answered::WithOneValue;
+    let is_query = one_value || request.answered() == Answered::WithValues;
+    assert!(items == 0 || is_query);
     assert!(items <= limits.max_answer / 32 + 1, "{items} results");
     if ended == 1 {
-        if request.results() == Some(Results::One) && outcome.events.len() > 1 {
+        if one_value && outcome.events.len() > 1 {
             assert_eq!(items, 1);
         }
-        let mut again = encode(&outcome.events, request.results().is_some());
+        let mut again = encode(&command, &outcome.events);
         // What the daemon says is written in one way here, which may take more bytes than its own.
         let limits = Limits {
             max_frame: limits.max_frame + 256,
@@ -146,122 +187,27 @@ pub fn exchange(data: &[u8]) {
     }
 }
 
-/// The bytes in which a daemon says this.
-pub fn encode(events: &[Event], values: bool) -> Vec<u8> {
+/// The bytes in which the server's half says this.
+fn encode(command: &Command, events: &[Event]) -> Vec<u8> {
+    let mut server = ServerExchange::new(Limits::default());
+    server.receive(&command.encode());
+    assert_eq!(server.poll(), Ok(Some(command.clone())));
     let mut out = Vec::new();
-    if values && !matches!(events, [Event::Refused(_)]) {
-        let begin = dht_message(dht_response::Type::Begin);
-        out.extend(encode_frame(&p2pd::Response {
-            dht: Some(begin),
-            ..ok()
-        }));
-    }
     for event in events {
-        let frame = match event {
-            Event::Item(item) => encode_frame(&value(item.clone())),
-            Event::Answer(Answer::Done) if values => {
-                encode_frame(&dht_message(dht_response::Type::End))
-            }
-            Event::Answer(answer) => encode_frame(&answered(answer.clone())),
-            Event::Refused(words) => encode_frame(&p2pd::Response {
-                r#type: Some(response::Type::Error as i32),
-                error: Some(p2pd::ErrorResponse {
-                    msg: Some(words.clone().into()),
-                }),
-                ..Default::default()
-            }),
+        let frames = match event {
+            Event::Value(reply) | Event::Reply(reply) => server.send(reply),
+            Event::Refused(words) => server.refuse(words),
+            // A query's only value is its whole answer.
+            Event::End if server.state() == State::Ready => continue,
+            Event::End => server.end(),
         };
-        out.extend_from_slice(&frame);
+        out.extend_from_slice(&frames.expect("it answers the request"));
     }
+    assert_ne!(server.state(), State::Busy);
     out
 }
 
-fn ok() -> p2pd::Response {
-    p2pd::Response {
-        r#type: Some(response::Type::Ok as i32),
-        ..Default::default()
-    }
-}
-
-fn dht_message(r#type: dht_response::Type) -> p2pd::DhtResponse {
-    p2pd::DhtResponse {
-        r#type: Some(r#type as i32),
-        ..Default::default()
-    }
-}
-
-fn value(item: Answer) -> p2pd::DhtResponse {
-    let message = dht_message(dht_response::Type::Value);
-    match item {
-        Answer::PeerInfo(info) => p2pd::DhtResponse {
-            peer: Some(peer_info(info)),
-            ..message
-        },
-        Answer::PeerId(peer) => p2pd::DhtResponse {
-            value: Some(peer.to_bytes()),
-            ..message
-        },
-        Answer::Value(value) => p2pd::DhtResponse {
-            value: Some(value),
-            ..message
-        },
-        other => panic!("{other:?} is no result of a DHT query"),
-    }
-}
-
-fn answered(answer: Answer) -> p2pd::Response {
-    match answer {
-        Answer::Done | Answer::Subscribed => ok(),
-        Answer::Identity { peer_id, addrs } => p2pd::Response {
-            identify: Some(p2pd::IdentifyResponse {
-                id: Some(peer_id.to_bytes()),
-                addrs: addrs.iter().map(Multiaddr::to_bytes).collect(),
-            }),
-            ..ok()
-        },
-        Answer::Peers(peers) => p2pd::Response {
-            peers: peers.into_iter().map(peer_info).collect(),
-            ..ok()
-        },
-        Answer::StreamOpened(info) => p2pd::Response {
-            stream_info: Some(p2pd::StreamInfo {
-                peer: Some(info.peer_id.to_bytes()),
-                addr: Some(info.addr.to_bytes()),
-                proto: Some(info.protocol),
-            }),
-            ..ok()
-        },
-        Answer::Topics(topics) => pubsub_response(topics, Vec::new()),
-        Answer::PeerIds(peers) => pubsub_response(Vec::new(), peers),
-        Answer::Protocols(protos) => p2pd::Response {
-            peer_store: Some(p2pd::PeerstoreResponse { peer: None, protos }),
-            ..ok()
-        },
-        Answer::PeerInfo(info) => p2pd::Response {
-            peer_store: Some(p2pd::PeerstoreResponse {
-                peer: Some(peer_info(info)),
-                protos: Vec::new(),
-            }),
-            ..ok()
-        },
-        other => panic!("{other:?} answers no request"),
-    }
-}
-
-fn pubsub_response(topics: Vec<String>, peers: Vec<PeerId>) -> p2pd::Response {
-    let body = p2pd::PsResponse {
-        topics,
-        peer_i_ds: peers.iter().map(PeerId::to_bytes).collect(),
-    };
-    p2pd::Response {
-        pubsub: Some(body),
-        ..ok()
-    }
-}
-
-fn peer_info(info: PeerInfo) -> p2pd::PeerInfo {
-    p2pd::PeerInfo {
-        id: Some(info.peer_id.to_bytes()),
-        addrs: info.addrs.iter().map(Multiaddr::to_bytes).collect(),
-    }
+/// The bytes in which the server's half answers a request of this kind.
+pub fn answer(kind: u8, events: &[Event]) -> Vec<u8> {
+    encode(&command(kind), events)
 }

@@ -2,9 +2,12 @@
 
 use super::{exchange, persistent};
 use bytes::Bytes;
+use p2pclient_rs::core::command::{
+    connmgr, control, dht, peerstore, pubsub, streams, unary, Reply, Typed,
+};
 use p2pclient_rs::core::framing::encode_frame;
 use p2pclient_rs::core::pb::p2pd;
-use p2pclient_rs::core::{Answer, Event, Multiaddr, PeerId, PeerInfo, PublicKey, StreamInfo};
+use p2pclient_rs::core::{Event, Identity, Multiaddr, PeerId, PeerInfo, PublicKey, StreamInfo};
 use prost::Message as _;
 
 const PEERS: [&str; 3] = [
@@ -112,41 +115,48 @@ fn stream_info() -> StreamInfo {
 
 /// A valid answer to every kind of request, and a refusal.
 fn exchanges() -> Vec<Vec<u8>> {
-    let value = Answer::Value(Bytes::from_static(b"value"));
-    let dht = |item: Answer, count| {
-        [
-            vec![Event::Item(item); count],
-            vec![Event::Answer(Answer::Done)],
-        ]
-        .concat()
-    };
+    let value = Bytes::from_static(b"value");
+    let values =
+        |value: Reply, count| [vec![Event::Value(value); count], vec![Event::End]].concat();
     let mut seeds = Vec::new();
     for kind in 0..exchange::KINDS {
-        let answer = match kind {
-            0 => Answer::Identity {
-                peer_id: parse(PEERS[1]),
-                addrs: addrs().take(2).collect(),
-            },
-            3 => Answer::Peers(vec![peer_info(), peer_info()]),
-            4 => Answer::StreamOpened(stream_info()),
-            19 => Answer::Topics(vec!["topic".to_owned(), String::new()]),
-            20 => Answer::PeerIds(PEERS.map(parse).to_vec()),
-            22 => Answer::Subscribed,
-            23 => Answer::Protocols(vec!["/a/1".to_owned()]),
-            24 => Answer::PeerInfo(peer_info()),
-            _ => Answer::Done,
+        let reply = match kind {
+            0 => control::Identify::wrap(Identity::new(parse(PEERS[1]), addrs().take(2).collect())),
+            1 => control::Connect::wrap(()),
+            2 => control::Disconnect::wrap(()),
+            3 => control::ListPeers::wrap(vec![peer_info(), peer_info()]),
+            4 => streams::StreamOpen::wrap(stream_info()),
+            5 => streams::StreamHandler::wrap(()),
+            6 => streams::RemoveStreamHandler::wrap(()),
+            7 => dht::FindPeer::wrap(peer_info()),
+            8 => dht::FindPeersConnectedToPeer::wrap(peer_info()),
+            9 => dht::FindProviders::wrap(peer_info()),
+            10 => dht::GetClosestPeers::wrap(parse(PEERS[2])),
+            11 => dht::GetPublicKey::wrap(value.clone()),
+            12 => dht::GetValue::wrap(value.clone()),
+            13 => dht::SearchValue::wrap(value.clone()),
+            14 => dht::PutValue::wrap(()),
+            15 => dht::Provide::wrap(()),
+            16 => connmgr::TagPeer::wrap(()),
+            17 => connmgr::UntagPeer::wrap(()),
+            18 => connmgr::Trim::wrap(()),
+            19 => pubsub::GetTopics::wrap(vec!["topic".to_owned(), String::new()]),
+            20 => pubsub::ListTopicPeers::wrap(PEERS.map(parse).to_vec()),
+            21 => pubsub::Publish::wrap(()),
+            22 => pubsub::Subscribe::wrap(()),
+            23 => peerstore::GetProtocols::wrap(vec!["/a/1".to_owned()]),
+            24 => peerstore::GetPeerInfo::wrap(peer_info()),
+            _ => unary::Upgrade::wrap(()),
         };
         let events = match kind {
-            7 => dht(Answer::PeerInfo(peer_info()), 1),
-            8 | 9 => dht(Answer::PeerInfo(peer_info()), 3),
-            10 => dht(Answer::PeerId(parse(PEERS[2])), 2),
-            11 | 12 => dht(value.clone(), 1),
-            13 => dht(value.clone(), 2),
-            _ => vec![Event::Answer(answer)],
+            7 | 11 | 12 => values(reply, 1),
+            10 | 13 => values(reply, 2),
+            8 | 9 => values(reply, 3),
+            _ => vec![Event::Reply(reply)],
         };
         for events in [events, vec![Event::Refused("no such luck".to_owned())]] {
             let mut seed = vec![kind, 2, 60];
-            seed.extend(exchange::encode(&events, (7..=13).contains(&kind)));
+            seed.extend(exchange::answer(kind, &events));
             seeds.push(seed);
         }
     }

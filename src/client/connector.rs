@@ -3,8 +3,9 @@
 use super::error::{Context, Error};
 use super::lock;
 use super::socket::{is_disconnect, Socket};
+use crate::core::command::{control::Identify, unary::Upgrade, Typed};
 use crate::core::multiaddr::{Endpoint, EndpointError};
-use crate::core::{self, unary, Answer, Event, Exchange, Limits, Multiaddr, Request, State};
+use crate::core::{self, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, Reply, State};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::{poll_fn, Future};
@@ -39,7 +40,7 @@ pub struct Connector {
 #[derive(Debug)]
 struct Connection {
     socket: Socket,
-    exchange: Exchange,
+    exchange: ClientExchange,
     /// Whose reactor the socket is registered with: on another one it would never be ready.
     runtime: runtime::Id,
     /// How often the idle connections had been closed when it was opened.
@@ -87,7 +88,10 @@ impl Connector {
     }
 
     /// Sends a request, and waits for the first that comes of it.
-    pub async fn start(self: &Arc<Self>, request: &Request) -> Result<(Lease, Event), Error> {
+    pub async fn start(
+        self: &Arc<Self>,
+        request: &EncodedRequest,
+    ) -> Result<(Lease, Event), Error> {
         let turns = if request.waits_for_peers() {
             &self.slow
         } else {
@@ -113,14 +117,18 @@ impl Connector {
         Ok((lease, event))
     }
 
-    /// The answer to a request that has one.
-    pub async fn ask(self: &Arc<Self>, request: &Request) -> Result<(Answer, Lease), Error> {
-        let (mut lease, mut event) = self.start(request).await?;
-        let mut item = None;
+    /// Sends a request and returns its reply, or its only value, with the connection.
+    pub async fn request<R: Typed>(
+        self: &Arc<Self>,
+        request: &R,
+    ) -> Result<(R::Output, Lease), Error> {
+        let (mut lease, mut event) = self.start(&request.encoded()).await?;
+        let mut value = None;
         loop {
             match event {
-                Event::Item(answer) => item = Some(answer),
-                Event::Answer(answer) => return Ok((item.unwrap_or(answer), lease)),
+                Event::Value(reply) => value = Some(reply),
+                Event::Reply(reply) => return Ok((typed::<R>(Some(reply))?, lease)),
+                Event::End => return Ok((typed::<R>(value)?, lease)),
                 Event::Refused(words) => return Err(Error::refused(words)),
             }
             event = poll_fn(|cx| lease.poll_event(cx)).await?;
@@ -130,7 +138,7 @@ impl Connector {
     /// A persistent connection for unary calls, and what came right behind the upgrade's answer.
     pub async fn upgrade(self: &Arc<Self>) -> Result<(Socket, Bytes), Error> {
         let about = Context::new("PERSISTENT_CONN_UPGRADE");
-        match self.ask(&unary::upgrade()).await {
+        match self.request(&Upgrade).await {
             Ok((_, lease)) => Ok(lease.into_socket()),
             Err(Error::Refused { message, .. }) => {
                 Err(Error::not_supported(&message).about(&about))
@@ -149,7 +157,7 @@ impl Connector {
                 ..
             }
         );
-        if closed && self.ask(&core::control::identify()).await.is_ok() {
+        if closed && self.request(&Identify).await.is_ok() {
             return Error::not_supported(
                 "the daemon closed the connection, as it does on a request it does not know",
             );
@@ -167,7 +175,7 @@ impl Connector {
         })?;
         Ok(Connection {
             socket,
-            exchange: Exchange::new(self.limits),
+            exchange: ClientExchange::new(self.limits),
             runtime: Handle::current().id(),
             generation,
         })
@@ -209,7 +217,7 @@ impl Connector {
 
 impl Connection {
     /// Sends a request, and waits for the first that comes of it.
-    async fn ask(&mut self, request: &Request) -> Result<Event, Error> {
+    async fn ask(&mut self, request: &EncodedRequest) -> Result<Event, Error> {
         let frame = self.exchange.send(request)?;
         if let Err(error) = self.socket.write_all(&frame).await {
             // A part of a request is no request: the daemon cannot have acted on it.
@@ -278,6 +286,12 @@ impl Drop for Lease {
             }
         }
     }
+}
+
+/// The reply as what the request is answered with. The exchange reads no other.
+pub fn typed<R: Typed>(reply: Option<Reply>) -> Result<R::Output, Error> {
+    let unexpected = || core::Error::Unexpected("the reply to another request".to_owned());
+    Ok(reply.and_then(R::unwrap).ok_or_else(unexpected)?)
 }
 
 /// The result of `work` in time, or an error that says what it was about.

@@ -1,7 +1,8 @@
 //! CONNMANAGER: which connections to keep. (The JS daemon has no such requests.)
 
 use super::{Client, Context, Error};
-use crate::core::{connmgr, PeerId};
+use crate::core::command::connmgr::{TagPeer, Trim, UntagPeer};
+use crate::core::PeerId;
 
 impl Client {
     /// TAG_PEER: gives a peer a tag; connections to peers with more weight are kept longer.
@@ -15,8 +16,12 @@ impl Client {
         weight: i64,
     ) -> Result<(), Error> {
         let about = Context::new("CONNMANAGER TAG_PEER").peer(peer);
-        let request = connmgr::tag_peer(peer, tag.into(), weight);
-        self.tell(about, request).await
+        let request = TagPeer {
+            peer: peer.clone(),
+            tag: tag.into(),
+            weight,
+        };
+        self.request(about, request).await
     }
 
     /// UNTAG_PEER: takes a tag off a peer.
@@ -29,8 +34,11 @@ impl Client {
         tag: impl Into<String>,
     ) -> Result<(), Error> {
         let about = Context::new("CONNMANAGER UNTAG_PEER").peer(peer);
-        let request = connmgr::untag_peer(peer, tag.into());
-        self.tell(about, request).await
+        let request = UntagPeer {
+            peer: peer.clone(),
+            tag: tag.into(),
+        };
+        self.request(about, request).await
     }
 
     /// TRIM: closes connections down to the low-water mark.
@@ -39,6 +47,6 @@ impl Client {
     /// [`Error::NotSupported`] from the JS daemon.
     pub async fn connmgr_trim(&self) -> Result<(), Error> {
         let about = Context::new("CONNMANAGER TRIM");
-        self.tell(about, connmgr::trim()).await
+        self.request(about, Trim).await
     }
 }

@@ -1,17 +1,8 @@
 //! IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
 
-use super::{mismatch, Client, Context, Error};
-use crate::core::{control, Answer, Multiaddr, PeerId, PeerInfo};
-
-/// Who a daemon is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Identity {
-    /// Its peer id.
-    pub peer_id: PeerId,
-    /// Where it listens for peers.
-    pub addrs: Vec<Multiaddr>,
-}
+use super::{Client, Context, Error};
+use crate::core::command::control::{Connect, Disconnect, Identify, ListPeers};
+use crate::core::{Identity, Multiaddr, PeerId, PeerInfo};
 
 impl Client {
     /// IDENTIFY: the daemon's peer id and addresses.
@@ -20,10 +11,7 @@ impl Client {
     /// [`Error::Unreachable`] if there is no daemon.
     pub async fn identify(&self) -> Result<Identity, Error> {
         let about = Context::new("IDENTIFY");
-        match self.ask(about, control::identify()).await? {
-            Answer::Identity { peer_id, addrs } => Ok(Identity { peer_id, addrs }),
-            other => Err(mismatch(&other)),
-        }
+        self.request(about, Identify).await
     }
 
     /// CONNECT: connects to a peer at any of its addresses.
@@ -32,8 +20,12 @@ impl Client {
     /// [`Error::Refused`] if it cannot be reached there, or is another peer.
     pub async fn connect(&self, peer: &PeerId, addrs: &[Multiaddr]) -> Result<(), Error> {
         let about = Context::new("CONNECT").peer(peer);
-        let request = control::connect(peer, addrs, self.timeout);
-        self.tell(about, request).await
+        let request = Connect {
+            peer: peer.clone(),
+            addrs: addrs.to_vec(),
+            timeout: self.timeout,
+        };
+        self.request(about, request).await
     }
 
     /// DISCONNECT: closes every connection to a peer; there need be none. The JS daemon has no such
@@ -43,7 +35,7 @@ impl Client {
     /// [`Error::NotSupported`] from the JS daemon.
     pub async fn disconnect(&self, peer: &PeerId) -> Result<(), Error> {
         let about = Context::new("DISCONNECT").peer(peer);
-        self.tell(about, control::disconnect(peer)).await
+        self.request(about, Disconnect { peer: peer.clone() }).await
     }
 
     /// LIST_PEERS: the connected peers, with one entry for each connection: a peer can be there
@@ -53,9 +45,6 @@ impl Client {
     /// When the daemon cannot be asked.
     pub async fn list_peers(&self) -> Result<Vec<PeerInfo>, Error> {
         let about = Context::new("LIST_PEERS");
-        match self.ask(about, control::list_peers()).await? {
-            Answer::Peers(peers) => Ok(peers),
-            other => Err(mismatch(&other)),
-        }
+        self.request(about, ListPeers).await
     }
 }

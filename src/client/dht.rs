@@ -1,8 +1,13 @@
 //! DHT queries; those that can have many results give them as they come.
 
-use super::connector::Lease;
-use super::{mismatch, Client, Context, Error};
-use crate::core::{dht, Answer, Event, PeerId, PeerInfo, PublicKey, Request};
+use super::connector::{typed, Lease};
+use super::{Client, Context, Error};
+use crate::core::command::dht::{
+    FindPeer, FindPeersConnectedToPeer, FindProviders, GetClosestPeers, GetPublicKey, GetValue,
+    Provide, PutValue, SearchValue,
+};
+use crate::core::command::Typed;
+use crate::core::{Event, PeerId, PeerInfo, PublicKey, Reply};
 use bytes::Bytes;
 use futures_core::Stream;
 use std::fmt;
@@ -18,35 +23,44 @@ impl Client {
     /// [`Error::Refused`] if it cannot be found.
     pub async fn dht_find_peer(&self, peer: &PeerId) -> Result<PeerInfo, Error> {
         let about = Context::new("DHT FIND_PEER").peer(peer);
-        let request = dht::find_peer(peer, self.timeout);
-        peer_info(self.ask(about, request).await?)
+        let request = FindPeer {
+            peer: peer.clone(),
+            timeout: self.timeout,
+        };
+        self.request(about, request).await
     }
 
     /// FIND_PEERS_CONNECTED_TO_PEER: the peers connected to a peer. Today's Go daemons refuse it:
     /// [`Error::NotSupported`].
     pub fn dht_find_peers_connected_to_peer(&self, peer: &PeerId) -> Results<PeerInfo> {
         let about = Context::new("DHT FIND_PEERS_CONNECTED_TO_PEER").peer(peer);
-        let request = dht::find_peers_connected_to_peer(peer, self.timeout);
-        self.query(about, request, peer_info)
+        let request = FindPeersConnectedToPeer {
+            peer: peer.clone(),
+            timeout: self.timeout,
+        };
+        self.query(about, request)
     }
 
     /// FIND_PROVIDERS: at most `count` providers of the content with the binary CID `cid`; with 0,
     /// as many as the daemon thinks fit, which is 20.
     pub fn dht_find_providers(&self, cid: impl Into<Bytes>, count: u32) -> Results<PeerInfo> {
         let about = Context::new("DHT FIND_PROVIDERS");
-        let count = i32::try_from(count).unwrap_or(i32::MAX);
-        let request = dht::find_providers(cid.into(), count, self.timeout);
-        self.query(about, request, peer_info)
+        let request = FindProviders {
+            cid: cid.into(),
+            count: i32::try_from(count).unwrap_or(i32::MAX),
+            timeout: self.timeout,
+        };
+        self.query(about, request)
     }
 
     /// GET_CLOSEST_PEERS: the peers closest to a key.
     pub fn dht_get_closest_peers(&self, key: impl Into<Bytes>) -> Results<PeerId> {
         let about = Context::new("DHT GET_CLOSEST_PEERS");
-        let request = dht::get_closest_peers(key.into(), self.timeout);
-        self.query(about, request, |answer| match answer {
-            Answer::PeerId(peer) => Ok(peer),
-            other => Err(mismatch(&other)),
-        })
+        let request = GetClosestPeers {
+            key: key.into(),
+            timeout: self.timeout,
+        };
+        self.query(about, request)
     }
 
     /// GET_PUBLIC_KEY: the public key of a peer.
@@ -55,8 +69,11 @@ impl Client {
     /// [`Error::Refused`] if it cannot be found; [`Error::Protocol`] if what was found is no key.
     pub async fn dht_get_public_key(&self, peer: &PeerId) -> Result<PublicKey, Error> {
         let about = Context::new("DHT GET_PUBLIC_KEY").peer(peer);
-        let request = dht::get_public_key(peer, self.timeout);
-        let key = value(self.ask(about.clone(), request).await?)?;
+        let request = GetPublicKey {
+            peer: peer.clone(),
+            timeout: self.timeout,
+        };
+        let key = self.request(about.clone(), request).await?;
         PublicKey::decode(&key).map_err(|error| {
             let malformed = crate::core::Error::Malformed {
                 message: "PublicKey",
@@ -72,15 +89,21 @@ impl Client {
     /// [`Error::Refused`] if there is none.
     pub async fn dht_get_value(&self, key: impl Into<Bytes>) -> Result<Bytes, Error> {
         let about = Context::new("DHT GET_VALUE");
-        let request = dht::get_value(key.into(), self.timeout);
-        value(self.ask(about, request).await?)
+        let request = GetValue {
+            key: key.into(),
+            timeout: self.timeout,
+        };
+        self.request(about, request).await
     }
 
     /// SEARCH_VALUE: the values found for a key, each better than the one before.
     pub fn dht_search_value(&self, key: impl Into<Bytes>) -> Results<Bytes> {
         let about = Context::new("DHT SEARCH_VALUE");
-        let request = dht::search_value(key.into(), self.timeout);
-        self.query(about, request, value)
+        let request = SearchValue {
+            key: key.into(),
+            timeout: self.timeout,
+        };
+        self.query(about, request)
     }
 
     /// PUT_VALUE: stores a record, which the daemons validate: only `/pk/…` and `/ipns/…` keys with
@@ -94,8 +117,12 @@ impl Client {
         value: impl Into<Bytes>,
     ) -> Result<(), Error> {
         let about = Context::new("DHT PUT_VALUE");
-        let request = dht::put_value(key.into(), value.into(), self.timeout);
-        self.tell(about, request).await
+        let request = PutValue {
+            key: key.into(),
+            value: value.into(),
+            timeout: self.timeout,
+        };
+        self.request(about, request).await
     }
 
     /// PROVIDE: announces that this peer has the content with the binary CID `cid`.
@@ -104,39 +131,24 @@ impl Client {
     /// [`Error::Refused`] if it is no CID, or nobody could be told.
     pub async fn dht_provide(&self, cid: impl Into<Bytes>) -> Result<(), Error> {
         let about = Context::new("DHT PROVIDE");
-        self.tell(about, dht::provide(cid.into(), self.timeout))
-            .await
+        let request = Provide {
+            cid: cid.into(),
+            timeout: self.timeout,
+        };
+        self.request(about, request).await
     }
 
-    fn query<T>(
-        &self,
-        about: Context,
-        request: Request,
-        read: fn(Answer) -> Result<T, Error>,
-    ) -> Results<T> {
+    fn query<Q: Typed>(&self, about: Context, query: Q) -> Results<Q::Output> {
         let connector = self.connector().clone();
+        let request = query.encoded();
         let starting = async move { connector.start(&request).await };
         Results {
             stage: Stage::Starting(Box::pin(starting)),
             about,
-            read,
+            read: |reply| typed::<Q>(Some(reply)),
             timeout: self.timeout,
             deadline: None,
         }
-    }
-}
-
-fn peer_info(answer: Answer) -> Result<PeerInfo, Error> {
-    match answer {
-        Answer::PeerInfo(info) => Ok(info),
-        other => Err(mismatch(&other)),
-    }
-}
-
-fn value(answer: Answer) -> Result<Bytes, Error> {
-    match answer {
-        Answer::Value(value) => Ok(value),
-        other => Err(mismatch(&other)),
     }
 }
 
@@ -158,7 +170,7 @@ fn value(answer: Answer) -> Result<Bytes, Error> {
 pub struct Results<T> {
     stage: Stage,
     about: Context,
-    read: fn(Answer) -> Result<T, Error>,
+    read: fn(Reply) -> Result<T, Error>,
     timeout: Option<Duration>,
     deadline: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -191,8 +203,8 @@ impl<T> Results<T> {
 
     fn poll_result(&mut self, cx: &mut task::Context<'_>) -> Poll<Option<Result<T, Error>>> {
         let outcome = match self.poll_event(cx) {
-            Poll::Ready(Ok(Event::Item(answer))) => (self.read)(answer),
-            Poll::Ready(Ok(Event::Answer(_))) => {
+            Poll::Ready(Ok(Event::Value(reply))) => (self.read)(reply),
+            Poll::Ready(Ok(Event::Reply(_) | Event::End)) => {
                 self.stage = Stage::Ended;
                 return Poll::Ready(None);
             }
@@ -225,7 +237,7 @@ impl<T> Results<T> {
                 Poll::Ready(Ok(event))
             }
             Stage::Running(lease) => lease.poll_event(cx),
-            Stage::Ended => Poll::Ready(Ok(Event::Answer(Answer::Done))),
+            Stage::Ended => Poll::Ready(Ok(Event::End)),
         }
     }
 }

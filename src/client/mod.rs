@@ -28,15 +28,17 @@ mod socket;
 mod streams;
 mod unary;
 
-pub use control::Identity;
 pub use dht::Results;
 pub use error::{Context, Error};
 pub use pubsub::Subscription;
 pub use streams::{IncomingStreams, Stream};
 pub use unary::UnaryCall;
 
+pub use crate::core::Identity;
+
+use crate::core::command::Typed;
 use crate::core::multiaddr::EndpointError;
-use crate::core::{Answer, Limits, Multiaddr, Request, UnaryLimits};
+use crate::core::{Limits, Multiaddr, UnaryLimits};
 use connector::Connector;
 use std::fmt;
 use std::future::Future;
@@ -180,18 +182,13 @@ impl Client {
         &self.shared.connector
     }
 
-    /// The answer to a request that has one.
-    async fn ask(&self, about: Context, request: Request) -> Result<Answer, Error> {
+    /// Sends a request and returns its reply, or its only value.
+    async fn request<R: Typed>(&self, about: Context, request: R) -> Result<R::Output, Error> {
         self.within(about, async {
-            let (answer, _) = self.connector().ask(&request).await?;
-            Ok(answer)
+            let (reply, _) = self.connector().request(&request).await?;
+            Ok(reply)
         })
         .await
-    }
-
-    /// The answer to a request that has nothing to say.
-    async fn tell(&self, about: Context, request: Request) -> Result<(), Error> {
-        self.ask(about, request).await.map(drop)
     }
 
     async fn within<T>(
@@ -259,11 +256,6 @@ impl fmt::Debug for Client {
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
-}
-
-/// An answer of another kind than its request has: the core gives none.
-fn mismatch(answer: &Answer) -> Error {
-    crate::core::Error::Unexpected(format!("an answer that is {answer:?}")).into()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

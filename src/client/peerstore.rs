@@ -1,7 +1,9 @@
 //! PEERSTORE: what the JS daemon knows of a peer. The Go daemons have no such requests.
 
-use super::{mismatch, Client, Context, Error};
-use crate::core::{peerstore, Answer, PeerId, PeerInfo, Request};
+use super::{Client, Context, Error};
+use crate::core::command::peerstore::{GetPeerInfo, GetProtocols, Probe};
+use crate::core::command::Typed;
+use crate::core::{PeerId, PeerInfo};
 
 impl Client {
     /// GET_PROTOCOLS: the protocols a peer is known to speak.
@@ -11,13 +13,8 @@ impl Client {
     /// asked about a peer it has not heard of: [`Error::ConnectionLost`].
     pub async fn peerstore_get_protocols(&self, peer: &PeerId) -> Result<Vec<String>, Error> {
         let about = Context::new("PEERSTORE GET_PROTOCOLS").peer(peer);
-        match self
-            .ask_peerstore(about, peerstore::get_protocols(peer))
-            .await?
-        {
-            Answer::Protocols(protocols) => Ok(protocols),
-            other => Err(mismatch(&other)),
-        }
+        let peer = peer.clone();
+        self.request_peerstore(about, GetProtocols { peer }).await
     }
 
     /// GET_PEER_INFO: the addresses a peer is known to have.
@@ -27,22 +24,21 @@ impl Client {
     /// implemented it.
     pub async fn peerstore_get_peer_info(&self, peer: &PeerId) -> Result<PeerInfo, Error> {
         let about = Context::new("PEERSTORE GET_PEER_INFO").peer(peer);
-        match self
-            .ask_peerstore(about, peerstore::get_peer_info(peer))
-            .await?
-        {
-            Answer::PeerInfo(info) => Ok(info),
-            other => Err(mismatch(&other)),
-        }
+        let peer = peer.clone();
+        self.request_peerstore(about, GetPeerInfo { peer }).await
     }
 
-    /// As `ask`, once the daemon turned out to be the JS one: hivemind's would take the request
-    /// for another, and could end from that.
-    async fn ask_peerstore(&self, about: Context, request: Request) -> Result<Answer, Error> {
+    /// As `request`, once the daemon is known to be the JavaScript one: hivemind's would take the
+    /// request for another, and could exit because of it.
+    async fn request_peerstore<R: Typed>(
+        &self,
+        about: Context,
+        request: R,
+    ) -> Result<R::Output, Error> {
         self.within(about, async {
             let connector = self.connector();
-            match connector.ask(&peerstore::is_there()).await {
-                Err(Error::NotSupported { .. }) => Ok(connector.ask(&request).await?.0),
+            match connector.request(&Probe).await {
+                Err(Error::NotSupported { .. }) => Ok(connector.request(&request).await?.0),
                 Err(error) => Err(connector.unknown_request(error).await),
                 Ok(_) => Err(Error::not_supported("the daemon has no peerstore")),
             }

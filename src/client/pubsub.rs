@@ -1,8 +1,9 @@
 //! PUBSUB: topics, their peers, publishing, subscribing.
 
 use super::socket::Socket;
-use super::{mismatch, Client, Context, Error};
-use crate::core::{pubsub, Answer, FrameDecoder, PeerId, PubsubMessage};
+use super::{Client, Context, Error};
+use crate::core::command::pubsub::{decode_message, GetTopics, ListTopicPeers, Publish, Subscribe};
+use crate::core::{FrameDecoder, PeerId, PubsubMessage};
 use bytes::Bytes;
 use futures_core::Stream;
 use std::future::poll_fn;
@@ -21,10 +22,7 @@ impl Client {
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
     pub async fn pubsub_get_topics(&self) -> Result<Vec<String>, Error> {
         let about = Context::new("PUBSUB GET_TOPICS");
-        match self.ask(about, pubsub::get_topics()).await? {
-            Answer::Topics(topics) => Ok(topics),
-            other => Err(mismatch(&other)),
-        }
+        self.request(about, GetTopics).await
     }
 
     /// LIST_PEERS: the peers known to be subscribed to a topic.
@@ -33,11 +31,8 @@ impl Client {
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
     pub async fn pubsub_list_peers(&self, topic: impl Into<String>) -> Result<Vec<PeerId>, Error> {
         let about = Context::new("PUBSUB LIST_PEERS");
-        let request = pubsub::list_peers(topic.into());
-        match self.ask(about, request).await? {
-            Answer::PeerIds(peers) => Ok(peers),
-            other => Err(mismatch(&other)),
-        }
+        let topic = topic.into();
+        self.request(about, ListTopicPeers { topic }).await
     }
 
     /// PUBLISH: sends data to the subscribers of a topic. The Go daemons drop messages of more than
@@ -51,8 +46,11 @@ impl Client {
         data: impl Into<Bytes>,
     ) -> Result<(), Error> {
         let about = Context::new("PUBSUB PUBLISH");
-        let request = pubsub::publish(topic.into(), data.into());
-        self.tell(about, request).await
+        let request = Publish {
+            topic: topic.into(),
+            data: data.into(),
+        };
+        self.request(about, request).await
     }
 
     /// SUBSCRIBE: the messages published to a topic from now on, this daemon's own included.
@@ -60,11 +58,13 @@ impl Client {
     /// # Errors
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
     pub async fn pubsub_subscribe(&self, topic: impl Into<String>) -> Result<Subscription, Error> {
-        let request = pubsub::subscribe(topic.into());
+        let request = Subscribe {
+            topic: topic.into(),
+        };
         let about = Context::new("PUBSUB SUBSCRIBE");
         let limits = self.connector().limits();
         self.within(about.clone(), async {
-            let (_, lease) = self.connector().ask(&request).await?;
+            let ((), lease) = self.connector().request(&request).await?;
             let (socket, ahead) = lease.into_socket();
             let mut decoder = FrameDecoder::new(limits.max_frame);
             decoder.extend(&ahead);
@@ -127,7 +127,7 @@ impl Subscription {
     ) -> Poll<Option<Result<PubsubMessage, Error>>> {
         let outcome = ready!(self.poll_frame(cx));
         Poll::Ready(outcome.transpose().map(|outcome| {
-            let message = outcome.and_then(|frame| Ok(pubsub::decode_message(&frame)?));
+            let message = outcome.and_then(|frame| Ok(decode_message(&frame)?));
             message.map_err(|error| {
                 self.socket = None;
                 error.about(&self.about)

@@ -2,9 +2,12 @@
 
 use super::connector::Connector;
 use super::socket::{Listener, Socket};
-use super::{lock, mismatch, runtime_ended, Client, Context, Error};
+use super::{lock, runtime_ended, Client, Context, Error};
+use crate::core::command::streams::{
+    decode_stream_info, RemoveStreamHandler, StreamHandler, StreamOpen,
+};
 use crate::core::multiaddr::Endpoint;
-use crate::core::{framing, streams, Answer, Multiaddr, PeerId, StreamInfo};
+use crate::core::{framing, Multiaddr, PeerId, StreamInfo};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -77,12 +80,13 @@ impl Client {
         let protocols: Vec<String> = protocols.into_iter().map(Into::into).collect();
         let about = Context::new("STREAM_OPEN").peer(peer);
         let about = about.protocol(protocols.join(", "));
-        let request = streams::stream_open(peer, protocols, self.timeout);
+        let request = StreamOpen {
+            peer: peer.clone(),
+            protocols,
+            timeout: self.timeout,
+        };
         self.within(about, async {
-            let (answer, lease) = self.connector().ask(&request).await?;
-            let Answer::StreamOpened(info) = answer else {
-                return Err(mismatch(&answer));
-            };
+            let (info, lease) = self.connector().request(&request).await?;
             let (socket, ahead) = lease.into_socket();
             Ok(Stream {
                 socket,
@@ -123,8 +127,12 @@ impl Client {
         for (protocol, balanced) in handlers {
             let Some(addr) = &addr else { break };
             let about = Context::new("STREAM_HANDLER").protocol(&protocol);
-            let request = streams::stream_handler(addr, vec![protocol], balanced);
-            match self.tell(about, request).await {
+            let request = StreamHandler {
+                addr: addr.clone(),
+                protocols: vec![protocol],
+                balanced,
+            };
+            match self.request(about, request).await {
                 Ok(()) | Err(Error::Refused { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -178,7 +186,11 @@ impl Client {
         (name, streams): (Name, mpsc::Receiver<Stream>),
         balanced: bool,
     ) -> Result<IncomingStreams, Error> {
-        let request = streams::stream_handler(&addr, vec![name.protocol.clone()], balanced);
+        let request = StreamHandler {
+            addr: addr.clone(),
+            protocols: vec![name.protocol.clone()],
+            balanced,
+        };
         let mut handler = IncomingStreams {
             streams,
             registration: Some(Registration {
@@ -189,7 +201,7 @@ impl Client {
             }),
             _wanted: None,
         };
-        let asking = timeout(ANSWERING, self.connector().ask(&request)).await;
+        let asking = timeout(ANSWERING, self.connector().request(&request)).await;
         let outcome = asking.unwrap_or_else(|_| Err(Error::timeout(ANSWERING)));
         if let Err(Error::Refused { .. } | Error::Unreachable { .. }) = &outcome {
             // The daemon has nothing to forget.
@@ -287,9 +299,12 @@ impl Registration {
         if !name.is_taken() {
             return Ok(());
         }
-        let request = streams::remove_stream_handler(&addr, vec![name.protocol.clone()]);
+        let request = RemoveStreamHandler {
+            addr,
+            protocols: vec![name.protocol.clone()],
+        };
         let work = async {
-            match client.connector().ask(&request).await {
+            match client.connector().request(&request).await {
                 Ok(_) => Ok(()),
                 Err(error) => Err(client.connector().unknown_request(error).await),
             }
@@ -580,7 +595,7 @@ async fn read_header(
 ) -> Result<(StreamInfo, Bytes), Error> {
     loop {
         if let Some(frame) = framing::split_frame(&mut buffer, MAX_HEADER)? {
-            let info = streams::decode_stream_info(&frame)?;
+            let info = decode_stream_info(&frame)?;
             return Ok((info, buffer.freeze()));
         }
         read_some(socket, &mut buffer).await?;

@@ -3,29 +3,49 @@
 use super::datastructures::{identity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
 use super::errors;
 use super::peer_id::PyPeerId;
-use crate::core::{pubsub, streams, Answer, PeerInfo, StreamInfo};
+use crate::core::command::{control, dht, peerstore, pubsub, streams, Reply};
+use crate::core::{PeerInfo, StreamInfo};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-/// The Python form of an answer: None, a value, or a tuple of values.
-pub fn to_python(py: Python<'_>, answer: Answer) -> PyResult<Bound<'_, PyAny>> {
-    Ok(match answer {
-        Answer::Done | Answer::Subscribed => py.None().into_bound(py),
-        Answer::Identity { peer_id, addrs } => identity(py, peer_id, &addrs)?,
-        Answer::Peers(peers) => tuple(py, peers.into_iter().map(peer_info))?,
-        Answer::StreamOpened(info) => Bound::new(py, stream_info(info))?.into_any(),
-        Answer::Topics(names) | Answer::Protocols(names) => PyTuple::new(py, names)?.into_any(),
-        Answer::PeerIds(peers) => tuple(py, peers.into_iter().map(PyPeerId::from))?,
-        Answer::PeerInfo(info) => Bound::new(py, peer_info(info))?.into_any(),
-        Answer::PeerId(peer) => Bound::new(py, PyPeerId::from(peer))?.into_any(),
-        Answer::Value(value) => PyBytes::new(py, &value).into_any(),
+/// The Python form of a reply: None, a value, or a tuple of values.
+pub fn to_python(py: Python<'_>, reply: Reply) -> PyResult<Bound<'_, PyAny>> {
+    use dht::Reply::{
+        FindPeer, FindPeersConnectedToPeer, FindProviders, GetClosestPeers, GetPublicKey, GetValue,
+        SearchValue,
+    };
+    Ok(match reply {
+        Reply::Control(control::Reply::Identify(it)) => identity(py, it.peer_id, &it.addrs)?,
+        Reply::Control(control::Reply::ListPeers(peers)) => {
+            tuple(py, peers.into_iter().map(peer_info))?
+        }
+        Reply::Streams(streams::Reply::StreamOpen(info)) => {
+            Bound::new(py, stream_info(info))?.into_any()
+        }
+        Reply::Dht(FindPeer(info) | FindPeersConnectedToPeer(info) | FindProviders(info))
+        | Reply::Peerstore(peerstore::Reply::GetPeerInfo(info)) => {
+            Bound::new(py, peer_info(info))?.into_any()
+        }
+        Reply::Dht(GetClosestPeers(peer)) => Bound::new(py, PyPeerId::from(peer))?.into_any(),
+        Reply::Dht(GetPublicKey(value) | GetValue(value) | SearchValue(value)) => {
+            PyBytes::new(py, &value).into_any()
+        }
+        Reply::Pubsub(pubsub::Reply::GetTopics(names))
+        | Reply::Peerstore(peerstore::Reply::GetProtocols(names)) => {
+            PyTuple::new(py, names)?.into_any()
+        }
+        Reply::Pubsub(pubsub::Reply::ListTopicPeers(peers)) => {
+            tuple(py, peers.into_iter().map(PyPeerId::from))?
+        }
+        // All others say that the request succeeded, and nothing else.
+        _ => py.None().into_bound(py),
     })
 }
 
-/// The Python forms of several answers, as a tuple.
-pub fn all_to_python(py: Python<'_>, answers: Vec<Answer>) -> PyResult<Bound<'_, PyAny>> {
-    let answers = answers.into_iter().map(|answer| to_python(py, answer));
-    Ok(PyTuple::new(py, answers.collect::<PyResult<Vec<_>>>()?)?.into_any())
+/// The Python forms of several replies, as a tuple.
+pub fn all_to_python(py: Python<'_>, replies: Vec<Reply>) -> PyResult<Bound<'_, PyAny>> {
+    let replies = replies.into_iter().map(|reply| to_python(py, reply));
+    Ok(PyTuple::new(py, replies.collect::<PyResult<Vec<_>>>()?)?.into_any())
 }
 
 /// Reads the message that begins an inbound stream.

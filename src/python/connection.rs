@@ -8,7 +8,8 @@ use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
 use super::unary::PersistentConnection;
-use crate::core::{Answer, Error, Event, Exchange, Limits, Results, State};
+use crate::core::command::Answered;
+use crate::core::{ClientExchange, Error, Event, Limits, Reply, State};
 use bytes::{Buf, Bytes};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -30,13 +31,13 @@ pub struct ControlConnection {
 struct Inner {
     socket: Socket,
     connected: bool,
-    exchange: Exchange,
+    exchange: ClientExchange,
     /// What the socket has not taken yet of the request.
     output: Bytes,
-    /// What the request being served is: a DHT query has results.
-    results: Option<Results>,
-    /// Those of them that came so far.
-    items: Vec<Answer>,
+    /// Whether the request is a query with one value.
+    one_value: bool,
+    /// The values that came so far.
+    values: Vec<Reply>,
 }
 
 #[pymethods]
@@ -66,10 +67,10 @@ impl ControlConnection {
             inner: Mutex::new(Some(Inner {
                 socket,
                 connected,
-                exchange: Exchange::new(limits),
+                exchange: ClientExchange::new(limits),
                 output: Bytes::new(),
-                results: None,
-                items: Vec::new(),
+                one_value: false,
+                values: Vec::new(),
             })),
         }))
     }
@@ -96,8 +97,8 @@ impl ControlConnection {
     /// wait for it to be writable and call `flush`.
     fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<bool> {
         self.with(|inner| {
-            inner.items.clear();
-            inner.results = request.0.results();
+            inner.values.clear();
+            inner.one_value = request.0.answered() == Answered::WithOneValue;
             inner.output = inner.exchange.send(&request.0).map_err(errors::from_core)?;
             inner.flush()
         })
@@ -210,8 +211,8 @@ impl ControlConnection {
 
 /// How an exchange ended.
 enum Outcome {
-    Answer(Answer),
-    Items(Vec<Answer>),
+    Reply(Reply),
+    Values(Vec<Reply>),
     Refused(String),
 }
 
@@ -224,8 +225,8 @@ impl ControlConnection {
     pub fn step(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         Ok(match self.with(Inner::step)? {
             None => None,
-            Some(Outcome::Answer(answer)) => Some(answer::to_python(py, answer)?.unbind()),
-            Some(Outcome::Items(items)) => Some(answer::all_to_python(py, items)?.unbind()),
+            Some(Outcome::Reply(reply)) => Some(answer::to_python(py, reply)?.unbind()),
+            Some(Outcome::Values(values)) => Some(answer::all_to_python(py, values)?.unbind()),
             Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
         })
     }
@@ -256,17 +257,17 @@ impl Inner {
         let mut budget = TURN;
         loop {
             match self.exchange.poll().map_err(errors::from_core)? {
-                Some(Event::Item(item)) => self.items.push(item),
+                Some(Event::Value(value)) => self.values.push(value),
                 Some(Event::Refused(words)) => return Ok(Some(Outcome::Refused(words))),
-                Some(Event::Answer(answer)) => {
-                    let mut items = std::mem::take(&mut self.items);
-                    return Ok(Some(match (self.results, items.pop()) {
-                        (Some(Results::One), Some(only)) => Outcome::Answer(only),
-                        (Some(Results::Many), last) => {
-                            items.extend(last);
-                            Outcome::Items(items)
+                Some(Event::Reply(reply)) => return Ok(Some(Outcome::Reply(reply))),
+                Some(Event::End) => {
+                    let mut values = std::mem::take(&mut self.values);
+                    return Ok(Some(match values.pop() {
+                        Some(only) if self.one_value => Outcome::Reply(only),
+                        last => {
+                            values.extend(last);
+                            Outcome::Values(values)
                         }
-                        _ => Outcome::Answer(answer),
                     }));
                 }
                 None if budget == 0 => return Ok(None),
@@ -299,7 +300,7 @@ impl Inner {
 }
 
 /// Whether a connection on which one request is under way was lost before the daemon read that.
-pub fn is_unread(socket: &Socket, exchange: &mut Exchange, error: &io::Error) -> bool {
+pub fn is_unread(socket: &Socket, exchange: &mut ClientExchange, error: &io::Error) -> bool {
     let nothing_came = matches!(exchange.end_of_file(), Error::Closed { mid_message: false });
     // A unix socket is reset exactly when its peer closed it with input unread, and this request
     // was the only input there was.

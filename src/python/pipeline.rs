@@ -13,7 +13,8 @@ use super::readiness::Tries;
 use super::request::PyRequest;
 use super::socket::{Socket, READ_SIZE};
 use super::waiter::{done, hand_over, tell, waiter, Turn};
-use crate::core::{Error, Event, Exchange, Request};
+use crate::core::command::Answered;
+use crate::core::{ClientExchange, EncodedRequest, Error, Event};
 use bytes::{Buf, BytesMut};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -42,7 +43,7 @@ pub struct Pipeline {
 struct Inner {
     /// `None` once lost or closed.
     socket: Option<Socket>,
-    exchange: Exchange,
+    exchange: ClientExchange,
     output: BytesMut,
     /// Who waits, in the order of the answers. One that was cancelled keeps its place.
     asked: VecDeque<Py<PyAny>>,
@@ -81,7 +82,12 @@ struct Chores {
 
 impl Pipeline {
     /// On a connection that is connected, and on which nothing is under way.
-    pub fn new(socket: Socket, exchange: Exchange, event_loop: Py<PyAny>, pump: Py<PyAny>) -> Self {
+    pub fn new(
+        socket: Socket,
+        exchange: ClientExchange,
+        event_loop: Py<PyAny>,
+        pump: Py<PyAny>,
+    ) -> Self {
         Self {
             fd: socket.as_raw_fd(),
             pid: pid(),
@@ -273,8 +279,9 @@ impl Pipeline {
                 continue;
             };
             let answer = match event {
-                Event::Answer(answer) | Event::Item(answer) => answer::to_python(py, answer),
+                Event::Reply(reply) | Event::Value(reply) => answer::to_python(py, reply),
                 Event::Refused(words) => Err(errors::refused(py, &words)),
+                Event::End => Ok(py.None().into_bound(py)),
             };
             hand_over(work, tell(waiter.bind(py), answer.map(Bound::unbind), here));
         }
@@ -382,7 +389,7 @@ impl Pipeline {
 impl Inner {
     fn ask(
         &mut self,
-        request: &Request,
+        request: &EncodedRequest,
         waiter: &Bound<'_, PyAny>,
         events: &mut Vec<Event>,
     ) -> Asked {
@@ -392,7 +399,9 @@ impl Inner {
             return Asked::Refused;
         };
         let full = self.asked.len() >= MAX_ASKED || self.output.len() > MAX_OUTPUT;
-        if full || self.loss.is_some() {
+        // Only what is answered in one message keeps the row in step.
+        let pipelined = request.answered() == Answered::AtOnce;
+        if full || self.loss.is_some() || !pipelined {
             return Asked::Refused;
         }
         if alone && socket.is_readable() {

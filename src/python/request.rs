@@ -1,14 +1,16 @@
 //! Every request of the core, as constructors of one opaque Python class.
 
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
-use crate::core::{connmgr, control, dht, peerstore, pubsub, streams, unary, Request};
+use crate::core::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};
+use crate::core::command::{Answered, Typed};
+use crate::core::EncodedRequest;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::time::Duration;
 
 /// An encoded request. Timeouts are in seconds.
 #[pyclass(frozen, name = "Request", module = "p2pclient_rs._native")]
-pub struct PyRequest(pub Request);
+pub struct PyRequest(pub EncodedRequest);
 
 type Peer<'a, 'py> = &'a Bound<'py, PyAny>;
 type Buffer<'a, 'py> = &'a Bound<'py, PyAny>;
@@ -24,17 +26,17 @@ impl PyRequest {
     /// Whether it only asks what the daemon knows: such requests may follow each other.
     #[getter]
     fn is_query(&self) -> bool {
-        self.0.is_query()
+        self.0.answered() == Answered::AtOnce
     }
 
     #[staticmethod]
     fn identify() -> Self {
-        Self(control::identify())
+        control::Identify.into()
     }
 
     #[staticmethod]
     fn persistent_conn_upgrade() -> Self {
-        Self(unary::upgrade())
+        unary::Upgrade.into()
     }
 
     #[staticmethod]
@@ -43,19 +45,23 @@ impl PyRequest {
         addrs: &Bound<'_, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Self> {
-        let addrs = extract_multiaddrs(addrs)?;
-        let peer = extract_peer_id(peer)?;
-        Ok(Self(control::connect(&peer, &addrs, seconds(timeout)?)))
+        let request = control::Connect {
+            addrs: extract_multiaddrs(addrs)?,
+            peer: extract_peer_id(peer)?,
+            timeout: seconds(timeout)?,
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn disconnect(peer: Peer<'_, '_>) -> PyResult<Self> {
-        Ok(Self(control::disconnect(&extract_peer_id(peer)?)))
+        let peer = extract_peer_id(peer)?;
+        Ok(control::Disconnect { peer }.into())
     }
 
     #[staticmethod]
     fn list_peers() -> Self {
-        Self(control::list_peers())
+        control::ListPeers.into()
     }
 
     #[staticmethod]
@@ -64,32 +70,37 @@ impl PyRequest {
         protocols: Vec<String>,
         timeout: Option<f64>,
     ) -> PyResult<Self> {
-        let peer = extract_peer_id(peer)?;
-        Ok(Self(streams::stream_open(
-            &peer,
+        let request = streams::StreamOpen {
+            peer: extract_peer_id(peer)?,
             protocols,
-            seconds(timeout)?,
-        )))
+            timeout: seconds(timeout)?,
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn stream_handler(addr: &Bound<'_, PyAny>, proto: String, balanced: bool) -> PyResult<Self> {
-        let addr = extract_multiaddr(addr)?;
-        Ok(Self(streams::stream_handler(&addr, vec![proto], balanced)))
+        let request = streams::StreamHandler {
+            addr: extract_multiaddr(addr)?,
+            protocols: vec![proto],
+            balanced,
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn remove_stream_handler(addr: &Bound<'_, PyAny>, proto: String) -> PyResult<Self> {
-        let addr = extract_multiaddr(addr)?;
-        Ok(Self(streams::remove_stream_handler(&addr, vec![proto])))
+        let request = streams::RemoveStreamHandler {
+            addr: extract_multiaddr(addr)?,
+            protocols: vec![proto],
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn dht_find_peer(peer: Peer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::find_peer(
-            &extract_peer_id(peer)?,
-            seconds(timeout)?,
-        )))
+        let (peer, timeout) = (extract_peer_id(peer)?, seconds(timeout)?);
+        Ok(dht::FindPeer { peer, timeout }.into())
     }
 
     #[staticmethod]
@@ -97,49 +108,42 @@ impl PyRequest {
         peer: Peer<'_, '_>,
         timeout: Option<f64>,
     ) -> PyResult<Self> {
-        let peer = extract_peer_id(peer)?;
-        Ok(Self(dht::find_peers_connected_to_peer(
-            &peer,
-            seconds(timeout)?,
-        )))
+        let (peer, timeout) = (extract_peer_id(peer)?, seconds(timeout)?);
+        Ok(dht::FindPeersConnectedToPeer { peer, timeout }.into())
     }
 
     #[staticmethod]
     fn dht_find_providers(cid: Buffer<'_, '_>, count: i32, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::find_providers(
-            extract_bytes(cid)?,
+        let request = dht::FindProviders {
+            cid: extract_bytes(cid)?,
             count,
-            seconds(timeout)?,
-        )))
+            timeout: seconds(timeout)?,
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn dht_get_closest_peers(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_closest_peers(
-            extract_bytes(key)?,
-            seconds(timeout)?,
-        )))
+        let (key, timeout) = (extract_bytes(key)?, seconds(timeout)?);
+        Ok(dht::GetClosestPeers { key, timeout }.into())
     }
 
     #[staticmethod]
     fn dht_get_public_key(peer: Peer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_public_key(
-            &extract_peer_id(peer)?,
-            seconds(timeout)?,
-        )))
+        let (peer, timeout) = (extract_peer_id(peer)?, seconds(timeout)?);
+        Ok(dht::GetPublicKey { peer, timeout }.into())
     }
 
     #[staticmethod]
     fn dht_get_value(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::get_value(extract_bytes(key)?, seconds(timeout)?)))
+        let (key, timeout) = (extract_bytes(key)?, seconds(timeout)?);
+        Ok(dht::GetValue { key, timeout }.into())
     }
 
     #[staticmethod]
     fn dht_search_value(key: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::search_value(
-            extract_bytes(key)?,
-            seconds(timeout)?,
-        )))
+        let (key, timeout) = (extract_bytes(key)?, seconds(timeout)?);
+        Ok(dht::SearchValue { key, timeout }.into())
     }
 
     #[staticmethod]
@@ -148,67 +152,79 @@ impl PyRequest {
         value: Buffer<'_, '_>,
         timeout: Option<f64>,
     ) -> PyResult<Self> {
-        let (key, value) = (extract_bytes(key)?, extract_bytes(value)?);
-        Ok(Self(dht::put_value(key, value, seconds(timeout)?)))
+        let request = dht::PutValue {
+            key: extract_bytes(key)?,
+            value: extract_bytes(value)?,
+            timeout: seconds(timeout)?,
+        };
+        Ok(request.into())
     }
 
     #[staticmethod]
     fn dht_provide(cid: Buffer<'_, '_>, timeout: Option<f64>) -> PyResult<Self> {
-        Ok(Self(dht::provide(extract_bytes(cid)?, seconds(timeout)?)))
+        let (cid, timeout) = (extract_bytes(cid)?, seconds(timeout)?);
+        Ok(dht::Provide { cid, timeout }.into())
     }
 
     #[staticmethod]
     fn connmgr_tag_peer(peer: Peer<'_, '_>, tag: String, weight: i64) -> PyResult<Self> {
-        Ok(Self(connmgr::tag_peer(
-            &extract_peer_id(peer)?,
-            tag,
-            weight,
-        )))
+        let peer = extract_peer_id(peer)?;
+        Ok(connmgr::TagPeer { peer, tag, weight }.into())
     }
 
     #[staticmethod]
     fn connmgr_untag_peer(peer: Peer<'_, '_>, tag: String) -> PyResult<Self> {
-        Ok(Self(connmgr::untag_peer(&extract_peer_id(peer)?, tag)))
+        let peer = extract_peer_id(peer)?;
+        Ok(connmgr::UntagPeer { peer, tag }.into())
     }
 
     #[staticmethod]
     fn connmgr_trim() -> Self {
-        Self(connmgr::trim())
+        connmgr::Trim.into()
     }
 
     #[staticmethod]
     fn peerstore_is_there() -> Self {
-        Self(peerstore::is_there())
+        peerstore::Probe.into()
     }
 
     #[staticmethod]
     fn peerstore_get_protocols(peer: Peer<'_, '_>) -> PyResult<Self> {
-        Ok(Self(peerstore::get_protocols(&extract_peer_id(peer)?)))
+        let peer = extract_peer_id(peer)?;
+        Ok(peerstore::GetProtocols { peer }.into())
     }
 
     #[staticmethod]
     fn peerstore_get_peer_info(peer: Peer<'_, '_>) -> PyResult<Self> {
-        Ok(Self(peerstore::get_peer_info(&extract_peer_id(peer)?)))
+        let peer = extract_peer_id(peer)?;
+        Ok(peerstore::GetPeerInfo { peer }.into())
     }
 
     #[staticmethod]
     fn pubsub_get_topics() -> Self {
-        Self(pubsub::get_topics())
+        pubsub::GetTopics.into()
     }
 
     #[staticmethod]
     fn pubsub_list_peers(topic: String) -> Self {
-        Self(pubsub::list_peers(topic))
+        pubsub::ListTopicPeers { topic }.into()
     }
 
     #[staticmethod]
     fn pubsub_publish(topic: String, data: Buffer<'_, '_>) -> PyResult<Self> {
-        Ok(Self(pubsub::publish(topic, extract_bytes(data)?)))
+        let data = extract_bytes(data)?;
+        Ok(pubsub::Publish { topic, data }.into())
     }
 
     #[staticmethod]
     fn pubsub_subscribe(topic: String) -> Self {
-        Self(pubsub::subscribe(topic))
+        pubsub::Subscribe { topic }.into()
+    }
+}
+
+impl<R: Typed> From<R> for PyRequest {
+    fn from(request: R) -> Self {
+        Self(request.encoded())
     }
 }
 

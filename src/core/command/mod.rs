@@ -132,6 +132,28 @@ pub enum Reply {
     Unary(unary::Reply),
 }
 
+/// A reply as a message, with the name of its request.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // it lives for as long as it takes to encode it
+pub(super) enum EncodedReply {
+    Reply(&'static str, p2pd::Response),
+    Value(&'static str, p2pd::DhtResponse),
+}
+
+impl Reply {
+    pub(super) fn encode(&self) -> EncodedReply {
+        match self {
+            Self::Control(reply) => reply.encode(),
+            Self::Streams(reply) => reply.encode(),
+            Self::Dht(reply) => reply.encode(),
+            Self::ConnManager(reply) => reply.encode(),
+            Self::Pubsub(reply) => reply.encode(),
+            Self::Peerstore(reply) => reply.encode(),
+            Self::Unary(reply) => reply.encode(),
+        }
+    }
+}
+
 /// A request as a client sends it, with what it takes to read the reply.
 #[derive(Debug, Clone)]
 pub struct EncodedRequest {
@@ -359,6 +381,22 @@ macro_rules! family {
         pub enum Reply {
             $($request(<$request as $crate::core::command::Request>::Reply),)*
             $($query(<$query as $crate::core::command::Query>::Value),)*
+        }
+
+        impl Reply {
+            pub(in $crate::core) fn encode(&self) -> $crate::core::command::EncodedReply {
+                use $crate::core::command::EncodedReply;
+                match self {
+                    $(Self::$request(reply) => EncodedReply::Reply(
+                        <$request as $crate::core::command::Request>::NAME,
+                        <$request as $crate::core::command::Request>::encode_reply(reply),
+                    ),)*
+                    $(Self::$query(value) => EncodedReply::Value(
+                        <$query as $crate::core::command::Query>::NAME,
+                        <$query as $crate::core::command::Query>::encode_value(value),
+                    ),)*
+                }
+            }
         }
 
         impl From<Command> for $crate::core::command::Command {

@@ -11,7 +11,7 @@
 //! after another, in order.
 
 use super::State;
-use crate::core::command::{ok, refusal, Answered, Command, Query, Request};
+use crate::core::command::{ok, refusal, Answered, Command, EncodedReply, Query, Reply, Request};
 use crate::core::framing::encode_frame;
 use crate::core::pb::p2pd::{self, dht_response};
 use crate::core::{Error, FrameDecoder, Limits};
@@ -117,13 +117,18 @@ impl ServerExchange {
     /// # Errors
     /// [`Error::WrongReply`] if another kind of request is being served.
     pub fn reply<R: Request>(&mut self, reply: &R::Reply) -> Result<Bytes, Error> {
-        let serving = self.serving(R::NAME)?;
-        let state = match serving.answered {
-            Answered::ByTakeover => State::Consumed,
-            _ => State::Ready,
-        };
-        self.finish(state);
-        Ok(encode_frame(&R::encode_reply(reply)))
+        self.send_reply(R::NAME, &R::encode_reply(reply))
+    }
+
+    /// Sends a [`reply`](Self::reply) or a [`value`](Self::value), whichever this is.
+    ///
+    /// # Errors
+    /// [`Error::WrongReply`] if another kind of request is being served.
+    pub fn send(&mut self, reply: &Reply) -> Result<Bytes, Error> {
+        match reply.encode() {
+            EncodedReply::Reply(name, response) => self.send_reply(name, &response),
+            EncodedReply::Value(name, value) => self.send_value(name, value),
+        }
     }
 
     /// Refuses the request being served, in words for the client's user.
@@ -144,14 +149,7 @@ impl ServerExchange {
     /// # Errors
     /// [`Error::WrongReply`] if another kind of request is being served.
     pub fn value<Q: Query>(&mut self, value: &Q::Value) -> Result<Bytes, Error> {
-        let value = Q::encode_value(value);
-        if self.serving(Q::NAME)?.answered == Answered::WithOneValue {
-            self.finish(State::Ready);
-            return Ok(encode_frame(&in_response(value)));
-        }
-        let mut frames = self.begin();
-        frames.extend_from_slice(&encode_frame(&value));
-        Ok(frames.freeze())
+        self.send_value(Q::NAME, Q::encode_value(value))
     }
 
     /// Ends the answer to the query being served, which has any number of values.
@@ -173,6 +171,29 @@ impl ServerExchange {
     /// the stream.
     pub fn into_remainder(self) -> Bytes {
         self.decoder.into_remainder()
+    }
+
+    fn send_reply(
+        &mut self,
+        name: &'static str,
+        response: &p2pd::Response,
+    ) -> Result<Bytes, Error> {
+        let state = match self.serving(name)?.answered {
+            Answered::ByTakeover => State::Consumed,
+            _ => State::Ready,
+        };
+        self.finish(state);
+        Ok(encode_frame(response))
+    }
+
+    fn send_value(&mut self, name: &'static str, value: p2pd::DhtResponse) -> Result<Bytes, Error> {
+        if self.serving(name)?.answered == Answered::WithOneValue {
+            self.finish(State::Ready);
+            return Ok(encode_frame(&in_response(value)));
+        }
+        let mut frames = self.begin();
+        frames.extend_from_slice(&encode_frame(&value));
+        Ok(frames.freeze())
     }
 
     /// BEGIN, unless it was sent.
