@@ -13,7 +13,7 @@ use p2pclient_rs::core::{
 pub const KINDS: u8 = 26;
 
 /// A request of each kind.
-fn command(kind: u8) -> Command {
+pub fn command(kind: u8) -> Command {
     let peer = PeerId::from_bytes(&[0, 2, 7, 7][..]);
     let addr = Multiaddr::from_bytes(&[4, 127, 0, 0, 1][..]);
     let (key, topic) = (Bytes::from_static(b"key"), "topic".to_owned());

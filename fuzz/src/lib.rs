@@ -4,10 +4,12 @@
 //! result that depends on the pieces they came in.
 
 mod allocations;
+mod commands;
 mod exchange;
 mod persistent;
 mod seeds;
 
+pub use commands::commands;
 pub use exchange::exchange;
 pub use persistent::persistent;
 pub use seeds::seeds;
@@ -24,7 +26,8 @@ use prost::Message as _;
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
+    ("commands", commands),
     ("exchange", exchange),
     ("framing", framing),
     ("heads", heads),

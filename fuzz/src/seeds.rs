@@ -3,7 +3,7 @@
 use super::{exchange, persistent};
 use bytes::Bytes;
 use p2pclient_rs::core::command::{
-    connmgr, control, dht, peerstore, pubsub, streams, unary, Reply, Typed,
+    connmgr, control, dht, peerstore, pubsub, streams, unary, Reply, Request as _, Typed,
 };
 use p2pclient_rs::core::framing::encode_frame;
 use p2pclient_rs::core::pb::p2pd;
@@ -55,6 +55,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         data: Bytes::from_static(&[7; 32]),
     };
     vec![
+        ("commands", commands()),
         ("exchange", exchanges()),
         (
             "framing",
@@ -111,6 +112,18 @@ fn stream_info() -> StreamInfo {
         addr: peer_info().addrs.remove(0),
         protocol: "/echo/1".to_owned(),
     }
+}
+
+/// Every kind of request, and all of them in a row.
+fn commands() -> Vec<Vec<u8>> {
+    let frames: Vec<_> = (0..exchange::KINDS)
+        .map(|kind| exchange::command(kind).encode())
+        .chain([peerstore::Probe.encode()])
+        .collect();
+    let seed = |frames: &[Bytes]| [&[2, 60][..], &frames.concat()].concat();
+    let mut seeds: Vec<_> = frames.chunks(1).map(seed).collect();
+    seeds.push(seed(&frames));
+    seeds
 }
 
 /// A valid answer to every kind of request, and a refusal.
