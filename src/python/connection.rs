@@ -7,7 +7,7 @@ use super::pipeline::Pipeline;
 use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
-use super::unary::PersistentConnection;
+use super::unary::{Limits as UnaryLimits, PersistentConnection};
 use crate::core::command::Answered;
 use crate::core::{ClientExchange, Error, Event, Limits, Reply, State};
 use bytes::{Buf, Bytes};
@@ -158,7 +158,7 @@ impl ControlConnection {
     fn take_persistent(
         slf: &Bound<'_, Self>,
         seed: [u8; 32],
-        max_message: usize,
+        limits: UnaryLimits,
         reactor: Py<PyAny>,
         event_loop: Option<Py<PyAny>>,
         pump: Py<PyAny>,
@@ -172,7 +172,7 @@ impl ControlConnection {
                 let connection = PersistentConnection::new(
                     inner.socket,
                     seed,
-                    max_message,
+                    limits.into(),
                     reactor,
                     event_loop,
                     pump,
