@@ -32,6 +32,7 @@
 pub mod command;
 pub mod error;
 pub mod exchange;
+mod fields;
 pub mod framing;
 pub mod multiaddr;
 pub mod output;

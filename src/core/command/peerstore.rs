@@ -3,6 +3,7 @@
 
 use super::control::{decode_peer_info, encode_peer_info};
 use super::{family, ok, replies_done, required, Request};
+use crate::core::fields::Fields;
 use crate::core::pb::p2pd::{self, peerstore_request, request::Type};
 use crate::core::{framing, Error, PeerId, PeerInfo};
 use bytes::Bytes;
@@ -93,7 +94,7 @@ impl Command {
     pub(super) fn decode(frame: &Bytes) -> Result<Option<Self>, Error> {
         // Only the type and the first byte of field 9 are looked at: what else the message holds is
         // another family's to judge.
-        let mut fields = super::super::unary::Fields::new(frame);
+        let mut fields = Fields::new(frame);
         let mut field_9 = None;
         while let Some((number, value)) = fields.next() {
             if number == 9 {

@@ -1,6 +1,6 @@
 //! Frames that are too large: their bytes are dropped as they come, except for the call id.
 
-use super::CallId;
+use super::wire::{CallId, Direction};
 use crate::core::Error;
 
 /// A frame that is skipped, and what was found in it so far.
@@ -11,6 +11,7 @@ use crate::core::Error;
 pub(super) struct Skip {
     /// Why it is skipped.
     pub error: Error,
+    direction: Direction,
     /// Bytes of the frame that are still to come.
     left: usize,
     reading: Reading,
@@ -42,9 +43,10 @@ enum Reading {
 
 impl Skip {
     /// Skips a message of `size` bytes.
-    pub fn new(size: usize, error: Error) -> Self {
+    pub fn new(size: usize, direction: Direction, error: Error) -> Self {
         Self {
             error,
+            direction,
             left: size,
             reading: Reading::Key,
             varint: 0,
@@ -156,7 +158,7 @@ impl Skip {
                     }
                 }
                 field => {
-                    if self.depth == 0 && (2..=5).contains(&field) {
+                    if self.depth == 0 && self.direction.is_content(field) {
                         self.content = Some(field);
                     }
                     self.value(number);

@@ -1,10 +1,14 @@
 //! Two ends of a persistent connection, the daemon's written with prost.
 
-use super::p2pd::persistent_connection_response as response;
+use super::p2pd::{
+    call_unary_response, persistent_connection_request as request,
+    persistent_connection_response as response,
+};
 use super::*;
 use crate::core::framing::encode_frame;
+use crate::core::unary::wire::{put_field, scan, Head, Scan, DIRECT, KEPT_BUFFER};
 use proptest::prelude::*;
-use prost::encoding::encode_varint;
+use prost::encoding::{encode_varint, WireType};
 use std::sync::OnceLock;
 
 type Connection = Persistent<u32, Vec<u8>>;
@@ -816,7 +820,7 @@ fn a_frame_over_the_limit_is_not_stored() {
     for _ in 1..64 {
         assert_eq!(connection.poll(&mut &megabyte[..]), Ok(None));
         assert!(connection.payload_room().is_none());
-        assert!(connection.buffer.capacity() < KEPT_BUFFER);
+        assert!(connection.reader.buffer.capacity() < KEPT_BUFFER);
     }
     assert_eq!(
         connection.end_of_file(),
@@ -1061,7 +1065,7 @@ proptest! {
     fn the_quick_reading_agrees_with_prost(
         bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(10), Just(18), Just(26), Just(16), Just(1)], 0..60),
     ) {
-        if let Scan::Payload(head, offset) = scan(&bytes, bytes.len()) {
+        if let Scan::Payload(head, offset) = scan(&bytes, bytes.len(), Direction::ToClient) {
             let message = p2pd::PersistentConnectionResponse::decode(&bytes[..]).unwrap();
             let payload = Bytes::copy_from_slice(&bytes[offset..]);
             let expected = match head {

@@ -1,0 +1,69 @@
+//! The fields of a protobuf message, read without a schema.
+
+use super::framing;
+
+/// The length-delimited fields of a message, one after another. Fields of other types are skipped, and
+/// so are groups with all of their content. Stops in front of a field that is malformed.
+///
+/// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
+/// as groups in groups, that prost takes for reason enough to fail.
+pub struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    /// The fields of an encoded message.
+    pub fn new(message: &'a [u8]) -> Self {
+        Self(message)
+    }
+
+    /// Whether all fields were read, and none was malformed.
+    pub fn is_at_end(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The next length-delimited field: its number and content.
+    pub fn next(&mut self) -> Option<(u64, &'a [u8])> {
+        let mut bytes = self.0;
+        // In how many groups.
+        let mut depth = 0_usize;
+        loop {
+            let (key, rest) = framing::decode_varint(bytes).ok()?;
+            let (value, rest) = match key & 7 {
+                0 => (None, framing::decode_varint(rest).ok()?.1),
+                1 => (None, rest.get(8..)?),
+                2 => {
+                    let (len, rest) = framing::decode_varint(rest).ok()?;
+                    let (value, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
+                    (Some(value), rest)
+                }
+                3 => {
+                    depth += 1;
+                    (None, rest)
+                }
+                4 => {
+                    depth = depth.checked_sub(1)?;
+                    (None, rest)
+                }
+                5 => (None, rest.get(4..)?),
+                _ => return None,
+            };
+            bytes = rest;
+            if depth == 0 {
+                self.0 = rest;
+                if let Some(value) = value {
+                    return Some((key >> 3, value));
+                }
+            }
+        }
+    }
+
+    /// The last one with that number.
+    pub fn last(mut self, number: u64) -> Option<&'a [u8]> {
+        let mut last = None;
+        while let Some((found, value)) = self.next() {
+            if found == number {
+                last = Some(value);
+            }
+        }
+        last
+    }
+}
