@@ -7,11 +7,13 @@ mod allocations;
 mod commands;
 mod exchange;
 mod persistent;
+mod persistent_server;
 mod seeds;
 
 pub use commands::commands;
 pub use exchange::exchange;
 pub use persistent::persistent;
+pub use persistent_server::persistent_server;
 pub use seeds::seeds;
 
 use allocations::measured;
@@ -26,7 +28,7 @@ use prost::Message as _;
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("commands", commands),
     ("exchange", exchange),
     ("framing", framing),
@@ -35,6 +37,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("multiaddr_text", multiaddr_text),
     ("peer_id", peer_id),
     ("persistent", persistent),
+    ("persistent_server", persistent_server),
     ("public_key", public_key),
 ];
 

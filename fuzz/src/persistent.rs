@@ -18,7 +18,7 @@ type Event = UnaryEvent<u32, Room>;
 
 /// A payload, shown as its beginning and size.
 #[derive(Clone, PartialEq, PartialOrd, Eq, Ord)]
-struct Room(Vec<u8>);
+pub struct Room(pub Vec<u8>);
 
 impl Payload for Room {
     fn with_len(len: usize) -> Option<Self> {
@@ -74,6 +74,7 @@ pub fn persistent(data: &[u8]) {
         max_message,
         max_unanswered: 2 + usize::from(limits / 3 % 8),
         max_unanswered_bytes: 100_000,
+        ..UnaryLimits::default()
     };
     let run = |seed, in_place| {
         let feeding = Feeding { seed, in_place };
@@ -381,9 +382,12 @@ impl<'a> Run<'a> {
                 assert!(answered(token) == Asked::Call);
             }
             UnaryEvent::Acknowledged { token } => assert!(answered(token) == Asked::Registration),
-            UnaryEvent::Refused { token, .. } | UnaryEvent::Broken { token, .. } => {
+            UnaryEvent::Refused { token, .. }
+            | UnaryEvent::Broken { token, .. }
+            | UnaryEvent::Oversized { token, .. } => {
                 answered(token);
             }
+            UnaryEvent::Skipped { .. } => {}
             UnaryEvent::Call { id, payload, .. } => {
                 assert!(self.serving.insert(*id, (payload.0.len(), false)).is_none());
             }

@@ -1,6 +1,6 @@
 //! What the fuzzer begins with: valid input for every target.
 
-use super::{exchange, persistent};
+use super::{exchange, persistent, persistent_server};
 use bytes::Bytes;
 use p2pclient_rs::core::command::{
     connmgr, control, dht, peerstore, pubsub, streams, unary, Reply, Request as _, Typed,
@@ -84,6 +84,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<Vec<u8>>)> {
                 .collect(),
         ),
         ("persistent", scripts),
+        ("persistent_server", persistent_servers()),
         ("public_key", vec![key.encode()]),
     ]
 }
@@ -112,6 +113,17 @@ fn stream_info() -> StreamInfo {
         addr: peer_info().addrs.remove(0),
         protocol: "/echo/1".to_owned(),
     }
+}
+
+/// Every message of a client, and all of them in a row.
+fn persistent_servers() -> Vec<Vec<u8>> {
+    let samples = persistent_server::samples();
+    let (small, all) = (&samples[..samples.len() - 1], samples.concat());
+    let seed = |bytes: &[u8]| [&[2, 2], bytes].concat();
+    // Each byte of a seed is changed in turn by a test: the large one is cut.
+    let mut seeds: Vec<_> = small.iter().map(|bytes| seed(bytes)).collect();
+    seeds.push(seed(&all[..all.len() - 19_000]));
+    seeds
 }
 
 /// Every kind of request, and all of them in a row.
