@@ -32,7 +32,7 @@ pub struct UnaryLimits {
     /// connection on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
     pub max_message: usize,
     /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
-    /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`] for no limit.
+    /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`](super::MAX_PROTOBUF) for no limit.
     pub max_incoming: Option<usize>,
     /// Number of incoming calls at work above which no more are read. Default: 4096; `usize::MAX`
     /// for no limit.
