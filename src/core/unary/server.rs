@@ -328,7 +328,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 size,
             } => Some(self.called(id, peer, protocol, payload, size)),
             Message::BrokenCall { id } => {
-                Some(rejected(id, "the call has no peer, protocol or data"))
+                Some(self.reject(id, "the call has no peer, protocol or data"))
             }
             Message::Reply { id, payload } => {
                 let token = self.handled.remove(&id);
@@ -371,13 +371,10 @@ impl<T, P: Payload> PersistentServer<T, P> {
         if self.calls.len() >= self.limits.max_calls
             || self.call_bytes.saturating_add(size) > self.limits.max_call_bytes
         {
-            return rejected(id, "too many calls at once");
+            return self.reject(id, "too many calls at once");
         }
         if self.calls.contains_key(&id) {
-            // A refusal would answer the other one.
-            return ServerEvent::Skipped {
-                error: Error::Unexpected("a call with the id of one that is under way".to_owned()),
-            };
+            return self.reject(id, "a call with the same id is under way");
         }
         self.calls.insert(id, size);
         self.call_bytes += size;
@@ -421,7 +418,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 let waited = self.finish(&id);
                 waited.then_some(ServerEvent::Cancelled { id })
             }
-            _ => Some(rejected(id, "the message has no content")),
+            _ => Some(self.reject(id, "the message has no content")),
         })
     }
 
@@ -439,25 +436,25 @@ impl<T, P: Payload> PersistentServer<T, P> {
         if field == Some(CANCEL) {
             return self.finish(&id).then_some(ServerEvent::Cancelled { id });
         }
-        if self.calls.contains_key(&id) {
-            return Some(ServerEvent::Skipped { error });
-        }
         let reason = match error {
             Error::ReplyTooLarge { size, limit } => {
                 format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
             }
             error => error.to_string(),
         };
-        Some(ServerEvent::Rejected {
-            id,
-            reason: reason.into(),
-        })
+        Some(self.reject(id, reason))
     }
-}
 
-fn rejected<T, P>(id: CallId, reason: &'static str) -> ServerEvent<T, P> {
-    let reason = Cow::Borrowed(reason);
-    ServerEvent::Rejected { id, reason }
+    /// A message that cannot be served. A refusal of one with the id of a call that is under way
+    /// would answer that call, so such a message is skipped.
+    fn reject(&self, id: CallId, reason: impl Into<Cow<'static, str>>) -> ServerEvent<T, P> {
+        let reason = reason.into();
+        if self.calls.contains_key(&id) {
+            let error = Error::Unexpected(format!("{reason}; its id is that of another call"));
+            return ServerEvent::Skipped { error };
+        }
+        ServerEvent::Rejected { id, reason }
+    }
 }
 
 /// A message with a call id and nothing else.

@@ -165,6 +165,14 @@ fn a_repeated_id_does_not_answer_the_call_that_has_it() {
         call(&mut server, [1; 16], b"second")[..],
         [Event::Skipped { .. }]
     ));
+    for message in [
+        None,
+        Some(ToDaemon::CallUnary(p2pd::CallUnaryRequest::default())),
+    ] {
+        let events = feed(&mut server, &request([1; 16], message), &[5]).unwrap();
+        assert!(matches!(events[..], [Event::Skipped { .. }]), "{events:?}");
+    }
+    assert_eq!(server.calls(), 1);
     assert!(server.reply(&[1; 16], 0, &mut BytesMut::new()));
 }
 
