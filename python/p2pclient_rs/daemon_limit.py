@@ -1,7 +1,7 @@
 """The largest message that a daemon takes, for a client that was not told.
 
-The control protocol has no request for it, and a daemon closes the persistent connection on a larger
-message. Two sources are safe enough to rely on:
+The control protocol has no request for it, and a daemon closes the persistent connection on a
+larger message. Two sources are safe enough to rely on:
 
 - On Linux, the command line of the process that listens at the daemon's unix socket.
 - What the creator of the daemon told this process, or the one that it was forked from.

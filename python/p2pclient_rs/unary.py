@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +30,15 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     P2PHandlerError,
 )
-from p2pclient_rs.loops import Promise, Work, current_loop, is_current, reactor
+from p2pclient_rs.loops import (
+    Promise,
+    UnlessClosed,
+    UnlessClosedAsync,
+    Work,
+    current_loop,
+    is_current,
+    reactor,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -88,9 +96,9 @@ class UnaryClient:
     over the bound are answered with an error. While a call of ours is under way, on which a handler
     may depend, reading goes on, and calls over four times the bound are refused.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The arguments but the
-    first are attributes, too, and can be set at any time: that acts on what is sent and received
-    from then on.
+    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
+    attributes, too, and can be set at any time: that acts on what is sent and received from then
+    on.
 
     Args:
         daemon_connector: The way to the daemon. As an attribute it can be set while the persistent
@@ -538,7 +546,7 @@ class _Link:
         retried = False
         while True:
             connection = await self.connection()
-            async with self._changing:
+            async with UnlessClosedAsync(self._changing):
                 connection = self.current or connection  # lost while others had their turn
                 if proto in self.registered and proto not in self.handlers:
                     # Taken out of the table by others.
@@ -562,7 +570,7 @@ class _Link:
 
     async def remove_handler(self, proto: str) -> None:
         self._settings.connector.check_fork()
-        async with self._changing:
+        async with UnlessClosedAsync(self._changing):
             if proto not in self.handlers:
                 raise ControlFailure(f"Handler for protocol {proto} is not registered")
             left = self._leave(proto, self.current)
@@ -597,7 +605,7 @@ class _Link:
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
-            opening.work = self._reactor.spawn(self._open(opening), copy_context())
+            opening.work = self._spawn(self._open(opening))
             # A task that never began does not do it.
             self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
@@ -607,11 +615,11 @@ class _Link:
         """Opens the connection, in a task of its own: to give it up in the middle of its upgrade
         would end hivemind's daemon if it has no other, and is no business of whoever waits."""
         try:
-            with anyio.fail_after(_OPENING):
-                async with self._changing:
+            with _deadline(_OPENING):
+                async with UnlessClosedAsync(self._changing):
                     opening.connection = await self._open_and_register()
-        except TimeoutError:
-            opening.error = _timed_out(_OPENING)
+            if opening.connection is None:
+                raise _timed_out(_OPENING)
         except Exception as error:
             opening.error = error
             cause: BaseException | None = error
@@ -770,9 +778,16 @@ class _Link:
             self._cancel(connection, call_id, all_work)
         if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            work = self._reactor.spawn(_come_back(link), copy_context())
+            work = self._spawn(_come_back(link))
             self._return = work
             self._reactor.when_ended(work, lambda: _returned(link))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> Work:
+        spawned = self._reactor.spawn(work, copy_context())
+        # Nobody is to be told that it ended with its loop.
+        if hasattr(spawned, "_log_destroy_pending"):
+            spawned._log_destroy_pending = False
+        return spawned
 
     def returned(self) -> None:
         """Its connection is there again, or nobody looks for it any more."""
@@ -933,10 +948,10 @@ def _limit(name: str, limit: int | None) -> int | None:
     return int(min(limit, sys.maxsize))
 
 
-def _deadline(timeout: float | None) -> anyio.CancelScope:
+def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
     if timeout is not None and not timeout >= 0:  # NaN, too
         raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
-    return anyio.move_on_after(timeout)
+    return UnlessClosed(anyio.move_on_after(timeout))
 
 
 def _repr(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
@@ -82,6 +82,7 @@ SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
 DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
 #: What hivemind sends in one call and not through a stream, in bytes.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
+
 
 class _Default:
     """Stands for the default of the class."""
@@ -467,14 +468,23 @@ class ControlClient(control.ControlClient):
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         # In a task of its own: a task group would have to be left by the task that entered it.
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
+        # As hivemind's server, which is no task, it ends with the loop without a word.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        closed = False
         try:
             yield
+        except GeneratorExit:
+            # By the collector, or with the loop: nothing can be awaited here.
+            closed = True
+            raise
         finally:
-            task.cancel()
-            await asyncio.wait([task])
-            error = None if task.cancelled() else task.exception()
-            if error is not None:
-                raise error
+            with suppress(RuntimeError):  # of a closed loop
+                task.cancel()
+            if not closed:
+                await asyncio.wait([task])
+                error = None if task.cancelled() else task.exception()
+                if error is not None:
+                    raise error
 
     async def _unregister_all(self) -> None:
         # After close() the daemon, or the event loop, is about to end: nobody waits for either.
