@@ -72,7 +72,13 @@ def _of_peer(fd: int) -> int | None:
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None
-    with socket.socket(fileno=os.dup(fd)) as connection:
+    copy = os.dup(fd)
+    try:
+        connection = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with connection:
         if connection.family != socket.AF_UNIX:
             return None
         credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))

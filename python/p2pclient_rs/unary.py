@@ -432,6 +432,8 @@ class _Settings:
     found: int | None = None
     #: The limit if it was not.
     fallback: int = DEFAULT_MAX_MESSAGE_SIZE
+    #: The level of the log line about a lost connection.
+    loss_level: int = logging.WARNING
 
     @property
     def largest(self) -> int:
@@ -772,7 +774,8 @@ class _Link:
         if self.current is connection:
             self.current = None
         if not self._closed:
-            logger.warning("the persistent connection to the daemon was lost: %s", error)
+            words = "the persistent connection to the daemon was lost: %s"
+            logger.log(self._settings.loss_level, words, error)
         all_work, self._work = self._work, {}
         for call_id in list(all_work):
             self._cancel(connection, call_id, all_work)

@@ -272,6 +272,8 @@ class ControlClient(control.ControlClient):
             hold=self.DEFAULT_HOLD if isinstance(hold, _Default) else hold,
             handlers=self._unary_handlers,  # type: ignore[arg-type]
         )
+        # hivemind's programs end the daemon while replicas use it, and do not expect a word.
+        self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._closed = False
 
