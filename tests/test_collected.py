@@ -1,4 +1,4 @@
-"""Clients and their coroutines that the garbage collector ends, or the event loop: without a word."""
+"""Clients and coroutines that the garbage collector or the event loop ends: they print nothing."""
 
 from __future__ import annotations
 
