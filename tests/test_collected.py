@@ -14,7 +14,7 @@ from support import DaemonProcess, new_directory
 
 TESTS = Path(__file__).parent
 
-#: How the listening task of a client ends: what is done in the loop, and then with it.
+#: Ways in which the listening task of a client ends.
 ENDS = {
     "collected while the loop runs": "drop",
     "left to asyncio.run": "run",

@@ -231,7 +231,7 @@ async def test_a_request_over_the_limit_says_that_it_was_not_sent() -> None:
         ("renamed -persistentConnMaxMsgSize=67108864", LARGE),
         ("p2pd -listen=/unix/tmp/x", 4 * MIB),
         ("p2pd-linux-amd64", 4 * MIB),
-        # What follows an argument that is no flag is none to Go.
+        # Go stops at the first argument that is no flag.
         ("p2pd -b foo -persistentConnMaxMsgSize=67108864", 4 * MIB),
         ("p2pd -- -persistentConnMaxMsgSize=67108864", 4 * MIB),
         ("p2pd -id=-persistentConnMaxMsgSize=67108864", 4 * MIB),
@@ -284,7 +284,7 @@ async def test_a_client_that_asks_for_no_limit_takes_the_daemons(
         assert await replica.call_unary(second.peer_id, "large", data, timeout=30) == data
 
 
-async def test_a_client_that_is_told_a_limit_keeps_it(
+async def test_a_client_keeps_an_explicit_limit(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, second = large
@@ -334,7 +334,7 @@ async def test_hivemind_replicas_take_the_daemons_limit(
     creator = await HivemindClient.create(
         second.control_maddr, second.listen_maddr(), persistent_conn_max_msg_size=LARGE
     )
-    # By TCP, nothing can be seen of the daemon, but its creator has told.
+    # By TCP, the daemon's process is unknown, but its creator was given the limit.
     other = await HivemindClient.create(second.control_maddr, second.listen_maddr())
     try:
         for client in (replica, creator, other):
@@ -351,7 +351,7 @@ async def test_hivemind_replicas_take_the_daemons_limit(
             client.close()
 
 
-async def test_forked_processes_know_what_a_creator_was_told() -> None:
+async def test_forked_processes_know_the_limit_of_a_creator() -> None:
     maddr = "/ip4/127.0.0.1/tcp/9"
     daemon_limit.remember(maddr, LARGE)
 
@@ -363,7 +363,7 @@ async def test_forked_processes_know_what_a_creator_was_told() -> None:
     await in_child(check)
 
 
-def test_what_creators_were_told_is_bounded() -> None:
+def test_the_limits_of_creators_are_bounded() -> None:
     for number in range(3000):
         daemon_limit.remember(f"/unix/tmp/{number}", number + 1)
     assert len(daemon_limit._told) <= 1024
@@ -399,7 +399,7 @@ async def test_the_hivemind_layer_takes_messages_of_any_size() -> None:
             await until(lambda: sizes == [len(data)])
             answer = await client.call_unary_handler(FAKE_PEER, "echo", b"")
             assert len(answer) == len(data)
-            # What goes out is still limited: the daemon would close the connection.
+            # Sent messages are still limited: the daemon would close the connection.
             with pytest.raises(ControlFailure):
                 await client.call_unary_handler(FAKE_PEER, "echo", data)
         finally:
@@ -467,7 +467,7 @@ async def test_the_limit_of_a_client_acts_when_it_is_set_later() -> None:
         ("hold", float("nan")),
     ],
 )
-async def test_a_limit_that_is_none_is_refused(name: str, value: Any) -> None:
+async def test_an_invalid_limit_is_refused(name: str, value: Any) -> None:
     connector = DaemonConnector("/unix/tmp/nowhere.sock")
     with pytest.raises(ValueError, match=name):
         UnaryClient(connector, **{name: value})
@@ -535,7 +535,7 @@ async def test_the_hivemind_layer_serves_sixty_long_calls_of_two_mebibytes() -> 
         client = await HivemindClient.create(fake.control_maddr, "/unix/tmp/unused.sock")
         try:
             await client.add_unary_handler("handler", crowd.handler)
-            # All are at work at once: none waits for another, however long that takes.
+            # All are in progress at once: none waits for another, however long that takes.
             await until(lambda: len(crowd.entered) == crowd.count)
             crowd.go_on.set()
             await until(lambda: len(crowd.answers) == crowd.count)

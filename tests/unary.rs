@@ -1097,7 +1097,7 @@ async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
     let (replied, mut connection) = join!(call(&client, "hello"), async {
         let mut connection = Persistent::accept(&daemon).await;
         let (id, data) = connection.call().await;
-        let mut junk = vec![0x80, 0x80, 0x04]; // 64 KiB of what is no message
+        let mut junk = vec![0x80, 0x80, 0x04]; // 64 KiB of junk
         junk.resize(junk.len() + (64 << 10), 0xff);
         connection.0.send(&junk).await;
         connection.reply(&id, data).await;
@@ -1107,8 +1107,8 @@ async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
     works(&client, &mut connection).await;
 }
 
-/// Has a client with these limits called sixty times with 2 MiB by a daemon, and says how many calls
-/// are answered with an error once all that come are at work.
+/// Calls a client with these limits sixty times with 2 MiB. Returns how many of the calls are answered
+/// with an error while all others are in progress.
 async fn refused_of_sixty(limits: UnaryLimits) -> usize {
     let daemon = FakeDaemon::new();
     let client = limited(&daemon, limits);

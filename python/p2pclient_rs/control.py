@@ -311,7 +311,7 @@ class ControlClient:
             try:
                 yield
             finally:
-                with suppress(RuntimeError):  # where no loop runs any more
+                with suppress(RuntimeError):  # raised if no event loop is running
                     scope.cancel()
 
     async def _serve(self, listener: RawListener, scope: anyio.CancelScope) -> None:

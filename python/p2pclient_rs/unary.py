@@ -52,7 +52,7 @@ __all__ = [
     "UnaryHandler",
 ]
 
-#: How many calls of peers may be at work before no more are read.
+#: How many calls of peers may be in progress before no more are read.
 DEFAULT_MAX_UNANSWERED = 4096
 #: How many bytes their payloads may have.
 DEFAULT_MAX_UNANSWERED_BYTES = 64 << 20
@@ -91,14 +91,13 @@ class UnaryClient:
     handlers, that is tried without a call, too, until the daemon is there again. hivemind's daemon
     ends when its last persistent connection is closed.
 
-    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are at
-    work, no more are read for up to ``hold`` seconds, so that the peers wait. After that the calls
-    over the bound are answered with an error. While a call of ours is under way, on which a handler
+    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are in
+    progress, no more are read for up to ``hold`` seconds, so that the peers wait. After that the
+    calls over the bound are answered with an error. While a call of ours is under way, on which a handler
     may depend, reading goes on, and calls over four times the bound are refused.
 
     Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
-    attributes, too, and can be set at any time: that acts on what is sent and received from then
-    on.
+    attributes, too, and can be set at any time: new values apply from the next message on.
 
     Args:
         daemon_connector: The way to the daemon. As an attribute it can be set while the persistent
@@ -111,7 +110,7 @@ class UnaryClient:
         max_incoming_size: The largest message to receive, in bytes. A larger one is skipped: a
             reply raises ``MessageTooLarge``, a peer's call is answered with an error. None is
             ``max_message_size`` and 64 KiB.
-        max_unanswered: How many calls of peers may be at work; None for any number.
+        max_unanswered: How many calls of peers may be in progress; None for any number.
         max_unanswered_bytes: How many bytes their payloads may have; None for any number.
         hold: How long reading may pause because of these two, in seconds; None for as long as
             they are exceeded, during which neither cancels nor the connection's end are seen.
@@ -167,7 +166,7 @@ class UnaryClient:
 
     @property
     def max_message_size(self) -> int:
-        """The largest message to send, in bytes: what was set, or else the daemon's limit."""
+        """The largest message to send, in bytes: the value that was set, or the daemon's."""
         return self._settings.largest
 
     @max_message_size.setter
@@ -187,7 +186,7 @@ class UnaryClient:
 
     @property
     def max_unanswered(self) -> int | None:
-        """How many calls of peers may be at work."""
+        """How many calls of peers may be in progress."""
         return self._settings.max_unanswered
 
     @max_unanswered.setter
@@ -197,7 +196,7 @@ class UnaryClient:
 
     @property
     def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls at work may have."""
+        """How many bytes the payloads of calls in progress may have."""
         return self._settings.max_unanswered_bytes
 
     @max_unanswered_bytes.setter
@@ -382,7 +381,7 @@ class UnaryClient:
         return MappingProxyType({name: h for link in links for name, h in link.handlers.items()})
 
     def _use_table(self, table: MutableMapping[str, UnaryHandler]) -> None:
-        """Puts another table of handlers in the place of the one that this was made with."""
+        """Reads the handlers from another table from now on."""
         self._table = table
         for link in list(self._links.values()):
             link.handlers = table
@@ -420,7 +419,7 @@ class UnaryClient:
 
 @dataclass
 class _Settings:
-    """What a client was told, for its links to look at."""
+    """The settings of a client, which its links read."""
 
     connector: DaemonConnector
     max_message_size: int | None = None
@@ -460,7 +459,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Registration:
-    """What the daemon was told of a handler, and the context that its calls run in."""
+    """A handler's registration with the daemon, and the context that its calls run in."""
 
     balanced: bool
     context: Context
@@ -507,11 +506,11 @@ class _Link:
         self._return: Work | None = None
         self._closed = False
         self._pid = os.getpid()
-        #: What is called. Others may change it.
+        #: The handlers that are called. Others may change it.
         self.handlers = handlers
-        #: What the daemon knows of.
+        #: The handlers that the daemon knows of.
         self.registered: dict[str, _Registration] = {}
-        #: In which handlers run that were put into the table by others.
+        #: The context for handlers that others put into the table.
         self._context = copy_context()
         #: The names that the daemon is being told to forget, and who waits for that: it does not
         #: keep the order of what it is told.
@@ -787,7 +786,7 @@ class _Link:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Work:
         spawned = self._reactor.spawn(work, copy_context())
-        # Nobody is to be told that it ended with its loop.
+        # asyncio logs nothing if the loop ends before this task.
         if hasattr(spawned, "_log_destroy_pending"):
             spawned._log_destroy_pending = False
         return spawned

@@ -116,7 +116,7 @@ pub struct UnaryLimits {
     /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
     /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`] for no limit.
     pub max_incoming: Option<usize>,
-    /// Number of incoming calls at work above which no more are read. Default: 4096; `usize::MAX`
+    /// Number of incoming calls in progress above which no more are read. Default: 4096; `usize::MAX`
     /// for no limit.
     pub max_unanswered: usize,
     /// Size of their payloads, in bytes, above which no more are read. Default: 64 MiB;
@@ -325,7 +325,7 @@ impl Cancelled {
     }
 }
 
-/// A frame of which the head was read and the rest is on its way.
+/// A frame whose head was read and whose rest is still to come.
 #[derive(Debug)]
 enum Body<P> {
     None,
@@ -431,7 +431,7 @@ impl<T, P: Payload> Persistent<T, P> {
         &self.limits
     }
 
-    /// Changes the limits: for what is sent from now on, and for every frame whose payload has not
+    /// Changes the limits for messages sent from now on, and for every frame whose payload has not
     /// begun to arrive. The driver then asks [`wants_input`](Self::wants_input) again.
     pub fn set_limits(&mut self, limits: UnaryLimits) {
         self.limits = limits;
@@ -859,7 +859,7 @@ impl<T, P: Payload> Persistent<T, P> {
         }
     }
 
-    /// What follows from a frame that was skipped.
+    /// The event of a frame that was skipped.
     fn skipped(&mut self, skip: Skip) -> Option<UnaryEvent<T, P>> {
         let Some(id) = skip.call_id() else {
             return Some(UnaryEvent::Skipped { error: skip.error });
@@ -1078,7 +1078,7 @@ enum Frame<P> {
     Whole { prefix: usize, end: usize },
     /// Its payload is to be received on its own. It has all the bytes there were.
     Large(Partial<P>),
-    /// It is too large: what follows its length prefix is to be skipped.
+    /// It is too large: all after its length prefix is skipped.
     Skip { prefix: usize, skip: Box<Skip> },
     /// So many bytes more.
     Needs(usize),

@@ -116,7 +116,7 @@ async def test_the_others_answer_when_a_process_dies(setting: Setting, stub: Any
 # --- sizes ---
 
 MIB = 1 << 20
-#: What the daemons take, in bytes, and what is sent.
+#: The daemons' limit, and the size of the messages, in bytes.
 LARGE, SIZE = 64 * MIB, 8 * MIB
 
 
@@ -133,7 +133,7 @@ async def _answering(p2p: P2P) -> None:
 
 
 async def test_a_replica_takes_and_answers_what_the_daemon_does(anyio_backend: Any) -> None:
-    """``P2P.replicate`` cannot be told a limit: what the daemon takes comes in."""
+    """``P2P.replicate`` cannot be told a limit: it receives what the daemon takes."""
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
     caller = await P2P.create(
         initial_peers=await creator.get_visible_maddrs(), persistent_conn_max_msg_size=LARGE
@@ -187,7 +187,7 @@ async def test_a_replica_sends_what_the_daemon_takes(swapped: bool, anyio_backen
 
 
 class Slow(ServicerBase):
-    """Answers when all the calls are at work."""
+    """Answers when all the calls are in progress."""
 
     CALLS = 60
     entered = 0
@@ -199,7 +199,7 @@ class Slow(ServicerBase):
         return Response(number=len(request.buffer))
 
 
-async def test_sixty_calls_of_two_mebibytes_are_at_work_at_once(anyio_backend: Any) -> None:
+async def test_serves_sixty_calls_of_two_mebibytes_at_once(anyio_backend: Any) -> None:
     server = await P2P.create()
     await Slow().add_p2p_handlers(server)
     client = await P2P.create(initial_peers=await server.get_visible_maddrs())

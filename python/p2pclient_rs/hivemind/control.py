@@ -265,7 +265,7 @@ class ControlClient(control.ControlClient):
         self._unary = UnaryClient(
             self.daemon_connector,
             max_message_size=persistent_conn_max_msg_size,
-            # What comes in is limited by the daemon alone, as in hivemind.
+            # Only the daemon limits received messages, as in hivemind.
             max_incoming_size=MAX_PROTOBUF_SIZE,
             max_unanswered=max_unanswered,
             max_unanswered_bytes=max_unanswered_bytes,
@@ -300,10 +300,10 @@ class ControlClient(control.ControlClient):
             persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
                 None takes the daemon's limit if it can be found out (see
                 ``p2pclient_rs.daemon_limit``), and hivemind's default otherwise.
-            max_unanswered: How many calls of peers may be at work before no more are read; None
+            max_unanswered: How many calls of peers may be in progress before no more are read; None
                 for any number. ``DEFAULT_MAX_UNANSWERED`` if not given.
-            max_unanswered_bytes: How many bytes the payloads of calls at work may have; None for
-                any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
+            max_unanswered_bytes: How many bytes the payloads of calls in progress may have; None
+                for any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
             hold: How long reading may pause because of these two, in seconds, before the calls
                 over the bound are refused; None for as long as they are exceeded.
                 ``DEFAULT_HOLD`` if not given.
@@ -385,7 +385,7 @@ class ControlClient(control.ControlClient):
 
     @property
     def max_unanswered(self) -> int | None:
-        """How many calls of peers may be at work before no more are read."""
+        """How many calls of peers may be in progress before no more are read."""
         return self._unary.max_unanswered
 
     @max_unanswered.setter
@@ -394,7 +394,7 @@ class ControlClient(control.ControlClient):
 
     @property
     def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls at work may have."""
+        """How many bytes the payloads of calls in progress may have."""
         return self._unary.max_unanswered_bytes
 
     @max_unanswered_bytes.setter

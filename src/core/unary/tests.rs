@@ -787,7 +787,7 @@ fn a_late_answer_over_the_limit_confirms_a_cancel() {
 }
 
 #[test]
-fn an_acknowledgement_or_cancel_over_the_limit_is_what_it_says() {
+fn acts_on_an_acknowledgement_or_cancel_over_the_limit() {
     let mut connection = connection(small());
     let mut out = BytesMut::new();
     let id = connection.add_handler("x", false, 1, &mut out).unwrap();
