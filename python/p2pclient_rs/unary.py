@@ -93,8 +93,8 @@ class UnaryClient:
 
     Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are in
     progress, no more are read for up to ``hold`` seconds, so that the peers wait. After that the
-    calls over the bound are answered with an error. While a call of ours is under way, on which a handler
-    may depend, reading goes on, and calls over four times the bound are refused.
+    calls over the bound are answered with an error. While a call of ours is under way, on which a
+    handler may depend, reading goes on, and calls over four times the bound are refused.
 
     Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
     attributes, too, and can be set at any time: new values apply from the next message on.
