@@ -398,6 +398,13 @@ impl<'a> Run<'a> {
             UnaryEvent::Unserved { id, reason } => {
                 self.connection.refuse(id, reason, &mut self.out);
             }
+            UnaryEvent::Oversized { token, error } => {
+                assert!(matches!(error, Error::ReplyTooLarge { .. }));
+                answered(token);
+            }
+            UnaryEvent::Skipped { error } => {
+                assert!(matches!(error, Error::ReplyTooLarge { .. }));
+            }
         }
     }
 }

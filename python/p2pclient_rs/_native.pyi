@@ -51,9 +51,9 @@ DEBUG_BUILD: bool
 
 # --- types ---
 
-# Of a persistent connection: the largest message to send and to receive, in bytes; how many incoming
-# calls may be at work, and of how many bytes; how long, in seconds, nothing is read above that. None
-# is no limit, but for the second, where it is what follows from the first.
+# Of a persistent connection: the largest message to send and to receive, in bytes; the number of
+# incoming calls in progress and the size of their payloads, in bytes; how long, in seconds, reading
+# may pause above these. None is no limit; for the second it is the first and 64 KiB.
 _UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 class _ToBytes(TypingProtocol):

@@ -45,8 +45,8 @@ class Client:
         persistent_conn_max_msg_size: The largest message of a unary call, in bytes; what the
             daemon was started with. None takes the daemon's limit if it can be found out, and
             4 MiB otherwise.
-        max_unanswered, max_unanswered_bytes, hold: The bounds of peers' unary calls at work, and
-            how long, in seconds, peers wait before the calls over them are refused; see
+        max_unanswered, max_unanswered_bytes, hold: The bounds of peers' unary calls in progress,
+            and how long, in seconds, peers wait before the calls over them are refused; see
             ``UnaryClient``.
 
     Attributes:

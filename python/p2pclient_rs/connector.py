@@ -34,7 +34,16 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import Reactor, Watch, carry_out, current_loop, is_current, pump, watch
+from p2pclient_rs.loops import (
+    Reactor,
+    UnlessClosed,
+    Watch,
+    carry_out,
+    current_loop,
+    is_current,
+    pump,
+    watch,
+)
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
@@ -517,7 +526,7 @@ class DaemonConnector:
         try:
             if timeout is None:
                 return await work
-            with anyio.move_on_after(timeout):
+            with UnlessClosed(anyio.move_on_after(timeout)):
                 return await work
             raise ControlTimeout(f"no answer within {timeout:g} s")
         except ControlFailure as error:

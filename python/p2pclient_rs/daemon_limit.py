@@ -1,10 +1,11 @@
-"""The largest message that a daemon takes, for a client that was not told.
+"""The largest message that a daemon takes, for a client that was given no limit.
 
-The control protocol has no request for it, and a daemon closes the persistent connection on a larger
-message. Two sources are safe enough to rely on:
+The control protocol has no request for it, and a daemon closes the persistent connection on a
+larger message. Two sources are safe enough to rely on:
 
 - On Linux, the command line of the process that listens at the daemon's unix socket.
-- What the creator of the daemon told this process, or the one that it was forked from.
+- The limit that the creator of the daemon gave to its client, in this process or in one that it was
+  forked from.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SWITCHES = frozenset(
     b"pprof noise tls forceReachabilityPublic forceReachabilityPrivate".split()
 )
 
-#: By control address, what clients were told, in bytes. Forked children inherit it.
+#: Limits that clients were given, in bytes, by control address. Forked children inherit it.
 _told: dict[str, int] = {}
 _MAX_TOLD = 1024
 
@@ -72,7 +73,13 @@ def _of_peer(fd: int) -> int | None:
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None
-    with socket.socket(fileno=os.dup(fd)) as connection:
+    copy = os.dup(fd)
+    try:
+        connection = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with connection:
         if connection.family != socket.AF_UNIX:
             return None
         credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))

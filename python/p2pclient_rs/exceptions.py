@@ -8,7 +8,7 @@
     │   ├── ConnectionLost          the connection ended before the answer (a ConnectionError)
     │   ├── ControlTimeout          no answer in time (a TimeoutError)
     │   ├── ProtocolViolation       the daemon sent what the protocol does not allow
-    │   ├── MessageTooLarge         a message exceeds the limit, on its way out or in
+    │   ├── MessageTooLarge         a sent or received message exceeds the limit
     │   └── ForkedClientError       a client was used in a forked child of its process
     ├── DispatchFailure             an inbound stream could not be given to a handler
     └── DaemonStartError            a daemon process did not come up

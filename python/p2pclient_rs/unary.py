@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +30,15 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     P2PHandlerError,
 )
-from p2pclient_rs.loops import Promise, Work, current_loop, is_current, reactor
+from p2pclient_rs.loops import (
+    Promise,
+    UnlessClosed,
+    UnlessClosedAsync,
+    Work,
+    current_loop,
+    is_current,
+    reactor,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -44,7 +52,7 @@ __all__ = [
     "UnaryHandler",
 ]
 
-#: How many calls of peers may be at work before no more are read.
+#: How many calls of peers may be in progress before no more are read.
 DEFAULT_MAX_UNANSWERED = 4096
 #: How many bytes their payloads may have.
 DEFAULT_MAX_UNANSWERED_BYTES = 64 << 20
@@ -83,14 +91,13 @@ class UnaryClient:
     handlers, that is tried without a call, too, until the daemon is there again. hivemind's daemon
     ends when its last persistent connection is closed.
 
-    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are at
-    work, no more are read for up to ``hold`` seconds, so that the peers wait. After that the calls
-    over the bound are answered with an error. While a call of ours is under way, on which a handler
-    may depend, reading goes on, and calls over four times the bound are refused.
+    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are in
+    progress, no more are read for up to ``hold`` seconds, so that the peers wait. After that the
+    calls over the bound are answered with an error. While a call of ours is under way, on which a
+    handler may depend, reading goes on, and calls over four times the bound are refused.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The arguments but the
-    first are attributes, too, and can be set at any time: that acts on what is sent and received
-    from then on.
+    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
+    attributes, too, and can be set at any time: new values apply from the next message on.
 
     Args:
         daemon_connector: The way to the daemon. As an attribute it can be set while the persistent
@@ -103,7 +110,7 @@ class UnaryClient:
         max_incoming_size: The largest message to receive, in bytes. A larger one is skipped: a
             reply raises ``MessageTooLarge``, a peer's call is answered with an error. None is
             ``max_message_size`` and 64 KiB.
-        max_unanswered: How many calls of peers may be at work; None for any number.
+        max_unanswered: How many calls of peers may be in progress; None for any number.
         max_unanswered_bytes: How many bytes their payloads may have; None for any number.
         hold: How long reading may pause because of these two, in seconds; None for as long as
             they are exceeded, during which neither cancels nor the connection's end are seen.
@@ -159,7 +166,7 @@ class UnaryClient:
 
     @property
     def max_message_size(self) -> int:
-        """The largest message to send, in bytes: what was set, or else the daemon's limit."""
+        """The largest message to send, in bytes: the value that was set, or the daemon's."""
         return self._settings.largest
 
     @max_message_size.setter
@@ -179,7 +186,7 @@ class UnaryClient:
 
     @property
     def max_unanswered(self) -> int | None:
-        """How many calls of peers may be at work."""
+        """How many calls of peers may be in progress."""
         return self._settings.max_unanswered
 
     @max_unanswered.setter
@@ -189,7 +196,7 @@ class UnaryClient:
 
     @property
     def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls at work may have."""
+        """How many bytes the payloads of calls in progress may have."""
         return self._settings.max_unanswered_bytes
 
     @max_unanswered_bytes.setter
@@ -374,7 +381,7 @@ class UnaryClient:
         return MappingProxyType({name: h for link in links for name, h in link.handlers.items()})
 
     def _use_table(self, table: MutableMapping[str, UnaryHandler]) -> None:
-        """Puts another table of handlers in the place of the one that this was made with."""
+        """Reads the handlers from another table from now on."""
         self._table = table
         for link in list(self._links.values()):
             link.handlers = table
@@ -412,7 +419,7 @@ class UnaryClient:
 
 @dataclass
 class _Settings:
-    """What a client was told, for its links to look at."""
+    """The settings of a client, which its links read."""
 
     connector: DaemonConnector
     max_message_size: int | None = None
@@ -424,6 +431,8 @@ class _Settings:
     found: int | None = None
     #: The limit if it was not.
     fallback: int = DEFAULT_MAX_MESSAGE_SIZE
+    #: The level of the log line about a lost connection.
+    loss_level: int = logging.WARNING
 
     @property
     def largest(self) -> int:
@@ -450,7 +459,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Registration:
-    """What the daemon was told of a handler, and the context that its calls run in."""
+    """A handler's registration with the daemon, and the context that its calls run in."""
 
     balanced: bool
     context: Context
@@ -497,11 +506,11 @@ class _Link:
         self._return: Work | None = None
         self._closed = False
         self._pid = os.getpid()
-        #: What is called. Others may change it.
+        #: The handlers that are called. Others may change it.
         self.handlers = handlers
-        #: What the daemon knows of.
+        #: The handlers that the daemon knows of.
         self.registered: dict[str, _Registration] = {}
-        #: In which handlers run that were put into the table by others.
+        #: The context for handlers that others put into the table.
         self._context = copy_context()
         #: The names that the daemon is being told to forget, and who waits for that: it does not
         #: keep the order of what it is told.
@@ -538,7 +547,7 @@ class _Link:
         retried = False
         while True:
             connection = await self.connection()
-            async with self._changing:
+            async with UnlessClosedAsync(self._changing):
                 connection = self.current or connection  # lost while others had their turn
                 if proto in self.registered and proto not in self.handlers:
                     # Taken out of the table by others.
@@ -562,7 +571,7 @@ class _Link:
 
     async def remove_handler(self, proto: str) -> None:
         self._settings.connector.check_fork()
-        async with self._changing:
+        async with UnlessClosedAsync(self._changing):
             if proto not in self.handlers:
                 raise ControlFailure(f"Handler for protocol {proto} is not registered")
             left = self._leave(proto, self.current)
@@ -597,7 +606,7 @@ class _Link:
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
-            opening.work = self._reactor.spawn(self._open(opening), copy_context())
+            opening.work = self._spawn(self._open(opening))
             # A task that never began does not do it.
             self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
@@ -607,11 +616,11 @@ class _Link:
         """Opens the connection, in a task of its own: to give it up in the middle of its upgrade
         would end hivemind's daemon if it has no other, and is no business of whoever waits."""
         try:
-            with anyio.fail_after(_OPENING):
-                async with self._changing:
+            with _deadline(_OPENING):
+                async with UnlessClosedAsync(self._changing):
                     opening.connection = await self._open_and_register()
-        except TimeoutError:
-            opening.error = _timed_out(_OPENING)
+            if opening.connection is None:
+                raise _timed_out(_OPENING)
         except Exception as error:
             opening.error = error
             cause: BaseException | None = error
@@ -764,15 +773,23 @@ class _Link:
         if self.current is connection:
             self.current = None
         if not self._closed:
-            logger.warning("the persistent connection to the daemon was lost: %s", error)
+            words = "the persistent connection to the daemon was lost: %s"
+            logger.log(self._settings.loss_level, words, error)
         all_work, self._work = self._work, {}
         for call_id in list(all_work):
             self._cancel(connection, call_id, all_work)
         if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            work = self._reactor.spawn(_come_back(link), copy_context())
+            work = self._spawn(_come_back(link))
             self._return = work
             self._reactor.when_ended(work, lambda: _returned(link))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> Work:
+        spawned = self._reactor.spawn(work, copy_context())
+        # asyncio logs nothing if the loop ends before this task.
+        if hasattr(spawned, "_log_destroy_pending"):
+            spawned._log_destroy_pending = False
+        return spawned
 
     def returned(self) -> None:
         """Its connection is there again, or nobody looks for it any more."""
@@ -933,10 +950,10 @@ def _limit(name: str, limit: int | None) -> int | None:
     return int(min(limit, sys.maxsize))
 
 
-def _deadline(timeout: float | None) -> anyio.CancelScope:
+def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
     if timeout is not None and not timeout >= 0:  # NaN, too
         raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
-    return anyio.move_on_after(timeout)
+    return UnlessClosed(anyio.move_on_after(timeout))
 
 
 def _repr(error: BaseException) -> str:

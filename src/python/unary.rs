@@ -91,8 +91,9 @@ struct Submitted {
     _forgotten: Option<Token>,
 }
 
-/// The limits as `unary.py` gives them: the largest message to send and to receive, in bytes; how
-/// many calls may be at work, and of how many bytes; how long peers are held back, in seconds.
+/// The limits as `unary.py` gives them: the largest message to send and to receive, in bytes; the
+/// number of calls in progress and the size of their payloads, in bytes; how long reading may pause
+/// above these, in seconds.
 #[derive(FromPyObject)]
 pub struct Limits(
     usize,
@@ -110,7 +111,7 @@ impl From<Limits> for UnaryLimits {
             max_incoming,
             max_unanswered: max_unanswered.unwrap_or(usize::MAX),
             max_unanswered_bytes: max_unanswered_bytes.unwrap_or(usize::MAX),
-            // What is too long for a Duration has no end.
+            // A hold that a Duration cannot express never ends.
             hold: hold.and_then(|hold| Duration::try_from_secs_f64(hold).ok()),
         }
     }
@@ -349,7 +350,7 @@ impl PersistentConnection {
         })
     }
 
-    /// Changes the limits, for what is sent and received from now on.
+    /// Changes the limits from the next message on.
     fn set_limits(slf: &Bound<'_, Self>, limits: Limits) -> PyResult<()> {
         Self::change(slf, |inner| {
             let hold = inner.core.limits().hold;

@@ -13,7 +13,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
@@ -82,6 +82,7 @@ SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
 DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
 #: What hivemind sends in one call and not through a stream, in bytes.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
+
 
 class _Default:
     """Stands for the default of the class."""
@@ -264,13 +265,15 @@ class ControlClient(control.ControlClient):
         self._unary = UnaryClient(
             self.daemon_connector,
             max_message_size=persistent_conn_max_msg_size,
-            # What comes in is limited by the daemon alone, as in hivemind.
+            # Only the daemon limits received messages, as in hivemind.
             max_incoming_size=MAX_PROTOBUF_SIZE,
             max_unanswered=max_unanswered,
             max_unanswered_bytes=max_unanswered_bytes,
             hold=self.DEFAULT_HOLD if isinstance(hold, _Default) else hold,
             handlers=self._unary_handlers,  # type: ignore[arg-type]
         )
+        # hivemind's programs end the daemon while replicas use it, and do not expect a word.
+        self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._closed = False
 
@@ -297,10 +300,10 @@ class ControlClient(control.ControlClient):
             persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
                 None takes the daemon's limit if it can be found out (see
                 ``p2pclient_rs.daemon_limit``), and hivemind's default otherwise.
-            max_unanswered: How many calls of peers may be at work before no more are read; None
+            max_unanswered: How many calls of peers may be in progress before no more are read; None
                 for any number. ``DEFAULT_MAX_UNANSWERED`` if not given.
-            max_unanswered_bytes: How many bytes the payloads of calls at work may have; None for
-                any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
+            max_unanswered_bytes: How many bytes the payloads of calls in progress may have; None
+                for any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
             hold: How long reading may pause because of these two, in seconds, before the calls
                 over the bound are refused; None for as long as they are exceeded.
                 ``DEFAULT_HOLD`` if not given.
@@ -382,7 +385,7 @@ class ControlClient(control.ControlClient):
 
     @property
     def max_unanswered(self) -> int | None:
-        """How many calls of peers may be at work before no more are read."""
+        """How many calls of peers may be in progress before no more are read."""
         return self._unary.max_unanswered
 
     @max_unanswered.setter
@@ -391,7 +394,7 @@ class ControlClient(control.ControlClient):
 
     @property
     def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls at work may have."""
+        """How many bytes the payloads of calls in progress may have."""
         return self._unary.max_unanswered_bytes
 
     @max_unanswered_bytes.setter
@@ -467,14 +470,23 @@ class ControlClient(control.ControlClient):
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         # In a task of its own: a task group would have to be left by the task that entered it.
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
+        # As hivemind's server, which is no task, it ends with the loop without a word.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        closed = False
         try:
             yield
+        except GeneratorExit:
+            # By the collector, or with the loop: nothing can be awaited here.
+            closed = True
+            raise
         finally:
-            task.cancel()
-            await asyncio.wait([task])
-            error = None if task.cancelled() else task.exception()
-            if error is not None:
-                raise error
+            with suppress(RuntimeError):  # of a closed loop
+                task.cancel()
+            if not closed:
+                await asyncio.wait([task])
+                error = None if task.cancelled() else task.exception()
+                if error is not None:
+                    raise error
 
     async def _unregister_all(self) -> None:
         # After close() the daemon, or the event loop, is about to end: nobody waits for either.

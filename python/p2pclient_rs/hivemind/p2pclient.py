@@ -67,7 +67,7 @@ class Client:
             listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
             persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
                 None takes the daemon's limit if it can be found out, and 4 MiB otherwise.
-            max_unanswered, max_unanswered_bytes, hold: The bounds of peers' calls at work; none
+            max_unanswered, max_unanswered_bytes, hold: The bounds of peers' calls in progress; none
                 by default. See ``ControlClient.create``.
 
         Raises:

@@ -651,7 +651,7 @@ impl Timers {
         if awaited.input {
             self.press = None;
         } else if self.press.is_none() {
-            // What is too long for an Instant has no end.
+            // A hold that an Instant cannot express never ends.
             self.press = self.hold.and_then(|hold| Instant::now().checked_add(hold));
         }
     }

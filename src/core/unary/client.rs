@@ -34,7 +34,7 @@ pub struct UnaryLimits {
     /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
     /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`](super::MAX_PROTOBUF) for no limit.
     pub max_incoming: Option<usize>,
-    /// Number of incoming calls at work above which no more are read. Default: 4096; `usize::MAX`
+    /// Number of incoming calls in progress above which no more are read. Default: 4096; `usize::MAX`
     /// for no limit.
     pub max_unanswered: usize,
     /// Size of their payloads, in bytes, above which no more are read. Default: 64 MiB;
@@ -230,7 +230,7 @@ impl<T, P: Payload> Persistent<T, P> {
         &self.limits
     }
 
-    /// Changes the limits: for what is sent from now on, and for every frame whose payload has not
+    /// Changes the limits for messages sent from now on, and for every frame whose payload has not
     /// begun to arrive. The driver then asks [`wants_input`](Self::wants_input) again.
     pub fn set_limits(&mut self, limits: UnaryLimits) {
         self.limits = limits;
@@ -569,7 +569,7 @@ impl<T, P: Payload> Persistent<T, P> {
         }
     }
 
-    /// What follows from a frame that was skipped.
+    /// The event of a frame that was skipped.
     fn skipped(
         &mut self,
         id: Option<CallId>,

@@ -3,7 +3,7 @@
 use super::wire::{CallId, Direction};
 use crate::core::Error;
 
-/// A frame that is skipped, and what was found in it so far.
+/// A frame that is skipped, and the fields found in it so far.
 ///
 /// Reads the fields of the message in pieces of any size and stores none of them but the call id, so
 /// that it is found wherever it stands, in bounded memory.
@@ -59,7 +59,7 @@ impl Skip {
         }
     }
 
-    /// Takes what belongs to the frame off the front of `input`.
+    /// Takes the bytes of the frame off the front of `input`.
     pub fn take(&mut self, input: &mut &[u8]) {
         let (mut bytes, rest) = input.split_at(self.left.min(input.len()));
         *input = rest;

@@ -25,8 +25,9 @@ const EARNED: usize = 16;
 /// How much of a frame may come before its payload for that, in bytes.
 const MAX_HEAD: usize = 1024;
 
-/// Largest capacity of the frame buffer that is kept for the next frame, in bytes.
-pub(super) const KEPT_BUFFER: usize = 64 << 10;
+/// The frame buffer is kept for the next frame unless more bytes than these were in it: the share of
+/// a payload of 4 MiB that comes before there is room for it, and the head.
+pub(super) const KEPT_BUFFER: usize = (4 << 20) / EARNED + MAX_HEAD;
 
 /// How much of an error's text is sent, in bytes.
 const MAX_ERROR: usize = 16 * 1024;
@@ -145,7 +146,7 @@ pub(super) struct Reader<P> {
     body: Body<P>,
 }
 
-/// A frame of which the head was read and the rest is on its way.
+/// A frame whose head was read and whose rest is still to come.
 #[derive(Debug)]
 enum Body<P> {
     None,
@@ -271,17 +272,20 @@ impl<P: Payload> Reader<P> {
             // No further than the frame's end, or than its head may reach.
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
-                    let frame = self.take_buffer(end);
+                    let frame = if end > KEPT_BUFFER && end == self.buffer.len() {
+                        std::mem::take(&mut self.buffer)
+                    } else {
+                        self.buffer.split_to(end)
+                    };
                     return self.whole(&frame[prefix..], wanted).map(Some);
                 }
                 Frame::Large(partial) => {
                     self.body = Body::Payload(partial);
-                    let whole = self.buffer.len();
-                    drop(self.take_buffer(whole));
+                    self.clear_buffer();
                 }
                 Frame::Skip { prefix, mut skip } => {
-                    let whole = self.buffer.len();
-                    skip.take(&mut &self.take_buffer(whole)[prefix..]);
+                    skip.take(&mut &self.buffer[prefix..]);
+                    self.clear_buffer();
                     self.body = Body::Skipped(skip);
                 }
                 Frame::Needs(count) => {
@@ -318,12 +322,12 @@ impl<P: Payload> Reader<P> {
         !matches!(self.body, Body::None) || !self.buffer.is_empty()
     }
 
-    /// The first `count` bytes of the buffer. A large allocation goes with them.
-    fn take_buffer(&mut self, count: usize) -> BytesMut {
-        if count > KEPT_BUFFER && count == self.buffer.len() {
-            return std::mem::take(&mut self.buffer);
+    fn clear_buffer(&mut self) {
+        if self.buffer.len() > KEPT_BUFFER {
+            self.buffer = BytesMut::new();
+        } else {
+            self.buffer.clear();
         }
-        self.buffer.split_to(count)
     }
 
     /// How much of a frame is at the front of `bytes`.
@@ -508,7 +512,7 @@ enum Frame<P> {
     Whole { prefix: usize, end: usize },
     /// Its payload is to be received on its own. It has all the bytes there were.
     Large(Partial<P>),
-    /// It is too large: what follows its length prefix is to be skipped.
+    /// It is too large: all after its length prefix is skipped.
     Skip { prefix: usize, skip: Box<Skip> },
     /// So many bytes more.
     Needs(usize),

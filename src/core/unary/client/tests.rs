@@ -7,6 +7,7 @@ use super::p2pd::{
 use super::*;
 use crate::core::framing::encode_frame;
 use crate::core::unary::wire::{put_field, scan, Head, Scan, DIRECT, KEPT_BUFFER};
+use crate::core::unary::{MAX_PROTOBUF, READ};
 use proptest::prelude::*;
 use prost::encoding::{encode_varint, WireType};
 use std::sync::OnceLock;
@@ -791,7 +792,7 @@ fn a_late_answer_over_the_limit_confirms_a_cancel() {
 }
 
 #[test]
-fn an_acknowledgement_or_cancel_over_the_limit_is_what_it_says() {
+fn acts_on_an_acknowledgement_or_cancel_over_the_limit() {
     let mut connection = connection(small());
     let mut out = BytesMut::new();
     let id = connection.add_handler("x", false, 1, &mut out).unwrap();
@@ -830,6 +831,23 @@ fn a_frame_over_the_limit_is_not_stored() {
     let events = feed(&mut connection, &megabyte, &[1 << 20]).unwrap();
     assert_eq!(events, [UnaryEvent::Skipped { error }]);
     feed(&mut connection, &call([6; 16], b"ping"), &[50]).unwrap();
+    assert_eq!(connection.unanswered(), 1);
+}
+
+#[test]
+fn the_buffer_of_a_large_frame_is_not_kept() {
+    let mut connection = connection(UnaryLimits {
+        max_incoming: Some(MAX_PROTOBUF),
+        ..UnaryLimits::default()
+    });
+    let payload = vec![7; 16 << 20];
+    // The second is laid out in another way, so that all of it is buffered.
+    let unusual = frame_of(&[(2, b""), (99, &payload), (1, &[5; 16])]);
+    for frame in [call([5; 16], &payload), unusual] {
+        feed(&mut connection, &frame, &[READ]).unwrap();
+        assert!(connection.reader.buffer.is_empty());
+        assert!(connection.reader.buffer.capacity() <= 2 * KEPT_BUFFER);
+    }
     assert_eq!(connection.unanswered(), 1);
 }
 
