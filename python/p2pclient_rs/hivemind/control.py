@@ -17,10 +17,14 @@ import p2pclient_rs
 from p2pclient_rs import connector, control
 from p2pclient_rs._native import RawListener
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
-from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
-from p2pclient_rs.hivemind.exceptions import of_hivemind
-from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter, reader_and_writer
-from p2pclient_rs.hivemind.utils import (
+from p2pclient_rs.loops import reactor
+from p2pclient_rs.streams import Stream
+from p2pclient_rs.unary import UnaryClient
+
+from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
+from .exceptions import of_hivemind
+from .streams import StreamReader, StreamWriter, reader_and_writer
+from .utils import (
     DispatchFailure,
     P2PDaemonError,
     P2PHandlerError,
@@ -28,9 +32,6 @@ from p2pclient_rs.hivemind.utils import (
     read_pbmsg_safe,
     write_pbmsg,
 )
-from p2pclient_rs.loops import reactor
-from p2pclient_rs.streams import Stream
-from p2pclient_rs.unary import UnaryClient
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

@@ -7,25 +7,28 @@ does to pass them between its processes, and read again where there is no hivemi
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from p2pclient_rs import exceptions
-from p2pclient_rs.hivemind.datastructures import PeerID
+from p2pclient_rs import exceptions, hivemind_copy
 
-try:
+from . import PACKAGE
+from .datastructures import PeerID
+
+if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.utils import (
         ControlFailure,
         DispatchFailure,
         P2PDaemonError,
         P2PHandlerError,
     )
-except ImportError:
-    from p2pclient_rs.exceptions import (
-        ControlFailure,
-        DispatchFailure,
-        P2PDaemonError,
-        P2PHandlerError,
-    )
+else:
+    try:
+        _theirs = importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.utils")
+    except ImportError:
+        _theirs = exceptions
+    ControlFailure, DispatchFailure = _theirs.ControlFailure, _theirs.DispatchFailure
+    P2PDaemonError, P2PHandlerError = _theirs.P2PDaemonError, _theirs.P2PHandlerError
 
 __all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "of_hivemind"]
 
@@ -38,7 +41,7 @@ def _reduce(error: Exception) -> tuple[Any, ...]:
     if peer_id is not None:
         # As what can be read where there is no hivemind, and is a PeerID of whoever reads it.
         state["peer_id"] = peer_id.to_bytes()
-    return _load, (type(error), error.args, state)
+    return hivemind_copy.reduction(PACKAGE, _load, type(error), error.args, state)
 
 
 def _load(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
