@@ -181,9 +181,10 @@ def install(
             it has lost all of its peers. Its connections are looked at every 15 seconds; attempts
             are repeated after pauses that grow from 1 to 60 seconds, and are logged to
             ``p2pclient_rs.hivemind``. Not for those made by ``P2P.replicate``.
-        max_unanswered_calls: The default of hivemind's clients for how many incoming unary calls
-            may be at work at once; None leaves it as it is.
-        max_unanswered_bytes: The same for the size of their requests together, in bytes.
+        max_unanswered_calls: How many incoming unary calls each client of hivemind's handles at
+            once; None leaves the default.
+        max_unanswered_bytes: How many bytes the payloads of those calls may have together; None
+            leaves the default.
 
     Returns:
         What is replaced, by this call and those before.
@@ -193,9 +194,11 @@ def install(
             a version in `KNOWN_P2PCLIENT` or `KNOWN_HIVEMIND`. Nothing is changed then. If they
             were not, the report says so, and it is their import that raises this.
         ValueError: ``hivemind_package`` cannot be the name of a package, or is given together with
-            ``hivemind=False``.
+            ``hivemind=False``; a limit is negative.
     """
     _check_package(hivemind_package, hivemind)
+    _check_limit("max_unanswered_calls", max_unanswered_calls)
+    _check_limit("max_unanswered_bytes", max_unanswered_bytes)
     wishes: dict[str, _Wish] = {}
     if p2pclient:
         wishes[ALIAS] = _Wish(force)
@@ -229,6 +232,11 @@ def _check_package(name: str, hivemind: bool) -> None:
         raise ValueError(f"hivemind_package cannot be in {name.partition('.')[0]}")
     if not hivemind and name != _HIVEMIND:
         raise ValueError("hivemind_package is given, but hivemind=False")
+
+
+def _check_limit(name: str, limit: int | None) -> None:
+    if limit is not None and not limit >= 0:  # NaN, too
+        raise ValueError(f"{name} cannot be {limit}")
 
 
 def _install(wishes: dict[str, _Wish]) -> _State:
@@ -385,7 +393,7 @@ def _warn_once(state: _State, found: Original, stacklevel: int) -> None:
     if found.warning and not found.refused and found.warning not in state.warned:
         state.warned.add(found.warning)
         category = UnknownVersionWarning if found.unknown else CompatibilityWarning
-        warnings.warn(found.warning, category, stacklevel=stacklevel + 1)
+        warnings.warn(found.warning, category, stacklevel=stacklevel)
 
 
 def _calls() -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ __all__ = ["Bindings", "bindings_of", "is_being_imported"]
 #: Packages that are built on hivemind, and import its bindings under names of their own.
 _USERS = ("hivemind", "petals")
 
-#: Attributes of the layer's ``ControlClient``, set by the arguments of ``install()``.
-LIMITS = ("max_unanswered", "max_unanswered_bytes")
+#: Class attributes of the layer's ``ControlClient``, set by the arguments of ``install()``.
+LIMITS = ("DEFAULT_MAX_UNANSWERED", "DEFAULT_MAX_UNANSWERED_BYTES")
 
 _all: dict[str, Bindings] = {}
 
@@ -64,6 +64,7 @@ class Bindings:
 
         The caller does not hold the lock: importing can make other threads call ``install()``.
         """
+        _bootstrap._lock_unlock_module(self.p2p_daemon)  # type: ignore[attr-defined]
         for name, (module, _) in self._replaced.items():
             _bootstrap._lock_unlock_module(name)  # type: ignore[attr-defined]
             if name in sys.modules:

@@ -161,7 +161,7 @@ class _Watch:
         if not self._isolated:
             self._isolated = True
             logger.warning(
-                "%s has lost all of its peers; it is reconnected to its bootstrap peers", self._name
+                "%s has lost all of its peers; reconnecting to its bootstrap peers", self._name
             )
         reasons = await asyncio.gather(*(self._connect(client, *peer) for peer in self._peers))
         if None in reasons:
