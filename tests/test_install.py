@@ -231,7 +231,7 @@ def test_p2pclient_0_3_0_is_replaced_without_a_warning(
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.2.1"])
-def test_p2pclient_0_2_is_replaced_and_what_differs_is_told(
+def test_p2pclient_0_2_is_replaced_with_a_warning_that_lists_the_differences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     p2pclient_of(tmp_path, version)
@@ -695,7 +695,7 @@ def test_a_fork_is_replaced_by_force_with_a_warning_that_names_what_differs(
     )
 
 
-def test_what_was_refused_can_be_forced_later(unknown_hivemind: Path) -> None:
+def test_a_refused_version_can_be_forced_later(unknown_hivemind: Path) -> None:
     run_with(
         unknown_hivemind,
         """
@@ -739,7 +739,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize(("file", "old", "new", "reason"), CANNOT.values(), ids=CANNOT.keys())
-def test_a_fork_without_what_is_replaced_is_refused_even_by_force(
+def test_a_fork_without_the_needed_classes_is_refused_even_by_force(
     fork: Path, unknown_hivemind: Path, file: str, old: str | None, new: str, reason: str
 ) -> None:
     if old is None:
@@ -926,7 +926,7 @@ def test_a_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path:
 @pytest.mark.parametrize(
     "name", ["", ".hivemind", "fork..hivemind", "a b", "p2pclient", "p2pclient_rs.hivemind"]
 )
-def test_what_cannot_be_the_name_of_a_copy_is_refused(name: str) -> None:
+def test_an_impossible_name_of_a_copy_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="hivemind_package cannot be"):
         p2pclient_rs.install(hivemind_package=name)
     with pytest.raises(ValueError, match="hivemind=False"):
@@ -1082,7 +1082,7 @@ def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: 
     asyncio.run(main())
 
 
-def test_what_has_no_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
+def test_a_p2p_without_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
     async def main() -> None:
         _without = [
             await p2p_class.create(),

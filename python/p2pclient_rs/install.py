@@ -4,8 +4,8 @@ One import hook does all of it, and imports nothing ahead of time. For the name 
 returns this package's own module objects, so that a class is one class under both names. hivemind
 stays itself: once its bindings are imported, their clients are replaced in them.
 
-The parts are in ``swap``: what is known of versions, the import hook, the exchange of classes, and
-what processes started from here are told.
+The parts are in ``swap``: the check of versions, the import hook, the exchange of classes, the
+reconnection of hivemind's ``P2P``, and the data for processes started from here.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class InstallReport:
 
 @dataclass(frozen=True)
 class _Wish:
-    """What was asked for a package, by one call or several."""
+    """The options of a package, of one call of ``install()`` or several."""
 
     force: bool = False
     reconnect: bool = False
@@ -125,7 +125,7 @@ class _State:
     wishes: dict[str, _Wish] = field(default_factory=dict)
     # The modules of p2pclient that were imported before.
     originals: dict[str, ModuleType] = field(default_factory=dict)
-    # What was found of each package; and the warnings that were given.
+    # The packages as they were found; and the warnings that were given.
     found: dict[str, Original] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
@@ -297,7 +297,7 @@ def _examine(name: str, wish: _Wish) -> Original:
 
 
 def _check_imported(name: str, found: Original) -> None:
-    """Raises UnsupportedVersion if what cannot be replaced is imported already."""
+    """Raises UnsupportedVersion if a package is imported already and cannot be replaced."""
     modules = (ALIAS,) if name == ALIAS else bindings_of(name).modules
     if found.refused and not set(modules).isdisjoint(sys.modules):
         raise UnsupportedVersion(found.refused, name=name)
@@ -338,7 +338,7 @@ def _set_hooks(state: _State, name: str) -> None:
 
 
 def _check_at_import(state: _State, name: str) -> None:
-    """Raises UnsupportedVersion if what is about to be imported cannot be replaced."""
+    """Raises UnsupportedVersion if the package about to be imported cannot be replaced."""
     # Again, since it may be found elsewhere than when install() was called.
     found = _examine(name, state.wishes[name])
     if found.refused:
@@ -364,7 +364,7 @@ def _reconnect(module: ModuleType) -> None:
 
 
 def _replace_in_loaded(state: _State, name: str) -> None:
-    """Replaces the clients in what was imported, or half imported, before the finder was there."""
+    """Replaces the clients in modules that were imported, at least in part, before the hook."""
     entry = state.entry(name)
     if entry is None or entry.refused:
         return

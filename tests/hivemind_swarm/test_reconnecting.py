@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = str(Path(__file__).with_name("reconnecting.py"))
 
-#: What is run: the peer in the program's own process, in a forked one, in that of a DHT; below
+#: The programs: the peer in the program's own process, in a forked one, in that of a DHT; below
 #: ``python -m p2pclient_rs run --reconnect``; and without the option.
 RUNS = {
     "p2p": [PROGRAM, "on", "p2p"],

@@ -1,4 +1,4 @@
-"""The swap in Python processes that this one starts: what they are told, and how.
+"""The swap in Python processes that this one starts.
 
 Processes that ``multiprocessing`` starts afresh get it with the first data that they are sent. All
 others get it only below ``python -m p2pclient_rs run``, from the environment.
@@ -39,10 +39,11 @@ class _Install:
         self._calls = calls
         self._sys_path = sys_path
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
+    def __reduce__(self) -> tuple[Any, tuple[str, dict[str, Any]]]:
         # The path that the child is about to be given anyway: we may be found by it alone.
         code = f"import sys; sys.path = {self._sys_path!r}; "
-        return exec, (f"{code}from p2pclient_rs.install import adopt; adopt({self._calls!r})",)
+        code += f"from p2pclient_rs.install import adopt; adopt({self._calls!r})"
+        return exec, (code, {})
 
 
 def tell_children(module: ModuleType, calls: Callable[[], list[dict[str, Any]]]) -> None:
@@ -70,7 +71,7 @@ def tell_children(module: ModuleType, calls: Callable[[], list[dict[str, Any]]])
 def forget_children(module: ModuleType) -> None:
     """Undoes `tell_children`."""
     before = getattr(module.get_preparation_data, "_before", None)
-    # If somebody has wrapped ours meanwhile it stays, and does nothing.
+    # If other code has wrapped ours meanwhile, it stays, and does nothing.
     if before is not None:
         module.get_preparation_data = before  # type: ignore[attr-defined]
 
@@ -79,7 +80,7 @@ def parse_options(arguments: Iterable[str]) -> tuple[list[dict[str, Any]], list[
     """Takes the options of ``run`` off its arguments.
 
     Returns:
-        The arguments of the calls of ``install()``, and what follows the options.
+        The arguments of the calls of ``install()``, and the arguments that follow the options.
 
     Raises:
         ValueError: An option has no value.
@@ -105,7 +106,7 @@ def parse_options(arguments: Iterable[str]) -> tuple[list[dict[str, Any]], list[
 
 
 def options(calls: Sequence[dict[str, Any]]) -> str:
-    """The options of ``run`` for these calls, as one text; empty if there are none."""
+    """The options of ``run`` for these calls, as one text; empty without options."""
     found = [f"{_PACKAGE}={c['hivemind_package']}" for c in calls if "hivemind_package" in c]
     found += [option for option in (_FORCE, _RECONNECT) if any(c.get(option[2:]) for c in calls)]
     return " ".join(found)

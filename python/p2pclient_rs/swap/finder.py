@@ -36,7 +36,7 @@ class Finder(SwapFinder):
         """Gives p2pclient's name to this package's modules from now on.
 
         Args:
-            before: Called before that; what it raises is the import's failure.
+            before: Called before each such import, which fails with the exception that it raises.
         """
         self._before_alias = before
 
@@ -51,7 +51,7 @@ class Finder(SwapFinder):
         Args:
             name: The module's name.
             after: Called with the module when it has run.
-            before: Called before it is looked for; what it raises is the import's failure.
+            before: Called before each import, which fails with the exception that it raises.
         """
         self._hooks[name] = before, after
 
@@ -98,7 +98,7 @@ class _AliasLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         # The import system has just put the alias's spec on it, with which reload() would fail.
         module.__spec__ = self._real_spec
-        # Importing a package of the original leaves what it imports of itself in sys.modules.
+        # As the original, a package leaves the modules that it imports in sys.modules.
         for name, loaded in list(sys.modules.items()):
             if name.startswith(f"{self._real_name}.") and not is_being_imported(loaded):
                 sys.modules.setdefault(self._alias + name[len(self._real_name) :], loaded)

@@ -28,7 +28,7 @@ logger = logging.getLogger("p2pclient_rs.hivemind")
 _ATTRIBUTE = "_p2pclient_rs_reconnection"
 
 _watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
-#: The classes that were wrapped: for each method what the class had before, and what it has now.
+#: The wrapped classes: for each method the class's own attribute before, and ours.
 _wrapped: dict[type, dict[str, tuple[Any, Any]]] = {}
 
 

@@ -1,4 +1,4 @@
-"""The originals: where they are, which versions are known, and what is wrong with other ones.
+"""Finds the originals, and decides by version and file contents whether they can be replaced.
 
 Nothing here imports an original. Its version and its files are read from where an import would find
 them.
@@ -87,7 +87,7 @@ class UnsupportedVersion(ImportError):
 
 
 class CompatibilityWarning(RuntimeWarning):
-    """What is replaced differs from its replacement in ways that a program may notice."""
+    """A replaced package differs from its replacement in ways that a program may notice."""
 
 
 class UnknownVersionWarning(CompatibilityWarning):
@@ -189,7 +189,7 @@ def examine_hivemind(name: str, force: bool = False) -> Original:
 
     Args:
         name: Its import name.
-        force: Whether unknown bindings are accepted, as long as they have what is replaced.
+        force: Whether unknown bindings are accepted, as long as they have the needed classes.
     """
     package = _locate(name)
     if package is None:
