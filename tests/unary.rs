@@ -548,7 +548,20 @@ where
     F: Future<Output = Result<R, String>> + Send + 'static,
     R: Into<Bytes>,
 {
-    let client = daemon.client();
+    serve(daemon.client(), daemon, name, handler).await
+}
+
+/// As `serving`, with this client.
+async fn serve<F, R>(
+    client: Client,
+    daemon: &FakeDaemon,
+    name: &str,
+    handler: impl Fn(UnaryCall) -> F + Send + Sync + 'static,
+) -> (Client, Persistent)
+where
+    F: Future<Output = Result<R, String>> + Send + 'static,
+    R: Into<Bytes>,
+{
     let (added, connection) = join!(client.add_unary_handler(name, true, handler), async {
         let mut connection = Persistent::accept(daemon).await;
         let (id, added) = connection.addition().await;
@@ -982,6 +995,180 @@ async fn a_request_over_the_limit_is_not_sent() {
         Err(Error::MessageTooLarge { limit: 1000, .. })
     ));
     works(&client, &mut connection).await;
+}
+
+/// A client with these limits.
+fn limited(daemon: &FakeDaemon, limits: UnaryLimits) -> Client {
+    let builder = Client::builder(daemon.control()).unary_limits(limits);
+    builder.build().unwrap()
+}
+
+#[tokio::test]
+async fn an_answer_over_the_limit_fails_its_call_alone() {
+    let large = Bytes::from(vec![7; 300_000]);
+    let handler_error = Answer::CallUnaryResponse(p2pd::CallUnaryResponse {
+        result: Some(Reply::Error(large.clone())),
+    });
+    let refusal = Answer::DaemonError(p2pd::DaemonError {
+        message: Some(large.clone()),
+    });
+    for oversized in [reply(large), handler_error, refusal] {
+        let daemon = FakeDaemon::new();
+        let limits = UnaryLimits {
+            max_incoming: Some(1000),
+            ..UnaryLimits::default()
+        };
+        let client = limited(&daemon, limits);
+        let (failed, replied, mut connection) =
+            join!(call(&client, "first"), call(&client, "second"), async {
+                let mut connection = Persistent::accept(&daemon).await;
+                for _ in 0..2 {
+                    let (id, data) = connection.call().await;
+                    if data == "first" {
+                        connection.answer(&id, oversized.clone()).await;
+                    } else {
+                        connection.reply(&id, data).await;
+                    }
+                }
+                connection
+            });
+        assert_eq!(replied.unwrap(), "second");
+        let error = failed.unwrap_err();
+        let Error::MessageTooLarge {
+            size,
+            limit,
+            received,
+            ..
+        } = error
+        else {
+            panic!("{error:?}")
+        };
+        assert!(size > 300_000 && limit == 1000 && received);
+        assert_eq!(error.context().unwrap().request, "CALL_UNARY");
+        works(&client, &mut connection).await;
+        daemon.nobody_connects();
+    }
+}
+
+#[tokio::test]
+async fn a_call_over_the_limit_is_answered_with_its_size_and_the_limit() {
+    let daemon = FakeDaemon::new();
+    let limits = UnaryLimits {
+        max_incoming: Some(1000),
+        ..UnaryLimits::default()
+    };
+    let client = limited(&daemon, limits);
+    let (client, mut connection) = serve(client, &daemon, "served", async |call: UnaryCall| {
+        Ok(call.payload)
+    })
+    .await;
+    let oversized = Answer::RequestHandling(p2pd::CallUnaryRequest {
+        peer: Some(peer().to_bytes()),
+        proto: Some("served".into()),
+        data: Some(vec![0; 300_000].into()),
+    });
+    connection.answer(&id(1), oversized).await;
+    connection.answer(&id(2), incoming("served", "ping")).await;
+    let (refused, words) = connection.response().await;
+    let Reply::Error(words) = words else {
+        panic!("{words:?}")
+    };
+    let words = String::from_utf8(words.to_vec()).unwrap();
+    assert_eq!(refused, id(1));
+    assert!(
+        words.contains("the call of 300") && words.contains("limit of 1000"),
+        "{words}"
+    );
+    assert_eq!(
+        connection.response().await,
+        (id(2), Reply::Response("ping".into()))
+    );
+    works(&client, &mut connection).await;
+}
+
+#[tokio::test]
+async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
+    let daemon = FakeDaemon::new();
+    let limits = UnaryLimits {
+        max_incoming: Some(1000),
+        ..UnaryLimits::default()
+    };
+    let client = limited(&daemon, limits);
+    let (replied, mut connection) = join!(call(&client, "hello"), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, data) = connection.call().await;
+        let mut junk = vec![0x80, 0x80, 0x04]; // 64 KiB of junk
+        junk.resize(junk.len() + (64 << 10), 0xff);
+        connection.0.send(&junk).await;
+        connection.reply(&id, data).await;
+        connection
+    });
+    assert_eq!(replied.unwrap(), "hello");
+    works(&client, &mut connection).await;
+}
+
+/// Calls a client with these limits sixty times with 2 MiB. Returns how many of the calls are answered
+/// with an error while all others are in progress.
+async fn refused_of_sixty(limits: UnaryLimits) -> usize {
+    let daemon = FakeDaemon::new();
+    let client = limited(&daemon, limits);
+    let (release, released) = tokio::sync::watch::channel(false);
+    let entered = Arc::new(AtomicUsize::new(0));
+    let counted = entered.clone();
+    let handler = move |_: UnaryCall| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        let mut released = released.clone();
+        async move {
+            released.wait_for(|released| *released).await.unwrap();
+            Ok::<_, String>("done")
+        }
+    };
+    let (_client, mut connection) = serve(client, &daemon, "served", handler).await;
+    for number in 0..60 {
+        let call = Answer::RequestHandling(p2pd::CallUnaryRequest {
+            peer: Some(peer().to_bytes()),
+            proto: Some("served".into()),
+            data: Some(vec![0; 2 << 20].into()),
+        });
+        connection.answer(&id(number), call).await;
+    }
+    let mut refused = 0;
+    while refused + entered.load(Ordering::SeqCst) < 60 {
+        select! {
+            biased;
+            (_, answer) = connection.response() => {
+                assert!(matches!(answer, Reply::Error(_)), "{answer:?}");
+                refused += 1;
+            }
+            () = tokio::time::sleep(Duration::from_millis(5)) => {}
+        }
+    }
+    release.send(true).unwrap();
+    for _ in refused..60 {
+        let (_, answer) = connection.response().await;
+        assert_eq!(answer, Reply::Response("done".into()));
+    }
+    refused
+}
+
+#[tokio::test]
+async fn without_bounds_all_calls_are_served_at_once() {
+    let limits = UnaryLimits {
+        max_unanswered: usize::MAX,
+        max_unanswered_bytes: usize::MAX,
+        ..UnaryLimits::default()
+    };
+    assert_eq!(refused_of_sixty(limits).await, 0);
+}
+
+#[tokio::test]
+async fn calls_over_the_bound_are_refused_after_the_hold() {
+    let limits = UnaryLimits {
+        hold: Some(Duration::ZERO),
+        ..UnaryLimits::default()
+    };
+    // 32 of them are 64 MiB.
+    assert_eq!(refused_of_sixty(limits).await, 28);
 }
 
 #[tokio::test]

@@ -74,6 +74,7 @@ pub fn persistent(data: &[u8]) {
         max_message,
         max_unanswered: 2 + usize::from(limits / 3 % 8),
         max_unanswered_bytes: 100_000,
+        ..UnaryLimits::default()
     };
     let run = |seed, in_place| {
         let feeding = Feeding { seed, in_place };
@@ -393,6 +394,13 @@ impl<'a> Run<'a> {
             }
             UnaryEvent::Unserved { id, reason } => {
                 self.connection.refuse(id, reason, &mut self.out);
+            }
+            UnaryEvent::Oversized { token, error } => {
+                assert!(matches!(error, Error::ReplyTooLarge { .. }));
+                answered(token);
+            }
+            UnaryEvent::Skipped { error } => {
+                assert!(matches!(error, Error::ReplyTooLarge { .. }));
             }
         }
     }

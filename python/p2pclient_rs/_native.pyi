@@ -51,6 +51,11 @@ DEBUG_BUILD: bool
 
 # --- types ---
 
+# Of a persistent connection: the largest message to send and to receive, in bytes; the number of
+# incoming calls in progress and the size of their payloads, in bytes; how long, in seconds, reading
+# may pause above these. None is no limit; for the second it is the first and 64 KiB.
+_UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
+
 class _ToBytes(TypingProtocol):
     def to_bytes(self) -> bytes: ...
 
@@ -408,7 +413,7 @@ class ControlConnection:
     def take_persistent(
         self,
         seed: bytes,
-        max_message: int,
+        limits: _UnaryLimits,
         reactor: object,
         event_loop: asyncio.AbstractEventLoop | None,
         pump: Callable[[PersistentConnection], object],
@@ -524,6 +529,7 @@ class PersistentConnection:
     def cancel(self, id: bytes) -> None: ...
     def reply(self, id: bytes, data: Buffer) -> None: ...
     def reply_error(self, id: bytes, error: str) -> None: ...
+    def set_limits(self, limits: _UnaryLimits) -> None: ...
     def room(self, token: object) -> bool: ...
     def pass_on(self, token: object) -> None: ...
     def close(self) -> None: ...

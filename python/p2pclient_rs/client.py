@@ -15,7 +15,13 @@ from p2pclient_rs.dht import DHTClient
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import Stream, Subscription
-from p2pclient_rs.unary import DEFAULT_MAX_MESSAGE_SIZE, UnaryClient, UnaryHandler
+from p2pclient_rs.unary import (
+    DEFAULT_HOLD,
+    DEFAULT_MAX_UNANSWERED,
+    DEFAULT_MAX_UNANSWERED_BYTES,
+    UnaryClient,
+    UnaryHandler,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -37,7 +43,11 @@ class Client:
         listen_maddr: Where the daemon is to connect to for inbound streams, likewise;
             ``/unix/tmp/p2pclient.sock`` if none.
         persistent_conn_max_msg_size: The largest message of a unary call, in bytes; what the
-            daemon was started with, which is 4 MiB unless told otherwise.
+            daemon was started with. None takes the daemon's limit if it can be found out, and
+            4 MiB otherwise.
+        max_unanswered, max_unanswered_bytes, hold: The bounds of peers' unary calls in progress,
+            and how long, in seconds, peers wait before the calls over them are refused; see
+            ``UnaryClient``.
 
     Attributes:
         control: Peers, connections and streams.
@@ -66,7 +76,10 @@ class Client:
         control_maddr: MultiaddrLike | None = None,
         listen_maddr: MultiaddrLike | None = None,
         *,
-        persistent_conn_max_msg_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+        persistent_conn_max_msg_size: int | None = None,
+        max_unanswered: int | None = DEFAULT_MAX_UNANSWERED,
+        max_unanswered_bytes: int | None = DEFAULT_MAX_UNANSWERED_BYTES,
+        hold: float | None = DEFAULT_HOLD,
     ) -> None:
         connector = DaemonConnector(control_maddr)
         self.control = ControlClient(connector, listen_maddr)
@@ -74,7 +87,13 @@ class Client:
         self.connmgr = ConnectionManagerClient(connector)
         self.peerstore = PeerstoreClient(connector)
         self.pubsub = PubSubClient(connector)
-        self.unary = UnaryClient(connector, max_message_size=persistent_conn_max_msg_size)
+        self.unary = UnaryClient(
+            connector,
+            max_message_size=persistent_conn_max_msg_size,
+            max_unanswered=max_unanswered,
+            max_unanswered_bytes=max_unanswered_bytes,
+            hold=hold,
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.control.daemon_connector.control_maddr}>"

@@ -34,7 +34,16 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import Reactor, Watch, carry_out, current_loop, is_current, pump, watch
+from p2pclient_rs.loops import (
+    Reactor,
+    UnlessClosed,
+    Watch,
+    carry_out,
+    current_loop,
+    is_current,
+    pump,
+    watch,
+)
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
@@ -43,6 +52,10 @@ DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
 
 #: What is said of a request that a daemon closed the connection on.
 UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it does not know"
+
+#: Of a persistent connection; see ``UnaryClient``: ``max_message_size``, ``max_incoming_size``,
+#: ``max_unanswered``, ``max_unanswered_bytes`` and ``hold``.
+UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
@@ -291,7 +304,7 @@ class DaemonConnector:
 
     async def open_persistent_connection(
         self,
-        max_message_size: int,
+        limits: Callable[[int], UnaryLimits],
         reactor: Reactor,
         owner: Callable[[], object],
         *,
@@ -300,7 +313,7 @@ class DaemonConnector:
         """A new persistent connection, for unary calls.
 
         Args:
-            max_message_size: The largest message to send, in bytes.
+            limits: Gives the connection's limits, for its descriptor.
             reactor: The running event loop.
             owner: Gives what incoming calls are handed to, or None if that is gone.
 
@@ -312,8 +325,9 @@ class DaemonConnector:
         work = self._upgrade(name)
         connection = await self._described(work, name, timeout)
         connection.watch.close()
+        limited = limits(connection.raw.fileno())
         persistent, rest = connection.raw.take_persistent(
-            os.urandom(32), max_message_size, reactor, reactor.event_loop, pump, owner
+            os.urandom(32), limited, reactor, reactor.event_loop, pump, owner
         )
         came: list[Any] = []
         persistent.start(rest, came)
@@ -512,7 +526,7 @@ class DaemonConnector:
         try:
             if timeout is None:
                 return await work
-            with anyio.move_on_after(timeout):
+            with UnlessClosed(anyio.move_on_after(timeout)):
                 return await work
             raise ControlTimeout(f"no answer within {timeout:g} s")
         except ControlFailure as error:

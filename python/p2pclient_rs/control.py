@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import anyio
@@ -29,7 +29,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
-from p2pclient_rs.loops import Watch, current_loop, watch
+from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, Watch, current_loop, watch
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
@@ -265,10 +265,16 @@ class ControlClient:
         try:
             listener, self.listen_maddr = await self._bind(Multiaddr(configured))
             async with self._serving(listener):
+                closed = False
                 try:
                     yield self
+                except GeneratorExit:
+                    # By the collector, or with the loop: nothing can be awaited here.
+                    closed = True
+                    raise
                 finally:
-                    await self._unregister_all()
+                    if not closed:
+                        await self._unregister_all()
         finally:
             self._scope = None
             self._listening = False
@@ -299,19 +305,20 @@ class ControlClient:
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         """Serves the listener until the context is left."""
-        self._scope = anyio.CancelScope()
+        self._scope = scope = anyio.CancelScope()
         async with _ungrouped_task_group() as tasks:
-            tasks.start_soon(self._serve, listener, self._scope)
+            tasks.start_soon(self._serve, listener, scope)
             try:
                 yield
             finally:
-                tasks.cancel_scope.cancel()
+                with suppress(RuntimeError):  # raised if no event loop is running
+                    scope.cancel()
 
     async def _serve(self, listener: RawListener, scope: anyio.CancelScope) -> None:
         watched = watch(listener.fileno())
         try:
-            with scope:
-                async with anyio.create_task_group() as tasks:
+            with UnlessClosed(scope):
+                async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
                     while True:
                         await self._accept(listener, watched, tasks)
         finally:
@@ -383,7 +390,7 @@ class ControlClient:
                 )
 
     async def _header(self, stream: Stream) -> bytes:
-        with anyio.CancelScope() as scope:
+        with UnlessClosed(anyio.CancelScope()) as scope:
             self._half_open[scope] = anyio.current_time()
             try:
                 # The JavaScript daemon connects when a handler is registered, and says nothing
@@ -400,7 +407,7 @@ class ControlClient:
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
-        with anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True):
+        with UnlessClosed(anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True)):
             for proto in list(self.handlers):
                 try:
                     await self._unregister(proto, None)
@@ -434,7 +441,7 @@ def _is_asked_for() -> bool:
 async def _ungrouped_task_group() -> AsyncIterator[TaskGroup]:
     """A task group whose tasks do not fail: what its body raises comes out as it is."""
     failure = None
-    async with anyio.create_task_group() as tasks:
+    async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
         try:
             yield tasks
         except Exception as error:

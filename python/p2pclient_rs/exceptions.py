@@ -8,7 +8,7 @@
     │   ├── ConnectionLost          the connection ended before the answer (a ConnectionError)
     │   ├── ControlTimeout          no answer in time (a TimeoutError)
     │   ├── ProtocolViolation       the daemon sent what the protocol does not allow
-    │   ├── MessageTooLarge         more than the daemon takes: nothing was sent
+    │   ├── MessageTooLarge         a sent or received message exceeds the limit
     │   └── ForkedClientError       a client was used in a forked child of its process
     ├── DispatchFailure             an inbound stream could not be given to a handler
     └── DaemonStartError            a daemon process did not come up
@@ -140,7 +140,19 @@ class ProtocolViolation(ControlFailure):
 
 
 class MessageTooLarge(ControlFailure):
-    """A message exceeds what the daemon takes: nothing was sent, and the connection is good."""
+    """A message exceeds a limit. Only this call fails: the connection stays usable.
+
+    A request over the limit was not sent. A reply over the limit was skipped: the handler ran.
+
+    Attributes:
+        size: The size of the message, in bytes.
+        limit: The limit, in bytes; None if there was no memory for the message.
+        received: Whether it is a reply. If not, nothing was sent.
+    """
+
+    size: int | None = None
+    limit: int | None = None
+    received: bool = False
 
 
 class ForkedClientError(ControlFailure):

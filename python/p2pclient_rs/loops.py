@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import Context
-from typing import Any, Protocol, TypeAlias
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import anyio
 
@@ -24,6 +26,8 @@ from p2pclient_rs._native import (
 __all__ = [
     "Promise",
     "Reactor",
+    "UnlessClosed",
+    "UnlessClosedAsync",
     "Watch",
     "Work",
     "carry_out",
@@ -37,8 +41,55 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: What is to be called: in a context with one argument, or without one with several.
 _Call: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
+
+
+class UnlessClosed(Generic[T]):
+    """Leaves a context at the end of a ``with`` block, unless the coroutine is closed there.
+
+    The garbage collector, or the end of the event loop, closes a coroutine with ``GeneratorExit``.
+    Its task, and perhaps its loop, are gone then: anyio's scopes and locks cannot be left, and
+    nothing can be awaited. What the context refers to is collected with the coroutine.
+    """
+
+    def __init__(self, context: AbstractContextManager[T, bool | None]) -> None:
+        self._context = context
+
+    def __enter__(self) -> T:
+        return self._context.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        if kind is GeneratorExit:
+            return None
+        return self._context.__exit__(kind, error, traceback)
+
+
+class UnlessClosedAsync(Generic[T]):
+    """As ``UnlessClosed``, for ``async with``."""
+
+    def __init__(self, context: AbstractAsyncContextManager[T, bool | None]) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> T:
+        return await self._context.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        if kind is GeneratorExit:
+            return None
+        return await self._context.__aexit__(kind, error, traceback)
 
 
 class Watch(Protocol):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import math
 import os
+import sys
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
+from p2pclient_rs import daemon_limit
 from p2pclient_rs._native import PeerID, PersistentConnection
-from p2pclient_rs.connector import DaemonConnector, PeerIDLike
+from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
+from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
@@ -25,15 +30,37 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     P2PHandlerError,
 )
-from p2pclient_rs.loops import Promise, Work, current_loop, is_current, reactor
+from p2pclient_rs.loops import (
+    Promise,
+    UnlessClosed,
+    UnlessClosedAsync,
+    Work,
+    current_loop,
+    is_current,
+    reactor,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DEFAULT_MAX_MESSAGE_SIZE", "UnaryClient", "UnaryHandler"]
+__all__ = [
+    "DEFAULT_HOLD",
+    "DEFAULT_MAX_MESSAGE_SIZE",
+    "DEFAULT_MAX_UNANSWERED",
+    "DEFAULT_MAX_UNANSWERED_BYTES",
+    "UnaryClient",
+    "UnaryHandler",
+]
 
-#: What hivemind's daemon takes unless told otherwise, in bytes.
-DEFAULT_MAX_MESSAGE_SIZE = 4 << 20
+#: How many calls of peers may be in progress before no more are read.
+DEFAULT_MAX_UNANSWERED = 4096
+#: How many bytes their payloads may have.
+DEFAULT_MAX_UNANSWERED_BYTES = 64 << 20
+#: How long reading may pause for that, in seconds.
+DEFAULT_HOLD = 5.0
+
+#: No message is larger, in bytes: it is protobuf's own limit.
+MAX_PROTOBUF_SIZE = 2**31 - 1
 
 #: What is called for an incoming call, in a task of its own, with the request and the caller's
 #: peer id. What it returns is the reply.
@@ -64,33 +91,135 @@ class UnaryClient:
     handlers, that is tried without a call, too, until the daemon is there again. hivemind's daemon
     ends when its last persistent connection is closed.
 
-    Calls of peers are bounded: when 4096 of them, or 64 MiB, are at work, no more are read for up
-    to 5 s, so that it is the peers who wait; then those over the bound are answered with an error.
-    While a call of ours is under way, on which a handler may depend, those over four times the
-    bound are.
+    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are in
+    progress, no more are read for up to ``hold`` seconds, so that the peers wait. After that the
+    calls over the bound are answered with an error. While a call of ours is under way, on which a
+    handler may depend, reading goes on, and calls over four times the bound are refused.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``.
+    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
+    attributes, too, and can be set at any time: new values apply from the next message on.
 
     Args:
-        daemon_connector: The way to the daemon.
+        daemon_connector: The way to the daemon. As an attribute it can be set while the persistent
+            connection is closed.
         max_message_size: The largest message to send, in bytes: the payload, the handler's name
             and less than 100 bytes more. It must not exceed the daemon's
-            ``-persistentConnMaxMsgSize``.
+            ``-persistentConnMaxMsgSize``. None takes the daemon's limit if it can be found out when
+            the connection is opened (see ``p2pclient_rs.daemon_limit``), and 4 MiB otherwise; the
+            attribute then gives the limit in effect.
+        max_incoming_size: The largest message to receive, in bytes. A larger one is skipped: a
+            reply raises ``MessageTooLarge``, a peer's call is answered with an error. None is
+            ``max_message_size`` and 64 KiB.
+        max_unanswered: How many calls of peers may be in progress; None for any number.
+        max_unanswered_bytes: How many bytes their payloads may have; None for any number.
+        hold: How long reading may pause because of these two, in seconds; None for as long as
+            they are exceeded, during which neither cancels nor the connection's end are seen.
+        handlers: A table of handlers to read at each call, and to keep up to date; None for one
+            of its own for each event loop.
+
+    Raises:
+        ValueError: A limit is negative or no number.
     """
 
     def __init__(
         self,
         daemon_connector: DaemonConnector,
         *,
-        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+        max_message_size: int | None = None,
+        max_incoming_size: int | None = None,
+        max_unanswered: int | None = DEFAULT_MAX_UNANSWERED,
+        max_unanswered_bytes: int | None = DEFAULT_MAX_UNANSWERED_BYTES,
+        hold: float | None = DEFAULT_HOLD,
+        handlers: MutableMapping[str, UnaryHandler] | None = None,
     ) -> None:
-        self.daemon_connector = daemon_connector
-        self.max_message_size = max_message_size
+        self._settings = _Settings(daemon_connector)
+        self._table = handlers
         #: By event loop.
         self._links: dict[Any, _Link] = {}
         #: The last one used, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: _Link | None = None
+        self.max_message_size = max_message_size
+        self.max_incoming_size = max_incoming_size
+        self.max_unanswered = max_unanswered
+        self.max_unanswered_bytes = max_unanswered_bytes
+        self.hold = hold
+
+    @property
+    def daemon_connector(self) -> DaemonConnector:
+        """The way to the daemon.
+
+        Raises:
+            ControlFailure: It is set while the persistent connection is open or being opened.
+        """
+        return self._settings.connector
+
+    @daemon_connector.setter
+    def daemon_connector(self, connector: DaemonConnector) -> None:
+        if any(link.connected or link.opening for link in list(self._links.values())):
+            raise ControlFailure(
+                "daemon_connector cannot be set while the persistent connection is open: "
+                "call close() before"
+            )
+        self._settings.connector = connector
+        self._settings.found = None
+
+    @property
+    def max_message_size(self) -> int:
+        """The largest message to send, in bytes: the value that was set, or the daemon's."""
+        return self._settings.largest
+
+    @max_message_size.setter
+    def max_message_size(self, size: int | None) -> None:
+        self._settings.max_message_size = _limit("max_message_size", size)
+        self._apply()
+
+    @property
+    def max_incoming_size(self) -> int | None:
+        """The largest message to receive, in bytes."""
+        return self._settings.max_incoming_size
+
+    @max_incoming_size.setter
+    def max_incoming_size(self, size: int | None) -> None:
+        self._settings.max_incoming_size = _limit("max_incoming_size", size)
+        self._apply()
+
+    @property
+    def max_unanswered(self) -> int | None:
+        """How many calls of peers may be in progress."""
+        return self._settings.max_unanswered
+
+    @max_unanswered.setter
+    def max_unanswered(self, count: int | None) -> None:
+        self._settings.max_unanswered = _limit("max_unanswered", count)
+        self._apply()
+
+    @property
+    def max_unanswered_bytes(self) -> int | None:
+        """How many bytes the payloads of calls in progress may have."""
+        return self._settings.max_unanswered_bytes
+
+    @max_unanswered_bytes.setter
+    def max_unanswered_bytes(self, size: int | None) -> None:
+        self._settings.max_unanswered_bytes = _limit("max_unanswered_bytes", size)
+        self._apply()
+
+    @property
+    def hold(self) -> float | None:
+        """How long reading may pause because of too many calls, in seconds."""
+        return self._settings.hold
+
+    @hold.setter
+    def hold(self, seconds: float | None) -> None:
+        if seconds is not None and not seconds >= 0:  # NaN, too
+            raise ValueError(f"hold is a number of seconds from 0 on, or None, not {seconds}")
+        self._settings.hold = None if seconds == math.inf else seconds
+        self._apply()
+
+    def _apply(self) -> None:
+        """Tells the open connections of limits that changed."""
+        for link in list(self._links.values()):
+            link.apply_limits()
 
     async def open(self, *, timeout: float | None = None) -> None:
         """Opens the persistent connection, if it is not open.
@@ -109,7 +238,7 @@ class UnaryClient:
         """Opens the persistent connection, if it is not open and there are handlers to be called
         over it: for a daemon that was started anew."""
         link = self._links.get(current_loop())
-        if link is not None and link.handlers:
+        if link is not None and link.serves():
             await self.open()
 
     async def call(
@@ -127,7 +256,8 @@ class UnaryClient:
         Raises:
             P2PHandlerError: The handler failed, or there is none of that name.
             DaemonRefused: The peer cannot be reached, or does not serve calls of that name.
-            MessageTooLarge: The request exceeds ``max_message_size``; nothing was sent.
+            MessageTooLarge: The request exceeds ``max_message_size``, and was not sent, or the
+                reply exceeds ``max_incoming_size``.
             ConnectionLost: The connection to the daemon ended before the reply.
             ControlTimeout: No reply within ``timeout`` seconds.
         """
@@ -207,7 +337,7 @@ class UnaryClient:
         link = self._link()
         try:
             with _deadline(timeout):
-                await link.add_handler(proto, _Handler(handler, balanced, copy_context()))
+                await link.add_handler(proto, handler, _Registration(balanced, copy_context()))
                 return
             raise _timed_out(timeout)
         except ControlFailure as error:
@@ -244,10 +374,17 @@ class UnaryClient:
         self._links.clear()
 
     @property
-    def handlers(self) -> dict[str, UnaryHandler]:
-        """The handlers by name, of whichever event loop. A copy."""
+    def handlers(self) -> Mapping[str, UnaryHandler]:
+        """The handlers by name, of whichever event loop. A copy, which cannot be changed: see
+        ``add_handler`` and ``remove_handler``."""
         links = list(self._links.values())
-        return {name: entry.handler for link in links for name, entry in link.handlers.items()}
+        return MappingProxyType({name: h for link in links for name, h in link.handlers.items()})
+
+    def _use_table(self, table: MutableMapping[str, UnaryHandler]) -> None:
+        """Reads the handlers from another table from now on."""
+        self._table = table
+        for link in list(self._links.values()):
+            link.handlers = table
 
     @property
     def connected(self) -> bool:
@@ -273,15 +410,57 @@ class UnaryClient:
                 if used.ended:
                     del self._links[other]
                     used.close()
-            link = self._links[loop] = _Link(self.daemon_connector, self.max_message_size)
+            table = {} if self._table is None else self._table
+            link = self._links[loop] = _Link(self._settings, table)
         if isinstance(loop, asyncio.AbstractEventLoop):
             self._loop, self._recent = loop, link
         return link
 
 
+@dataclass
+class _Settings:
+    """The settings of a client, which its links read."""
+
+    connector: DaemonConnector
+    max_message_size: int | None = None
+    max_incoming_size: int | None = None
+    max_unanswered: int | None = None
+    max_unanswered_bytes: int | None = None
+    hold: float | None = None
+    #: The daemon's limit, in bytes, if it was found out.
+    found: int | None = None
+    #: The limit if it was not.
+    fallback: int = DEFAULT_MAX_MESSAGE_SIZE
+    #: The level of the log line about a lost connection.
+    loss_level: int = logging.WARNING
+
+    @property
+    def largest(self) -> int:
+        """The largest message to send, in bytes."""
+        for size in (self.max_message_size, self.found):
+            if size is not None:
+                return size
+        return self.fallback
+
+    def find(self, fd: int) -> UnaryLimits:
+        """The limits for a connection, on which the daemon's are looked for."""
+        self.found = daemon_limit.find(fd, self.connector.control_maddr)
+        return self.limits()
+
+    def limits(self) -> UnaryLimits:
+        return (
+            self.largest,
+            self.max_incoming_size,
+            self.max_unanswered,
+            self.max_unanswered_bytes,
+            self.hold,
+        )
+
+
 @dataclass(frozen=True)
-class _Handler:
-    handler: UnaryHandler
+class _Registration:
+    """A handler's registration with the daemon, and the context that its calls run in."""
+
     balanced: bool
     context: Context
 
@@ -315,9 +494,8 @@ class _Opening:
 class _Link:
     """The persistent connection that belongs to one event loop, with what it serves."""
 
-    def __init__(self, connector: DaemonConnector, max_message_size: int) -> None:
-        self._connector = connector
-        self._max_message_size = max_message_size
+    def __init__(self, settings: _Settings, handlers: MutableMapping[str, UnaryHandler]) -> None:
+        self._settings = settings
         self._reactor = reactor()
         self._promise = self._reactor.promise
         #: The connection, if it is open.
@@ -328,7 +506,12 @@ class _Link:
         self._return: Work | None = None
         self._closed = False
         self._pid = os.getpid()
-        self.handlers: dict[str, _Handler] = {}
+        #: The handlers that are called. Others may change it.
+        self.handlers = handlers
+        #: The handlers that the daemon knows of.
+        self.registered: dict[str, _Registration] = {}
+        #: The context for handlers that others put into the table.
+        self._context = copy_context()
         #: The names that the daemon is being told to forget, and who waits for that: it does not
         #: keep the order of what it is told.
         self._leaving: dict[str, anyio.Event] = {}
@@ -358,44 +541,64 @@ class _Link:
                 return connection, called
             await self._room(connection)
 
-    async def add_handler(self, proto: str, entry: _Handler) -> None:
+    async def add_handler(
+        self, proto: str, handler: UnaryHandler, registration: _Registration
+    ) -> None:
         retried = False
         while True:
             connection = await self.connection()
-            async with self._changing:
+            async with UnlessClosedAsync(self._changing):
                 connection = self.current or connection  # lost while others had their turn
+                if proto in self.registered and proto not in self.handlers:
+                    # Taken out of the table by others.
+                    self._leave(proto, connection)
                 while (leaving := self._leaving.get(proto)) is not None:
                     await leaving.wait()
                 if proto in self.handlers:
                     raise ControlFailure(f"Handler for protocol {proto} already registered")
                 # In place before the daemon has it: a call can come sooner than its answer.
-                self.handlers[proto] = entry
+                self.handlers[proto] = handler
+                self.registered[proto] = registration
                 try:
-                    await self._register(connection, proto, entry)
+                    await self._register(connection, proto, registration)
                     return
                 except BaseException as error:
-                    self.handlers.pop(proto, None)
+                    self._forget(proto)
                     # As in `call`.
                     if retried or not isinstance(error, ConnectionLost) or not error.unexecuted:
                         raise
                     retried = True
 
     async def remove_handler(self, proto: str) -> None:
-        self._connector.check_fork()
-        async with self._changing:
-            entry = self.handlers.get(proto)
-            if entry is None:
+        self._settings.connector.check_fork()
+        async with UnlessClosedAsync(self._changing):
+            if proto not in self.handlers:
                 raise ControlFailure(f"Handler for protocol {proto} is not registered")
             left = self._leave(proto, self.current)
             try:
                 # It serves the calls that come until then.
                 await left.wait()
             finally:
-                del self.handlers[proto]
+                self._forget(proto)
+
+    def _forget(self, proto: str) -> None:
+        self.handlers.pop(proto, None)
+        self.registered.pop(proto, None)
+
+    def serves(self) -> bool:
+        """Whether there are handlers for the daemon to know of."""
+        return any(proto in self.handlers for proto in self.registered)
+
+    def apply_limits(self) -> None:
+        """Tells the connection of the limits, which have changed."""
+        connection = self.current
+        if connection is not None and os.getpid() == self._pid:
+            limits = self._settings.limits()
+            self._reactor.call_from_anywhere(lambda: connection.set_limits(limits))
 
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
-        self._connector.check_fork()  # whose lock the parent may hold
+        self._settings.connector.check_fork()  # whose lock the parent may hold
         if self.current is not None:
             return self.current
         if self._closed:
@@ -403,7 +606,7 @@ class _Link:
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
-            opening.work = self._reactor.spawn(self._open(opening), copy_context())
+            opening.work = self._spawn(self._open(opening))
             # A task that never began does not do it.
             self._reactor.when_ended(opening.work, lambda: self._opened(opening))
         await opening.ended.wait()
@@ -413,11 +616,11 @@ class _Link:
         """Opens the connection, in a task of its own: to give it up in the middle of its upgrade
         would end hivemind's daemon if it has no other, and is no business of whoever waits."""
         try:
-            with anyio.fail_after(_OPENING):
-                async with self._changing:
+            with _deadline(_OPENING):
+                async with UnlessClosedAsync(self._changing):
                     opening.connection = await self._open_and_register()
-        except TimeoutError:
-            opening.error = _timed_out(_OPENING)
+            if opening.connection is None:
+                raise _timed_out(_OPENING)
         except Exception as error:
             opening.error = error
             cause: BaseException | None = error
@@ -434,19 +637,24 @@ class _Link:
 
     async def _open_and_register(self) -> PersistentConnection:
         self._work = {}
-        opened = await self._connector.open_persistent_connection(
-            self._max_message_size, self._reactor, weakref.ref(self)
+        opened = await self._settings.connector.open_persistent_connection(
+            self._settings.find, self._reactor, weakref.ref(self)
         )
+        # They may have been set since they were looked at.
+        opened.set_limits(self._settings.limits())
         # The daemon may not have seen yet that our last connection ended.
         give_up = time.monotonic() + _FORGETTING
         try:
-            for proto, entry in list(self.handlers.items()):
+            for proto, registration in list(self.registered.items()):
+                if proto not in self.handlers:  # taken out of the table by others
+                    self._forget(proto)
+                    continue
                 try:
-                    await self._register_again(opened, proto, entry, give_up)
+                    await self._register_again(opened, proto, registration, give_up)
                 except DaemonRefused as error:
                     # Taken by another client meanwhile: no reason to do without the rest.
                     logger.error("lost the handler of %r: %s", proto, error.daemon_message)
-                    self.handlers.pop(proto, None)
+                    self._forget(proto)
         except BaseException:
             opened.close()
             raise
@@ -459,22 +667,26 @@ class _Link:
         return opened
 
     async def _register_again(
-        self, connection: PersistentConnection, proto: str, entry: _Handler, give_up: float
+        self,
+        connection: PersistentConnection,
+        proto: str,
+        registration: _Registration,
+        give_up: float,
     ) -> None:
         while True:
             try:
-                return await self._register(connection, proto, entry)
+                return await self._register(connection, proto, registration)
             except DaemonRefused:
                 if time.monotonic() > give_up:
                     raise
             await anyio.sleep(0.02)
 
     async def _register(
-        self, connection: PersistentConnection, proto: str, entry: _Handler
+        self, connection: PersistentConnection, proto: str, registration: _Registration
     ) -> None:
         promise = self._promise()
         answer = _Answer(promise)
-        connection.add_handler(proto, entry.balanced, answer)
+        connection.add_handler(proto, registration.balanced, answer)
         try:
             await promise
         except BaseException:
@@ -525,21 +737,21 @@ class _Link:
     ) -> None:
         if connection.closed:  # by what came before: this would be at work for nobody
             return
-        entry = self.handlers.get(proto)
-        if entry is None:
+        handler = self.handlers.get(proto)
+        if handler is None:
             connection.reply_error(call_id, f"no handler for the protocol {proto!r}")
             return
-        handler, all_work = entry.handler, self._work
+        registration, all_work = self.registered.get(proto), self._work
         try:
             caller = self._peers.get(peer)
             if caller is None:
                 if len(self._peers) >= _MAX_PEERS:
                     self._peers.clear()
-                caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
+                caller = self._peers[peer] = self._settings.connector.types.peer_id(PeerID(peer))
             all_work[call_id] = None
             work = self._reactor.spawn(
                 self._handle(connection, call_id, handler, data, caller, all_work),
-                entry.context,
+                self._context if registration is None else registration.context,
             )
         except BaseException as error:
             all_work.pop(call_id, None)
@@ -554,19 +766,30 @@ class _Link:
     def on_cancelled(self, connection: PersistentConnection, call_id: bytes) -> None:
         self._cancel(connection, call_id, self._work)
 
+    def on_skipped(self, connection: PersistentConnection, reason: str) -> None:
+        logger.warning("skipped a message of the daemon without a call id: %s", reason)
+
     def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
         if self.current is connection:
             self.current = None
         if not self._closed:
-            logger.warning("the persistent connection to the daemon was lost: %s", error)
+            words = "the persistent connection to the daemon was lost: %s"
+            logger.log(self._settings.loss_level, words, error)
         all_work, self._work = self._work, {}
         for call_id in list(all_work):
             self._cancel(connection, call_id, all_work)
         if self._is_missed() and self._return is None and not self.ended:
             link = weakref.ref(self)  # a client that nobody holds any more serves nobody
-            work = self._reactor.spawn(_come_back(link), copy_context())
+            work = self._spawn(_come_back(link))
             self._return = work
             self._reactor.when_ended(work, lambda: _returned(link))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> Work:
+        spawned = self._reactor.spawn(work, copy_context())
+        # asyncio logs nothing if the loop ends before this task.
+        if hasattr(spawned, "_log_destroy_pending"):
+            spawned._log_destroy_pending = False
+        return spawned
 
     def returned(self) -> None:
         """Its connection is there again, or nobody looks for it any more."""
@@ -574,7 +797,7 @@ class _Link:
 
     def _is_missed(self) -> bool:
         """Whether there are handlers that nobody can call."""
-        return bool(self.handlers) and self.current is None and not self._closed
+        return self.current is None and not self._closed and self.serves()
 
     async def come_back(self) -> bool:
         """Tries to serve again; says whether to try it later."""
@@ -636,6 +859,10 @@ class _Link:
         return self.current is not None
 
     @property
+    def opening(self) -> bool:
+        return self._opening is not None
+
+    @property
     def pending(self) -> int:
         return self.current.pending if self.current is not None else 0
 
@@ -645,6 +872,8 @@ class _Link:
 
     def close(self) -> None:
         self._closed = True
+        for proto in list(self.registered):
+            self._forget(proto)
         connection, self.current = self.current, None
         if os.getpid() != self._pid:
             if connection is not None:
@@ -712,10 +941,19 @@ class _Answer:
         return self.result is not None
 
 
-def _deadline(timeout: float | None) -> anyio.CancelScope:
+def _limit(name: str, limit: int | None) -> int | None:
+    if limit is None:
+        return None
+    if not limit >= 0:  # NaN, too
+        raise ValueError(f"{name} is a number from 0 on, or None, not {limit}")
+    # What fits nowhere is no limit.
+    return int(min(limit, sys.maxsize))
+
+
+def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
     if timeout is not None and not timeout >= 0:  # NaN, too
         raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
-    return anyio.move_on_after(timeout)
+    return UnlessClosed(anyio.move_on_after(timeout))
 
 
 def _repr(error: BaseException) -> str:

@@ -70,13 +70,16 @@ pub enum Error {
         /// What it was about.
         context: Box<Context>,
     },
-    /// More than the daemon takes, in bytes: nothing was sent, and the connection is good.
-    #[error("a message of {size} bytes; the limit is {limit}{context}")]
+    /// A message exceeds a limit of [`UnaryLimits`](core::UnaryLimits). Only this call fails: the
+    /// connection stays usable. A request was not sent; a reply was skipped, and the handler ran.
+    #[error("{} of {size} bytes; the limit is {limit}{context}", if *.received { "a reply" } else { "a message" })]
     MessageTooLarge {
         /// The size of the message, in bytes.
         size: usize,
-        /// What the client was told that the daemon takes, in bytes.
+        /// The limit, in bytes.
         limit: usize,
+        /// Whether it is a reply. If not, nothing was sent.
+        received: bool,
         /// What it was about.
         context: Box<Context>,
     },
@@ -276,6 +279,13 @@ impl From<core::Error> for Error {
             core::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
                 size,
                 limit,
+                received: false,
+                context,
+            },
+            core::Error::ReplyTooLarge { size, limit } => Self::MessageTooLarge {
+                size,
+                limit,
+                received: true,
                 context,
             },
             source => Self::Protocol { source, context },

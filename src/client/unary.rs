@@ -56,7 +56,8 @@ impl Client {
     /// [`Error::HandlerFailed`] if the handler failed, or the peer's client has none of that name;
     /// [`Error::Refused`] if the peer cannot be reached or serves no calls of that name;
     /// [`Error::MessageTooLarge`] if the request exceeds
-    /// [`UnaryLimits::max_message`](crate::core::UnaryLimits);
+    /// [`UnaryLimits::max_message`](crate::core::UnaryLimits), or the reply exceeds
+    /// [`UnaryLimits::max_incoming`](crate::core::UnaryLimits);
     /// [`Error::NotSupported`] if the daemon is not hivemind's.
     pub async fn call_unary(
         &self,

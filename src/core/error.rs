@@ -3,8 +3,8 @@
 //! A daemon that understood a request and said no is not an error here: that is
 //! [`Event::Refused`](super::Event::Refused).
 
-/// A failed exchange. After any of these but [`Error::NotReady`] and [`Error::RequestTooLarge`]
-/// the connection is of no more use.
+/// A failed exchange. After any of these but [`Error::NotReady`], [`Error::RequestTooLarge`] and
+/// [`Error::ReplyTooLarge`] the connection is of no more use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A length prefix over the limit; nothing was allocated for it.
@@ -63,6 +63,14 @@ pub enum Error {
         /// [`Limits::max_frame`](super::Limits), in bytes.
         limit: usize,
     },
+    /// A message from the daemon over the limit of this client. It was skipped.
+    #[error("the message received has {size} bytes; the limit is {limit}")]
+    ReplyTooLarge {
+        /// Its size, in bytes.
+        size: usize,
+        /// [`UnaryLimits::max_incoming`](super::UnaryLimits), in bytes.
+        limit: usize,
+    },
     /// A request on a connection that is busy, has become a stream, or has failed.
     #[error("this connection cannot take a request: it is {0:?}")]
     NotReady(super::State),
@@ -111,7 +119,9 @@ impl Error {
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {
         match self {
-            Error::RequestTooLarge { .. } | Error::NotReady(_) => Fault::Caller,
+            Error::RequestTooLarge { .. } | Error::ReplyTooLarge { .. } | Error::NotReady(_) => {
+                Fault::Caller
+            }
             Error::Closed { .. } | Error::NoMemory { .. } => Fault::Connection,
             _ => Fault::Daemon,
         }

@@ -5,6 +5,8 @@
 //! the payload is its tail. Coming in, a large one is received straight into its final place, which
 //! the driver provides as a [`Payload`].
 
+mod skip;
+
 use super::pb::p2pd::{
     self, call_unary_response, persistent_connection_request as request, request::Type,
 };
@@ -14,6 +16,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encoded_len_varint, key_len, WireType};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
+use skip::Skip;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
@@ -64,9 +68,19 @@ pub const KEPT_OUTPUT: usize = 128 * 1024;
 /// otherwise wait for us as we for it.
 pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
-/// How long peers that call too much are held back before they are refused: what comes behind their
-/// calls, as the end, must be seen some time.
+/// Default of [`UnaryLimits::hold`].
 pub const HOLD: Duration = Duration::from_secs(5);
+
+/// Largest message that protobuf can have, in bytes. A longer one that exceeds
+/// [`UnaryLimits::max_incoming`], too, ends the connection.
+pub const MAX_PROTOBUF: usize = i32::MAX as usize;
+
+/// Difference between the largest message to send and the largest one taken, in bytes: the daemon
+/// checks what a peer sent before it replaces our peer id with the caller's.
+const INCOMING_ALLOWANCE: usize = 64 << 10;
+
+/// Largest capacity of the frame buffer that is kept for the next frame, in bytes.
+const KEPT_BUFFER: usize = 64 << 10;
 
 /// How old a call is, at the least, when the daemon is told to cancel it: hivemind's crashes on a
 /// cancel that it takes while it begins the call (it writes a reply that is nil).
@@ -93,33 +107,44 @@ pub fn upgrade() -> Request {
     Request::new(&message, Expect::Persistent)
 }
 
-/// What a persistent connection will take.
+/// Limits of a persistent connection. [`Persistent::set_limits`] changes them at any time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnaryLimits {
-    /// The largest message to send, without its length, in bytes: the daemon closes the connection
-    /// on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
+    /// Largest message to send, without its length prefix, in bytes. The daemon closes the
+    /// connection on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
     pub max_message: usize,
-    /// So many incoming calls may wait for their reply before no more are read. Default: 4096.
+    /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
+    /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`] for no limit.
+    pub max_incoming: Option<usize>,
+    /// Number of incoming calls in progress above which no more are read. Default: 4096; `usize::MAX`
+    /// for no limit.
     pub max_unanswered: usize,
-    /// So many bytes their payloads may have. Default: 64 MiB.
+    /// Size of their payloads, in bytes, above which no more are read. Default: 64 MiB;
+    /// `usize::MAX` for no limit.
     pub max_unanswered_bytes: usize,
+    /// Time that reading may pause because of the two limits above. After that the calls over the
+    /// limits are refused, so that cancels and the end of the connection behind them are seen.
+    /// Default: 5 s; `None` never refuses.
+    pub hold: Option<Duration>,
 }
 
 impl Default for UnaryLimits {
     fn default() -> Self {
         Self {
             max_message: 4 << 20,
+            max_incoming: None,
             max_unanswered: 4096,
             max_unanswered_bytes: 64 << 20,
+            hold: Some(HOLD),
         }
     }
 }
 
 impl UnaryLimits {
-    /// The largest message taken. The daemon checks what a peer sent before it puts the caller's
-    /// peer id in the place of ours.
-    fn max_incoming(&self) -> usize {
-        self.max_message.saturating_add(64 << 10)
+    /// Largest message taken, in bytes.
+    fn incoming(&self) -> usize {
+        let default = self.max_message.saturating_add(INCOMING_ALLOWANCE);
+        self.max_incoming.unwrap_or(default)
     }
 }
 
@@ -205,7 +230,19 @@ pub enum UnaryEvent<T, P> {
         /// The call.
         id: CallId,
         /// Why.
-        reason: &'static str,
+        reason: Cow<'static, str>,
+    },
+    /// The answer was too large, and was skipped. The connection stays usable.
+    Oversized {
+        /// The call.
+        token: T,
+        /// [`Error::ReplyTooLarge`] or [`Error::NoMemory`].
+        error: Error,
+    },
+    /// A message that was too large was skipped, and no call id was found in it. The driver logs it.
+    Skipped {
+        /// As in [`UnaryEvent::Oversized`].
+        error: Error,
     },
 }
 
@@ -288,6 +325,15 @@ impl Cancelled {
     }
 }
 
+/// A frame whose head was read and whose rest is still to come.
+#[derive(Debug)]
+enum Body<P> {
+    None,
+    Payload(Partial<P>),
+    /// Its bytes are dropped as they come.
+    Skipped(Box<Skip>),
+}
+
 /// A payload on its way, and what it belongs to.
 #[derive(Debug)]
 struct Partial<P> {
@@ -343,6 +389,8 @@ enum Scan {
 #[derive(Debug)]
 pub struct Persistent<T, P> {
     limits: UnaryLimits,
+    /// [`UnaryLimits::incoming`].
+    max_incoming: usize,
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
     /// The calls that were cancelled and the daemon may not know it.
@@ -354,7 +402,7 @@ pub struct Persistent<T, P> {
     pressed: bool,
     /// The beginning of a frame.
     buffer: BytesMut,
-    partial: Option<Partial<P>>,
+    body: Body<P>,
 }
 
 impl<T, P: Payload> Persistent<T, P> {
@@ -362,6 +410,7 @@ impl<T, P: Payload> Persistent<T, P> {
     pub fn new(seed: [u8; 32], limits: UnaryLimits) -> Self {
         Self {
             limits,
+            max_incoming: limits.incoming(),
             ids: CallIds {
                 seed,
                 counter: 0,
@@ -373,8 +422,21 @@ impl<T, P: Payload> Persistent<T, P> {
             unanswered_bytes: 0,
             pressed: false,
             buffer: BytesMut::new(),
-            partial: None,
+            body: Body::None,
         }
+    }
+
+    /// The limits in effect.
+    pub fn limits(&self) -> &UnaryLimits {
+        &self.limits
+    }
+
+    /// Changes the limits for messages sent from now on, and for every frame whose payload has not
+    /// begun to arrive. The driver then asks [`wants_input`](Self::wants_input) again.
+    pub fn set_limits(&mut self, limits: UnaryLimits) {
+        self.limits = limits;
+        self.max_incoming = limits.incoming();
+        self.pressed &= self.exceeds(1);
     }
 
     // --- out ---
@@ -524,24 +586,41 @@ impl<T, P: Payload> Persistent<T, P> {
     /// and more is to come. After an error the connection is of no more use.
     pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<UnaryEvent<T, P>>, Error> {
         loop {
-            if let Some(partial) = &mut self.partial {
-                let count = input.len().min(partial.len - partial.filled);
-                partial.payload.as_mut()[partial.filled..partial.filled + count]
-                    .copy_from_slice(&input[..count]);
-                partial.filled += count;
-                *input = &input[count..];
-                if partial.filled < partial.len {
-                    return Ok(None);
-                }
-                if let Some(Partial {
-                    head, payload, len, ..
-                }) = self.partial.take()
-                {
-                    if let Some(event) = self.arrived(head, payload, len) {
-                        return Ok(Some(event));
+            match &mut self.body {
+                Body::None => {}
+                Body::Payload(partial) => {
+                    let count = input.len().min(partial.len - partial.filled);
+                    partial.payload.as_mut()[partial.filled..partial.filled + count]
+                        .copy_from_slice(&input[..count]);
+                    partial.filled += count;
+                    *input = &input[count..];
+                    if partial.filled < partial.len {
+                        return Ok(None);
                     }
+                    let body = std::mem::replace(&mut self.body, Body::None);
+                    if let Body::Payload(Partial {
+                        head, payload, len, ..
+                    }) = body
+                    {
+                        if let Some(event) = self.arrived(head, payload, len) {
+                            return Ok(Some(event));
+                        }
+                    }
+                    continue;
                 }
-                continue;
+                Body::Skipped(skip) => {
+                    skip.take(input);
+                    if !skip.is_over() {
+                        return Ok(None);
+                    }
+                    let body = std::mem::replace(&mut self.body, Body::None);
+                    if let Body::Skipped(skip) = body {
+                        if let Some(event) = self.skipped(*skip) {
+                            return Ok(Some(event));
+                        }
+                    }
+                    continue;
+                }
             }
             if self.buffer.is_empty() {
                 // Most frames come whole: those are not copied here.
@@ -555,9 +634,14 @@ impl<T, P: Payload> Persistent<T, P> {
                         continue;
                     }
                     Frame::Large(partial) => {
-                        self.partial = Some(partial);
+                        self.body = Body::Payload(partial);
                         *input = &[];
                         return Ok(None);
+                    }
+                    Frame::Skip { prefix, skip } => {
+                        *input = &input[prefix..];
+                        self.body = Body::Skipped(skip);
+                        continue;
                     }
                     Frame::Needs(_) => {
                         self.buffer.extend_from_slice(input);
@@ -569,14 +653,20 @@ impl<T, P: Payload> Persistent<T, P> {
             // No further than the frame's end, or than its head may reach.
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
-                    let frame = self.buffer.split_to(end);
+                    let frame = self.take_buffer(end);
                     if let Some(event) = self.whole(&frame[prefix..])? {
                         return Ok(Some(event));
                     }
                 }
                 Frame::Large(partial) => {
-                    self.partial = Some(partial);
-                    self.buffer.clear();
+                    self.body = Body::Payload(partial);
+                    let whole = self.buffer.len();
+                    drop(self.take_buffer(whole));
+                }
+                Frame::Skip { prefix, mut skip } => {
+                    let whole = self.buffer.len();
+                    skip.take(&mut &self.take_buffer(whole)[prefix..]);
+                    self.body = Body::Skipped(skip);
                 }
                 Frame::Needs(count) => {
                     if input.is_empty() {
@@ -593,14 +683,16 @@ impl<T, P: Payload> Persistent<T, P> {
     /// The rest of the room for the payload being received, which can be read right into, with
     /// [`payload_filled`](Self::payload_filled) to follow.
     pub fn payload_room(&mut self) -> Option<&mut [u8]> {
-        let partial = self.partial.as_mut()?;
+        let Body::Payload(partial) = &mut self.body else {
+            return None;
+        };
         let filled = partial.filled;
         Some(&mut partial.payload.as_mut()[filled..partial.len])
     }
 
     /// Tells that `count` bytes were read into [`payload_room`](Self::payload_room).
     pub fn payload_filled(&mut self, count: usize) {
-        if let Some(partial) = &mut self.partial {
+        if let Body::Payload(partial) = &mut self.body {
             partial.filled = partial.len.min(partial.filled + count);
         }
     }
@@ -608,7 +700,7 @@ impl<T, P: Payload> Persistent<T, P> {
     /// What is to be said of the end of the connection, seen now.
     pub fn end_of_file(&self) -> Error {
         Error::Closed {
-            mid_message: self.partial.is_some() || !self.buffer.is_empty(),
+            mid_message: !matches!(self.body, Body::None) || !self.buffer.is_empty(),
         }
     }
 
@@ -701,11 +793,20 @@ impl<T, P: Payload> Persistent<T, P> {
             || self.unanswered_bytes >= self.limits.max_unanswered_bytes.saturating_mul(times)
     }
 
+    /// The first `count` bytes of the buffer. A large allocation goes with them.
+    fn take_buffer(&mut self, count: usize) -> BytesMut {
+        if count > KEPT_BUFFER && count == self.buffer.len() {
+            return std::mem::take(&mut self.buffer);
+        }
+        self.buffer.split_to(count)
+    }
+
     /// What of a frame is at the front of `bytes`.
     fn frame(&self, bytes: &[u8]) -> Result<Frame<P>, Error> {
-        let limit = self.limits.max_incoming();
-        let Some((prefix, len)) = framing::split_length(bytes, limit)? else {
-            return Ok(Frame::Needs(1));
+        let (prefix, len) = match framing::split_length(bytes, self.max_incoming) {
+            Ok(Some(split)) => split,
+            Ok(None) => return Ok(Frame::Needs(1)),
+            Err(error) => return self.oversized(bytes, error),
         };
         // With no limit to speak of, the length alone may be all that a usize holds.
         let end = prefix.saturating_add(len);
@@ -723,7 +824,11 @@ impl<T, P: Payload> Persistent<T, P> {
                 if there.len() < len / EARNED {
                     return Ok(Frame::Needs(len / EARNED - there.len()));
                 }
-                let mut payload = P::with_len(len).ok_or(Error::NoMemory { size: len })?;
+                let Some(mut payload) = P::with_len(len) else {
+                    let error = Error::NoMemory { size: len };
+                    let skip = Box::new(Skip::new(end - prefix, error));
+                    return Ok(Frame::Skip { prefix, skip });
+                };
                 payload.as_mut()[..there.len()].copy_from_slice(there);
                 let partial = Partial {
                     head,
@@ -737,6 +842,52 @@ impl<T, P: Payload> Persistent<T, P> {
                 Ok(Frame::Needs(missing.min(MAX_HEAD - bytes.len())))
             }
             _ => Ok(Frame::Needs(missing)),
+        }
+    }
+
+    /// A frame whose length was refused with this error: it is skipped, if protobuf can have it.
+    #[cold]
+    fn oversized(&self, bytes: &[u8], error: Error) -> Result<Frame<P>, Error> {
+        match framing::split_length(bytes, MAX_PROTOBUF) {
+            Ok(Some((prefix, size))) => {
+                let limit = self.max_incoming;
+                let error = Error::ReplyTooLarge { size, limit };
+                let skip = Box::new(Skip::new(size, error));
+                Ok(Frame::Skip { prefix, skip })
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// The event of a frame that was skipped.
+    fn skipped(&mut self, skip: Skip) -> Option<UnaryEvent<T, P>> {
+        let Some(id) = skip.call_id() else {
+            return Some(UnaryEvent::Skipped { error: skip.error });
+        };
+        match skip.content() {
+            Some(3) => {
+                let reason = match skip.error {
+                    Error::ReplyTooLarge { size, limit } => format!(
+                        "the call of {size} bytes exceeds the message size limit of {limit} bytes"
+                    ),
+                    error => error.to_string(),
+                };
+                let reason = Cow::Owned(reason);
+                Some(UnaryEvent::Unserved { id, reason })
+            }
+            Some(5) => self.cancel_came(id),
+            content => {
+                self.cancelled.remove(&id);
+                let Pending { token, called } = self.pending.remove(&id)?;
+                Some(
+                    if content.is_none() && called.is_none() && skip.is_sound() {
+                        UnaryEvent::Acknowledged { token }
+                    } else {
+                        let error = skip.error;
+                        UnaryEvent::Oversized { token, error }
+                    },
+                )
+            }
         }
     }
 
@@ -776,23 +927,38 @@ impl<T, P: Payload> Persistent<T, P> {
         let id: CallId = id
             .try_into()
             .map_err(|_| Error::Unexpected(format!("a call id of {} bytes", id.len())))?;
-        self.cancelled.remove(&id);
         Ok(match content {
+            Some((5, _)) => self.cancel_came(id),
+            content => self.answer_came(id, content),
+        })
+    }
+
+    fn answer_came(
+        &mut self,
+        id: CallId,
+        content: Option<(u64, &[u8])>,
+    ) -> Option<UnaryEvent<T, P>> {
+        self.cancelled.remove(&id);
+        match content {
             None => self.acknowledged(id),
             Some((2, reply)) => self.replied(id, Fields(reply)),
             Some((3, call)) => self.called(id, Fields(call)),
-            Some((4, error)) => {
+            Some((_, error)) => {
                 let words = Fields(error).last(1).unwrap_or_default();
                 self.refused(&id, String::from_utf8_lossy(words).into_owned())
             }
-            Some(_) if self.pending.contains_key(&id) => {
-                self.refused(&id, "the call was cancelled".to_owned())
-            }
-            Some(_) => self.unanswered.get_mut(&id).and_then(|call| {
-                let first = !std::mem::replace(&mut call.cancelled, true);
-                first.then_some(UnaryEvent::Cancelled { id })
-            }),
-        })
+        }
+    }
+
+    /// The daemon says that a call was cancelled: one of ours, or a peer's.
+    fn cancel_came(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
+        self.cancelled.remove(&id);
+        if self.pending.contains_key(&id) {
+            return self.refused(&id, "the call was cancelled".to_owned());
+        }
+        let call = self.unanswered.get_mut(&id)?;
+        let first = !std::mem::replace(&mut call.cancelled, true);
+        first.then_some(UnaryEvent::Cancelled { id })
     }
 
     fn refused(&mut self, id: &CallId, error: String) -> Option<UnaryEvent<T, P>> {
@@ -812,7 +978,7 @@ impl<T, P: Payload> Persistent<T, P> {
             }
         }
         let (Some(peer), Some(protocol), Some(data)) = (peer, protocol, data) else {
-            let reason = "the call has no peer, protocol or data";
+            let reason = Cow::Borrowed("the call has no peer, protocol or data");
             return Some(UnaryEvent::Unserved { id, reason });
         };
         let head = Head::Call {
@@ -883,11 +1049,11 @@ impl<T, P: Payload> Persistent<T, P> {
             }
             Head::Call { id, peer, protocol } => {
                 if self.exceeds(if self.pressed { 1 } else { 4 }) {
-                    let reason = "busy: too many calls at once";
+                    let reason = Cow::Borrowed("busy: too many calls at once");
                     return Some(UnaryEvent::Unserved { id, reason });
                 }
                 if self.unanswered.contains_key(&id) {
-                    let reason = "a call with the same id is at work";
+                    let reason = Cow::Borrowed("a call with the same id is at work");
                     return Some(UnaryEvent::Unserved { id, reason });
                 }
                 let call = Incoming {
@@ -912,6 +1078,8 @@ enum Frame<P> {
     Whole { prefix: usize, end: usize },
     /// Its payload is to be received on its own. It has all the bytes there were.
     Large(Partial<P>),
+    /// It is too large: all after its length prefix is skipped.
+    Skip { prefix: usize, skip: Box<Skip> },
     /// So many bytes more.
     Needs(usize),
 }

@@ -7,7 +7,7 @@ use super::pipeline::Pipeline;
 use super::request::PyRequest;
 use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
-use super::unary::PersistentConnection;
+use super::unary::{Limits as UnaryLimits, PersistentConnection};
 use crate::core::{Answer, Error, Event, Exchange, Limits, Results, State};
 use bytes::{Buf, Bytes};
 use pyo3::prelude::*;
@@ -157,7 +157,7 @@ impl ControlConnection {
     fn take_persistent(
         slf: &Bound<'_, Self>,
         seed: [u8; 32],
-        max_message: usize,
+        limits: UnaryLimits,
         reactor: Py<PyAny>,
         event_loop: Option<Py<PyAny>>,
         pump: Py<PyAny>,
@@ -171,7 +171,7 @@ impl ControlConnection {
                 let connection = PersistentConnection::new(
                     inner.socket,
                     seed,
-                    max_message,
+                    limits.into(),
                     reactor,
                     event_loop,
                     pump,

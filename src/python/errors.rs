@@ -26,6 +26,7 @@ pub fn import(py: Python<'_>) {
     ConnectionLost::type_object(py);
     ControlFailure::type_object(py);
     DaemonRefused::type_object(py);
+    MessageTooLarge::type_object(py);
     P2PHandlerError::type_object(py);
     ProtocolViolation::type_object(py);
 }
@@ -81,6 +82,27 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
     Python::attach(|py| lost(py, words, "unexecuted", true))
+}
+
+/// A message over a limit, sent or received, which the connection survives.
+pub fn too_large(py: Python<'_>, error: &core::Error) -> PyErr {
+    let (size, limit) = match *error {
+        core::Error::RequestTooLarge { size, limit }
+        | core::Error::ReplyTooLarge { size, limit } => (Some(size), Some(limit)),
+        core::Error::NoMemory { size } => (Some(size), None),
+        _ => (None, None),
+    };
+    let received = !matches!(error, core::Error::RequestTooLarge { .. });
+    let raised = made::<MessageTooLarge>(py, &error.to_string());
+    let value = raised.value(py);
+    let set = value
+        .setattr("size", size)
+        .and_then(|()| value.setattr("limit", limit))
+        .and_then(|()| value.setattr("received", received));
+    match set {
+        Ok(()) => raised,
+        Err(failed) => failed,
+    }
 }
 
 /// A refusal in the daemon's words.

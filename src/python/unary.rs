@@ -6,7 +6,7 @@
 
 use super::convert::{extract_peer_id, with_bytes};
 use super::ending::inside;
-use super::errors::{self, Loss, MessageTooLarge, P2PHandlerError, ProtocolViolation};
+use super::errors::{self, Loss, P2PHandlerError, ProtocolViolation};
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
 use super::waiter::{hand_over, tell, waiter, Turn, Work};
@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 type Token = Py<PyAny>;
 type Event = UnaryEvent<Token, PyPayload>;
@@ -59,6 +59,8 @@ struct Inner {
     loss: Option<Loss>,
     reading: bool,
     writing: bool,
+    /// Since when nothing is read, if so.
+    paused: Option<Instant>,
     /// `_press_on` and `_remind` are to be called back.
     pressing: bool,
     reminding: bool,
@@ -73,7 +75,7 @@ struct Chores {
     remove_reader: bool,
     add_writer: bool,
     remove_writer: bool,
-    press_on_later: bool,
+    press_on_later: Option<Duration>,
     remind_later: bool,
     /// Somebody who waited for room.
     wake: Option<Token>,
@@ -87,6 +89,32 @@ struct Submitted {
     chores: Chores,
     /// A token that is not to be dropped under the lock.
     _forgotten: Option<Token>,
+}
+
+/// The limits as `unary.py` gives them: the largest message to send and to receive, in bytes; the
+/// number of calls in progress and the size of their payloads, in bytes; how long reading may pause
+/// above these, in seconds.
+#[derive(FromPyObject)]
+pub struct Limits(
+    usize,
+    Option<usize>,
+    Option<usize>,
+    Option<usize>,
+    Option<f64>,
+);
+
+impl From<Limits> for UnaryLimits {
+    fn from(limits: Limits) -> Self {
+        let Limits(max_message, max_incoming, max_unanswered, max_unanswered_bytes, hold) = limits;
+        UnaryLimits {
+            max_message,
+            max_incoming,
+            max_unanswered: max_unanswered.unwrap_or(usize::MAX),
+            max_unanswered_bytes: max_unanswered_bytes.unwrap_or(usize::MAX),
+            // A hold that a Duration cannot express never ends.
+            hold: hold.and_then(|hold| Duration::try_from_secs_f64(hold).ok()),
+        }
+    }
 }
 
 /// A payload that is a Python bytes object from the start.
@@ -132,16 +160,12 @@ impl PersistentConnection {
     pub fn new(
         socket: Socket,
         seed: [u8; 32],
-        max_message: usize,
+        limits: UnaryLimits,
         reactor: Py<PyAny>,
         event_loop: Option<Py<PyAny>>,
         pump: Py<PyAny>,
         owner: Py<PyAny>,
     ) -> Self {
-        let limits = UnaryLimits {
-            max_message,
-            ..UnaryLimits::default()
-        };
         Self {
             fd: socket.as_raw_fd(),
             pid: pid(),
@@ -159,6 +183,7 @@ impl PersistentConnection {
                 loss: None,
                 reading: false,
                 writing: false,
+                paused: None,
                 pressing: false,
                 reminding: false,
                 waiters: VecDeque::new(),
@@ -325,6 +350,17 @@ impl PersistentConnection {
         })
     }
 
+    /// Changes the limits from the next message on.
+    fn set_limits(slf: &Bound<'_, Self>, limits: Limits) -> PyResult<()> {
+        Self::change(slf, |inner| {
+            let hold = inner.core.limits().hold;
+            inner.core.set_limits(limits.into());
+            // A timer for another time looks in vain.
+            inner.pressing &= inner.core.limits().hold == hold;
+            Ok(())
+        })
+    }
+
     /// Whether a call would find room now. If not, `token.set_result` is called when there may be;
     /// who then does not call must call `pass_on`.
     fn room(&self, token: Token) -> bool {
@@ -408,8 +444,10 @@ impl PersistentConnection {
     fn _press_on(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::change(slf, |inner| {
             inner.pressing = false;
-            if !inner.reading {
+            if inner.hold_left() == Some(Duration::ZERO) {
                 inner.core.press_on();
+                // Output that cannot be sent may still keep it from reading.
+                inner.paused = Some(Instant::now());
             }
             Ok(())
         })
@@ -491,7 +529,7 @@ impl PersistentConnection {
     fn finish(slf: &Bound<'_, Self>, submitted: Submitted) -> PyResult<Option<CallId>> {
         Self::run(slf, submitted.chores)?;
         if let Some(error) = submitted.too_large {
-            return Err(MessageTooLarge::new_err(error.to_string()));
+            return Err(errors::too_large(slf.py(), &error));
         }
         match submitted.id {
             Ok(id) => Ok(id),
@@ -565,9 +603,16 @@ impl PersistentConnection {
                 let error = errors::made::<ProtocolViolation>(py, &words);
                 return tell(token.bind(py), Err(error), here);
             }
+            Event::Oversized { token, error } => {
+                return tell(token.bind(py), Err(errors::too_large(py, &error)), here);
+            }
+            Event::Skipped { error } => {
+                let arguments = (slf, error.to_string()).into_pyobject(py)?;
+                (intern!(py, "on_skipped"), arguments)
+            }
             Event::Unserved { id, reason } => {
                 Self::change(slf, |inner| {
-                    inner.send_head(|core, head| core.refuse(&id, reason, head))
+                    inner.send_head(|core, head| core.refuse(&id, &reason, head))
                 })?;
                 return Ok(None);
             }
@@ -662,11 +707,12 @@ impl PersistentConnection {
         if chores.remove_writer {
             reactor.call_method1(intern!(py, "remove_writer"), (fd,))?;
         }
-        for (wanted, after, callback) in [
-            (chores.press_on_later, unary::HOLD, intern!(py, "_press_on")),
-            (chores.remind_later, unary::REMIND, intern!(py, "_remind")),
+        let remind_later = chores.remind_later.then_some(unary::REMIND);
+        for (after, callback) in [
+            (chores.press_on_later, intern!(py, "_press_on")),
+            (remind_later, intern!(py, "_remind")),
         ] {
-            if wanted {
+            if let Some(after) = after {
                 let callback = slf.getattr(callback)?;
                 reactor.call_method1(intern!(py, "call_later"), (after.as_secs_f64(), callback))?;
             }
@@ -763,6 +809,12 @@ impl Inner {
         self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT
     }
 
+    /// How long peers are held back yet, if nothing is read and that is to end.
+    fn hold_left(&self) -> Option<Duration> {
+        let hold = self.core.limits().hold?;
+        Some(hold.saturating_sub(self.paused?.elapsed()))
+    }
+
     /// What the event loop has to be told after a change.
     fn chores(&mut self) -> Chores {
         let mut chores = Chores::default();
@@ -774,6 +826,7 @@ impl Inner {
             self.reading = read;
             chores.add_reader = read;
             chores.remove_reader = !read;
+            self.paused = (!read).then(Instant::now);
         }
         let write = !self.output.is_empty() && !self.corked;
         if write != self.writing {
@@ -782,8 +835,8 @@ impl Inner {
             chores.remove_writer = !write;
         }
         if !read && !self.pressing {
-            self.pressing = true;
-            chores.press_on_later = true;
+            chores.press_on_later = self.hold_left();
+            self.pressing = chores.press_on_later.is_some();
         }
         if !self.reminding && self.core.has_cancelled() {
             self.reminding = true;

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from collections.abc import AsyncIterator as Yields, Iterator
 from contextlib import ExitStack
@@ -12,6 +15,7 @@ from typing import Any, AsyncIterator  # noqa: UP035 - hivemind takes no other f
 
 import pytest
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, ServicerBase
+from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.proto.test_pb2 import TestRequest as Request, TestResponse as Response
 
 from hivemind_swarm.processes import Peer, kill, may_be_cut_short, serving
@@ -107,3 +111,166 @@ async def test_the_others_answer_when_a_process_dies(setting: Setting, stub: Any
         except (P2PDaemonError, P2PHandlerError, asyncio.TimeoutError):
             answers.clear()  # it has not noticed yet
     assert set(answers) == setting.pids - {dead}
+
+
+# --- sizes ---
+
+MIB = 1 << 20
+#: The daemons' limit, and the size of the messages, in bytes.
+LARGE, SIZE = 64 * MIB, 8 * MIB
+
+
+class Answer(ServicerBase):
+    """Answers with as many bytes as it is sent, if they all came."""
+
+    async def rpc_large(self, request: Tensor, _: P2PContext) -> Tensor:
+        assert request.buffer == bytes(SIZE)
+        return Tensor(buffer=b"x" * len(request.buffer))
+
+
+async def _answering(p2p: P2P) -> None:
+    await Answer().add_p2p_handlers(p2p, balanced=True)
+
+
+async def test_a_replica_takes_and_answers_what_the_daemon_does(anyio_backend: Any) -> None:
+    """``P2P.replicate`` cannot be told a limit: it receives what the daemon takes."""
+    creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
+    caller = await P2P.create(
+        initial_peers=await creator.get_visible_maddrs(), persistent_conn_max_msg_size=LARGE
+    )
+    with serving(_taking, replicate=creator.daemon_listen_maddr):
+        stub = Take.get_stub(caller, creator.peer_id)
+        for _ in range(2):
+            response = await stub.rpc_take(Tensor(buffer=bytes(SIZE)))
+            assert response.number == SIZE
+    await caller.shutdown()
+    await creator.shutdown()
+
+
+class Take(ServicerBase):
+    """Says how many bytes came."""
+
+    async def rpc_take(self, request: Tensor, _: P2PContext) -> Response:
+        return Response(number=len(request.buffer))
+
+
+async def _taking(p2p: P2P) -> None:
+    await Take().add_p2p_handlers(p2p, balanced=True)
+
+
+async def test_a_replica_sends_what_the_daemon_takes(swapped: bool, anyio_backend: Any) -> None:
+    """hivemind's own bindings limit what a replica sends to 4 MiB."""
+    if not swapped:
+        pytest.skip("hivemind's own bindings cannot do this")
+    creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
+    other = await P2P.create(
+        initial_peers=await creator.get_visible_maddrs(), persistent_conn_max_msg_size=LARGE
+    )
+    await Answer().add_p2p_handlers(other)
+    with serving(_answering, replicate=creator.daemon_listen_maddr):
+        # A reply of the replica, and a call of another one.
+        response = await Answer.get_stub(other, creator.peer_id).rpc_large(
+            Tensor(buffer=bytes(SIZE))
+        )
+        assert response.buffer == b"x" * SIZE
+        replica = await P2P.replicate(creator.daemon_listen_maddr)
+        response = await Answer.get_stub(replica, other.peer_id).rpc_large(
+            Tensor(buffer=bytes(SIZE))
+        )
+        assert response.buffer == b"x" * SIZE
+        await replica.shutdown()
+    await other.shutdown()
+    await creator.shutdown()
+
+
+# --- many calls at work ---
+
+
+class Slow(ServicerBase):
+    """Answers when all the calls are in progress."""
+
+    CALLS = 60
+    entered = 0
+
+    async def rpc_slow(self, request: Tensor, _: P2PContext) -> Response:
+        self.entered += 1
+        while self.entered < self.CALLS:
+            await asyncio.sleep(0.05)
+        return Response(number=len(request.buffer))
+
+
+async def test_serves_sixty_calls_of_two_mebibytes_at_once(anyio_backend: Any) -> None:
+    server = await P2P.create()
+    await Slow().add_p2p_handlers(server)
+    client = await P2P.create(initial_peers=await server.get_visible_maddrs())
+    stub = Slow.get_stub(client, server.peer_id)
+    calls = (stub.rpc_slow(Tensor(buffer=bytes(2 * MIB))) for _ in range(Slow.CALLS))
+    answers = await asyncio.gather(*calls)
+    assert [answer.number for answer in answers] == [2 * MIB] * Slow.CALLS
+    await client.shutdown()
+    await server.shutdown()
+
+
+# --- replicas that are forgotten ---
+
+PROGRAM = """
+import asyncio, gc, os, sys
+{swap}
+from hivemind.p2p import P2P
+
+async def handler(*_):
+    await asyncio.sleep(3600)
+
+async def main():
+    p2p = await P2P.create()
+    replica = await P2P.replicate(p2p.daemon_listen_maddr)
+    await replica._client.add_unary_handler("unary", handler)
+    if "listening" in sys.argv:
+        await replica.add_binary_stream_handler("stream", handler)
+        replica._listen_task._log_destroy_pending = False  # hivemind's own task
+        for _ in range(3):  # in which it begins
+            await asyncio.sleep(0)
+    if "at work" in sys.argv:
+        other = await P2P.create(initial_peers=await p2p.get_visible_maddrs())
+        _, _, writer = await other.call_binary_stream_handler(p2p.peer_id, "stream")
+        writer.write(b"x")
+        await writer.drain()
+        await other.shutdown()
+    if "forked" in sys.argv and os.fork() == 0:
+        return
+    if "dropped" in sys.argv:
+        del replica
+        gc.collect()
+        await asyncio.sleep(0.1)
+        gc.collect()
+    if "shut down" in sys.argv:
+        await p2p.shutdown()
+    return p2p
+
+p2p = asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "dropped",
+        "listening,dropped",
+        "listening,at work,dropped",
+        "listening",
+        "listening,at work",
+        "listening,shut down",
+        "listening,forked",
+    ],
+)
+def test_a_replica_without_shutdown_prints_nothing(swapped: bool, how: str) -> None:
+    swap = "import p2pclient_rs; p2pclient_rs.install()" if swapped else ""
+    program = textwrap.dedent(PROGRAM).format(swap=swap)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *how.split(",")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
 import anyio
 
 import p2pclient_rs
-from p2pclient_rs import connector, control
+from p2pclient_rs import connector, control, daemon_limit
 from p2pclient_rs._native import RawListener
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.loops import reactor
 from p2pclient_rs.streams import Stream
-from p2pclient_rs.unary import UnaryClient
+from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 
 from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
 from .exceptions import of_hivemind
@@ -76,6 +83,16 @@ SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
 DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
 #: What hivemind sends in one call and not through a stream, in bytes.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
+
+
+class _Default:
+    """Stands for the default of the class."""
+
+    def __repr__(self) -> str:
+        return "<the class's default>"
+
+
+_DEFAULT: Final = _Default()
 
 _UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
 
@@ -204,10 +221,21 @@ class ControlClient(control.ControlClient):
         daemon_connector: The way to the daemon.
         listen_maddr: Where it listens for streams.
         handlers: The handlers of inbound streams, by protocol.
-        persistent_conn_max_msg_size: The largest message of a unary call, in bytes.
+        persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
+        unary_handlers: The unary handlers, by protocol: a table that is read at each call. Setting
+            an entry replaces the handler that is called, deleting it makes calls fail. Neither
+            tells the daemon. Another table can be put in its place.
+        max_unanswered, max_unanswered_bytes, hold: See ``create``.
+
+    All but the handlers act from the next message on when they are set. ``daemon_connector`` acts
+    from the next request on, and on the persistent connection when that is opened next.
     """
 
     DEFAULT_LISTEN_MADDR = control.DEFAULT_LISTEN_MADDR
+    #: Defaults of ``create`` for the arguments of these names. hivemind has no such bounds.
+    DEFAULT_MAX_UNANSWERED: int | None = None
+    DEFAULT_MAX_UNANSWERED_BYTES: int | None = None
+    DEFAULT_HOLD: float | None = DEFAULT_HOLD
 
     handlers: dict[str, StreamHandler]  # type: ignore[assignment]
     _replaces_handlers = False
@@ -218,20 +246,35 @@ class ControlClient(control.ControlClient):
         listen_maddr: Multiaddr | str | None = None,
         *,
         _initialized_with_create: bool = False,
-        persistent_conn_max_msg_size: int = DEFAULT_MAX_MSG_SIZE,
+        persistent_conn_max_msg_size: int | None = None,
+        max_unanswered: int | None | _Default = _DEFAULT,
+        max_unanswered_bytes: int | None | _Default = _DEFAULT,
+        hold: float | None | _Default = _DEFAULT,
     ) -> None:
         assert _initialized_with_create, (
             "Please use ControlClient.create coroutine to spawn new control instances"
         )
-        if not isinstance(daemon_connector, DaemonConnector):
-            # hivemind's own, from before the swap, or this package's.
-            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
         if listen_maddr is None or isinstance(listen_maddr, str):
             listen_maddr = Multiaddr(listen_maddr or self.DEFAULT_LISTEN_MADDR)
         super().__init__(daemon_connector, listen_maddr)
         self.listen_maddr = listen_maddr
-        self.persistent_conn_max_msg_size = persistent_conn_max_msg_size
-        self._unary = UnaryClient(daemon_connector, max_message_size=persistent_conn_max_msg_size)
+        self._unary_handlers: MutableMapping[str, TUnaryHandler] = {}
+        if isinstance(max_unanswered, _Default):
+            max_unanswered = self.DEFAULT_MAX_UNANSWERED
+        if isinstance(max_unanswered_bytes, _Default):
+            max_unanswered_bytes = self.DEFAULT_MAX_UNANSWERED_BYTES
+        self._unary = UnaryClient(
+            self.daemon_connector,
+            max_message_size=persistent_conn_max_msg_size,
+            # Only the daemon limits received messages, as in hivemind.
+            max_incoming_size=MAX_PROTOBUF_SIZE,
+            max_unanswered=max_unanswered,
+            max_unanswered_bytes=max_unanswered_bytes,
+            hold=self.DEFAULT_HOLD if isinstance(hold, _Default) else hold,
+            handlers=self._unary_handlers,  # type: ignore[arg-type]
+        )
+        # hivemind's programs end the daemon while replicas use it, and do not expect a word.
+        self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._closed = False
 
@@ -241,7 +284,12 @@ class ControlClient(control.ControlClient):
         daemon_connector: DaemonConnector,
         listen_maddr: Multiaddr | str | None = None,
         use_persistent_conn: bool = True,
-        persistent_conn_max_msg_size: int = 2 << 22,
+        persistent_conn_max_msg_size: int | None = None,
+        *,
+        max_unanswered: int | None | _Default = _DEFAULT,
+        max_unanswered_bytes: int | None | _Default = _DEFAULT,
+        hold: float | None | _Default = _DEFAULT,
+        _fallback: int = 2 << 22,
     ) -> Self:
         """A new client.
 
@@ -250,16 +298,37 @@ class ControlClient(control.ControlClient):
             listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
             use_persistent_conn: Whether the persistent connection is opened now, and not when it
                 is first used.
-            persistent_conn_max_msg_size: The largest message of a unary call, in bytes.
+            persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
+                None takes the daemon's limit if it can be found out (see
+                ``p2pclient_rs.daemon_limit``), and hivemind's default otherwise.
+            max_unanswered: How many calls of peers may be in progress before no more are read; None
+                for any number. ``DEFAULT_MAX_UNANSWERED`` if not given.
+            max_unanswered_bytes: How many bytes the payloads of calls in progress may have; None
+                for any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
+            hold: How long reading may pause because of these two, in seconds, before the calls
+                over the bound are refused; None for as long as they are exceeded.
+                ``DEFAULT_HOLD`` if not given.
+
+        Raises:
+            ValueError: A limit is negative or no number.
+            ControlFailure: There is no daemon at the address, or not hivemind's.
         """
         client = cls(
             daemon_connector,
             listen_maddr,
             _initialized_with_create=True,
             persistent_conn_max_msg_size=persistent_conn_max_msg_size,
+            max_unanswered=max_unanswered,
+            max_unanswered_bytes=max_unanswered_bytes,
+            hold=hold,
         )
+        client._unary._settings.fallback = _fallback
         if use_persistent_conn:
             await client._unary.open()
+            if persistent_conn_max_msg_size is not None:
+                # For replicas, in this process or in forked ones, that are not told.
+                maddr = client.daemon_connector.control_maddr
+                daemon_limit.remember(maddr, persistent_conn_max_msg_size)
         return client
 
     def close(self) -> None:  # type: ignore[override]
@@ -279,12 +348,68 @@ class ControlClient(control.ControlClient):
         if hasattr(self, "_closed"):
             self.close()
 
+    @property
+    def daemon_connector(self) -> DaemonConnector:
+        """The way to the daemon."""
+        return self._daemon_connector
+
+    @daemon_connector.setter
+    def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
+        if not isinstance(daemon_connector, DaemonConnector):
+            # hivemind's own, from before the swap, or this package's.
+            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
+        self._daemon_connector = daemon_connector
+        if hasattr(self, "_unary"):
+            # The connection that is open stays, as in hivemind.
+            self._unary._settings.connector = daemon_connector
+
     # --- unary calls ---
 
     @property
-    def unary_handlers(self) -> dict[str, TUnaryHandler]:
-        """The unary handlers, by protocol. A copy."""
-        return dict(self._unary.handlers)  # type: ignore[arg-type]
+    def unary_handlers(self) -> MutableMapping[str, TUnaryHandler]:
+        """The unary handlers, by protocol."""
+        return self._unary_handlers
+
+    @unary_handlers.setter
+    def unary_handlers(self, handlers: MutableMapping[str, TUnaryHandler]) -> None:
+        self._unary_handlers = handlers
+        self._unary._use_table(handlers)  # type: ignore[arg-type]
+
+    @property
+    def persistent_conn_max_msg_size(self) -> int:
+        """The largest message of a unary call to send, in bytes."""
+        return self._unary.max_message_size
+
+    @persistent_conn_max_msg_size.setter
+    def persistent_conn_max_msg_size(self, size: int | None) -> None:
+        self._unary.max_message_size = size
+
+    @property
+    def max_unanswered(self) -> int | None:
+        """How many calls of peers may be in progress before no more are read."""
+        return self._unary.max_unanswered
+
+    @max_unanswered.setter
+    def max_unanswered(self, count: int | None) -> None:
+        self._unary.max_unanswered = count
+
+    @property
+    def max_unanswered_bytes(self) -> int | None:
+        """How many bytes the payloads of calls in progress may have."""
+        return self._unary.max_unanswered_bytes
+
+    @max_unanswered_bytes.setter
+    def max_unanswered_bytes(self, size: int | None) -> None:
+        self._unary.max_unanswered_bytes = size
+
+    @property
+    def hold(self) -> float | None:
+        """How long reading may pause because of these two, in seconds."""
+        return self._unary.hold
+
+    @hold.setter
+    def hold(self, seconds: float | None) -> None:
+        self._unary.hold = seconds
 
     async def add_unary_handler(
         self, proto: str, handler: TUnaryHandler, balanced: bool = False
@@ -346,14 +471,23 @@ class ControlClient(control.ControlClient):
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         # In a task of its own: a task group would have to be left by the task that entered it.
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
+        # As hivemind's server, which is no task, it ends with the loop without a word.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        closed = False
         try:
             yield
+        except GeneratorExit:
+            # By the collector, or with the loop: nothing can be awaited here.
+            closed = True
+            raise
         finally:
-            task.cancel()
-            await asyncio.wait([task])
-            error = None if task.cancelled() else task.exception()
-            if error is not None:
-                raise error
+            with suppress(RuntimeError):  # of a closed loop
+                task.cancel()
+            if not closed:
+                await asyncio.wait([task])
+                error = None if task.cancelled() else task.exception()
+                if error is not None:
+                    raise error
 
     async def _unregister_all(self) -> None:
         # After close() the daemon, or the event loop, is about to end: nobody waits for either.

@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .control import (
+    _DEFAULT,
     DEFAULT_MAX_MSG_SIZE,
     ControlClient,
     DaemonConnector,
     StreamHandler,
     TUnaryHandler,
+    _Default,
 )
 from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
 from .streams import StreamReader, StreamWriter
@@ -53,14 +55,20 @@ class Client:
         control_maddr: Multiaddr | str | None = None,
         listen_maddr: Multiaddr | str | None = None,
         *,
-        persistent_conn_max_msg_size: int = DEFAULT_MAX_MSG_SIZE,
+        persistent_conn_max_msg_size: int | None = None,
+        max_unanswered: int | None | _Default = _DEFAULT,
+        max_unanswered_bytes: int | None | _Default = _DEFAULT,
+        hold: float | None | _Default = _DEFAULT,
     ) -> Self:
         """A new client, with a persistent connection to the daemon.
 
         Args:
             control_maddr: The daemon's control socket; ``/unix/tmp/p2pd.sock`` if None.
             listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
-            persistent_conn_max_msg_size: The largest message of a unary call, in bytes.
+            persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
+                None takes the daemon's limit if it can be found out, and 4 MiB otherwise.
+            max_unanswered, max_unanswered_bytes, hold: The bounds of peers' calls in progress; none
+                by default. See ``ControlClient.create``.
 
         Raises:
             ControlFailure: There is no daemon at the address, or not hivemind's.
@@ -70,6 +78,10 @@ class Client:
             DaemonConnector(control_maddr),
             listen_maddr,
             persistent_conn_max_msg_size=persistent_conn_max_msg_size,
+            max_unanswered=max_unanswered,
+            max_unanswered_bytes=max_unanswered_bytes,
+            hold=hold,
+            _fallback=DEFAULT_MAX_MSG_SIZE,
         )
         return client
 

@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
 use tokio::sync::{oneshot, Notify};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, Instant};
@@ -420,6 +421,7 @@ impl Driver {
             let awaited = {
                 let mut inner = lock(&self.link.inner);
                 inner.awaited = inner.wants();
+                timers.hold = inner.core.limits().hold;
                 inner.awaited
             };
             if awaited.end {
@@ -531,7 +533,11 @@ impl Driver {
                 }
                 UnaryEvent::Unserved { id, reason } => self
                     .link
-                    .tell_head(|core, head| core.refuse(&id, reason, head)),
+                    .tell_head(|core, head| core.refuse(&id, &reason, head)),
+                UnaryEvent::Oversized { token, error } => answer(token, Err(error.into())),
+                UnaryEvent::Skipped { error } => {
+                    log::warn!("skipped a message of the daemon without a call id: {error}");
+                }
             }
         }
     }
@@ -633,6 +639,8 @@ impl Drop for Replying {
 struct Timers {
     remind: Option<Instant>,
     press: Option<Instant>,
+    /// How long nothing is read before that.
+    hold: Option<Duration>,
 }
 
 impl Timers {
@@ -643,7 +651,8 @@ impl Timers {
         if awaited.input {
             self.press = None;
         } else if self.press.is_none() {
-            self.press = Some(Instant::now() + unary::HOLD);
+            // A hold that an Instant cannot express never ends.
+            self.press = self.hold.and_then(|hold| Instant::now().checked_add(hold));
         }
     }
 }

@@ -548,7 +548,7 @@ fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
     let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     assert!(connection.wants_input(), "a reply is awaited");
     let events = feed(&mut connection, &call([9; 16], b""), &[1000]).unwrap();
-    let reason = "busy: too many calls at once";
+    let reason = "busy: too many calls at once".into();
     let id9 = [9; 16];
     assert_eq!(events, [UnaryEvent::Unserved { id: id9, reason }]);
     connection.cancel(&id, later(), &mut out);
@@ -579,7 +579,7 @@ fn a_second_call_with_an_id_that_is_at_work_is_refused() {
     let mut connection = connection(UnaryLimits::default());
     let bytes = [call([1; 16], b"a"), call([1; 16], b"b")].concat();
     let events = feed(&mut connection, &bytes, &[1000]).unwrap();
-    let reason = "a call with the same id is at work";
+    let reason = "a call with the same id is at work".into();
     assert_eq!(
         events[1],
         UnaryEvent::Unserved {
@@ -590,14 +590,343 @@ fn a_second_call_with_an_id_that_is_at_work_is_refused() {
     assert_eq!(connection.unanswered(), 1);
 }
 
-#[test]
-fn a_frame_of_which_too_much_is_announced_is_refused() {
-    let limits = UnaryLimits {
+/// Limits under which a message of 1000 bytes can be sent and received.
+fn small() -> UnaryLimits {
+    UnaryLimits {
         max_message: 1000,
+        max_incoming: Some(1000),
+        ..UnaryLimits::default()
+    }
+}
+
+fn too_large(size: usize) -> Error {
+    Error::ReplyTooLarge { size, limit: 1000 }
+}
+
+fn daemon_error(id: CallId, message: &[u8]) -> Vec<u8> {
+    let error = p2pd::DaemonError {
+        message: Some(Bytes::copy_from_slice(message)),
+    };
+    response(id, Some(response::Message::DaemonError(error)))
+}
+
+fn handler_error(id: CallId, words: &[u8]) -> Vec<u8> {
+    let result = call_unary_response::Result::Error(Bytes::copy_from_slice(words));
+    let reply = p2pd::CallUnaryResponse {
+        result: Some(result),
+    };
+    response(id, Some(response::Message::CallUnaryResponse(reply)))
+}
+
+/// A frame with these fields, in this order.
+fn frame_of(fields: &[(u32, &[u8])]) -> Vec<u8> {
+    let mut message = BytesMut::new();
+    for (number, value) in fields {
+        prost::encoding::encode_key(*number, WireType::LengthDelimited, &mut message);
+        encode_varint(value.len() as u64, &mut message);
+        message.extend_from_slice(value);
+    }
+    let mut frame = BytesMut::new();
+    encode_varint(message.len() as u64, &mut frame);
+    frame.extend_from_slice(&message);
+    frame.to_vec()
+}
+
+/// Size of the message in a frame that has a length prefix of `prefix` bytes.
+fn size_of(frame: &[u8], prefix: usize) -> usize {
+    frame.len() - prefix
+}
+
+#[test]
+fn answers_over_the_limit_fail_their_calls_alone() {
+    let large = vec![b'x'; 5000];
+    for answer in [reply, handler_error, daemon_error] {
+        for sizes in [&[1][..], &[7, 300], &[100_000]] {
+            let mut connection = connection(small());
+            let mut out = BytesMut::new();
+            let mut call = |token| {
+                connection
+                    .call(b"p", "x", 0, token, now(), &mut out)
+                    .unwrap()
+            };
+            let (first, second) = (call(1), call(2));
+            let oversized = answer(first, &large);
+            let error = too_large(size_of(&oversized, 2));
+            let bytes = [oversized, reply(second, b"yes")].concat();
+            let events = feed(&mut connection, &bytes, sizes).unwrap();
+            let payload = b"yes".to_vec();
+            assert_eq!(
+                events,
+                [
+                    UnaryEvent::Oversized { token: 1, error },
+                    UnaryEvent::Reply { token: 2, payload }
+                ]
+            );
+            assert_eq!(connection.pending(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_call_over_the_limit_is_refused_with_its_size_and_the_limit() {
+    let mut connection = connection(small());
+    let oversized = call([5; 16], &[7; 5000]);
+    let size = size_of(&oversized, 2);
+    let bytes = [oversized, call([6; 16], b"ping")].concat();
+    let events = feed(&mut connection, &bytes, &[300]).unwrap();
+    let [UnaryEvent::Unserved { id, reason }, UnaryEvent::Call { .. }] = &events[..] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(*id, [5; 16]);
+    assert!(
+        reason.contains(&size.to_string()) && reason.contains("1000"),
+        "{reason}"
+    );
+    assert_eq!(connection.unanswered(), 1);
+}
+
+#[test]
+fn finds_the_call_id_wherever_it_stands_in_a_frame_over_the_limit() {
+    let big = vec![0x12; 3000]; // would itself be read as a field
+    let mut connection = connection(small());
+    let id = connection
+        .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
+        .unwrap();
+    let inner = frame_of(&[(1, &big)]);
+    let content = &inner[2..];
+    for fields in [
+        &[(15, &big[..]), (1, &id[..]), (2, content)][..],
+        &[(2, content), (1, &id[..])],
+        &[(2, content), (9, b""), (1, &id[..]), (700, b"?")],
+        &[(1, &[3; 16][..]), (2, content), (1, &id[..])],
+    ] {
+        for size in [1, 2, 17, 100_000] {
+            let frame = frame_of(fields);
+            let error = too_large(size_of(&frame, 2));
+            let events = feed(&mut connection, &frame, &[size]).unwrap();
+            assert_eq!(events, [UnaryEvent::Oversized { token: 1, error }]);
+            // The next round needs a pending call of that id again.
+            let pending = Pending {
+                token: 1,
+                called: Some(now()),
+            };
+            connection.pending.insert(id, pending);
+        }
+    }
+}
+
+#[test]
+fn skips_unknown_fields_of_every_kind_before_the_call_id() {
+    let mut connection = connection(small());
+    let id = connection
+        .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
+        .unwrap();
+    let mut message = vec![
+        0x30, 0xff, 0x80, 0x00, // a varint that is not minimal
+        0x39, 1, 2, 3, 4, 5, 6, 7, 8, // 64 bits
+        0x45, 1, 2, 3, 4, // 32 bits
+        0x4b, 0x0a, 16, // a group, with what looks like a call id
+    ];
+    message.extend([9; 16]);
+    message.extend([0x53, 0x54, 0x4c]); // a group in it; both end
+    message.extend([0x0a, 16]);
+    message.extend(id);
+    message.extend([0x12, 0xd0, 0x0f]); // a reply of 2000 bytes
+    message.extend([0; 2000]);
+    let frame = [
+        &[
+            0x80 | (message.len() & 0x7f) as u8,
+            (message.len() >> 7) as u8,
+        ],
+        &message[..],
+    ];
+    let frame = frame.concat();
+    for size in [1, 5, 10_000] {
+        let events = feed(&mut connection, &frame, &[size]).unwrap();
+        let error = too_large(message.len());
+        assert_eq!(events, [UnaryEvent::Oversized { token: 1, error }]);
+        let pending = Pending {
+            token: 1,
+            called: Some(now()),
+        };
+        connection.pending.insert(id, pending);
+    }
+}
+
+#[test]
+fn frames_over_the_limit_without_a_call_id_are_skipped() {
+    let junk = vec![0xff; 3000];
+    let mut connection = connection(small());
+    for message in [
+        &frame_of(&[(2, &junk)])[..],
+        &frame_of(&[(1, b"short"), (2, &junk)]),
+        &[&[0xb8, 0x17], &junk[..]].concat(), // no fields at all
+        &[&[0xb8, 0x17, 0x12, 0xff, 0xff, 0x7f], &junk[4..]].concat(), // beyond its end
+        &[&[0xb8, 0x17, 0x0c], &junk[1..]].concat(), // the end of no group
+    ] {
+        let bytes = [message, &call([6; 16], b"ping")].concat();
+        let error = too_large(size_of(message, 2));
+        let events = feed(&mut connection, &bytes, &[700]).unwrap();
+        let [skipped, UnaryEvent::Call { id, .. }] = &events[..] else {
+            panic!("{events:?}")
+        };
+        assert_eq!(*skipped, UnaryEvent::Skipped { error });
+        assert!(!connection.reply(id, 2000, &mut BytesMut::new()));
+    }
+}
+
+#[test]
+fn a_late_answer_over_the_limit_confirms_a_cancel() {
+    let mut connection = connection(small());
+    let mut out = BytesMut::new();
+    let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    connection.cancel(&id, later(), &mut out);
+    let events = feed(&mut connection, &reply(id, &[0; 5000]), &[999]).unwrap();
+    assert_eq!(events, []);
+    assert!(!connection.has_cancelled());
+}
+
+#[test]
+fn acts_on_an_acknowledgement_or_cancel_over_the_limit() {
+    let mut connection = connection(small());
+    let mut out = BytesMut::new();
+    let id = connection.add_handler("x", false, 1, &mut out).unwrap();
+    let junk = vec![0; 3000];
+    let events = feed(&mut connection, &frame_of(&[(1, &id), (99, &junk)]), &[50]).unwrap();
+    assert_eq!(events, [UnaryEvent::Acknowledged { token: 1 }]);
+    let refused = connection.add_handler("x", false, 2, &mut out).unwrap();
+    let events = feed(&mut connection, &daemon_error(refused, &junk), &[50]).unwrap();
+    assert!(matches!(
+        events[..],
+        [UnaryEvent::Oversized { token: 2, .. }]
+    ));
+    feed(&mut connection, &call([5; 16], b"ping"), &[50]).unwrap();
+    let cancel = frame_of(&[(1, &[5; 16]), (5, b""), (99, &junk)]);
+    let events = feed(&mut connection, &cancel, &[50]).unwrap();
+    assert_eq!(events, [UnaryEvent::Cancelled { id: [5; 16] }]);
+}
+
+#[test]
+fn a_frame_over_the_limit_is_not_stored() {
+    let mut connection = connection(small());
+    let size = 64 << 20;
+    let mut input = &[0x80, 0x80, 0x80, 0x20][..];
+    assert_eq!(connection.poll(&mut input), Ok(None));
+    let megabyte = vec![0x12; 1 << 20];
+    for _ in 1..64 {
+        assert_eq!(connection.poll(&mut &megabyte[..]), Ok(None));
+        assert!(connection.payload_room().is_none());
+        assert!(connection.buffer.capacity() < KEPT_BUFFER);
+    }
+    assert_eq!(
+        connection.end_of_file(),
+        Error::Closed { mid_message: true }
+    );
+    let error = too_large(size);
+    let events = feed(&mut connection, &megabyte, &[1 << 20]).unwrap();
+    assert_eq!(events, [UnaryEvent::Skipped { error }]);
+    feed(&mut connection, &call([6; 16], b"ping"), &[50]).unwrap();
+    assert_eq!(connection.unanswered(), 1);
+}
+
+#[test]
+fn a_length_that_protobuf_cannot_have_ends_the_connection() {
+    for length in [
+        &[0x80, 0x80, 0x80, 0x80, 0x08][..], // 2^31
+        &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01], // 2^64 - 1
+        &[0x80; 11],
+    ] {
+        let error = feed(&mut connection(small()), length, &[1]).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::FrameTooLarge { .. } | Error::MalformedLength(_)
+            ),
+            "{error:?}"
+        );
+    }
+}
+
+/// A payload for which there is never memory.
+#[derive(Debug, PartialEq, Eq)]
+struct NoRoom(Vec<u8>);
+
+impl Payload for NoRoom {
+    fn with_len(_: usize) -> Option<Self> {
+        None
+    }
+
+    fn copy_from(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
+#[test]
+fn a_reply_for_which_there_is_no_memory_fails_its_call_alone() {
+    let mut connection = Persistent::<u32, NoRoom>::new([1; 32], UnaryLimits::default());
+    let mut out = BytesMut::new();
+    let large = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
+    let small = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
+    let size = 3 * DIRECT;
+    let bytes = [reply(large, &vec![0; size]), reply(small, b"yes")].concat();
+    let mut events = Vec::new();
+    for piece in bytes.chunks(5000) {
+        let mut input = piece;
+        while let Some(event) = connection.poll(&mut input).unwrap() {
+            events.push(event);
+        }
+    }
+    let payload = NoRoom(b"yes".to_vec());
+    let error = Error::NoMemory { size };
+    assert_eq!(
+        events,
+        [
+            UnaryEvent::Oversized { token: 1, error },
+            UnaryEvent::Reply { token: 2, payload }
+        ]
+    );
+}
+
+#[test]
+fn limits_that_are_set_later_act_on_the_next_message() {
+    let mut connection = connection(small());
+    let mut out = BytesMut::new();
+    assert!(connection
+        .call(b"p", "x", 2000, 1, now(), &mut out)
+        .is_err());
+    let open = UnaryLimits {
+        max_message: 1 << 20,
+        max_unanswered: usize::MAX,
+        max_unanswered_bytes: usize::MAX,
         ..UnaryLimits::default()
     };
-    let error = feed(&mut connection(limits), &[0xff, 0xff, 0x7f], &[1]).unwrap_err();
-    assert!(matches!(error, Error::FrameTooLarge { .. }));
+    // In the middle of a frame that is skipped already: that one is.
+    let oversized = call([5; 16], &[7; 5000]);
+    assert_eq!(feed(&mut connection, &oversized[..50], &[50]), Ok(vec![]));
+    connection.set_limits(open);
+    let events = feed(&mut connection, &oversized[50..], &[50]).unwrap();
+    assert!(matches!(events[..], [UnaryEvent::Unserved { .. }]));
+    connection
+        .call(b"p", "x", 2000, 2, now(), &mut out)
+        .unwrap();
+    connection.take_pending();
+    let events = feed(&mut connection, &oversized, &[50]).unwrap();
+    assert!(matches!(events[..], [UnaryEvent::Call { .. }]));
+    assert!(connection.wants_input());
+    connection.set_limits(UnaryLimits {
+        max_unanswered: 1,
+        ..open
+    });
+    assert!(!connection.wants_input());
+    connection.press_on();
+    assert!(connection.wants_input());
+    connection.set_limits(open);
+    let events = feed(&mut connection, &call([6; 16], b""), &[50]).unwrap();
+    assert!(matches!(events[..], [UnaryEvent::Call { .. }]));
 }
 
 #[test]
@@ -649,6 +978,52 @@ proptest! {
         }
         prop_assert_eq!(feed(&mut connection, &bytes, &sizes).unwrap(), expected);
         prop_assert_eq!(connection.end_of_file(), Error::Closed { mid_message: false });
+    }
+
+    #[test]
+    fn any_split_of_frames_over_the_limit_gives_the_same_events(
+        frames in prop::collection::vec((0..6u8, 0usize..5000), 1..8),
+        sizes in prop::collection::vec(prop_oneof![1usize..40, 1usize..40_000], 1..20),
+    ) {
+        let bytes_of = |connection: &mut Connection| {
+            let mut bytes = Vec::new();
+            for (token, (kind, len)) in frames.iter().enumerate() {
+                let payload = vec![b'x'; *len];
+                let mut out = BytesMut::new();
+                let id = connection.call(b"p", "x", 0, token as u32, now(), &mut out).unwrap();
+                bytes.extend(match kind {
+                    0 => reply(id, &payload),
+                    1 => handler_error(id, &payload),
+                    2 => daemon_error(id, &payload),
+                    3 => call([token as u8; 16], &payload),
+                    4 => frame_of(&[(2, &payload), (1, &id)]),
+                    _ => frame_of(&[(77, &payload), (1, &id), (4, b"")]),
+                });
+            }
+            bytes
+        };
+        let (mut whole, mut pieces) = (connection(small()), connection(small()));
+        let bytes = bytes_of(&mut whole);
+        prop_assert_eq!(bytes_of(&mut pieces), bytes.clone());
+        let events = feed(&mut whole, &bytes, &[bytes.len()]).unwrap();
+        prop_assert_eq!(events.len(), frames.len());
+        prop_assert_eq!(feed(&mut pieces, &bytes, &sizes).unwrap(), events);
+        prop_assert_eq!(pieces.end_of_file(), Error::Closed { mid_message: false });
+    }
+
+    #[test]
+    fn any_bytes_in_a_frame_over_the_limit_cost_that_frame_alone(
+        junk in prop::collection::vec(any::<u8>(), 1001..1300),
+        sizes in prop::collection::vec(1usize..400, 1..5),
+    ) {
+        let mut connection = connection(small());
+        let mut bytes = vec![0x80 | (junk.len() & 0x7f) as u8, (junk.len() >> 7) as u8];
+        bytes.extend(&junk);
+        bytes.extend(call([5; 16], b"ping"));
+        let events = feed(&mut connection, &bytes, &sizes).unwrap();
+        prop_assert!(events.len() <= 2);
+        let served = matches!(events.last(), Some(UnaryEvent::Call { .. }));
+        prop_assert!(served);
     }
 
     #[test]
