@@ -11,7 +11,8 @@
     │   ├── MessageTooLarge         more than the daemon takes: nothing was sent
     │   └── ForkedClientError       a client was used in a forked child of its process
     ├── DispatchFailure             an inbound stream could not be given to a handler
-    └── DaemonStartError            a daemon process did not come up
+    └── DaemonStartError            a daemon process did not come up (an OSError, if the operating
+        │                           system refused something: a PermissionError, …)
         └── DaemonNotFound          … for there is no binary to run (a FileNotFoundError)
     P2PHandlerError                 a peer's unary handler failed, not the daemon
 
@@ -21,9 +22,11 @@ alone, which is what the default ``__reduce__`` of exceptions needs for that.
 
 from __future__ import annotations
 
+import errno as _errno
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from p2pclient_rs._native import PeerID
@@ -180,19 +183,27 @@ class DispatchFailure(P2PDaemonError):
 class DaemonStartError(P2PDaemonError):
     """A daemon process could not be started, died, or did not answer in time.
 
+    If the operating system refused something that the start needs, this is also an instance of
+    the built-in class for that: ``except PermissionError`` catches it.
+
     Args:
         message: What happened.
         command: The command line.
         returncode: The exit status, negative for a signal; None if it never ran or was still
             running.
         logs: The last lines of the daemon's output.
-        cause: The cause in one line, where it can be told.
+        cause: The cause in one line, where it can be told. Names the file or the operation that
+            the operating system refused.
+        hint: What to do about it, in one line, where that can be told.
+        errno: The operating system's number of the error, if it refused something.
     """
 
     command: list[str]
     returncode: int | None
     logs: list[str]
     cause: str | None
+    hint: str | None
+    errno: int | None = None
 
     def __init__(
         self,
@@ -202,12 +213,16 @@ class DaemonStartError(P2PDaemonError):
         returncode: int | None = None,
         logs: Sequence[str] = (),
         cause: str | None = None,
+        hint: str | None = None,
+        errno: int | None = None,
     ) -> None:
         super().__init__(message)
         self.command = list(command)
         self.returncode = returncode
         self.logs = list(logs)
         self.cause = cause
+        self.hint = hint
+        self.errno = errno
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
@@ -217,7 +232,31 @@ class DaemonStartError(P2PDaemonError):
             text += f"\n  command: {shlex.join(self.command)}"
         if self.logs:
             text += "\n  last output:" + "".join(f"\n    {line}" for line in self.logs)
+        if self.hint:
+            text += f"\n  hint: {self.hint}"
         return text
+
+    @staticmethod
+    def _of_errno(number: int | None) -> type[DaemonStartError]:
+        """Returns the class for an error of the operating system; this one without a number."""
+        return DaemonStartError if number is None else _start_error_of(type(OSError(number, "")))
+
+
+@cache
+def _start_error_of(builtin: type[OSError]) -> type[DaemonStartError]:
+    def reduce(self: DaemonStartError) -> tuple[Any, ...]:
+        return _restore_start_error, (builtin, self.args), self.__dict__
+
+    # One class for each built-in one. Pickled by that, as it is not to be found by its name.
+    return type(
+        "DaemonStartError",
+        (DaemonStartError, builtin),
+        {"__module__": __name__, "__doc__": DaemonStartError.__doc__, "__reduce__": reduce},
+    )
+
+
+def _restore_start_error(builtin: type[OSError], args: tuple[Any, ...]) -> DaemonStartError:
+    return _start_error_of(builtin)(*args)
 
 
 class DaemonNotFound(DaemonStartError, FileNotFoundError):
@@ -226,14 +265,18 @@ class DaemonNotFound(DaemonStartError, FileNotFoundError):
     Args:
         message: What was wanted.
         looked_at: Every place looked at, each with the reason it would not do.
+        hint: What to do about it, in one line.
     """
 
     looked_at: list[str]
 
-    def __init__(self, message: str = "", *, looked_at: Sequence[str] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "", *, looked_at: Sequence[str] = (), hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, errno=_errno.ENOENT)
         self.looked_at = list(looked_at)
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
-        return text + "".join(f"\n  {place}" for place in self.looked_at)
+        text += "".join(f"\n  {place}" for place in self.looked_at)
+        return f"{text}\n  hint: {self.hint}" if self.hint else text

@@ -2,10 +2,12 @@
 //!
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
-use super::diagnosis::{diagnose, excerpt, Startup, UNCONNECTED};
+use super::diagnosis::{diagnose, excerpt, hint, hint_of_system, Startup, TOO_SLOW, UNCONNECTED};
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use crate::core::PeerId;
+#[cfg(feature = "process")]
+use crate::sockets::Failed;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -23,16 +25,12 @@ pub enum DaemonError {
     /// There is no binary.
     #[error(transparent)]
     NotFound(#[from] NotFound),
-    /// It could not be run, ended, or was not ready in time.
+    /// It could not be prepared or run, ended, or was not ready in time.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// What it needs could not be made: its private directory, a free port, the process that
-    /// clears up after this one.
-    #[error("the daemon's start could not be prepared: {0}")]
-    Io(#[from] io::Error),
 }
 
-/// A daemon could not be run, ended before it was ready, or was not ready in time.
+/// A daemon could not be prepared or run, ended before it was ready, or was not ready in time.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StartError {
@@ -46,17 +44,24 @@ pub struct StartError {
     pub logs: Vec<String>,
     /// The cause in one line, where it can be told.
     pub cause: Option<String>,
-    /// Why it could not be run.
+    /// What to do about it, in one line, where that can be told.
+    pub hint: Option<String>,
+    /// The operating system's error, if it could not be prepared or run.
     pub source: Option<Arc<io::Error>>,
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.brief())?;
-        let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
-        write!(f, "\n  command: {}", words.join(" "))?;
+        if !self.command.is_empty() {
+            let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
+            write!(f, "\n  command: {}", words.join(" "))?;
+        }
         if !self.logs.is_empty() {
             write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  hint: {hint}")?;
         }
         Ok(())
     }
@@ -74,13 +79,40 @@ impl StartError {
         // The operating system's words are the shell's, which the diagnosis knows.
         let words = error.to_string();
         let reason = words.split(" (os error ").next().unwrap_or(&words);
+        let cause = diagnose(reason, None, &[]).unwrap_or_else(|| reason.into());
         StartError {
             message: "the daemon could not be run".into(),
             command,
             status: None,
             logs: Vec::new(),
-            cause: diagnose(reason, None, &[]).or_else(|| Some(reason.into())),
+            hint: hint(&cause).or_else(|| hint_of_system(&cause, &error)),
+            cause: Some(cause),
             source: Some(Arc::new(error)),
+        }
+    }
+
+    /// The operating system refused what its run needs.
+    #[cfg(feature = "process")]
+    pub(crate) fn failed(command: Vec<String>, failed: Failed) -> Self {
+        let cause = failed.to_string();
+        let known = diagnose(&cause, None, &[]);
+        let error = Self::not_run(command, failed.error);
+        StartError {
+            hint: known
+                .as_deref()
+                .and_then(hint)
+                .or_else(|| hint_of_system(&cause, error.source.as_deref()?)),
+            cause: Some(known.map_or(cause, |known| format!("{known}: {}", failed.operation))),
+            ..error
+        }
+    }
+
+    /// The operating system refused what it needs before it is run.
+    #[cfg(feature = "process")]
+    pub(crate) fn not_prepared(failed: Failed) -> Self {
+        StartError {
+            message: "the daemon's start could not be prepared".into(),
+            ..Self::failed(Vec::new(), failed)
         }
     }
 
@@ -106,11 +138,13 @@ impl StartError {
         if logs.is_empty() {
             message += " and printed nothing";
         }
+        let by_cause = cause.as_deref().and_then(hint);
         StartError {
             message,
             command,
             status,
             logs,
+            hint: by_cause.or_else(|| status.is_none().then(|| TOO_SLOW.into())),
             cause,
             source: None,
         }
@@ -119,12 +153,14 @@ impl StartError {
     /// It was ready, and ended with `status`.
     pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
         let arguments = command.get(1..).unwrap_or_default();
+        let cause = status.and_then(|status| diagnose(output, Some(status), arguments));
         StartError {
             message: match status {
                 Some(status) => format!("the daemon {}", describe(status)),
                 None => "the daemon is running".into(),
             },
-            cause: status.and_then(|status| diagnose(output, Some(status), arguments)),
+            hint: cause.as_deref().and_then(hint),
+            cause,
             command,
             status,
             logs: last_lines(output),
@@ -303,7 +339,8 @@ mod tests {
              no permission to listen on 127.0.0.1:1\n  \
              command: '/a b/p2pd' '-id=it'\"'\"'s' ''\n  \
              last output:\n    before\n    \
-             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied"
+             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n  \
+             hint: choose a port from 1024 on, or a path in a directory that this user can write to"
         );
     }
 
@@ -347,8 +384,58 @@ mod tests {
         assert_eq!(
             killed.to_string(),
             "the daemon was killed by SIGKILL: something killed it, maybe for lack of memory\n  \
-             command: p2pd\n  last output:\n    before\n    last"
+             command: p2pd\n  last output:\n    before\n    last\n  \
+             hint: look for the out-of-memory killer in the kernel's log (dmesg), and allow the \
+             daemon more memory"
         );
+    }
+
+    #[test]
+    #[cfg(feature = "process")]
+    fn a_failed_operation_is_named_with_the_systems_words_and_a_hint() {
+        let failed = |operation: &str, number| Failed {
+            operation: operation.into(),
+            error: io::Error::from_raw_os_error(number),
+        };
+        for (operation, number, cause, hint) in [
+            (
+                "cannot create the directory /no/d",
+                2,
+                "No such file",
+                "set TMPDIR",
+            ),
+            (
+                "cannot create the directory /d",
+                28,
+                "No space left",
+                "free some space",
+            ),
+            (
+                "cannot create a pipe",
+                24,
+                "Too many open files",
+                "ulimit -n",
+            ),
+            ("cannot start another process", 11, "Resource", "ulimit -u"),
+        ] {
+            let error = StartError::not_prepared(failed(operation, number));
+            let text = error.to_string();
+            let begin = format!("the daemon's start could not be prepared: {operation}: {cause}");
+            assert!(text.starts_with(&begin), "{text}");
+            assert!(text.lines().count() == 2 && text.contains(hint), "{text}");
+            assert_eq!(error.source.unwrap().raw_os_error(), Some(number));
+        }
+        let foreign = StartError::failed(command(&["p2pd"]), failed("cannot execute p2pd", 8));
+        let cause = foreign.cause.unwrap();
+        assert!(cause.starts_with("the binary is not for this"), "{cause}");
+        assert!(cause.ends_with(": cannot execute p2pd"), "{cause}");
+        assert!(foreign.hint.unwrap().contains("P2PD_PATH"));
+    }
+
+    #[test]
+    fn a_daemon_that_is_too_slow_has_a_hint() {
+        let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, None);
+        assert!(silent.to_string().ends_with(TOO_SLOW));
     }
 
     #[test]

@@ -1,0 +1,466 @@
+//! A daemon's output: a pipe, drained by a thread into two files of bounded size.
+//!
+//! The daemon writes to a pipe rather than to a file, since only the reader of a pipe can bound
+//! what is stored. The thread runs from the start of a daemon until its output ends. It never takes
+//! Python's global interpreter lock, so a program that computes does not hold up its daemon.
+//!
+//! `log` holds the newest output; once it is full, it is renamed to `log.1`, in the place of an
+//! older one.
+
+use crate::sockets::Failed;
+use std::fs::{self, File};
+use std::io::{
+    self, ErrorKind, PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+#[cfg(unix)]
+use std::time::{Duration, Instant};
+
+/// The size of each of the two files, and of what [`Log::tail`] returns, in bytes.
+pub(super) const LIMIT: u64 = 1 << 20;
+/// The size of one read, in bytes.
+const READ_SIZE: usize = 16 * 1024;
+/// The most that is read at once, in bytes: the pipe may be refilled as fast as it is drained.
+#[cfg(unix)]
+const BUDGET: usize = 2 << 20;
+/// The wanted capacity of the pipe, in bytes. The daemon blocks when the pipe is full.
+#[cfg(target_os = "linux")]
+const PIPE_SIZE: usize = 1 << 20;
+/// In bytes.
+const STACK_SIZE: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(super) struct Log {
+    store: Arc<Mutex<Store>>,
+    drainer: Mutex<Option<Drainer>>,
+    /// Whether the thread is missing.
+    stalled: AtomicBool,
+}
+
+impl Log {
+    /// Nothing is created before the first run.
+    pub(super) fn new(path: &Path) -> Self {
+        Log {
+            store: Arc::new(Mutex::new(Store {
+                path: path.into(),
+                source: None,
+                file: None,
+                begin: 0,
+                oldest: 0,
+                end: 0,
+                lost: None,
+            })),
+            drainer: Mutex::new(None),
+            stalled: AtomicBool::new(false),
+        }
+    }
+
+    /// Prepares another run. Returns the pipe for the daemon's output, and the position at which
+    /// that output begins.
+    pub(super) fn begin_run(&self) -> Result<(PipeWriter, u64), Failed> {
+        self.stop_draining();
+        let (source, writer) = io::pipe().map_err(Failed::at(|| {
+            "cannot create a pipe for the daemon's output"
+        }))?;
+        #[cfg(unix)]
+        rustix::io::ioctl_fionbio(&source, true)
+            .map_err(io::Error::from)
+            .map_err(Failed::at(|| {
+                "cannot set up the pipe of the daemon's output"
+            }))?;
+        #[cfg(target_os = "linux")]
+        // Optional: a user's pipes have a limit on their total size.
+        let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
+        let begin = self.store().begin_run(source)?;
+        self.start_draining().map_err(Failed::at(|| {
+            "cannot start a thread for the daemon's output"
+        }))?;
+        Ok((writer, begin))
+    }
+
+    /// Starts the thread, if there is output to come and none runs.
+    fn start_draining(&self) -> io::Result<()> {
+        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
+        if drainer.is_none() {
+            let source = self.store().source.clone();
+            *drainer = source
+                .map(|source| Drainer::start(&self.store, source))
+                .transpose()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the thread. What the daemon prints meanwhile stays in the pipe.
+    pub(super) fn stop_draining(&self) {
+        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(drainer) = drainer.take() {
+            drainer.stop();
+        }
+    }
+
+    /// As [`start_draining`](Self::start_draining). If that fails, [`retry`](Self::retry) tries
+    /// again.
+    pub(super) fn resume(&self) {
+        self.stalled
+            .store(self.start_draining().is_err(), Ordering::Relaxed);
+    }
+
+    pub(super) fn retry(&self) {
+        if self.stalled.load(Ordering::Relaxed) {
+            self.resume();
+        }
+    }
+
+    /// Ends the thread, takes what is left in the pipe, and closes everything.
+    pub(super) fn close(&self) {
+        self.stop_draining();
+        let mut store = self.store();
+        store.drain();
+        store.source = None;
+        store.file = None;
+    }
+
+    /// The end of the output from a position on, and the position of its first byte. Complete once
+    /// the daemon has ended.
+    pub(super) fn tail(&self, begin: u64) -> (u64, Vec<u8>) {
+        let mut store = self.store();
+        store.drain();
+        let begin = begin.max(store.end.saturating_sub(LIMIT));
+        let (begin, mut data) = store.read(begin, LIMIT);
+        store.note_what_is_lost(&mut data);
+        (begin, data)
+    }
+
+    /// At most `limit` bytes from a position on, or from the oldest stored if that is newer; and
+    /// the position of the first one.
+    #[cfg_attr(not(feature = "tokio"), allow(dead_code))]
+    pub(super) fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
+        let mut store = self.store();
+        store.drain();
+        store.read(begin, limit)
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread that drains the pipe.
+#[derive(Debug)]
+struct Drainer {
+    thread: JoinHandle<()>,
+    owner: u32,
+    /// The thread ends when this is closed.
+    #[cfg(unix)]
+    stop: PipeWriter,
+    #[cfg(target_os = "linux")]
+    task: PathBuf,
+}
+
+impl Drainer {
+    #[cfg(unix)]
+    fn start(store: &Arc<Mutex<Store>>, source: Arc<PipeReader>) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let store = Arc::clone(store);
+        #[cfg(target_os = "linux")]
+        let (name, named) = std::sync::mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name("p2pd-log".into())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                #[cfg(target_os = "linux")]
+                let _ = name.send(rustix::thread::gettid());
+                drain(&store, &source, &stopped);
+            })?;
+        #[cfg(target_os = "linux")]
+        let task = named.recv().map_or_else(
+            |_| PathBuf::new(),
+            |id| format!("/proc/self/task/{}", id.as_raw_nonzero()).into(),
+        );
+        Ok(Drainer {
+            thread,
+            owner: std::process::id(),
+            stop,
+            #[cfg(target_os = "linux")]
+            task,
+        })
+    }
+
+    #[cfg(not(unix))]
+    fn start(store: &Arc<Mutex<Store>>, source: Arc<PipeReader>) -> io::Result<Self> {
+        let store = Arc::clone(store);
+        let thread = thread::Builder::new()
+            .name("p2pd-log".into())
+            .stack_size(STACK_SIZE)
+            .spawn(move || drain(&store, &source))?;
+        Ok(Drainer {
+            thread,
+            owner: std::process::id(),
+        })
+    }
+
+    fn stop(self) {
+        if self.owner != std::process::id() {
+            // A forked child does not have the thread.
+            std::mem::forget(self.thread);
+            return;
+        }
+        #[cfg(unix)]
+        {
+            drop(self.stop);
+            let _ = self.thread.join();
+        }
+        #[cfg(target_os = "linux")]
+        {
+            // The kernel counts a thread for a moment longer, and so would CPython, which warns of
+            // a fork with threads.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Stores the output until it ends, or `stopped` does.
+#[cfg(unix)]
+fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
+    use rustix::event::{poll, PollFd, PollFlags};
+    loop {
+        let mut files = [source, stopped].map(|file| PollFd::new(file, PollFlags::IN));
+        match poll(&mut files, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        if !files[1].revents().is_empty() {
+            return;
+        }
+        let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+        if !files[0].revents().is_empty() && store.drain() {
+            return;
+        }
+    }
+}
+
+/// Stores the output until it ends.
+#[cfg(not(unix))]
+fn drain(store: &Mutex<Store>, mut source: &PipeReader) {
+    let mut buffer = vec![0; READ_SIZE];
+    loop {
+        match source.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => {
+                let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                store.append(&buffer[..length]);
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Where the older half of a log is.
+fn older(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".1");
+    older.into()
+}
+
+/// The files. Positions count the bytes of all runs.
+#[derive(Debug)]
+struct Store {
+    path: PathBuf,
+    /// None if there is nothing more to come.
+    source: Option<Arc<PipeReader>>,
+    file: Option<File>,
+    /// Position of the first byte of `log`.
+    begin: u64,
+    /// Position of the first byte of `log.1`.
+    oldest: u64,
+    end: u64,
+    /// What could not be stored.
+    lost: Option<Lost>,
+}
+
+#[derive(Debug)]
+struct Lost {
+    bytes: u64,
+    error: io::Error,
+}
+
+impl Store {
+    fn begin_run(&mut self, source: PipeReader) -> Result<u64, Failed> {
+        self.drain();
+        let create = || -> io::Result<(File, u64)> {
+            let file = File::options().create(true).append(true).open(&self.path)?;
+            let length = file.metadata()?.len();
+            Ok((file, length))
+        };
+        let (file, length) = create().map_err(Failed::at(|| {
+            format!("cannot create {}", self.path.display())
+        }))?;
+        self.begin = self.end.saturating_sub(length);
+        self.oldest = self.oldest.min(self.begin);
+        self.file = Some(file);
+        self.source = Some(Arc::new(source));
+        Ok(self.end)
+    }
+
+    /// Stores what is in the pipe, without waiting. Returns whether there is nothing more to come.
+    fn drain(&mut self) -> bool {
+        #[cfg(unix)]
+        if let Some(source) = self.source.clone() {
+            let mut buffer = [0; READ_SIZE];
+            let mut budget = BUDGET;
+            while budget > 0 {
+                match (&*source).read(&mut buffer) {
+                    Ok(0) => {
+                        self.source = None;
+                        break;
+                    }
+                    Ok(length) => {
+                        self.append(&buffer[..length]);
+                        budget = budget.saturating_sub(length);
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(_) => {
+                        self.source = None;
+                        break;
+                    }
+                }
+            }
+        }
+        self.source.is_none()
+    }
+
+    /// Never fails, as nothing may hold up the daemon: counts what cannot be stored.
+    fn append(&mut self, mut data: &[u8]) {
+        while !data.is_empty() {
+            let room = match self.room() {
+                Ok(room) => room.min(data.len() as u64) as usize,
+                Err(error) => return self.lose(data.len(), error),
+            };
+            let (now, rest) = data.split_at(room);
+            let written = self.file.as_ref().map(|mut file| file.write_all(now));
+            match written {
+                Some(Ok(())) => self.end += room as u64,
+                Some(Err(error)) => {
+                    // Part of it may be there.
+                    let length = self.file.as_ref().and_then(|file| file.metadata().ok());
+                    self.end = self.begin + length.map_or(0, |file| file.len());
+                    return self.lose(data.len(), error);
+                }
+                None => return self.lose(data.len(), ErrorKind::NotFound.into()),
+            }
+            data = rest;
+        }
+    }
+
+    fn lose(&mut self, bytes: usize, error: io::Error) {
+        let before = self.lost.as_ref().map_or(0, |lost| lost.bytes);
+        let bytes = before + bytes as u64;
+        self.lost = Some(Lost { bytes, error });
+    }
+
+    /// How much fits into `log`; begins another one if nothing does.
+    fn room(&mut self) -> io::Result<u64> {
+        let room = LIMIT.saturating_sub(self.end - self.begin);
+        if room > 0 && self.file.is_some() {
+            return Ok(room);
+        }
+        // Closed first: elsewhere than on unix, an open file cannot be renamed.
+        self.file = None;
+        if let Err(error) = fs::rename(&self.path, older(&self.path)) {
+            if error.kind() != ErrorKind::NotFound {
+                return Err(error);
+            }
+        }
+        (self.oldest, self.begin) = (self.begin, self.end);
+        let created = File::options()
+            .create(true)
+            .append(true)
+            .truncate(false)
+            .open(&self.path);
+        self.file = Some(created?);
+        Ok(LIMIT)
+    }
+
+    fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
+        let begin = begin.clamp(self.oldest, self.end);
+        let mut data = Vec::new();
+        let mut position = begin;
+        let files = [
+            (older(&self.path), self.oldest, self.begin),
+            (self.path.clone(), self.begin, self.end),
+        ];
+        for (path, first, last) in files {
+            let length = last
+                .saturating_sub(position)
+                .min(limit - (position - begin));
+            if position >= first && length > 0 {
+                // No error is expected of a file of our own; what cannot be read is left out.
+                let _ = read_at(&path, position - first, length, &mut data);
+                position += length;
+            }
+        }
+        (begin, data)
+    }
+
+    fn note_what_is_lost(&self, data: &mut Vec<u8>) {
+        if let Some(Lost { bytes, error }) = &self.lost {
+            let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
+            if data.last().is_some_and(|last| *last != b'\n') {
+                data.push(b'\n');
+            }
+            data.extend(note.bytes());
+        }
+    }
+}
+
+fn read_at(path: &Path, offset: u64, length: u64, data: &mut Vec<u8>) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    file.take(length).read_to_end(data)?;
+    Ok(())
+}
+
+/// The end of the output, read from the files alone: for a forked child, in which the lock may be
+/// held by a thread that it does not have.
+pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
+    let mut data = Vec::new();
+    for _ in 0..10 {
+        data.clear();
+        let older_path = older(path);
+        let older = File::open(&older_path).ok();
+        let Ok(mut newer) = File::open(path) else {
+            continue;
+        };
+        if let Some(mut older) = older.as_ref() {
+            let _ = older.read_to_end(&mut data);
+        }
+        let _ = newer.read_to_end(&mut data);
+        // Otherwise they were renamed meanwhile.
+        let same = older.is_none_or(|older| is_still(&older, &older_path));
+        if same && is_still(&newer, path) {
+            break;
+        }
+    }
+    data.drain(..data.len().saturating_sub(LIMIT as usize));
+    data
+}
+
+#[cfg(unix)]
+fn is_still(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let number = |file: io::Result<fs::Metadata>| file.map(|file| file.ino()).ok();
+    number(file.metadata()) == number(fs::metadata(path))
+}
+
+#[cfg(not(unix))]
+fn is_still(_: &File, _: &Path) -> bool {
+    true
+}
