@@ -1124,27 +1124,114 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_cannot_be_prepared_is_a_start_error_that_names_it() {
+        let prepare = |parent: &Path, options: &DaemonOptions| match Process::prepare(
+            "/bin/sh".into(),
+            options,
+            Some(parent),
+        ) {
+            Err(DaemonError::Start(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        let options = DaemonOptions::default();
+        for (parent, number) in [("/no/such", 2), ("/dev/null", 20)] {
+            let error = prepare(Path::new(parent), &options);
+            let cause = error.cause.clone().unwrap();
+            let begin = format!("cannot create the directory {parent}/p2pd-");
+            assert!(cause.starts_with(&begin), "{cause}");
+            assert_eq!(error.source.as_ref().unwrap().raw_os_error(), Some(number));
+            assert!(error.to_string().contains("hint: set TMPDIR"), "{error}");
+        }
+        let elsewhere = DaemonOptions {
+            control: Some("/ip4/192.0.2.1/tcp/0".parse().unwrap()),
+            ..options
+        };
+        let cause = prepare(&std::env::temp_dir(), &elsewhere).cause.unwrap();
+        assert!(
+            cause.starts_with("cannot find a free TCP port of 192.0.2.1: "),
+            "{cause}"
+        );
+    }
+
+    #[test]
+    fn a_binary_that_vanished_is_named() {
+        let binary = PathBuf::from("/no/such/p2pd");
+        let process = Process::prepare(binary, &DaemonOptions::default(), None).unwrap();
+        let error = process.spawn().unwrap_err();
+        let cause = error.cause.unwrap();
+        assert!(
+            cause.starts_with("cannot execute /no/such/p2pd: "),
+            "{cause}"
+        );
+        assert_eq!(error.source.unwrap().raw_os_error(), Some(2));
+        // It can be tried again.
+        assert!(process.spawn().is_err());
+    }
+
+    #[test]
+    fn a_step_of_the_end_does_not_wait() {
+        let process = running("trap '' TERM; echo ready");
+        let pid = process.pid().unwrap();
+        let begun = Instant::now();
+        let mut longest = Duration::ZERO;
+        loop {
+            let before = Instant::now();
+            let done = process.try_destroy();
+            longest = longest.max(before.elapsed());
+            if done {
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(15));
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(longest < Duration::from_millis(250), "{longest:?}");
+        assert!(process.destroyed() && process.try_destroy());
+        assert!(!runs(pid) && !process.directory.exists());
+        assert!(!runs(process.janitor_pid()));
+        let error = process.spawn().unwrap_err();
+        assert_eq!(error.cause.as_deref(), Some("it was stopped"));
+    }
+
+    #[test]
+    fn it_is_not_started_again_once_its_end_has_begun() {
+        let process = ended("exit 0");
+        // As after the first of several steps.
+        process.ending.lock().unwrap().begun = Some(Instant::now());
+        let error = process.spawn().unwrap_err();
+        assert_eq!(error.cause.as_deref(), Some("it was stopped"));
+    }
+
     /// The test starts itself, as the process that is to be killed.
     #[test]
     fn the_death_of_this_process_ends_the_daemon_and_removes_its_files() {
         const IN_CHILD: &str = "P2PCLIENT_RS_TEST_PARENT";
-        if std::env::var_os(IN_CHILD).is_some() {
-            let process = running("echo ready");
+        if let Some(kind) = std::env::var_os(IN_CHILD) {
+            let kind = KINDS[kind.to_str().unwrap().parse::<usize>().unwrap()];
+            let mut process =
+                Process::prepare_with("/bin/sh".into(), &DaemonOptions::default(), None, kind)
+                    .unwrap();
+            let body = "echo ready; while :; do sleep 0.02; done";
+            process.arguments = vec!["-c".into(), body.into()];
+            process.spawn().unwrap();
+            until(|| process.output().contains("ready"));
             let (pid, janitor) = (process.pid().unwrap(), process.janitor_pid());
             println!("\n{pid} {janitor} {}", process.directory.display());
             kill_process(rustix::process::getpid(), Signal::KILL).unwrap();
         }
         let name = "the_death_of_this_process_ends_the_daemon_and_removes_its_files";
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args([name, "--nocapture", "--test-threads=1"])
-            .env(IN_CHILD, "1")
-            .output()
-            .unwrap();
-        assert_eq!(exit_code(output.status), -9);
-        let output = String::from_utf8(output.stdout).unwrap();
-        let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
-        let told: Vec<_> = told.split(' ').collect();
-        let [pid, janitor] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
-        until(|| !runs(pid) && !runs(janitor) && !Path::new(told[2]).exists());
+        for kind in 0..KINDS.len() {
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args([name, "--nocapture", "--test-threads=1"])
+                .env(IN_CHILD, kind.to_string())
+                .output()
+                .unwrap();
+            assert_eq!(exit_code(output.status), -9);
+            let output = String::from_utf8(output.stdout).unwrap();
+            let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
+            let told: Vec<_> = told.split(' ').collect();
+            let [pid, janitor] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
+            until(|| !runs(pid) && !runs(janitor) && !Path::new(told[2]).exists());
+        }
     }
 }
