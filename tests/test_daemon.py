@@ -695,6 +695,18 @@ async def test_a_binary_that_vanishes_after_it_was_found_is_named(
     assert error.cause == f"cannot execute {gone}: No such file or directory"
 
 
+def test_a_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    fake = script(tmp_path / "p2pd", "exit 1")
+    process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
+    Path(process.log).mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        process.spawn()
+    error = caught.value
+    assert isinstance(error, DaemonStartError)
+    assert error.cause == f"cannot create {process.log}: Is a directory"
+    process.destroy()
+
+
 async def test_a_missing_interpreter_is_told_from_a_missing_binary(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "", "/no/such/interpreter")
     with pytest.raises(DaemonStartError) as caught:
@@ -910,6 +922,33 @@ def test_a_forked_child_reads_the_output(anyio_backend: Backend) -> None:
     """
     program = Program(anyio_backend, then)
     assert program.end()[1].split() == ["0"]
+    assert not program.left()
+
+
+def test_forks_while_another_thread_uses_the_daemon_do_not_hang(anyio_backend: Backend) -> None:
+    then = """
+    import threading
+    over = threading.Event()
+    def use():
+        while not over.is_set():
+            daemon.logs, daemon.running, daemon.returncode
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    statuses = []
+    for _ in range(50):
+        if (pid := os.fork()) == 0:
+            signal.alarm(20)
+            os._exit(0 if daemon.running and daemon.logs and daemon.returncode is None else 1)
+        statuses.append(os.waitpid(pid, 0)[1])
+    over.set()
+    for thread in threads:
+        thread.join()
+    print(set(statuses))
+    await daemon.stop()
+    """
+    program = Program(anyio_backend, then)
+    assert program.end()[1].strip() == "{0}"
     assert not program.left()
 
 
@@ -1814,6 +1853,7 @@ os.environ["P2PD_PATH"] = "/bin/p2pd"
 """
     try:
         program = Program(anyio_backend, FOREVER, setup=setup, root=root)
+        assert b"/bin/sh" not in Path(f"/proc/{program.janitor}/cmdline").read_bytes()
         program.end(number)
         eventually(lambda: not program.left(), 10)
         assert list((root / "tmp").iterdir()) == []

@@ -343,6 +343,22 @@ class Daemon:
         self._finalizer = weakref.finalize(self, _abandoned, process)
         return process
 
+    def _launch(self) -> DaemonProcess:
+        """Runs the daemon, without waiting for it, and without an event loop."""
+        process = self._prepare()
+        try:
+            process.spawn()
+        except BaseException:
+            self._end_now(process)
+            raise
+        return process
+
+    def _end_now(self, process: DaemonProcess) -> None:
+        """Ends all of it, and blocks until then."""
+        process.destroy()
+        if self._finalizer is not None and process is self._process:
+            self._finalizer.detach()
+
     async def _become_ready(self, process: DaemonProcess) -> None:
         """Waits for the daemon's answer, and has it looked after from then on."""
         self._identity = await _ready(process, self._start_timeout)

@@ -22,6 +22,7 @@ alone, which is what the default ``__reduce__`` of exceptions needs for that.
 
 from __future__ import annotations
 
+import builtins
 import errno as _errno
 import shlex
 from collections.abc import Sequence
@@ -239,13 +240,18 @@ class DaemonStartError(P2PDaemonError):
     @staticmethod
     def _of_errno(number: int | None) -> type[DaemonStartError]:
         """Returns the class for an error of the operating system; this one without a number."""
-        return DaemonStartError if number is None else _start_error_of(type(OSError(number, "")))
+        if number is None:
+            return DaemonStartError
+        return _start_error_of(type(OSError(number, "")).__name__)
 
 
 @cache
-def _start_error_of(builtin: type[OSError]) -> type[DaemonStartError]:
+def _start_error_of(name: str) -> type[DaemonStartError]:
+    """Returns the class that is also the built-in one of this name."""
+    builtin: type = getattr(builtins, name)
+
     def reduce(self: DaemonStartError) -> tuple[Any, ...]:
-        return _restore_start_error, (builtin, self.args), self.__dict__
+        return _restore_start_error, (name, self.args), self.__dict__
 
     # One class for each built-in one. Pickled by that, as it is not to be found by its name.
     return type(
@@ -255,8 +261,8 @@ def _start_error_of(builtin: type[OSError]) -> type[DaemonStartError]:
     )
 
 
-def _restore_start_error(builtin: type[OSError], args: tuple[Any, ...]) -> DaemonStartError:
-    return _start_error_of(builtin)(*args)
+def _restore_start_error(name: str, args: tuple[Any, ...]) -> DaemonStartError:
+    return _start_error_of(name)(*args)
 
 
 class DaemonNotFound(DaemonStartError, FileNotFoundError):

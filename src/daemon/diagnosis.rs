@@ -49,13 +49,13 @@ const HINTS: [(&str, &str); 21] = [
 ];
 
 /// What to do about a cause that [`diagnose`] told, in one line.
-pub(crate) fn hint(cause: &str) -> Option<String> {
+pub(crate) fn hint(cause: &str) -> Option<&'static str> {
     let known = HINTS.iter().find(|(words, _)| cause.contains(words));
-    known.map(|(_, hint)| (*hint).into())
+    known.map(|(_, hint)| *hint)
 }
 
 /// What to do about an operating-system error; `operation` is what failed.
-pub(crate) fn hint_of_system(operation: &str, error: &io::Error) -> Option<String> {
+pub(crate) fn hint_of_system(operation: &str, error: &io::Error) -> Option<&'static str> {
     // The same numbers on all unix systems; the standard library has no kinds for them.
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
@@ -89,7 +89,7 @@ pub(crate) fn hint_of_system(operation: &str, error: &io::Error) -> Option<Strin
         }
         _ => return None,
     };
-    Some(hint.into())
+    Some(hint)
 }
 
 /// What a daemon prints once it has started.

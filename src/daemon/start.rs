@@ -15,6 +15,9 @@ use std::sync::Arc;
 /// How many lines of its output the error of a failed start shows.
 const LOG_LINES: usize = 20;
 
+/// In the message of a daemon that was given up.
+const NOT_READY: &str = "was not ready";
+
 /// A daemon could not be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -44,8 +47,6 @@ pub struct StartError {
     pub logs: Vec<String>,
     /// The cause in one line, where it can be told.
     pub cause: Option<String>,
-    /// What to do about it, in one line, where that can be told.
-    pub hint: Option<String>,
     /// The operating system's error, if it could not be prepared or run.
     pub source: Option<Arc<io::Error>>,
 }
@@ -60,7 +61,7 @@ impl fmt::Display for StartError {
         if !self.logs.is_empty() {
             write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
         }
-        if let Some(hint) = &self.hint {
+        if let Some(hint) = self.hint() {
             write!(f, "\n  hint: {hint}")?;
         }
         Ok(())
@@ -85,7 +86,6 @@ impl StartError {
             command,
             status: None,
             logs: Vec::new(),
-            hint: hint(&cause).or_else(|| hint_of_system(&cause, &error)),
             cause: Some(cause),
             source: Some(Arc::new(error)),
         }
@@ -96,14 +96,9 @@ impl StartError {
     pub(crate) fn failed(command: Vec<String>, failed: Failed) -> Self {
         let cause = failed.to_string();
         let known = diagnose(&cause, None, &[]);
-        let error = Self::not_run(command, failed.error);
         StartError {
-            hint: known
-                .as_deref()
-                .and_then(hint)
-                .or_else(|| hint_of_system(&cause, error.source.as_deref()?)),
             cause: Some(known.map_or(cause, |known| format!("{known}: {}", failed.operation))),
-            ..error
+            ..Self::not_run(command, failed.error)
         }
     }
 
@@ -131,20 +126,18 @@ impl StartError {
             Some(status) => format!("the daemon {} before it was ready", describe(status)),
             None => {
                 cause = cause.or(obstacle);
-                format!("the daemon was not ready in {timeout} seconds")
+                format!("the daemon {NOT_READY} in {timeout} seconds")
             }
         };
         let logs = last_lines(output);
         if logs.is_empty() {
             message += " and printed nothing";
         }
-        let by_cause = cause.as_deref().and_then(hint);
         StartError {
             message,
             command,
             status,
             logs,
-            hint: by_cause.or_else(|| status.is_none().then(|| TOO_SLOW.into())),
             cause,
             source: None,
         }
@@ -159,13 +152,22 @@ impl StartError {
                 Some(status) => format!("the daemon {}", describe(status)),
                 None => "the daemon is running".into(),
             },
-            hint: cause.as_deref().and_then(hint),
             cause,
             command,
             status,
             logs: last_lines(output),
             source: None,
         }
+    }
+
+    /// What to do about it, in one line, where that can be told.
+    pub fn hint(&self) -> Option<&'static str> {
+        let of_cause = || hint(self.cause.as_deref()?);
+        if let Some(source) = &self.source {
+            let operation = self.cause.as_deref().unwrap_or_default();
+            return hint_of_system(operation, source).or_else(of_cause);
+        }
+        of_cause().or_else(|| self.message.contains(NOT_READY).then_some(TOO_SLOW))
     }
 
     /// What happened and why, without the command line and the output.
@@ -426,10 +428,10 @@ mod tests {
             assert_eq!(error.source.unwrap().raw_os_error(), Some(number));
         }
         let foreign = StartError::failed(command(&["p2pd"]), failed("cannot execute p2pd", 8));
+        assert!(foreign.hint().unwrap().contains("P2PD_PATH"));
         let cause = foreign.cause.unwrap();
         assert!(cause.starts_with("the binary is not for this"), "{cause}");
         assert!(cause.ends_with(": cannot execute p2pd"), "{cause}");
-        assert!(foreign.hint.unwrap().contains("P2PD_PATH"));
     }
 
     #[test]

@@ -509,11 +509,11 @@ impl Reconnection {
 fn start_error(py: Python<'_>, error: StartError) -> PyErr {
     let make = || -> PyResult<PyErr> {
         let details = PyDict::new(py);
+        details.set_item("hint", error.hint())?;
         details.set_item("command", error.command)?;
         details.set_item("returncode", error.status)?;
         details.set_item("logs", error.logs)?;
         details.set_item("cause", error.cause)?;
-        details.set_item("hint", error.hint)?;
         let source = error.source.map(|source| match source.raw_os_error() {
             Some(number) => std::io::Error::from_raw_os_error(number),
             None => std::io::Error::new(source.kind(), source.to_string()),

@@ -170,9 +170,9 @@ fn path() -> OsString {
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 fn has_shell() -> bool {
     let path = path();
-    let in_path = |program: &&str| {
+    let in_path = |program: &&str| -> bool {
         let mut candidates = std::env::split_paths(&path).map(|directory| directory.join(program));
         candidates.any(|candidate| discovery::check(&candidate).is_ok())
     };
-    discovery::check(Path::new(SHELL)).is_ok() && PROGRAMS.iter().all(|program| in_path(&program))
+    discovery::check(Path::new(SHELL)).is_ok() && PROGRAMS.iter().all(in_path)
 }

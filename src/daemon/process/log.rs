@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 use std::time::{Duration, Instant};
 
 /// The size of each of the two files, and of what [`Log::tail`] returns, in bytes.
@@ -206,13 +206,16 @@ impl Drainer {
         if self.owner != std::process::id() {
             // A forked child does not have the thread.
             std::mem::forget(self.thread);
-            return;
+        } else {
+            #[cfg(unix)]
+            self.join();
         }
-        #[cfg(unix)]
-        {
-            drop(self.stop);
-            let _ = self.thread.join();
-        }
+    }
+
+    #[cfg(unix)]
+    fn join(self) {
+        drop(self.stop);
+        let _ = self.thread.join();
         #[cfg(target_os = "linux")]
         {
             // The kernel counts a thread for a moment longer, and so would CPython, which warns of
@@ -465,7 +468,7 @@ fn is_still(_: &File, _: &Path) -> bool {
     true
 }
 
-#[cfg(all(test, unix))]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
     use crate::sockets::{private_directory, PrivateDirectory};
@@ -591,7 +594,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn the_thread_ends_with_the_output_and_when_it_is_told_to() {
         let (_directory, log) = log();
         let (pipe, _) = log.begin_run().unwrap();
