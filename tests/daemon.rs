@@ -806,8 +806,8 @@ time.sleep(60)
     script(directory, &body)
 }
 
-/// Does something; returns for how long it and what it waited for kept the event loop from
-/// everything else, at most.
+/// Awaits a future; returns its result and the longest time for which the event loop stood still
+/// meanwhile.
 async fn longest_stall<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let longest = Arc::new(Mutex::new(Duration::ZERO));
     let watching = tokio::spawn({
@@ -845,7 +845,7 @@ async fn shutting_down_does_not_block_the_runtime() {
     let begun = Instant::now();
     let (status, stall) = longest_stall(daemon.shutdown()).await;
     assert_eq!(status.signal(), Some(9));
-    assert!(begun.elapsed() > Duration::from_millis(500)); // it did wait for what was left
+    assert!(begun.elapsed() > Duration::from_millis(500)); // it did wait for the process left behind
     assert!(stall < STALL, "{stall:?}");
 }
 

@@ -707,7 +707,7 @@ def test_a_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     process.destroy()
 
 
-async def test_a_missing_interpreter_is_told_from_a_missing_binary(tmp_path: Path) -> None:
+async def test_a_missing_interpreter_is_not_reported_as_a_missing_binary(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "", "/no/such/interpreter")
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(fake).start()
@@ -1050,7 +1050,7 @@ async def test_everything_looked_at_is_told(hivemind: Path, tmp_path: Path) -> N
     assert "P2PD_PATH" in hint and "pip install hivemind" in hint
 
 
-async def test_a_hivemind_that_cannot_be_looked_for_is_told(
+async def test_a_failed_search_for_hivemind_is_reported(
     hivemind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:
@@ -1179,7 +1179,8 @@ async def test_stopping_does_not_block_the_event_loop(leaving: Path, tmp_path: P
         tasks.start_soon(stalls.watch)
         begun = time.monotonic()
         await daemon.stop()
-        assert time.monotonic() - begun > 0.6  # it did wait for what was left
+        assert time.monotonic() - begun > 0.6  # it did wait for the process left behind
+        await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
     assert daemon.returncode == -signal.SIGKILL
@@ -1195,6 +1196,7 @@ async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_p
         with pytest.raises(DaemonStartError, match="not ready"):
             await daemon.start()
         assert time.monotonic() - begun > 0.9
+        await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
 
@@ -1225,18 +1227,19 @@ def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
     process.spawn()
     directory = Path(process.log).parent
     # So that one step of its end takes long.
-    for number in range(60_000):
+    for number in range(20_000):
         (directory / str(number)).touch()
     ending = threading.Thread(target=process.destroy)
-    outcomes: list[str] = []
+    outcomes: list[tuple[str | None, float]] = []
 
     def spawn() -> None:
         while not process.ended:
             pass
+        begun = time.monotonic()
         try:
             process.spawn()
         except DaemonStartError as error:
-            outcomes.append(str(error.cause))
+            outcomes.append((error.cause, time.monotonic() - begun))
 
     spawning = threading.Thread(target=spawn)
     ending.start()
@@ -1246,8 +1249,9 @@ def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
         time.sleep(0.0005)
         now = time.monotonic()
         longest, before = max(longest, now - before), now
-    assert outcomes == ["it was stopped"]
-    assert longest < 0.1
+    ((cause, waited),) = outcomes
+    assert cause == "it was stopped"
+    assert longest < max(0.05, waited / 2)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -1842,7 +1846,7 @@ def test_a_daemon_starts_and_ends_in_a_container_without(
             if word.startswith("/"):
                 (root / word[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(word, root / word[1:])
-    # What is imported later is not there.
+    # Later imports would find no files.
     setup = f"""
 import asyncio, concurrent.futures.thread, encodings.idna, ipaddress, stringprep, tempfile
 import importlib.util, uvloop, trio, anyio._backends._asyncio, anyio._backends._trio

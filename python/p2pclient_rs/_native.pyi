@@ -566,8 +566,8 @@ def find_daemon(
     path: str | None,
     hivemind: list[str],
 ) -> tuple[Path | None, list[str], str | None]:
-    """The daemon's binary; or None, every place looked at, with what was wrong there, and what to
-    do about it.
+    """Returns the daemon's binary; or None, the places searched, each with the reason why it was
+    rejected, and a hint for the user.
 
     Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
     hivemind."""
@@ -609,8 +609,8 @@ class DaemonProcess:
         until `let_in`."""
 
     @staticmethod
-    def let_in() -> None:
-        """Undoes `keep_out`, in the parent and in the child."""
+    def let_in(child: bool) -> None:
+        """Undoes `keep_out`, in the parent or in the child."""
 
     def pause(self) -> None:
         """Before a fork: ends the thread that stores the output. Does nothing in a child."""
@@ -694,8 +694,8 @@ class DaemonProcess:
         """The end of what the daemon has printed: the last MiB."""
 
     def try_destroy(self) -> bool:
-        """Does of `destroy` what can be done without waiting. Returns whether that is all; until
-        then, to be called again after some milliseconds, for about ten seconds at most."""
+        """Does the next step of `destroy` without waiting. Returns whether nothing is left. The
+        caller repeats it every few milliseconds until then, for about ten seconds at most."""
 
     def destroy(self) -> None:
         """Ends all of it now; status and output can still be had. Waits, with the interpreter

@@ -63,13 +63,13 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    DaemonProcess.let_in()
+    DaemonProcess.let_in(False)
     for process in list(_processes):
         process.resume()
 
 
 def _after_fork_in_child() -> None:
-    DaemonProcess.let_in()
+    DaemonProcess.let_in(True)
     # The janitors would take a child that holds them for its parent.
     for process in list(_processes):
         process.cut_lifeline()
@@ -333,7 +333,7 @@ class Daemon:
 
     def _prepare(self) -> DaemonProcess:
         """Makes what the daemon needs to run."""
-        if self._process is not None and not self._process.destroyed and self._process.owned:
+        if self._process is not None and not self._process.destroyed:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
         process = DaemonProcess(binary, self._options, _temporary_directory())

@@ -333,8 +333,8 @@ impl P2PDaemon {
         self.started.0.output()
     }
 
-    /// What it prints, line by line from the beginning on; of a long output, from somewhere
-    /// within the last two MiB on. Who reads more slowly than the daemon prints misses lines.
+    /// The daemon's output, line by line from the beginning. Only the last 1 to 2 MiB are stored:
+    /// older lines are missing, also if the caller reads more slowly than the daemon prints.
     ///
     /// ```no_run
     /// # async fn example(daemon: p2pclient_rs::daemon::P2PDaemon) {
@@ -375,9 +375,9 @@ fn character_end(text: &[u8], at: usize) -> usize {
 #[must_use = "a stream does nothing until it is awaited"]
 pub struct Logs {
     process: Arc<Process>,
-    /// How much of the output was read.
+    /// Position in the output, in bytes.
     position: u64,
-    /// Whether that is all of it.
+    /// Whether the end was reached.
     complete: bool,
     /// Read but not given yet, from `start` on: a line that is not complete, and what came with it.
     buffer: Vec<u8>,

@@ -1,5 +1,5 @@
 //! A daemon's process, its files, and the janitor that clears up after it. Knows no event loop:
-//! nothing here waits, but [`Process::destroy`], for what was killed, and not for ever.
+//! nothing here waits, except [`Process::destroy`], for killed processes and up to a limit.
 //!
 //! The daemon's sockets and its output are in a private directory, and whatever becomes of this
 //! process, neither the daemon nor that directory outlives it. That is so on unix; on Windows a
@@ -495,9 +495,9 @@ impl Process {
         true
     }
 
-    /// Does of [`destroy`](Self::destroy) what can be done without waiting: kills the daemon, and
-    /// removes its files once it has ended. Returns whether all is done; until then, to be called
-    /// again after a pause of some milliseconds, for about ten seconds at most.
+    /// Does the next step of [`destroy`](Self::destroy) without waiting: kills the daemon, and
+    /// removes its files once it has ended. Returns whether nothing is left. The caller repeats it
+    /// every few milliseconds until then, for about ten seconds at most.
     pub fn try_destroy(&self) -> bool {
         if !self.owned() || self.destroyed() {
             return true;
@@ -1125,7 +1125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_prepared_is_a_start_error_that_names_it() {
+    fn a_failed_preparation_is_a_start_error_that_names_the_file() {
         let prepare = |parent: &Path, options: &DaemonOptions| match Process::prepare(
             "/bin/sh".into(),
             options,

@@ -91,7 +91,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused what its run needs.
+    /// The operating system refused something that running the daemon needs.
     #[cfg(feature = "process")]
     pub(crate) fn failed(command: Vec<String>, failed: Failed) -> Self {
         let cause = failed.to_string();
@@ -102,7 +102,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused what it needs before it is run.
+    /// The operating system refused something before the daemon was run.
     #[cfg(feature = "process")]
     pub(crate) fn not_prepared(failed: Failed) -> Self {
         StartError {

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -135,7 +135,7 @@ fn value_error(error: OptionsError) -> PyErr {
     }
 }
 
-/// Finds the daemon's binary; returns it, or None, every place looked at, and what to do.
+/// Finds the daemon's binary; returns it, or None, the places searched, and a hint.
 #[pyfunction]
 #[pyo3(signature = (explicit, variable, path, hivemind))]
 pub fn find_daemon(
@@ -171,12 +171,13 @@ pub fn unused_tcp_port(py: Python<'_>, host: &str) -> PyResult<u16> {
 /// them held would never be released in the child.
 struct Gate {
     within: AtomicUsize,
-    closed: AtomicBool,
+    /// The number of threads that are forking.
+    closed: AtomicUsize,
 }
 
 static GATE: Gate = Gate {
     within: AtomicUsize::new(0),
-    closed: AtomicBool::new(false),
+    closed: AtomicUsize::new(0),
 };
 
 impl Gate {
@@ -194,7 +195,7 @@ impl Gate {
         loop {
             self.within.fetch_add(1, Ordering::SeqCst);
             let within = Within(&self.within);
-            if !self.closed.load(Ordering::SeqCst) {
+            if self.closed.load(Ordering::SeqCst) == 0 {
                 let outcome = work();
                 drop(within);
                 return outcome;
@@ -205,7 +206,7 @@ impl Gate {
     }
 
     fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
+        self.closed.fetch_add(1, Ordering::SeqCst);
         let begun = Instant::now();
         while self.within.load(Ordering::SeqCst) > 0 && begun.elapsed() < Self::PATIENCE {
             thread::sleep(Self::PAUSE);
@@ -213,7 +214,13 @@ impl Gate {
     }
 
     fn open(&self) {
-        self.closed.store(false, Ordering::SeqCst);
+        self.closed.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// For a forked child, which has only the thread that forked.
+    fn reset(&self) {
+        self.closed.store(0, Ordering::SeqCst);
+        self.within.store(0, Ordering::SeqCst);
     }
 }
 
@@ -230,7 +237,7 @@ pub struct DaemonProcess(Process);
 
 #[pymethods]
 impl DaemonProcess {
-    /// `janitor` is "shell" or "forked"; by default, whichever can be had.
+    /// `janitor` is "shell" or "forked"; by default "forked" only if there is no shell.
     #[new]
     #[pyo3(signature = (binary, options, parent, *, janitor = None))]
     fn new(
@@ -367,7 +374,7 @@ impl DaemonProcess {
         outside(py, || self.0.output())
     }
 
-    /// Does of `destroy` what can be done without waiting; returns whether that is all.
+    /// Does the next step of `destroy` without waiting; returns whether nothing is left.
     fn try_destroy(&self, py: Python<'_>) -> bool {
         outside(py, || self.0.try_destroy())
     }
@@ -380,8 +387,12 @@ impl DaemonProcess {
     }
 
     #[staticmethod]
-    fn let_in() {
-        GATE.open();
+    fn let_in(child: bool) {
+        if child {
+            GATE.reset();
+        } else {
+            GATE.open();
+        }
     }
 
     /// Before a fork: ends the thread that stores the output.

@@ -1,11 +1,11 @@
 //! A daemon's output: a pipe, drained by a thread into two files of bounded size.
 //!
-//! The daemon writes to a pipe rather than to a file, since only the reader of a pipe can bound
-//! what is stored. The thread runs from the start of a daemon until its output ends. It never takes
+//! The daemon writes to a pipe rather than to a file, since only the reader of a pipe can limit the
+//! size of the log. The thread runs from the start of a daemon until its output ends. It never takes
 //! Python's global interpreter lock, so a program that computes does not hold up its daemon.
 //!
-//! `log` holds the newest output; once it is full, it is renamed to `log.1`, in the place of an
-//! older one.
+//! `log` holds the newest output. Once it is full, it is renamed to `log.1`, replacing the previous
+//! one.
 
 use crate::sockets::Failed;
 use std::fs::{self, File};
@@ -114,7 +114,7 @@ impl Log {
         }
     }
 
-    /// Ends the thread, takes what is left in the pipe, and closes everything.
+    /// Ends the thread, stores the rest of the pipe, and closes all files.
     pub(super) fn close(&self) {
         self.stop_draining();
         let mut store = self.store();
@@ -284,7 +284,7 @@ struct Store {
     /// Position of the first byte of `log.1`.
     oldest: u64,
     end: u64,
-    /// What could not be stored.
+    /// The bytes that could not be stored.
     lost: Option<Lost>,
 }
 
@@ -312,7 +312,7 @@ impl Store {
         Ok(self.end)
     }
 
-    /// Stores what is in the pipe, without waiting. Returns whether there is nothing more to come.
+    /// Stores the content of the pipe, without waiting. Returns whether the output has ended.
     fn drain(&mut self) -> bool {
         #[cfg(unix)]
         if let Some(source) = self.source.clone() {
@@ -340,7 +340,7 @@ impl Store {
         self.source.is_none()
     }
 
-    /// Never fails, as nothing may hold up the daemon: counts what cannot be stored.
+    /// Never fails, since nothing may hold up the daemon: counts the bytes that cannot be stored.
     fn append(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
             let room = match self.room() {
@@ -405,7 +405,7 @@ impl Store {
                 .saturating_sub(position)
                 .min(limit - (position - begin));
             if position >= first && length > 0 {
-                // No error is expected of a file of our own; what cannot be read is left out.
+                // No error is expected from a file of our own; an unreadable part is left out.
                 let _ = read_at(&path, position - first, length, &mut data);
                 position += length;
             }
@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_stored_is_counted_and_does_not_block() {
+    fn output_that_cannot_be_stored_is_counted_and_does_not_block() {
         let (directory, log) = log();
         let (mut pipe, _) = log.begin_run().unwrap();
         // The second file cannot be made, nor the first be moved away.
@@ -594,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_ends_with_the_output_and_when_it_is_told_to() {
+    fn the_thread_ends_with_the_output_and_when_stopped() {
         let (_directory, log) = log();
         let (pipe, _) = log.begin_run().unwrap();
         let task = |log: &Log| {

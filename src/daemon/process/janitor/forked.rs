@@ -151,7 +151,7 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
 #[allow(unsafe_code)]
 fn close_all_but(kept: RawFd, writer: RawFd) {
     let close_range = |first: RawFd, last: libc::c_uint| {
-        // SAFETY: nothing in this process uses what is closed.
+        // SAFETY: nothing in this process uses the other descriptors.
         first as libc::c_uint > last
             || unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0
     };
@@ -173,7 +173,7 @@ fn close_all_but(kept: RawFd, writer: RawFd) {
 /// Unmaps the large regions without a file or shared with others, but those with these addresses.
 ///
 /// # Safety
-/// The caller, and what it calls from then on, must not use them.
+/// Nothing in this process may use these regions afterwards.
 #[allow(unsafe_code)]
 unsafe fn unmap_large_regions(kept: &[usize]) {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -292,7 +292,7 @@ fn remove(parent: BorrowedFd<'_>, name: &CStr, depth: u32) {
         return;
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    // What was killed may add a file still.
+    // A killed process may add a file until it has ended.
     for _ in 0..10 {
         if let Ok(directory) = fs::openat(parent, name, flags, Mode::empty()) {
             remove_entries(directory.as_fd(), depth);
