@@ -11,7 +11,8 @@
     │   ├── MessageTooLarge         a sent or received message exceeds the limit
     │   └── ForkedClientError       a client was used in a forked child of its process
     ├── DispatchFailure             an inbound stream could not be given to a handler
-    └── DaemonStartError            a daemon process did not come up
+    └── DaemonStartError            a daemon process did not come up (an OSError, if the operating
+        │                           system refused something: a PermissionError, …)
         └── DaemonNotFound          … for there is no binary to run (a FileNotFoundError)
     P2PHandlerError                 a peer's unary handler failed, not the daemon
 
@@ -21,9 +22,12 @@ alone, which is what the default ``__reduce__`` of exceptions needs for that.
 
 from __future__ import annotations
 
+import builtins
+import errno as _errno
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from p2pclient_rs._native import PeerID
@@ -192,19 +196,27 @@ class DispatchFailure(P2PDaemonError):
 class DaemonStartError(P2PDaemonError):
     """A daemon process could not be started, died, or did not answer in time.
 
+    If the operating system refused something that the start needs, this is also an instance of
+    the built-in class for that: ``except PermissionError`` catches it.
+
     Args:
         message: What happened.
         command: The command line.
         returncode: The exit status, negative for a signal; None if it never ran or was still
             running.
         logs: The last lines of the daemon's output.
-        cause: The cause in one line, where it can be told.
+        cause: The cause in one line, where it can be told. Names the file or the operation that
+            the operating system refused.
+        hint: What to do about it, in one line, where that can be told.
+        errno: The operating system's number of the error, if it refused something.
     """
 
     command: list[str]
     returncode: int | None
     logs: list[str]
     cause: str | None
+    hint: str | None
+    errno: int | None = None
 
     def __init__(
         self,
@@ -214,12 +226,16 @@ class DaemonStartError(P2PDaemonError):
         returncode: int | None = None,
         logs: Sequence[str] = (),
         cause: str | None = None,
+        hint: str | None = None,
+        errno: int | None = None,
     ) -> None:
         super().__init__(message)
         self.command = list(command)
         self.returncode = returncode
         self.logs = list(logs)
         self.cause = cause
+        self.hint = hint
+        self.errno = errno
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
@@ -229,7 +245,36 @@ class DaemonStartError(P2PDaemonError):
             text += f"\n  command: {shlex.join(self.command)}"
         if self.logs:
             text += "\n  last output:" + "".join(f"\n    {line}" for line in self.logs)
+        if self.hint:
+            text += f"\n  hint: {self.hint}"
         return text
+
+    @staticmethod
+    def _of_errno(number: int | None) -> type[DaemonStartError]:
+        """Returns the class for an error of the operating system; this one without a number."""
+        if number is None:
+            return DaemonStartError
+        return _start_error_of(type(OSError(number, "")).__name__)
+
+
+@cache
+def _start_error_of(name: str) -> type[DaemonStartError]:
+    """Returns the class that is also the built-in one of this name."""
+    builtin: type = getattr(builtins, name)
+
+    def reduce(self: DaemonStartError) -> tuple[Any, ...]:
+        return _restore_start_error, (name, self.args), self.__dict__
+
+    # One class for each built-in one. Pickled by that, as it is not to be found by its name.
+    return type(
+        "DaemonStartError",
+        (DaemonStartError, builtin),
+        {"__module__": __name__, "__doc__": DaemonStartError.__doc__, "__reduce__": reduce},
+    )
+
+
+def _restore_start_error(name: str, args: tuple[Any, ...]) -> DaemonStartError:
+    return _start_error_of(name)(*args)
 
 
 class DaemonNotFound(DaemonStartError, FileNotFoundError):
@@ -238,14 +283,18 @@ class DaemonNotFound(DaemonStartError, FileNotFoundError):
     Args:
         message: What was wanted.
         looked_at: Every place looked at, each with the reason it would not do.
+        hint: What to do about it, in one line.
     """
 
     looked_at: list[str]
 
-    def __init__(self, message: str = "", *, looked_at: Sequence[str] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "", *, looked_at: Sequence[str] = (), hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, errno=_errno.ENOENT)
         self.looked_at = list(looked_at)
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
-        return text + "".join(f"\n  {place}" for place in self.looked_at)
+        text += "".join(f"\n  {place}" for place in self.looked_at)
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
