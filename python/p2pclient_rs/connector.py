@@ -48,6 +48,9 @@ UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it 
 
 _IDENTIFY = Request.identify()
 
+#: Errors of a connection attempt that say nothing of the control socket.
+_NOT_ABOUT_THE_SOCKET = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
 
@@ -553,6 +556,8 @@ class DaemonConnector:
             message = f"no connection to the daemon's control socket at {maddr}: {error}"
             if hint := _hint(error, maddr):
                 message = f"{message}; {hint}"
+            if error.errno in _NOT_ABOUT_THE_SOCKET:
+                path = None
             raise from_os_error(DaemonUnreachable, message, error, path) from error
 
     async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:

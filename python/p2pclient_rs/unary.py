@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from errno import ECONNABORTED
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
@@ -24,6 +25,7 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     ForkedClientError,
     P2PHandlerError,
+    connection_lost,
 )
 from p2pclient_rs.loops import Promise, Work, current_loop, is_current, reactor
 
@@ -84,13 +86,25 @@ class UnaryClient:
         *,
         max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
     ) -> None:
-        self.daemon_connector = daemon_connector
+        self._daemon_connector = daemon_connector
         self.max_message_size = max_message_size
         #: By event loop.
         self._links: dict[Any, _Link] = {}
         #: The last one used, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: _Link | None = None
+
+    @property
+    def daemon_connector(self) -> DaemonConnector:
+        """The way to the daemon. Set later, it is used for the next persistent connection; one that
+        is open stays."""
+        return self._daemon_connector
+
+    @daemon_connector.setter
+    def daemon_connector(self, daemon_connector: DaemonConnector) -> None:
+        self._daemon_connector = daemon_connector
+        for link in self._links.values():
+            link.connector = daemon_connector
 
     async def open(self, *, timeout: float | None = None) -> None:
         """Opens the persistent connection, if it is not open.
@@ -299,13 +313,13 @@ class _Opening:
         """What came of it, once it has ended."""
         if self.connection is not None and self.error is None:
             return self.connection
-        failed = self.error or ConnectionLost("the opening of the connection was cancelled")
+        failed = self.error or connection_lost("the opening of the connection was cancelled", ECONNABORTED)
         # Each adds to it what it was about.
         raise copy.copy(failed) from failed.__cause__
 
     def give_up(self) -> None:
         """The client was closed."""
-        self.error = ConnectionLost("the client was closed")
+        self.error = connection_lost("the client was closed", ECONNABORTED)
         if self.work is not None:
             self.work.cancel()
         # A task that never began does not do it.
@@ -316,7 +330,7 @@ class _Link:
     """The persistent connection that belongs to one event loop, with what it serves."""
 
     def __init__(self, connector: DaemonConnector, max_message_size: int) -> None:
-        self._connector = connector
+        self.connector = connector
         self._max_message_size = max_message_size
         self._reactor = reactor()
         self._promise = self._reactor.promise
@@ -381,7 +395,7 @@ class _Link:
                     retried = True
 
     async def remove_handler(self, proto: str) -> None:
-        self._connector.check_fork()
+        self.connector.check_fork()
         async with self._changing:
             entry = self.handlers.get(proto)
             if entry is None:
@@ -395,11 +409,11 @@ class _Link:
 
     async def connection(self) -> PersistentConnection:
         """The connection, opened and with all handlers registered."""
-        self._connector.check_fork()  # whose lock the parent may hold
+        self.connector.check_fork()  # whose lock the parent may hold
         if self.current is not None:
             return self.current
         if self._closed:
-            raise ConnectionLost("the client was closed")
+            raise connection_lost("the client was closed", ECONNABORTED)
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
@@ -434,7 +448,7 @@ class _Link:
 
     async def _open_and_register(self) -> PersistentConnection:
         self._work = {}
-        opened = await self._connector.open_persistent_connection(
+        opened = await self.connector.open_persistent_connection(
             self._max_message_size, self._reactor, weakref.ref(self)
         )
         # The daemon may not have seen yet that our last connection ended.
@@ -453,7 +467,7 @@ class _Link:
         if self._closed:  # at the last moment
             opened.close()
         elif opened.closed:  # which `on_lost` was told of before this was anybody's
-            raise ConnectionLost("the connection was lost as soon as it was opened")
+            raise connection_lost("the connection was lost as soon as it was opened")
         else:
             self.current = opened
         return opened
@@ -535,7 +549,7 @@ class _Link:
             if caller is None:
                 if len(self._peers) >= _MAX_PEERS:
                     self._peers.clear()
-                caller = self._peers[peer] = self._connector.types.peer_id(PeerID(peer))
+                caller = self._peers[peer] = self.connector.types.peer_id(PeerID(peer))
             all_work[call_id] = None
             work = self._reactor.spawn(
                 self._handle(connection, call_id, handler, data, caller, all_work),

@@ -231,14 +231,29 @@ class ControlClient(control.ControlClient):
         assert _initialized_with_create, (
             "Please use ControlClient.create coroutine to spawn new control instances"
         )
+        super().__init__(daemon_connector, listen_maddr or self.DEFAULT_LISTEN_MADDR)
+        self.persistent_conn_max_msg_size = persistent_conn_max_msg_size
+        self._unary = UnaryClient(
+            self.daemon_connector, max_message_size=persistent_conn_max_msg_size
+        )
+        self._reactor = reactor()
+        self._closed = False
+
+    @property  # type: ignore[override]
+    def daemon_connector(self) -> DaemonConnector:
+        """The way to the daemon. Set later, it is used from then on, and for the next persistent
+        connection; one that is open stays."""
+        return self._daemon_connector
+
+    @daemon_connector.setter
+    def daemon_connector(self, daemon_connector: DaemonConnector) -> None:
         if not isinstance(daemon_connector, DaemonConnector):
             # hivemind's own, from before the swap, or this package's.
             daemon_connector = DaemonConnector(daemon_connector.control_maddr)
-        super().__init__(daemon_connector, listen_maddr or self.DEFAULT_LISTEN_MADDR)
-        self.persistent_conn_max_msg_size = persistent_conn_max_msg_size
-        self._unary = UnaryClient(daemon_connector, max_message_size=persistent_conn_max_msg_size)
-        self._reactor = reactor()
-        self._closed = False
+        self._daemon_connector = daemon_connector
+        unary = getattr(self, "_unary", None)
+        if unary is not None:
+            unary.daemon_connector = daemon_connector
 
     def _parse(self, listen_maddr: Any) -> Multiaddr:
         if isinstance(listen_maddr, str):
