@@ -51,7 +51,10 @@ async fn listen_to_the_log() -> tokio::sync::MutexGuard<'static, ()> {
 
 fn lines_with(words: &str) -> usize {
     let lines = lines();
-    lines.iter().filter(|(_, line)| line.contains(words)).count()
+    lines
+        .iter()
+        .filter(|(_, line)| line.contains(words))
+        .count()
 }
 
 /// A client that listens for a protocol, and where.
@@ -102,7 +105,10 @@ async fn counts_and_logs_each_refused_stream() {
         connection.answer(stream_info("/here")).await;
         open.push(connection);
     }
-    stats(&client, |stats| stats.queue_full == 1 && stats.bad_header == 1).await;
+    stats(&client, |stats| {
+        stats.queue_full == 1 && stats.bad_header == 1
+    })
+    .await;
     let stats = client.listener_stats();
     assert_eq!((stats.accepted, stats.no_handler), (261, 3));
     assert_eq!(stats.accept_errors, 0);
@@ -144,20 +150,28 @@ async fn a_handler_that_another_client_has_taken_is_an_error_when_registered_aga
     let path = directory.path().join("control.sock");
     let control: Multiaddr = format!("/unix{}", path.display()).parse().unwrap();
 
-    let before = bare_daemon().control_maddr(control.clone()).spawn().await;
+    let before = bare_daemon().control_maddr(control.clone());
+    let before = before.spawn().await.unwrap();
     let client = Client::new(control.clone()).unwrap();
     let _taken = client.stream_handler("/taken", false).await.unwrap();
     let _free = client.stream_handler("/free", false).await.unwrap();
-    before.unwrap().shutdown().await.unwrap();
+    before.shutdown().await;
 
-    let after = bare_daemon().control_maddr(control.clone()).spawn().await.unwrap();
+    let after = bare_daemon()
+        .control_maddr(control.clone())
+        .spawn()
+        .await
+        .unwrap();
     keep(&after);
     let thief = Client::new(control).unwrap();
     let _stolen = thief.stream_handler("/taken", false).await.unwrap();
 
     let refused = client.register_again().await.unwrap_err();
     assert!(matches!(refused, Error::Refused { .. }), "{refused:?}");
-    assert_eq!(refused.context().unwrap().protocol.as_deref(), Some("/taken"));
+    assert_eq!(
+        refused.context().unwrap().protocol.as_deref(),
+        Some("/taken")
+    );
     assert_eq!(lines_with("the handler of \"/taken\" is lost"), 1);
     // The other is registered: so that is a name that is taken.
     let outcome = thief.stream_handler("/free", false).await;
@@ -168,8 +182,16 @@ async fn a_handler_that_another_client_has_taken_is_an_error_when_registered_aga
 async fn registering_again_what_the_daemon_has_is_no_error_and_leaves_it_served_once() {
     let pair = pair().await;
     let peer = pair.bob_daemon.peer_id();
-    let mut alone = pair.bob.stream_handler("/again-alone", false).await.unwrap();
-    let mut shared = pair.bob.stream_handler("/again-shared", true).await.unwrap();
+    let mut alone = pair
+        .bob
+        .stream_handler("/again-alone", false)
+        .await
+        .unwrap();
+    let mut shared = pair
+        .bob
+        .stream_handler("/again-shared", true)
+        .await
+        .unwrap();
     pair.bob.register_again().await.unwrap();
     pair.bob.register_again().await.unwrap();
     for (incoming, protocol) in [(&mut alone, "/again-alone"), (&mut shared, "/again-shared")] {
@@ -221,9 +243,12 @@ async fn errors_have_the_kind_of_their_io_error() {
     assert!(std::error::Error::source(&error).is_some());
 
     // Closed with the request unread, a unix socket is reset.
-    let (outcome, ()) = join!(client.connect(&common::fake::peer(), &[]), async {
-        daemon.accept().await.readable().await;
+    let peer = common::fake::peer();
+    let (outcome, ()) = join!(client.connect(&peer, &[]), async {
         daemon.accept().await.readable().await;
     });
-    assert_eq!(outcome.unwrap_err().io_kind(), Some(ErrorKind::ConnectionReset));
+    assert_eq!(
+        outcome.unwrap_err().io_kind(),
+        Some(ErrorKind::ConnectionReset)
+    );
 }

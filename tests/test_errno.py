@@ -389,5 +389,3 @@ async def test_an_address_in_use_is_one_with_a_hint() -> None:
             async with second.listen():
                 pass
         assert caught.value.errno == errno.EADDRINUSE
-
-

@@ -438,10 +438,15 @@ class ControlClient:
     async def _listen_from_now_on(self) -> Self:
         listener = await self._begin()
         try:
-            self._background = BackgroundListener(self, listener)
+            self._background = background = BackgroundListener(self, listener)
         except BaseException:
             listener.close()
             self._ended()
+            raise
+        try:
+            await background.begun()
+        except BaseException:
+            background.close()
             raise
         return self
 
@@ -525,6 +530,7 @@ class ControlClient:
         """Serves the listener until the context is left."""
         self._scope = anyio.CancelScope()
         async with _ungrouped_task_group() as tasks:
+            self._task_group = tasks
             tasks.start_soon(self._serve, listener, self._scope)
             try:
                 yield
@@ -536,7 +542,6 @@ class ControlClient:
         try:
             with scope:
                 async with anyio.create_task_group() as tasks:
-                    self._task_group = tasks
                     while True:
                         wait = self.accept(listener, tasks.start_soon)
                         await pause(wait, watched.readable)

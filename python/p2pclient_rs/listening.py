@@ -116,11 +116,16 @@ class BackgroundListener:
         self._pid = os.getpid()
         self._jobs: set[_Job] = set()
         self._closed = False
-        self._ended = anyio.Event()
+        self._begun, self._ended = anyio.Event(), anyio.Event()
         accepting = self._start(lambda _: self._accept(), None)
         # A loop that is closed without its tasks being cancelled ends this one like any socket.
         if hasattr(accepting, "_log_destroy_pending"):
             accepting._log_destroy_pending = False
+
+    async def begun(self) -> None:
+        """Waits until the task that accepts has begun: one that a closed loop never ran would be
+        complained of."""
+        await self._begun.wait()
 
     @property
     def loop_ended(self) -> bool:
@@ -182,6 +187,7 @@ class BackgroundListener:
             self._ended.set()
 
     async def _accept(self) -> None:
+        self._begun.set()
         try:
             while not self._closed:
                 client = self._client()
