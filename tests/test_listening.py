@@ -375,7 +375,7 @@ async def test_a_daemon_that_may_be_elsewhere_needs_an_address(control: str, is_
         return
     for call in (client.listen, lambda: client.stream_handler("/echo", hello)):
         with pytest.raises(ControlFailure, match="pass listen_maddr"):
-            await call()  # type: ignore[operator]
+            await call()
     client.control.listen_maddr = "/ip4/127.0.0.1/tcp/0"
     await client.listen()
     await client.close()

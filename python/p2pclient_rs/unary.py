@@ -313,7 +313,8 @@ class _Opening:
         """What came of it, once it has ended."""
         if self.connection is not None and self.error is None:
             return self.connection
-        failed = self.error or connection_lost("the opening of the connection was cancelled", ECONNABORTED)
+        words = "the opening of the connection was cancelled"
+        failed = self.error or connection_lost(words, ECONNABORTED)
         # Each adds to it what it was about.
         raise copy.copy(failed) from failed.__cause__
 
