@@ -227,7 +227,7 @@ async def listen_maddr(layer: Layer) -> None:
     async with client.listen():
         dial(first).close()
         await client.stream_handler("attributes", layer.handler(b"hello"))
-        # What is registered from now on is told the daemon with this one.
+        # Registrations from now on name this one.
         client.control.listen_maddr = layer.maddr(second)
         assert client.control.listen_maddr == layer.maddr(second)
         dial(first).close()

@@ -55,7 +55,7 @@ def survives(error: Any) -> None:
 
 @pytest.fixture
 def stale_socket() -> Iterator[str]:
-    """The path of a socket file that nobody listens at any more."""
+    """The path of a socket file without a listener."""
     path = str(new_directory() / "stale.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -125,7 +125,7 @@ def test_a_socket_of_another_user_is_a_permission_error() -> None:
     code = """if True:
         import asyncio, os, sys
         from p2pclient_rs import Client, DaemonUnreachable
-        import anyio._backends._asyncio  # what cannot be read any more afterwards
+        import anyio._backends._asyncio  # unreadable for the other user
         os.setuid(65534)
         try:
             asyncio.run(Client(f"/unix{sys.argv[1]}").identify())
@@ -234,7 +234,7 @@ async def test_pending_unary_calls_that_are_lost_are_reset_and_those_closed_abor
     is_lost(failures[0], ConnectionAbortedError, errno.ECONNABORTED)
 
 
-async def test_everyone_who_waits_for_an_unreachable_daemon_is_told_the_errno() -> None:
+async def test_all_callers_waiting_for_an_unreachable_daemon_get_the_errno() -> None:
     client = Client(f"/unix{new_directory()}/none.sock")
     errors: list[OSError] = []
 

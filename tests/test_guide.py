@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.daemons("hivemind"), pytest.mark.independent]
 
-#: The name, and the program with what it prints.
+#: By name: the program and its output.
 PROGRAMS: dict[str, tuple[str, str]] = {
     "a daemon and who it is": (
         """

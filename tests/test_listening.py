@@ -1,5 +1,5 @@
-"""Listening for inbound streams: within a block and from now on, the private default address, and
-the count of what is refused."""
+"""Listening for inbound streams: within a block and in the background, the private default address,
+and the counters of refused streams."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def dial(client: Client) -> socket.socket:
 
 
 def ok(connection: Connection) -> None:
-    """Says yes to whatever is asked."""
+    """Answers every request with OK."""
     while True:
         connection.answer(OK)
 
@@ -179,7 +179,7 @@ async def test_dropped_unused_it_leaves_nothing_and_says_nothing(
 
 
 @pytest.mark.independent
-async def test_what_cannot_be_listened_at_is_raised_where_it_is_awaited() -> None:
+async def test_a_failed_listen_is_raised_where_it_is_awaited() -> None:
     client = Client(listen_maddr=f"/unix{new_directory()}/none/listen.sock")
     with pytest.raises(FileNotFoundError, match="cannot listen at"):
         await client.listen()
@@ -381,7 +381,7 @@ async def test_a_daemon_that_may_be_elsewhere_needs_an_address(control: str, is_
     await client.close()
 
 
-# --- what is refused ---
+# --- refused streams ---
 
 
 async def flood(client: Client, count: int, header: bytes) -> None:

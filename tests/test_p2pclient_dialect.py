@@ -104,7 +104,7 @@ for info in pkgutil.walk_packages(p2pclient.__path__, "p2pclient."):
 print(json.dumps(surface))
 """
 
-# What is left out on purpose: the open file of the daemon's log, and the words
+# Left out on purpose: the open file of the daemon's log, and the words
 # by which p2pclient guesses that a daemon is ready.
 LEFT_OUT = {"f_log", "LINES_HEAD_PATTERN"}
 

@@ -100,14 +100,14 @@ async def test_replacing_a_handler_drops_no_stream() -> None:
                     tasks.start_soon(call)
                 for number in range(1, 51):
                     await client.stream_handler("/name", greeter(str(number).encode()))
-                    # What takes the connections of the pool, which tell the daemon, away.
+                    # Turns an idle connection of the pool into a pipeline.
                     await client.identify()
                 done.set()
             assert greetings and b"" not in greetings
             assert await greeting(caller, daemon, "/name") == b"50"
 
 
-async def test_replacing_is_told_from_a_refusal_when_the_connections_were_closed() -> None:
+async def test_replacing_works_after_the_connections_were_closed() -> None:
     with DaemonProcess() as daemon:
         daemon.keep()
         async with daemon.client() as client, client.listen(), daemon.client() as other:
@@ -149,7 +149,7 @@ async def test_registrations_of_one_name_at_once_end_with_one_that_is_served() -
 async def test_a_registration_that_was_given_up_can_be_made_again() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen():
-            # The daemon has it, or not: at any moment of the request.
+            # Cancelled at any moment, before or after the daemon has the registration.
             for number in range(20):
                 with anyio.move_on_after(number * 5e-5):
                     await client.stream_handler("/name", greeter(b"given up"))

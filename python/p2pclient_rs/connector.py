@@ -119,8 +119,8 @@ class _Pool:
         #: That one, and those that take no more and are not yet closed.
         self._pipelines: list[Pipeline] = []
         self._pipeline_watch: Watch | None = None
-        #: A connection kept open, on which nothing is asked: while it is open, the daemon is the
-        #: one that took the registrations made since. The lock is for asking on it.
+        #: An idle connection that is kept out of the pool. While it stays open, the daemon has not
+        #: been restarted since it took the registrations. The lock guards requests on it.
         self.witness: _Connection | None = None
         self.witness_lock = anyio.Lock()
         self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
@@ -159,7 +159,10 @@ class _Pool:
             connection.close()
 
     def take_witness(self) -> _Connection | None:
-        """The witness of what was just registered: the connection given back last was used."""
+        """Returns the witness of a registration that was just made.
+
+        The first one is the connection given back last, which carried the registration.
+        """
         if self.witness is not None:
             if self.witness_lock.locked() or not self.witness.raw.stale:
                 return self.witness
@@ -341,16 +344,18 @@ class DaemonConnector:
         return (await self._exchange(request))[0]
 
     def registered(self) -> object | None:
-        """To be called right after a STREAM_HANDLER request.
+        """Returns a token of the daemon; call it right after a STREAM_HANDLER request.
 
         Returns:
-            A token for ``still_registered``; None if it could not tell.
+            A token for ``still_registered``; None if no connection could be kept open.
         """
         return self._pool().take_witness()
 
     async def still_registered(self, token: object | None) -> bool:
-        """Whether the daemon is still the one that ``token`` came from: if not, or if that cannot
-        be told, it may have been started anew since, and know nothing of the registration."""
+        """Returns whether the daemon is certainly the one that ``token`` came from.
+
+        If not, it may have been restarted since, and have lost the registration.
+        """
         self.check_fork()
         pool = self._pool()
         async with pool.witness_lock:
@@ -593,13 +598,16 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> T:
-        """The result of ``work`` in time, or an error that says what it was about.
+        """Awaits ``work``, and adds the context of the request to its error.
 
         Args:
             work: A coroutine that raises ``ControlFailure``.
             name: The request's name.
             timeout: How long it may take, in seconds.
-            peer_id, protocol: What it is about.
+            peer_id, protocol: The context, for errors.
+
+        Raises:
+            ControlTimeout: It took longer.
         """
         if timeout is not None and not timeout >= 0:  # NaN, too
             work.close()
@@ -647,7 +655,7 @@ class DaemonConnector:
 
 
 def _hint(error: OSError, maddr: Multiaddr) -> str | None:
-    """What a user can do about a control socket that cannot be connected to."""
+    """Suggests a fix for a failed connection to a control socket."""
     if error.errno == errno.ENOENT:
         return "start a daemon with p2pclient_rs.Daemon(), or pass another control_maddr"
     if error.errno == errno.ECONNREFUSED:

@@ -96,7 +96,7 @@ class ControlClient:
 
     #: Whether a handler takes the place of another one of this client.
     _replaces_handlers = True
-    #: What is logged goes here.
+    #: Receives this client's log lines.
     logger = logger
 
     def __init__(
@@ -112,8 +112,9 @@ class ControlClient:
         self.handlers: dict[str, StreamHandler] = {}
         #: Those registered as balanced.
         self._balanced: set[str] = set()
-        #: Those that the daemon has, or may have, and who waits to change them.
+        #: By protocol: the handlers that the daemon has or may have.
         self._registered: dict[str, _Registration] = {}
+        #: By protocol: the lock for changing its registration, and how many tasks use that.
         self._registering: dict[str, tuple[anyio.Lock, int]] = {}
         self._scope: anyio.CancelScope | None = None
         #: What waits for the header of an inbound stream, the oldest first, and since when.
@@ -129,8 +130,8 @@ class ControlClient:
     def listen_maddr(self) -> Any:
         """Where the daemon is to connect to for inbound streams.
 
-        Set while this client listens, it is what handlers registered from then on are told the
-        daemon with; the listener stays where it is.
+        Setting it while this client listens affects the handlers registered from then on; the
+        listener stays at its address.
 
         Raises:
             InvalidMultiaddr: The new value is no multiaddr (a ValueError).
@@ -160,8 +161,7 @@ class ControlClient:
 
     @property
     def stats(self) -> ListenerStats:
-        """How many inbound streams there were since this client was made, and how many of them
-        were refused, and why."""
+        """The numbers of accepted and refused inbound streams since this client was made."""
         return self._refusals.stats()
 
     # --- peers ---
@@ -277,7 +277,7 @@ class ControlClient:
 
     @asynccontextmanager
     async def _changing(self, proto: str) -> AsyncIterator[None]:
-        """Has registrations of one protocol wait for each other."""
+        """Serialises registrations of one protocol."""
         lock, users = self._registering.get(proto) or (anyio.Lock(), 0)
         self._registering[proto] = lock, users + 1
         try:
@@ -289,7 +289,7 @@ class ControlClient:
                 self._registering[proto] = lock, users - 1
 
     async def _tell(self, proto: str, balanced: bool) -> None:
-        """Has the daemon know that this client handles a protocol.
+        """Registers a protocol at the daemon, unless it has the registration already.
 
         Raises:
             DaemonRefused: Another client does.
@@ -303,16 +303,16 @@ class ControlClient:
         try:
             await connector.request("STREAM_HANDLER", request)
         except DaemonRefused:
-            # hivemind's fork refuses a name that is taken, by this client even, and does not say
-            # by whom.
+            # hivemind's fork refuses every name that is taken, even by this client, with the same
+            # words.
             if before is None or not self._replaces_handlers:
                 self._restore(proto, before)
                 raise
             self._registered[proto] = before
             if before.maddr == maddr and await connector.still_registered(before.token):
                 return
-            # The daemon may have been started anew, and have the name from another client. It takes
-            # back only what it has with this client's address.
+            # The daemon may have been restarted, and another client may have taken the name. The
+            # removal succeeds only if the registration has this client's address.
             try:
                 await connector.request(
                     "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
@@ -330,7 +330,7 @@ class ControlClient:
             raise
         self._registered[proto] = _Registration(maddr, connector.registered())
         if balanced and before is not None and await connector.still_registered(before.token):
-            # It has the former one besides, and would give this client twice its share.
+            # The fork has appended another entry, so that this client would get twice its share.
             with suppress(ControlFailure):
                 await connector.request(
                     "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
@@ -346,11 +346,12 @@ class ControlClient:
         (self._balanced.add if balanced else self._balanced.discard)(proto)
 
     async def register_again(self, *, timeout: float | None = None) -> None:
-        """Tells a daemon that was started anew of the handlers that this client has, if it listens:
-        a closed one would take them from others.
+        """Registers this client's handlers at a restarted daemon.
+
+        Does nothing unless this client listens: it would take protocols from others.
 
         Raises:
-            DaemonRefused: Another client has taken a protocol meanwhile. The others are registered.
+            DaemonRefused: Another client has taken a protocol. The other ones are registered.
         """
         if not self._listening:
             return
@@ -361,7 +362,6 @@ class ControlClient:
                     self._tell_again(proto), "STREAM_HANDLER", timeout, protocol=proto
                 )
             except DaemonRefused as error:
-                # No reason to do without the rest.
                 self.logger.error("the daemon has not taken a handler again: %s", error)
                 refused = refused or error
         if refused is not None:
@@ -412,10 +412,11 @@ class ControlClient:
     def listen(self) -> Listening[Self]:
         """Accepts inbound streams, and has them handled.
 
-        ``async with client.listen():`` does so until the block is left. Then handlers still at work
-        are cancelled, and their protocols taken back where the daemon knows how. After
-        ``await client.listen()`` it goes on, in tasks of the event loop, until ``close()``, which
-        does the same; it ends with the loop, too, and when nothing holds the client any more.
+        ``async with client.listen():`` listens until the block is left. Running handlers are then
+        cancelled, and their protocols are removed from the daemon, if it supports that.
+        ``await client.listen()`` returns at once and listens until ``close()``, which does the
+        same. It also stops when the event loop ends or the client is garbage-collected, so keep a
+        reference to the client.
 
         Raises:
             ControlFailure: This client listens already.
@@ -451,7 +452,7 @@ class ControlClient:
         return self
 
     async def _begin(self) -> RawListener:
-        """Listens, at an address that is then ``listen_maddr``."""
+        """Opens the listening socket and notes its address."""
         if self._background is not None and self._background.loop_ended:
             self._background.close()
         if self._listening:
@@ -469,7 +470,7 @@ class ControlClient:
         return listener
 
     def _ended(self) -> None:
-        """It does not listen any more."""
+        """Resets the state after listening."""
         self._scope = self._listener = self._background = self._task_group = None
         self._listening = False
         self._bound_maddr = None
@@ -488,8 +489,8 @@ class ControlClient:
     async def close(self) -> None:
         """Stops listening, cancels the handlers at work and closes the idle connections.
 
-        After ``await listen()`` the protocols are taken back, where the daemon knows how, and the
-        handlers have ended when this returns.
+        After ``await listen()`` it also removes the protocols from the daemon, and waits for the
+        handlers to end.
         """
         background = None
         # In a forked child the tasks are the parent's, whose epoll cancelling them would touch.

@@ -59,7 +59,7 @@ class P2PDaemonError(Exception):
     """The base of every exception this package defines, but ``P2PHandlerError``."""
 
 
-#: The classes that are one of ours and a built-in one at once, by these.
+#: The classes made by `combined`, by its arguments.
 _COMBINED: dict[tuple[type[Exception], tuple[type[Exception], ...]], type[Exception]] = {}
 
 #: What an OSError has besides its arguments.
@@ -85,7 +85,7 @@ class ControlFailure(P2PDaemonError):
     daemon_message: str | None
     #: Whether it reads as its message alone, for a dialect whose users compare that.
     _terse: bool = False
-    #: For a class that `combined` made: what it was made of.
+    #: For a class made by `combined`: its arguments.
     _made_of: tuple[type[Exception], tuple[type[Exception], ...]] | None = None
 
     def __init__(
@@ -131,11 +131,11 @@ class ControlFailure(P2PDaemonError):
 
 
 def combined(kind: type[Exception], also: tuple[type[Exception], ...]) -> type[Exception]:
-    """The class that is ``kind`` and all of ``also`` at once, with the name of ``kind``.
+    """Returns the subclass of ``kind`` and of all of ``also``, which has the name of ``kind``.
 
     Args:
         kind: A class of this package.
-        also: Built-in classes; those that ``kind`` is a subclass of already make no difference.
+        also: Built-in classes; those of which ``kind`` is a subclass already are ignored.
     """
     also = tuple(base for base in also if not issubclass(kind, base))
     if not also:
@@ -162,16 +162,16 @@ def with_errno(
     filename: str | None = None,
     also: tuple[type[Exception], ...] = (),
 ) -> E:
-    """An exception of a class of ours that an error of the operating system caused.
+    """Makes an exception of ours that an operating-system error caused.
 
     Args:
         kind: The class, a subclass of OSError.
-        message: What it says.
+        message: The message.
         number: The ``errno``; with it the result is an instance of the built-in class for that
             number, too, as FileNotFoundError for ENOENT.
         strerror: The words for it; the system's if none.
         filename: The path it was about.
-        also: More classes that the result is to be an instance of.
+        also: More base classes for the result.
     """
     if number is not None:
         also = (type(OSError(number, "")), *also)

@@ -1,5 +1,5 @@
-"""What listening for inbound streams needs besides the requests: how it is begun and ended, a
-private address, and how refused streams are counted and logged."""
+"""Support for listening: the object that ``listen()`` returns, a listener in the background,
+private addresses, and the counting and logging of refused streams."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ T = TypeVar("T")
 
 
 class Listening(AbstractAsyncContextManager[T], Generic[T]):
-    """What ``listen()`` returns: ``async with`` listens until the block is left, ``await`` from
-    then on until the client is closed. Both give the client.
+    """The result of ``listen()``: ``async with`` listens until the block is left, ``await`` until
+    the client is closed. Both give the client.
 
-    Nothing is listened at before it is used in one of the two ways.
+    It does nothing until it is used in one of the two ways.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
 
 
 class Acceptor(Protocol):
-    """What a listener accepts streams for: a ``ControlClient``."""
+    """The owner of a listener: a ``ControlClient``."""
 
     def accept(self, listener: RawListener, start: Start) -> float | None:
-        """Accepts at most one connection, and has it served with ``start``.
+        """Accepts at most one connection and serves it in a task made by ``start``.
 
         Returns:
-            How long to wait before the next attempt, in seconds; None if until the listener is
+            How long to wait before the next attempt, in seconds; None to wait until the listener is
             readable.
         """
 
@@ -118,13 +118,13 @@ class BackgroundListener:
         self._closed = False
         self._begun, self._ended = anyio.Event(), anyio.Event()
         accepting = self._start(lambda _: self._accept(), None)
-        # A loop that is closed without its tasks being cancelled ends this one like any socket.
+        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
         if hasattr(accepting, "_log_destroy_pending"):
             accepting._log_destroy_pending = False
 
     async def begun(self) -> None:
-        """Waits until the task that accepts has begun: one that a closed loop never ran would be
-        complained of."""
+        """Waits until the accepting task has started: asyncio warns of a coroutine that was never
+        started when its loop is closed."""
         await self._begun.wait()
 
     @property
@@ -177,7 +177,7 @@ class BackgroundListener:
                 self._left(job)
 
         job.work = work = self._reactor.spawn(run(), self._context)
-        # A task that never began does not do it.
+        # If the task never starts, its finally block does not run.
         self._reactor.when_ended(work, lambda: self._left(job))
         return work
 
@@ -194,10 +194,10 @@ class BackgroundListener:
                 if client is None:
                     break
                 wait = client.accept(self._listener, self._start)
-                del client  # it is not to be kept alive
+                del client  # the wait must not keep it alive
                 await pause(wait, self._watched.readable)
         finally:
-            # The loop's end, if not ours.
+            # Reached without `close` if the loop ends.
             if os.getpid() == self._pid:
                 self._close()
 
@@ -243,8 +243,8 @@ def _remove(directory: str, pid: int) -> None:
 
 
 def check_same_machine(control_maddr: Multiaddr) -> None:
-    """Raises ControlFailure unless a daemon with this control address is on this machine, and so
-    can connect to a unix socket."""
+    """Raises ControlFailure unless this control address is on this machine, so that its daemon can
+    connect to a unix socket."""
     kind, host, _ = endpoint(control_maddr)
     if kind == "unix" or host == "localhost":
         return
@@ -256,18 +256,18 @@ def check_same_machine(control_maddr: Multiaddr) -> None:
     )
 
 
-# --- what is refused ---
+# --- refused streams ---
 
 
 @dataclass(frozen=True)
 class ListenerStats:
-    """How many inbound streams a client had, and what became of those it did not serve.
+    """The numbers of a client's accepted and refused inbound streams.
 
     Attributes:
         accepted: Connections of the daemon that were accepted.
-        no_handler: Streams of protocols that no handler was there for.
-        bad_header: Connections that did not say, or not correctly, what stream they are.
-        accept_errors: Failed attempts to accept one, as for want of descriptors.
+        no_handler: Streams of protocols without a handler.
+        bad_header: Connections without a valid stream header.
+        accept_errors: Failed attempts to accept a connection, as without free descriptors.
     """
 
     accepted: int = 0
@@ -278,11 +278,13 @@ class ListenerStats:
 
 @dataclass
 class Refusals:
-    """Counts what happens to inbound streams, and logs what goes wrong: of each kind at most one
-    line a second, which says how many more there were."""
+    """Counts inbound streams and logs refusals, at most one line per kind and second.
+
+    A line gives the number of those suppressed before it.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
-    #: By kind: when the last line was logged, and how many were not since.
+    #: By kind: the time of the last line, and how many were suppressed since.
     _logged: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def count(self, kind: str) -> None:
@@ -294,7 +296,7 @@ class Refusals:
     def log(
         self, kind: str, logger: logging.Logger, level: int, message: str, *args: object
     ) -> None:
-        """Counts one of a kind, and logs it unless the last line of that kind is too recent."""
+        """Counts one event and logs it, unless the last line of its kind is too recent."""
         self.count(kind)
         now = time.monotonic()
         last, withheld = self._logged.get(kind, (-_QUIET, 0))

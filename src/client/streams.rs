@@ -119,8 +119,8 @@ impl Client {
     /// unary calls. One that a [`P2PDaemon`](crate::P2PDaemon) starts again is told by that.
     ///
     /// # Errors
-    /// When the daemon cannot be asked; [`Error::Refused`] if another client has taken a protocol
-    /// meanwhile: the others are registered, and what came of that one is logged, too.
+    /// [`Error::Refused`] if another client has taken a protocol, after all others were registered;
+    /// at the first request that fails in another way.
     pub async fn register_again(&self) -> Result<(), Error> {
         let handlers = self.shared.inbound.handlers.all();
         let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
@@ -142,7 +142,7 @@ impl Client {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Tells the daemon of a handler that it may have already, or may have from another client.
+    /// Registers a handler at a daemon that may have it already, or have one of another client.
     async fn tell_again(
         &self,
         addr: &Multiaddr,
@@ -154,14 +154,14 @@ impl Client {
             let request = streams::stream_handler(addr, vec![protocol.to_owned()], balanced);
             self.tell(about, request)
         };
-        // hivemind's fork takes back only what it has with this client's address.
+        // hivemind's fork removes only a registration with this client's address.
         let take_back = || {
             let about = Context::new("REMOVE_STREAM_HANDLER").protocol(protocol);
             let request = streams::remove_stream_handler(addr, vec![protocol.to_owned()]);
             self.tell(about, request)
         };
         if balanced {
-            // It would have it twice, and give this client twice its share.
+            // The fork would append a second entry, and give this client twice its share.
             let _ = take_back().await;
             return register().await;
         }
@@ -169,14 +169,14 @@ impl Client {
         if !matches!(outcome, Err(Error::Refused { .. })) {
             return outcome;
         }
-        // It does not say who has the name: this client, if it was not started anew.
+        // The words are the same if the name is this client's own, at a daemon not restarted.
         match take_back().await {
             Ok(()) => register().await,
             Err(_) => outcome,
         }
     }
 
-    /// How many inbound streams this client had, and how many of them were refused, and why.
+    /// The numbers of accepted and refused inbound streams since this client was made.
     pub fn listener_stats(&self) -> ListenerStats {
         self.shared.inbound.tally.stats()
     }
@@ -455,24 +455,23 @@ impl Handlers {
     }
 }
 
-/// How many inbound streams a client had, and what became of those that no handler got.
+/// The numbers of a client's accepted and refused inbound streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListenerStats {
     /// Connections of the daemon that were accepted.
     pub accepted: u64,
-    /// Streams of protocols that there was no handler for.
+    /// Streams of protocols without a handler.
     pub no_handler: u64,
-    /// Connections that did not say, or not correctly, what stream they are.
+    /// Connections without a valid stream header.
     pub bad_header: u64,
-    /// Streams whose handler had 256 others waiting.
+    /// Streams refused because 256 others waited for their handler.
     pub queue_full: u64,
-    /// Failed attempts to accept a connection, as for want of descriptors.
+    /// Failed attempts to accept a connection, as without free descriptors.
     pub accept_errors: u64,
 }
 
-/// Counts what becomes of inbound streams, and logs what goes wrong: of each kind at most one line
-/// a second.
+/// Counts inbound streams and logs refusals, at most one line per kind and second.
 #[derive(Debug, Default)]
 struct Tally {
     accepted: AtomicU64,
@@ -482,11 +481,11 @@ struct Tally {
     accept_errors: Refusals,
 }
 
-/// What is refused for one reason.
+/// The refusals for one reason.
 #[derive(Debug, Default)]
 struct Refusals {
     count: AtomicU64,
-    /// When the last line was logged, and how many were not since.
+    /// The time of the last line, and how many were suppressed since.
     logged: Mutex<Option<(Instant, u64)>>,
 }
 
@@ -503,7 +502,7 @@ impl Tally {
 }
 
 impl Refusals {
-    /// Counts `more` of them, and logs what `words` say of the last, unless it is too early.
+    /// Counts `more` refusals and logs `words`, unless the last line is too recent.
     fn note(&self, level: log::Level, more: u64, words: impl FnOnce() -> String) {
         self.count.fetch_add(more, Ordering::Relaxed);
         let Some(withheld) = self.may_log(more, Instant::now()) else {
@@ -519,7 +518,7 @@ impl Refusals {
         }
     }
 
-    /// How many were not logged since the last line, if it is time for the next one.
+    /// Returns how many lines were suppressed, if another may be logged.
     fn may_log(&self, more: u64, now: Instant) -> Option<u64> {
         let mut logged = lock(&self.logged);
         match &mut *logged {

@@ -89,7 +89,7 @@ class DaemonConnector(connector.DaemonConnector):
         control_maddr: Where it is; ``config.control_maddr_str`` if None.
     """
 
-    #: The opening of a connection is logged here, as in p2pclient.
+    #: Receives a line for each new connection, as in p2pclient.
     logger = logging.getLogger("p2pclient.DaemonConnector")
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
@@ -114,7 +114,7 @@ class ControlClient(control.ControlClient):
         listen_maddr: Where it listens; ``config.listen_maddr_str`` if None.
     """
 
-    #: What is logged goes here, as in p2pclient.
+    #: Receives this client's log lines, as in p2pclient.
     logger = logging.getLogger("p2pclient.ControlClient")
 
     def __init__(
