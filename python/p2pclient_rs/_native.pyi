@@ -232,6 +232,9 @@ class PeerInfo:
     def peer_id(self) -> PeerID:
         """The peer."""
     @property
+    def id(self) -> PeerID:
+        """The same, as `Identity` has it."""
+    @property
     def addrs(self) -> list[Multiaddr]:
         """Its addresses, in a new list."""
     def __eq__(self, other: object, /) -> bool: ...

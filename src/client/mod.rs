@@ -32,7 +32,7 @@ pub use control::Identity;
 pub use dht::Results;
 pub use error::{Context, Error};
 pub use pubsub::Subscription;
-pub use streams::{IncomingStreams, Stream};
+pub use streams::{IncomingStreams, ListenerStats, Stream};
 pub use unary::UnaryCall;
 
 use crate::core::multiaddr::EndpointError;
