@@ -59,6 +59,9 @@ __all__ = [
 class P2PDaemonError(Exception):
     """The base of every exception this package defines, but ``P2PHandlerError``."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuild, parts(self)
+
 
 #: The classes made by `combined`, by its arguments.
 _COMBINED: dict[tuple[type[Exception], tuple[type[Exception], ...]], type[Exception]] = {}
@@ -67,9 +70,6 @@ _COMBINED: dict[tuple[type[Exception], tuple[type[Exception], ...]], type[Except
 _OS_FIELDS = "errno", "strerror", "filename", "filename2"
 
 E = TypeVar("E", bound="ControlFailure")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return rebuild, parts(self)
 
 
 class ControlFailure(P2PDaemonError):
