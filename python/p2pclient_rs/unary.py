@@ -214,18 +214,6 @@ class UnaryClient:
         for link in list(self._links.values()):
             link.apply_limits()
 
-    @property
-    def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon. Set later, it is used for the next persistent connection; one that
-        is open stays."""
-        return self._daemon_connector
-
-    @daemon_connector.setter
-    def daemon_connector(self, daemon_connector: DaemonConnector) -> None:
-        self._daemon_connector = daemon_connector
-        for link in self._links.values():
-            link.connector = daemon_connector
-
     async def open(self, *, timeout: float | None = None) -> None:
         """Opens the persistent connection, if it is not open.
 

@@ -92,7 +92,7 @@ class _Default:
         return "<the class's default>"
 
 
-_DEFAULT: Final = _Default()
+_DEFAULT: Final[_Default] = _Default()
 
 _UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
 
@@ -291,7 +291,7 @@ class ControlClient(control.ControlClient):
         return self._daemon_connector
 
     @daemon_connector.setter
-    def daemon_connector(self, daemon_connector: DaemonConnector) -> None:
+    def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
         if not isinstance(daemon_connector, DaemonConnector):
             # hivemind's own, from before the swap, or this package's.
             daemon_connector = DaemonConnector(daemon_connector.control_maddr)
@@ -375,21 +375,6 @@ class ControlClient(control.ControlClient):
     def __del__(self) -> None:
         if hasattr(self, "_closed"):
             self.close()
-
-    @property
-    def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon."""
-        return self._daemon_connector
-
-    @daemon_connector.setter
-    def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
-        if not isinstance(daemon_connector, DaemonConnector):
-            # hivemind's own, from before the swap, or this package's.
-            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
-        self._daemon_connector = daemon_connector
-        if hasattr(self, "_unary"):
-            # The connection that is open stays, as in hivemind.
-            self._unary._settings.connector = daemon_connector
 
     # --- unary calls ---
 
