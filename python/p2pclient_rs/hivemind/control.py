@@ -284,7 +284,7 @@ class ControlClient(control.ControlClient):
         self._reactor = reactor()
         self._closed = False
 
-    @property  # type: ignore[override]
+    @property
     def daemon_connector(self) -> DaemonConnector:
         """The way to the daemon. Set later, it is used from then on, and for the next persistent
         connection; one that is open stays."""
