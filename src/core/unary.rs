@@ -79,8 +79,9 @@ pub const MAX_PROTOBUF: usize = i32::MAX as usize;
 /// checks what a peer sent before it replaces our peer id with the caller's.
 const INCOMING_ALLOWANCE: usize = 64 << 10;
 
-/// Largest capacity of the frame buffer that is kept for the next frame, in bytes.
-const KEPT_BUFFER: usize = 64 << 10;
+/// The frame buffer is kept for the next frame unless more bytes than these were in it: the share of a
+/// payload of 4 MiB that comes before there is room for it, and the head.
+const KEPT_BUFFER: usize = (4 << 20) / EARNED + MAX_HEAD;
 
 /// How old a call is, at the least, when the daemon is told to cancel it: hivemind's crashes on a
 /// cancel that it takes while it begins the call (it writes a reply that is nil).
@@ -653,19 +654,22 @@ impl<T, P: Payload> Persistent<T, P> {
             // No further than the frame's end, or than its head may reach.
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
-                    let frame = self.take_buffer(end);
+                    let frame = if end > KEPT_BUFFER && end == self.buffer.len() {
+                        std::mem::take(&mut self.buffer)
+                    } else {
+                        self.buffer.split_to(end)
+                    };
                     if let Some(event) = self.whole(&frame[prefix..])? {
                         return Ok(Some(event));
                     }
                 }
                 Frame::Large(partial) => {
                     self.body = Body::Payload(partial);
-                    let whole = self.buffer.len();
-                    drop(self.take_buffer(whole));
+                    self.clear_buffer();
                 }
                 Frame::Skip { prefix, mut skip } => {
-                    let whole = self.buffer.len();
-                    skip.take(&mut &self.take_buffer(whole)[prefix..]);
+                    skip.take(&mut &self.buffer[prefix..]);
+                    self.clear_buffer();
                     self.body = Body::Skipped(skip);
                 }
                 Frame::Needs(count) => {
@@ -793,12 +797,12 @@ impl<T, P: Payload> Persistent<T, P> {
             || self.unanswered_bytes >= self.limits.max_unanswered_bytes.saturating_mul(times)
     }
 
-    /// The first `count` bytes of the buffer. A large allocation goes with them.
-    fn take_buffer(&mut self, count: usize) -> BytesMut {
-        if count > KEPT_BUFFER && count == self.buffer.len() {
-            return std::mem::take(&mut self.buffer);
+    fn clear_buffer(&mut self) {
+        if self.buffer.len() > KEPT_BUFFER {
+            self.buffer = BytesMut::new();
+        } else {
+            self.buffer.clear();
         }
-        self.buffer.split_to(count)
     }
 
     /// What of a frame is at the front of `bytes`.

@@ -830,6 +830,23 @@ fn a_frame_over_the_limit_is_not_stored() {
 }
 
 #[test]
+fn the_buffer_of_a_large_frame_is_not_kept() {
+    let mut connection = connection(UnaryLimits {
+        max_incoming: Some(MAX_PROTOBUF),
+        ..UnaryLimits::default()
+    });
+    let payload = vec![7; 16 << 20];
+    // The second is laid out in another way, so that all of it is buffered.
+    let unusual = frame_of(&[(2, b""), (99, &payload), (1, &[5; 16])]);
+    for frame in [call([5; 16], &payload), unusual] {
+        feed(&mut connection, &frame, &[READ]).unwrap();
+        assert!(connection.buffer.is_empty());
+        assert!(connection.buffer.capacity() <= 2 * KEPT_BUFFER);
+    }
+    assert_eq!(connection.unanswered(), 1);
+}
+
+#[test]
 fn a_length_that_protobuf_cannot_have_ends_the_connection() {
     for length in [
         &[0x80, 0x80, 0x80, 0x80, 0x08][..], // 2^31
