@@ -1,6 +1,7 @@
 //! Listening sockets, as every driver wants them: with no event loop.
 
 use socket2::{Domain, SockAddr, Socket, Type};
+use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -90,6 +91,39 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
+/// An operating-system error, and the operation that failed with it.
+#[derive(Debug)]
+pub struct Failed {
+    /// What failed, with the file's name: "cannot create /tmp/file".
+    pub operation: String,
+    /// The error; it has the system's number, if there is one.
+    pub error: io::Error,
+}
+
+impl Failed {
+    /// For `map_err`: `.map_err(Failed::at(|| format!("cannot open {path}")))`.
+    pub fn at<O: Into<String>>(operation: impl FnOnce() -> O) -> impl FnOnce(io::Error) -> Self {
+        |error| Failed {
+            operation: operation().into(),
+            error,
+        }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = self.error.to_string();
+        let words = words.split(" (os error ").next().unwrap_or(&words);
+        write!(f, "{}: {words}", self.operation)
+    }
+}
+
+impl From<Failed> for io::Error {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
+}
+
 /// A directory that only this user can look into, removed with all that is in it when dropped.
 #[derive(Debug)]
 pub struct PrivateDirectory(PathBuf);
@@ -115,12 +149,23 @@ impl Drop for PrivateDirectory {
 
 /// A private directory in `parent` or where temporary files go, in which a socket of that name
 /// fits.
+#[cfg_attr(not(any(feature = "tokio", test)), allow(dead_code))]
 pub fn private_directory(
     parent: Option<&Path>,
     prefix: &str,
     name: &str,
 ) -> io::Result<PrivateDirectory> {
-    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))?;
+    make_private_directory(parent, prefix, name).map_err(io::Error::from)
+}
+
+/// As [`private_directory`]; the error names the directory.
+pub fn make_private_directory(
+    parent: Option<&Path>,
+    prefix: &str,
+    name: &str,
+) -> Result<PrivateDirectory, Failed> {
+    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))
+        .map_err(Failed::at(|| "cannot find the current directory"))?;
     let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
     if cfg!(unix) && (longest > SOCKET_PATH_LIMIT || parent.to_str().is_none()) {
         parent = "/tmp".into();
@@ -136,10 +181,16 @@ pub fn private_directory(
         match builder.create(&path) {
             Ok(()) => return Ok(PrivateDirectory(path)),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
+            Err(error) => {
+                let operation = format!("cannot create the directory {}", path.display());
+                return Err(Failed { operation, error });
+            }
         }
     }
-    Err(ErrorKind::AlreadyExists.into())
+    Err(Failed {
+        operation: format!("cannot create a directory in {}", parent.display()),
+        error: ErrorKind::AlreadyExists.into(),
+    })
 }
 
 /// A random number, another one for each `attempt` and in a forked child.
@@ -190,5 +241,15 @@ mod tests {
         let missing = std::env::temp_dir().join("no-such");
         let error = private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error:?}");
+    }
+
+    #[test]
+    fn names_the_directory_that_cannot_be_created() {
+        let missing = std::env::temp_dir().join("no-such");
+        let failed = make_private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
+        let expected = format!("cannot create the directory {}/p2pd-", missing.display());
+        let words = failed.to_string();
+        assert!(words.starts_with(&expected), "{words}");
+        assert!(!words.contains("os error"), "{words}");
     }
 }

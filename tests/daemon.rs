@@ -19,7 +19,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -764,6 +764,148 @@ fn dropping_it_kills_it_when_the_runtime_is_gone() {
     assert!(daemon.pid().is_some());
     drop(daemon);
     nothing_is_left_of(&private);
+}
+
+/// A daemon that ignores SIGTERM, answers with `answer` or not at all, and leaves behind a process
+/// that serves its control socket and another one, in its group, that is never reaped.
+fn leaving(directory: &TempDir, answers: bool) -> PathBuf {
+    let python = std::env::var("P2PCLIENT_PYTHON").unwrap_or_else(|_| "python3".into());
+    let program = format!(
+        r#"
+import contextlib, os, signal, socket, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+path = next(a for a in sys.argv if a.startswith("-listen=")).partition("/unix")[2]
+server = socket.socket(socket.AF_UNIX)
+server.bind(path)
+server.listen()
+if os.fork() == 0:
+    if os.fork() == 0:
+        time.sleep(60)
+    os.setsid()
+    os.close(1)
+    os.close(2)
+    signal.alarm(10)
+    kept = []
+    while True:
+        connection, _ = server.accept()
+        kept.append(connection)
+        connection.recv(100)
+        identify = b"\x0a\x22\x12\x20" + bytes(32)
+        answer = b"\x08\x00\x22" + bytes([len(identify)]) + identify
+        if {answers}:
+            with contextlib.suppress(OSError):
+                connection.send(bytes([len(answer)]) + answer)
+print("daemon has started", flush=True)
+time.sleep(60)
+"#,
+        answers = if answers { "True" } else { "False" }
+    );
+    let file = directory.path().join("daemon.py");
+    fs::write(&file, program).unwrap();
+    let body = format!("exec {python} {} \"$@\"", file.display());
+    script(directory, &body)
+}
+
+/// Awaits a future; returns its result and the longest time for which the event loop stood still
+/// meanwhile.
+async fn longest_stall<T>(work: impl Future<Output = T>) -> (T, Duration) {
+    let longest = Arc::new(Mutex::new(Duration::ZERO));
+    let watching = tokio::spawn({
+        let longest = Arc::clone(&longest);
+        async move {
+            loop {
+                let before = Instant::now();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                let mut longest = longest.lock().unwrap();
+                *longest = longest.max(before.elapsed());
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let outcome = work.await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    watching.abort();
+    let longest = *longest.lock().unwrap();
+    (outcome, longest)
+}
+
+const STALL: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn shutting_down_does_not_block_the_runtime() {
+    let directory = TempDir::new().unwrap();
+    let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
+    let daemon = P2PDaemon::builder()
+        .binary(leaving(&directory, true))
+        .control_maddr(control)
+        .stop_timeout(Duration::from_millis(100))
+        .spawn()
+        .await
+        .unwrap();
+    let begun = Instant::now();
+    let (status, stall) = longest_stall(daemon.shutdown()).await;
+    assert_eq!(status.signal(), Some(9));
+    assert!(begun.elapsed() > Duration::from_millis(500)); // it did wait for the process left behind
+    assert!(stall < STALL, "{stall:?}");
+}
+
+#[tokio::test]
+async fn a_failed_start_does_not_block_the_runtime() {
+    let directory = TempDir::new().unwrap();
+    let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
+    let start = P2PDaemon::builder()
+        .binary(leaving(&directory, false))
+        .control_maddr(control)
+        .start_timeout(Duration::from_millis(700))
+        .spawn();
+    let begun = Instant::now();
+    let (outcome, stall) = longest_stall(start).await;
+    assert!(outcome.is_err());
+    assert!(begun.elapsed() > Duration::from_millis(1100));
+    assert!(stall < STALL, "{stall:?}");
+}
+
+#[tokio::test]
+async fn dropping_it_does_not_block_the_runtime_for_long() {
+    let directory = TempDir::new().unwrap();
+    let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
+    let daemon = P2PDaemon::builder()
+        .binary(leaving(&directory, true))
+        .control_maddr(control)
+        .spawn()
+        .await
+        .unwrap();
+    // On the command line of the janitor, too.
+    let socket = format!("{}/c.sock", directory.path().display());
+    let janitors = || {
+        let listed = Command::new("ps").args(["-ax", "-o", "command="]).output();
+        let listed = String::from_utf8_lossy(&listed.unwrap().stdout).into_owned();
+        let ours = |line: &&str| line.contains("p2pd-janitor") && line.contains(&socket);
+        // Its script has several lines.
+        listed.lines().filter(ours).count()
+    };
+    assert_eq!(janitors(), 1);
+    let ((), stall) = longest_stall(async { drop(daemon) }).await;
+    assert!(stall < STALL, "{stall:?}");
+    until(|| janitors() == 0).await;
+}
+
+#[tokio::test]
+async fn a_long_log_is_bounded_and_its_end_is_followed() {
+    let directory = TempDir::new().unwrap();
+    let noise = "yes 'a short line' | head -c 20000000; echo; echo the last line";
+    let body = format!("{noise}\nexec {} \"$@\"", p2pd().display());
+    let chatty = P2PDaemon::builder().binary(script(&directory, &body));
+    let daemon = chatty.spawn().await.unwrap();
+    let private = directory_of(&daemon.command());
+    let files = fs::read_dir(private).unwrap();
+    let size: u64 = files
+        .map(|file| file.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(size <= (2 << 20) + 4096, "{size}");
+    assert!(daemon.output().contains("the last line\n"));
+    let mut logs = daemon.logs();
+    while soon(logs.next()).await.unwrap() != "the last line" {}
 }
 
 // --- started again ---

@@ -5,6 +5,8 @@ Everything is the original, but for the `__init__`s above it, which would import
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,3 +33,35 @@ def make(directory: Path, version: str = "1.1.12") -> Path:
         if file.name not in ("__init__.py", "__pycache__"):
             (package / "utils" / file.name).symlink_to(file)
     return directory
+
+
+def make_copy(
+    directory: Path, name: str = "fork.vendor.hivemind", version: str = "1.1.12+fork"
+) -> Path:
+    """A copy of hivemind in another package, whose modules import each other by that name.
+
+    Args:
+        directory: Where to import it from.
+        name: The name of the copy.
+        version: What the copy says that it is.
+
+    Returns:
+        The folder of the copy.
+    """
+    source = make(directory / "of_copy") / "hivemind"
+    *parents, last = name.split(".")
+    folder = directory
+    for parent in parents:
+        folder /= parent
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    folder /= last
+    shutil.copytree(source, folder)
+    for file in folder.rglob("*.py"):
+        text = file.read_text()
+        text = re.sub(r"^(\s*(?:from|import) )hivemind\b", rf"\g<1>{name}", text, flags=re.M)
+        file.write_text(text)
+    init = folder / "__init__.py"
+    init.write_text(f'import {name}.p2p\n\n__version__ = "{version}"\n')
+    shutil.rmtree(directory / "of_copy")
+    return folder

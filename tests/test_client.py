@@ -133,10 +133,11 @@ async def test_addresses_are_taken_in_every_form(bare_daemon: DaemonProcess) -> 
             assert client.control.listen_maddr == Multiaddr(text)
 
 
-async def test_the_default_addresses_are_those_of_p2pd_and_p2pclient() -> None:
+async def test_the_default_addresses_are_that_of_p2pd_and_a_private_one() -> None:
     client = Client()
     assert str(client.control.daemon_connector.control_maddr) == "/unix/tmp/p2pd.sock"
-    assert str(client.control.listen_maddr) == "/unix/tmp/p2pclient.sock"
+    assert str(client.control.listen_maddr).endswith("/listen.sock")
+    assert str(client.control.listen_maddr) != str(Client().control.listen_maddr)
     assert repr(client) == "<Client /unix/tmp/p2pd.sock>"
 
 

@@ -5,9 +5,11 @@ The binary comes from the variable P2PD_PATH, which must be set.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +31,7 @@ import pytest
 
 import p2pclient_rs.daemon
 from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo
+from p2pclient_rs._native import DaemonProcess
 from p2pclient_rs.daemon import Daemon, unused_tcp_port
 from p2pclient_rs.exceptions import (
     ConnectionLost,
@@ -499,6 +503,7 @@ async def test_a_port_taken_is_named(where: str) -> None:
         with pytest.raises(DaemonStartError) as caught:
             await Daemon(**options).start()
     assert caught.value.cause == f"{host}:{port} is already in use"
+    assert "port 0" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
@@ -636,6 +641,345 @@ async def test_a_binary_that_cannot_run_is_explained(
     assert not daemon.running
 
 
+# --- what the operating system refuses ---
+
+
+@pytest.mark.parametrize(
+    ("parent", "builtin", "words"),
+    [
+        ("/no/such/directory", FileNotFoundError, "No such file or directory"),
+        ("/dev/null", NotADirectoryError, "Not a directory"),
+        ("/sys", PermissionError, "Operation not permitted|Permission denied"),
+    ],
+)
+async def test_a_missing_temporary_directory_is_named(
+    parent: str, builtin: type[OSError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", parent)
+    daemon = Daemon()
+    with pytest.raises(DaemonStartError, match=words) as caught:
+        await daemon.start()
+    error = caught.value
+    assert isinstance(error, builtin) and error.errno
+    assert (error.cause or "").startswith(f"cannot create the directory {parent}/p2pd-")
+    assert str(error).startswith("the daemon's start could not be prepared: cannot create the ")
+    assert "TMPDIR" in (error.hint or "") and str(error).endswith(f"\n  hint: {error.hint}")
+    assert isinstance(error.__cause__, builtin)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and vars(copy) == vars(error) and str(copy) == str(error)
+    assert not daemon.running and daemon.pid is None
+
+
+async def test_no_temporary_directory_at_all_is_a_start_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/a', '/b']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    with pytest.raises(DaemonStartError, match=r"found in \['/a', '/b'\]") as caught:
+        await Daemon().start()
+    assert isinstance(caught.value, FileNotFoundError) and caught.value.errno == 2
+    assert "TMPDIR" in str(caught.value)
+
+
+async def test_a_binary_that_vanishes_after_it_was_found_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "p2pd"
+    monkeypatch.setattr(p2pclient_rs.daemon, "_find_binary", lambda wanted: gone)
+    with pytest.raises(FileNotFoundError) as caught:
+        await Daemon().start()
+    error = caught.value
+    assert isinstance(error, DaemonStartError) and error.errno == 2
+    assert error.cause == f"cannot execute {gone}: No such file or directory"
+
+
+def test_a_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    fake = script(tmp_path / "p2pd", "exit 1")
+    process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
+    Path(process.log).mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        process.spawn()
+    error = caught.value
+    assert isinstance(error, DaemonStartError)
+    assert error.cause == f"cannot create {process.log}: Is a directory"
+    process.destroy()
+
+
+async def test_a_missing_interpreter_is_not_reported_as_a_missing_binary(tmp_path: Path) -> None:
+    fake = script(tmp_path / "p2pd", "", "/no/such/interpreter")
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(fake).start()
+    cause = caught.value.cause or ""
+    assert cause.startswith(f"cannot execute {fake} as its interpreter or loader is missing: ")
+    assert "statically linked" in (caught.value.hint or "")
+
+
+#: Starts a daemon under a limit, and says how that went.
+LIMITED = """
+import json, os, resource, sys, tempfile
+import anyio, anyio._backends._asyncio, concurrent.futures.thread, importlib.util
+from p2pclient_rs.daemon import Daemon
+from p2pclient_rs.exceptions import DaemonStartError
+
+def report(**values):
+    print(json.dumps(values), flush=True)
+
+async def start(**options):
+    daemon = Daemon(**options)
+    try:
+        await daemon.start()
+    except DaemonStartError as error:
+        kind = [base.__name__ for base in type(error).__mro__]
+        report(errno=error.errno, cause=error.cause, hint=error.hint, kind=kind, text=str(error))
+    else:
+        await daemon.stop()
+        report(errno=0, logs=daemon.logs[-3:])
+
+{body}
+"""
+
+
+def limited(body: str, **environment: str) -> list[dict[str, Any]]:
+    code = LIMITED.format(body=textwrap.dedent(body))
+    env = {**os.environ, "TMPDIR": str(tempfile.tempdir), **environment}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True, env=env)
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def test_having_no_descriptors_left_is_named_wherever_it_happens() -> None:
+    reports = limited("""
+        async def main():
+            await start()
+            used = max(map(int, os.listdir("/proc/self/fd"))) + 1
+            for limit in range(used, used + 16):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+                await start(start_timeout=2)
+
+        anyio.run(main)
+    """)
+    assert reports.pop(0)["errno"] == 0 and len(reports) == 16
+    refused = [report for report in reports if report["errno"] == 24]
+    assert len(refused) > 3
+    for report in refused:
+        assert report["cause"].startswith("cannot ") and "Too many open files" in report["cause"]
+        assert "ulimit -n" in report["hint"] and "OSError" in report["kind"]
+    # Some of what needs a descriptor comes after the daemon was run: its client's connection.
+    others = [report for report in reports if report["errno"] not in (0, 24)]
+    assert all("open files" in report["text"] for report in others)
+
+
+def test_a_process_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    fake = script(tmp_path / "p2pd", "exit 1")
+    tmp_path.chmod(0o755)
+    home = Path(str(tempfile.tempdir)) / "home"
+    home.mkdir()
+    home.chmod(0o777)
+    home.parent.chmod(0o755)
+    (report,) = limited(
+        f"""
+        binary = {str(fake)!r}
+        import p2pclient_rs.daemon
+        p2pclient_rs.daemon._find_binary = lambda wanted: binary
+        async def main():
+            if os.geteuid() == 0:
+                os.setuid(65534)  # root has no such limit
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+            await start()
+
+        anyio.run(main)
+        """,
+        TMPDIR=str(home),
+    )
+    assert report["errno"] == 11 and "BlockingIOError" in report["kind"]
+    assert report["cause"].startswith("cannot start another process: ")
+    assert "ulimit -u" in report["hint"]
+    home.rmdir()
+
+
+def test_a_file_that_cannot_be_written_is_named() -> None:
+    (report,) = limited("""
+        async def main():
+            tempfile.gettempdir()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            await start(restart=True)  # which needs an identity file
+
+        anyio.run(main)
+    """)
+    assert report["errno"] == 27
+    assert report["cause"].startswith(f"cannot write the identity file {tempfile.tempdir}/p2pd-")
+
+
+def test_a_log_that_cannot_be_written_does_not_hold_up_the_daemon(tmp_path: Path) -> None:
+    body = "head -c 3000000 /dev/zero | tr '\\0' x; exit 3"
+    fake = script(tmp_path / "p2pd", body)
+    (report,) = limited(f"""
+        async def main():
+            tempfile.gettempdir()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            await start(binary={str(fake)!r})
+
+        anyio.run(main)
+    """)
+    assert "exited with status 3" in report["text"]
+    assert "[3000000 bytes of output could not be stored: File too large" in report["text"]
+
+
+# --- its output is bounded ---
+
+#: Two files of a MiB; nothing else in the directory is large.
+BOUND = (2 << 20) + 4096
+
+
+class Watched:
+    """Measures, while this block runs, the size of all private directories."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            size = 0
+            for path in Path(str(tempfile.tempdir)).glob("p2pd-*/*"):
+                with suppress(FileNotFoundError):
+                    size += path.lstat().st_size
+            self.largest = max(self.largest, size)
+
+
+SHORT_LINES = "yes 'a short line' | head -c 104857600; echo"
+ENDLESS_LINE = "head -c 104857600 /dev/zero | tr '\\0' x; echo"
+
+
+@pytest.mark.parametrize("noise", [SHORT_LINES, ENDLESS_LINE], ids=["lines", "line"])
+async def test_100_mib_of_output_stay_within_the_bound(
+    noise: str, tmp_path: Path, p2pd: Path
+) -> None:
+    end = "for i in $(seq 100); do echo last $i; done"
+    fake = script(tmp_path / "p2pd", f'{noise}\n{end}\nexec {p2pd} "$@"')
+    with Watched() as watched:
+        async with Daemon(fake, start_timeout=60) as daemon:
+            logs = daemon.logs
+    assert 1 << 20 < watched.largest <= BOUND
+    last = logs.index("last 1")
+    assert logs[last : last + 100] == [f"last {i}" for i in range(1, 101)]
+    assert sum(len(line) + 1 for line in daemon.logs) <= (1 << 20) + 1
+
+
+async def test_restarts_stay_within_the_bound(tmp_path: Path, p2pd: Path) -> None:
+    noise = "yes 'a short line' | head -c 1500000; echo"
+    fake = script(tmp_path / "p2pd", f'{noise}; echo "run $$"\nexec {p2pd} "$@"')
+    with Watched() as watched:
+        async with Daemon(fake, restart=True) as daemon:
+            for _ in range(4):
+                pid = daemon.pid
+                os.kill(pid or 0, signal.SIGKILL)
+                await another_run(daemon, pid)
+                assert f"run {daemon.pid}" in daemon.logs
+    assert 1 << 20 < watched.largest <= BOUND
+
+
+async def test_a_blocked_event_loop_does_not_hold_up_the_daemon(tmp_path: Path, p2pd: Path) -> None:
+    flag = tmp_path / "flag"
+    noise = "yes 'a short line' | head -c 10000000"
+    fake = script(tmp_path / "p2pd", f'({noise}; touch {flag}) &\nexec {p2pd} "$@"')
+    keeping_the_lock = ctypes.PyDLL(None)
+    async with Daemon(fake) as daemon:
+        deadline = time.monotonic() + 20
+        while not flag.exists():
+            assert time.monotonic() < deadline
+            keeping_the_lock.usleep(20_000)
+        assert daemon.running
+
+
+async def test_output_is_complete_when_the_daemon_dies(tmp_path: Path) -> None:
+    body = "seq 100000\necho the last line\nkill -KILL $$"
+    daemon = Daemon(script(tmp_path / "p2pd", body))
+    with pytest.raises(DaemonStartError, match="killed by SIGKILL") as caught:
+        await daemon.start()
+    assert caught.value.logs[-2:] == ["100000", "the last line"]
+    assert daemon.logs == [str(i) for i in range(1, 100001)] + ["the last line"]
+
+
+def test_a_forked_child_reads_the_output(anyio_backend: Backend) -> None:
+    then = """
+    if (pid := os.fork()) == 0:
+        found = [line for line in daemon.logs if line == f"Peer ID: {daemon.peer_id}"]
+        os._exit(0 if found else 1)
+    print(os.waitpid(pid, 0)[1])
+    await daemon.stop()
+    """
+    program = Program(anyio_backend, then)
+    assert program.end()[1].split() == ["0"]
+    assert not program.left()
+
+
+def test_forks_while_another_thread_uses_the_daemon_do_not_hang(anyio_backend: Backend) -> None:
+    then = """
+    import threading
+    over = threading.Event()
+    def use():
+        while not over.is_set():
+            daemon.logs, daemon.running, daemon.returncode
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    statuses = []
+    for _ in range(50):
+        if (pid := os.fork()) == 0:
+            signal.alarm(20)
+            os._exit(0 if daemon.running and daemon.logs and daemon.returncode is None else 1)
+        statuses.append(os.waitpid(pid, 0)[1])
+    over.set()
+    for thread in threads:
+        thread.join()
+    print(set(statuses))
+    await daemon.stop()
+    """
+    program = Program(anyio_backend, then)
+    assert program.end()[1].strip() == "{0}"
+    assert not program.left()
+
+
+def test_no_thread_of_ours_is_there_at_a_fork(anyio_backend: Backend, tmp_path: Path) -> None:
+    # CPython warns of a fork with threads from 3.12 on. Hooks run in the reverse order.
+    first = """
+seen = []
+os.register_at_fork(before=lambda: seen.append(len(os.listdir("/proc/self/task"))))
+"""
+    then = """
+    before = len(os.listdir("/proc/self/task"))
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print(before, *seen)
+    open(FLAG, "w").close()
+    while "after the fork" not in daemon.logs:
+        await anyio.sleep(0.01)
+    await daemon.stop()
+    """.replace("FLAG", repr(str(tmp_path / "flag")))
+    body = f"""
+        (while ! [ -e {tmp_path}/flag ]; do sleep 0.01; done; echo after the fork) &
+        exec {os.environ["P2PD_PATH"]} "$@"
+    """
+    fake = script(tmp_path / "p2pd", body)
+    program = Program(anyio_backend, then, f", binary={str(fake)!r}", first=first)
+    before, seen = map(int, program.end()[1].split())
+    assert seen == before - 1
+    assert not program.left()
+
+
 async def test_cancelling_the_start_kills_it(tmp_path: Path) -> None:
     daemon = Daemon(script(tmp_path / "p2pd", "exec sleep 1000"))
     async with anyio.create_task_group() as tasks:
@@ -669,6 +1013,9 @@ async def test_an_argument_that_is_missing_is_not_replaced() -> None:
         await Daemon("/no/such/p2pd").start()
     assert caught.value.looked_at == ["argument: /no/such/p2pd does not exist"]
     assert "/no/such/p2pd does not exist" in str(caught.value)
+    assert caught.value.errno == 2
+    assert str(caught.value).endswith(f"\n  hint: {caught.value.hint}")
+    assert "correct the path" in (caught.value.hint or "")
 
 
 async def test_not_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,6 +1046,21 @@ async def test_everything_looked_at_is_told(hivemind: Path, tmp_path: Path) -> N
         f"PATH: no p2pd in {tmp_path}/bin",
         f"hivemind: {hivemind} does not exist",
     ]
+    hint = caught.value.hint or ""
+    assert "P2PD_PATH" in hint and "pip install hivemind" in hint
+
+
+async def test_a_failed_search_for_hivemind_is_reported(
+    hivemind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("importlib.util.find_spec", refuse)
+    with pytest.raises(DaemonNotFound) as caught:
+        await Daemon().start()
+    last = caught.value.looked_at[-1]
+    assert last.startswith("hivemind: cannot be looked for: ") and "open files" in last
 
 
 async def test_the_binary_of_hivemind_is_found_without_importing_it(
@@ -752,6 +1114,170 @@ async def test_cancellation_does_not_interrupt_stop() -> None:
         scope.cancel()
         await daemon.stop()
     assert daemon.returncode in ENDED_ITSELF
+    assert not directory_of(daemon).exists()
+
+
+class Stalls:
+    """The longest time for which the event loop did nothing else, in seconds."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    async def watch(self) -> None:
+        before = time.monotonic()
+        while True:
+            await anyio.sleep(0.001)
+            now = time.monotonic()
+            self.longest = max(self.longest, now - before)
+            before = now
+
+
+@pytest.fixture
+def leaving(tmp_path: Path) -> Iterator[Path]:
+    """A daemon that ignores SIGTERM, and leaves behind a process that serves its control socket
+    and another, in its group, that is never reaped. With the file `mute` it does not answer."""
+    body = f"""
+        import contextlib, os, signal, socket, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        path = next(a for a in sys.argv if a.startswith("-listen=")).partition("/unix")[2]
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(path)
+        server.listen()
+        if os.fork() == 0:
+            if os.fork() == 0:
+                while True:
+                    time.sleep(1)
+            os.setsid()
+            os.close(1)
+            os.close(2)
+            with open("{tmp_path}/left", "w") as file:
+                file.write(str(os.getpid()))
+            kept = []
+            while True:
+                connection, _ = server.accept()
+                kept.append(connection)
+                connection.recv(100)
+                identify = b"\\x0a\\x22\\x12\\x20" + bytes(32)
+                answer = b"\\x08\\x00\\x22" + bytes([len(identify)]) + identify
+                if not os.path.exists("{tmp_path}/mute"):
+                    with contextlib.suppress(OSError):
+                        connection.send(bytes([len(answer)]) + answer)
+        print("daemon has started", flush=True)
+        while True:
+            time.sleep(1)
+    """
+    yield script(tmp_path / "p2pd", body, sys.executable)
+    left = int((tmp_path / "left").read_text())
+    os.kill(left, signal.SIGKILL)
+
+
+async def test_stopping_does_not_block_the_event_loop(leaving: Path, tmp_path: Path) -> None:
+    stalls = Stalls()
+    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0.2)
+    await daemon.start()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stalls.watch)
+        begun = time.monotonic()
+        await daemon.stop()
+        assert time.monotonic() - begun > 0.6  # it did wait for the process left behind
+        await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert stalls.longest < 0.25
+    assert daemon.returncode == -signal.SIGKILL
+
+
+async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_path: Path) -> None:
+    (tmp_path / "mute").touch()
+    stalls = Stalls()
+    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", start_timeout=0.5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stalls.watch)
+        begun = time.monotonic()
+        with pytest.raises(DaemonStartError, match="not ready"):
+            await daemon.start()
+        assert time.monotonic() - begun > 0.9
+        await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert stalls.longest < 0.25
+
+
+async def test_every_task_that_stops_it_waits_for_the_end(leaving: Path, tmp_path: Path) -> None:
+    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0)
+    await daemon.start()
+    janitor = daemon._process.janitor_pid  # type: ignore[union-attr]
+    ended: list[bool] = []
+
+    async def stop(later: float) -> None:
+        await anyio.sleep(later)
+        await daemon.stop()
+        ended.append(not is_alive(janitor))
+
+    async with anyio.create_task_group() as tasks:
+        for later in (0, 0.1, 0.2):
+            tasks.start_soon(stop, later)
+        await anyio.sleep(0.3)
+        with pytest.raises(RuntimeError, match="already"):
+            await daemon.start()
+    assert ended == [True, True, True]
+
+
+def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
+    fake = script(tmp_path / "p2pd", "exec sleep 1000")
+    process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
+    process.spawn()
+    directory = Path(process.log).parent
+    # So that one step of its end takes long.
+    for number in range(20_000):
+        (directory / str(number)).touch()
+    ending = threading.Thread(target=process.destroy)
+    outcomes: list[tuple[str | None, float]] = []
+
+    def spawn() -> None:
+        while not process.ended:
+            pass
+        begun = time.monotonic()
+        try:
+            process.spawn()
+        except DaemonStartError as error:
+            outcomes.append((error.cause, time.monotonic() - begun))
+
+    spawning = threading.Thread(target=spawn)
+    ending.start()
+    spawning.start()
+    longest, before = 0.0, time.monotonic()
+    while spawning.is_alive() or ending.is_alive():
+        time.sleep(0.0005)
+        now = time.monotonic()
+        longest, before = max(longest, now - before), now
+    ((cause, waited),) = outcomes
+    assert cause == "it was stopped"
+    assert longest < max(0.05, waited / 2)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_it_ends_though_its_stop_is_cancelled_again_and_again(
+    leaving: Path, tmp_path: Path
+) -> None:
+    import asyncio
+
+    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=60)
+    await daemon.start()
+    stopping = asyncio.ensure_future(daemon.stop())
+    while not stopping.done():
+        await asyncio.sleep(0.01)
+        stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert daemon.returncode == -signal.SIGKILL
+    assert not Path(daemon._process.log).parent.exists()  # type: ignore[union-attr]
+
+
+async def test_it_ends_though_its_stop_is_abandoned(stubborn: Path) -> None:
+    daemon = await Daemon(stubborn, stop_timeout=60).start()
+    stopping = daemon.stop()
+    stopping.send(None)
+    stopping.close()
+    assert daemon.returncode == -signal.SIGKILL
     assert not directory_of(daemon).exists()
 
 
@@ -1147,10 +1673,12 @@ async def test_a_bootstrap_peer_that_comes_later_is_connected(tmp_path: Path) ->
 PROGRAM = """
 import atexit, gc, json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
+{first}
 # A shell's background jobs, and so these tests there, are started to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import anyio
 from p2pclient_rs.daemon import Daemon
+{setup}
 
 async def main():
     daemon = await Daemon(stop_timeout=60{options}).start()
@@ -1169,17 +1697,26 @@ class Program:
     """A Python process that starts a daemon."""
 
     def __init__(
-        self, backend: Backend, then: str, options: str = "", before: str = "pass"
+        self,
+        backend: Backend,
+        then: str,
+        options: str = "",
+        before: str = "pass",
+        first: str = "",
+        setup: str = "",
+        root: Path | None = None,
     ) -> None:
-        code = PROGRAM.format(backend=backend, then=then, options=options, before=before)
-        home = {**os.environ, "TMPDIR": str(tempfile.tempdir)}
+        code = PROGRAM.format(
+            backend=backend, then=then, options=options, before=before, first=first, setup=setup
+        )
+        home = {**os.environ, "TMPDIR": "/tmp" if root else str(tempfile.tempdir)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=home
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         self.daemon, self.janitor, control = json.loads(line)
-        self.directory = Path(control.removeprefix("/unix")).parent
+        self.directory = Path(f"{root or ''}{control.removeprefix('/unix')}").parent
         assert is_alive(self.daemon) and is_alive(self.janitor) and self.directory.is_dir()
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
@@ -1223,6 +1760,109 @@ def test_a_daemon_that_was_started_again_is_no_orphan(
     program = Program(anyio_backend, FOREVER, options=", restart=True", before=DIE)
     program.end(number)
     eventually(lambda: not program.left(), 5)
+
+
+# --- without a shell ---
+
+#: The kind of janitor for where there is no shell, whether there is one or not.
+FORKED = """
+import functools, p2pclient_rs.daemon
+p2pclient_rs.daemon.DaemonProcess = functools.partial(
+    p2pclient_rs.daemon.DaemonProcess, janitor="forked"
+)
+p2pclient_rs.daemon.DaemonProcess.keep_out = p2pclient_rs._native.DaemonProcess.keep_out
+p2pclient_rs.daemon.DaemonProcess.let_in = p2pclient_rs._native.DaemonProcess.let_in
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_forked_janitor_clears_up_after_a_killed_parent(
+    anyio_backend: Backend, number: signal.Signals
+) -> None:
+    program = Program(anyio_backend, FOREVER, setup=FORKED)
+    command = Path(f"/proc/{program.janitor}/cmdline").read_bytes()
+    assert b"/bin/sh" not in command
+    program.end(number)
+    eventually(lambda: not program.left(), 5)
+
+
+def test_forked_janitor_clears_up_after_a_restart(anyio_backend: Backend) -> None:
+    program = Program(anyio_backend, FOREVER, ", restart=True", DIE, setup=FORKED)
+    program.end(signal.SIGKILL)
+    eventually(lambda: not program.left(), 5)
+
+
+def test_forked_janitor_kills_what_ignores_sigterm_and_removes_subdirectories(
+    anyio_backend: Backend, stubborn: Path
+) -> None:
+    make = """
+    directory = os.path.dirname(daemon._process.log)
+    os.makedirs(directory + "/a/b/c")
+    open(directory + "/a/b/file", "w").close()
+    os.symlink("/tmp", directory + "/a/link")
+    """
+    program = Program(anyio_backend, FOREVER, f", binary={str(stubborn)!r}", make, setup=FORKED)
+    program.end(signal.SIGKILL)
+    eventually(lambda: not program.left(), 15)
+    assert Path("/tmp").is_dir()
+
+
+def test_forked_janitor_holds_no_memory_of_its_parent(anyio_backend: Backend) -> None:
+    # Each page is the parent's alone again once the child has let go of it.
+    setup = FORKED + "\nmemory = bytearray(os.urandom(1 << 20) * 100)\n"
+    program = Program(anyio_backend, FOREVER, setup=setup)
+    statm = Path(f"/proc/{program.janitor}/statm")
+    page = os.sysconf("SC_PAGE_SIZE")
+    eventually(lambda: int(statm.read_text().split()[1]) * page < 32 << 20, 5)
+    program.end(signal.SIGKILL)
+    eventually(lambda: not program.left(), 5)
+
+
+def test_forked_janitor_has_no_file_but_its_pipe(anyio_backend: Backend) -> None:
+    program = Program(anyio_backend, FOREVER, setup=FORKED)
+    eventually(lambda: len(links(program.janitor)) == 1)
+    assert links(program.janitor)[0].startswith("pipe:")
+    program.end(signal.SIGTERM)
+    eventually(lambda: not program.left(), 5)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot is for root")
+@pytest.mark.parametrize("has", ["nothing", "shell"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_daemon_starts_and_ends_in_a_container_without(
+    anyio_backend: Backend, number: signal.Signals, has: str, p2pd: Path
+) -> None:
+    """A file system with p2pd and /dev/null only; or with a shell too, but no `rm`."""
+    root = Path(str(tempfile.tempdir)) / "root"
+    for name in ("dev", "tmp", "bin", "proc/self"):
+        (root / name).mkdir(parents=True)
+    # hivemind's p2pd is packed, and unpacks itself from there.
+    (root / "proc/self/exe").symlink_to("/bin/p2pd")
+    os.mknod(root / "dev/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    shutil.copy(p2pd, root / "bin/p2pd")
+    if has == "shell":
+        libraries = subprocess.run(["ldd", "/bin/sh"], capture_output=True, text=True, check=True)
+        for word in ["/bin/sh", *libraries.stdout.split()]:
+            if word.startswith("/"):
+                (root / word[1:]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(word, root / word[1:])
+    # Later imports would find no files.
+    setup = f"""
+import asyncio, concurrent.futures.thread, encodings.idna, ipaddress, stringprep, tempfile
+import importlib.util, uvloop, trio, anyio._backends._asyncio, anyio._backends._trio
+from anyio._core import _eventloop
+os.chroot({str(root)!r})
+os.chdir("/")
+os.environ["P2PD_PATH"] = "/bin/p2pd"
+"""
+    try:
+        program = Program(anyio_backend, FOREVER, setup=setup, root=root)
+        assert b"/bin/sh" not in Path(f"/proc/{program.janitor}/cmdline").read_bytes()
+        program.end(number)
+        eventually(lambda: not program.left(), 10)
+        assert list((root / "tmp").iterdir()) == []
+    finally:
+        shutil.rmtree(root)
 
 
 def test_ctrl_c_reaches_the_parent_which_stops_it(anyio_backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 
 import pytest
@@ -60,6 +61,27 @@ def test_a_start_error_shows_cause_command_and_output() -> None:
         "failed: why\n  command: p2pd -b\n  last output:\n    a\n    b"
     )
     assert str(example(DaemonNotFound)) == "failed\n  PATH: no p2pd in /bin"
+    hinted = DaemonStartError("failed", command=["p2pd"], logs=["a"], hint="wait")
+    assert str(hinted) == "failed\n  command: p2pd\n  last output:\n    a\n  hint: wait"
+    assert str(DaemonNotFound("failed", hint="buy one")) == "failed\n  hint: buy one"
+
+
+@pytest.mark.parametrize(
+    ("number", "builtin"),
+    [(errno.ENOENT, FileNotFoundError), (errno.EACCES, PermissionError), (errno.EMFILE, OSError)],
+)
+def test_a_start_error_of_the_system_is_of_its_builtin_class_too(
+    number: int, builtin: type[OSError]
+) -> None:
+    kind = DaemonStartError._of_errno(number)
+    error = kind("failed", cause="why", errno=number)
+    assert isinstance(error, DaemonStartError) and isinstance(error, builtin)
+    assert error.errno == number and str(error) == "failed: why"
+    assert type(error).__name__ == "DaemonStartError"
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and vars(copy) == vars(error) and copy.args == error.args
+    assert DaemonStartError._of_errno(None) is DaemonStartError
+    assert not isinstance(DaemonStartError("failed"), OSError)
 
 
 def test_the_builtin_kinds_catch_ours() -> None:

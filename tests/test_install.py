@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import types
+import warnings
+import weakref
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
+import anyio
 import hivemind_tree
 import pytest
 
 import p2pclient_rs
+from p2pclient_rs._native import Reconnection
 from p2pclient_rs.install import KNOWN_HIVEMIND
+from p2pclient_rs.swap import reconnect
 
 pytestmark = pytest.mark.independent
 
@@ -189,13 +200,172 @@ def test_a_missing_dependency_is_named_with_what_brings_it() -> None:
     assert "multiaddr" in result.stderr.splitlines()[-1]
 
 
+# --- the installed p2pclient's version ---
+
+
+def p2pclient_of(site: Path, version: str | None, *, dist_info: str | None = None) -> Path:
+    """A p2pclient with some of the modules of the original."""
+    package = site / "p2pclient"
+    (package / "pb").mkdir(parents=True)
+    (package / "__init__.py").write_text("from .p2pclient import Client\noriginal = True\n")
+    (package / "p2pclient.py").write_text("class Client: ...\n")
+    if version is not None:
+        (package / "_version.py").write_text(f'__version__ = "{version}"\n')
+    if dist_info is not None:
+        folder = site / f"p2pclient-{dist_info}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: p2pclient\nVersion: {dist_info}\n")
+    return package
+
+
+def test_p2pclient_0_3_0_is_replaced_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p2pclient_of(tmp_path, "0.3.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (entry, _) = p2pclient_rs.install().replaced
+    assert (entry.version, entry.refused, entry.warning) == ("0.3.0", None, None)
+    assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "0.2.1"])
+def test_p2pclient_0_2_is_replaced_with_a_warning_that_lists_the_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    p2pclient_of(tmp_path, version)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(p2pclient_rs.CompatibilityWarning) as caught:
+        report = p2pclient_rs.install()
+    (warning,) = caught
+    assert f"p2pclient {version}" in str(warning.message)
+    assert "GoDaemon listens" in str(warning.message)
+    assert warning.category is p2pclient_rs.CompatibilityWarning
+    assert warning.filename == __file__
+    assert report.replaced[0].warning == str(warning.message)
+    assert str(warning.message) in repr(report)
+    assert p2pclient_rs.install() is report  # and does not warn again
+    assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
+
+
+UNKNOWN = {
+    "older, said by the distribution": (None, "0.1.3"),
+    "older, nothing says so": (None, None),
+    "newer": ("0.4.0", None),
+    "its own version before that of a distribution": ("1.0", "0.3.0"),
+}
+
+
+@pytest.mark.parametrize(("version", "dist_info"), UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_an_unknown_p2pclient_is_refused_by_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, dist_info: str | None
+) -> None:
+    package = p2pclient_of(tmp_path / "site", version, dist_info=dist_info)
+    # That of a copy elsewhere, which the import does not find.
+    p2pclient_of(tmp_path / "other", "0.3.0", dist_info="0.3.0")
+    monkeypatch.syspath_prepend(str(tmp_path / "other"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    report = p2pclient_rs.install()
+    name = f"p2pclient {version or dist_info or '(unknown version)'} at {package}"
+    assert report.replaced[0].refused is not None
+    assert name in report.replaced[0].refused
+    for module in ("p2pclient", "p2pclient.dht", "p2pclient"):
+        with pytest.raises(p2pclient_rs.UnsupportedVersion, match="does not know") as raised:
+            importlib.import_module(module)
+        assert name in str(raised.value)
+        assert "0.2.0, 0.2.1, 0.3.0" in str(raised.value)
+    p2pclient_rs.uninstall()
+    assert importlib.import_module("p2pclient").original
+
+
+def test_an_unknown_p2pclient_that_is_imported_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p2pclient_of(tmp_path, "0.4.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    original, finders = importlib.import_module("p2pclient"), list(sys.meta_path)
+    with pytest.raises(p2pclient_rs.UnsupportedVersion, match=r"p2pclient 0\.4\.0"):
+        p2pclient_rs.install()
+    assert sys.meta_path == finders
+    assert sys.modules["p2pclient"] is original
+    (entry,) = p2pclient_rs.install(p2pclient=False).replaced
+    assert entry.name == "hivemind"
+
+
+def test_an_unknown_p2pclient_is_replaced_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = p2pclient_of(tmp_path, "0.4.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert p2pclient_rs.install().replaced[0].refused
+    with pytest.warns(p2pclient_rs.UnknownVersionWarning) as caught:
+        report = p2pclient_rs.install(force=True)
+    assert f"p2pclient 0.4.0 at {package}" in str(caught[0].message)
+    assert (report.replaced[0].version, report.replaced[0].refused) == ("0.4.0", None)
+    assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
+
+
+def test_a_version_is_read_from_an_archive_and_from_a_module_without_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "site.zip", "w") as archive:
+        archive.writestr("p2pclient/__init__.py", "")
+        archive.writestr("p2pclient/p2pclient.py", "")
+        archive.writestr("p2pclient/_version.py", "__version__ = '0.5.0'")
+    monkeypatch.syspath_prepend(str(tmp_path / "site.zip"))
+    assert p2pclient_rs.install().replaced[0].version == "0.5.0"
+    p2pclient_rs.uninstall()
+    module: Any = types.ModuleType("p2pclient")
+    module.__version__ = "0.6.0"
+    monkeypatch.setitem(sys.modules, "p2pclient", module)
+    with pytest.raises(p2pclient_rs.UnsupportedVersion, match=r"p2pclient 0\.6\.0"):
+        p2pclient_rs.install()
+
+
+def test_a_directory_without_modules_is_no_p2pclient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p2pclient").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = p2pclient_rs.install()
+    assert "p2pclient -> p2pclient_rs.p2pclient (original not installed)" in repr(report)
+    assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
+
+
+@pytest.mark.anyio
+async def test_messages_go_over_streams_that_have_only_anyio_1_s_methods() -> None:
+    p2pclient_rs.install()
+    utils, serialization = (
+        importlib.import_module(f"p2pclient.{name}") for name in ("utils", "serialization")
+    )
+    pb = importlib.import_module("p2pclient.pb.p2pd_pb2")
+
+    class Stream(io.BytesIO):
+        async def receive_exactly(self, n: int) -> bytes:
+            return self.read(n)
+
+        async def send_all(self, data: bytes) -> None:
+            self.write(data)
+
+    stream = Stream()
+    await serialization.write_unsigned_varint(stream, 300)
+    await utils.write_pbmsg(stream, pb.PeerInfo(id=b"id"))
+    stream.seek(0)
+    assert await serialization.read_unsigned_varint(stream) == 300
+    await utils.read_pbmsg_safe(stream, message := pb.PeerInfo())
+    assert message.id == b"id"
+    with pytest.raises(anyio.IncompleteRead):
+        await serialization.read_unsigned_varint(stream)
+
+
 # --- hivemind: in processes of their own, since its modules stay imported ---
 
 WHERE = """
 import sys, importlib
-def where():
-    control = importlib.import_module("hivemind.p2p.p2p_daemon_bindings.control")
-    client = importlib.import_module("hivemind.p2p.p2p_daemon_bindings.p2pclient")
+def where(name="hivemind"):
+    control = importlib.import_module(f"{name}.p2p.p2p_daemon_bindings.control")
+    client = importlib.import_module(f"{name}.p2p.p2p_daemon_bindings.p2pclient")
     found = [control.ControlClient, control.DaemonConnector,
              client.Client, client.ControlClient, client.DaemonConnector]
     (package,) = {cls.__module__.partition(".")[0] for cls in found}
@@ -209,11 +379,11 @@ def hivemind(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hivemind_tree.make(tmp_path_factory.mktemp("hivemind"))
 
 
-def run_with(path: Path, code: str, *args: str, **more: str) -> str:
+def run_with(path: Path, code: str, *args: str, more_args: Sequence[str] = (), **more: str) -> str:
     """What a program prints that finds packages in ``path``."""
     environment = {**os.environ, "PYTHONPATH": str(path), **more}
     environment["PYTHONWARNINGS"] = "ignore:p2pclient_rs was built:RuntimeWarning"
-    command = [sys.executable, *args, "-c", WHERE + dedent(code)]
+    command = [sys.executable, *args, "-c", WHERE + dedent(code), *more_args]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -414,16 +584,16 @@ def test_another_thread_may_be_importing_hivemind(hivemind: Path) -> None:
                     p2pclient_rs.install()
 
         sys.meta_path.insert(0, Gate())
-        refusal = module._refusal
+        examine = module._examine
 
-        def import_meanwhile(folder):
-            if not half_way.is_set():
+        def import_meanwhile(*args):
+            if not half_way.is_set() and not thread.is_alive():
                 thread.start()
                 assert half_way.wait(10)
-            return refusal(folder)
+            return examine(*args)
 
         thread = threading.Thread(target=importlib.import_module, args=(control,))
-        module._refusal = import_meanwhile
+        module._examine = import_meanwhile
         p2pclient_rs.install()
         thread.join()
         assert where() == "p2pclient_rs"
@@ -486,6 +656,525 @@ def test_a_checkout_with_known_bindings_will_do(tmp_path: Path) -> None:
     )
 
 
+# --- forks: unknown bindings by force, and copies in other packages ---
+
+
+@pytest.fixture
+def fork(unknown_hivemind: Path) -> Path:
+    """The folder of the bindings of an unknown hivemind."""
+    return unknown_hivemind / "hivemind" / "p2p" / "p2p_daemon_bindings"
+
+
+@pytest.mark.parametrize("imported", ["", "import hivemind"])
+def test_a_fork_is_replaced_by_force_with_a_warning_that_names_what_differs(
+    fork: Path, unknown_hivemind: Path, imported: str
+) -> None:
+    with (fork / "utils.py").open("a") as file:
+        file.write("# changed\n")
+    run_with(
+        unknown_hivemind,
+        f"""
+        import warnings
+        import p2pclient_rs
+        {imported}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = p2pclient_rs.install(force=True)
+            assert p2pclient_rs.install(force=True) is report
+        (warning,) = caught
+        assert warning.category is p2pclient_rs.UnknownVersionWarning
+        assert "hivemind 1.3.0 at {unknown_hivemind}" in str(warning.message)
+        assert "control.py, utils.py differ" in str(warning.message), warning.message
+        assert report.replaced[1].differs == ("control.py", "utils.py")
+        assert report.replaced[1].warning == str(warning.message)
+        warnings.simplefilter("error")
+        assert where() == "p2pclient_rs"
+        p2pclient_rs.uninstall()
+        assert where() == "hivemind"
+        """,
+    )
+
+
+def test_a_refused_version_can_be_forced_later(unknown_hivemind: Path) -> None:
+    run_with(
+        unknown_hivemind,
+        """
+        import warnings
+        import p2pclient_rs
+        assert p2pclient_rs.install().replaced[1].refused
+        warnings.simplefilter("ignore", p2pclient_rs.UnknownVersionWarning)
+        assert not p2pclient_rs.install(force=True).replaced[1].refused
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
+def test_a_known_version_with_a_changed_file_is_replaced_with_a_warning(
+    tmp_path: Path, unknown_hivemind: Path
+) -> None:
+    init = unknown_hivemind / "hivemind" / "__init__.py"
+    init.write_text(init.read_text().replace("1.3.0", "1.1.12"))
+    run_with(
+        unknown_hivemind,
+        """
+        import warnings
+        import p2pclient_rs
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            p2pclient_rs.install()
+        assert [w.category for w in caught] == [p2pclient_rs.UnknownVersionWarning]
+        assert "control.py differs" in str(caught[0].message)
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
+CANNOT = {
+    "no class": ("control.py", "class ControlClient", "class Other", "control.py has no Control"),
+    "no types": ("datastructures.py", "class StreamInfo", "class Other", "has no StreamInfo"),
+    "no errors": ("utils.py", "class DispatchFailure", "class Other", "has no DispatchFailure"),
+    "no file": ("p2pclient.py", None, None, "there is no p2p/p2p_daemon_bindings/p2pclient.py"),
+    "not Python": ("p2pclient.py", "class Client", "class class", "not valid Python"),
+}
+
+
+@pytest.mark.parametrize(("file", "old", "new", "reason"), CANNOT.values(), ids=CANNOT.keys())
+def test_a_fork_without_the_needed_classes_is_refused_even_by_force(
+    fork: Path, unknown_hivemind: Path, file: str, old: str | None, new: str, reason: str
+) -> None:
+    if old is None:
+        (fork / file).unlink()
+    else:
+        (fork / file).write_text((fork / file).read_text().replace(old, new))
+    run_with(
+        unknown_hivemind,
+        f"""
+        import p2pclient_rs
+        report = p2pclient_rs.install(force=True)
+        assert {reason!r} in (report.replaced[1].refused or ""), report
+        try:
+            import hivemind.p2p.p2p_daemon_bindings.control
+        except p2pclient_rs.UnsupportedVersion as error:
+            assert {reason!r} in str(error)
+        else:
+            raise AssertionError("imported")
+        """,
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_classes_that_only_the_import_can_miss_are_missed_by_it(
+    fork: Path, unknown_hivemind: Path, first: bool
+) -> None:
+    (fork / "control.py").write_text("from hivemind.p2p.p2p_daemon_bindings.utils import *\n")
+    (fork / "p2pclient.py").write_text("class Client: ...\n")
+    load = "importlib.import_module('hivemind.p2p.p2p_daemon_bindings.control')"
+    (unknown_hivemind / "hivemind" / "p2p" / "__init__.py").write_text("")
+    run_with(
+        unknown_hivemind,
+        f"""
+        import warnings
+        import p2pclient_rs
+        warnings.simplefilter("ignore", p2pclient_rs.UnknownVersionWarning)
+        finders = list(sys.meta_path)
+        try:
+            {load if first else "pass"}
+            p2pclient_rs.install(force=True)
+            {"pass" if first else load}
+        except p2pclient_rs.UnsupportedVersion as error:
+            assert "has no ControlClient and no DaemonConnector" in str(error), error
+        else:
+            raise AssertionError("replaced")
+        assert {not first} or sys.meta_path == finders
+        """,
+    )
+
+
+COPY = "fork.vendor.hivemind"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to import a copy of hivemind from, and hivemind."""
+    directory = hivemind_tree.make(tmp_path_factory.mktemp("copy"))
+    hivemind_tree.make_copy(directory, COPY)
+    return directory
+
+
+@pytest.mark.parametrize("imported", ["", f"import {COPY}, hivemind"])
+def test_a_copy_in_another_package_gets_clients_of_its_own(copy: Path, imported: str) -> None:
+    run_with(
+        copy,
+        f"""
+        {imported}
+        before = {{n: dict(vars(m)) for n, m in sys.modules.items()
+                  if n.startswith(("hivemind", "fork"))}}
+        import warnings
+        import p2pclient_rs
+        warnings.simplefilter("error")
+        report = p2pclient_rs.install(hivemind_package={COPY!r})
+        assert [entry.name for entry in report.replaced] == ["p2pclient", {COPY!r}]
+        assert report.replaced[1].version == "1.1.12+fork"
+        assert "fork" not in sys.modules or {bool(imported)}
+        assert where({COPY!r}) == "p2pclient_rs"
+        assert where() == "hivemind"
+        from {COPY}.p2p.p2p_daemon_bindings import control, utils
+        import hivemind.p2p.p2p_daemon_bindings.control as other
+        ours = sys.modules[control.ControlClient.__module__]
+        assert ours.PeerID is control.PeerID is not other.PeerID
+        assert ours.Multiaddr is control.Multiaddr
+        assert issubclass(ours.P2PHandlerError, utils.P2PHandlerError)
+
+        p2pclient_rs.install()
+        assert where() == where({COPY!r}) == "p2pclient_rs"
+        assert other.ControlClient is not control.ControlClient
+        assert sys.modules[other.ControlClient.__module__].PeerID is other.PeerID
+
+        p2pclient_rs.uninstall()
+        assert where() == "hivemind"
+        assert where({COPY!r}) == "fork"
+        assert {{name: vars(sys.modules[name]) for name in before}} == before
+        p2pclient_rs.install()
+        assert where() == "p2pclient_rs"
+        assert where({COPY!r}) == "fork"
+        """,
+    )
+
+
+def test_hivemind_and_a_copy_talk_to_each_other_in_one_process(copy: Path) -> None:
+    output = run_with(
+        copy,
+        f"""
+        import asyncio, pickle
+        import p2pclient_rs
+        p2pclient_rs.install(hivemind_package={COPY!r})
+        p2pclient_rs.install()
+        from hivemind import p2p as one
+        from {COPY} import p2p as two
+
+        async def main():
+            async def double(data, peer):
+                assert type(peer) is two.PeerID, type(peer)
+                return 2 * data
+
+            server = await two.P2P.create()
+            peers = [str(maddr) for maddr in await server.get_visible_maddrs()]
+            client = await one.P2P.create(initial_peers=peers)
+            await server._client.add_unary_handler("double", double)
+            server_id = one.PeerID(server.peer_id.to_bytes())
+            print(await client._client.call_unary_handler(server_id, "double", b"ab"))
+            for p2p, types, others in ((client, one, two), (server, two, one)):
+                assert [type(peer) for peer in await p2p.list_peers()] == [types.PeerInfo]
+                peer_id = types.PeerID((await p2p.list_peers())[0].peer_id.to_bytes())
+                try:
+                    await p2p._client.call_unary_handler(peer_id, "nothing", b"")
+                except types.P2PDaemonError as error:
+                    assert not isinstance(error, others.P2PDaemonError)
+                    assert isinstance(error, p2pclient_rs.P2PDaemonError)
+                    assert type(error.peer_id) is types.PeerID
+                    print(pickle.dumps(error).hex())
+            await client.shutdown()
+            await server.shutdown()
+
+        asyncio.run(main())
+        """,
+    )
+    reply, of_client, of_server = output.splitlines()
+    assert reply == "b'abab'"
+    # Where the swap is off; and where there is no hivemind.
+    code = """
+    import pickle
+    error = pickle.loads(bytes.fromhex(sys.argv[1]))
+    print(type(error).__name__, [cls.__module__ for cls in type(error).__mro__ if cls.__name__ ==
+          "P2PDaemonError"], error.peer_id is not None)
+    """
+    for error, package in ((of_client, "hivemind"), (of_server, COPY)):
+        module = f"{package}.p2p.p2p_daemon_bindings.utils"
+        printed = run_with(copy, code, more_args=[error])
+        assert printed.split(" ", 1)[0] == "DaemonRefused"
+        assert module in printed
+        assert "p2pclient_rs.exceptions" in run_with(Path("/nonexistent"), code, more_args=[error])
+
+
+def test_a_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path: Path) -> None:
+    folder = hivemind_tree.make_copy(tmp_path, "my_hivemind", "2.0")
+    with (folder / "p2p" / "p2p_daemon_bindings" / "control.py").open("a") as file:
+        file.write("# changed\n")
+    run_with(
+        tmp_path,
+        """
+        import warnings
+        import p2pclient_rs
+        report = p2pclient_rs.install(hivemind_package="my_hivemind")
+        assert "bindings of my_hivemind 2.0 at" in report.replaced[1].refused
+        assert "(control.py differ" in report.replaced[1].refused
+        try:
+            import my_hivemind
+        except p2pclient_rs.UnsupportedVersion as error:
+            assert "my_hivemind 2.0" in str(error)
+        else:
+            raise AssertionError("imported")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            p2pclient_rs.install(hivemind_package="my_hivemind", force=True)
+        assert "control.py differs" in str(caught[0].message)
+        assert where("my_hivemind") == "p2pclient_rs"
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".hivemind", "fork..hivemind", "a b", "p2pclient", "p2pclient_rs.hivemind"]
+)
+def test_an_impossible_name_of_a_copy_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="hivemind_package cannot be"):
+        p2pclient_rs.install(hivemind_package=name)
+    with pytest.raises(ValueError, match="hivemind=False"):
+        p2pclient_rs.install(hivemind_package="fork", hivemind=False)
+    with pytest.raises(TypeError):
+        p2pclient_rs.install(hivemind_package=None)  # type: ignore[arg-type]
+
+
+def test_the_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> None:
+    hivemind_tree.make_copy(tmp_path, COPY)
+    (tmp_path / "fork" / "__init__.py").write_text("print('imported')\n")
+    code = f"""
+    import p2pclient_rs
+    print(p2pclient_rs.install(hivemind_package={COPY!r}).replaced[1].version)
+    print(where({COPY!r}))
+    """
+    assert run_with(tmp_path, code) == "1.1.12+fork\nimported\np2pclient_rs\n"
+    missing = "import p2pclient_rs; print(p2pclient_rs.install(hivemind_package='no.such.thing'))"
+    assert "no.such.thing -> " in run_with(tmp_path, missing)
+
+
+def test_modules_of_the_layer_import_each_other_by_relative_names_only() -> None:
+    # An absolute name would give a copy of hivemind the classes of hivemind.
+    folder = Path(p2pclient_rs.__file__).parent / "hivemind"
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not (node.module or "").startswith("p2pclient_rs.hivemind."), file
+                imported = [alias.name for alias in node.names]
+                assert node.module != "p2pclient_rs" or "hivemind" not in imported, file
+
+
+def test_default_limits_are_set_on_the_layer_s_clients_and_taken_back(hivemind: Path) -> None:
+    run_with(
+        hivemind,
+        """
+        import p2pclient_rs
+        import p2pclient_rs.hivemind.control as layer
+        def limits():
+            names = "DEFAULT_MAX_UNANSWERED", "DEFAULT_MAX_UNANSWERED_BYTES"
+            return [vars(layer.ControlClient).get(name, "none") for name in names]
+        before = limits()
+        p2pclient_rs.install()
+        assert limits() == before
+        p2pclient_rs.install(max_unanswered_calls=7)
+        from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+        assert ControlClient is layer.ControlClient
+        assert limits() == [7, before[1]]
+        p2pclient_rs.install(max_unanswered_bytes=1 << 30)
+        assert limits() == [7, 1 << 30]
+        p2pclient_rs.uninstall()
+        assert limits() == before
+        """,
+    )
+    later = """
+    import p2pclient_rs
+    p2pclient_rs.install(max_unanswered_calls=7)
+    from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+    assert ControlClient.DEFAULT_MAX_UNANSWERED == 7
+    """
+    run_with(hivemind, later)
+    for limit in (-1, float("nan")):
+        with pytest.raises(ValueError, match="max_unanswered_bytes cannot be"):
+            p2pclient_rs.install(max_unanswered_bytes=limit)  # type: ignore[arg-type]
+
+
+# --- install(reconnect=True); with real daemons: tests/hivemind_swarm/test_reconnecting.py ---
+
+
+class Quick:
+    """A `Reconnection` whose pauses are short."""
+
+    TIMEOUT = 5.0
+
+    def __init__(self) -> None:
+        self._schedule = Reconnection()
+
+    def connected(self) -> tuple[float, bool]:
+        return 0.01, self._schedule.connected()[1]
+
+    def failed(self, reason: str) -> tuple[float, bool]:
+        return 0.01, self._schedule.failed(reason)[1]
+
+
+class FakeP2P:
+    """As much of hivemind's ``P2P`` as is used. Its daemon is not there."""
+
+    peer_id = PEER_ID
+    _child: Any = None
+    _client: Any = None
+    is_alive = True
+
+    @classmethod
+    async def create(cls, initial_peers: Any = None, *, use_ipfs: bool = False) -> FakeP2P:
+        p2p = cls()
+        connector = p2pclient_rs.DaemonConnector("/unix/nonexistent/p2pd.sock")
+        p2p._client = types.SimpleNamespace(control=p2pclient_rs.ControlClient(connector))
+        return p2p
+
+    def _terminate(self) -> None:
+        self.is_alive = False
+
+
+@pytest.fixture
+def p2p_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A ``P2P`` that reconnects."""
+    monkeypatch.setattr(reconnect, "Reconnection", Quick)
+    cls: Any = type("P2P", (FakeP2P,), {})
+    own = vars(cls).copy()
+    module: Any = types.ModuleType("p2p_daemon")
+    module.P2P = cls
+    reconnect.wrap(module)
+    reconnect.wrap(module)
+    yield cls
+    reconnect.restore()
+    assert vars(cls) == own
+
+
+BOOTSTRAP = (f"/ip4/127.0.0.1/tcp/9/p2p/{PEER_ID}",)
+
+
+def watches() -> list[asyncio.Task[Any]]:
+    """The tasks of the event loop that watch a P2P."""
+    return [t for t in asyncio.all_tasks() if "_Watch" in getattr(t.get_coro(), "__qualname__", "")]
+
+
+@pytest.mark.parametrize("end", ["terminate", "another thread", "uninstall", "forget", "child"])
+def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: str) -> None:
+    async def main() -> None:
+        p2p = await p2p_class.create(initial_peers=BOOTSTRAP)
+        (task,) = watches()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        match end:
+            case "terminate":
+                p2p._terminate()
+                assert not p2p.is_alive
+            case "another thread":
+                await asyncio.to_thread(p2p._terminate)
+            case "uninstall":
+                reconnect.restore()
+            case "forget":
+                alive = weakref.ref(p2p)
+                del p2p
+                gc.collect()
+                assert alive() is None
+            case "child":
+                p2p._child = types.SimpleNamespace(returncode=-9)
+        await asyncio.wait([task], timeout=5)
+        assert task.done()
+        assert watches() == []
+
+    asyncio.run(main())
+
+
+def test_a_p2p_without_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
+    async def main() -> None:
+        _without = [
+            await p2p_class.create(),
+            await p2p_class.create(initial_peers=[]),
+            await p2p_class.create(use_ipfs=True),
+        ]
+        assert watches() == []
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_may_end_while_a_p2p_is_watched(
+    p2p_class: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = asyncio.new_event_loop()
+    p2p = loop.run_until_complete(p2p_class.create(BOOTSTRAP))
+    loop.run_until_complete(asyncio.sleep(0.02))
+    loop.close()
+    p2p._terminate()
+    del p2p, loop
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_a_forked_child_leaves_the_watch_of_its_parent_alone(p2p_class: Any) -> None:
+    async def main() -> None:
+        p2p = await p2p_class.create(BOOTSTRAP)
+        (task,) = watches()
+        pid = os.fork()
+        if pid == 0:
+            p2p._terminate()
+            os._exit(task.cancelling() if sys.version_info >= (3, 11) else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        await asyncio.sleep(0.03)
+        assert not task.done()
+
+    asyncio.run(main())
+
+
+def test_the_same_failure_is_logged_once(p2p_class: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        _p2p = await p2p_class.create([*BOOTSTRAP, "/ip4/127.0.0.1/tcp/9"])
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+    records = [record for record in caplog.records if record.name == "p2pclient_rs.hivemind"]
+    unusable, unknown = [record.getMessage() for record in records]
+    assert unusable.startswith("cannot reconnect to the bootstrap peer /ip4/127.0.0.1/tcp/9: ")
+    assert unknown.startswith(f"P2P {PEER_ID}: its peers are unknown: ")
+
+
+def test_a_p2p_of_another_kind_is_not_reconnected_and_a_warning_says_so(
+    unknown_hivemind: Path,
+) -> None:
+    (unknown_hivemind / "hivemind" / "p2p" / "p2p_daemon.py").write_text("class P2P: ...\n")
+    (unknown_hivemind / "hivemind" / "p2p" / "__init__.py").write_text("")
+    run_with(
+        unknown_hivemind,
+        """
+        import warnings
+        import p2pclient_rs
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            p2pclient_rs.install(force=True, reconnect=True)
+            import hivemind.p2p.p2p_daemon
+        assert [w.category for w in caught] == [p2pclient_rs.UnknownVersionWarning] * 2
+        assert "hivemind.p2p.p2p_daemon is not as in hivemind" in str(caught[1].message)
+        assert where() == "p2pclient_rs"
+        """,
+    )
+
+
+@pytest.mark.parametrize("imported", ["", "import hivemind.p2p"])
+def test_reconnecting_is_put_on_and_taken_off(hivemind: Path, imported: str) -> None:
+    run_with(
+        hivemind,
+        f"""
+        {imported}
+        import p2pclient_rs
+        p2pclient_rs.install()
+        from hivemind.p2p import P2P
+        before = dict(vars(P2P))
+        p2pclient_rs.install(reconnect=True)
+        assert P2P.create.__wrapped__ is before["create"].__func__
+        import inspect
+        assert "initial_peers" in inspect.signature(P2P.create).parameters
+        p2pclient_rs.uninstall()
+        assert vars(P2P) == before
+        """,
+    )
+
+
 # --- processes started afresh ---
 
 PARENT = WHERE + dedent("""
@@ -525,6 +1214,105 @@ def test_children_of_multiprocessing_have_the_swap(
     result = python("parent.py", method, how, cwd=tmp_path, ours=how == "run")
     package = "hivemind" if how == "neither" else "p2pclient_rs"
     assert (result.stdout, result.stderr) == (f"{package}\n" * 2, "")
+
+
+PARENT_OF_FORKS = WHERE + dedent("""
+    import multiprocessing, warnings
+
+    def child(queue, names):
+        queue.put([where(name) for name in names])
+
+    def grandchild(queue, names, method):
+        process = multiprocessing.get_context(method).Process(target=child, args=(queue, names))
+        process.start()
+        process.join()
+
+    if __name__ == "__main__":
+        how, method, *names = sys.argv[1:]
+        if how == "install":
+            import p2pclient_rs
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", p2pclient_rs.UnknownVersionWarning)
+                for name in names:
+                    p2pclient_rs.install(hivemind_package=name, force=True)
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        for target, args in ((child, (queue, names)), (grandchild, (queue, names, method))):
+            process = context.Process(target=target, args=args)
+            process.start()
+            print(*queue.get())
+            process.join()
+        assert not {"hivemind", "fork"} & set(sys.modules)
+""")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to import two copies of hivemind from, one of them with unknown bindings."""
+    directory = tmp_path_factory.mktemp("forks")
+    hivemind_tree.make_copy(directory, COPY)
+    folder = hivemind_tree.make_copy(directory, "my_hivemind", "2.0")
+    with (folder / "p2p" / "p2p_daemon_bindings" / "control.py").open("a") as file:
+        file.write("# changed\n")
+    return directory
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["install", "run"])
+def test_children_of_multiprocessing_have_the_options_without_the_warning(
+    tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch, method: str, how: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(forks))
+    (tmp_path / "parent.py").write_text(PARENT_OF_FORKS)
+    options = [f"--hivemind-package={name}" for name in (COPY, "my_hivemind")]
+    options = [*options, "--force"] if how == "run" else []
+    arguments = ["parent.py", how, method, COPY, "my_hivemind"]
+    result = python(*options, *arguments, cwd=tmp_path, ours=how == "run")
+    assert result.stdout == "p2pclient_rs p2pclient_rs\n" * 2, result.stderr
+    assert result.stderr.count("UnknownVersionWarning") == (how == "run")
+
+
+def test_python_processes_below_a_program_have_the_options_of_run(
+    tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(forks))
+    code = f"print(where({COPY!r}), where('my_hivemind'))\n"
+    (tmp_path / "child.py").write_text(
+        "import subprocess, sys\n"
+        # A `run` without options, below one that has some.
+        "command = [sys.executable, '-m', 'p2pclient_rs', 'run', 'grandchild.py']\n"
+        f"subprocess.check_call(command)\n{WHERE}{code}"
+    )
+    (tmp_path / "grandchild.py").write_text(WHERE + code)
+    (tmp_path / "program.py").write_text(
+        "import subprocess, sys; subprocess.check_call([sys.executable, 'child.py'])\n"
+    )
+    options = ["--force", "--hivemind-package", COPY, "--hivemind-package=my_hivemind"]
+    result = python(*options, "program.py", cwd=tmp_path, ours=True)
+    assert result.stdout == "p2pclient_rs p2pclient_rs\n" * 2, result.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "run"])
+def test_children_reconnect_if_their_parent_does(
+    tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(hivemind))
+    (tmp_path / "child.py").write_text(
+        "import multiprocessing\n"
+        "def child():\n"
+        "    from hivemind.p2p import P2P\n"
+        "    print(P2P.create.__code__.co_filename)\n"
+        "if __name__ == '__main__':\n"
+        "    import sys, p2pclient_rs\n"
+        "    if 'spawn' in sys.argv:\n"
+        "        p2pclient_rs.install(reconnect=True)\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=child)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    options = ["--reconnect"] if method == "run" else []
+    result = python(*options, "child.py", method, cwd=tmp_path, ours=method == "run")
+    assert result.stdout.endswith("p2pclient_rs/swap/reconnect.py\n"), result.stderr
 
 
 def test_after_uninstall_children_are_told_nothing(hivemind: Path, tmp_path: Path) -> None:
@@ -682,6 +1470,7 @@ def programs(tmp_path: Path) -> Path:
         "app.zip b",
         "-m probe -x",
         "-m package y",
+        "probe.py --force --reconnect --hivemind-package=x",
         *(["-P probe.py", "-P package"] if sys.version_info >= (3, 11) else []),
     ],
 )
@@ -739,6 +1528,14 @@ def test_a_program_run_by_us_gets_the_swap(
         ("run -m", "run: which program?"),
         ("run --fast x.py", "run: unknown option --fast"),
         ("run -m --fast x", "run: unknown option --fast"),
+        ("run --force", "run: which program?"),
+        ("run --hivemind-package", "run: --hivemind-package needs the name of a package"),
+        (
+            "run --hivemind-package --force x.py",
+            "run: --hivemind-package needs the name of a package",
+        ),
+        ("run --hivemind-package= x.py", "run: --hivemind-package needs the name of a package"),
+        ("run --hivemind-package=a..b x.py", "run: hivemind_package cannot be 'a..b'"),
         ("run nothere.py", "can't open 'nothere.py': No such file or directory"),
     ],
 )

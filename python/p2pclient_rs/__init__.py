@@ -39,7 +39,14 @@ from p2pclient_rs.exceptions import (
     P2PHandlerError,
     ProtocolViolation,
 )
-from p2pclient_rs.install import InstallReport, UnsupportedVersion, install, uninstall
+from p2pclient_rs.install import (
+    CompatibilityWarning,
+    InstallReport,
+    UnknownVersionWarning,
+    UnsupportedVersion,
+    install,
+    uninstall,
+)
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
@@ -58,6 +65,7 @@ ID = PeerID
 __all__ = [
     "ID",
     "Client",
+    "CompatibilityWarning",
     "ConnectionLost",
     "ConnectionManagerClient",
     "ControlClient",
@@ -96,6 +104,7 @@ __all__ = [
     "StreamInfo",
     "Subscription",
     "UnaryClient",
+    "UnknownVersionWarning",
     "UnsupportedVersion",
     "__version__",
     "install",

@@ -8,16 +8,17 @@ import os
 import pkgutil
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
-from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from p2pclient_rs import __version__
 from p2pclient_rs.install import install
+from p2pclient_rs.swap import children
 
 _NAME = "python -m p2pclient_rs"
-_USAGE = f"usage: {_NAME} [-h] [--version] run [-m] PROGRAM [ARGS ...]"
+_USAGE = f"usage: {_NAME} [-h] [--version] run [OPTIONS] [-m] PROGRAM [ARGS ...]"
 _HELP = f"""{_USAGE}
 
 Runs a Python program with `p2pclient`, and the daemon's bindings in `hivemind`, replaced by
@@ -28,6 +29,13 @@ processes that it starts have the swap on, too.
   ARGS         what the program finds in sys.argv
   -h, --help   show this and exit
   --version    show the version and exit
+
+Options of run, which Python processes below it inherit:
+
+  --hivemind-package=NAME  the import name of hivemind, if it is a copy in another package;
+                           may be repeated
+  --force                  replace unknown versions as well, with a warning
+  --reconnect              reconnect hivemind's P2P to its initial peers when it has lost all peers
 """
 
 
@@ -38,17 +46,28 @@ def main(argv: list[str]) -> None:
         argv: The arguments after ``python -m p2pclient_rs``.
     """
     # By hand, since all that follows PROGRAM is the program's, options and `--` included.
+    calls: list[dict[str, Any]] = []
+    if argv[:1] == ["run"]:
+        try:
+            # Of a `run` above this one, unless there are new ones.
+            inherited, _ = children.parse_options(os.environ.get(children.VARIABLE, "").split())
+            calls, rest = children.parse_options(argv[1:])
+        except ValueError as error:
+            _usage_error(f"run: {error}")
+        argv = ["run", *rest]
+        if not children.options(calls):
+            calls = inherited
     match argv:
         case ["-h" | "--help"] | ["run", "-h" | "--help"]:
             print(_HELP, end="")
         case ["--version"]:
             print(f"p2pclient_rs {__version__}")
         case ["run", "-m", module, *args] if not module.startswith("-"):
-            run(module, args, is_module=True)
+            run(module, args, is_module=True, calls=calls)
         case ["run", "--", program, *args]:
-            run(program, args)
+            run(program, args, calls=calls)
         case ["run", program, *args] if not program.startswith("-"):
-            run(program, args)
+            run(program, args, calls=calls)
         case ["run"] | ["run", "-m" | "--"]:
             _usage_error("run: which program?")
         case ["run", "-m", option, *_] | ["run", option, *_]:
@@ -59,19 +78,30 @@ def main(argv: list[str]) -> None:
             _usage_error("which command?")
 
 
-def run(program: str, args: list[str], *, is_module: bool = False) -> None:
+def run(
+    program: str,
+    args: list[str],
+    *,
+    is_module: bool = False,
+    calls: Sequence[dict[str, Any]] = ({},),
+) -> None:
     """Runs a program in a new ``__main__``, with the swap on.
 
     Args:
         program: A script, a directory or a zip file; or a module's name.
         args: The program's arguments.
         is_module: Whether ``program`` is a module's name.
+        calls: The arguments of the calls of ``install()``.
 
     Raises:
         BaseException: What the program raises.
     """
-    install()
-    _install_in_children()
+    try:
+        for arguments in calls:
+            install(**arguments)
+    except ValueError as error:
+        _usage_error(f"run: {error}")
+    children.set_environment(calls)
     # Anew rather than emptied, since this function's own globals are the old one's.
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins
@@ -98,15 +128,6 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
     except BaseException:
         _hide_own_frames()
         raise
-
-
-def _install_in_children() -> None:
-    """Has Python processes that the program starts run ``children/sitecustomize.py``."""
-    folder = str(Path(__file__).with_name("children"))
-    others = os.environ.get("PYTHONPATH")
-    # An empty entry is the current directory, but an empty variable is none.
-    paths = [path for path in others.split(os.pathsep) if path != folder] if others else []
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
 
 
 def _read_script(path: str) -> CodeType:

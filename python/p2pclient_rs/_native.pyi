@@ -232,6 +232,9 @@ class PeerInfo:
     def peer_id(self) -> PeerID:
         """The peer."""
     @property
+    def id(self) -> PeerID:
+        """The same, as `Identity` has it."""
+    @property
     def addrs(self) -> list[Multiaddr]:
         """Its addresses, in a new list."""
     def __eq__(self, other: object, /) -> bool: ...
@@ -571,8 +574,9 @@ def find_daemon(
     variable: str | None,
     path: str | None,
     hivemind: list[str],
-) -> tuple[Path | None, list[str]]:
-    """The daemon's binary, or None and every place looked at, with what was wrong there.
+) -> tuple[Path | None, list[str], str | None]:
+    """Returns the daemon's binary; or None, the places searched, each with the reason why it was
+    rejected, and a hint for the user.
 
     Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
     hivemind."""
@@ -585,7 +589,7 @@ def unused_tcp_port(host: str = "127.0.0.1") -> int:
 
 @final
 class DaemonProcess:
-    """A daemon's process, its janitor and its files. Knows no event loop: nothing is waited for.
+    """A daemon's process, its janitor and its files. Knows no event loop: only `destroy` waits.
 
     Whatever becomes of this process, neither the daemon nor its files outlive it. It belongs to
     this process: in a forked child nothing is signalled or removed.
@@ -594,11 +598,35 @@ class DaemonProcess:
         binary: The daemon's binary.
         options: Its options.
         parent: Where its private directory is made, if that gives paths short enough for sockets.
+        janitor: The kind of process that clears up if this one is killed: "shell" or "forked". By
+            default "shell", or "forked" where there is no shell.
 
-    Raises ValueError for what this kind of daemon cannot do, OSError if something could not be
-    made."""
+    Raises ValueError for what this kind of daemon cannot do, DaemonStartError if something could
+    not be made."""
 
-    def __new__(cls, binary: str | PathLike[str], options: DaemonOptions, parent: str) -> Self: ...
+    def __new__(
+        cls,
+        binary: str | PathLike[str],
+        options: DaemonOptions,
+        parent: str,
+        *,
+        janitor: str | None = None,
+    ) -> Self: ...
+    @staticmethod
+    def keep_out() -> None:
+        """Before a fork: waits until no thread is within one of these methods, and keeps all out
+        until `let_in`."""
+
+    @staticmethod
+    def let_in(child: bool) -> None:
+        """Undoes `keep_out`, in the parent or in the child."""
+
+    def pause(self) -> None:
+        """Before a fork: ends the thread that stores the output. Does nothing in a child."""
+
+    def resume(self) -> None:
+        """After a fork: starts that thread again. Does nothing in a child."""
+
     def without_bootstrap(self) -> DaemonProcess:
         """The same daemon in a process of its own, which does not connect to its bootstrap
         peers."""
@@ -636,7 +664,8 @@ class DaemonProcess:
 
     @property
     def log(self) -> str:
-        """The file with its output, which goes with `destroy`."""
+        """The file with its newest output, at most a MiB, which goes with `destroy`. Up to a MiB
+        more from before is in the file with ".1" at the end of its name."""
 
     @property
     def pid(self) -> int | None:
@@ -650,7 +679,11 @@ class DaemonProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it was destroyed."""
+        """Whether it was destroyed, though some of its files or processes may be there still."""
+
+    @property
+    def destroyed(self) -> bool:
+        """Whether it was destroyed and nothing is left of it."""
 
     @property
     def alive(self) -> bool:
@@ -669,8 +702,13 @@ class DaemonProcess:
     def output(self) -> str:
         """The end of what the daemon has printed: the last MiB."""
 
+    def try_destroy(self) -> bool:
+        """Does the next step of `destroy` without waiting. Returns whether nothing is left. The
+        caller repeats it every few milliseconds until then, for about ten seconds at most."""
+
     def destroy(self) -> None:
-        """Ends all of it now; status and output can still be had."""
+        """Ends all of it now; status and output can still be had. Waits, with the interpreter
+        released: milliseconds, or some seconds for a process that cannot be interrupted."""
 
     def cut_lifeline(self) -> None:
         """Lets go of what tells the janitor that this process lives. For a forked child, in which

@@ -12,6 +12,7 @@ from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient, StreamHandler
 from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.listening import Listening
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import Stream, Subscription
@@ -40,8 +41,9 @@ class Client:
     Args:
         control_maddr: The daemon's control socket: ``/unix/PATH`` or
             ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``; ``/unix/tmp/p2pd.sock`` if none.
-        listen_maddr: Where the daemon is to connect to for inbound streams, likewise;
-            ``/unix/tmp/p2pclient.sock`` if none.
+        listen_maddr: Where the daemon is to connect to for inbound streams, likewise. If none, a
+            unix socket in a new directory that only this user can look into; a daemon that runs as
+            another user, or on another machine, needs an address that it can reach.
         persistent_conn_max_msg_size: The largest message of a unary call, in bytes; what the
             daemon was started with. None takes the daemon's limit if it can be found out, and
             4 MiB otherwise.
@@ -109,12 +111,19 @@ class Client:
     ) -> None:
         await self.close()
 
+    def listen(self) -> Listening[Self]:
+        """Accepts inbound streams, and has them handled: within ``async with client.listen():``, or
+        from ``await client.listen()`` on until ``close()``; see ``ControlClient.listen``."""
+        return Listening(self._listen_within, self._listen_from_now_on)
+
     @asynccontextmanager
-    async def listen(self) -> AsyncIterator[Self]:
-        """Accepts inbound streams, and has them handled, until the context is left; see
-        ``ControlClient.listen``."""
+    async def _listen_within(self) -> AsyncIterator[Self]:
         async with self.control.listen():
             yield self
+
+    async def _listen_from_now_on(self) -> Self:
+        await self.control.listen()
+        return self
 
     async def close(self) -> None:
         """Stops listening and serving unary calls, cancels the handlers at work and closes the idle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -33,6 +34,7 @@ from p2pclient_rs.exceptions import (
     DaemonUnreachable,
     ForkedClientError,
     NotSupported,
+    from_os_error,
 )
 from p2pclient_rs.loops import (
     Reactor,
@@ -56,6 +58,11 @@ UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it 
 #: Of a persistent connection; see ``UnaryClient``: ``max_message_size``, ``max_incoming_size``,
 #: ``max_unanswered``, ``max_unanswered_bytes`` and ``hold``.
 UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
+
+_IDENTIFY = Request.identify()
+
+#: Errors of a connection attempt that say nothing of the control socket.
+_NOT_ABOUT_THE_SOCKET = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
@@ -125,6 +132,10 @@ class _Pool:
         #: That one, and those that take no more and are not yet closed.
         self._pipelines: list[Pipeline] = []
         self._pipeline_watch: Watch | None = None
+        #: An idle connection that is kept out of the pool. While it stays open, the daemon has not
+        #: been restarted since it took the registrations. The lock guards requests on it.
+        self.witness: _Connection | None = None
+        self.witness_lock = anyio.Lock()
         self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
         self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
 
@@ -160,16 +171,36 @@ class _Pool:
         else:
             connection.close()
 
+    def take_witness(self) -> _Connection | None:
+        """Returns the witness of a registration that was just made.
+
+        The first one is the connection given back last, which carried the registration.
+        """
+        if self.witness is not None:
+            if self.witness_lock.locked() or not self.witness.raw.stale:
+                return self.witness
+            self.drop_witness()
+        if self._idle and not self._idle[-1].raw.stale:
+            self.witness = self._idle.pop()
+        return self.witness
+
+    def drop_witness(self) -> None:
+        if self.witness is not None:
+            self.witness.close()
+            self.witness = None
+
     def close(self) -> None:
         """Closes the idle connections, and those in use when they are given back."""
         self._max_idle = 0
+        self.drop_witness()
         while self._idle:
             self._idle.pop().close()
         if self.pipeline is not None:
             self.pipeline.retire()
 
     def __del__(self) -> None:
-        for connection in self._idle:
+        idle = self._idle if self.witness is None else [*self._idle, self.witness]
+        for connection in idle:
             connection.watch.abandon(connection.raw)
         if self.pipeline is not None and self._pipeline_watch is not None:
             self._pipeline_watch.abandon(self.pipeline)
@@ -208,9 +239,8 @@ class DaemonConnector:
     ) -> None:
         if control_maddr is None:
             control_maddr = DEFAULT_CONTROL_MADDR
-        self._maddr = Multiaddr(control_maddr)
         self.types = types if types is not None else Types()
-        self.control_maddr: Any = self.types.multiaddr(self._maddr)
+        self._maddr, self._shown_maddr = self._parse(control_maddr)
         self._max_connections = max_connections
         self._max_idle = max_idle
         self._max_message_size = max_message_size
@@ -222,6 +252,30 @@ class DaemonConnector:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._maddr}>"
+
+    @property
+    def control_maddr(self) -> Any:
+        """The daemon's control address. Requests made after setting it go to the new address.
+
+        The idle connections to the former address are closed. Requests in flight end as they would;
+        streams, subscriptions and an open persistent connection stay with the former daemon.
+
+        Raises:
+            InvalidMultiaddr: The new value is no multiaddr (a ValueError).
+        """
+        return self._shown_maddr
+
+    @control_maddr.setter
+    def control_maddr(self, control_maddr: Any) -> None:
+        maddr, self._shown_maddr = self._parse(control_maddr)
+        if maddr != self._maddr:
+            self._maddr = maddr
+            self.close()
+
+    def _parse(self, control_maddr: Any) -> tuple[Multiaddr, Any]:
+        """A control address, and how the attribute shows it."""
+        maddr = Multiaddr(control_maddr)
+        return maddr, self.types.multiaddr(maddr)
 
     async def request(
         self,
@@ -244,7 +298,7 @@ class DaemonConnector:
             ControlFailure: One of its subclasses, with the arguments above.
         """
         if timeout is not None:
-            return await self._described(self._answer(request), name, timeout, peer_id, protocol)
+            return await self.described(self._answer(request), name, timeout, peer_id, protocol)
         try:
             return await self._answer(request)
         except ControlFailure as error:
@@ -262,7 +316,7 @@ class DaemonConnector:
     ) -> tuple[Any, S]:
         """As ``request``, for one whose success makes its connection a stream."""
         work = self._exchange(request)
-        answer, connection = await self._described(work, name, timeout, peer_id, protocol)
+        answer, connection = await self.described(work, name, timeout, peer_id, protocol)
         stream = stream_type(connection.raw.take_stream(), connection.watch)
         if answer is not None:
             try:
@@ -285,7 +339,7 @@ class DaemonConnector:
         Raises:
             NotSupported: It is another.
         """
-        return await self._described(self._peerstore(request), name, timeout, peer_id)
+        return await self.described(self._peerstore(request), name, timeout, peer_id)
 
     async def _peerstore(self, request: Request) -> Any:
         # hivemind's daemon would take it for another request, and could end from that.
@@ -301,6 +355,40 @@ class DaemonConnector:
         else:
             raise NotSupported("the daemon has no peerstore")
         return (await self._exchange(request))[0]
+
+    def registered(self) -> object | None:
+        """Returns a token of the daemon; call it right after a STREAM_HANDLER request.
+
+        Returns:
+            A token for ``still_registered``; None if no connection could be kept open.
+        """
+        return self._pool().take_witness()
+
+    async def still_registered(self, token: object | None) -> bool:
+        """Returns whether the daemon is certainly the one that ``token`` came from.
+
+        If not, it may have been restarted since, and have lost the registration.
+        """
+        self.check_fork()
+        pool = self._pool()
+        async with pool.witness_lock:
+            witness = pool.witness
+            if witness is None or witness is not token:
+                return False
+            raw, watched = witness
+            try:
+                # A TCP connection to a host that is gone looks open until something is sent.
+                if not raw.start(_IDENTIFY):
+                    await watched.writable()
+                    while not raw.flush():
+                        await watched.writable()
+                await watched.answer(raw)
+            except ControlFailure:
+                return False
+            finally:
+                if not raw.reusable and pool.witness is witness:
+                    pool.drop_witness()
+            return True
 
     async def open_persistent_connection(
         self,
@@ -323,7 +411,7 @@ class DaemonConnector:
         """
         name = "PERSISTENT_CONN_UPGRADE"
         work = self._upgrade(name)
-        connection = await self._described(work, name, timeout)
+        connection = await self.described(work, name, timeout)
         connection.watch.close()
         limited = limits(connection.raw.fileno())
         persistent, rest = connection.raw.take_persistent(
@@ -366,7 +454,7 @@ class DaemonConnector:
             ControlTimeout: No connection within ``timeout`` seconds.
         """
         self.check_fork()
-        connection = await self._described(self._connect(), "open_connection", timeout)
+        connection = await self.described(self._connect(), "open_connection", timeout)
         return Stream(connection.raw.take_stream(), connection.watch)
 
     async def aclose(self) -> None:
@@ -472,19 +560,24 @@ class DaemonConnector:
         return pool
 
     async def _connect(self) -> _Connection:
+        maddr, path = self._maddr, None
         try:
-            addresses = await resolve(self._maddr)
+            addresses = await resolve(maddr)
             for attempt, address in enumerate(addresses, 1):
+                path = address if isinstance(address, str) else None
                 try:
                     return await self._connect_to(address)
                 except OSError:
                     if attempt == len(addresses):
                         raise
-            raise OSError("the name has no address")
+            raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
         except OSError as error:
-            raise DaemonUnreachable(
-                f"no connection to the daemon's control socket at {self._maddr}: {error}"
-            ) from error
+            message = f"no connection to the daemon's control socket at {maddr}: {error}"
+            if hint := _hint(error, maddr):
+                message = f"{message}; {hint}"
+            if error.errno in _NOT_ABOUT_THE_SOCKET:
+                path = None
+            raise from_os_error(DaemonUnreachable, message, error, path) from error
 
     async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:
         delay = 0.001
@@ -511,7 +604,7 @@ class DaemonConnector:
                 f"child {pid}: make a new one here"
             )
 
-    async def _described(
+    async def described(
         self,
         work: Coroutine[Any, Any, T],
         name: str,
@@ -519,7 +612,17 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> T:
-        """The result of ``work`` in time, or an error that says what it was about."""
+        """Awaits ``work``, and adds the context of the request to its error.
+
+        Args:
+            work: A coroutine that raises ``ControlFailure``.
+            name: The request's name.
+            timeout: How long it may take, in seconds.
+            peer_id, protocol: The context, for errors.
+
+        Raises:
+            ControlTimeout: It took longer.
+        """
         if timeout is not None and not timeout >= 0:  # NaN, too
             work.close()
             raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
@@ -563,6 +666,19 @@ class DaemonConnector:
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
         precise.protocol = protocol
         return self.types.error(precise)
+
+
+def _hint(error: OSError, maddr: Multiaddr) -> str | None:
+    """Suggests a fix for a failed connection to a control socket."""
+    if error.errno == errno.ENOENT:
+        return "start a daemon with p2pclient_rs.Daemon(), or pass another control_maddr"
+    if error.errno == errno.ECONNREFUSED:
+        if str(maddr).startswith("/unix"):
+            return "the daemon that made this socket file has ended: start it again"
+        return "no daemon listens there: start one, or pass another control_maddr"
+    if error.errno == errno.EACCES:
+        return "the socket belongs to another user"
+    return None
 
 
 def _precise(error: ControlFailure) -> ControlFailure:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint
 
 from p2pclient_rs._native import Multiaddr, RawListener, RawStream, Request, decode_stream_info
 from p2pclient_rs.connector import (
@@ -26,13 +27,27 @@ from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
     DaemonRefused,
+    DaemonUnreachable,
     DispatchFailure,
     NotSupported,
 )
-from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, Watch, current_loop, watch
+from p2pclient_rs.listening import (
+    BackgroundListener,
+    ListenerStats,
+    Listening,
+    PrivateSocket,
+    Refusals,
+    Start,
+    check_same_machine,
+    pause,
+)
+from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, current_loop, watch
 from p2pclient_rs.streams import Stream
 
-__all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHandler"]
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
 
@@ -55,6 +70,16 @@ logger = logging.getLogger(__name__)
 _IDENTIFY = Request.identify()
 
 
+@dataclass(frozen=True)
+class _Registration:
+    """A stream handler that the daemon has, or may have."""
+
+    #: The listen address that the daemon was given.
+    maddr: Multiaddr
+    #: By which `DaemonConnector.still_registered` knows the daemon again; None if it cannot.
+    token: object | None
+
+
 class ControlClient:
     """Peers, connections and streams.
 
@@ -63,32 +88,81 @@ class ControlClient:
 
     Args:
         daemon_connector: The way to the daemon.
-        listen_maddr: Where the daemon is to connect to for inbound streams;
-            ``/unix/tmp/p2pclient.sock`` if none. With TCP port 0 a free one is taken, and the
-            attribute says which while listening.
+        listen_maddr: Where the daemon is to connect to for inbound streams. If none, a unix socket
+            in a new directory that only this user can look into: a daemon that runs as another
+            user, or on another machine, needs an address it can reach. With TCP port 0 a free one
+            is taken, and the attribute says which while listening.
     """
 
     #: Whether a handler takes the place of another one of this client.
     _replaces_handlers = True
+    #: Receives this client's log lines.
+    logger = logger
 
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
     ) -> None:
-        if listen_maddr is None:
-            listen_maddr = DEFAULT_LISTEN_MADDR
         self.daemon_connector = daemon_connector
-        self.listen_maddr: Any = daemon_connector.types.multiaddr(Multiaddr(listen_maddr))
+        #: The address asked for, and the one listened at, if that is another.
+        self._wanted_maddr: Any = None
+        self._bound_maddr: Any = None
+        self._private: PrivateSocket | None = None
+        self.listen_maddr = listen_maddr
         #: The handlers of inbound streams, by protocol.
         self.handlers: dict[str, StreamHandler] = {}
         #: Those registered as balanced.
         self._balanced: set[str] = set()
+        #: By protocol: the handlers that the daemon has or may have.
+        self._registered: dict[str, _Registration] = {}
+        #: By protocol: the lock for changing its registration, and how many tasks use that.
+        self._registering: dict[str, tuple[anyio.Lock, int]] = {}
         self._scope: anyio.CancelScope | None = None
         #: What waits for the header of an inbound stream, the oldest first, and since when.
         self._half_open: dict[anyio.CancelScope, float] = {}
         self._pid = os.getpid()
         self._listening = False
-        #: Whether the last attempt to accept a stream did not fail: one line a time will do.
-        self._accepting = True
+        self._listener: RawListener | None = None
+        self._background: BackgroundListener | None = None
+        self._task_group: TaskGroup | None = None
+        self._refusals = Refusals()
+
+    @property
+    def listen_maddr(self) -> Any:
+        """Where the daemon is to connect to for inbound streams.
+
+        Setting it while this client listens affects the handlers registered from then on; the
+        listener stays at its address.
+
+        Raises:
+            InvalidMultiaddr: The new value is no multiaddr (a ValueError).
+            ControlFailure: It is the default one, which the daemon cannot reach.
+        """
+        if self._bound_maddr is not None:
+            return self._bound_maddr
+        if self._wanted_maddr is not None:
+            return self._wanted_maddr
+        check_same_machine(Multiaddr(self.daemon_connector.control_maddr))
+        self.daemon_connector.check_fork()
+        if self._private is None:
+            self._private = PrivateSocket()
+        return self._show(Multiaddr(f"/unix{self._private.path}"))
+
+    @listen_maddr.setter
+    def listen_maddr(self, listen_maddr: Any) -> None:
+        self._wanted_maddr = None if listen_maddr is None else self._parse(listen_maddr)
+        self._bound_maddr = None
+
+    def _parse(self, listen_maddr: Any) -> Any:
+        """A listen address as the attribute shows it."""
+        return self._show(Multiaddr(listen_maddr))
+
+    def _show(self, maddr: Multiaddr) -> Any:
+        return self.daemon_connector.types.multiaddr(maddr)
+
+    @property
+    def stats(self) -> ListenerStats:
+        """The numbers of accepted and refused inbound streams since this client was made."""
+        return self._refusals.stats()
 
     # --- peers ---
 
@@ -182,44 +256,124 @@ class ControlClient:
     async def _register(
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
     ) -> None:
-        request = Request.stream_handler(self.listen_maddr, proto, balanced)
-        before, was_balanced = self.handlers.get(proto), proto in self._balanced
-        self._note_balanced(proto, balanced)
-        # In place before the daemon has it: a stream can come sooner than the daemon's answer.
-        self.handlers[proto] = handler_cb
-        try:
-            await self.daemon_connector.request(
-                "STREAM_HANDLER", request, timeout=timeout, protocol=proto
-            )
-        except BaseException as error:
-            # hivemind's fork refuses what upstream takes for a replacement. The daemon connects
-            # to this client already, so nothing but the handler is to be replaced.
-            if before is not None and isinstance(error, DaemonRefused) and self._replaces_handlers:
-                return
-            if before is None:
-                self.handlers.pop(proto, None)
-            else:
-                self.handlers[proto] = before
+        work = self._enter(proto, handler_cb, balanced)
+        await self.daemon_connector.described(work, "STREAM_HANDLER", timeout, protocol=proto)
+
+    async def _enter(self, proto: str, handler_cb: StreamHandler, balanced: bool) -> None:
+        async with self._changing(proto):
+            before, was_balanced = self.handlers.get(proto), proto in self._balanced
+            self._note_balanced(proto, balanced)
+            # In place before the daemon has it: a stream can come sooner than the daemon's answer.
+            self.handlers[proto] = handler_cb
+            try:
+                await self._tell(proto, balanced)
+            except BaseException:
+                if before is None:
+                    self.handlers.pop(proto, None)
+                else:
+                    self.handlers[proto] = before
                 self._note_balanced(proto, was_balanced)
+                raise
+
+    @asynccontextmanager
+    async def _changing(self, proto: str) -> AsyncIterator[None]:
+        """Serialises registrations of one protocol."""
+        lock, users = self._registering.get(proto) or (anyio.Lock(), 0)
+        self._registering[proto] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._registering.pop(proto)
+            if users > 1:
+                self._registering[proto] = lock, users - 1
+
+    async def _tell(self, proto: str, balanced: bool) -> None:
+        """Registers a protocol at the daemon, unless it has the registration already.
+
+        Raises:
+            DaemonRefused: Another client does.
+        """
+        connector = self.daemon_connector
+        maddr = Multiaddr(self.listen_maddr)
+        request = Request.stream_handler(maddr, proto, balanced)
+        before = self._registered.get(proto)
+        # Until the daemon answers, it may have it or not.
+        self._registered[proto] = _Registration(maddr, None)
+        try:
+            await connector.request("STREAM_HANDLER", request)
+        except DaemonRefused:
+            # hivemind's fork refuses every name that is taken, even by this client, with the same
+            # words.
+            if before is None or not self._replaces_handlers:
+                self._restore(proto, before)
+                raise
+            self._registered[proto] = before
+            if before.maddr == maddr and await connector.still_registered(before.token):
+                return
+            # The daemon may have been restarted, and another client may have taken the name. The
+            # removal succeeds only if the registration has this client's address.
+            try:
+                await connector.request(
+                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
+                )
+            except DaemonRefused:
+                del self._registered[proto]
+            else:
+                self._registered[proto] = _Registration(maddr, None)
+                await connector.request("STREAM_HANDLER", request)
+                self._registered[proto] = _Registration(maddr, connector.registered())
+                return
             raise
+        except DaemonUnreachable:
+            self._restore(proto, before)
+            raise
+        self._registered[proto] = _Registration(maddr, connector.registered())
+        if balanced and before is not None and await connector.still_registered(before.token):
+            # The fork has appended another entry, so that this client would get twice its share.
+            with suppress(ControlFailure):
+                await connector.request(
+                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
+                )
+
+    def _restore(self, proto: str, before: _Registration | None) -> None:
+        if before is None:
+            self._registered.pop(proto, None)
+        else:
+            self._registered[proto] = before
 
     def _note_balanced(self, proto: str, balanced: bool) -> None:
         (self._balanced.add if balanced else self._balanced.discard)(proto)
 
     async def register_again(self, *, timeout: float | None = None) -> None:
-        """Tells a daemon that was started anew of the handlers that this client has, if it listens:
-        a closed one would take them from others."""
+        """Registers this client's handlers at a restarted daemon.
+
+        Does nothing unless this client listens: it would take protocols from others.
+
+        Raises:
+            DaemonRefused: Another client has taken a protocol. The other ones are registered.
+        """
         if not self._listening:
             return
+        refused: DaemonRefused | None = None
         for proto in list(self.handlers):
-            request = Request.stream_handler(self.listen_maddr, proto, proto in self._balanced)
             try:
-                await self.daemon_connector.request(
-                    "STREAM_HANDLER", request, timeout=timeout, protocol=proto
+                await self.daemon_connector.described(
+                    self._tell_again(proto), "STREAM_HANDLER", timeout, protocol=proto
                 )
             except DaemonRefused as error:
-                # Another client was quicker: no reason to do without the rest.
-                logger.error("the daemon has not taken a handler again: %s", error)
+                self.logger.error("the daemon has not taken a handler again: %s", error)
+                refused = refused or error
+        if refused is not None:
+            try:
+                raise refused
+            finally:
+                del refused  # its traceback has this frame
+
+    async def _tell_again(self, proto: str) -> None:
+        async with self._changing(proto):
+            if proto in self.handlers:
+                await self._tell(proto, proto in self._balanced)
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
@@ -233,7 +387,9 @@ class ControlClient:
         await self._unregister(proto, timeout)
 
     async def _unregister(self, proto: str, timeout: float | None) -> None:
-        request = Request.remove_stream_handler(self.listen_maddr, proto)
+        entry = self._registered.get(proto)
+        maddr = self.listen_maddr if entry is None else entry.maddr
+        request = Request.remove_stream_handler(maddr, proto)
         try:
             await self.daemon_connector.request(
                 "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
@@ -244,26 +400,34 @@ class ControlClient:
             raise self.daemon_connector.describe(
                 NotSupported(UNKNOWN_REQUEST), "REMOVE_STREAM_HANDLER", protocol=proto
             ) from error
+        except DaemonRefused as error:
+            if not isinstance(error, NotSupported) and self._registered.get(proto) is entry:
+                self._registered.pop(proto, None)
+            raise
+        if self._registered.get(proto) is entry:
+            self._registered.pop(proto, None)
 
     # --- inbound streams ---
 
-    @asynccontextmanager
-    async def listen(self) -> AsyncIterator[ControlClient]:
-        """Accepts inbound streams, and has them handled, until the context is left.
+    def listen(self) -> Listening[Self]:
+        """Accepts inbound streams, and has them handled.
 
-        Then handlers still at work are cancelled, and their protocols taken back where the daemon
-        knows how.
+        ``async with client.listen():`` listens until the block is left. Running handlers are then
+        cancelled, and their protocols are removed from the daemon, if it supports that.
+        ``await client.listen()`` returns at once and listens until ``close()``, which does the
+        same. It also stops when the event loop ends or the client is garbage-collected, so keep a
+        reference to the client.
 
         Raises:
             ControlFailure: This client listens already.
             OSError: The address cannot be listened at.
         """
-        if self._listening:
-            raise ControlFailure("Listener is already listening")
-        self._listening = True
-        configured = self.listen_maddr
+        return Listening(self._listen_within, self._listen_from_now_on)
+
+    @asynccontextmanager
+    async def _listen_within(self) -> AsyncIterator[Self]:
+        listener = await self._begin()
         try:
-            listener, self.listen_maddr = await self._bind(Multiaddr(configured))
             async with self._serving(listener):
                 closed = False
                 try:
@@ -276,16 +440,79 @@ class ControlClient:
                     if not closed:
                         await self._unregister_all()
         finally:
-            self._scope = None
-            self._listening = False
-            self.listen_maddr = configured
+            self._ended()
+
+    async def _listen_from_now_on(self) -> Self:
+        listener = await self._begin()
+        try:
+            self._background = background = BackgroundListener(self, listener)
+        except BaseException:
+            listener.close()
+            self._ended()
+            raise
+        try:
+            await background.begun()
+        except BaseException:
+            background.close()
+            raise
+        return self
+
+    async def _begin(self) -> RawListener:
+        """Opens the listening socket and notes its address."""
+        if self._background is not None and self._background.loop_ended:
+            self._background.close()
+        if self._listening:
+            raise ControlFailure("Listener is already listening")
+        self._listening = True
+        try:
+            wanted = self._wanted_maddr
+            listener, bound = await self._bind(Multiaddr(self.listen_maddr))
+            self._listener = listener
+            if self._wanted_maddr is wanted:
+                self._bound_maddr = bound
+        except BaseException:
+            self._ended()
+            raise
+        return listener
+
+    def _ended(self) -> None:
+        """Resets the state after listening."""
+        self._scope = self._listener = self._background = self._task_group = None
+        self._listening = False
+        self._bound_maddr = None
+        self._remove_private()
+
+    def _remove_private(self) -> None:
+        private, self._private = self._private, None
+        if private is not None:
+            private.remove()
+
+    def stopped_listening(self, listener: BackgroundListener) -> None:
+        """Called by a listener that has ended."""
+        if self._background is listener:
+            self._ended()
 
     async def close(self) -> None:
-        """Stops listening, cancels the handlers at work and closes the idle connections."""
+        """Stops listening, cancels the handlers at work and closes the idle connections.
+
+        After ``await listen()`` it also removes the protocols from the daemon, and waits for the
+        handlers to end.
+        """
+        background = None
         # In a forked child the tasks are the parent's, whose epoll cancelling them would touch.
-        if self._scope is not None and os.getpid() == self._pid:
-            self._scope.cancel()
+        if os.getpid() == self._pid:
+            background = self._background
+            if self._scope is not None:
+                self._scope.cancel()
+            elif background is not None and not background.loop_ended:
+                await self._unregister_all()
+        if background is not None:
+            background.close()
         await self.daemon_connector.aclose()
+        if not self._listening:
+            self._remove_private()
+        if background is not None:
+            await background.aclose()
 
     async def _bind(self, maddr: Multiaddr) -> tuple[RawListener, Any]:
         for attempt, address in enumerate(addresses := await resolve(maddr), 1):
@@ -294,19 +521,23 @@ class ControlClient:
             except OSError as error:
                 if attempt < len(addresses):
                     continue
-                raise OSError(error.errno, f"cannot listen at {maddr}: {error.strerror}") from None
+                words = f"cannot listen at {maddr}: {error.strerror}"
+                if error.errno == errno.EADDRINUSE:
+                    words += "; another program listens there: pass another listen_maddr"
+                raise OSError(error.errno, words) from None
             if isinstance(address, str):
                 return listener, self.listen_maddr
             host, port = listener.local_address
             actual = Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
             return listener, self.daemon_connector.types.multiaddr(actual)
-        raise OSError(f"no address to listen at: {maddr}")
+        raise OSError(errno.EADDRNOTAVAIL, f"no address to listen at: {maddr}")
 
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         """Serves the listener until the context is left."""
         self._scope = scope = anyio.CancelScope()
         async with _ungrouped_task_group() as tasks:
+            self._task_group = tasks
             tasks.start_soon(self._serve, listener, scope)
             try:
                 yield
@@ -320,36 +551,35 @@ class ControlClient:
             with UnlessClosed(scope):
                 async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
                     while True:
-                        await self._accept(listener, watched, tasks)
+                        wait = self.accept(listener, tasks.start_soon)
+                        await pause(wait, watched.readable)
         finally:
             watched.close()
             listener.close()
 
-    async def _accept(self, listener: RawListener, watched: Watch, tasks: TaskGroup) -> None:
+    def accept(self, listener: RawListener, start: Start) -> float | None:
+        """Accepts at most one inbound stream; see ``listening.Acceptor``."""
         # jsp2pd has one for each handler, from its registration on.
         if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
             oldest, since = next(iter(self._half_open.items()))
             if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
-                await anyio.sleep(min(wait, 0.02))
-            else:
-                oldest.cancel()
-                await checkpoint()
-            return
+                return min(wait, 0.02)
+            oldest.cancel()
+            return 0.0
         try:
             raw = listener.try_accept()
         except OSError as error:
             # Out of descriptors, most likely: others will be closed. Streams wait until then.
-            if self._accepting:
-                logger.error("cannot accept a stream at %s: %s", self.listen_maddr, error)
-            self._accepting = False
-            await anyio.sleep(0.1)
-            return
-        self._accepting = True
+            words = "cannot accept a stream at %s: %s"
+            self._refusals.log(
+                "accept_errors", self.logger, logging.ERROR, words, self.listen_maddr, error
+            )
+            return 0.1
         if raw is None:
-            await watched.readable()
-        else:
-            tasks.start_soon(self._dispatch, raw)
-            await checkpoint()
+            return None
+        self._refusals.count("accepted")
+        start(self._dispatch, raw)
+        return 0.0
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))
@@ -360,9 +590,9 @@ class ControlClient:
             stream.info = info
             handler = self.handlers.get(info.proto)
             if handler is None:
-                raise DispatchFailure(f"no handler for the protocol {info.proto!r}")
+                raise _NoHandler(f"no handler for the protocol {info.proto!r}")
         except Exception as error:
-            logger.warning("refused an inbound stream: %s", str(error) or type(error).__name__)
+            self._refused(error)
             stream.abort()
             return
         except BaseException as error:
@@ -373,7 +603,7 @@ class ControlClient:
         try:
             await self._handle(handler, info, stream)
         except Exception:
-            logger.exception(
+            self.logger.exception(
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
             )
             stream.abort()
@@ -382,12 +612,19 @@ class ControlClient:
             if not _is_stray(error):
                 raise
             if not _is_asked_for():
-                logger.warning(
+                self.logger.warning(
                     "the handler of %r was cancelled on a stream from %s, and by nobody",
                     info.proto,
                     info.peer_id,
                     exc_info=True,
                 )
+
+    def _refused(self, error: Exception) -> None:
+        kind = "no_handler" if isinstance(error, _NoHandler) else "bad_header"
+        words = str(error) or type(error).__name__
+        self._refusals.log(
+            kind, self.logger, logging.WARNING, "refused an inbound stream: %s", words
+        )
 
     async def _header(self, stream: Stream) -> bytes:
         with UnlessClosed(anyio.CancelScope()) as scope:
@@ -418,6 +655,10 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+
+
+class _NoHandler(DispatchFailure):
+    """No handler is there for the protocol of an inbound stream."""
 
 
 def _is_stray(error: BaseException) -> bool:

@@ -55,13 +55,31 @@ _REGISTERING = 30.0
 _processes: weakref.WeakSet[DaemonProcess] = weakref.WeakSet()
 
 
-def _cut_lifelines() -> None:
-    # The janitors would take a forked child that holds them for its parent.
-    for process in _processes:
+def _before_fork() -> None:
+    # A lock that another thread holds would never be released in the child.
+    DaemonProcess.keep_out()
+    for process in list(_processes):
+        process.pause()
+
+
+def _after_fork_in_parent() -> None:
+    DaemonProcess.let_in(False)
+    for process in list(_processes):
+        process.resume()
+
+
+def _after_fork_in_child() -> None:
+    DaemonProcess.let_in(True)
+    # The janitors would take a child that holds them for its parent.
+    for process in list(_processes):
         process.cut_lifeline()
 
 
-os.register_at_fork(after_in_child=_cut_lifelines)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 class Daemon:
@@ -181,15 +199,18 @@ class Daemon:
             DaemonNotFound: There is no binary; lists every place looked at.
             ValueError: This kind of daemon has no such option.
             DaemonStartError: The daemon ended, at once when it does, or did not answer in
-                `start_timeout` seconds. No process and no file is left.
-            RuntimeError: It is running.
+                `start_timeout` seconds. Or the operating system refused something that the start
+                needs: then this is an OSError too, with its ``errno``, and ``cause`` names the
+                file or the operation. No process and no file is left.
+            RuntimeError: It is running, or being stopped.
         """
-        process = self._launch()
+        process = self._prepare()
         try:
+            process.spawn()
             await self._become_ready(process)
-        finally:
-            if self._identity is None:
-                self._end(process)
+        except BaseException as error:
+            await self._end(process, error)
+            raise
         return self
 
     async def stop(self) -> None:
@@ -199,7 +220,7 @@ class Daemon:
         Not interrupted by cancellation.
         """
         process = self._process
-        if process is None or process.ended or not process.owned:
+        if process is None or process.destroyed or not process.owned:
             return
         try:
             with anyio.CancelScope(shield=True):
@@ -210,8 +231,10 @@ class Daemon:
                 with anyio.move_on_after(self._stop_timeout):
                     process.terminate()
                     await _until_exit(process)
-        finally:
-            self._end(process)
+        except BaseException as error:
+            await self._end(process, error)
+            raise
+        await self._end(process)
 
     async def wait(self) -> int:
         """Waits until the daemon has ended, and returns its exit status, negative for a signal.
@@ -308,22 +331,33 @@ class Daemon:
             raise RuntimeError("the daemon has not been started")
         return self._identity
 
-    def _launch(self) -> DaemonProcess:
-        """Runs the daemon, without waiting for it."""
-        if self._process is not None and not self._process.ended:
+    def _prepare(self) -> DaemonProcess:
+        """Makes what the daemon needs to run."""
+        if self._process is not None and not self._process.destroyed:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
-        process = DaemonProcess(binary, self._options, tempfile.gettempdir())
+        process = DaemonProcess(binary, self._options, _temporary_directory())
         _processes.add(process)
         self._process, self._identity, self._failure = process, None, None
         self._control_maddr = process.control_maddr
         self._finalizer = weakref.finalize(self, _abandoned, process)
+        return process
+
+    def _launch(self) -> DaemonProcess:
+        """Runs the daemon, without waiting for it, and without an event loop."""
+        process = self._prepare()
         try:
             process.spawn()
         except BaseException:
-            self._end(process)
+            self._end_now(process)
             raise
         return process
+
+    def _end_now(self, process: DaemonProcess) -> None:
+        """Ends all of it, and blocks until then."""
+        process.destroy()
+        if self._finalizer is not None and process is self._process:
+            self._finalizer.detach()
 
     async def _become_ready(self, process: DaemonProcess) -> None:
         """Waits for the daemon's answer, and has it looked after from then on."""
@@ -331,10 +365,12 @@ class Daemon:
         if process.restarts() is not None or process.background_peers():
             self._keeper = _Keeper(self, process)
 
-    def _end(self, process: DaemonProcess) -> None:
-        process.destroy()
-        if self._finalizer is not None and process is self._process:
-            self._finalizer.detach()
+    async def _end(self, process: DaemonProcess, reason: BaseException | None = None) -> None:
+        try:
+            await _destroy(process, reason)
+        finally:
+            if process.destroyed and process is self._process and self._finalizer is not None:
+                self._finalizer.detach()
 
 
 class _Keeper:
@@ -504,7 +540,7 @@ async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
 
     try:
         other = process.without_bootstrap()
-    except (OSError, ValueError):
+    except (DaemonStartError, ValueError):
         return []
     _processes.add(other)
     try:
@@ -518,9 +554,11 @@ async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
                 for peer in peers:
                     tasks.start_soon(connect, client, *peer)
     except DaemonStartError:
-        return []
-    finally:
-        other.destroy()
+        reasons.clear()
+    except BaseException as error:
+        await _destroy(other, error)
+        raise
+    await _destroy(other)
     return list(reasons.items())
 
 
@@ -574,6 +612,33 @@ async def _exit(process: DaemonProcess) -> None:
     await _until_exit(process)
 
 
+async def _destroy(process: DaemonProcess, reason: BaseException | None = None) -> None:
+    """Ends all of a daemon, without blocking the event loop. Not interrupted by cancellation.
+
+    `reason` is the exception because of which it is ended. After some, the caller's task can no
+    longer wait, and this blocks.
+    """
+    if isinstance(reason, (GeneratorExit, KeyboardInterrupt, SystemExit)):
+        process.destroy()
+        return
+    pause = _Pause()
+    cancelled: BaseException | None = None
+    while not process.try_destroy():
+        try:
+            with anyio.CancelScope(shield=True):
+                await pause()
+        except anyio.get_cancelled_exc_class() as error:
+            cancelled = error  # by asyncio's own means, from which a scope does not shield
+        except BaseException:
+            process.destroy()
+            raise
+    if cancelled is not None:
+        try:
+            raise cancelled
+        finally:
+            cancelled = None  # its traceback leads to this frame
+
+
 def _abandoned(process: DaemonProcess) -> None:
     """Ends a daemon whose Daemon object went away, or was there still at the interpreter's end."""
     if process.owned and not process.ended:
@@ -582,19 +647,37 @@ def _abandoned(process: DaemonProcess) -> None:
 
 
 def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
+    failure: OSError | None = None
     try:
         # Does not import it: that takes seconds, and torch.
         spec = importlib.util.find_spec("hivemind")
     except (ImportError, ValueError):
         spec = None
+    except OSError as error:  # of a directory in sys.path
+        spec, failure = None, error
     hivemind: Iterable[str] = (spec and spec.submodule_search_locations) or ()
     environ = os.environ
-    found, looked_at = find_daemon(
+    found, looked_at, hint = find_daemon(
         wanted, environ.get("P2PD_PATH"), environ.get("PATH"), list(hivemind)
     )
     if found is None:
-        raise DaemonNotFound("no binary of a libp2p daemon to run", looked_at=looked_at)
+        if failure is not None:
+            looked_at.append(f"hivemind: cannot be looked for: {failure}")
+        message = "no binary of a libp2p daemon to run"
+        raise DaemonNotFound(message, looked_at=looked_at, hint=hint) from failure
     return found
+
+
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise DaemonStartError._of_errno(error.errno)(
+            "the daemon's start could not be prepared",
+            cause=error.strerror or str(error),
+            hint="set TMPDIR to a directory that exists and that this user can write to",
+            errno=error.errno,
+        ) from error
 
 
 def _seconds(option: str, timeout: float) -> float:

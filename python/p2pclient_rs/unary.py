@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from errno import ECONNABORTED
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,6 +30,7 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     ForkedClientError,
     P2PHandlerError,
+    connection_lost,
 )
 from p2pclient_rs.loops import (
     Promise,
@@ -100,8 +102,8 @@ class UnaryClient:
     attributes, too, and can be set at any time: new values apply from the next message on.
 
     Args:
-        daemon_connector: The way to the daemon. As an attribute it can be set while the persistent
-            connection is closed.
+        daemon_connector: The way to the daemon. Set later, it is used for the next persistent
+            connection.
         max_message_size: The largest message to send, in bytes: the payload, the handler's name
             and less than 100 bytes more. It must not exceed the daemon's
             ``-persistentConnMaxMsgSize``. None takes the daemon's limit if it can be found out when
@@ -147,22 +149,13 @@ class UnaryClient:
 
     @property
     def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon.
-
-        Raises:
-            ControlFailure: It is set while the persistent connection is open or being opened.
-        """
+        """The way to the daemon. Set later, it is used for the next persistent connection; one that
+        is open stays."""
         return self._settings.connector
 
     @daemon_connector.setter
     def daemon_connector(self, connector: DaemonConnector) -> None:
-        if any(link.connected or link.opening for link in list(self._links.values())):
-            raise ControlFailure(
-                "daemon_connector cannot be set while the persistent connection is open: "
-                "call close() before"
-            )
         self._settings.connector = connector
-        self._settings.found = None
 
     @property
     def max_message_size(self) -> int:
@@ -478,13 +471,14 @@ class _Opening:
         """What came of it, once it has ended."""
         if self.connection is not None and self.error is None:
             return self.connection
-        failed = self.error or ConnectionLost("the opening of the connection was cancelled")
+        words = "the opening of the connection was cancelled"
+        failed = self.error or connection_lost(words, ECONNABORTED)
         # Each adds to it what it was about.
         raise copy.copy(failed) from failed.__cause__
 
     def give_up(self) -> None:
         """The client was closed."""
-        self.error = ConnectionLost("the client was closed")
+        self.error = connection_lost("the client was closed", ECONNABORTED)
         if self.work is not None:
             self.work.cancel()
         # A task that never began does not do it.
@@ -602,7 +596,7 @@ class _Link:
         if self.current is not None:
             return self.current
         if self._closed:
-            raise ConnectionLost("the client was closed")
+            raise connection_lost("the client was closed", ECONNABORTED)
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
@@ -661,7 +655,7 @@ class _Link:
         if self._closed:  # at the last moment
             opened.close()
         elif opened.closed:  # which `on_lost` was told of before this was anybody's
-            raise ConnectionLost("the connection was lost as soon as it was opened")
+            raise connection_lost("the connection was lost as soon as it was opened")
         else:
             self.current = opened
         return opened

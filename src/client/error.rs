@@ -45,6 +45,8 @@ pub enum Error {
     ConnectionLost {
         /// How it ended.
         reason: String,
+        /// The operating system's reason, if it gave one; `UnexpectedEof` if the daemon ended it.
+        source: Option<Arc<io::Error>>,
         /// The daemon did not read the whole request.
         unexecuted: bool,
         /// The answer had begun to come.
@@ -190,6 +192,34 @@ impl Error {
         }
     }
 
+    /// The I/O error behind it, if there is one.
+    pub fn io_error(&self) -> Option<&io::Error> {
+        match self {
+            Self::Unreachable { source, .. } | Self::Listen { source, .. } => Some(source),
+            Self::ConnectionLost { source, .. } => source.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// What kind of I/O error it is: `NotFound` or `ConnectionRefused` if there is no daemon,
+    /// `ConnectionReset`, `BrokenPipe` or `UnexpectedEof` if the connection was lost, `TimedOut`.
+    ///
+    /// ```
+    /// # use std::io::ErrorKind;
+    /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    /// # rt.block_on(async {
+    /// let client = p2pclient_rs::Client::new("/unix/tmp/no-such.sock".parse().unwrap()).unwrap();
+    /// let error = client.identify().await.unwrap_err();
+    /// assert_eq!(error.io_kind(), Some(ErrorKind::NotFound));
+    /// # });
+    /// ```
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Timeout { .. } => Some(io::ErrorKind::TimedOut),
+            _ => self.io_error().map(io::Error::kind),
+        }
+    }
+
     /// The same error, of a request about `about`.
     pub(super) fn about(mut self, about: &Context) -> Self {
         match &mut self {
@@ -237,9 +267,10 @@ impl Error {
         }
     }
 
-    pub(super) fn lost(reason: impl ToString, unexecuted: bool) -> Self {
+    pub(super) fn lost(reason: impl Reason, unexecuted: bool) -> Self {
         Self::ConnectionLost {
             reason: reason.to_string(),
+            source: reason.io_error().map(Arc::new),
             unexecuted,
             mid_answer: false,
             context: Box::default(),
@@ -265,12 +296,47 @@ impl Error {
     }
 }
 
+/// Why a connection was lost.
+pub(super) trait Reason: fmt::Display {
+    fn io_error(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+impl Reason for &str {}
+impl Reason for core::Error {}
+impl Reason for getrandom::Error {}
+
+impl Reason for io::Error {
+    fn io_error(&self) -> Option<io::Error> {
+        Some(match self.raw_os_error() {
+            Some(number) => io::Error::from_raw_os_error(number),
+            None => io::Error::new(self.kind(), self.to_string()),
+        })
+    }
+}
+
+impl Reason for &io::Error {
+    fn io_error(&self) -> Option<io::Error> {
+        (*self).io_error()
+    }
+}
+
+/// Keeps the kind, so that a program whose functions return `io::Result` can tell.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = error.io_kind().unwrap_or(io::ErrorKind::Other);
+        io::Error::new(kind, error)
+    }
+}
+
 impl From<core::Error> for Error {
     fn from(error: core::Error) -> Self {
         let context = Box::default();
         match error {
             core::Error::Closed { mid_message } => Self::ConnectionLost {
                 reason: error.to_string(),
+                source: Some(Arc::new(io::ErrorKind::UnexpectedEof.into())),
                 unexecuted: false,
                 mid_answer: mid_message,
                 context,

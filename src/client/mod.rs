@@ -31,7 +31,7 @@ mod unary;
 pub use dht::Results;
 pub use error::{Context, Error};
 pub use pubsub::Subscription;
-pub use streams::{IncomingStreams, Stream};
+pub use streams::{IncomingStreams, ListenerStats, Stream};
 pub use unary::UnaryCall;
 
 pub use crate::core::Identity;

@@ -16,7 +16,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{self, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, Notify};
@@ -41,6 +41,9 @@ const ANSWERING: Duration = Duration::from_secs(30);
 
 /// How long to wait after an accept failed: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The least time between two log lines about refused streams of one kind.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// A stream to a peer, through the daemon: tokio's [`AsyncRead`] and [`AsyncWrite`].
 ///
@@ -120,27 +123,73 @@ impl Client {
     /// unary calls. One that a [`P2PDaemon`](crate::P2PDaemon) starts again is told by that.
     ///
     /// # Errors
-    /// When the daemon cannot be asked. That another client was quicker is none.
+    /// [`Error::Refused`] if another client has taken a protocol, after all others were registered;
+    /// at the first request that fails in another way.
     pub async fn register_again(&self) -> Result<(), Error> {
         let handlers = self.shared.inbound.handlers.all();
         let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
+        let mut refused = None;
         for (protocol, balanced) in handlers {
             let Some(addr) = &addr else { break };
-            let about = Context::new("STREAM_HANDLER").protocol(&protocol);
-            let request = StreamHandler {
-                addr: addr.clone(),
-                protocols: vec![protocol],
-                balanced,
-            };
-            match self.request(about, request).await {
-                Ok(()) | Err(Error::Refused { .. }) => {}
+            match self.tell_again(addr, &protocol, balanced).await {
+                Ok(()) => {}
+                Err(error @ Error::Refused { .. }) => {
+                    log::error!("the handler of {protocol:?} is lost: {error}");
+                    refused.get_or_insert(error);
+                }
                 Err(error) => return Err(error),
             }
         }
         if !self.unary_handlers().is_empty() {
             self.open_unary().await?;
         }
-        Ok(())
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Registers a handler at a daemon that may have it already, or have one of another client.
+    async fn tell_again(
+        &self,
+        addr: &Multiaddr,
+        protocol: &str,
+        balanced: bool,
+    ) -> Result<(), Error> {
+        let register = || {
+            let about = Context::new("STREAM_HANDLER").protocol(protocol);
+            let request = StreamHandler {
+                addr: addr.clone(),
+                protocols: vec![protocol.to_owned()],
+                balanced,
+            };
+            self.request(about, request)
+        };
+        // hivemind's fork removes only a registration with this client's address.
+        let take_back = || {
+            let about = Context::new("REMOVE_STREAM_HANDLER").protocol(protocol);
+            let request = RemoveStreamHandler {
+                addr: addr.clone(),
+                protocols: vec![protocol.to_owned()],
+            };
+            self.request(about, request)
+        };
+        if balanced {
+            // The fork would append a second entry, and give this client twice its share.
+            let _ = take_back().await;
+            return register().await;
+        }
+        let outcome = register().await;
+        if !matches!(outcome, Err(Error::Refused { .. })) {
+            return outcome;
+        }
+        // The words are the same if the name is this client's own, at a daemon not restarted.
+        match take_back().await {
+            Ok(()) => register().await,
+            Err(_) => outcome,
+        }
+    }
+
+    /// The numbers of accepted and refused inbound streams since this client was made.
+    pub fn listener_stats(&self) -> ListenerStats {
+        self.shared.inbound.tally.stats()
     }
 
     /// Where the daemon connects to for inbound streams; `None` before the first handler.
@@ -424,9 +473,90 @@ impl Handlers {
     }
 }
 
+/// The numbers of a client's accepted and refused inbound streams.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ListenerStats {
+    /// Connections of the daemon that were accepted.
+    pub accepted: u64,
+    /// Streams of protocols without a handler.
+    pub no_handler: u64,
+    /// Connections without a valid stream header.
+    pub bad_header: u64,
+    /// Streams refused because 256 others waited for their handler.
+    pub queue_full: u64,
+    /// Failed attempts to accept a connection, as without free descriptors.
+    pub accept_errors: u64,
+}
+
+/// Counts inbound streams and logs refusals, at most one line per kind and second.
+#[derive(Debug, Default)]
+struct Tally {
+    accepted: AtomicU64,
+    no_handler: Refusals,
+    bad_header: Refusals,
+    queue_full: Refusals,
+    accept_errors: Refusals,
+}
+
+/// The refusals for one reason.
+#[derive(Debug, Default)]
+struct Refusals {
+    count: AtomicU64,
+    /// The time of the last line, and how many were suppressed since.
+    logged: Mutex<Option<(Instant, u64)>>,
+}
+
+impl Tally {
+    fn stats(&self) -> ListenerStats {
+        ListenerStats {
+            accepted: self.accepted.load(Ordering::Relaxed),
+            no_handler: self.no_handler.count.load(Ordering::Relaxed),
+            bad_header: self.bad_header.count.load(Ordering::Relaxed),
+            queue_full: self.queue_full.count.load(Ordering::Relaxed),
+            accept_errors: self.accept_errors.count.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Refusals {
+    /// Counts `more` refusals and logs `words`, unless the last line is too recent.
+    fn note(&self, level: log::Level, more: u64, words: impl FnOnce() -> String) {
+        self.count.fetch_add(more, Ordering::Relaxed);
+        let Some(withheld) = self.may_log(more, Instant::now()) else {
+            return;
+        };
+        let words = words();
+        match withheld {
+            0 => log::log!(level, "{words}"),
+            _ => log::log!(
+                level,
+                "{words} (and {withheld} more since the last such line)"
+            ),
+        }
+    }
+
+    /// Returns how many lines were suppressed, if another may be logged.
+    fn may_log(&self, more: u64, now: Instant) -> Option<u64> {
+        let mut logged = lock(&self.logged);
+        match &mut *logged {
+            Some((last, withheld)) if now.duration_since(*last) < QUIET => {
+                *withheld += more;
+                None
+            }
+            before => {
+                let withheld = before.map_or(0, |(_, withheld)| withheld);
+                *before = Some((now, 0));
+                Some(withheld + more - 1)
+            }
+        }
+    }
+}
+
 /// Where a client takes inbound streams, and what becomes of them.
 #[derive(Debug)]
 pub struct Inbound {
+    tally: Arc<Tally>,
     wanted: Option<Endpoint>,
     listening: Mutex<Option<Listening>>,
     handlers: Arc<Handlers>,
@@ -452,6 +582,7 @@ impl Inbound {
     /// With no endpoint, one that the daemon can reach is chosen.
     pub fn new(wanted: Option<Endpoint>) -> Self {
         Self {
+            tally: Arc::default(),
             wanted,
             listening: Mutex::default(),
             handlers: Arc::default(),
@@ -498,6 +629,7 @@ impl Inbound {
         let accepting = accept(
             Arc::downgrade(&listener),
             Accepting(Arc::downgrade(&self.handlers)),
+            Arc::clone(&self.tally),
         );
         *listening = Some(Listening {
             addr: addr.clone(),
@@ -541,7 +673,7 @@ impl Drop for Accepting {
     }
 }
 
-async fn accept(listener: Weak<Listener>, accepting: Accepting) {
+async fn accept(listener: Weak<Listener>, accepting: Accepting, tally: Arc<Tally>) {
     let mut arriving = JoinSet::new();
     loop {
         while arriving.try_join_next().is_some() {}
@@ -550,7 +682,11 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
                 .await
                 .is_err()
         {
+            let silent = arriving.len() as u64;
             arriving.shutdown().await;
+            tally.bad_header.note(log::Level::Warn, silent, || {
+                "refused inbound streams: too many connections do not say what they are".into()
+            });
         }
         let accepted = poll_fn(|cx| match listener.upgrade() {
             Some(listener) => listener.poll_accept(cx).map(Some),
@@ -558,35 +694,66 @@ async fn accept(listener: Weak<Listener>, accepting: Accepting) {
         });
         match accepted.await {
             Some(Ok(socket)) => {
+                tally.accepted.fetch_add(1, Ordering::Relaxed);
                 let handlers = Weak::clone(&accepting.0);
-                arriving.spawn(dispatch(socket, handlers));
+                arriving.spawn(dispatch(socket, handlers, Arc::clone(&tally)));
             }
-            Some(Err(_)) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            Some(Err(error)) => {
+                tally.accept_errors.note(log::Level::Error, 1, || {
+                    format!("cannot accept inbound streams: {error}")
+                });
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
             None => return,
         }
     }
 }
 
 /// Hands an inbound stream to its handler; one that there is no handler for is closed.
-async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>) {
+async fn dispatch(mut socket: Socket, handlers: Weak<Handlers>, tally: Arc<Tally>) {
+    use log::Level::{Debug, Warn};
+
     let mut buffer = BytesMut::with_capacity(1024);
     // The JS daemon connects when a handler is registered, and says nothing until there is a stream.
-    if read_some(&mut socket, &mut buffer).await.is_err() {
-        return;
+    if let Err(error) = read_some(&mut socket, &mut buffer).await {
+        // It ends so with the daemon, too.
+        let words = || format!("refused an inbound stream: {error}");
+        return tally.bad_header.note(Debug, 1, words);
     }
     let header = timeout(HEADER_TIMEOUT, read_header(&mut socket, buffer)).await;
-    let Ok(Ok((info, ahead))) = header else {
-        return;
+    let (info, ahead) = match header.unwrap_or_else(|_| Err(Error::timeout(HEADER_TIMEOUT))) {
+        Ok(header) => header,
+        Err(error) => {
+            let words = || format!("refused an inbound stream: {error}");
+            return tally.bad_header.note(Warn, 1, words);
+        }
     };
     let handler = handlers.upgrade().and_then(|all| all.get(&info.protocol));
-    if let Some(handler) = handler {
-        let stream = Stream {
-            socket,
-            ahead,
-            info,
-        };
-        let _ = handler.try_send(stream);
+    let Some(handler) = handler else {
+        return tally.no_handler.note(Warn, 1, || no_handler(&info));
+    };
+    let stream = Stream {
+        socket,
+        ahead,
+        info,
+    };
+    match handler.try_send(stream) {
+        Ok(()) => {}
+        Err(mpsc::error::TrySendError::Full(stream)) => {
+            tally.queue_full.note(Warn, 1, || {
+                let (protocol, peer) = (&stream.info.protocol, &stream.info.peer_id);
+                format!("refused a stream of {protocol:?} from {peer}: {MAX_WAITING} wait already")
+            });
+        }
+        Err(mpsc::error::TrySendError::Closed(stream)) => {
+            tally.no_handler.note(Warn, 1, || no_handler(stream.info()));
+        }
     }
+}
+
+fn no_handler(info: &StreamInfo) -> String {
+    let (protocol, peer) = (&info.protocol, &info.peer_id);
+    format!("refused a stream of {protocol:?} from {peer}: it has no handler")
 }
 
 async fn read_header(

@@ -451,7 +451,8 @@ impl Unary {
         for (protocol, balanced) in handlers {
             match register_again(&link, &protocol, balanced).await {
                 // Taken by another client meanwhile: no reason to do without the rest.
-                Err(Error::Refused { .. }) => {
+                Err(error @ Error::Refused { .. }) => {
+                    log::error!("the unary handler of {protocol:?} is lost: {error}");
                     if let Some(this) = this.upgrade() {
                         this.forget_handler(&protocol);
                     }

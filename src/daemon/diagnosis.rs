@@ -2,8 +2,95 @@
 //!
 //! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
 
+use std::io::{self, ErrorKind};
+
 /// How the cause begins if no bootstrap peer could be reached.
 pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
+
+/// What to do about a daemon that was not ready in time.
+pub(crate) const TOO_SLOW: &str =
+    "allow it more time (start_timeout) if this machine is slow; else see what it printed last";
+
+/// What to do about the causes that [`diagnose`] tells, by words in them.
+const HINTS: [(&str, &str); 21] = [
+    (UNCONNECTED, "check that a bootstrap peer runs and can be reached from here, or have the \
+                   daemon start without them (bootstrap \"background\")"),
+    ("it may still be trying to reach its bootstrap peers",
+     "check that a bootstrap peer runs and can be reached from here, or have the daemon start \
+      without them (bootstrap \"background\")"),
+    ("a bootstrap peer must end in", "add /p2p/ and the peer's id to the address"),
+    ("is already in use", "choose another address, or port 0 for a free one, or stop what uses it"),
+    ("is not an address of this machine",
+     "listen at an address of this machine, or at 0.0.0.0 for all, and announce the other one \
+      (announce_addrs)"),
+    ("no permission to listen",
+     "choose a port from 1024 on, or a path in a directory that this user can write to"),
+    ("is too long for the path of a socket", "choose a shorter path"),
+    ("the directory of ", "create the directory, or choose another path"),
+    ("cannot listen on ", "choose another address"),
+    ("cannot read the identity file ",
+     "check the file's path and permissions, or leave the identity out for a new one"),
+    ("the identity file ",
+     "give a file with a private key in libp2p's protobuf encoding, or leave the identity out for \
+      a new one"),
+    ("this daemon has no option ", "leave the option out, or set P2PD_PATH to a newer daemon"),
+    ("invalid value ", "correct the value of that option"),
+    ("failed to parse multiaddr", "correct that address"),
+    ("the binary is not for this machine",
+     "set P2PD_PATH to a p2pd that was built for this platform"),
+    ("the binary cannot be executed", "check the daemon's binary, and the script around it"),
+    ("a command was not found", "check the script that starts the daemon"),
+    ("something killed it, maybe for lack of memory",
+     "look for the out-of-memory killer in the kernel's log (dmesg), and allow the daemon more \
+      memory"),
+    ("answers in its place", "stop that daemon, or choose another control address"),
+    ("panic: ", "this is a fault of the daemon: try another version, and report it there"),
+    ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
+];
+
+/// What to do about a cause that [`diagnose`] told, in one line.
+pub(crate) fn hint(cause: &str) -> Option<&'static str> {
+    let known = HINTS.iter().find(|(words, _)| cause.contains(words));
+    known.map(|(_, hint)| *hint)
+}
+
+/// What to do about an operating-system error; `operation` is what failed.
+pub(crate) fn hint_of_system(operation: &str, error: &io::Error) -> Option<&'static str> {
+    // The same numbers on all unix systems; the standard library has no kinds for them.
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    let executing = operation.starts_with("cannot execute");
+    let hint = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space, or set TMPDIR to a directory that has some"
+        }
+        ErrorKind::OutOfMemory => "free some memory, or raise the container's limit on it",
+        ErrorKind::WouldBlock => {
+            "raise the limit on processes and threads (ulimit -u, or the container's pids limit)"
+        }
+        ErrorKind::PermissionDenied if executing => {
+            "make it executable (chmod +x), in a file system that is not mounted noexec"
+        }
+        ErrorKind::NotFound if operation.contains("interpreter or loader") => {
+            "install what the binary is linked against (on Alpine, apk add gcompat), or set \
+             P2PD_PATH to a statically linked p2pd"
+        }
+        ErrorKind::NotFound if executing => "install the daemon again, or set P2PD_PATH to another",
+        ErrorKind::NotFound
+        | ErrorKind::NotADirectory
+        | ErrorKind::PermissionDenied
+        | ErrorKind::ReadOnlyFilesystem
+            if operation.contains("directory") || operation.contains("file") =>
+        {
+            "set TMPDIR to a directory that exists and that this user can write to"
+        }
+        _ if cfg!(unix) && matches!(error.raw_os_error(), Some(ENFILE | EMFILE)) => {
+            "raise the limit on open files (ulimit -n), or close some"
+        }
+        _ => return None,
+    };
+    Some(hint)
+}
 
 /// What a daemon prints once it has started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -378,6 +465,63 @@ mod tests {
             waiting.ends_with("bootstrap peers: /ip4/192.0.2.1/tcp/1/p2p/Qm"),
             "{waiting}"
         );
+    }
+
+    #[test]
+    fn each_cause_has_a_hint() {
+        let time = "2026/11/21 04:24:53";
+        let arguments = ["-bootstrapPeers=/a".to_string(), "-id=key".to_string()];
+        for (line, expected) in [
+            (
+                "listen tcp4 127.0.0.1:39: bind: address already in use",
+                "port 0",
+            ),
+            (
+                "listen tcp4 8.8.8.8:0: bind: cannot assign requested address",
+                "0.0.0.0",
+            ),
+            ("listen tcp4 127.0.0.1:1: bind: permission denied", "1024"),
+            (
+                "listen unix /no/x.sock: bind: no such file or directory",
+                "create the directory",
+            ),
+            (
+                "listen unix /tmp/long.sock: bind: invalid argument",
+                "shorter",
+            ),
+            (
+                "listen tcp4 127.0.0.1:1: bind: no buffer space",
+                "another address",
+            ),
+            (
+                "failed to parse multiaddr \"/foo\": unknown protocol foo",
+                "correct that address",
+            ),
+            ("failed to connect to bootstrap peers", "background"),
+            ("invalid p2p multiaddr", "/p2p/"),
+            ("open key: permission denied", "permissions"),
+            ("proto: cannot parse invalid wire-format data", "protobuf"),
+            ("flag provided but not defined: -nope", "newer daemon"),
+            (
+                "invalid value \"5\" for flag -connGrace: parse error",
+                "correct the value",
+            ),
+            ("Exec format error", "P2PD_PATH"),
+            ("panic: no", "fault of the daemon"),
+            ("fatal error: no", "fault of the daemon"),
+        ] {
+            let cause = diagnose(&format!("{time} {line}\n"), Some(1), &arguments).unwrap();
+            let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));
+            assert!(
+                hint.contains(expected) && !hint.contains('\n'),
+                "{cause}: {hint}"
+            );
+        }
+        for status in [-9, 126, 127] {
+            assert!(hint(&diagnose("", Some(status), &[]).unwrap()).is_some());
+        }
+        assert!(hint(&diagnose("", None, &arguments).unwrap()).is_some());
+        assert_eq!(hint("can't have autorelay enabled"), None);
     }
 
     #[test]

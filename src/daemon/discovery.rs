@@ -55,10 +55,17 @@ impl fmt::Display for Rejection {
 
 /// There is no binary.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no libp2p daemon binary found:{}", .looked_at.iter().map(|place| format!("\n  {place}")).collect::<String>())]
+#[error(
+    "no libp2p daemon binary found:{}\n  hint: {}",
+    .looked_at.iter().map(|place| format!("\n  {place}")).collect::<String>(),
+    .hint
+)]
+#[non_exhaustive]
 pub struct NotFound {
     /// Every place looked at, each with the reason it would not do.
     pub looked_at: Vec<String>,
+    /// What to do about it, in one line.
+    pub hint: &'static str,
 }
 
 /// Finds the binary to run.
@@ -86,7 +93,17 @@ pub fn find(search: &Search<'_>) -> Result<PathBuf, NotFound> {
                 .or_else(|| search.in_hivemind(&mut looked_at))
         }
     };
-    found.ok_or(NotFound { looked_at })
+    let hint = match (search.explicit, variable) {
+        (Some(_), _) => "correct the path of the binary, or leave it out to have one looked for",
+        (None, Some(_)) => {
+            "set P2PD_PATH to the path of a p2pd, or unset it to have one looked for"
+        }
+        (None, None) => {
+            "set P2PD_PATH to the path of a p2pd, put one into a directory of PATH, or install \
+             hivemind, which brings one (pip install hivemind)"
+        }
+    };
+    found.ok_or(NotFound { looked_at, hint })
 }
 
 impl Search<'_> {
@@ -244,7 +261,8 @@ mod tests {
             ..Default::default()
         };
         for (search, source) in [(argument, "argument"), (variable, VARIABLE)] {
-            let looked_at = find(&search).unwrap_err().looked_at;
+            let NotFound { looked_at, hint } = find(&search).unwrap_err();
+            assert!(hint.contains("to have one looked for"));
             assert_eq!(
                 looked_at,
                 [format!("{source}: {} does not exist", missing.display())]
@@ -286,6 +304,13 @@ mod tests {
             "PATH: no p2pd",
             "hivemind: not installed",
         ];
-        assert_eq!(find(&Search::default()).unwrap_err().looked_at, expected);
+        let error = find(&Search::default()).unwrap_err();
+        assert_eq!(error.looked_at, expected);
+        let text = error.to_string();
+        assert!(text
+            .lines()
+            .last()
+            .unwrap()
+            .starts_with("  hint: set P2PD_PATH"));
     }
 }

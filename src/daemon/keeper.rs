@@ -17,8 +17,29 @@ use tokio::time::{sleep, Instant};
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long it may take to find out why no bootstrap peer could be reached.
 const EXPLAINING: Duration = Duration::from_secs(10);
+/// How long dropping a daemon waits for its end before it leaves that to a thread.
+const DROP_LIMIT: Duration = Duration::from_millis(100);
 /// How long the registrations of a client may take when the daemon was started again.
 const REGISTERING: Duration = Duration::from_secs(30);
+
+/// Ends the daemon when it is dropped.
+#[derive(Debug)]
+pub(super) struct Started(pub(super) Arc<Process>);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Others may still have the process.
+        if self.0.destroy_within(DROP_LIMIT) {
+            return;
+        }
+        // An event loop may stand still here.
+        let process = Arc::clone(&self.0);
+        let elsewhere = std::thread::Builder::new().spawn(move || process.destroy());
+        if elsewhere.is_err() {
+            self.0.destroy();
+        }
+    }
+}
 
 /// Looks after a daemon, until it has ended for good or this is dropped.
 #[derive(Debug)]
@@ -260,13 +281,14 @@ async fn unreachable(process: &Process) -> Vec<(String, String)> {
     let Ok(other) = process.without_bootstrap() else {
         return Vec::new();
     };
+    let other = Started(Arc::new(other));
     let asking = async {
-        other.spawn().ok()?;
-        answer(&other, EXPLAINING, &mut None).await?;
-        let client = Client::new(other.control().clone()).ok()?;
+        other.0.spawn().ok()?;
+        answer(&other.0, EXPLAINING, &mut None).await?;
+        let client = Client::new(other.0.control().clone()).ok()?;
         let client = client.with_timeout(EXPLAINING);
         let mut tasks = JoinSet::new();
-        for (number, (address, peer)) in other.bootstrap_peers().into_iter().enumerate() {
+        for (number, (address, peer)) in other.0.bootstrap_peers().into_iter().enumerate() {
             let (client, address) = (client.clone(), address.to_owned());
             tasks.spawn(async move {
                 let reason = match client.connect(&peer.peer_id, &peer.addrs).await {
@@ -281,6 +303,7 @@ async fn unreachable(process: &Process) -> Vec<(String, String)> {
         Some(reasons)
     };
     let reasons = asking.await.unwrap_or_default().into_iter();
+    destroyed(&other.0).await;
     reasons
         .map(|(_, address, reason)| (address, reason))
         .collect()
@@ -291,6 +314,15 @@ fn reason(error: &Error) -> String {
     match error.daemon_message() {
         Some(words) => one_line(words),
         None => one_line(&error.to_string()),
+    }
+}
+
+/// Ends all of the daemon, and waits until nothing is left of it.
+pub(super) async fn destroyed(process: &Process) {
+    let mut pause = Duration::from_millis(1);
+    while !process.try_destroy() {
+        sleep(pause).await;
+        pause = LOOK_AGAIN.min(2 * pause);
     }
 }
 

@@ -1,23 +1,20 @@
 //! The daemon manager for tokio: waits for what [`process`](super::process) does.
 
 use super::discovery::{find, Search, VARIABLE};
-use super::keeper::{ended, ready, Keeper, LOOK_AGAIN};
+use super::keeper::{destroyed, ended, ready, Keeper, Started, LOOK_AGAIN};
 use super::options::{Bootstrap, ConnectionManager, DaemonOptions, Dht, Pubsub};
 use super::process::Process;
 use super::start::{DaemonError, StartError};
 use crate::client::{Client, Error, Identity};
 use crate::core::{Multiaddr, PeerId};
 use futures_core::Stream;
-use std::fs::File;
 use std::future::{poll_fn, Future as _};
-use std::io::Read as _;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::Duration;
-use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout, Sleep};
 
 /// The longest line of output given in one piece, in bytes.
@@ -44,10 +41,11 @@ const READ_SIZE: usize = 16 * 1024;
 #[derive(Debug)]
 #[must_use = "the daemon is killed when this is dropped"]
 pub struct P2PDaemon {
-    process: Arc<Process>,
+    // Dropped before the process, whose end it would take for a death.
+    keeper: Option<Keeper>,
+    started: Started,
     identity: Identity,
     stop_timeout: Duration,
-    keeper: Option<Keeper>,
 }
 
 /// What a [`P2PDaemon`] is started with.
@@ -219,16 +217,24 @@ impl P2PDaemonBuilder {
             path: std::env::var_os("PATH").as_deref(),
             hivemind: Vec::new(),
         })?;
-        let process = Process::prepare(binary, &self.options, None)?;
-        process.spawn()?;
-        let identity = ready(&process, self.start_timeout).await?;
-        let process = Arc::new(process);
-        Ok(P2PDaemon {
-            keeper: Keeper::start(&process, self.start_timeout),
-            process,
-            identity,
-            stop_timeout: self.stop_timeout,
-        })
+        // From here on, it is destroyed if this fails or is dropped.
+        let started = Started(Arc::new(Process::prepare(binary, &self.options, None)?));
+        let outcome = match started.0.spawn() {
+            Ok(()) => ready(&started.0, self.start_timeout).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(identity) => Ok(P2PDaemon {
+                keeper: Keeper::start(&started.0, self.start_timeout),
+                started,
+                identity,
+                stop_timeout: self.stop_timeout,
+            }),
+            Err(error) => {
+                destroyed(&started.0).await;
+                Err(error.into())
+            }
+        }
     }
 }
 
@@ -258,17 +264,17 @@ impl P2PDaemon {
 
     /// Where it serves the control protocol.
     pub fn control_maddr(&self) -> &Multiaddr {
-        self.process.control()
+        self.started.0.control()
     }
 
     /// Its process id; none once it has ended, also while it is being started again.
     pub fn pid(&self) -> Option<u32> {
-        self.process.pid().filter(|_| self.process.alive())
+        self.started.0.pid().filter(|_| self.started.0.alive())
     }
 
     /// Its command line.
     pub fn command(&self) -> Vec<String> {
-        self.process.command()
+        self.started.0.command()
     }
 
     /// A new client of the daemon, which has answered it. On unix it takes inbound streams at a
@@ -277,8 +283,8 @@ impl P2PDaemon {
     /// # Errors
     /// The daemon has ended, or does not answer.
     pub async fn client(&self) -> Result<Client, Error> {
-        let client = Client::builder(self.process.control().clone())
-            .listen_maddr(self.process.listen_maddr())
+        let client = Client::builder(self.started.0.control().clone())
+            .listen_maddr(self.started.0.listen_maddr())
             .build()?;
         client.identify().await?;
         if let Some(keeper) = &self.keeper {
@@ -297,7 +303,7 @@ impl P2PDaemon {
         if let Some(keeper) = &self.keeper {
             keeper.over().await;
         }
-        ended(&self.process).await
+        ended(&self.started.0).await
     }
 
     /// Why a daemon that is started again ([`restart`](P2PDaemonBuilder::restart)) was given up;
@@ -315,23 +321,20 @@ impl P2PDaemon {
             // Its runtime may be one that nobody runs any more.
             let _ = timeout(self.stop_timeout, keeper.stop()).await;
         }
-        self.process.terminate();
+        self.started.0.terminate();
         // Killed it is if need be, by what comes next.
-        let _ = timeout(self.stop_timeout, ended(&self.process)).await;
-        let process = Arc::clone(&self.process);
-        if spawn_blocking(move || process.destroy()).await.is_err() {
-            // The runtime is being shut down.
-            self.process.destroy();
-        }
-        self.process.poll().unwrap_or_default()
+        let _ = timeout(self.stop_timeout, ended(&self.started.0)).await;
+        destroyed(&self.started.0).await;
+        self.started.0.poll().unwrap_or_default()
     }
 
     /// The end of what it has printed, also when it has ended: the last MiB.
     pub fn output(&self) -> String {
-        self.process.output()
+        self.started.0.output()
     }
 
-    /// What it prints, line by line from the beginning on.
+    /// The daemon's output, line by line from the beginning. Only the last 1 to 2 MiB are stored:
+    /// older lines are missing, also if the caller reads more slowly than the daemon prints.
     ///
     /// ```no_run
     /// # async fn example(daemon: p2pclient_rs::daemon::P2PDaemon) {
@@ -342,27 +345,14 @@ impl P2PDaemon {
     /// # }
     /// ```
     pub fn logs(&self) -> Logs {
-        let log = File::open(self.process.log());
         Logs {
-            // All that is left after the shutdown.
-            buffer: match log {
-                Ok(_) => Vec::new(),
-                Err(_) => self.process.output().into_bytes(),
-            },
+            buffer: Vec::new(),
             start: 0,
-            log: log.ok(),
-            process: Arc::clone(&self.process),
+            position: 0,
+            complete: false,
+            process: Arc::clone(&self.started.0),
             pause: None,
         }
-    }
-}
-
-impl Drop for P2PDaemon {
-    fn drop(&mut self) {
-        // It would take this for a death.
-        self.keeper = None;
-        // `Logs` may still have the process.
-        self.process.destroy();
     }
 }
 
@@ -385,8 +375,10 @@ fn character_end(text: &[u8], at: usize) -> usize {
 #[must_use = "a stream does nothing until it is awaited"]
 pub struct Logs {
     process: Arc<Process>,
-    /// None once all of it was read.
-    log: Option<File>,
+    /// Position in the output, in bytes.
+    position: u64,
+    /// Whether the end was reached.
+    complete: bool,
     /// Read but not given yet, from `start` on: a line that is not complete, and what came with it.
     buffer: Vec<u8>,
     start: usize,
@@ -411,7 +403,7 @@ impl Logs {
                 let piece = &rest[..character_end(rest, LINE_LIMIT)];
                 (piece, piece.len())
             }
-            None if self.log.is_none() && !rest.is_empty() => (rest, rest.len()),
+            None if self.complete && !rest.is_empty() => (rest, rest.len()),
             None => return None,
         };
         let line = String::from_utf8_lossy(line).into_owned();
@@ -419,18 +411,15 @@ impl Logs {
         Some(line)
     }
 
-    /// Reads more; how much. The file is local and in memory, and reading it blocks for no longer
+    /// Reads more; returns how much. The files are local, and reading them blocks for no longer
     /// than handing it to another thread would take.
     fn read(&mut self) -> usize {
         self.buffer.drain(..self.start);
         self.start = 0;
-        let length = self.buffer.len();
-        self.buffer.resize(length + READ_SIZE, 0);
-        let log = self.log.as_mut();
-        // No error is expected of a file of our own, and there is nothing to be done about one.
-        let read = log.map_or(0, |log| log.read(&mut self.buffer[length..]).unwrap_or(0));
-        self.buffer.truncate(length + read);
-        read
+        let (begin, data) = self.process.read_output(self.position, READ_SIZE);
+        self.position = begin + data.len() as u64;
+        self.buffer.extend_from_slice(&data);
+        data.len()
     }
 }
 
@@ -445,7 +434,7 @@ impl Stream for Logs {
                 coop.made_progress();
                 return Poll::Ready(Some(line));
             }
-            if logs.log.is_none() {
+            if logs.complete {
                 return Poll::Ready(None);
             }
             if let Some(pause) = &mut logs.pause {
@@ -456,7 +445,7 @@ impl Stream for Logs {
             let ended = logs.process.over();
             if logs.read() == 0 {
                 if ended {
-                    logs.log = None;
+                    logs.complete = true;
                 } else {
                     logs.pause = Some(Box::pin(sleep(LOOK_AGAIN)));
                 }

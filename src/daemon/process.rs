@@ -1,5 +1,5 @@
 //! A daemon's process, its files, and the janitor that clears up after it. Knows no event loop:
-//! nothing here waits, but for what has been killed, and not for ever.
+//! nothing here waits, except [`Process::destroy`], for killed processes and up to a limit.
 //!
 //! The daemon's sockets and its output are in a private directory, and whatever becomes of this
 //! process, neither the daemon nor that directory outlives it. That is so on unix; on Windows a
@@ -9,7 +9,11 @@
 mod janitor;
 #[cfg(unix)]
 mod launch;
+mod log;
 
+#[cfg(unix)]
+pub(crate) use self::janitor::Kind;
+use self::log::Log;
 #[cfg(unix)]
 use self::{
     janitor::Janitor,
@@ -20,9 +24,9 @@ use super::retry::Restarts;
 use super::start::{self, DaemonError, StartError};
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
-use crate::sockets;
+use crate::sockets::{self, Failed};
 use std::fs::{self, File};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, PipeWriter, Write as _};
 use std::net::TcpListener;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -30,14 +34,18 @@ use std::process::ExitStatus;
 #[cfg(not(unix))]
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-#[cfg(unix)]
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How much of the end of the daemon's output is kept, in bytes.
-const OUTPUT_LIMIT: u64 = 1 << 20;
+#[cfg(test)]
+const OUTPUT_LIMIT: u64 = log::LIMIT;
 /// The name of a client's socket, at its longest.
 const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
+/// How long a process that was killed is waited for. It may be in the middle of something that
+/// cannot be interrupted.
+const LAST_WAIT: Duration = Duration::from_secs(5);
 /// How long what was killed with a wrapper is waited for.
 #[cfg(unix)]
 const LEFT_BEHIND: Duration = Duration::from_millis(500);
@@ -69,6 +77,7 @@ pub struct Process {
     owner: u32,
     directory: PathBuf,
     log: PathBuf,
+    output: Log,
     /// The control socket, if that is a file outside the directory that was not there before.
     socket: Option<PathBuf>,
     clients: AtomicU64,
@@ -78,12 +87,14 @@ pub struct Process {
     begun: AtomicU64,
     /// Whether somebody starts it again when it ends.
     kept: AtomicBool,
-    /// There once it was destroyed.
-    last_output: OnceLock<String>,
+    /// The end of the output, and its position; there once the daemon was destroyed.
+    last_output: OnceLock<(u64, Vec<u8>)>,
+    /// Whether nothing is left of it.
+    destroyed: AtomicBool,
     /// Held for no longer than it takes to look.
     run: Mutex<Run>,
-    /// Held until all has ended, and while it is started.
-    ending: Mutex<()>,
+    /// Held for one step of the end, and while the daemon is started.
+    ending: Mutex<Ending>,
     #[cfg(unix)]
     janitor: Janitor,
 }
@@ -95,6 +106,29 @@ struct Run {
     status: Option<ExitStatus>,
 }
 
+/// How far the end of a daemon has come.
+#[derive(Debug, Default)]
+struct Ending {
+    phase: Phase,
+    /// When this phase began.
+    begun: Option<Instant>,
+}
+
+/// What the end of a daemon waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Phase {
+    /// The daemon, which is killed.
+    #[default]
+    Daemon,
+    /// What a wrapper has left, which may hold the control socket.
+    #[cfg(unix)]
+    Socket,
+    /// The janitor, which is killed.
+    #[cfg(unix)]
+    Janitor,
+    Over,
+}
+
 impl Process {
     /// Makes everything a daemon with these options needs, and its command line. Its private
     /// directory is made in `parent`, or where temporary files go.
@@ -103,23 +137,37 @@ impl Process {
     /// [`find`](super::find) does.
     ///
     /// # Errors
-    /// The options are wrong, or something could not be made.
+    /// The options are wrong, or something could not be made: the [`StartError`] names it.
     pub fn prepare(
         binary: PathBuf,
         options: &DaemonOptions,
         parent: Option<&Path>,
     ) -> Result<Self, DaemonError> {
+        #[cfg(unix)]
+        return Self::prepare_with(binary, options, parent, None);
+        #[cfg(not(unix))]
+        Self::prepare_with(binary, options, parent)
+    }
+
+    /// As [`prepare`](Self::prepare), with this kind of janitor.
+    pub(crate) fn prepare_with(
+        binary: PathBuf,
+        options: &DaemonOptions,
+        parent: Option<&Path>,
+        #[cfg(unix)] janitor: Option<Kind>,
+    ) -> Result<Self, DaemonError> {
         options.validate()?;
-        let directory = sockets::private_directory(parent, "p2pd-", LONGEST_SOCKET)?;
+        let directory = sockets::make_private_directory(parent, "p2pd-", LONGEST_SOCKET)
+            .map_err(StartError::not_prepared)?;
         let mut options = options.clone();
         if options.restart > 0 {
-            make_repeatable(&mut options, directory.path())?;
+            make_repeatable(&mut options, directory.path()).map_err(StartError::not_prepared)?;
         }
         let control = match &options.control {
             Some(control) => control.clone(),
             None => default_control(directory.path()),
         };
-        let control = with_free_port(control)?;
+        let control = with_free_port(control).map_err(StartError::not_prepared)?;
         let arguments = DaemonOptions {
             flavour: Flavour::of(&binary),
             control: Some(control.clone()),
@@ -138,15 +186,18 @@ impl Process {
         });
         #[cfg(unix)]
         // Before the daemon, so that there is no time at which nobody would clear up.
-        let janitor = Janitor::start([Some(directory.path()), socket.as_deref()])?;
+        let janitor = Janitor::start([Some(directory.path()), socket.as_deref()], janitor)
+            .map_err(StartError::not_prepared)?;
         let directory = directory.keep();
+        let log = directory.join("log");
         Ok(Process {
             binary,
             arguments,
             control,
             options,
             owner: std::process::id(),
-            log: directory.join("log"),
+            output: Log::new(&log),
+            log,
             directory,
             socket,
             clients: AtomicU64::new(0),
@@ -154,8 +205,9 @@ impl Process {
             begun: AtomicU64::new(0),
             kept: AtomicBool::new(false),
             last_output: OnceLock::new(),
+            destroyed: AtomicBool::new(false),
             run: Mutex::default(),
-            ending: Mutex::new(()),
+            ending: Mutex::default(),
             #[cfg(unix)]
             janitor,
         })
@@ -214,34 +266,33 @@ impl Process {
     /// # Errors
     /// It cannot be executed, is running, or was destroyed.
     pub fn spawn(&self) -> Result<(), StartError> {
-        self.try_spawn()
-            .map_err(|error| StartError::not_run(self.command(), error))
-    }
-
-    fn try_spawn(&self) -> io::Result<()> {
+        let refused = |why: &str| StartError::not_run(self.command(), io::Error::other(why));
         if !self.owned() {
-            return Err(io::Error::other(
+            return Err(refused(
                 "it belongs to the process that made it, of which this is a forked child",
             ));
         }
-        let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ended() {
-            return Err(io::Error::other("it was stopped"));
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        if ending.begun.is_some() {
+            return Err(refused("it was stopped"));
         }
         let mut run = self.run();
         self.reap(&mut run);
         let ran = run.child.is_some();
         if ran && run.status.is_none() {
-            return Err(io::Error::other("it is running"));
+            return Err(refused("it is running"));
         }
         #[cfg(unix)]
         // It may have died without removing it.
         if let (true, Ok(Endpoint::Unix(path))) = (ran, self.control.endpoint()) {
             let _ = sockets::remove_stale(Path::new(&path));
         }
-        let log = File::options().create(true).append(true).open(&self.log)?;
-        let begun = log.metadata()?.len();
-        let child = self.launch(log)?;
+        let launched = self.output.begin_run().and_then(|(output, begun)| {
+            let child = self.launch(output)?;
+            Ok((child, begun))
+        });
+        let (child, begun) =
+            launched.map_err(|failed| StartError::failed(self.command(), failed))?;
         self.begun.store(begun, Ordering::Relaxed);
         self.pid.store(child.id(), Ordering::Relaxed);
         *run = Run {
@@ -252,10 +303,11 @@ impl Process {
     }
 
     #[cfg(unix)]
-    fn launch(&self, log: File) -> io::Result<Child> {
-        let null = File::open("/dev/null")?;
+    fn launch(&self, output: PipeWriter) -> Result<Child, Failed> {
+        let null =
+            File::open("/dev/null").map_err(Failed::at(|| "cannot open /dev/null for reading"))?;
         let arguments = self.arguments.iter().map(String::as_bytes);
-        let launch = Launch::new(&self.binary, arguments, [&null, &log, &log])?;
+        let launch = Launch::new(&self.binary, arguments, [&null, &output, &output])?;
         let launched = self.janitor.announced(launch)?.run();
         if launched.is_err() {
             self.janitor.tell(0);
@@ -264,13 +316,18 @@ impl Process {
     }
 
     #[cfg(not(unix))]
-    fn launch(&self, log: File) -> io::Result<Child> {
-        Command::new(&self.binary)
-            .args(&self.arguments)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
+    fn launch(&self, output: PipeWriter) -> Result<Child, Failed> {
+        let run = || -> io::Result<Child> {
+            Command::new(&self.binary)
+                .args(&self.arguments)
+                .stdin(Stdio::null())
+                .stdout(output.try_clone()?)
+                .stderr(output)
+                .spawn()
+        };
+        run().map_err(Failed::at(|| {
+            format!("cannot execute {}", self.binary.display())
+        }))
     }
 
     /// The command line.
@@ -297,7 +354,8 @@ impl Process {
         unix_maddr(&self.directory.join(name))
     }
 
-    /// The file with the daemon's output. It goes with [`destroy`](Self::destroy).
+    /// The file with the daemon's newest output, at most a MiB; the file with `.1` added to its
+    /// name has up to a MiB more, from before. They go with [`destroy`](Self::destroy).
     pub fn log(&self) -> &Path {
         &self.log
     }
@@ -312,9 +370,15 @@ impl Process {
         self.owner == std::process::id()
     }
 
-    /// Whether it was destroyed.
+    /// Whether it was destroyed, though some of its files or processes may be there still.
     pub(crate) fn ended(&self) -> bool {
         self.last_output.get().is_some()
+    }
+
+    /// Whether it was destroyed and nothing is left of it.
+    #[cfg_attr(not(feature = "python"), allow(dead_code))]
+    pub(crate) fn destroyed(&self) -> bool {
+        self.destroyed.load(Ordering::Acquire)
     }
 
     /// Whether the daemon is running; a forked child can tell too.
@@ -335,6 +399,7 @@ impl Process {
             // Another thread of the parent may have held it.
             return self.run.try_lock().ok()?.status;
         }
+        self.output.retry();
         let mut run = self.run();
         self.reap(&mut run);
         run.status
@@ -355,7 +420,8 @@ impl Process {
         }
     }
 
-    /// The end of what the daemon has printed.
+    /// The end of what the daemon has printed: the last MiB. Once the daemon has ended, it is
+    /// complete.
     pub fn output(&self) -> String {
         self.output_from(0)
     }
@@ -366,68 +432,137 @@ impl Process {
     }
 
     fn output_from(&self, begin: u64) -> String {
-        if let Some(output) = self.last_output.get() {
-            return output.clone();
-        }
-        let tail = || -> io::Result<Vec<u8>> {
-            let mut log = File::open(&self.log)?;
-            let length = log.metadata()?.len();
-            let begin = begin.max(length.saturating_sub(OUTPUT_LIMIT));
-            log.seek(SeekFrom::Start(begin))?;
-            let mut tail = Vec::new();
-            log.take(OUTPUT_LIMIT).read_to_end(&mut tail)?;
-            Ok(tail)
+        let (first, output) = if !self.owned() && !self.ended() {
+            (begin, log::tail_of_files(&self.log))
+        } else {
+            let tail = self.output.tail(begin);
+            // It may have been destroyed meanwhile.
+            self.last_output.get().cloned().unwrap_or(tail)
         };
-        // Not there before the start; nothing else is expected of a file of our own.
-        String::from_utf8_lossy(&tail().unwrap_or_default()).into_owned()
+        let before = usize::try_from(begin.saturating_sub(first)).unwrap_or(usize::MAX);
+        let output = output.get(before..).unwrap_or_default();
+        String::from_utf8_lossy(output).into_owned()
+    }
+
+    /// At most `limit` bytes of the output from a position on, and the position of the first one:
+    /// a later one if the output there is no longer stored.
+    #[cfg_attr(not(feature = "tokio"), allow(dead_code))]
+    pub(crate) fn read_output(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
+        let read = self.output.read(begin, limit as u64);
+        let Some((first, output)) = self.last_output.get() else {
+            return read;
+        };
+        let begin = begin.max(*first);
+        let output = output.get((begin - first) as usize..).unwrap_or_default();
+        (begin, output[..limit.min(output.len())].to_vec())
+    }
+
+    /// Ends the thread that stores the output, until [`resume`](Self::resume). Before a fork: a
+    /// lock that the thread holds would never be released in the child.
+    #[cfg_attr(not(feature = "python"), allow(dead_code))]
+    pub(crate) fn pause(&self) {
+        if self.owned() {
+            self.output.stop_draining();
+        }
+    }
+
+    /// Undoes [`pause`](Self::pause).
+    #[cfg_attr(not(feature = "python"), allow(dead_code))]
+    pub(crate) fn resume(&self) {
+        if self.owned() {
+            self.output.resume();
+        }
     }
 
     /// Ends all of it now; status and output can still be had. Waits for the daemon that was
     /// killed, which takes milliseconds; one that the kernel does not let go of is given up after
-    /// five seconds.
+    /// five seconds. [`try_destroy`](Self::try_destroy) does not wait.
     pub fn destroy(&self) {
-        if !self.owned() {
-            return;
-        }
-        let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ended() {
-            return;
-        }
-        self.end_daemon();
-        // Before the file goes: from now on it is had from here.
-        let _ = self.last_output.set(self.output());
-        let _ = fs::remove_dir_all(&self.directory);
-        if let Some(socket) = &self.socket {
-            // Another daemon may serve there by now, and so may one that a wrapper has left
-            // behind: that was killed, but need not have ended.
-            #[cfg(unix)]
-            launch::wait_until(LEFT_BEHIND, || {
-                let _ = sockets::remove_stale(socket);
-                socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
-            });
-            #[cfg(not(unix))]
-            let _ = fs::remove_file(socket);
-        }
-        // After them: should this process be killed meanwhile, the janitor does the rest.
-        #[cfg(unix)]
-        self.janitor.dismiss();
+        self.destroy_within(Duration::MAX);
     }
 
-    #[cfg(unix)]
-    fn end_daemon(&self) {
-        self.signal(&mut self.run(), Signal::Kill);
-        let running = self.pid().is_some();
-        launch::wait_a_little(|| !running || self.poll().is_some());
+    /// As [`destroy`](Self::destroy), but for no longer than `limit`. Returns whether it is done.
+    pub(crate) fn destroy_within(&self, limit: Duration) -> bool {
+        let begun = Instant::now();
+        let mut pause = Duration::from_micros(200);
+        while !self.try_destroy() {
+            if begun.elapsed() >= limit {
+                return false;
+            }
+            thread::sleep(pause);
+            pause = (2 * pause).min(Duration::from_millis(10));
+        }
+        true
     }
 
-    #[cfg(not(unix))]
-    fn end_daemon(&self) {
+    /// Does the next step of [`destroy`](Self::destroy) without waiting: kills the daemon, and
+    /// removes its files once it has ended. Returns whether nothing is left. The caller repeats it
+    /// every few milliseconds until then, for about ten seconds at most.
+    pub fn try_destroy(&self) -> bool {
+        if !self.owned() || self.destroyed() {
+            return true;
+        }
+        let mut ending = match self.ending.try_lock() {
+            Ok(ending) => ending,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        loop {
+            let waited = ending.begun.get_or_insert_with(Instant::now).elapsed();
+            let next = match ending.phase {
+                Phase::Daemon if self.end_daemon() || waited >= LAST_WAIT => {
+                    self.output.close();
+                    // Before the files go: from now on it is had from here.
+                    let _ = self.last_output.set(self.output.tail(0));
+                    let _ = fs::remove_dir_all(&self.directory);
+                    #[cfg(unix)]
+                    let next = Phase::Socket;
+                    #[cfg(not(unix))]
+                    let next = Phase::Over;
+                    #[cfg(not(unix))]
+                    if let Some(socket) = &self.socket {
+                        let _ = fs::remove_file(socket);
+                    }
+                    next
+                }
+                #[cfg(unix)]
+                Phase::Socket if self.end_socket() || waited >= LEFT_BEHIND => Phase::Janitor,
+                // After the files: should this process be killed meanwhile, it removes them.
+                #[cfg(unix)]
+                Phase::Janitor if self.janitor.dismiss() || waited >= LAST_WAIT => {
+                    self.janitor.cut_lifeline();
+                    Phase::Over
+                }
+                Phase::Over => {
+                    self.destroyed.store(true, Ordering::Release);
+                    return true;
+                }
+                _ => return false,
+            };
+            *ending = Ending {
+                phase: next,
+                begun: Some(Instant::now()),
+            };
+        }
+    }
+
+    /// Kills the daemon; whether it has ended, or never ran.
+    fn end_daemon(&self) -> bool {
         let mut run = self.run();
         self.signal(&mut run, Signal::Kill);
-        if let Some(daemon) = run.child.as_mut() {
-            let _ = daemon.wait();
-        }
         self.reap(&mut run);
+        run.child.is_none() || run.status.is_some()
+    }
+
+    /// Removes the control socket; whether it is gone, or not this daemon's.
+    #[cfg(unix)]
+    fn end_socket(&self) -> bool {
+        // Another daemon may serve there by now, and so may one that a wrapper has left behind:
+        // that was killed, but need not have ended.
+        self.socket.as_ref().is_none_or(|socket| {
+            let _ = sockets::remove_stale(socket);
+            socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
+        })
     }
 
     /// Lets go of what tells the janitor that this process lives. For a forked child, in which it
@@ -560,7 +695,7 @@ pub(crate) fn unused_tcp_port(host: &str) -> io::Result<u16> {
 }
 
 /// Gives the options an identity and ports that are the same at every start.
-fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> io::Result<()> {
+fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> Result<(), Failed> {
     for address in &mut options.host_addrs {
         // Of others than plain TCP the port is left to the daemon.
         if let Ok(maddr) = address.parse() {
@@ -569,7 +704,9 @@ fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> io::Result<
     }
     if options.identity.is_none() {
         let path = directory.join("identity.key");
-        new_identity(&path)?;
+        new_identity(&path).map_err(Failed::at(|| {
+            format!("cannot write the identity file {}", path.display())
+        }))?;
         options.identity = Some(path);
     }
     Ok(())
@@ -579,7 +716,10 @@ fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> io::Result<
 /// one set of them in 2^128.
 fn new_identity(path: &Path) -> io::Result<()> {
     let mut key = *b"\x08\x02\x12\x20--------------------------------";
-    getrandom::fill(&mut key[4..]).map_err(|error| io::Error::other(error.to_string()))?;
+    getrandom::fill(&mut key[4..]).map_err(|error| match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number as _),
+        None => io::Error::other(error.to_string()),
+    })?;
     let mut options = File::options();
     options.write(true).create_new(true);
     #[cfg(unix)]
@@ -588,7 +728,7 @@ fn new_identity(path: &Path) -> io::Result<()> {
 }
 
 /// Replaces TCP port 0: not every daemon says which port it was given.
-fn with_free_port(control: Multiaddr) -> io::Result<Multiaddr> {
+fn with_free_port(control: Multiaddr) -> Result<Multiaddr, Failed> {
     let host = match control.endpoint() {
         Ok(Endpoint::Tcp { host, port: 0 }) => host,
         _ => return Ok(control),
@@ -598,7 +738,9 @@ fn with_free_port(control: Multiaddr) -> io::Result<Multiaddr> {
         Host::Ip6(ip) => ip.to_string(),
         Host::Dns(_) | Host::Dns4(_) | Host::Dns6(_) => return Ok(control),
     };
-    let port = unused_tcp_port(&ip)?;
+    let port = unused_tcp_port(&ip).map_err(Failed::at(|| {
+        format!("cannot find a free TCP port of {ip}")
+    }))?;
     Ok((&Endpoint::Tcp { host, port }).into())
 }
 
@@ -702,6 +844,11 @@ mod tests {
         let state = String::from_utf8(state.stdout).unwrap();
         !state.trim().is_empty() && !state.starts_with('Z')
     }
+
+    #[cfg(target_os = "linux")]
+    const KINDS: &[Option<Kind>] = &[None, Some(Kind::Shell), Some(Kind::Forked)];
+    #[cfg(not(target_os = "linux"))]
+    const KINDS: &[Option<Kind>] = &[None, Some(Kind::Shell)];
 
     /// The numbers that the script printed, one a line.
     fn printed(process: &Process) -> Vec<u32> {
@@ -944,7 +1091,10 @@ mod tests {
 
     #[test]
     fn the_janitor_ends_the_group_it_was_told_unless_that_has_ended() {
-        for has_ended in [false, true] {
+        for (kind, has_ended) in KINDS
+            .iter()
+            .flat_map(|kind| [(*kind, false), (*kind, true)])
+        {
             let mut other = Command::new("sleep");
             let mut other = std::os::unix::process::CommandExt::process_group(&mut other, 0)
                 .arg("1000")
@@ -952,8 +1102,10 @@ mod tests {
                 .unwrap();
             let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
             let files = directory.path().join("d i r");
-            fs::create_dir(&files).unwrap();
-            let janitor = Janitor::start([Some(files.as_path())]).unwrap();
+            fs::create_dir_all(files.join("within")).unwrap();
+            fs::write(files.join("within/file"), "").unwrap();
+            std::os::unix::fs::symlink("/tmp", files.join("link")).unwrap();
+            let janitor = Janitor::start([Some(files.as_path())], kind).unwrap();
             janitor.tell(other.id());
             if has_ended {
                 janitor.tell(0);
@@ -968,31 +1120,118 @@ mod tests {
                 assert_eq!(exit_code(other.wait().unwrap()), -15);
                 until(|| !files.exists());
             }
-            janitor.dismiss();
+            until(|| janitor.dismiss());
         }
+    }
+
+    #[test]
+    fn a_failed_preparation_is_a_start_error_that_names_the_file() {
+        let prepare = |parent: &Path, options: &DaemonOptions| match Process::prepare(
+            "/bin/sh".into(),
+            options,
+            Some(parent),
+        ) {
+            Err(DaemonError::Start(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        let options = DaemonOptions::default();
+        for (parent, number) in [("/no/such", 2), ("/dev/null", 20)] {
+            let error = prepare(Path::new(parent), &options);
+            let cause = error.cause.clone().unwrap();
+            let begin = format!("cannot create the directory {parent}/p2pd-");
+            assert!(cause.starts_with(&begin), "{cause}");
+            assert_eq!(error.source.as_ref().unwrap().raw_os_error(), Some(number));
+            assert!(error.to_string().contains("hint: set TMPDIR"), "{error}");
+        }
+        let elsewhere = DaemonOptions {
+            control: Some("/ip4/192.0.2.1/tcp/0".parse().unwrap()),
+            ..options
+        };
+        let cause = prepare(&std::env::temp_dir(), &elsewhere).cause.unwrap();
+        assert!(
+            cause.starts_with("cannot find a free TCP port of 192.0.2.1: "),
+            "{cause}"
+        );
+    }
+
+    #[test]
+    fn a_binary_that_vanished_is_named() {
+        let binary = PathBuf::from("/no/such/p2pd");
+        let process = Process::prepare(binary, &DaemonOptions::default(), None).unwrap();
+        let error = process.spawn().unwrap_err();
+        let cause = error.cause.unwrap();
+        assert!(
+            cause.starts_with("cannot execute /no/such/p2pd: "),
+            "{cause}"
+        );
+        assert_eq!(error.source.unwrap().raw_os_error(), Some(2));
+        // It can be tried again.
+        assert!(process.spawn().is_err());
+    }
+
+    #[test]
+    fn a_step_of_the_end_does_not_wait() {
+        let process = running("trap '' TERM; echo ready");
+        let pid = process.pid().unwrap();
+        let begun = Instant::now();
+        let mut longest = Duration::ZERO;
+        loop {
+            let before = Instant::now();
+            let done = process.try_destroy();
+            longest = longest.max(before.elapsed());
+            if done {
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(15));
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(longest < Duration::from_millis(250), "{longest:?}");
+        assert!(process.destroyed() && process.try_destroy());
+        assert!(!runs(pid) && !process.directory.exists());
+        assert!(!runs(process.janitor_pid()));
+        let error = process.spawn().unwrap_err();
+        assert_eq!(error.cause.as_deref(), Some("it was stopped"));
+    }
+
+    #[test]
+    fn it_is_not_started_again_once_its_end_has_begun() {
+        let process = ended("exit 0");
+        // As after the first of several steps.
+        process.ending.lock().unwrap().begun = Some(Instant::now());
+        let error = process.spawn().unwrap_err();
+        assert_eq!(error.cause.as_deref(), Some("it was stopped"));
     }
 
     /// The test starts itself, as the process that is to be killed.
     #[test]
     fn the_death_of_this_process_ends_the_daemon_and_removes_its_files() {
         const IN_CHILD: &str = "P2PCLIENT_RS_TEST_PARENT";
-        if std::env::var_os(IN_CHILD).is_some() {
-            let process = running("echo ready");
+        if let Some(kind) = std::env::var_os(IN_CHILD) {
+            let kind = KINDS[kind.to_str().unwrap().parse::<usize>().unwrap()];
+            let mut process =
+                Process::prepare_with("/bin/sh".into(), &DaemonOptions::default(), None, kind)
+                    .unwrap();
+            let body = "echo ready; while :; do sleep 0.02; done";
+            process.arguments = vec!["-c".into(), body.into()];
+            process.spawn().unwrap();
+            until(|| process.output().contains("ready"));
             let (pid, janitor) = (process.pid().unwrap(), process.janitor_pid());
             println!("\n{pid} {janitor} {}", process.directory.display());
             kill_process(rustix::process::getpid(), Signal::KILL).unwrap();
         }
         let name = "the_death_of_this_process_ends_the_daemon_and_removes_its_files";
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args([name, "--nocapture", "--test-threads=1"])
-            .env(IN_CHILD, "1")
-            .output()
-            .unwrap();
-        assert_eq!(exit_code(output.status), -9);
-        let output = String::from_utf8(output.stdout).unwrap();
-        let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
-        let told: Vec<_> = told.split(' ').collect();
-        let [pid, janitor] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
-        until(|| !runs(pid) && !runs(janitor) && !Path::new(told[2]).exists());
+        for kind in 0..KINDS.len() {
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args([name, "--nocapture", "--test-threads=1"])
+                .env(IN_CHILD, kind.to_string())
+                .output()
+                .unwrap();
+            assert_eq!(exit_code(output.status), -9);
+            let output = String::from_utf8(output.stdout).unwrap();
+            let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
+            let told: Vec<_> = told.split(' ').collect();
+            let [pid, janitor] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
+            until(|| !runs(pid) && !runs(janitor) && !Path::new(told[2]).exists());
+        }
     }
 }

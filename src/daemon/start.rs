@@ -2,16 +2,21 @@
 //!
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
-use super::diagnosis::{diagnose, excerpt, Startup, UNCONNECTED};
+use super::diagnosis::{diagnose, excerpt, hint, hint_of_system, Startup, TOO_SLOW, UNCONNECTED};
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use crate::core::PeerId;
+#[cfg(feature = "process")]
+use crate::sockets::Failed;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 /// How many lines of its output the error of a failed start shows.
 const LOG_LINES: usize = 20;
+
+/// In the message of a daemon that was given up.
+const NOT_READY: &str = "was not ready";
 
 /// A daemon could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -23,16 +28,12 @@ pub enum DaemonError {
     /// There is no binary.
     #[error(transparent)]
     NotFound(#[from] NotFound),
-    /// It could not be run, ended, or was not ready in time.
+    /// It could not be prepared or run, ended, or was not ready in time.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// What it needs could not be made: its private directory, a free port, the process that
-    /// clears up after this one.
-    #[error("the daemon's start could not be prepared: {0}")]
-    Io(#[from] io::Error),
 }
 
-/// A daemon could not be run, ended before it was ready, or was not ready in time.
+/// A daemon could not be prepared or run, ended before it was ready, or was not ready in time.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StartError {
@@ -46,17 +47,22 @@ pub struct StartError {
     pub logs: Vec<String>,
     /// The cause in one line, where it can be told.
     pub cause: Option<String>,
-    /// Why it could not be run.
+    /// The operating system's error, if it could not be prepared or run.
     pub source: Option<Arc<io::Error>>,
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.brief())?;
-        let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
-        write!(f, "\n  command: {}", words.join(" "))?;
+        if !self.command.is_empty() {
+            let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
+            write!(f, "\n  command: {}", words.join(" "))?;
+        }
         if !self.logs.is_empty() {
             write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
+        }
+        if let Some(hint) = self.hint() {
+            write!(f, "\n  hint: {hint}")?;
         }
         Ok(())
     }
@@ -74,13 +80,34 @@ impl StartError {
         // The operating system's words are the shell's, which the diagnosis knows.
         let words = error.to_string();
         let reason = words.split(" (os error ").next().unwrap_or(&words);
+        let cause = diagnose(reason, None, &[]).unwrap_or_else(|| reason.into());
         StartError {
             message: "the daemon could not be run".into(),
             command,
             status: None,
             logs: Vec::new(),
-            cause: diagnose(reason, None, &[]).or_else(|| Some(reason.into())),
+            cause: Some(cause),
             source: Some(Arc::new(error)),
+        }
+    }
+
+    /// The operating system refused something that running the daemon needs.
+    #[cfg(feature = "process")]
+    pub(crate) fn failed(command: Vec<String>, failed: Failed) -> Self {
+        let cause = failed.to_string();
+        let known = diagnose(&cause, None, &[]);
+        StartError {
+            cause: Some(known.map_or(cause, |known| format!("{known}: {}", failed.operation))),
+            ..Self::not_run(command, failed.error)
+        }
+    }
+
+    /// The operating system refused something before the daemon was run.
+    #[cfg(feature = "process")]
+    pub(crate) fn not_prepared(failed: Failed) -> Self {
+        StartError {
+            message: "the daemon's start could not be prepared".into(),
+            ..Self::failed(Vec::new(), failed)
         }
     }
 
@@ -99,7 +126,7 @@ impl StartError {
             Some(status) => format!("the daemon {} before it was ready", describe(status)),
             None => {
                 cause = cause.or(obstacle);
-                format!("the daemon was not ready in {timeout} seconds")
+                format!("the daemon {NOT_READY} in {timeout} seconds")
             }
         };
         let logs = last_lines(output);
@@ -119,17 +146,28 @@ impl StartError {
     /// It was ready, and ended with `status`.
     pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
         let arguments = command.get(1..).unwrap_or_default();
+        let cause = status.and_then(|status| diagnose(output, Some(status), arguments));
         StartError {
             message: match status {
                 Some(status) => format!("the daemon {}", describe(status)),
                 None => "the daemon is running".into(),
             },
-            cause: status.and_then(|status| diagnose(output, Some(status), arguments)),
+            cause,
             command,
             status,
             logs: last_lines(output),
             source: None,
         }
+    }
+
+    /// What to do about it, in one line, where that can be told.
+    pub fn hint(&self) -> Option<&'static str> {
+        let of_cause = || hint(self.cause.as_deref()?);
+        if let Some(source) = &self.source {
+            let operation = self.cause.as_deref().unwrap_or_default();
+            return hint_of_system(operation, source).or_else(of_cause);
+        }
+        of_cause().or_else(|| self.message.contains(NOT_READY).then_some(TOO_SLOW))
     }
 
     /// What happened and why, without the command line and the output.
@@ -303,7 +341,8 @@ mod tests {
              no permission to listen on 127.0.0.1:1\n  \
              command: '/a b/p2pd' '-id=it'\"'\"'s' ''\n  \
              last output:\n    before\n    \
-             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied"
+             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n  \
+             hint: choose a port from 1024 on, or a path in a directory that this user can write to"
         );
     }
 
@@ -347,8 +386,58 @@ mod tests {
         assert_eq!(
             killed.to_string(),
             "the daemon was killed by SIGKILL: something killed it, maybe for lack of memory\n  \
-             command: p2pd\n  last output:\n    before\n    last"
+             command: p2pd\n  last output:\n    before\n    last\n  \
+             hint: look for the out-of-memory killer in the kernel's log (dmesg), and allow the \
+             daemon more memory"
         );
+    }
+
+    #[test]
+    #[cfg(feature = "process")]
+    fn a_failed_operation_is_named_with_the_systems_words_and_a_hint() {
+        let failed = |operation: &str, number| Failed {
+            operation: operation.into(),
+            error: io::Error::from_raw_os_error(number),
+        };
+        for (operation, number, cause, hint) in [
+            (
+                "cannot create the directory /no/d",
+                2,
+                "No such file",
+                "set TMPDIR",
+            ),
+            (
+                "cannot create the directory /d",
+                28,
+                "No space left",
+                "free some space",
+            ),
+            (
+                "cannot create a pipe",
+                24,
+                "Too many open files",
+                "ulimit -n",
+            ),
+            ("cannot start another process", 11, "Resource", "ulimit -u"),
+        ] {
+            let error = StartError::not_prepared(failed(operation, number));
+            let text = error.to_string();
+            let begin = format!("the daemon's start could not be prepared: {operation}: {cause}");
+            assert!(text.starts_with(&begin), "{text}");
+            assert!(text.lines().count() == 2 && text.contains(hint), "{text}");
+            assert_eq!(error.source.unwrap().raw_os_error(), Some(number));
+        }
+        let foreign = StartError::failed(command(&["p2pd"]), failed("cannot execute p2pd", 8));
+        assert!(foreign.hint().unwrap().contains("P2PD_PATH"));
+        let cause = foreign.cause.unwrap();
+        assert!(cause.starts_with("the binary is not for this"), "{cause}");
+        assert!(cause.ends_with(": cannot execute p2pd"), "{cause}");
+    }
+
+    #[test]
+    fn a_daemon_that_is_too_slow_has_a_hint() {
+        let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, None);
+        assert!(silent.to_string().ends_with(TOO_SLOW));
     }
 
     #[test]

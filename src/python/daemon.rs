@@ -15,7 +15,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// `bool | str`: on and off, or on with a choice.
 #[derive(FromPyObject)]
@@ -133,7 +135,7 @@ fn value_error(error: OptionsError) -> PyErr {
     }
 }
 
-/// Finds the daemon's binary; returns it, or None and every place looked at.
+/// Finds the daemon's binary; returns it, or None, the places searched, and a hint.
 #[pyfunction]
 #[pyo3(signature = (explicit, variable, path, hivemind))]
 pub fn find_daemon(
@@ -141,7 +143,7 @@ pub fn find_daemon(
     variable: Option<OsString>,
     path: Option<OsString>,
     hivemind: Vec<PathBuf>,
-) -> (Option<PathBuf>, Vec<String>) {
+) -> (Option<PathBuf>, Vec<String>, Option<&'static str>) {
     let search = Search {
         explicit: explicit.as_deref(),
         variable: variable.as_deref(),
@@ -149,8 +151,8 @@ pub fn find_daemon(
         hivemind,
     };
     match daemon::find(&search) {
-        Ok(binary) => (Some(binary), Vec::new()),
-        Err(error) => (None, error.looked_at),
+        Ok(binary) => (Some(binary), Vec::new(), None),
+        Err(error) => (None, error.looked_at, Some(error.hint)),
     }
 }
 
@@ -165,28 +167,109 @@ pub fn unused_tcp_port(py: Python<'_>, host: &str) -> PyResult<u16> {
         .map_err(errors::os_error)
 }
 
-/// A daemon's process, its janitor and its files. Nothing is waited for.
+/// Keeps other threads out of the methods of daemons while this process forks: a lock that one of
+/// them held would never be released in the child.
+struct Gate {
+    within: AtomicUsize,
+    /// The number of threads that are forking.
+    closed: AtomicUsize,
+}
+
+static GATE: Gate = Gate {
+    within: AtomicUsize::new(0),
+    closed: AtomicUsize::new(0),
+};
+
+impl Gate {
+    /// How long a fork waits for other threads. Each is within for some milliseconds.
+    const PATIENCE: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_micros(100);
+
+    fn pass<T>(&self, work: impl FnOnce() -> T) -> T {
+        struct Within<'a>(&'a AtomicUsize);
+        impl Drop for Within<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        loop {
+            self.within.fetch_add(1, Ordering::SeqCst);
+            let within = Within(&self.within);
+            if self.closed.load(Ordering::SeqCst) == 0 {
+                let outcome = work();
+                drop(within);
+                return outcome;
+            }
+            drop(within);
+            thread::sleep(Self::PAUSE);
+        }
+    }
+
+    fn close(&self) {
+        self.closed.fetch_add(1, Ordering::SeqCst);
+        let begun = Instant::now();
+        while self.within.load(Ordering::SeqCst) > 0 && begun.elapsed() < Self::PATIENCE {
+            thread::sleep(Self::PAUSE);
+        }
+    }
+
+    fn open(&self) {
+        self.closed.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// For a forked child, which has only the thread that forked.
+    fn reset(&self) {
+        self.closed.store(0, Ordering::SeqCst);
+        self.within.store(0, Ordering::SeqCst);
+    }
+}
+
+/// Does what may wait for a lock of a daemon, with the interpreter released.
+fn outside<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
+    py.detach(|| GATE.pass(work))
+}
+
+/// A daemon's process, its janitor and its files.
 ///
-/// All but `destroy`, whose lock a forked child never takes, keep the interpreter's lock: so that
-/// no thread holds a lock of it when another forks.
+/// Whatever takes a lock of it lets go of the interpreter first. A forked child never waits for one.
 #[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
 pub struct DaemonProcess(Process);
 
 #[pymethods]
 impl DaemonProcess {
+    /// `janitor` is "shell" or "forked"; by default "forked" only if there is no shell.
     #[new]
-    fn new(binary: PathBuf, options: &Bound<'_, DaemonOptions>, parent: PathBuf) -> PyResult<Self> {
-        Process::prepare(binary, &options.get().0, Some(&parent))
-            .map(DaemonProcess)
-            .map_err(prepare_error)
+    #[pyo3(signature = (binary, options, parent, *, janitor = None))]
+    fn new(
+        py: Python<'_>,
+        binary: PathBuf,
+        options: &Bound<'_, DaemonOptions>,
+        parent: PathBuf,
+        janitor: Option<&str>,
+    ) -> PyResult<Self> {
+        let janitor = match janitor {
+            None => None,
+            #[cfg(unix)]
+            Some("shell") => Some(process::Kind::Shell),
+            #[cfg(target_os = "linux")]
+            Some("forked") => Some(process::Kind::Forked),
+            Some(other) => {
+                return Err(PyValueError::new_err(format!("no such janitor: {other:?}")));
+            }
+        };
+        let options = &options.get().0;
+        outside(py, || {
+            Process::prepare_with(binary, options, Some(&parent), janitor)
+        })
+        .map(DaemonProcess)
+        .map_err(|error| prepare_error(py, error))
     }
 
     /// The same daemon in a process of its own, which does not connect to its bootstrap peers.
-    fn without_bootstrap(&self) -> PyResult<Self> {
-        self.0
-            .without_bootstrap()
+    fn without_bootstrap(&self, py: Python<'_>) -> PyResult<Self> {
+        outside(py, || self.0.without_bootstrap())
             .map(DaemonProcess)
-            .map_err(prepare_error)
+            .map_err(|error| prepare_error(py, error))
     }
 
     /// Each with its address as it was given.
@@ -211,13 +294,13 @@ impl DaemonProcess {
 
     /// Whether it has ended and nobody starts it again.
     #[getter]
-    fn over(&self) -> bool {
-        self.0.over()
+    fn over(&self, py: Python<'_>) -> bool {
+        outside(py, || self.0.over())
     }
 
     /// Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be executed.
     fn spawn(&self, py: Python<'_>) -> PyResult<()> {
-        self.0.spawn().map_err(|error| start_error(py, error))
+        outside(py, || self.0.spawn()).map_err(|error| start_error(py, error))
     }
 
     #[getter]
@@ -262,33 +345,73 @@ impl DaemonProcess {
     }
 
     #[getter]
-    fn alive(&self) -> bool {
-        self.0.alive()
+    fn destroyed(&self) -> bool {
+        self.0.destroyed()
+    }
+
+    #[getter]
+    fn alive(&self, py: Python<'_>) -> bool {
+        outside(py, || self.0.alive())
     }
 
     /// The exit status, negative for a signal; None if the daemon is running.
-    fn poll(&self) -> Option<i32> {
-        self.0.poll().map(exit_code)
+    fn poll(&self, py: Python<'_>) -> Option<i32> {
+        outside(py, || self.0.poll()).map(exit_code)
     }
 
     /// Asks the daemon and its children to end, if it is running.
-    fn terminate(&self) {
-        self.0.terminate();
+    fn terminate(&self, py: Python<'_>) {
+        outside(py, || self.0.terminate());
     }
 
     /// Kills the daemon and its children, if it is running.
-    fn kill(&self) {
-        self.0.kill();
+    fn kill(&self, py: Python<'_>) {
+        outside(py, || self.0.kill());
     }
 
     /// The end of what the daemon has printed.
-    fn output(&self) -> String {
-        self.0.output()
+    fn output(&self, py: Python<'_>) -> String {
+        outside(py, || self.0.output())
+    }
+
+    /// Does the next step of `destroy` without waiting; returns whether nothing is left.
+    fn try_destroy(&self, py: Python<'_>) -> bool {
+        outside(py, || self.0.try_destroy())
+    }
+
+    /// Before a fork: waits until no thread is within one of these methods, and keeps all out
+    /// until `let_in`.
+    #[staticmethod]
+    fn keep_out(py: Python<'_>) {
+        py.detach(|| GATE.close());
+    }
+
+    #[staticmethod]
+    fn let_in(child: bool) {
+        if child {
+            GATE.reset();
+        } else {
+            GATE.open();
+        }
+    }
+
+    /// Before a fork: ends the thread that stores the output.
+    fn pause(&self, py: Python<'_>) {
+        py.detach(|| self.0.pause());
+    }
+
+    /// Undoes `pause`.
+    fn resume(&self, py: Python<'_>) {
+        py.detach(|| self.0.resume());
     }
 
     /// Ends all of it now.
     fn destroy(&self, py: Python<'_>) {
-        py.detach(|| self.0.destroy());
+        let mut pause = Duration::from_micros(200);
+        while !self.try_destroy(py) {
+            py.detach(|| thread::sleep(pause));
+            pause = (2 * pause).min(Duration::from_millis(10));
+        }
     }
 
     /// Lets go of what tells the janitor that this process lives.
@@ -297,8 +420,9 @@ impl DaemonProcess {
     }
 
     /// Why the answer to IDENTIFY that this peer id came in is not to be believed yet, or None.
-    fn doubt(&self, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
-        Ok(self.0.doubt(&extract_peer_id(peer_id)?))
+    fn doubt(&self, py: Python<'_>, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+        let peer_id = extract_peer_id(peer_id)?;
+        Ok(outside(py, || self.0.doubt(&peer_id)))
     }
 
     /// The DaemonStartError of a daemon that ended, or was not ready in this many seconds.
@@ -311,26 +435,26 @@ impl DaemonProcess {
         obstacle: Option<String>,
         reasons: Vec<(String, String)>,
     ) -> PyErr {
-        let error = self.0.not_ready(timeout, obstacle);
+        let error = outside(py, || self.0.not_ready(timeout, obstacle));
         start_error(py, error.with_reasons(&reasons))
     }
 
     /// Whether it ended since it reached none of its bootstrap peers.
     #[getter]
-    fn unconnected(&self) -> bool {
-        self.0.not_ready(0.0, None).is_unconnected()
+    fn unconnected(&self, py: Python<'_>) -> bool {
+        outside(py, || self.0.not_ready(0.0, None).is_unconnected())
     }
 
     /// The DaemonStartError of a daemon that was ready, and died.
     fn died(&self, py: Python<'_>) -> PyErr {
-        start_error(py, self.0.died())
+        start_error(py, outside(py, || self.0.died()))
     }
 }
 
-fn prepare_error(error: DaemonError) -> PyErr {
+fn prepare_error(py: Python<'_>, error: DaemonError) -> PyErr {
     match error {
         DaemonError::Options(error) => value_error(error),
-        DaemonError::Io(error) => errors::os_error(error),
+        DaemonError::Start(error) => start_error(py, error),
         error => PyValueError::new_err(error.to_string()),
     }
 }
@@ -391,23 +515,26 @@ impl Reconnection {
     }
 }
 
-/// The DaemonStartError, and what the operating system said as its cause.
+/// The DaemonStartError. One for which the operating system is to blame has its error as the
+/// `__cause__`, its number, and also the built-in class for that.
 fn start_error(py: Python<'_>, error: StartError) -> PyErr {
     let make = || -> PyResult<PyErr> {
         let details = PyDict::new(py);
+        details.set_item("hint", error.hint())?;
         details.set_item("command", error.command)?;
         details.set_item("returncode", error.status)?;
         details.set_item("logs", error.logs)?;
         details.set_item("cause", error.cause)?;
-        let made = py
-            .get_type::<errors::DaemonStartError>()
-            .call((error.message,), Some(&details))?;
-        let made = PyErr::from_value(made);
-        if let Some(source) = error.source {
-            let source = match source.raw_os_error() {
-                Some(number) => std::io::Error::from_raw_os_error(number),
-                None => std::io::Error::new(source.kind(), source.to_string()),
-            };
+        let source = error.source.map(|source| match source.raw_os_error() {
+            Some(number) => std::io::Error::from_raw_os_error(number),
+            None => std::io::Error::new(source.kind(), source.to_string()),
+        });
+        let number = source.as_ref().and_then(std::io::Error::raw_os_error);
+        details.set_item("errno", number)?;
+        let class = py.get_type::<errors::DaemonStartError>();
+        let class = class.call_method1("_of_errno", (number,))?;
+        let made = PyErr::from_value(class.call((error.message,), Some(&details))?);
+        if let Some(source) = source {
             made.set_cause(py, Some(errors::os_error(source)));
         }
         Ok(made)

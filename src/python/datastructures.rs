@@ -50,6 +50,12 @@ impl PyPeerInfo {
         self.peer_id.clone().into()
     }
 
+    /// The same, as `Identity` has it.
+    #[getter]
+    fn id(&self) -> PyPeerId {
+        self.peer_id()
+    }
+
     /// Its addresses, in a new list.
     #[getter]
     fn addrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {

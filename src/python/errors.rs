@@ -3,6 +3,7 @@
 use crate::core;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::PyTypeInfo;
 use std::io;
 
@@ -18,6 +19,17 @@ pyo3::import_exception!(p2pclient_rs.exceptions, MessageTooLarge);
 pyo3::import_exception!(p2pclient_rs.exceptions, P2PHandlerError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ProtocolViolation);
 
+/// `p2pclient_rs.exceptions.connection_lost`, which makes a ConnectionLost of the class for its errno.
+static MAKE_LOST: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+fn make_lost(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    let make = MAKE_LOST.get_or_try_init(py, || {
+        let exceptions = py.import("p2pclient_rs.exceptions")?;
+        exceptions.getattr("connection_lost").map(Bound::unbind)
+    })?;
+    Ok(make.bind(py))
+}
+
 /// Imports the exceptions. What opens a socket does it, for a finalizer that closes one at the
 /// interpreter's end cannot import anything any more.
 pub fn import(py: Python<'_>) {
@@ -29,6 +41,7 @@ pub fn import(py: Python<'_>) {
     MessageTooLarge::type_object(py);
     P2PHandlerError::type_object(py);
     ProtocolViolation::type_object(py);
+    let _ = make_lost(py); // what fails here fails there
 }
 
 /// An exception that is made here and now. PyO3 makes its own when they are looked at, for which
@@ -45,10 +58,14 @@ pub fn from_core(error: core::Error) -> PyErr {
     let words = error.to_string();
     Python::attach(|py| match error.fault() {
         core::Fault::Caller => made::<ControlFailure>(py, &words),
-        core::Fault::Connection => {
-            let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
-            lost(py, &words, "mid_answer", mid_answer)
-        }
+        core::Fault::Connection => match error {
+            core::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM), false),
+            _ => {
+                let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
+                let lost = made_lost(py, &words, Some(libc::ECONNRESET), true);
+                marked(py, lost, "mid_answer", mid_answer)
+            }
+        },
         core::Fault::Daemon => made::<ProtocolViolation>(py, &words),
     })
 }
@@ -73,7 +90,8 @@ pub fn os_error(error: io::Error) -> PyErr {
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = lost(py, &words, "unexecuted", unexecuted);
+        let lost = made_lost(py, &words, error.raw_os_error(), false);
+        let lost = marked(py, lost, "unexecuted", unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
     })
@@ -81,7 +99,20 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    Python::attach(|py| lost(py, words, "unexecuted", true))
+    connection_gone_of(words, Some(libc::ECONNRESET))
+}
+
+/// As `connection_gone`, with the operating system's number of the error, if it gave one.
+pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
+    Python::attach(|py| {
+        let lost = made_lost(py, words, number, false);
+        marked(py, lost, "unexecuted", true)
+    })
+}
+
+/// A connection that this client closed.
+pub fn connection_closed(words: &str) -> PyErr {
+    Python::attach(|py| made_lost(py, words, Some(libc::ECONNABORTED), false))
 }
 
 /// A message over a limit, sent or received, which the connection survives.
@@ -114,8 +145,17 @@ pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     }
 }
 
-fn lost(py: Python<'_>, words: &str, attribute: &str, is: bool) -> PyErr {
-    let lost = made::<ConnectionLost>(py, words);
+/// A ConnectionLost that is an instance of the built-in class for `number`, too, and of EOFError if
+/// the daemon ended the connection.
+fn made_lost(py: Python<'_>, words: &str, number: Option<i32>, at_end: bool) -> PyErr {
+    match make_lost(py).and_then(|make| make.call1((words, number, at_end))) {
+        Ok(value) => PyErr::from_value(value),
+        // At the interpreter's end, where nothing in Python may be left to make it.
+        Err(_) => made::<ConnectionLost>(py, words),
+    }
+}
+
+fn marked(py: Python<'_>, lost: PyErr, attribute: &str, is: bool) -> PyErr {
     match lost.value(py).setattr(attribute, is) {
         Ok(()) => lost,
         Err(error) => error,
@@ -126,7 +166,8 @@ fn lost(py: Python<'_>, words: &str, attribute: &str, is: bool) -> PyErr {
 #[derive(Clone)]
 pub enum Loss {
     Protocol(core::Error),
-    Socket(String),
+    /// In words, and the operating system's number for it.
+    Socket(String, Option<i32>),
     Closed,
 }
 
@@ -135,15 +176,16 @@ impl Loss {
     pub fn to_err(&self, py: Python<'_>) -> PyErr {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
-            Loss::Socket(words) => made::<ConnectionLost>(py, words),
-            Loss::Closed => made::<ConnectionLost>(py, "the client was closed"),
+            Loss::Socket(words, number) => made_lost(py, words, *number, false),
+            Loss::Closed => connection_closed("the client was closed"),
         }
     }
 }
 
 impl From<io::Error> for Loss {
     fn from(error: io::Error) -> Self {
-        Loss::Socket(format!("the connection was lost: {error}"))
+        let number = error.raw_os_error();
+        Loss::Socket(format!("the connection was lost: {error}"), number)
     }
 }
 

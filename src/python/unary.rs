@@ -535,8 +535,9 @@ impl PersistentConnection {
             Ok(id) => Ok(id),
             Err(error) => {
                 let words = format!("the connection was lost: {error}");
+                let number = error.raw_os_error();
                 Self::break_off(slf, error.into())?;
-                Err(errors::connection_gone(&words))
+                Err(errors::connection_gone_of(&words, number))
             }
         }
     }

@@ -11,20 +11,30 @@ import warnings
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
 
+# What swap/children.py writes there: the options of `run`.
+_OPTIONS = os.environ.get("P2PCLIENT_RS_RUN", "").split()
+_PACKAGE = "--hivemind-package="
+_REPLACED = {
+    "p2pclient",
+    "hivemind",
+    *(option[len(_PACKAGE) :] for option in _OPTIONS if option.startswith(_PACKAGE)),
+}
+
 
 class _Trigger(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
-        if fullname not in ("p2pclient", "hivemind"):
+        if fullname not in _REPLACED:
             return None
         with suppress(ValueError):  # another thread may be here, too
             sys.meta_path.remove(self)
         try:
-            from p2pclient_rs import install
+            from p2pclient_rs.install import adopt
+            from p2pclient_rs.swap.children import parse_options
         except ImportError as error:
             message = f"{fullname} runs as it is, for {sys.executable} has no p2pclient_rs: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         else:
-            install()
+            adopt(parse_options(_OPTIONS)[0])
         # Whoever asked goes on with the finder after the one that was removed.
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)

@@ -4,17 +4,27 @@ What goes in and comes out is hivemind's own: its ``PeerID``, ``PeerInfo``, ``St
 ``Multiaddr``, and exceptions that are both its and this package's. Where hivemind cannot be
 imported, for want of itself or of torch, they are this package's alone. Import it as it is, or
 call `p2pclient_rs.install` to have hivemind use it.
+
+The modules import each other by relative names only: `p2pclient_rs.hivemind_copy` imports the same
+files a second time for a copy of hivemind under another name.
 """
+
+import importlib
+
+from p2pclient_rs.hivemind_copy import package_of
+
+#: The package whose bindings these modules stand in for.
+PACKAGE = package_of(__name__)
 
 try:
     # All of hivemind, before any module here asks for a part of it. If it is what imports this
     # package, that part is there already.
-    import hivemind.p2p.p2p_daemon_bindings.datastructures  # noqa: F401
+    importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.datastructures")
 except ImportError:
     pass
 
-from p2pclient_rs.hivemind.datastructures import PeerID, PeerInfo
-from p2pclient_rs.hivemind.p2pclient import Client
-from p2pclient_rs.hivemind.utils import P2PDaemonError, P2PHandlerError
+from .datastructures import PeerID, PeerInfo  # noqa: E402
+from .p2pclient import Client  # noqa: E402
+from .utils import P2PDaemonError, P2PHandlerError  # noqa: E402
 
 __all__ = ["Client", "P2PDaemonError", "P2PHandlerError", "PeerID", "PeerInfo"]

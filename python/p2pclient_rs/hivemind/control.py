@@ -24,10 +24,14 @@ import p2pclient_rs
 from p2pclient_rs import connector, control, daemon_limit
 from p2pclient_rs._native import RawListener
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
-from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
-from p2pclient_rs.hivemind.exceptions import of_hivemind
-from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter, reader_and_writer
-from p2pclient_rs.hivemind.utils import (
+from p2pclient_rs.loops import reactor
+from p2pclient_rs.streams import Stream
+from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
+
+from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
+from .exceptions import of_hivemind
+from .streams import StreamReader, StreamWriter, reader_and_writer
+from .utils import (
     DispatchFailure,
     P2PDaemonError,
     P2PHandlerError,
@@ -35,9 +39,6 @@ from p2pclient_rs.hivemind.utils import (
     read_pbmsg_safe,
     write_pbmsg,
 )
-from p2pclient_rs.loops import reactor
-from p2pclient_rs.streams import Stream
-from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -91,7 +92,7 @@ class _Default:
         return "<the class's default>"
 
 
-_DEFAULT: Final = _Default()
+_DEFAULT: Final[_Default] = _Default()
 
 _UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
 
@@ -177,10 +178,19 @@ class DaemonConnector(connector.DaemonConnector):
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
         if control_maddr is None or isinstance(control_maddr, str):
-            control_maddr = Multiaddr(control_maddr or self.DEFAULT_CONTROL_MADDR)
+            control_maddr = control_maddr or self.DEFAULT_CONTROL_MADDR
         super().__init__(control_maddr, max_connections=_MAX_CONNECTIONS, types=_Types())
-        self.control_maddr = control_maddr
-        self.proto_code = parse_conn_protocol(control_maddr)
+
+    @property
+    def proto_code(self) -> int:
+        """The code of the protocol by which ``control_maddr`` is reached."""
+        return parse_conn_protocol(self.control_maddr)
+
+    def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
+        if isinstance(control_maddr, str):
+            control_maddr = Multiaddr(control_maddr)
+        parse_conn_protocol(control_maddr)
+        return p2pclient_rs.Multiaddr(control_maddr), control_maddr
 
     async def open_connection(  # type: ignore[override]
         self, *, timeout: float | None = None
@@ -205,7 +215,7 @@ class DaemonConnector(connector.DaemonConnector):
         if args or kwargs:
             return await super().open_persistent_connection(*args, **kwargs)
         name = "PERSISTENT_CONN_UPGRADE"
-        connection = await self._described(self._upgrade(name), name, None)
+        connection = await self.described(self._upgrade(name), name, None)
         return reader_and_writer(Stream(connection.raw.take_stream(), connection.watch))
 
 
@@ -253,10 +263,7 @@ class ControlClient(control.ControlClient):
         assert _initialized_with_create, (
             "Please use ControlClient.create coroutine to spawn new control instances"
         )
-        if listen_maddr is None or isinstance(listen_maddr, str):
-            listen_maddr = Multiaddr(listen_maddr or self.DEFAULT_LISTEN_MADDR)
-        super().__init__(daemon_connector, listen_maddr)
-        self.listen_maddr = listen_maddr
+        super().__init__(daemon_connector, listen_maddr or self.DEFAULT_LISTEN_MADDR)
         self._unary_handlers: MutableMapping[str, TUnaryHandler] = {}
         if isinstance(max_unanswered, _Default):
             max_unanswered = self.DEFAULT_MAX_UNANSWERED
@@ -276,6 +283,28 @@ class ControlClient(control.ControlClient):
         self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._closed = False
+
+    @property
+    def daemon_connector(self) -> DaemonConnector:
+        """The way to the daemon. Set later, it is used from then on, and for the next persistent
+        connection; one that is open stays."""
+        return self._daemon_connector
+
+    @daemon_connector.setter
+    def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
+        if not isinstance(daemon_connector, DaemonConnector):
+            # hivemind's own, from before the swap, or this package's.
+            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
+        self._daemon_connector = daemon_connector
+        unary = getattr(self, "_unary", None)
+        if unary is not None:
+            unary.daemon_connector = daemon_connector
+
+    def _parse(self, listen_maddr: Any) -> Multiaddr:
+        if isinstance(listen_maddr, str):
+            listen_maddr = Multiaddr(listen_maddr)
+        parse_conn_protocol(listen_maddr)
+        return listen_maddr
 
     @classmethod
     async def create(
@@ -346,21 +375,6 @@ class ControlClient(control.ControlClient):
     def __del__(self) -> None:
         if hasattr(self, "_closed"):
             self.close()
-
-    @property
-    def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon."""
-        return self._daemon_connector
-
-    @daemon_connector.setter
-    def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
-        if not isinstance(daemon_connector, DaemonConnector):
-            # hivemind's own, from before the swap, or this package's.
-            daemon_connector = DaemonConnector(daemon_connector.control_maddr)
-        self._daemon_connector = daemon_connector
-        if hasattr(self, "_unary"):
-            # The connection that is open stays, as in hivemind.
-            self._unary._settings.connector = daemon_connector
 
     # --- unary calls ---
 
@@ -460,7 +474,7 @@ class ControlClient(control.ControlClient):
         await handler(info, *reader_and_writer(stream))
 
     @asynccontextmanager
-    async def listen(self) -> AsyncIterator[Self]:
+    async def listen(self) -> AsyncIterator[Self]:  # type: ignore[override]
         """Accepts inbound streams, and has them handled, until the context is left, which need not
         be in the task that entered it. Handlers still at work are cancelled then."""
         async with super().listen():

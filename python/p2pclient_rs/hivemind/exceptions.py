@@ -7,25 +7,28 @@ does to pass them between its processes, and read again where there is no hivemi
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from p2pclient_rs import exceptions
-from p2pclient_rs.hivemind.datastructures import PeerID
+from p2pclient_rs import exceptions, hivemind_copy
 
-try:
+from . import PACKAGE
+from .datastructures import PeerID
+
+if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.utils import (
         ControlFailure,
         DispatchFailure,
         P2PDaemonError,
         P2PHandlerError,
     )
-except ImportError:
-    from p2pclient_rs.exceptions import (
-        ControlFailure,
-        DispatchFailure,
-        P2PDaemonError,
-        P2PHandlerError,
-    )
+else:
+    try:
+        _theirs = importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.utils")
+    except ImportError:
+        _theirs = exceptions
+    ControlFailure, DispatchFailure = _theirs.ControlFailure, _theirs.DispatchFailure
+    P2PDaemonError, P2PHandlerError = _theirs.P2PDaemonError, _theirs.P2PHandlerError
 
 __all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "of_hivemind"]
 
@@ -33,19 +36,19 @@ _CLASSES: dict[type[Exception], type[Exception]] = {}
 
 
 def _reduce(error: Exception) -> tuple[Any, ...]:
-    state = dict(error.__dict__)
+    *others, state = exceptions.parts(error)
     peer_id = state.get("peer_id")
     if peer_id is not None:
         # As what can be read where there is no hivemind, and is a PeerID of whoever reads it.
         state["peer_id"] = peer_id.to_bytes()
-    return _load, (type(error), error.args, state)
+    return hivemind_copy.reduction(PACKAGE, _load, *others, state)
 
 
-def _load(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = cls(*args)
-    if state.get("peer_id") is not None:
-        state["peer_id"] = PeerID(state["peer_id"])
-    error.__dict__.update(state)
+def _load(*parts: Any) -> Exception:
+    error = exceptions.rebuild(*parts)
+    peer_id = error.__dict__.get("peer_id")
+    if peer_id is not None:
+        error.__dict__["peer_id"] = PeerID(peer_id)
     return error
 
 
@@ -80,11 +83,11 @@ def of_hivemind(error: Exception) -> Exception:
     Returns:
         ``error`` itself, if there is no hivemind or it is not of the kind that hivemind knows.
     """
-    cls = _CLASSES.get(type(error))
-    if cls is None or cls is type(error):
+    kind, also, *others = exceptions.parts(error)
+    cls = _CLASSES.get(kind)
+    if cls is None or cls is kind:
         return error
-    twin = cls(*error.args)
-    twin.__dict__.update(error.__dict__)
+    twin = exceptions.rebuild(cls, also, *others)
     twin.__cause__ = error.__cause__
     twin.__suppress_context__ = error.__suppress_context__
     return twin.with_traceback(error.__traceback__)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from p2pclient_rs.hivemind.control import (
+from .control import (
     _DEFAULT,
     DEFAULT_MAX_MSG_SIZE,
     ControlClient,
@@ -15,8 +15,8 @@ from p2pclient_rs.hivemind.control import (
     TUnaryHandler,
     _Default,
 )
-from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
-from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter
+from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
+from .streams import StreamReader, StreamWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

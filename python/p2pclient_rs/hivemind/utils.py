@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 from p2pclient_rs.exceptions import DaemonRefused
-from p2pclient_rs.hivemind.exceptions import (
+
+from .exceptions import (
     ControlFailure,
     DispatchFailure,
     P2PDaemonError,

@@ -1,11 +1,15 @@
 """The daemon's control socket: where it is, what its answers become, and who is listening."""
 
+import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+from anyio.abc import TaskGroup
 from multiaddr import Multiaddr, protocols
 
 import p2pclient_rs
 from p2pclient_rs import connector, control
+from p2pclient_rs._native import RawListener
 from p2pclient_rs.p2pclient import config
 from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
 from p2pclient_rs.p2pclient.exceptions import ControlFailure, DispatchFailure
@@ -85,13 +89,21 @@ class DaemonConnector(connector.DaemonConnector):
         control_maddr: Where it is; ``config.control_maddr_str`` if None.
     """
 
-    control_maddr: Multiaddr
+    #: Receives a line for each new connection, as in p2pclient.
+    logger = logging.getLogger("p2pclient.DaemonConnector")
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
-        maddr = Multiaddr(config.control_maddr_str if control_maddr is None else control_maddr)
+        maddr = config.control_maddr_str if control_maddr is None else control_maddr
         super().__init__(maddr, types=_EcosystemTypes())
+
+    def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
         # As it is, since of /unix there are two binary forms: Go's has the path's leading slash.
-        self.control_maddr = maddr
+        maddr = Multiaddr(control_maddr) if isinstance(control_maddr, str) else control_maddr
+        return p2pclient_rs.Multiaddr(maddr), maddr
+
+    async def _connect(self) -> Any:
+        self.logger.debug("DaemonConnector %s opens connection to %s", self, self.control_maddr)
+        return await super()._connect()
 
 
 class ControlClient(control.ControlClient):
@@ -102,13 +114,27 @@ class ControlClient(control.ControlClient):
         listen_maddr: Where it listens; ``config.listen_maddr_str`` if None.
     """
 
-    listen_maddr: Multiaddr
+    #: Receives this client's log lines, as in p2pclient.
+    logger = logging.getLogger("p2pclient.ControlClient")
 
     def __init__(
         self,
         daemon_connector: connector.DaemonConnector,
         listen_maddr: Multiaddr | str | None = None,
     ) -> None:
-        maddr = Multiaddr(config.listen_maddr_str if listen_maddr is None else listen_maddr)
-        super().__init__(daemon_connector, maddr)
-        self.listen_maddr = maddr
+        super().__init__(
+            daemon_connector, config.listen_maddr_str if listen_maddr is None else listen_maddr
+        )
+
+    def _parse(self, listen_maddr: Any) -> Multiaddr:
+        return Multiaddr(listen_maddr) if isinstance(listen_maddr, str) else listen_maddr
+
+    @property
+    def listener(self) -> RawListener | None:
+        """The socket listened at; None while this client does not listen."""
+        return self._listener
+
+    @property
+    def task_group(self) -> TaskGroup | None:
+        """The task group of the handlers within a ``listen()`` block; None outside of one."""
+        return self._task_group

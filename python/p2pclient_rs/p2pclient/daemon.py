@@ -186,7 +186,7 @@ class Daemon(daemon.Daemon):
         self._running.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.proc_daemon.wait(self._stop_timeout)
-        self._end(self._running)
+        self._end_now(self._running)
 
 
 class GoDaemon(Daemon):

@@ -40,6 +40,8 @@ class Client(client.Client):
         listen_maddr: Where inbound streams come in; ``config.listen_maddr_str`` if None.
     """
 
+    control: ControlClient
+
     def __init__(
         self,
         control_maddr: Multiaddr | str | None = None,

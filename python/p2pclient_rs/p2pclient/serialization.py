@@ -2,9 +2,12 @@
 
 For programs that read and write protobuf messages on their own streams. The client does not use
 it: its messages are framed in Rust.
+
+A stream may be one of anyio's, or have only the methods of anyio 1 that p2pclient 0.2 called:
+``receive_exactly`` and ``send_all``.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 
@@ -36,6 +39,11 @@ async def receive_exactly(stream: Receiver, n: int) -> bytes:
     Raises:
         anyio.IncompleteRead: The stream ended before.
     """
+    if not hasattr(stream, "receive"):
+        data: bytes = await _anyio_1(stream).receive_exactly(n)
+        if len(data) < n:
+            raise anyio.IncompleteRead
+        return data
     buffer = bytearray()
     while len(buffer) < n:
         try:
@@ -46,6 +54,18 @@ async def receive_exactly(stream: Receiver, n: int) -> bytes:
             raise anyio.IncompleteRead
         buffer += chunk
     return bytes(buffer)
+
+
+async def send(stream: Sender, data: bytes) -> None:
+    """Writes all of some bytes."""
+    if hasattr(stream, "send"):
+        await stream.send(data)
+    else:
+        await _anyio_1(stream).send_all(data)
+
+
+def _anyio_1(stream: object) -> Any:
+    return stream
 
 
 def encode_unsigned_varint(integer: int, max_bits: int = DEFAULT_MAX_BITS) -> bytes:
@@ -74,7 +94,7 @@ async def write_unsigned_varint(
     Raises:
         ValueError: It is negative, or has more than ``max_bits`` bits.
     """
-    await stream.send(encode_unsigned_varint(integer, max_bits))
+    await send(stream, encode_unsigned_varint(integer, max_bits))
 
 
 async def read_unsigned_varint(stream: Receiver, max_bits: int = DEFAULT_MAX_BITS) -> int:

@@ -12,6 +12,7 @@ from p2pclient_rs.p2pclient.serialization import (
     encode_unsigned_varint,
     read_unsigned_varint,
     receive_exactly,
+    send,
     write_unsigned_varint,
 )
 
@@ -46,7 +47,7 @@ async def write_pbmsg(stream: Sender, pbmsg: PBMessage) -> None:
         google.protobuf.message.EncodeError: A required field is not set.
     """
     message = pbmsg.SerializeToString()
-    await stream.send(encode_unsigned_varint(len(message)) + message)
+    await send(stream, encode_unsigned_varint(len(message)) + message)
 
 
 async def read_pbmsg_safe(

@@ -12,8 +12,9 @@
 //! Nor by `execvp`, which gives to a shell whatever the kernel refuses: of a binary for another
 //! machine one would be told syntax errors.
 
+use crate::sockets::Failed;
 use rustix::process::{self, Pid, Resource, WaitId, WaitIdOptions, WaitOptions};
-use std::ffi::{c_char, c_int, CString, OsString};
+use std::ffi::{c_char, c_int, CString, OsStr, OsString};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
@@ -22,14 +23,9 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::ptr;
-use std::thread;
-use std::time::{Duration, Instant};
 
 /// How many descriptors are marked one by one, where they cannot be all at once.
 const MARKED_ONE_BY_ONE: u64 = 1 << 16;
-/// How long a child that was killed is waited for. It may be in the middle of something that
-/// cannot be interrupted.
-const LAST_WAIT: Duration = Duration::from_secs(5);
 /// In bytes.
 #[cfg(target_os = "linux")]
 const STACK_SIZE: usize = 64 * 1024;
@@ -53,12 +49,14 @@ impl Launch {
         program: &'a Path,
         arguments: impl IntoIterator<Item = &'a [u8]>,
         [input, output, errors]: [&dyn AsFd; 3],
-    ) -> io::Result<Self> {
+    ) -> Result<Self, Failed> {
         let words = std::iter::once(program.as_os_str().as_bytes())
             .chain(arguments)
             .map(CString::new);
+        let words = words.collect::<Result<_, _>>().map_err(io::Error::from);
+        let operation = || format!("cannot pass these arguments to {}", program.display());
         Ok(Launch {
-            words: words.collect::<Result<_, _>>()?,
+            words: words.map_err(Failed::at(operation))?,
             environment: environment(std::env::vars_os()),
             stdio: [above(input)?, above(output)?, above(errors)?],
             announce: None,
@@ -77,14 +75,14 @@ impl Launch {
 
     /// Has the child write its process id and a newline there, before it executes the program: so
     /// that whoever reads there knows of it even if this process is killed meanwhile.
-    pub(super) fn announced_to(mut self, pipe: &dyn AsFd) -> io::Result<Self> {
+    pub(super) fn announced_to(mut self, pipe: &dyn AsFd) -> Result<Self, Failed> {
         self.announce = Some(above(pipe)?);
         Ok(self)
     }
 
     /// # Errors
-    /// It cannot be executed.
-    pub(super) fn run(&self) -> io::Result<Child> {
+    /// It cannot be executed, or no process can be made.
+    pub(super) fn run(&self) -> Result<Child, Failed> {
         let [argv, envp] = [&self.words, &self.environment].map(|words| -> Vec<*const c_char> {
             let words = words.iter().map(|word| word.as_ptr());
             words.chain([ptr::null()]).collect()
@@ -99,11 +97,34 @@ impl Launch {
             by_range: self.by_range,
             limit: limit as c_int,
             error: 0,
-        })?;
-        Pid::from_raw(pid)
-            .map(|pid| Child { pid })
-            .ok_or_else(|| io::ErrorKind::Other.into())
+        })
+        .map_err(|failed| self.explained(failed))?;
+        Child::new(pid).map_err(Failed::at(|| MAKE_PROCESS))
     }
+
+    /// The error with the program's name.
+    fn explained(&self, failed: NotStarted) -> Failed {
+        let error = match failed {
+            NotStarted::Process(error) => return Failed::at(|| MAKE_PROCESS)(error),
+            NotStarted::Program(error) => error,
+        };
+        let program = self.words.first().map(|word| word.to_bytes());
+        let program = Path::new(OsStr::from_bytes(program.unwrap_or_default()));
+        let mut operation = format!("cannot execute {}", program.display());
+        // The kernel also says so of a program that is there, if what runs it is not.
+        if error.kind() == io::ErrorKind::NotFound && program.exists() {
+            operation += " as its interpreter or loader is missing";
+        }
+        Failed { operation, error }
+    }
+}
+
+const MAKE_PROCESS: &str = "cannot start another process";
+
+/// At what the start of a program failed.
+enum NotStarted {
+    Process(io::Error),
+    Program(io::Error),
 }
 
 fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<CString> {
@@ -115,8 +136,12 @@ fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Vec
 }
 
 /// The same file, at none of the numbers that the child replaces.
-fn above(file: &dyn AsFd) -> io::Result<OwnedFd> {
-    Ok(rustix::io::fcntl_dupfd_cloexec(file, 3)?)
+fn above(file: &dyn AsFd) -> Result<OwnedFd, Failed> {
+    rustix::io::fcntl_dupfd_cloexec(file, 3)
+        .map_err(io::Error::from)
+        .map_err(Failed::at(|| {
+            "cannot duplicate a descriptor for another process"
+        }))
 }
 
 /// What the child needs to know.
@@ -236,10 +261,32 @@ fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(-1)
 }
 
+/// Calls what makes a child with all signals blocked, and so blocked in the child. Returns the
+/// child's process id.
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+pub(super) fn with_signals_blocked(make: impl FnOnce() -> c_int) -> io::Result<c_int> {
+    // SAFETY: the mask is this thread's; the sets are filled before they are read.
+    let before = unsafe {
+        let [mut all, mut before]: [libc::sigset_t; 2] = mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        before
+    };
+    let pid = make();
+    let failed = io::Error::last_os_error();
+    // SAFETY: as above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, ptr::null_mut()) };
+    if pid < 0 {
+        return Err(failed);
+    }
+    Ok(pid)
+}
+
 /// Starts the child; returns once it has become the program, or has failed to.
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
-fn start(mut body: Body) -> io::Result<c_int> {
+fn start(mut body: Body) -> Result<c_int, NotStarted> {
     use std::ffi::c_void;
 
     extern "C" fn child(body: *mut c_void) -> c_int {
@@ -252,31 +299,22 @@ fn start(mut body: Body) -> io::Result<c_int> {
     }
 
     let mut stack = vec![0u128; STACK_SIZE / mem::size_of::<u128>()];
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let top = stack.as_mut_ptr_range().end;
+    let body_of_child = (&raw mut body).cast();
     // SAFETY: with CLONE_VFORK this thread stands still until the child has executed the program
     // or ended, so that the stack and what `body` points to are the child's until then; the stack
-    // is many times what it needs, and no signal handler runs on it, as all are blocked. The sets
-    // are filled before they are read.
-    let (pid, failed) = unsafe {
-        let [mut all, mut before]: [libc::sigset_t; 2] = mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-        let top = stack.as_mut_ptr_range().end;
-        let pid = libc::clone(child, top.cast(), flags, (&raw mut body).cast());
-        let failed = io::Error::last_os_error();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, ptr::null_mut());
-        (pid, failed)
-    };
-    if pid < 0 {
-        return Err(failed);
-    }
+    // is many times what it needs, and no signal handler runs on it, as all are blocked.
+    let pid =
+        with_signals_blocked(|| unsafe { libc::clone(child, top.cast(), flags, body_of_child) })
+            .map_err(NotStarted::Process)?;
     // SAFETY: it is there. Volatile, as nothing else says that another has written it.
     match unsafe { (&raw const body.error).read_volatile() } {
         0 => Ok(pid),
         error => {
             // It has ended already.
             let _ = process::waitpid(Pid::from_raw(pid), WaitOptions::empty());
-            Err(io::Error::from_raw_os_error(error))
+            Err(NotStarted::Program(io::Error::from_raw_os_error(error)))
         }
     }
 }
@@ -284,8 +322,8 @@ fn start(mut body: Body) -> io::Result<c_int> {
 /// Starts the child; returns once it has become the program, or has failed to.
 #[cfg(not(target_os = "linux"))]
 #[allow(unsafe_code)]
-fn start(mut body: Body) -> io::Result<c_int> {
-    use std::ffi::{CStr, OsStr};
+fn start(mut body: Body) -> Result<c_int, NotStarted> {
+    use std::ffi::CStr;
     use std::os::unix::process::CommandExt as _;
     use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -300,7 +338,11 @@ fn start(mut body: Body) -> io::Result<c_int> {
         Err(io::Error::from_raw_os_error(error))
     };
     // SAFETY: it does only what can be done after a fork; see `execute`.
-    let child = unsafe { command.pre_exec(run) }.spawn()?;
+    let child = unsafe { command.pre_exec(run) }.spawn();
+    let child = child.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => NotStarted::Process(error),
+        _ => NotStarted::Program(error),
+    })?;
     // Dropping the `Child` does nothing to the child.
     Ok(child.id() as c_int)
 }
@@ -313,6 +355,11 @@ pub(super) struct Child {
 }
 
 impl Child {
+    pub(super) fn new(pid: c_int) -> io::Result<Self> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
+        Ok(Child { pid })
+    }
+
     pub(super) fn id(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
@@ -332,28 +379,16 @@ impl Child {
         Some(ExitStatus::from_raw(status.as_raw()))
     }
 
-    /// Kills it, and reaps it if it ends in time.
-    pub(super) fn end(&self) {
+    /// Kills it if it is running, without waiting. Returns whether it has ended and was reaped.
+    pub(super) fn kill(&self) -> bool {
         if let Ok(false) = self.has_ended() {
             let _ = process::kill_process(self.pid, process::Signal::KILL);
         }
-        wait_a_little(|| !matches!(self.has_ended(), Ok(false)));
+        if let Ok(false) = self.has_ended() {
+            return false;
+        }
         self.reap();
-    }
-}
-
-/// Waits until something killed has ended, but not for ever.
-pub(super) fn wait_a_little(ended: impl Fn() -> bool) {
-    wait_until(LAST_WAIT, ended);
-}
-
-/// Waits until a condition holds, but no longer than `limit`.
-pub(super) fn wait_until(limit: Duration, condition: impl Fn() -> bool) {
-    let begun = Instant::now();
-    let mut pause = Duration::from_micros(200);
-    while !condition() && begun.elapsed() < limit {
-        thread::sleep(pause);
-        pause = (2 * pause).min(Duration::from_millis(10));
+        true
     }
 }
 
@@ -362,6 +397,14 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::io::Read as _;
+    use std::time::{Duration, Instant};
+
+    fn wait_a_little(ended: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !ended() && begun.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 
     fn launch(words: &[&str], output: &dyn AsFd) -> Launch {
         let null = File::open("/dev/null").unwrap();
@@ -467,7 +510,7 @@ mod tests {
         reader.read_to_string(&mut line).unwrap();
         assert!(line.ends_with('\n'), "{line:?}");
         assert_eq!(line.trim().parse(), Ok(child.id()));
-        child.end();
+        wait_a_little(|| child.kill());
     }
 
     #[test]
@@ -497,7 +540,8 @@ mod tests {
     #[test]
     fn what_cannot_be_executed_leaves_no_child() {
         let output = File::open("/dev/null").unwrap();
-        let error = launch(&["/no/such/program"], &output).run().unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+        let failed = launch(&["/no/such/program"], &output).run().unwrap_err();
+        assert_eq!(failed.error.raw_os_error(), Some(libc::ENOENT));
+        assert_eq!(failed.operation, "cannot execute /no/such/program");
     }
 }

@@ -1,0 +1,310 @@
+"""Support for listening: the object that ``listen()`` returns, a listener in the background,
+private addresses, and the counting and logging of refused streams."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import anyio
+
+from p2pclient_rs._native import Multiaddr, RawListener, endpoint
+from p2pclient_rs.exceptions import ControlFailure
+from p2pclient_rs.loops import Work, current_loop, reactor, watch
+
+__all__ = ["BackgroundListener", "ListenerStats", "Listening", "PrivateSocket", "Refusals"]
+
+#: How long a path of a unix socket may be, in bytes, where the limit is lowest.
+_MAX_SOCKET_PATH = 103
+
+#: The socket's name in a private directory.
+_SOCKET = "listen.sock"
+
+#: The least time between two log lines of one kind, in seconds.
+_QUIET = 1.0
+
+T = TypeVar("T")
+
+
+class Listening(AbstractAsyncContextManager[T], Generic[T]):
+    """The result of ``listen()``: ``async with`` listens until the block is left, ``await`` until
+    the client is closed. Both give the client.
+
+    It does nothing until it is used in one of the two ways.
+    """
+
+    def __init__(
+        self,
+        within: Callable[[], AbstractAsyncContextManager[T]],
+        from_now_on: Callable[[], Coroutine[Any, Any, T]],
+    ) -> None:
+        self._within = within
+        self._from_now_on = from_now_on
+        self._context: AbstractAsyncContextManager[T] | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._from_now_on().__await__()
+
+    async def __aenter__(self) -> T:
+        if self._context is not None:
+            raise RuntimeError("call listen() again for each block")
+        self._context = self._within()
+        return await self._context.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._context is not None, "__aexit__ is called after __aenter__"
+        return await self._context.__aexit__(kind, error, traceback)
+
+
+#: Runs an async function with one argument in a task of its own.
+Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
+
+
+class Acceptor(Protocol):
+    """The owner of a listener: a ``ControlClient``."""
+
+    def accept(self, listener: RawListener, start: Start) -> float | None:
+        """Accepts at most one connection and serves it in a task made by ``start``.
+
+        Returns:
+            How long to wait before the next attempt, in seconds; None to wait until the listener is
+            readable.
+        """
+
+    def stopped_listening(self, listener: BackgroundListener) -> None:
+        """The listener has ended."""
+
+
+class _Job:
+    work: Work | None = None
+
+
+class BackgroundListener:
+    """Accepts inbound streams in tasks of the event loop, on trio in system tasks.
+
+    It ends when ``aclose`` or ``close`` is called, when the client is collected, and with the
+    loop.
+
+    Args:
+        client: What streams are accepted for. It is not kept alive.
+        listener: The socket, which is closed at the end.
+    """
+
+    def __init__(self, client: Acceptor, listener: RawListener) -> None:
+        self._client = weakref.ref(client, self._abandoned)
+        self._listener = listener
+        self._watched = watch(listener.fileno())
+        self._loop = current_loop()
+        self._reactor = reactor()
+        self._context = copy_context()
+        self._pid = os.getpid()
+        self._jobs: set[_Job] = set()
+        self._closed = False
+        self._begun, self._ended = anyio.Event(), anyio.Event()
+        accepting = self._start(lambda _: self._accept(), None)
+        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
+        if hasattr(accepting, "_log_destroy_pending"):
+            accepting._log_destroy_pending = False
+
+    async def begun(self) -> None:
+        """Waits until the accepting task has started: asyncio warns of a coroutine that was never
+        started when its loop is closed."""
+        await self._begun.wait()
+
+    @property
+    def loop_ended(self) -> bool:
+        """Whether the event loop is no more."""
+        return self._reactor.ended
+
+    async def aclose(self) -> None:
+        """Stops, cancels the handlers at work, and waits for them to end."""
+        self.close()
+        if self._jobs and not self._reactor.ended and current_loop() is self._loop:
+            await self._ended.wait()
+
+    def close(self) -> None:
+        """Stops and cancels the handlers at work, from any thread. In a forked child only the
+        descriptor is closed."""
+        if os.getpid() != self._pid:
+            self._listener.close()
+        else:
+            self._reactor.call_from_anywhere(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        # A closed loop cannot cancel a task.
+        for job in [] if self._reactor.ended else list(self._jobs):
+            if job.work is not None:
+                job.work.cancel()
+        self._release()
+        client = self._client()
+        if client is not None:
+            client.stopped_listening(self)
+
+    def _abandoned(self, _: object) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        self._watched.close()
+        self._listener.close()
+
+    def _start(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> Work:
+        job = _Job()
+        self._jobs.add(job)
+
+        async def run() -> None:
+            try:
+                await function(argument)
+            finally:
+                self._left(job)
+
+        job.work = work = self._reactor.spawn(run(), self._context)
+        # If the task never starts, its finally block does not run.
+        self._reactor.when_ended(work, lambda: self._left(job))
+        return work
+
+    def _left(self, job: _Job) -> None:
+        self._jobs.discard(job)
+        if self._closed and not self._jobs:
+            self._ended.set()
+
+    async def _accept(self) -> None:
+        self._begun.set()
+        try:
+            while not self._closed:
+                client = self._client()
+                if client is None:
+                    break
+                wait = client.accept(self._listener, self._start)
+                del client  # the wait must not keep it alive
+                await pause(wait, self._watched.readable)
+        finally:
+            # Reached without `close` if the loop ends.
+            if os.getpid() == self._pid:
+                self._close()
+
+
+async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -> None:
+    """Waits as ``Acceptor.accept`` says."""
+    if wait is None:
+        await readable()
+    else:
+        await anyio.sleep(wait)
+
+
+# --- a private address ---
+
+
+class PrivateSocket:
+    """A path for a unix socket in a new directory that only this user can look into.
+
+    The directory is removed by ``remove``, when this is collected, and when the program ends; in a
+    forked child it is left alone.
+    """
+
+    def __init__(self) -> None:
+        directory = tempfile.mkdtemp(prefix="p2pclient-")
+        if not _fits(directory):
+            os.rmdir(directory)
+            directory = tempfile.mkdtemp(prefix="p2pclient-", dir="/tmp")
+        self.path = os.path.join(directory, _SOCKET)
+        self.remove = weakref.finalize(self, _remove, directory, os.getpid())
+
+
+def _fits(directory: str) -> bool:
+    try:
+        path = os.path.join(directory, _SOCKET).encode()
+    except UnicodeEncodeError:  # a multiaddr is UTF-8
+        return False
+    return len(path) <= _MAX_SOCKET_PATH
+
+
+def _remove(directory: str, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_same_machine(control_maddr: Multiaddr) -> None:
+    """Raises ControlFailure unless this control address is on this machine, so that its daemon can
+    connect to a unix socket."""
+    kind, host, _ = endpoint(control_maddr)
+    if kind == "unix" or host == "localhost":
+        return
+    if kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback:
+        return
+    raise ControlFailure(
+        f"the daemon at {control_maddr} may be on another machine, from which the default address "
+        "for inbound streams, a private unix socket, cannot be reached: pass listen_maddr"
+    )
+
+
+# --- refused streams ---
+
+
+@dataclass(frozen=True)
+class ListenerStats:
+    """The numbers of a client's accepted and refused inbound streams.
+
+    Attributes:
+        accepted: Connections of the daemon that were accepted.
+        no_handler: Streams of protocols without a handler.
+        bad_header: Connections without a valid stream header.
+        accept_errors: Failed attempts to accept a connection, as without free descriptors.
+    """
+
+    accepted: int = 0
+    no_handler: int = 0
+    bad_header: int = 0
+    accept_errors: int = 0
+
+
+@dataclass
+class Refusals:
+    """Counts inbound streams and logs refusals, at most one line per kind and second.
+
+    A line gives the number of those suppressed before it.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    #: By kind: the time of the last line, and how many were suppressed since.
+    _logged: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def count(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+    def stats(self) -> ListenerStats:
+        return ListenerStats(**self.counts)
+
+    def log(
+        self, kind: str, logger: logging.Logger, level: int, message: str, *args: object
+    ) -> None:
+        """Counts one event and logs it, unless the last line of its kind is too recent."""
+        self.count(kind)
+        now = time.monotonic()
+        last, withheld = self._logged.get(kind, (-_QUIET, 0))
+        if now - last < _QUIET:
+            self._logged[kind] = last, withheld + 1
+            return
+        self._logged[kind] = now, 0
+        if withheld:
+            message += " (and %d more since the last such line)"
+            args = (*args, withheld)
+        logger.log(level, message, *args)

@@ -1,0 +1,619 @@
+//! A daemon's output: a pipe, drained by a thread into two files of bounded size.
+//!
+//! The daemon writes to a pipe rather than to a file, since only the reader of a pipe can limit the
+//! size of the log. The thread runs from the start of a daemon until its output ends. It never takes
+//! Python's global interpreter lock, so a program that computes does not hold up its daemon.
+//!
+//! `log` holds the newest output. Once it is full, it is renamed to `log.1`, replacing the previous
+//! one.
+
+use crate::sockets::Failed;
+use std::fs::{self, File};
+use std::io::{
+    self, ErrorKind, PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+#[cfg(target_os = "linux")]
+use std::time::{Duration, Instant};
+
+/// The size of each of the two files, and of what [`Log::tail`] returns, in bytes.
+pub(super) const LIMIT: u64 = 1 << 20;
+/// The size of one read, in bytes.
+const READ_SIZE: usize = 16 * 1024;
+/// The most that is read at once, in bytes: the pipe may be refilled as fast as it is drained.
+#[cfg(unix)]
+const BUDGET: usize = 2 << 20;
+/// The wanted capacity of the pipe, in bytes. The daemon blocks when the pipe is full.
+#[cfg(target_os = "linux")]
+const PIPE_SIZE: usize = 1 << 20;
+/// In bytes.
+const STACK_SIZE: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(super) struct Log {
+    store: Arc<Mutex<Store>>,
+    drainer: Mutex<Option<Drainer>>,
+    /// Whether the thread is missing.
+    stalled: AtomicBool,
+}
+
+impl Log {
+    /// Nothing is created before the first run.
+    pub(super) fn new(path: &Path) -> Self {
+        Log {
+            store: Arc::new(Mutex::new(Store {
+                path: path.into(),
+                source: None,
+                file: None,
+                begin: 0,
+                oldest: 0,
+                end: 0,
+                lost: None,
+            })),
+            drainer: Mutex::new(None),
+            stalled: AtomicBool::new(false),
+        }
+    }
+
+    /// Prepares another run. Returns the pipe for the daemon's output, and the position at which
+    /// that output begins.
+    pub(super) fn begin_run(&self) -> Result<(PipeWriter, u64), Failed> {
+        self.stop_draining();
+        let (source, writer) = io::pipe().map_err(Failed::at(|| {
+            "cannot create a pipe for the daemon's output"
+        }))?;
+        #[cfg(unix)]
+        rustix::io::ioctl_fionbio(&source, true)
+            .map_err(io::Error::from)
+            .map_err(Failed::at(|| {
+                "cannot set up the pipe of the daemon's output"
+            }))?;
+        #[cfg(target_os = "linux")]
+        // Optional: a user's pipes have a limit on their total size.
+        let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
+        let begin = self.store().begin_run(source)?;
+        self.start_draining().map_err(Failed::at(|| {
+            "cannot start a thread for the daemon's output"
+        }))?;
+        Ok((writer, begin))
+    }
+
+    /// Starts the thread, if there is output to come and none runs.
+    fn start_draining(&self) -> io::Result<()> {
+        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
+        if drainer.is_none() {
+            let source = self.store().source.clone();
+            *drainer = source
+                .map(|source| Drainer::start(&self.store, source))
+                .transpose()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the thread. What the daemon prints meanwhile stays in the pipe.
+    pub(super) fn stop_draining(&self) {
+        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(drainer) = drainer.take() {
+            drainer.stop();
+        }
+    }
+
+    /// As [`start_draining`](Self::start_draining). If that fails, [`retry`](Self::retry) tries
+    /// again.
+    pub(super) fn resume(&self) {
+        self.stalled
+            .store(self.start_draining().is_err(), Ordering::Relaxed);
+    }
+
+    pub(super) fn retry(&self) {
+        if self.stalled.load(Ordering::Relaxed) {
+            self.resume();
+        }
+    }
+
+    /// Ends the thread, stores the rest of the pipe, and closes all files.
+    pub(super) fn close(&self) {
+        self.stop_draining();
+        let mut store = self.store();
+        store.drain();
+        store.source = None;
+        store.file = None;
+    }
+
+    /// The end of the output from a position on, and the position of its first byte. Complete once
+    /// the daemon has ended.
+    pub(super) fn tail(&self, begin: u64) -> (u64, Vec<u8>) {
+        let mut store = self.store();
+        store.drain();
+        let begin = begin.max(store.end.saturating_sub(LIMIT));
+        let (begin, mut data) = store.read(begin, LIMIT);
+        store.note_what_is_lost(&mut data);
+        (begin, data)
+    }
+
+    /// At most `limit` bytes from a position on, or from the oldest stored if that is newer; and
+    /// the position of the first one.
+    #[cfg_attr(not(feature = "tokio"), allow(dead_code))]
+    pub(super) fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
+        let mut store = self.store();
+        store.drain();
+        store.read(begin, limit)
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread that drains the pipe.
+#[derive(Debug)]
+struct Drainer {
+    thread: JoinHandle<()>,
+    owner: u32,
+    /// The thread ends when this is closed.
+    #[cfg(unix)]
+    stop: PipeWriter,
+    #[cfg(target_os = "linux")]
+    task: PathBuf,
+}
+
+impl Drainer {
+    #[cfg(unix)]
+    fn start(store: &Arc<Mutex<Store>>, source: Arc<PipeReader>) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let store = Arc::clone(store);
+        #[cfg(target_os = "linux")]
+        let (name, named) = std::sync::mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name("p2pd-log".into())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                #[cfg(target_os = "linux")]
+                let _ = name.send(rustix::thread::gettid());
+                drain(&store, &source, &stopped);
+            })?;
+        #[cfg(target_os = "linux")]
+        let task = named.recv().map_or_else(
+            |_| PathBuf::new(),
+            |id| format!("/proc/self/task/{}", id.as_raw_nonzero()).into(),
+        );
+        Ok(Drainer {
+            thread,
+            owner: std::process::id(),
+            stop,
+            #[cfg(target_os = "linux")]
+            task,
+        })
+    }
+
+    #[cfg(not(unix))]
+    fn start(store: &Arc<Mutex<Store>>, source: Arc<PipeReader>) -> io::Result<Self> {
+        let store = Arc::clone(store);
+        let thread = thread::Builder::new()
+            .name("p2pd-log".into())
+            .stack_size(STACK_SIZE)
+            .spawn(move || drain(&store, &source))?;
+        Ok(Drainer {
+            thread,
+            owner: std::process::id(),
+        })
+    }
+
+    fn stop(self) {
+        if self.owner != std::process::id() {
+            // A forked child does not have the thread.
+            std::mem::forget(self.thread);
+        } else {
+            #[cfg(unix)]
+            self.join();
+        }
+    }
+
+    #[cfg(unix)]
+    fn join(self) {
+        drop(self.stop);
+        let _ = self.thread.join();
+        #[cfg(target_os = "linux")]
+        {
+            // The kernel counts a thread for a moment longer, and so would CPython, which warns of
+            // a fork with threads.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Stores the output until it ends, or `stopped` does.
+#[cfg(unix)]
+fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
+    use rustix::event::{poll, PollFd, PollFlags};
+    loop {
+        let mut files = [source, stopped].map(|file| PollFd::new(file, PollFlags::IN));
+        match poll(&mut files, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        if !files[1].revents().is_empty() {
+            return;
+        }
+        let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+        if !files[0].revents().is_empty() && store.drain() {
+            return;
+        }
+    }
+}
+
+/// Stores the output until it ends.
+#[cfg(not(unix))]
+fn drain(store: &Mutex<Store>, mut source: &PipeReader) {
+    let mut buffer = vec![0; READ_SIZE];
+    loop {
+        match source.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => {
+                let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                store.append(&buffer[..length]);
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Where the older half of a log is.
+fn older(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".1");
+    older.into()
+}
+
+/// The files. Positions count the bytes of all runs.
+#[derive(Debug)]
+struct Store {
+    path: PathBuf,
+    /// None if there is nothing more to come.
+    source: Option<Arc<PipeReader>>,
+    file: Option<File>,
+    /// Position of the first byte of `log`.
+    begin: u64,
+    /// Position of the first byte of `log.1`.
+    oldest: u64,
+    end: u64,
+    /// The bytes that could not be stored.
+    lost: Option<Lost>,
+}
+
+#[derive(Debug)]
+struct Lost {
+    bytes: u64,
+    error: io::Error,
+}
+
+impl Store {
+    fn begin_run(&mut self, source: PipeReader) -> Result<u64, Failed> {
+        self.drain();
+        let create = || -> io::Result<(File, u64)> {
+            let file = File::options().create(true).append(true).open(&self.path)?;
+            let length = file.metadata()?.len();
+            Ok((file, length))
+        };
+        let (file, length) = create().map_err(Failed::at(|| {
+            format!("cannot create {}", self.path.display())
+        }))?;
+        self.begin = self.end.saturating_sub(length);
+        self.oldest = self.oldest.min(self.begin);
+        self.file = Some(file);
+        self.source = Some(Arc::new(source));
+        Ok(self.end)
+    }
+
+    /// Stores the content of the pipe, without waiting. Returns whether the output has ended.
+    fn drain(&mut self) -> bool {
+        #[cfg(unix)]
+        if let Some(source) = self.source.clone() {
+            let mut buffer = [0; READ_SIZE];
+            let mut budget = BUDGET;
+            while budget > 0 {
+                match (&*source).read(&mut buffer) {
+                    Ok(0) => {
+                        self.source = None;
+                        break;
+                    }
+                    Ok(length) => {
+                        self.append(&buffer[..length]);
+                        budget = budget.saturating_sub(length);
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(_) => {
+                        self.source = None;
+                        break;
+                    }
+                }
+            }
+        }
+        self.source.is_none()
+    }
+
+    /// Never fails, since nothing may hold up the daemon: counts the bytes that cannot be stored.
+    fn append(&mut self, mut data: &[u8]) {
+        while !data.is_empty() {
+            let room = match self.room() {
+                Ok(room) => room.min(data.len() as u64) as usize,
+                Err(error) => return self.lose(data.len(), error),
+            };
+            let (now, rest) = data.split_at(room);
+            let written = self.file.as_ref().map(|mut file| file.write_all(now));
+            match written {
+                Some(Ok(())) => self.end += room as u64,
+                Some(Err(error)) => {
+                    // Part of it may be there.
+                    let length = self.file.as_ref().and_then(|file| file.metadata().ok());
+                    self.end = self.begin + length.map_or(0, |file| file.len());
+                    return self.lose(data.len(), error);
+                }
+                None => return self.lose(data.len(), ErrorKind::NotFound.into()),
+            }
+            data = rest;
+        }
+    }
+
+    fn lose(&mut self, bytes: usize, error: io::Error) {
+        let before = self.lost.as_ref().map_or(0, |lost| lost.bytes);
+        let bytes = before + bytes as u64;
+        self.lost = Some(Lost { bytes, error });
+    }
+
+    /// How much fits into `log`; begins another one if nothing does.
+    fn room(&mut self) -> io::Result<u64> {
+        let room = LIMIT.saturating_sub(self.end - self.begin);
+        if room > 0 && self.file.is_some() {
+            return Ok(room);
+        }
+        // Closed first: elsewhere than on unix, an open file cannot be renamed.
+        self.file = None;
+        if let Err(error) = fs::rename(&self.path, older(&self.path)) {
+            if error.kind() != ErrorKind::NotFound {
+                return Err(error);
+            }
+        }
+        (self.oldest, self.begin) = (self.begin, self.end);
+        let created = File::options()
+            .create(true)
+            .append(true)
+            .truncate(false)
+            .open(&self.path);
+        self.file = Some(created?);
+        Ok(LIMIT)
+    }
+
+    fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
+        let begin = begin.clamp(self.oldest, self.end);
+        let mut data = Vec::new();
+        let mut position = begin;
+        let files = [
+            (older(&self.path), self.oldest, self.begin),
+            (self.path.clone(), self.begin, self.end),
+        ];
+        for (path, first, last) in files {
+            let length = last
+                .saturating_sub(position)
+                .min(limit - (position - begin));
+            if position >= first && length > 0 {
+                // No error is expected from a file of our own; an unreadable part is left out.
+                let _ = read_at(&path, position - first, length, &mut data);
+                position += length;
+            }
+        }
+        (begin, data)
+    }
+
+    fn note_what_is_lost(&self, data: &mut Vec<u8>) {
+        if let Some(Lost { bytes, error }) = &self.lost {
+            let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
+            if data.last().is_some_and(|last| *last != b'\n') {
+                data.push(b'\n');
+            }
+            data.extend(note.bytes());
+        }
+    }
+}
+
+fn read_at(path: &Path, offset: u64, length: u64, data: &mut Vec<u8>) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    file.take(length).read_to_end(data)?;
+    Ok(())
+}
+
+/// The end of the output, read from the files alone: for a forked child, in which the lock may be
+/// held by a thread that it does not have.
+pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
+    let mut data = Vec::new();
+    for _ in 0..10 {
+        data.clear();
+        let older_path = older(path);
+        let older = File::open(&older_path).ok();
+        let Ok(mut newer) = File::open(path) else {
+            continue;
+        };
+        if let Some(mut older) = older.as_ref() {
+            let _ = older.read_to_end(&mut data);
+        }
+        let _ = newer.read_to_end(&mut data);
+        // Otherwise they were renamed meanwhile.
+        let same = older.is_none_or(|older| is_still(&older, &older_path));
+        if same && is_still(&newer, path) {
+            break;
+        }
+    }
+    data.drain(..data.len().saturating_sub(LIMIT as usize));
+    data
+}
+
+#[cfg(unix)]
+fn is_still(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let number = |file: io::Result<fs::Metadata>| file.map(|file| file.ino()).ok();
+    number(file.metadata()) == number(fs::metadata(path))
+}
+
+#[cfg(not(unix))]
+fn is_still(_: &File, _: &Path) -> bool {
+    true
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::sockets::{private_directory, PrivateDirectory};
+
+    fn log() -> (PrivateDirectory, Log) {
+        let directory = private_directory(None, "log-", "").unwrap();
+        let log = Log::new(&directory.path().join("log"));
+        (directory, log)
+    }
+
+    fn size(directory: &PrivateDirectory) -> u64 {
+        let files = fs::read_dir(directory.path()).unwrap();
+        files
+            .map(|file| file.unwrap().metadata().unwrap().len())
+            .sum()
+    }
+
+    fn until(condition: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !condition() {
+            assert!(begun.elapsed() < Duration::from_secs(15));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn files_stay_within_the_bound_and_keep_the_newest_output() {
+        let (directory, log) = log();
+        let (mut pipe, begin) = log.begin_run().unwrap();
+        assert_eq!(begin, 0);
+        let line: Vec<u8> = (0..=255).cycle().take(100_003).collect();
+        for _ in 0..50 {
+            pipe.write_all(&line).unwrap();
+            assert!(size(&directory) <= 2 * LIMIT);
+        }
+        drop(pipe);
+        let (begin, tail) = log.tail(0);
+        let end = 50 * line.len() as u64;
+        assert_eq!((begin, tail.len() as u64), (end - LIMIT, LIMIT));
+        let expected = line.iter().cycle().skip(begin as usize % line.len());
+        assert!(tail.iter().eq(expected.take(tail.len())));
+        assert!(tail_of_files(&directory.path().join("log")) == tail);
+        assert!(size(&directory) <= 2 * LIMIT);
+    }
+
+    #[test]
+    fn output_is_there_when_the_writer_has_closed_though_the_thread_is_late() {
+        let (_directory, log) = log();
+        let (mut pipe, _) = log.begin_run().unwrap();
+        log.stop_draining();
+        pipe.write_all(b"last words").unwrap();
+        assert_eq!(log.tail(0), (0, b"last words".to_vec()));
+        pipe.write_all(b" indeed").unwrap();
+        log.resume();
+        drop(pipe);
+        until(|| log.store().source.is_none());
+        assert_eq!(log.tail(5), (5, b"words indeed".to_vec()));
+    }
+
+    #[test]
+    fn a_position_that_is_no_longer_stored_gives_the_oldest() {
+        let (_directory, log) = log();
+        let (mut pipe, _) = log.begin_run().unwrap();
+        for number in 0..60_000u64 {
+            pipe.write_all(format!("{number:63}\n").as_bytes()).unwrap();
+        }
+        let (mut position, mut lines) = (0, Vec::new());
+        loop {
+            let (begin, data) = log.read(position, 10_000);
+            if data.is_empty() {
+                break;
+            }
+            assert!(begin == position || lines.is_empty());
+            position = begin + data.len() as u64;
+            lines.extend(data);
+        }
+        assert!(lines.len() as u64 > LIMIT && lines.len() as u64 <= 2 * LIMIT);
+        let lines = String::from_utf8(lines).unwrap();
+        let numbers: Vec<u64> = lines
+            .lines()
+            .map(|line| line.trim().parse().unwrap())
+            .collect();
+        assert_eq!(numbers.last(), Some(&59_999));
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1));
+    }
+
+    #[test]
+    fn runs_follow_each_other() {
+        let (directory, log) = log();
+        for run in 0..5u64 {
+            let (mut pipe, begin) = log.begin_run().unwrap();
+            assert_eq!(begin, run * 700_000);
+            pipe.write_all(&vec![b'0' + run as u8; 700_000]).unwrap();
+            // A process that was left behind still has it.
+            let left = pipe.try_clone().unwrap();
+            drop(pipe);
+            let (first, tail) = log.tail(begin);
+            assert_eq!((first, tail.len()), (begin, 700_000));
+            assert!(tail.iter().all(|byte| *byte == b'0' + run as u8));
+            assert!(size(&directory) <= 2 * LIMIT);
+            std::mem::forget(left);
+        }
+    }
+
+    #[test]
+    fn output_that_cannot_be_stored_is_counted_and_does_not_block() {
+        let (directory, log) = log();
+        let (mut pipe, _) = log.begin_run().unwrap();
+        // The second file cannot be made, nor the first be moved away.
+        fs::create_dir_all(directory.path().join("log.1/full")).unwrap();
+        for _ in 0..3 * LIMIT / 1000 {
+            pipe.write_all(&[b'x'; 1000]).unwrap();
+        }
+        drop(pipe);
+        let (_, tail) = log.tail(0);
+        let text = String::from_utf8(tail).unwrap();
+        let note = text.lines().last().unwrap();
+        assert!(
+            note.contains("bytes of output could not be stored: "),
+            "{note}"
+        );
+        assert!(size(&directory) <= 2 * LIMIT);
+    }
+
+    #[test]
+    fn the_thread_ends_with_the_output_and_when_stopped() {
+        let (_directory, log) = log();
+        let (pipe, _) = log.begin_run().unwrap();
+        let task = |log: &Log| {
+            log.drainer
+                .lock()
+                .unwrap()
+                .as_ref()
+                .map(|one| one.task.clone())
+        };
+        let first = task(&log).unwrap();
+        assert!(first.exists());
+        log.stop_draining();
+        assert!(!first.exists() && task(&log).is_none());
+        log.resume();
+        let second = task(&log).unwrap();
+        assert!(second.exists());
+        drop(pipe);
+        until(|| !second.exists());
+        log.close();
+        assert!(task(&log).is_none());
+    }
+}

@@ -1,0 +1,254 @@
+//! What becomes of inbound streams that no handler gets, and of registrations that a daemon refuses:
+//! they are counted, logged and reported.
+#![cfg(all(feature = "tokio", unix))]
+
+mod common;
+
+use common::fake::{ok, refusal, stream_info, Connection, FakeDaemon};
+use common::{bare_daemon, eventually, keep, must, pair, within, Limit};
+use p2pclient_rs::client::{Client, Error, IncomingStreams, ListenerStats};
+use p2pclient_rs::core::pb::p2pd::request::Type;
+use p2pclient_rs::core::Multiaddr;
+use std::io::ErrorKind;
+use std::sync::{Mutex, MutexGuard};
+use tokio::io::AsyncWriteExt as _;
+use tokio::join;
+use tokio::net::UnixStream;
+
+/// The log lines of this program, whose tests take turns for it.
+struct Lines;
+
+static LINES: Mutex<Vec<(log::Level, String)>> = Mutex::new(Vec::new());
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+impl log::Log for Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if record.target().starts_with("p2pclient_rs") {
+            lines().push((record.level(), record.args().to_string()));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+fn lines() -> MutexGuard<'static, Vec<(log::Level, String)>> {
+    LINES.lock().unwrap()
+}
+
+/// Begins to collect log lines.
+async fn listen_to_the_log() -> tokio::sync::MutexGuard<'static, ()> {
+    let turn = TURN.lock().await;
+    // Another test may have set it.
+    let _ = log::set_logger(&Lines);
+    log::set_max_level(log::LevelFilter::Debug);
+    lines().clear();
+    turn
+}
+
+fn lines_with(words: &str) -> usize {
+    let lines = lines();
+    lines
+        .iter()
+        .filter(|(_, line)| line.contains(words))
+        .count()
+}
+
+/// A client that listens for a protocol, and where.
+async fn listening(daemon: &FakeDaemon, protocol: &str) -> (Client, IncomingStreams, Connection) {
+    let client = daemon.client();
+    let (incoming, control) = join!(client.stream_handler(protocol, false), async {
+        let mut control = daemon.accept().await;
+        let request = control.request().await;
+        assert_eq!(request.r#type, Some(Type::StreamHandler as i32));
+        control.answer(ok()).await;
+        control
+    });
+    (client, incoming.unwrap(), control)
+}
+
+async fn dial(client: &Client) -> UnixStream {
+    let listen = client.listen_maddr().unwrap().to_string();
+    let path = listen.strip_prefix("/unix").unwrap();
+    UnixStream::connect(path).await.unwrap()
+}
+
+/// Waits until the statistics are as expected.
+async fn stats(client: &Client, expected: impl Fn(&ListenerStats) -> bool) {
+    eventually(async || {
+        let stats = client.listener_stats();
+        must(expected(&stats), &format!("{stats:?}"))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn counts_and_logs_each_refused_stream() {
+    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let daemon = FakeDaemon::new();
+    let (client, incoming, _control) = listening(&daemon, "/here").await;
+
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut connection = Connection::new(dial(&client).await);
+        connection.answer(stream_info("/elsewhere")).await;
+        assert!(connection.is_closed().await);
+    }
+    let mut garbage = dial(&client).await;
+    garbage.write_all(&[3, 255, 255, 255]).await.unwrap();
+    // So many wait; the last one is too many.
+    for _ in 0..257 {
+        let mut connection = Connection::new(dial(&client).await);
+        connection.answer(stream_info("/here")).await;
+        open.push(connection);
+    }
+    stats(&client, |stats| {
+        stats.queue_full == 1 && stats.bad_header == 1
+    })
+    .await;
+    let stats = client.listener_stats();
+    assert_eq!((stats.accepted, stats.no_handler), (261, 3));
+    assert_eq!(stats.accept_errors, 0);
+
+    assert_eq!(lines_with("\"/elsewhere\""), 1, "{:?}", lines());
+    assert_eq!(lines_with("it has no handler"), 1, "{:?}", lines());
+    assert_eq!(lines_with("malformed"), 1, "{:?}", lines());
+    assert_eq!(lines_with("256 wait already"), 1, "{:?}", lines());
+    drop(incoming);
+}
+
+#[tokio::test]
+async fn says_after_a_second_how_many_lines_were_withheld() {
+    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let daemon = FakeDaemon::new();
+    let (client, _incoming, _control) = listening(&daemon, "/here").await;
+    let refused = async || {
+        let mut connection = Connection::new(dial(&client).await);
+        connection.answer(stream_info("/elsewhere")).await;
+        assert!(connection.is_closed().await);
+    };
+    let mut sent = 0;
+    let begun = std::time::Instant::now();
+    // Until the second line comes, which cannot be before its time.
+    while lines_with("it has no handler") < 2 {
+        refused().await;
+        sent += 1;
+    }
+    assert!(begun.elapsed().as_secs_f64() > 0.9);
+    let withheld = format!("(and {} more since the last such line)", sent - 2);
+    assert_eq!(lines_with(&withheld), 1, "{sent} were sent: {:?}", lines());
+    assert_eq!(client.listener_stats().no_handler, sent);
+}
+
+#[tokio::test]
+async fn a_handler_that_another_client_has_taken_is_an_error_when_registered_again() {
+    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
+    let path = directory.path().join("control.sock");
+    let control: Multiaddr = format!("/unix{}", path.display()).parse().unwrap();
+
+    let before = bare_daemon().control_maddr(control.clone());
+    let before = before.spawn().await.unwrap();
+    let client = Client::new(control.clone()).unwrap();
+    let _taken = client.stream_handler("/taken", false).await.unwrap();
+    let _free = client.stream_handler("/free", false).await.unwrap();
+    before.shutdown().await;
+
+    let after = bare_daemon()
+        .control_maddr(control.clone())
+        .spawn()
+        .await
+        .unwrap();
+    keep(&after);
+    let thief = Client::new(control).unwrap();
+    let _stolen = thief.stream_handler("/taken", false).await.unwrap();
+
+    let refused = client.register_again().await.unwrap_err();
+    assert!(matches!(refused, Error::Refused { .. }), "{refused:?}");
+    assert_eq!(
+        refused.context().unwrap().protocol.as_deref(),
+        Some("/taken")
+    );
+    assert_eq!(lines_with("the handler of \"/taken\" is lost"), 1);
+    // The other is registered: so that is a name that is taken.
+    let outcome = thief.stream_handler("/free", false).await;
+    assert!(matches!(outcome, Err(Error::Refused { .. })), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn registering_again_what_the_daemon_has_is_no_error_and_leaves_it_served_once() {
+    let pair = pair().await;
+    let peer = pair.bob_daemon.peer_id();
+    let mut alone = pair
+        .bob
+        .stream_handler("/again-alone", false)
+        .await
+        .unwrap();
+    let mut shared = pair
+        .bob
+        .stream_handler("/again-shared", true)
+        .await
+        .unwrap();
+    pair.bob.register_again().await.unwrap();
+    pair.bob.register_again().await.unwrap();
+    for (incoming, protocol) in [(&mut alone, "/again-alone"), (&mut shared, "/again-shared")] {
+        let opened = pair.alice.stream_open(peer, [protocol]).await.unwrap();
+        let came = within("the stream", incoming.next()).await.unwrap();
+        assert_eq!(came.info().protocol, protocol);
+        drop(opened);
+    }
+    // Had the daemon it twice, it would have it still.
+    shared.close().await.unwrap();
+    let other = pair.bob_daemon.client().await.unwrap();
+    let _alone = other.stream_handler("/again-shared", false).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_refusal_to_take_back_keeps_the_daemons_words() {
+    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let daemon = FakeDaemon::new();
+    let (client, _incoming, mut control) = listening(&daemon, "/taken").await;
+    let (outcome, ()) = join!(client.register_again(), async {
+        let kinds = [Type::StreamHandler, Type::RemoveStreamHandler];
+        for (kind, words) in kinds.into_iter().zip(["already set", "does not exist"]) {
+            assert_eq!(control.request().await.r#type, Some(kind as i32));
+            control.answer(refusal(words)).await;
+        }
+    });
+    assert_eq!(outcome.unwrap_err().daemon_message(), Some("already set"));
+}
+
+#[tokio::test]
+async fn errors_have_the_kind_of_their_io_error() {
+    let _limit = Limit::new();
+    let nowhere = Client::new("/unix/tmp/p2p-no-such.sock".parse().unwrap()).unwrap();
+    let error = nowhere.identify().await.unwrap_err();
+    assert_eq!(error.io_kind(), Some(ErrorKind::NotFound));
+    assert!(error.io_error().unwrap().raw_os_error().is_some());
+    let source = std::error::Error::source(&error).unwrap();
+    assert!(source.to_string().contains("No such file"), "{source}");
+    assert_eq!(std::io::Error::from(error).kind(), ErrorKind::NotFound);
+
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (outcome, ()) = join!(client.identify(), async {
+        let mut control = daemon.accept().await;
+        control.request().await;
+    });
+    let error = outcome.unwrap_err();
+    assert_eq!(error.io_kind(), Some(ErrorKind::UnexpectedEof), "{error:?}");
+    assert!(std::error::Error::source(&error).is_some());
+
+    // Closed with the request unread, a unix socket is reset.
+    let peer = common::fake::peer();
+    let (outcome, ()) = join!(client.connect(&peer, &[]), async {
+        daemon.accept().await.readable().await;
+    });
+    assert_eq!(
+        outcome.unwrap_err().io_kind(),
+        Some(ErrorKind::ConnectionReset)
+    );
+}

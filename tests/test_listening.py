@@ -1,0 +1,432 @@
+"""Listening for inbound streams: within a block and in the background, the private default address,
+and the counters of refused streams."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from fake_daemon import ADDR, OK, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
+from support import new_directory, until
+
+from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
+from p2pclient_rs.control import ListenerStats
+from p2pclient_rs.streams import Stream
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = [pytest.mark.anyio]
+
+
+async def hello(_: StreamInfo, stream: Stream) -> None:
+    await stream.send(b"hello")
+    await stream.aclose()
+
+
+async def greeted(pair: Pair, proto: str) -> bytes:
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, [proto])
+    async with stream:
+        return await stream.receive()
+
+
+def private_path(client: Client) -> Path:
+    maddr = str(client.control.listen_maddr)
+    assert maddr.startswith("/unix/")
+    return Path(maddr.removeprefix("/unix"))
+
+
+def dial(client: Client) -> socket.socket:
+    """A connection to a client's listener, as the daemon makes one."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(private_path(client)))
+    connection.setblocking(False)
+    return connection
+
+
+def ok(connection: Connection) -> None:
+    """Answers every request with OK."""
+    while True:
+        connection.answer(OK)
+
+
+# --- from now on ---
+
+
+@pytest.mark.needs("remove_stream_handler")
+async def test_awaited_it_serves_until_the_client_is_closed(pair: Pair) -> None:
+    client = pair.bob_daemon.client()
+    assert await client.listen() is client
+    await client.stream_handler("/await", hello)
+    for _ in range(3):
+        assert await greeted(pair, "/await") == b"hello"
+    path = private_path(client) if pair.bob_daemon.transport == "unix" else None
+    await client.close()
+    assert client.control.handlers == {}
+    assert path is None or not path.exists()
+    # Its name is free at the daemon.
+    async with pair.bob_daemon.client() as other, other.listen():
+        await other.stream_handler("/await", hello)
+        assert await greeted(pair, "/await") == b"hello"
+
+
+@pytest.mark.independent
+async def test_closed_it_can_listen_again_in_either_way() -> None:
+    client = Client(listen_maddr=f"/unix{new_directory()}/listen.sock")
+    for _ in range(2):
+        await client.listen()
+        dial(client).close()
+        with pytest.raises(ControlFailure, match="already listening"):
+            await client.listen()
+        with pytest.raises(ControlFailure, match="already listening"):
+            async with client.listen():
+                pass
+        await client.close()
+        with socket.socket(socket.AF_UNIX) as late, pytest.raises(FileNotFoundError):
+            late.connect(str(private_path(client)))
+        async with client.listen() as same:
+            assert same is client
+            dial(client).close()
+            with pytest.raises(ControlFailure, match="already listening"):
+                await client.listen()
+
+
+@pytest.mark.independent
+async def test_the_control_client_listens_in_both_ways_too() -> None:
+    control = Client(listen_maddr=f"/unix{new_directory()}/listen.sock").control
+    assert await control.listen() is control
+    await control.close()
+    async with control.listen() as same:
+        assert same is control
+
+
+@pytest.mark.independent
+async def test_closing_cancels_the_handlers_and_waits_for_their_end() -> None:
+    begun, ended = anyio.Event(), list[str]()
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.append(info.proto)
+
+    with FakeDaemon(ok) as fake:
+        client = await Client(fake.control_maddr).listen()
+        await client.stream_handler("/echo", handler)
+        connection = dial(client)
+        connection.sendall(frame(STREAM_INFO))
+        await begun.wait()
+        await client.close()
+        assert ended == ["/echo"]
+        connection.close()
+
+
+@pytest.mark.independent
+async def test_a_handler_may_close_the_client() -> None:
+    closed = anyio.Event()
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        try:
+            await client.close()
+        finally:
+            closed.set()
+
+    with FakeDaemon(ok) as fake:
+        client = await Client(fake.control_maddr).listen()
+        path = private_path(client)
+        await client.stream_handler("/echo", handler)
+        with dial(client) as connection:
+            connection.sendall(frame(STREAM_INFO))
+            await closed.wait()
+        await until(lambda: not path.exists())
+
+
+@pytest.mark.independent
+async def test_it_ends_when_nothing_holds_the_client() -> None:
+    path = new_directory() / "listen.sock"
+    client = await Client(listen_maddr=f"/unix{path}").listen()
+    assert path.exists()
+    del client
+    gc.collect()
+    await until(lambda: not path.exists())
+
+
+@pytest.mark.independent
+async def test_dropped_unused_it_leaves_nothing_and_says_nothing(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    path = new_directory() / "listen.sock"
+    client = Client(listen_maddr=f"/unix{path}")
+    client.listen()
+    gc.collect()
+    assert not path.exists()
+    assert recwarn.list == []
+    await client.listen()  # it does not listen already
+    await client.close()
+
+
+@pytest.mark.independent
+async def test_a_failed_listen_is_raised_where_it_is_awaited() -> None:
+    client = Client(listen_maddr=f"/unix{new_directory()}/none/listen.sock")
+    with pytest.raises(FileNotFoundError, match="cannot listen at"):
+        await client.listen()
+    client.control.listen_maddr = f"/unix{new_directory()}/listen.sock"
+    await client.listen()
+    await client.close()
+
+
+ENDS = {
+    "the loop is run to its end": "asyncio.run(main())",
+    "the loop is only closed": """
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+        """,
+    "the program just ends": """
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        """,
+    "trio": "trio.run(main)",
+}
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("held", [True, False])
+def test_with_the_loop_it_ends_in_silence(how: str, held: bool) -> None:
+    path = new_directory() / "listen.sock"
+    code = f"""
+        import asyncio, gc, sys, trio
+        from p2pclient_rs import Client
+        clients = []
+        async def main():
+            client = await Client(listen_maddr={f"/unix{path}"!r}).listen()
+            {"clients.append(client)" if held else "main.client = client"}
+        {textwrap.dedent(ENDS[how]).strip().replace(chr(10), chr(10) + " " * 8)}
+        {"" if held else "del main"}
+        gc.collect()
+        print("ended")
+    """
+    run = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout, run.returncode) == ("ended\n", 0), run.stderr
+    said = [line for line in run.stderr.splitlines() if "unclosed event loop" not in line]
+    assert not any("GeneratorExit" in line or "never awaited" in line for line in said), said
+    assert "destroyed" not in run.stderr
+    assert not path.exists()
+
+
+@pytest.mark.independent
+def test_a_client_can_listen_in_one_loop_after_another() -> None:
+    client = Client(listen_maddr=f"/unix{new_directory()}/listen.sock")
+
+    async def main() -> None:
+        await client.listen()
+
+    for _ in range(2):
+        asyncio.run(main())
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+    asyncio.run(client.close())
+
+
+@pytest.mark.independent
+async def test_p2pclients_client_listens_in_both_ways() -> None:
+    from multiaddr import Multiaddr
+
+    from p2pclient_rs.p2pclient import Client as P2PClient
+
+    maddr = Multiaddr(f"/unix{new_directory()}/listen.sock")
+    client = P2PClient(listen_maddr=maddr)
+    assert await client.listen() is client
+    assert client.control.listener is not None
+    await client.close()
+    assert client.control.listener is None
+    async with client.listen() as same:
+        assert same is client
+        assert client.control.task_group is not None
+
+
+# --- the private address ---
+
+
+@pytest.mark.independent
+async def test_two_clients_with_no_address_have_one_each() -> None:
+    with FakeDaemon(ok) as fake:
+        async with Client(fake.control_maddr) as one, Client(fake.control_maddr) as other:
+            await one.listen()
+            async with other.listen():
+                paths = private_path(one), private_path(other)
+                assert paths[0] != paths[1]
+                for path in paths:
+                    assert path.is_socket() and len(os.fsencode(path)) <= 103
+                    directory = path.parent.stat()
+                    assert stat.S_IMODE(directory.st_mode) == 0o700
+                    assert directory.st_uid == os.geteuid()
+        for path in paths:
+            assert not path.parent.exists()
+
+
+@pytest.mark.independent
+async def test_it_is_the_address_that_a_registration_tells_the_daemon() -> None:
+    with FakeDaemon(ok) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.stream_handler("/echo", hello)
+            path = private_path(client)
+            await client.listen()
+            assert private_path(client) == path
+            assert any(str(path).encode() in request for request in fake.requests)
+
+
+@pytest.mark.independent
+def test_no_directory_is_made_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise AssertionError("a directory was made")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    repr(Client())
+
+
+@pytest.mark.independent
+def test_the_directory_goes_with_the_client_and_with_the_program() -> None:
+    client = Client()
+    path = private_path(client)
+    assert path.parent.is_dir()
+    del client
+    gc.collect()
+    assert not path.parent.exists()
+    code = "from p2pclient_rs import Client; c = Client(); print(c.control.listen_maddr)"
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    path = Path(output.strip().removeprefix("/unix"))
+    assert path.name == "listen.sock" and not path.parent.exists()
+
+
+@pytest.mark.independent
+def test_a_long_directory_for_temporary_files_is_not_used(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    code = "from p2pclient_rs import Client; c = Client(); print(c.control.listen_maddr)"
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(long)}, text=True
+    )
+    assert output.startswith("/unix/tmp/p2pclient-")
+    assert list(long.iterdir()) == []
+
+
+@pytest.mark.independent
+def test_a_forked_child_leaves_the_directory_alone() -> None:
+    client = Client()
+    path = private_path(client)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            try:
+                client.control.daemon_connector.check_fork()
+            except ForkedClientError:
+                asyncio.run(client.close())
+                client.control._private = None
+                gc.collect()
+                code = 0 if path.parent.is_dir() else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert path.parent.is_dir()
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize(
+    ("control", "is_here"),
+    [
+        ("/ip4/127.0.0.1/tcp/4001", True),
+        ("/ip4/127.9.9.9/tcp/4001", True),
+        ("/ip6/::1/tcp/4001", True),
+        ("/dns/localhost/tcp/4001", True),
+        ("/ip4/10.0.0.1/tcp/4001", False),
+        ("/ip6/2001:db8::1/tcp/4001", False),
+        ("/dns4/daemon.example/tcp/4001", False),
+    ],
+)
+async def test_a_daemon_that_may_be_elsewhere_needs_an_address(control: str, is_here: bool) -> None:
+    client = Client(control)
+    if is_here:
+        await client.listen()
+        assert private_path(client).is_socket()
+        await client.close()
+        return
+    for call in (client.listen, lambda: client.stream_handler("/echo", hello)):
+        with pytest.raises(ControlFailure, match="pass listen_maddr"):
+            await call()
+    client.control.listen_maddr = "/ip4/127.0.0.1/tcp/0"
+    await client.listen()
+    await client.close()
+
+
+# --- refused streams ---
+
+
+async def flood(client: Client, count: int, header: bytes) -> None:
+    for _ in range(count):
+        with dial(client) as connection:
+            connection.sendall(header)
+            await until(lambda: is_ended(connection))  # noqa: B023
+
+
+def is_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_refused_streams_are_counted_and_logged_once_a_second(
+    awaited: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(listening, "time", SimpleNamespace(monotonic=lambda: now))
+    unknown = frame(field(1, PEER) + field(2, ADDR) + field(3, b"/x"))
+
+    async def check(client: Client) -> None:
+        nonlocal now
+        assert client.control.stats == ListenerStats()
+        await flood(client, 5, unknown)
+        await flood(client, 3, b"\x03\xff\xff\xff")
+        assert client.control.stats == ListenerStats(accepted=8, no_handler=5, bad_header=3)
+        assert len(caplog.messages) == 2
+        assert "no handler for the protocol '/x'" in caplog.messages[0]
+        now += 1.1
+        await flood(client, 1, unknown)
+        assert caplog.messages[2].endswith("(and 4 more since the last such line)")
+        assert client.control.stats.no_handler == 6
+
+    with FakeDaemon(ok) as fake, caplog.at_level(logging.WARNING, "p2pclient_rs"):
+        async with Client(fake.control_maddr) as client:
+            if awaited:
+                await client.listen()
+                await check(client)
+            else:
+                async with client.listen():
+                    await check(client)
