@@ -382,12 +382,9 @@ impl<'a> Run<'a> {
                 assert!(answered(token) == Asked::Call);
             }
             UnaryEvent::Acknowledged { token } => assert!(answered(token) == Asked::Registration),
-            UnaryEvent::Refused { token, .. }
-            | UnaryEvent::Broken { token, .. }
-            | UnaryEvent::Oversized { token, .. } => {
+            UnaryEvent::Refused { token, .. } | UnaryEvent::Broken { token, .. } => {
                 answered(token);
             }
-            UnaryEvent::Skipped { .. } => {}
             UnaryEvent::Call { id, payload, .. } => {
                 assert!(self.serving.insert(*id, (payload.0.len(), false)).is_none());
             }
