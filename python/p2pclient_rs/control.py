@@ -481,7 +481,7 @@ class ControlClient:
         if private is not None:
             private.remove()
 
-    def stopped_listening(self, listener: BackgroundListener) -> None:
+    def _stopped_listening(self, listener: BackgroundListener) -> None:
         """Called by a listener that has ended."""
         if self._background is listener:
             self._ended()
@@ -544,13 +544,13 @@ class ControlClient:
             with scope:
                 async with anyio.create_task_group() as tasks:
                     while True:
-                        wait = self.accept(listener, tasks.start_soon)
+                        wait = self._accept_one(listener, tasks.start_soon)
                         await pause(wait, watched.readable)
         finally:
             watched.close()
             listener.close()
 
-    def accept(self, listener: RawListener, start: Start) -> float | None:
+    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one inbound stream; see ``listening.Acceptor``."""
         # jsp2pd has one for each handler, from its registration on.
         if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
