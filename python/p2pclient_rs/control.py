@@ -61,6 +61,8 @@ _HEADER_TIMEOUT = 30.0
 #: given this long to send it, in seconds.
 _MAX_HALF_OPEN = 256
 _HALF_OPEN_PATIENCE = 1.0
+#: How long the removal of a former registration may take, in seconds, even for a cancelled caller.
+_REPLACING = 5.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
@@ -311,19 +313,10 @@ class ControlClient:
             self._registered[proto] = before
             if before.maddr == maddr and await connector.still_registered(before.token):
                 return
-            # The daemon may have been restarted, and another client may have taken the name. The
-            # removal succeeds only if the registration has this client's address.
-            try:
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
-                )
-            except DaemonRefused:
-                del self._registered[proto]
-            else:
-                self._registered[proto] = _Registration(maddr, None)
-                await connector.request("STREAM_HANDLER", request)
-                self._registered[proto] = _Registration(maddr, connector.registered())
-                return
+            # A removal that is cancelled could overtake a later registration.
+            with anyio.move_on_after(_REPLACING, shield=True):
+                if await self._replace(connector, proto, request, maddr):
+                    return
             raise
         except DaemonUnreachable:
             self._restore(proto, before)
@@ -331,10 +324,37 @@ class ControlClient:
         self._registered[proto] = _Registration(maddr, connector.registered())
         if balanced and before is not None and await connector.still_registered(before.token):
             # The fork has appended another entry, so that this client would get twice its share.
-            with suppress(ControlFailure):
+            with anyio.move_on_after(_REPLACING, shield=True), suppress(ControlFailure):
                 await connector.request(
                     "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
                 )
+
+    async def _replace(
+        self, connector: DaemonConnector, proto: str, request: Request, maddr: Multiaddr
+    ) -> bool:
+        """Registers a name that is taken; returns False if it is another client's.
+
+        The daemon may have been restarted, and another client may have taken the name: the removal
+        succeeds only if the registration has this client's address.
+        """
+        former = self._registered[proto].maddr
+        while True:
+            try:
+                await connector.request(
+                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(former, proto)
+                )
+            except DaemonRefused:
+                del self._registered[proto]
+                return False
+            self._registered[proto] = _Registration(maddr, None)
+            try:
+                await connector.request("STREAM_HANDLER", request)
+            except DaemonRefused:
+                # The daemon may have carried out a cancelled request of this client in between.
+                former = maddr
+                continue
+            self._registered[proto] = _Registration(maddr, connector.registered())
+            return True
 
     def _restore(self, proto: str, before: _Registration | None) -> None:
         if before is None:
@@ -487,7 +507,7 @@ class ControlClient:
         if private is not None:
             private.remove()
 
-    def stopped_listening(self, listener: BackgroundListener) -> None:
+    def _stopped_listening(self, listener: BackgroundListener) -> None:
         """Called by a listener that has ended."""
         if self._background is listener:
             self._ended()
@@ -551,13 +571,13 @@ class ControlClient:
             with UnlessClosed(scope):
                 async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
                     while True:
-                        wait = self.accept(listener, tasks.start_soon)
+                        wait = self._accept_one(listener, tasks.start_soon)
                         await pause(wait, watched.readable)
         finally:
             watched.close()
             listener.close()
 
-    def accept(self, listener: RawListener, start: Start) -> float | None:
+    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one inbound stream; see ``listening.Acceptor``."""
         # jsp2pd has one for each handler, from its registration on.
         if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):

@@ -79,7 +79,7 @@ Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
 class Acceptor(Protocol):
     """The owner of a listener: a ``ControlClient``."""
 
-    def accept(self, listener: RawListener, start: Start) -> float | None:
+    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one connection and serves it in a task made by ``start``.
 
         Returns:
@@ -87,7 +87,7 @@ class Acceptor(Protocol):
             readable.
         """
 
-    def stopped_listening(self, listener: BackgroundListener) -> None:
+    def _stopped_listening(self, listener: BackgroundListener) -> None:
         """The listener has ended."""
 
 
@@ -157,7 +157,7 @@ class BackgroundListener:
         self._release()
         client = self._client()
         if client is not None:
-            client.stopped_listening(self)
+            client._stopped_listening(self)
 
     def _abandoned(self, _: object) -> None:
         self.close()
@@ -193,7 +193,7 @@ class BackgroundListener:
                 client = self._client()
                 if client is None:
                     break
-                wait = client.accept(self._listener, self._start)
+                wait = client._accept_one(self._listener, self._start)
                 del client  # the wait must not keep it alive
                 await pause(wait, self._watched.readable)
         finally:
@@ -203,7 +203,7 @@ class BackgroundListener:
 
 
 async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -> None:
-    """Waits as ``Acceptor.accept`` says."""
+    """Waits as ``Acceptor._accept_one`` says."""
     if wait is None:
         await readable()
     else:
