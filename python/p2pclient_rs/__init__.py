@@ -40,6 +40,7 @@ from p2pclient_rs.exceptions import (
     ProtocolViolation,
 )
 from p2pclient_rs.install import InstallReport, UnsupportedVersion, install, uninstall
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
@@ -80,6 +81,7 @@ __all__ = [
     "MessageTooLarge",
     "Multiaddr",
     "NotSupported",
+    "OpenedStream",
     "P2PDaemonError",
     "P2PHandlerError",
     "PeerID",

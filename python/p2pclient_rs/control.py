@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -29,15 +30,14 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
+from p2pclient_rs.handlers import DEFAULT_LINGER, Lingering, Registration, StreamHandler
 from p2pclient_rs.loops import Watch, current_loop, watch
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "StreamHandler"]
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
-
-#: What is called for an inbound stream, in a task of its own.
-StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
 
 #: The StreamInfo before an inbound stream is small, and comes at once.
 _MAX_HEADER = 64 * 1024
@@ -70,6 +70,10 @@ class ControlClient:
 
     #: Whether a handler takes the place of another one of this client.
     _replaces_handlers = True
+    #: Whether handlers are cancelled that outlive their peers.
+    _lingers = True
+    #: Whether tasks that the client started itself are being cancelled.
+    _stopping = False
 
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
@@ -82,6 +86,9 @@ class ControlClient:
         self.handlers: dict[str, StreamHandler] = {}
         #: Those registered as balanced.
         self._balanced: set[str] = set()
+        #: The options of handlers that were registered, by protocol.
+        self._registrations: dict[str, Registration] = {}
+        self._lingering: Lingering | None = None
         self._scope: anyio.CancelScope | None = None
         #: What waits for the header of an inbound stream, the oldest first, and since when.
         self._half_open: dict[anyio.CancelScope, float] = {}
@@ -131,7 +138,7 @@ class ControlClient:
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
-    ) -> tuple[Any, Stream]:
+    ) -> OpenedStream[Any]:
         """STREAM_OPEN: opens a stream to a peer.
 
         Args:
@@ -139,14 +146,15 @@ class ControlClient:
             protocols: Protocol ids, the one liked best first.
 
         Returns:
-            The ``StreamInfo`` of the stream, with the protocol agreed on, and the stream.
+            The stream. It also unpacks as ``(info, stream)``; its ``info`` is a ``StreamInfo`` with
+            the protocol agreed on.
 
         Raises:
             DaemonRefused: The peer cannot be reached or speaks none of the protocols.
         """
         if isinstance(protocols, str):
             raise TypeError("protocols is a sequence of protocol ids, not a string")
-        return await self.daemon_connector.request_stream(
+        opened = await self.daemon_connector.request_stream(
             Stream,
             "STREAM_OPEN",
             Request.stream_open(peer_id, list(protocols), timeout),
@@ -154,6 +162,8 @@ class ControlClient:
             peer_id=peer_id,
             protocol=", ".join(protocols),
         )
+        # As ``OpenedStream(*opened)``, at less cost.
+        return tuple.__new__(OpenedStream, opened)
 
     async def stream_handler(
         self,
@@ -161,6 +171,7 @@ class ControlClient:
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
         """STREAM_HANDLER: has inbound streams of a protocol handled while this client listens.
@@ -169,15 +180,31 @@ class ControlClient:
 
         Args:
             proto: The protocol id.
-            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``. What it raises is
-                logged and resets that stream alone. When it returns, the stream stays open as
-                long as something holds it.
+            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``, or of a ``Stream``
+                alone, whose ``info`` is the same. One that accepts both is called with two
+                arguments. An exception is logged and resets that stream alone. When it returns,
+                the stream stays open as long as something holds it.
             balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
+            linger: How long a handler may go on without reading from or writing to its stream once
+                the peer has closed it in both directions, in seconds; None for no limit. After
+                that the handler is cancelled, which is logged, and its stream aborted.
 
         Raises:
             DaemonRefused: Another client serves the protocol (hivemind's fork).
+            TypeError: The handler cannot be called with one or two arguments.
+            ValueError: ``linger`` is negative or not a number.
         """
-        await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        registration = Registration.of(handler_cb, linger)
+        before = self._registrations.get(proto)
+        # In place before a stream can come.
+        self._registrations[proto] = registration
+        try:
+            await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        except BaseException:
+            self._registrations.pop(proto, None)
+            if before is not None:
+                self._registrations[proto] = before
+            raise
 
     async def _register(
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
@@ -230,6 +257,7 @@ class ControlClient:
             DaemonRefused: There is no such handler.
         """
         self.handlers.pop(proto, None)
+        self._registrations.pop(proto, None)
         await self._unregister(proto, timeout)
 
     async def _unregister(self, proto: str, timeout: float | None) -> None:
@@ -312,9 +340,13 @@ class ControlClient:
         try:
             with scope:
                 async with anyio.create_task_group() as tasks:
+                    if self._lingers:
+                        self._lingering = Lingering()
+                        tasks.start_soon(self._lingering.poll)
                     while True:
                         await self._accept(listener, watched, tasks)
         finally:
+            self._lingering = None
             watched.close()
             listener.close()
 
@@ -341,8 +373,12 @@ class ControlClient:
         if raw is None:
             await watched.readable()
         else:
-            tasks.start_soon(self._dispatch, raw)
+            self._start(raw, tasks)
             await checkpoint()
+
+    def _start(self, raw: RawStream, tasks: TaskGroup) -> None:
+        """Starts the task of an inbound stream."""
+        tasks.start_soon(self._dispatch, raw)
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))
@@ -365,6 +401,9 @@ class ControlClient:
             raise
         try:
             await self._handle(handler, info, stream)
+        except GeneratorExit:
+            # The garbage collector ends the task, and closes the stream in the loop's thread.
+            raise
         except Exception:
             logger.exception(
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
@@ -374,7 +413,7 @@ class ControlClient:
             stream.abort()
             if not _is_stray(error):
                 raise
-            if not _is_asked_for():
+            if not (self._stopping or _is_asked_for()):
                 logger.warning(
                     "the handler of %r was cancelled on a stream from %s, and by nobody",
                     info.proto,
@@ -395,8 +434,20 @@ class ControlClient:
                 del self._half_open[scope]
         raise DispatchFailure("the daemon does not say what it is")
 
-    async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
-        await handler(info, stream)
+    async def _handle(self, handler: Any, info: Any, stream: Stream) -> None:
+        registration = self._registrations.get(info.proto)
+        if registration is None or registration.handler is not handler:
+            # It was put into ``handlers`` directly.
+            registration = Registration.of(handler, DEFAULT_LINGER)
+        if registration.linger is None or self._lingering is None:
+            await (handler(info, stream) if registration.takes_info else handler(stream))
+            return
+        await self._lingering.run(
+            functools.partial(handler, *((info, stream) if registration.takes_info else (stream,))),
+            stream,
+            info,
+            registration.linger,
+        )
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
@@ -411,6 +462,7 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+                self._registrations.pop(proto, None)
 
 
 def _is_stray(error: BaseException) -> bool:

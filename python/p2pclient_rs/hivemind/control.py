@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 import anyio
+from anyio.abc import TaskGroup
 
 import p2pclient_rs
 from p2pclient_rs import connector, control
-from p2pclient_rs._native import RawListener
+from p2pclient_rs._native import RawListener, RawStream
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.hivemind.datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
 from p2pclient_rs.hivemind.exceptions import of_hivemind
+from p2pclient_rs.hivemind.handlers import HandlerTasks
 from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter, reader_and_writer
 from p2pclient_rs.hivemind.utils import (
     DispatchFailure,
@@ -210,6 +212,7 @@ class ControlClient(control.ControlClient):
 
     handlers: dict[str, StreamHandler]  # type: ignore[assignment]
     _replaces_handlers = False
+    _lingers = False
 
     def __init__(
         self,
@@ -232,6 +235,7 @@ class ControlClient(control.ControlClient):
         self.persistent_conn_max_msg_size = persistent_conn_max_msg_size
         self._unary = UnaryClient(daemon_connector, max_message_size=persistent_conn_max_msg_size)
         self._reactor = reactor()
+        self._handler_tasks: HandlerTasks | None = None
         self._closed = False
 
     @classmethod
@@ -329,7 +333,15 @@ class ControlClient(control.ControlClient):
             ControlFailure: This client serves the protocol already, or another does, without
                 ``balanced``.
         """
-        await super().stream_handler(proto, handler_cb, balanced=balanced)  # type: ignore[arg-type]
+        # As in hivemind, handlers are not inspected, and not cancelled when their peer leaves.
+        await self._register(proto, handler_cb, balanced=balanced, timeout=None)  # type: ignore[arg-type]
+
+    def _start(self, raw: RawStream, tasks: TaskGroup) -> None:
+        # Not in the task group, which would hold the task.
+        if self._handler_tasks is None:
+            raw.close(abort=True)
+        else:
+            self._handler_tasks.start(self._dispatch(raw), raw)
 
     async def _handle(self, handler: Any, info: StreamInfo, stream: Stream) -> None:
         await handler(info, *reader_and_writer(stream))
@@ -344,12 +356,19 @@ class ControlClient(control.ControlClient):
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         # In a task of its own: a task group would have to be left by the task that entered it.
+        self._stopping = False
+        self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
         try:
             yield
         finally:
+            self._stopping = True
+            self._handler_tasks = None
             task.cancel()
-            await asyncio.wait([task])
+            try:
+                await asyncio.wait([task])
+            finally:
+                await handlers.stop()
             error = None if task.cancelled() else task.exception()
             if error is not None:
                 raise error
