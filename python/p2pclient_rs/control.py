@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -31,6 +32,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
+from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler
 from p2pclient_rs.listening import (
     BackgroundListener,
     ListenerStats,
@@ -42,6 +44,7 @@ from p2pclient_rs.listening import (
     pause,
 )
 from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, current_loop, watch
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.streams import Stream
 
 if TYPE_CHECKING:
@@ -50,9 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHandler"]
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
-
-#: What is called for an inbound stream, in a task of its own.
-StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
 
 #: The StreamInfo before an inbound stream is small, and comes at once.
 _MAX_HEADER = 64 * 1024
@@ -100,6 +100,10 @@ class ControlClient:
     _replaces_handlers = True
     #: Receives this client's log lines.
     logger = logger
+    #: Whether handlers are cancelled that outlive their peers.
+    _lingers = True
+    #: Whether tasks that the client started itself are being cancelled.
+    _stopping = False
 
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
@@ -118,6 +122,9 @@ class ControlClient:
         self._registered: dict[str, _Registration] = {}
         #: By protocol: the lock for changing its registration, and how many tasks use that.
         self._registering: dict[str, tuple[anyio.Lock, int]] = {}
+        #: The options of handlers that were registered, by protocol.
+        self._options: dict[str, HandlerOptions] = {}
+        self._lingering: Lingering | None = None
         self._scope: anyio.CancelScope | None = None
         #: What waits for the header of an inbound stream, the oldest first, and since when.
         self._half_open: dict[anyio.CancelScope, float] = {}
@@ -207,7 +214,7 @@ class ControlClient:
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
-    ) -> tuple[Any, Stream]:
+    ) -> OpenedStream[Any]:
         """STREAM_OPEN: opens a stream to a peer.
 
         Args:
@@ -215,14 +222,15 @@ class ControlClient:
             protocols: Protocol ids, the one liked best first.
 
         Returns:
-            The ``StreamInfo`` of the stream, with the protocol agreed on, and the stream.
+            The stream. It also unpacks as ``(info, stream)``; its ``info`` is a ``StreamInfo`` with
+            the protocol agreed on.
 
         Raises:
             DaemonRefused: The peer cannot be reached or speaks none of the protocols.
         """
         if isinstance(protocols, str):
             raise TypeError("protocols is a sequence of protocol ids, not a string")
-        return await self.daemon_connector.request_stream(
+        opened = await self.daemon_connector.request_stream(
             Stream,
             "STREAM_OPEN",
             Request.stream_open(peer_id, list(protocols), timeout),
@@ -230,6 +238,8 @@ class ControlClient:
             peer_id=peer_id,
             protocol=", ".join(protocols),
         )
+        # As ``OpenedStream(*opened)``, at less cost.
+        return tuple.__new__(OpenedStream, opened)
 
     async def stream_handler(
         self,
@@ -237,6 +247,7 @@ class ControlClient:
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
         """STREAM_HANDLER: has inbound streams of a protocol handled while this client listens.
@@ -245,15 +256,31 @@ class ControlClient:
 
         Args:
             proto: The protocol id.
-            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``. What it raises is
-                logged and resets that stream alone. When it returns, the stream stays open as
-                long as something holds it.
+            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``, or of a ``Stream``
+                alone, whose ``info`` is the same. One that accepts both is called with two
+                arguments. An exception is logged and resets that stream alone. When it returns,
+                the stream stays open as long as something holds it.
             balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
+            linger: How long a handler may go on without reading from or writing to its stream once
+                the peer has closed it in both directions, in seconds; None for no limit. After
+                that the handler is cancelled, which is logged, and its stream aborted.
 
         Raises:
             DaemonRefused: Another client serves the protocol (hivemind's fork).
+            TypeError: The handler cannot be called with one or two arguments.
+            ValueError: ``linger`` is negative or not a number.
         """
-        await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        registration = HandlerOptions.of(handler_cb, linger)
+        before = self._options.get(proto)
+        # In place before a stream can come.
+        self._options[proto] = registration
+        try:
+            await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        except BaseException:
+            self._options.pop(proto, None)
+            if before is not None:
+                self._options[proto] = before
+            raise
 
     async def _register(
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
@@ -404,6 +431,7 @@ class ControlClient:
             DaemonRefused: There is no such handler.
         """
         self.handlers.pop(proto, None)
+        self._options.pop(proto, None)
         await self._unregister(proto, timeout)
 
     async def _unregister(self, proto: str, timeout: float | None) -> None:
@@ -465,7 +493,9 @@ class ControlClient:
     async def _listen_from_now_on(self) -> Self:
         listener = await self._begin()
         try:
-            self._background = background = BackgroundListener(self, listener)
+            self._lingering = Lingering() if self._lingers else None
+            poll = None if self._lingering is None else self._lingering.poll
+            self._background = background = BackgroundListener(self, listener, poll)
         except BaseException:
             listener.close()
             self._ended()
@@ -498,6 +528,7 @@ class ControlClient:
     def _ended(self) -> None:
         """Resets the state after listening."""
         self._scope = self._listener = self._background = self._task_group = None
+        self._lingering = None
         self._listening = False
         self._bound_maddr = None
         self._remove_private()
@@ -570,10 +601,14 @@ class ControlClient:
         try:
             with UnlessClosed(scope):
                 async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
+                    if self._lingers:
+                        self._lingering = Lingering()
+                        tasks.start_soon(self._lingering.poll)
                     while True:
                         wait = self._accept_one(listener, tasks.start_soon)
                         await pause(wait, watched.readable)
         finally:
+            self._lingering = None
             watched.close()
             listener.close()
 
@@ -598,8 +633,12 @@ class ControlClient:
         if raw is None:
             return None
         self._refusals.count("accepted")
-        start(self._dispatch, raw)
+        self._start_dispatch(raw, start)
         return 0.0
+
+    def _start_dispatch(self, raw: RawStream, start: Start) -> None:
+        """Starts the task of an inbound stream."""
+        start(self._dispatch, raw)
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))
@@ -622,6 +661,9 @@ class ControlClient:
             raise
         try:
             await self._handle(handler, info, stream)
+        except GeneratorExit:
+            # The garbage collector ends the task, and closes the stream in the loop's thread.
+            raise
         except Exception:
             self.logger.exception(
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
@@ -631,7 +673,7 @@ class ControlClient:
             stream.abort()
             if not _is_stray(error):
                 raise
-            if not _is_asked_for():
+            if not (self._stopping or _is_asked_for()):
                 self.logger.warning(
                     "the handler of %r was cancelled on a stream from %s, and by nobody",
                     info.proto,
@@ -659,8 +701,20 @@ class ControlClient:
                 del self._half_open[scope]
         raise DispatchFailure("the daemon does not say what it is")
 
-    async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
-        await handler(info, stream)
+    async def _handle(self, handler: Any, info: Any, stream: Stream) -> None:
+        registration = self._options.get(info.proto)
+        if registration is None or registration.handler is not handler:
+            # It was put into ``handlers`` directly.
+            registration = HandlerOptions.of(handler, DEFAULT_LINGER)
+        if registration.linger is None or self._lingering is None:
+            await (handler(info, stream) if registration.takes_info else handler(stream))
+            return
+        await self._lingering.run(
+            functools.partial(handler, *((info, stream) if registration.takes_info else (stream,))),
+            stream,
+            info,
+            registration.linger,
+        )
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
@@ -675,6 +729,7 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+                self._options.pop(proto, None)
 
 
 class _NoHandler(DispatchFailure):

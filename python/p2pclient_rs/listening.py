@@ -104,9 +104,15 @@ class BackgroundListener:
     Args:
         client: What streams are accepted for. It is not kept alive.
         listener: The socket, which is closed at the end.
+        poll: Something else to run in a task until the end. It does not keep the client alive.
     """
 
-    def __init__(self, client: Acceptor, listener: RawListener) -> None:
+    def __init__(
+        self,
+        client: Acceptor,
+        listener: RawListener,
+        poll: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._client = weakref.ref(client, self._abandoned)
         self._listener = listener
         self._watched = watch(listener.fileno())
@@ -117,10 +123,9 @@ class BackgroundListener:
         self._jobs: set[_Job] = set()
         self._closed = False
         self._begun, self._ended = anyio.Event(), anyio.Event()
-        accepting = self._start(lambda _: self._accept(), None)
-        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
-        if hasattr(accepting, "_log_destroy_pending"):
-            accepting._log_destroy_pending = False
+        for function in (self._accept, poll):
+            if function is not None:
+                self._start_silently(function)
 
     async def begun(self) -> None:
         """Waits until the accepting task has started: asyncio warns of a coroutine that was never
@@ -180,6 +185,12 @@ class BackgroundListener:
         # If the task never starts, its finally block does not run.
         self._reactor.when_ended(work, lambda: self._left(job))
         return work
+
+    def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        work = self._start(lambda _: function(), None)
+        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
+        if hasattr(work, "_log_destroy_pending"):
+            work._log_destroy_pending = False
 
     def _left(self, job: _Job) -> None:
         self._jobs.discard(job)
