@@ -703,7 +703,7 @@ async def test_random_bytes_never_hang_or_break_the_client() -> None:
             for _ in blobs:
                 with pytest.raises(ControlFailure) as error:
                     await client.identify(timeout=10)
-                assert isinstance(error.value, (ConnectionLost, ProtocolViolation, DaemonRefused))
+                assert type(error.value) in (ConnectionLost, ProtocolViolation, DaemonRefused)
             await works(client)
 
 

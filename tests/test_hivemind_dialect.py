@@ -4,6 +4,7 @@ bindings, on ours with hivemind's types, and on ours where there is no hivemind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib
 import inspect
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import hivemind_tree
 import pytest
 from fake_daemon import OK, PEER, STREAM_OPENED, UPGRADE, Connection, FakeDaemon, decode, frame
 from google.protobuf import descriptor_pool
-from support import BACKENDS, DaemonProcess, new_directory, until
+from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
 
 import p2pclient_rs
 from p2pclient_rs.p2pclient.pb import p2pd_pb2
@@ -518,6 +520,172 @@ async def test_what_a_handler_wrote_before_it_raised_arrives(two: Pair) -> None:
                 assert await reader.readexactly(15) == b"no: bad request"
             writer.close()
         await two.far.remove_stream_handler("refuse")
+
+
+# --- handlers whose peer is gone: held as asyncio holds them ---
+
+
+async def get_stuck() -> None:
+    """Waits for room in a queue without a reader: nothing can wake the task."""
+    queue: asyncio.Queue[int] = asyncio.Queue(1)
+    await queue.put(1)
+    await queue.put(2)
+
+
+def unused_name() -> str:
+    """The original leaves its handlers with the daemon."""
+    return f"handler {os.urandom(8).hex()}"
+
+
+@pytest.mark.parametrize(
+    "what", ["closes", "closes with unread input", "fills its reader", "sends small messages"]
+)
+async def test_the_collector_ends_stuck_handlers_whose_socket_asyncio_would_not_watch(
+    two: Pair, what: str
+) -> None:
+    name, handling = unused_name(), weakref.WeakSet[Any]()
+    said: list[str] = []
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda loop, context: said.append(context["message"]))
+
+    async def handler(info: Any, reader: Any, writer: Any) -> None:
+        handling.add(asyncio.current_task())
+        with contextlib.closing(writer):
+            await get_stuck()
+
+    def collected() -> bool:
+        gc.collect()
+        return len(handling) == 0
+
+    async with two.far.listen():
+        await two.far.stream_handler(name, handler)
+        await two.near.list_peers()  # leaves a connection for the next request, as at the end
+        gc.collect()
+        tasks, descriptors = len(asyncio.all_tasks()), len(open_descriptors())
+        writers = [(await two.near.stream_open(two.far_id, [name]))[2] for _ in range(20)]
+        await until(lambda: len(handling) == 20)
+        if what != "closes":
+            for writer in writers:
+                writer.write(bytes(MIB if what == "fills its reader" else 1000))
+        if what == "sends small messages":
+            for _ in range(500):
+                for writer in writers:
+                    writer.write(bytes(20))
+                await asyncio.sleep(0)
+        if what != "fills its reader":
+            for writer in writers:
+                writer.close()
+        await until(collected)
+        for writer in writers:
+            writer.close()
+        del writers, writer
+        await until(lambda: len(asyncio.all_tasks()) <= tasks)
+        await two.near.list_peers()
+        await until(lambda: gc.collect() >= 0 and len(open_descriptors()) <= descriptors)
+    assert said.count("Task was destroyed but it is pending!") == 20
+    loop.set_exception_handler(before)
+
+
+async def test_the_collector_leaves_handlers_alone_whose_peer_is_there(
+    two: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[str] = []
+
+    async def wait(info: Any, reader: Any, writer: Any) -> None:
+        try:
+            await get_stuck()
+        finally:
+            ended.append("stuck")
+
+    async def read(info: Any, reader: Any, writer: Any) -> None:
+        assert await reader.read(1) == b"a"
+        ended.append("read")
+
+    async def drain(info: Any, reader: Any, writer: Any) -> None:
+        writer.write(bytes(64 * MIB))
+        await writer.drain()
+        ended.append("drained")
+
+    async def wait_closed(info: Any, reader: Any, writer: Any) -> None:
+        try:
+            await writer.wait_closed()
+        finally:
+            ended.append("closed")
+
+    begun = 0
+
+    def noting(handler: Any) -> Any:
+        async def noted(*args: Any) -> None:
+            nonlocal begun
+            begun += 1
+            with contextlib.closing(args[2]):
+                await handler(*args)
+
+        return noted
+
+    opened = []
+    async with two.far.listen():
+        for handler in (wait, read, drain, wait_closed):
+            name = unused_name()
+            await two.far.stream_handler(name, noting(handler))
+            opened.append(await two.near.stream_open(two.far_id, [name]))
+        await until(lambda: begun == 4)
+        for _ in range(5):
+            gc.collect()
+            await asyncio.sleep(0.01)
+        assert ended == []
+        opened[1][2].write(b"a")
+        await until(lambda: ended == ["read"])
+        assert len(await opened[2][1].readexactly(64 * MIB)) == 64 * MIB
+        await until(lambda: ended == ["read", "drained"])
+        for _, _, writer in opened:
+            writer.close()
+        for task in asyncio.all_tasks():
+            if "_handler()" in repr(task) or "_dispatch()" in repr(task):
+                task.cancel()
+        del task
+        await until(lambda: sorted(ended) == ["closed", "drained", "read", "stuck"])
+    caplog.clear()  # the original's server logs the cancellations
+
+
+async def test_leaving_listen_waits_for_the_handlers_that_it_cancels(
+    ours: Bindings, anyio_backend: Any, two_daemons: tuple[DaemonProcess, DaemonProcess]
+) -> None:
+    events: list[str] = []
+
+    async def handler(info: Any, reader: Any, writer: Any) -> None:
+        events.append("begun")
+        try:
+            await get_stuck()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.05)
+            events.append("cleaned up")
+            raise
+
+    clients = Clients(ours)
+    near, far = [await clients.make(daemon) for daemon in two_daemons]
+    far_id, maddrs = await far.identify()
+    await near.connect(far_id, maddrs)
+    async with far.listen():
+        await far.stream_handler("stuck", handler)
+        _, _, writer = await near.stream_open(far_id, ["stuck"])
+        await until(lambda: events)
+    assert events == ["begun", "cleaned up"]
+    writer.close()
+    await clients.close()
+
+
+async def test_a_listener_has_a_gc_callback_only_while_it_listens(
+    ours: Bindings, anyio_backend: Any, two_daemons: tuple[DaemonProcess, DaemonProcess]
+) -> None:
+    before = len(gc.callbacks)
+    clients = Clients(ours)
+    client = await clients.make(two_daemons[0])
+    async with client.listen():
+        assert len(gc.callbacks) == before + 1
+    assert len(gc.callbacks) == before
+    await clients.close()
 
 
 async def test_streams_that_cannot_be_had_are_control_failures(two: Pair) -> None:

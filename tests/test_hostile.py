@@ -314,7 +314,7 @@ async def fails(
             assert client.unary.handlers == {}
             return
     except ControlFailure as error:
-        assert type(error).__name__ == expected.__name__, f"{call.request}: {error!r}"
+        assert type(error) is expected, f"{call.request}: {error!r}"
         assert error.request == call.request, f"{call.request}: {error!r}"
         assert str(error), call.request
     else:

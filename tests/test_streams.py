@@ -615,6 +615,112 @@ async def test_a_stream_that_always_has_data_lets_other_tasks_run() -> None:
     assert turns >= 2000 // 20
 
 
+# --- anyio 1's names, which programs for p2pclient 0.2 use ---
+
+
+async def test_a_program_for_p2pclient_0_2_talks_to_its_handler(pair: Pair) -> None:
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        data = await stream.receive_exactly(4)
+        await stream.send_all(data[::-1])
+        assert await stream.receive_some(100) == b""
+        await stream.close()
+
+    await pair.bob.stream_handler("/0.2", handler)
+    _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/0.2"])
+    await stream.send_all(b"ping")
+    received = b""
+    while len(received) < 4:
+        received += await stream.receive_some(2)
+    assert received == b"gnip"
+    await stream.close()
+
+
+async def test_receive_some_returns_available_bytes_and_nothing_at_the_end() -> None:
+    async with raw_stream(lambda connection: connection.send(b"abcdef")) as stream:
+        assert await stream.receive_some(0) == b""
+        assert await stream.receive_some(4) == b"abcd"
+        assert stream.buffered_data == b"ef"
+        assert await stream.receive_some(10**30) == b"ef"
+        assert await stream.receive_some(1) == await stream.receive_some(1) == b""
+        with pytest.raises(ValueError):
+            await stream.receive_some(-1)
+    with pytest.raises(anyio.ClosedResourceError):
+        await stream.receive_some(1)
+
+
+@pytest.mark.parametrize("size", [3, 200_000])
+async def test_receive_exactly_leaves_an_incomplete_rest(size: int) -> None:
+    data = os.urandom(size)
+    async with raw_stream(lambda connection: connection.send(b"ab" + data)) as stream:
+        assert await stream.receive_exactly(2) == b"ab"
+        for error in (anyio.IncompleteRead, asyncio.IncompleteReadError):
+            with pytest.raises(error):
+                await stream.receive_exactly(size + 1)
+        assert stream.buffered_data == data
+        assert await stream.receive_exactly(0) == b""
+        assert await stream.receive_exactly(size) == data
+        assert stream.at_eof()
+
+
+async def test_receive_until_returns_the_bytes_before_the_delimiter() -> None:
+    async with raw_stream(lambda connection: connection.send(b"ab\r\ncd\r\n\r\nxyz")) as stream:
+        assert await stream.receive_until(b"\r\n", 4) == b"ab"
+        with pytest.raises(anyio.DelimiterNotFound):
+            await stream.receive_until(b"\r\n", 3)
+        assert await stream.receive_until(b"\r\n", 10**30) == b"cd"
+        assert await stream.receive_until(b"\r\n", 2) == b""
+        for _ in range(2):
+            with pytest.raises(anyio.IncompleteRead):
+                await stream.receive_until(b"\r\n", 100)
+        assert stream.buffered_data == b"xyz"
+        with pytest.raises(anyio.DelimiterNotFound):
+            await stream.receive_until(b"\r\n", 0)
+        with pytest.raises(ValueError):
+            await stream.receive_until(b"", 1)
+
+
+async def test_receive_until_gives_up_as_soon_as_its_limit_has_come() -> None:
+    def script(connection: Connection) -> None:
+        connection.send(b"abc")
+        connection.wait_closed()
+
+    async with raw_stream(script) as stream:
+        with pytest.raises(anyio.DelimiterNotFound), anyio.fail_after(5):
+            await stream.receive_until(b"\n", 3)
+        assert await stream.receive_some(10) == b"abc"
+
+
+async def test_chunks_are_iterated_over_up_to_the_end() -> None:
+    async with raw_stream(lambda connection: connection.send(b"abcdefg")) as stream:
+        await stream.receive_exactly(2)
+        assert [chunk async for chunk in stream.receive_chunks(2)] == [b"cd", b"ef", b"g"]
+
+
+async def test_delimited_chunks_are_iterated_over_up_to_the_end() -> None:
+    async with raw_stream(lambda connection: connection.send(b"a,b,,c,")) as stream:
+        chunks = [chunk async for chunk in stream.receive_delimited_chunks(b",", 10)]
+        assert chunks == [b"a", b"b", b"", b"c"]
+    async with raw_stream(lambda connection: connection.send(b"a,rest")) as stream:
+        chunks = []
+        with pytest.raises(anyio.IncompleteRead):
+            async for chunk in stream.receive_delimited_chunks(b",", 10):
+                chunks.append(chunk)
+        assert chunks == [b"a"] and stream.buffered_data == b"rest"
+
+
+async def test_socket_options_and_addresses_are_those_of_the_socket() -> None:
+    async with raw_stream(lambda connection: connection.send(b"a")) as stream:
+        sock = stream.get_extra_info("socket")
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
+        assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF
+        )
+        assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE, 4) == sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_TYPE, 4
+        )
+        assert (stream.address, stream.peer_address) == (sock.getsockname(), sock.getpeername())
+
+
 # --- large reads, which are received into what they return ---
 
 

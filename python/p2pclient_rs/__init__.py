@@ -47,6 +47,7 @@ from p2pclient_rs.install import (
     install,
     uninstall,
 )
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
@@ -88,6 +89,7 @@ __all__ = [
     "MessageTooLarge",
     "Multiaddr",
     "NotSupported",
+    "OpenedStream",
     "P2PDaemonError",
     "P2PHandlerError",
     "PeerID",

@@ -12,10 +12,12 @@ from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient, StreamHandler
 from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.handlers import DEFAULT_LINGER
 from p2pclient_rs.listening import Listening
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
-from p2pclient_rs.streams import Stream, Subscription
+from p2pclient_rs.streams import Subscription
 from p2pclient_rs.unary import (
     DEFAULT_HOLD,
     DEFAULT_MAX_UNANSWERED,
@@ -161,8 +163,9 @@ class Client:
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
-    ) -> tuple[StreamInfo, Stream]:
-        """Opens a stream to a peer; see ``ControlClient.stream_open``."""
+    ) -> OpenedStream[StreamInfo]:
+        """Opens a stream to a peer. The result is used as the stream, or unpacked as
+        ``(info, stream)``; see ``ControlClient.stream_open``."""
         return await self.control.stream_open(peer_id, protocols, timeout=timeout)
 
     async def stream_handler(
@@ -171,11 +174,14 @@ class Client:
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
         """Has inbound streams of a protocol handled while this client listens; see
         ``ControlClient.stream_handler``."""
-        await self.control.stream_handler(proto, handler_cb, balanced=balanced, timeout=timeout)
+        await self.control.stream_handler(
+            proto, handler_cb, balanced=balanced, linger=linger, timeout=timeout
+        )
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """Takes back ``stream_handler``; see ``ControlClient.remove_stream_handler``."""

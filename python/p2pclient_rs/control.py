@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -31,6 +32,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     NotSupported,
 )
+from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler
 from p2pclient_rs.listening import (
     BackgroundListener,
     ListenerStats,
@@ -42,6 +44,7 @@ from p2pclient_rs.listening import (
     pause,
 )
 from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, current_loop, watch
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.streams import Stream
 
 if TYPE_CHECKING:
@@ -51,9 +54,6 @@ __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHand
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
 
-#: What is called for an inbound stream, in a task of its own.
-StreamHandler: TypeAlias = Callable[[Any, Stream], Awaitable[object]]
-
 #: The StreamInfo before an inbound stream is small, and comes at once.
 _MAX_HEADER = 64 * 1024
 _HEADER_TIMEOUT = 30.0
@@ -61,6 +61,8 @@ _HEADER_TIMEOUT = 30.0
 #: given this long to send it, in seconds.
 _MAX_HALF_OPEN = 256
 _HALF_OPEN_PATIENCE = 1.0
+#: How long the removal of a former registration may take, in seconds, even for a cancelled caller.
+_REPLACING = 5.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
@@ -98,6 +100,10 @@ class ControlClient:
     _replaces_handlers = True
     #: Receives this client's log lines.
     logger = logger
+    #: Whether handlers are cancelled that outlive their peers.
+    _lingers = True
+    #: Whether tasks that the client started itself are being cancelled.
+    _stopping = False
 
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
@@ -116,6 +122,9 @@ class ControlClient:
         self._registered: dict[str, _Registration] = {}
         #: By protocol: the lock for changing its registration, and how many tasks use that.
         self._registering: dict[str, tuple[anyio.Lock, int]] = {}
+        #: The options of handlers that were registered, by protocol.
+        self._options: dict[str, HandlerOptions] = {}
+        self._lingering: Lingering | None = None
         self._scope: anyio.CancelScope | None = None
         #: What waits for the header of an inbound stream, the oldest first, and since when.
         self._half_open: dict[anyio.CancelScope, float] = {}
@@ -205,7 +214,7 @@ class ControlClient:
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
-    ) -> tuple[Any, Stream]:
+    ) -> OpenedStream[Any]:
         """STREAM_OPEN: opens a stream to a peer.
 
         Args:
@@ -213,14 +222,15 @@ class ControlClient:
             protocols: Protocol ids, the one liked best first.
 
         Returns:
-            The ``StreamInfo`` of the stream, with the protocol agreed on, and the stream.
+            The stream. It also unpacks as ``(info, stream)``; its ``info`` is a ``StreamInfo`` with
+            the protocol agreed on.
 
         Raises:
             DaemonRefused: The peer cannot be reached or speaks none of the protocols.
         """
         if isinstance(protocols, str):
             raise TypeError("protocols is a sequence of protocol ids, not a string")
-        return await self.daemon_connector.request_stream(
+        opened = await self.daemon_connector.request_stream(
             Stream,
             "STREAM_OPEN",
             Request.stream_open(peer_id, list(protocols), timeout),
@@ -228,6 +238,8 @@ class ControlClient:
             peer_id=peer_id,
             protocol=", ".join(protocols),
         )
+        # As ``OpenedStream(*opened)``, at less cost.
+        return tuple.__new__(OpenedStream, opened)
 
     async def stream_handler(
         self,
@@ -235,6 +247,7 @@ class ControlClient:
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
         """STREAM_HANDLER: has inbound streams of a protocol handled while this client listens.
@@ -243,15 +256,31 @@ class ControlClient:
 
         Args:
             proto: The protocol id.
-            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``. What it raises is
-                logged and resets that stream alone. When it returns, the stream stays open as
-                long as something holds it.
+            handler_cb: An async function of a ``StreamInfo`` and a ``Stream``, or of a ``Stream``
+                alone, whose ``info`` is the same. One that accepts both is called with two
+                arguments. An exception is logged and resets that stream alone. When it returns,
+                the stream stays open as long as something holds it.
             balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
+            linger: How long a handler may go on without reading from or writing to its stream once
+                the peer has closed it in both directions, in seconds; None for no limit. After
+                that the handler is cancelled, which is logged, and its stream aborted.
 
         Raises:
             DaemonRefused: Another client serves the protocol (hivemind's fork).
+            TypeError: The handler cannot be called with one or two arguments.
+            ValueError: ``linger`` is negative or not a number.
         """
-        await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        registration = HandlerOptions.of(handler_cb, linger)
+        before = self._options.get(proto)
+        # In place before a stream can come.
+        self._options[proto] = registration
+        try:
+            await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+        except BaseException:
+            self._options.pop(proto, None)
+            if before is not None:
+                self._options[proto] = before
+            raise
 
     async def _register(
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
@@ -311,19 +340,10 @@ class ControlClient:
             self._registered[proto] = before
             if before.maddr == maddr and await connector.still_registered(before.token):
                 return
-            # The daemon may have been restarted, and another client may have taken the name. The
-            # removal succeeds only if the registration has this client's address.
-            try:
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
-                )
-            except DaemonRefused:
-                del self._registered[proto]
-            else:
-                self._registered[proto] = _Registration(maddr, None)
-                await connector.request("STREAM_HANDLER", request)
-                self._registered[proto] = _Registration(maddr, connector.registered())
-                return
+            # A removal that is cancelled could overtake a later registration.
+            with anyio.move_on_after(_REPLACING, shield=True):
+                if await self._replace(connector, proto, request, maddr):
+                    return
             raise
         except DaemonUnreachable:
             self._restore(proto, before)
@@ -331,10 +351,37 @@ class ControlClient:
         self._registered[proto] = _Registration(maddr, connector.registered())
         if balanced and before is not None and await connector.still_registered(before.token):
             # The fork has appended another entry, so that this client would get twice its share.
-            with suppress(ControlFailure):
+            with anyio.move_on_after(_REPLACING, shield=True), suppress(ControlFailure):
                 await connector.request(
                     "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
                 )
+
+    async def _replace(
+        self, connector: DaemonConnector, proto: str, request: Request, maddr: Multiaddr
+    ) -> bool:
+        """Registers a name that is taken; returns False if it is another client's.
+
+        The daemon may have been restarted, and another client may have taken the name: the removal
+        succeeds only if the registration has this client's address.
+        """
+        former = self._registered[proto].maddr
+        while True:
+            try:
+                await connector.request(
+                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(former, proto)
+                )
+            except DaemonRefused:
+                del self._registered[proto]
+                return False
+            self._registered[proto] = _Registration(maddr, None)
+            try:
+                await connector.request("STREAM_HANDLER", request)
+            except DaemonRefused:
+                # The daemon may have carried out a cancelled request of this client in between.
+                former = maddr
+                continue
+            self._registered[proto] = _Registration(maddr, connector.registered())
+            return True
 
     def _restore(self, proto: str, before: _Registration | None) -> None:
         if before is None:
@@ -384,6 +431,7 @@ class ControlClient:
             DaemonRefused: There is no such handler.
         """
         self.handlers.pop(proto, None)
+        self._options.pop(proto, None)
         await self._unregister(proto, timeout)
 
     async def _unregister(self, proto: str, timeout: float | None) -> None:
@@ -445,7 +493,9 @@ class ControlClient:
     async def _listen_from_now_on(self) -> Self:
         listener = await self._begin()
         try:
-            self._background = background = BackgroundListener(self, listener)
+            self._lingering = Lingering() if self._lingers else None
+            poll = None if self._lingering is None else self._lingering.poll
+            self._background = background = BackgroundListener(self, listener, poll)
         except BaseException:
             listener.close()
             self._ended()
@@ -478,6 +528,7 @@ class ControlClient:
     def _ended(self) -> None:
         """Resets the state after listening."""
         self._scope = self._listener = self._background = self._task_group = None
+        self._lingering = None
         self._listening = False
         self._bound_maddr = None
         self._remove_private()
@@ -487,7 +538,7 @@ class ControlClient:
         if private is not None:
             private.remove()
 
-    def stopped_listening(self, listener: BackgroundListener) -> None:
+    def _stopped_listening(self, listener: BackgroundListener) -> None:
         """Called by a listener that has ended."""
         if self._background is listener:
             self._ended()
@@ -550,14 +601,18 @@ class ControlClient:
         try:
             with UnlessClosed(scope):
                 async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
+                    if self._lingers:
+                        self._lingering = Lingering()
+                        tasks.start_soon(self._lingering.poll)
                     while True:
-                        wait = self.accept(listener, tasks.start_soon)
+                        wait = self._accept_one(listener, tasks.start_soon)
                         await pause(wait, watched.readable)
         finally:
+            self._lingering = None
             watched.close()
             listener.close()
 
-    def accept(self, listener: RawListener, start: Start) -> float | None:
+    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one inbound stream; see ``listening.Acceptor``."""
         # jsp2pd has one for each handler, from its registration on.
         if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
@@ -578,8 +633,12 @@ class ControlClient:
         if raw is None:
             return None
         self._refusals.count("accepted")
-        start(self._dispatch, raw)
+        self._start_dispatch(raw, start)
         return 0.0
+
+    def _start_dispatch(self, raw: RawStream, start: Start) -> None:
+        """Starts the task of an inbound stream."""
+        start(self._dispatch, raw)
 
     async def _dispatch(self, raw: RawStream) -> None:
         stream = Stream(raw, watch(raw.fileno()))
@@ -602,6 +661,9 @@ class ControlClient:
             raise
         try:
             await self._handle(handler, info, stream)
+        except GeneratorExit:
+            # The garbage collector ends the task, and closes the stream in the loop's thread.
+            raise
         except Exception:
             self.logger.exception(
                 "the handler of %r failed on a stream from %s", info.proto, info.peer_id
@@ -611,7 +673,7 @@ class ControlClient:
             stream.abort()
             if not _is_stray(error):
                 raise
-            if not _is_asked_for():
+            if not (self._stopping or _is_asked_for()):
                 self.logger.warning(
                     "the handler of %r was cancelled on a stream from %s, and by nobody",
                     info.proto,
@@ -639,8 +701,20 @@ class ControlClient:
                 del self._half_open[scope]
         raise DispatchFailure("the daemon does not say what it is")
 
-    async def _handle(self, handler: StreamHandler, info: Any, stream: Stream) -> None:
-        await handler(info, stream)
+    async def _handle(self, handler: Any, info: Any, stream: Stream) -> None:
+        registration = self._options.get(info.proto)
+        if registration is None or registration.handler is not handler:
+            # It was put into ``handlers`` directly.
+            registration = HandlerOptions.of(handler, DEFAULT_LINGER)
+        if registration.linger is None or self._lingering is None:
+            await (handler(info, stream) if registration.takes_info else handler(stream))
+            return
+        await self._lingering.run(
+            functools.partial(handler, *((info, stream) if registration.takes_info else (stream,))),
+            stream,
+            info,
+            registration.linger,
+        )
 
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
@@ -655,6 +729,7 @@ class ControlClient:
                 except ControlFailure:
                     break
                 self.handlers.pop(proto, None)
+                self._options.pop(proto, None)
 
 
 class _NoHandler(DispatchFailure):

@@ -482,12 +482,12 @@ async def _stay_connected(
 
 
 async def _register_again(client: Client) -> None:
-    try:
-        with anyio.fail_after(_REGISTERING):
-            await client.control.register_again()
-            await client.unary.register_again()
-    except (ControlFailure, TimeoutError) as error:
-        logger.warning("the handlers of %r were not registered again: %s", client, error)
+    for register_again in (client.control.register_again, client.unary.register_again):
+        try:
+            with anyio.fail_after(_REGISTERING):
+                await register_again()
+        except (ControlFailure, TimeoutError) as error:
+            logger.warning("the handlers of %r were not registered again: %s", client, error)
 
 
 async def _ready(process: DaemonProcess, timeout: float) -> Identity:

@@ -179,7 +179,8 @@ def with_errno(
         if strerror is None:
             strerror = os.strerror(number)
     error: Any = combined(kind, also)(message)
-    error.errno, error.strerror = number, strerror
+    if strerror is not None:
+        error.errno, error.strerror = number, strerror
     if filename is not None:
         error.filename = filename
     return error  # type: ignore[no-any-return]
@@ -196,12 +197,9 @@ def from_os_error(kind: type[E], message: str, cause: OSError, filename: str | N
     return with_errno(kind, message, cause.errno, strerror=cause.strerror, filename=path)
 
 
-def connection_lost(
-    message: str, number: int | None = errno.ECONNRESET, at_end: bool = False
-) -> ConnectionLost:
-    """A ``ConnectionLost`` with an ``errno``; an EOFError, too, if the daemon ended the
-    connection."""
-    return with_errno(ConnectionLost, message, number, also=(EOFError,) if at_end else ())
+def connection_lost(message: str, number: int | None = None) -> ConnectionLost:
+    """Makes a ``ConnectionLost`` with an ``errno``; ECONNRESET if none."""
+    return with_errno(ConnectionLost, message, number)
 
 
 def parts(error: Exception) -> tuple[Any, ...]:
@@ -247,12 +245,12 @@ class DaemonUnreachable(ControlFailure, ConnectionError):
     """
 
 
-class ConnectionLost(ControlFailure, ConnectionError):
+class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
     """The control connection ended before the answer: the request may have been carried out.
 
-    It is an instance of the built-in class for its ``errno``, too: ConnectionResetError,
-    BrokenPipeError; ConnectionAbortedError if this client was closed. If the daemon ended the
-    connection it is a ConnectionResetError and an EOFError.
+    It is a ConnectionResetError and an EOFError, and the ``errno`` is ECONNRESET, unless the
+    operating system gave another: then it is an instance of the built-in class for that, too, as
+    BrokenPipeError. If this client was closed it is a ConnectionAbortedError.
 
     Attributes:
         unexecuted: It cannot have been: the daemon did not read the whole request.
@@ -261,6 +259,10 @@ class ConnectionLost(ControlFailure, ConnectionError):
 
     unexecuted: bool = False
     mid_answer: bool = False
+
+    def __init__(self, message: str = "", **context: Any) -> None:
+        super().__init__(message, **context)
+        self.errno, self.strerror = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
 
 
 class ControlTimeout(ControlFailure, TimeoutError):

@@ -79,7 +79,7 @@ Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
 class Acceptor(Protocol):
     """The owner of a listener: a ``ControlClient``."""
 
-    def accept(self, listener: RawListener, start: Start) -> float | None:
+    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one connection and serves it in a task made by ``start``.
 
         Returns:
@@ -87,7 +87,7 @@ class Acceptor(Protocol):
             readable.
         """
 
-    def stopped_listening(self, listener: BackgroundListener) -> None:
+    def _stopped_listening(self, listener: BackgroundListener) -> None:
         """The listener has ended."""
 
 
@@ -104,9 +104,15 @@ class BackgroundListener:
     Args:
         client: What streams are accepted for. It is not kept alive.
         listener: The socket, which is closed at the end.
+        poll: Something else to run in a task until the end. It does not keep the client alive.
     """
 
-    def __init__(self, client: Acceptor, listener: RawListener) -> None:
+    def __init__(
+        self,
+        client: Acceptor,
+        listener: RawListener,
+        poll: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._client = weakref.ref(client, self._abandoned)
         self._listener = listener
         self._watched = watch(listener.fileno())
@@ -117,10 +123,9 @@ class BackgroundListener:
         self._jobs: set[_Job] = set()
         self._closed = False
         self._begun, self._ended = anyio.Event(), anyio.Event()
-        accepting = self._start(lambda _: self._accept(), None)
-        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
-        if hasattr(accepting, "_log_destroy_pending"):
-            accepting._log_destroy_pending = False
+        for function in (self._accept, poll):
+            if function is not None:
+                self._start_silently(function)
 
     async def begun(self) -> None:
         """Waits until the accepting task has started: asyncio warns of a coroutine that was never
@@ -157,7 +162,7 @@ class BackgroundListener:
         self._release()
         client = self._client()
         if client is not None:
-            client.stopped_listening(self)
+            client._stopped_listening(self)
 
     def _abandoned(self, _: object) -> None:
         self.close()
@@ -181,6 +186,12 @@ class BackgroundListener:
         self._reactor.when_ended(work, lambda: self._left(job))
         return work
 
+    def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        work = self._start(lambda _: function(), None)
+        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
+        if hasattr(work, "_log_destroy_pending"):
+            work._log_destroy_pending = False
+
     def _left(self, job: _Job) -> None:
         self._jobs.discard(job)
         if self._closed and not self._jobs:
@@ -193,7 +204,7 @@ class BackgroundListener:
                 client = self._client()
                 if client is None:
                     break
-                wait = client.accept(self._listener, self._start)
+                wait = client._accept_one(self._listener, self._start)
                 del client  # the wait must not keep it alive
                 await pause(wait, self._watched.readable)
         finally:
@@ -203,7 +214,7 @@ class BackgroundListener:
 
 
 async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -> None:
-    """Waits as ``Acceptor.accept`` says."""
+    """Waits as ``Acceptor._accept_one`` says."""
     if wait is None:
         await readable()
     else:

@@ -30,6 +30,7 @@ __all__ = [
     "UnlessClosedAsync",
     "Watch",
     "Work",
+    "call_in_its_thread",
     "carry_out",
     "current_loop",
     "in_trio_task",
@@ -189,7 +190,7 @@ class AsyncioWatch:
         if os.getpid() != self._pid:
             self._close_both(raw)
         else:
-            _call_in_its_thread(self._loop, functools.partial(self._close_both, raw))
+            call_in_its_thread(self._loop, functools.partial(self._close_both, raw))
 
     def _close_both(self, raw: RawStream | ControlConnection | Pipeline) -> None:
         try:
@@ -198,7 +199,8 @@ class AsyncioWatch:
             raw.close()
 
 
-def _call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+def call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Calls back here if this is the thread of ``loop`` or that has stopped; otherwise there."""
     # A finalizer can run in any thread, and a loop is not to be touched from another.
     if asyncio._get_running_loop() is loop or not loop.is_running():
         callback()
@@ -254,11 +256,16 @@ class TrioWatch:
         self._fd = fd
         self._pid = os.getpid()
         self._writing: trio.Event | None = None
+        #: The descriptor's number may be another file's by now.
+        self._closed = False
 
     async def checkpoint(self) -> None:
         await self._trio.lowlevel.checkpoint()
 
     async def readable(self) -> None:
+        if self._closed:
+            await self.checkpoint()
+            return
         try:
             await self._trio.lowlevel.wait_readable(self._fd)
         except self._trio.ClosedResourceError:
@@ -268,6 +275,9 @@ class TrioWatch:
         if self._writing is not None:
             # Trio lets one task wait for a descriptor; several may drain the same stream.
             await self._writing.wait()
+            return
+        if self._closed:
+            await self.checkpoint()
             return
         self._writing = self._trio.Event()
         try:
@@ -291,12 +301,16 @@ class TrioWatch:
         await self.writable()
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         # In a forked child trio's epoll is the parent's too.
         if self._trio.lowlevel.in_trio_task() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
     def abandon(self, raw: RawStream | ControlConnection | Pipeline) -> None:
-        # Whoever waited would hold the stream: there is nobody to tell.
+        # A task that waited would hold the stream, so none does.
+        self._closed = True
         raw.close()
 
 
@@ -404,7 +418,7 @@ class AsyncioReactor:
         work.add_done_callback(lambda _: callback())
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
-        _call_in_its_thread(self._loop, callback)
+        call_in_its_thread(self._loop, callback)
 
 
 class TrioReactor:

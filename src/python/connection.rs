@@ -1,5 +1,5 @@
 //! A control connection: the core's exchange over a non-blocking socket. As in `stream`, nothing
-//! waits here; `connector.py` does.
+//! waits here; `connector.py` does. As there, errors stay Rust values while the state is locked.
 
 use super::answer;
 use super::errors::{self, ConnectionLost};
@@ -23,7 +23,6 @@ pub const TURN: usize = 2 * 1024 * 1024;
 /// A connection to the daemon's control socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct ControlConnection {
-    fd: RawFd,
     pid: u32,
     inner: Mutex<Option<Inner>>,
 }
@@ -38,6 +37,38 @@ struct Inner {
     one_value: bool,
     /// The values that came so far.
     values: Vec<Reply>,
+}
+
+/// Why an operation on the locked state failed. There is no `From` for `PyErr`, so that `?` cannot
+/// create an exception under the lock.
+enum ConnectionError {
+    Closed,
+    /// The operating system refused the connection.
+    Refused(io::Error),
+    /// `unexecuted`: the daemon cannot have read the whole request.
+    Lost {
+        error: io::Error,
+        unexecuted: bool,
+    },
+    /// Boxed, so that results are small.
+    Protocol(Box<Error>),
+}
+
+impl ConnectionError {
+    fn protocol(error: Error) -> Self {
+        Self::Protocol(Box::new(error))
+    }
+
+    /// The exception. Caller must not hold the lock.
+    #[cold]
+    fn into_exception(self) -> PyErr {
+        match self {
+            Self::Closed => closed(),
+            Self::Refused(error) => errors::os_error(error),
+            Self::Lost { error, unexecuted } => errors::connection_lost(error, unexecuted),
+            Self::Protocol(error) => errors::from_core(*error),
+        }
+    }
 }
 
 #[pymethods]
@@ -62,7 +93,6 @@ impl ControlConnection {
             limits.max_frame = max_frame;
         }
         Ok(Some(Self {
-            fd: socket.as_raw_fd(),
             pid: super::pid::pid(),
             inner: Mutex::new(Some(Inner {
                 socket,
@@ -84,9 +114,9 @@ impl ControlConnection {
 
     /// Learns how a connection attempt ended.
     fn finish_connect(&self) -> PyResult<()> {
-        self.with(|inner| match inner.socket.take_error()? {
-            Some(error) => Err(errors::os_error(error)),
-            None => {
+        self.with(|inner| match inner.socket.take_error() {
+            Err(error) | Ok(Some(error)) => Err(ConnectionError::Refused(error)),
+            Ok(None) => {
                 inner.connected = true;
                 Ok(())
             }
@@ -99,7 +129,8 @@ impl ControlConnection {
         self.with(|inner| {
             inner.values.clear();
             inner.one_value = request.0.answered() == Answered::WithOneValue;
-            inner.output = inner.exchange.send(&request.0).map_err(errors::from_core)?;
+            let frame = inner.exchange.send(&request.0);
+            inner.output = frame.map_err(ConnectionError::protocol)?;
             inner.flush()
         })
     }
@@ -141,17 +172,13 @@ impl ControlConnection {
     /// Takes the stream or subscription that this connection has become, or, before any request,
     /// the connection as it is.
     fn take_stream(&self) -> PyResult<RawStream> {
-        errors::check_fork(self.pid, "connection")?;
-        let mut guard = self.lock();
-        let ready = matches!(&*guard, Some(inner)
-            if inner.exchange.state() == State::Consumed || inner.exchange.is_reusable());
-        match guard.take() {
-            Some(inner) if ready => Ok(RawStream::new(
-                inner.socket,
-                inner.exchange.into_remainder(),
-            )),
-            _ => Err(closed()),
-        }
+        let taken = self.take(|inner| {
+            inner.exchange.state() == State::Consumed || inner.exchange.is_reusable()
+        })?;
+        Ok(RawStream::new(
+            taken.socket,
+            taken.exchange.into_remainder(),
+        ))
     }
 
     /// Takes the connection that was upgraded for unary calls.
@@ -164,39 +191,37 @@ impl ControlConnection {
         pump: Py<PyAny>,
         owner: Py<PyAny>,
     ) -> PyResult<(PersistentConnection, Py<PyBytes>)> {
-        let this = slf.get();
-        errors::check_fork(this.pid, "connection")?;
-        match this.lock().take() {
-            Some(inner) if inner.exchange.state() == State::Consumed => {
-                let rest = PyBytes::new(slf.py(), &inner.exchange.into_remainder());
-                let connection = PersistentConnection::new(
-                    inner.socket,
-                    seed,
-                    limits.into(),
-                    reactor,
-                    event_loop,
-                    pump,
-                    owner,
-                );
-                Ok((connection, rest.unbind()))
-            }
-            _ => Err(closed()),
-        }
+        let taken = slf
+            .get()
+            .take(|inner| inner.exchange.state() == State::Consumed)?;
+        let rest = PyBytes::new(slf.py(), &taken.exchange.into_remainder());
+        let connection = PersistentConnection::new(
+            taken.socket,
+            seed,
+            limits.into(),
+            reactor,
+            event_loop,
+            pump,
+            owner,
+        );
+        Ok((connection, rest.unbind()))
     }
 
     /// Takes the connection for queries that follow each other, if nothing is under way on it.
     fn take_pipeline(&self, event_loop: Py<PyAny>, pump: Py<PyAny>) -> PyResult<Pipeline> {
-        errors::check_fork(self.pid, "connection")?;
-        match self.lock().take() {
-            Some(inner) if inner.exchange.is_reusable() && inner.output.is_empty() => Ok(
-                Pipeline::new(inner.socket, inner.exchange, event_loop, pump),
-            ),
-            _ => Err(closed()),
-        }
+        let taken = self.take(|inner| inner.exchange.is_reusable() && inner.output.is_empty())?;
+        Ok(Pipeline::new(
+            taken.socket,
+            taken.exchange,
+            event_loop,
+            pump,
+        ))
     }
 
+    /// The file descriptor; -1 once the connection is closed or was taken.
     fn fileno(&self) -> RawFd {
-        self.fd
+        let inner = self.lock();
+        inner.as_ref().map_or(-1, |inner| inner.socket.as_raw_fd())
     }
 
     /// Closes the socket, unless it became a stream. In a forked child only the descriptor is
@@ -231,32 +256,44 @@ impl ControlConnection {
         })
     }
 
-    fn with<T>(&self, f: impl FnOnce(&mut Inner) -> PyResult<T>) -> PyResult<T> {
+    fn with<T>(&self, f: impl FnOnce(&mut Inner) -> Result<T, ConnectionError>) -> PyResult<T> {
         errors::check_fork(self.pid, "connection")?;
-        f(self.lock().as_mut().ok_or_else(closed)?)
+        let outcome = match self.lock().as_mut() {
+            Some(inner) => f(inner),
+            None => Err(ConnectionError::Closed),
+        };
+        outcome.map_err(ConnectionError::into_exception)
+    }
+
+    /// Takes the connection for another use. One that is not `ready` for it is closed.
+    fn take(&self, ready: impl FnOnce(&Inner) -> bool) -> PyResult<Inner> {
+        errors::check_fork(self.pid, "connection")?;
+        let taken = self.lock().take();
+        taken.filter(ready).ok_or_else(closed)
     }
 }
 
 impl Inner {
-    fn flush(&mut self) -> PyResult<bool> {
+    fn flush(&mut self) -> Result<bool, ConnectionError> {
         while !self.output.is_empty() {
             match self.socket.write(&self.output) {
                 Ok(0) => break,
                 Ok(count) => self.output.advance(count),
                 Err(error) => {
                     // A part of a request is no request: the daemon cannot have acted on it.
-                    return Err(errors::connection_lost(error, true));
+                    let unexecuted = true;
+                    return Err(ConnectionError::Lost { error, unexecuted });
                 }
             }
         }
         Ok(self.output.is_empty())
     }
 
-    fn step(&mut self) -> PyResult<Option<Outcome>> {
+    fn step(&mut self) -> Result<Option<Outcome>, ConnectionError> {
         self.flush()?;
         let mut budget = TURN;
         loop {
-            match self.exchange.poll().map_err(errors::from_core)? {
+            match self.exchange.poll().map_err(ConnectionError::protocol)? {
                 Some(Event::Value(value)) => self.values.push(value),
                 Some(Event::Refused(words)) => return Ok(Some(Outcome::Refused(words))),
                 Some(Event::Reply(reply)) => return Ok(Some(Outcome::Reply(reply))),
@@ -280,7 +317,7 @@ impl Inner {
     }
 
     /// Reads once; `None` if it would block.
-    fn read(&mut self) -> PyResult<Option<usize>> {
+    fn read(&mut self) -> Result<Option<usize>, ConnectionError> {
         let Self {
             socket, exchange, ..
         } = self;
@@ -289,11 +326,11 @@ impl Inner {
             bytes.len()
         });
         match read {
-            Ok(Some(0)) => Err(errors::from_core(self.exchange.end_of_file())),
+            Ok(Some(0)) => Err(ConnectionError::protocol(self.exchange.end_of_file())),
             Ok(read) => Ok(read),
             Err(error) => {
-                let unread = is_unread(&self.socket, &mut self.exchange, &error);
-                Err(errors::connection_lost(error, unread))
+                let unexecuted = is_unread(&self.socket, &mut self.exchange, &error);
+                Err(ConnectionError::Lost { error, unexecuted })
             }
         }
     }

@@ -59,10 +59,10 @@ pub fn from_core(error: core::Error) -> PyErr {
     Python::attach(|py| match error.fault() {
         core::Fault::Caller => made::<ControlFailure>(py, &words),
         core::Fault::Connection => match error {
-            core::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM), false),
+            core::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM)),
             _ => {
                 let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
-                let lost = made_lost(py, &words, Some(libc::ECONNRESET), true);
+                let lost = made_lost(py, &words, None);
                 marked(py, lost, "mid_answer", mid_answer)
             }
         },
@@ -90,7 +90,7 @@ pub fn os_error(error: io::Error) -> PyErr {
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = made_lost(py, &words, error.raw_os_error(), false);
+        let lost = made_lost(py, &words, error.raw_os_error());
         let lost = marked(py, lost, "unexecuted", unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
@@ -99,20 +99,20 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 
 /// A connection that was lost before it took the whole of a request.
 pub fn connection_gone(words: &str) -> PyErr {
-    connection_gone_of(words, Some(libc::ECONNRESET))
+    connection_gone_of(words, None)
 }
 
 /// As `connection_gone`, with the operating system's number of the error, if it gave one.
 pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
     Python::attach(|py| {
-        let lost = made_lost(py, words, number, false);
+        let lost = made_lost(py, words, number);
         marked(py, lost, "unexecuted", true)
     })
 }
 
 /// A connection that this client closed.
 pub fn connection_closed(words: &str) -> PyErr {
-    Python::attach(|py| made_lost(py, words, Some(libc::ECONNABORTED), false))
+    Python::attach(|py| made_lost(py, words, Some(libc::ECONNABORTED)))
 }
 
 /// A message over a limit, sent or received, which the connection survives.
@@ -145,13 +145,16 @@ pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     }
 }
 
-/// A ConnectionLost that is an instance of the built-in class for `number`, too, and of EOFError if
-/// the daemon ended the connection.
-fn made_lost(py: Python<'_>, words: &str, number: Option<i32>, at_end: bool) -> PyErr {
-    match make_lost(py).and_then(|make| make.call1((words, number, at_end))) {
-        Ok(value) => PyErr::from_value(value),
-        // At the interpreter's end, where nothing in Python may be left to make it.
-        Err(_) => made::<ConnectionLost>(py, words),
+/// A ConnectionLost that is an instance of the built-in class for `number`, too.
+fn made_lost(py: Python<'_>, words: &str, number: Option<i32>) -> PyErr {
+    let special = number.and_then(|number| {
+        let make = make_lost(py);
+        make.and_then(|make| make.call1((words, number))).ok()
+    });
+    match special {
+        Some(value) => PyErr::from_value(value),
+        // The number is not known, or the interpreter ends and there is nothing left to make it.
+        None => made::<ConnectionLost>(py, words),
     }
 }
 
@@ -176,7 +179,7 @@ impl Loss {
     pub fn to_err(&self, py: Python<'_>) -> PyErr {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
-            Loss::Socket(words, number) => made_lost(py, words, *number, false),
+            Loss::Socket(words, number) => made_lost(py, words, *number),
             Loss::Closed => connection_closed("the client was closed"),
         }
     }

@@ -6,14 +6,13 @@ use super::stream::RawStream;
 use crate::sockets::{self, SocketFile};
 use bytes::Bytes;
 use pyo3::prelude::*;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A listening socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct RawListener {
-    fd: RawFd,
     pid: u32,
     inner: Mutex<Option<Listening>>,
 }
@@ -33,7 +32,6 @@ impl RawListener {
         let target = address.to_sock_addr()?;
         let (socket, file) = sockets::listen(&target).map_err(errors::os_error)?;
         Ok(Self {
-            fd: socket.as_raw_fd(),
             pid: std::process::id(),
             inner: Mutex::new(Some(Listening { socket, file })),
         })
@@ -42,38 +40,23 @@ impl RawListener {
     /// The next connection, or `None` if there is none yet.
     fn try_accept(&self) -> PyResult<Option<RawStream>> {
         errors::check_fork(self.pid, "listener")?;
-        let inner = self.lock();
-        let listener = &inner.as_ref().ok_or_else(closed)?.socket;
-        loop {
-            match listener.accept() {
-                Ok((socket, _)) => {
-                    return Ok(Some(RawStream::new(
-                        Socket::accepted(socket)?,
-                        Bytes::new(),
-                    )))
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                // The connection was gone again before it was accepted.
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        ErrorKind::ConnectionAborted | ErrorKind::Interrupted
-                    ) => {}
-                Err(e) => return Err(errors::os_error(e)),
-            }
-        }
+        let accepted = self.look(Listening::accept).ok_or_else(closed)?;
+        let accepted = accepted.map_err(errors::os_error)?;
+        Ok(accepted.map(|socket| RawStream::new(socket, Bytes::new())))
     }
 
+    /// The file descriptor; -1 once the listener is closed.
     fn fileno(&self) -> RawFd {
-        self.fd
+        self.look(|listening| listening.socket.as_raw_fd())
+            .unwrap_or(-1)
     }
 
     /// Where it listens: a path, or `(host, port)`.
     #[getter]
     fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let inner = self.lock();
-        let listener = &inner.as_ref().ok_or_else(closed)?.socket;
-        python_address(py, &listener.local_addr()?)
+        let address = self.look(|listening| listening.socket.local_addr());
+        let address = address.ok_or_else(closed)?.map_err(errors::os_error)?;
+        python_address(py, &address)
     }
 
     /// Closes the socket and removes its file. In a forked child only the descriptor is closed.
@@ -94,6 +77,30 @@ impl RawListener {
 impl RawListener {
     fn lock(&self) -> MutexGuard<'_, Option<Listening>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What `look` finds about the open listener; `None` if it is closed. No Python runs in it,
+    /// as the state is locked.
+    fn look<T>(&self, look: impl FnOnce(&Listening) -> T) -> Option<T> {
+        self.lock().as_ref().map(look)
+    }
+}
+
+impl Listening {
+    fn accept(&self) -> io::Result<Option<Socket>> {
+        loop {
+            match self.socket.accept() {
+                Ok((socket, _)) => return Socket::accepted(socket).map(Some),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
+                // The connection was gone again before it was accepted.
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        ErrorKind::ConnectionAborted | ErrorKind::Interrupted
+                    ) => {}
+                Err(e) => return Err(e),
+            }
+        }
     }
 }
 

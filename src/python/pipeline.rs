@@ -342,6 +342,12 @@ impl Pipeline {
         let (py, this) = (slf.py(), slf.get());
         let event_loop = this.event_loop.bind(py);
         let mut watched = Ok(());
+        // Python code that ran since the chores were listed may have closed the socket. Its number
+        // may be another file's by now.
+        let adds = chores.add_reader || chores.add_writer;
+        if adds && this.lock().socket.is_none() {
+            return Ok(());
+        }
         if chores.add_reader {
             let arguments = (this.fd, &this.pump, slf);
             watched = event_loop

@@ -144,15 +144,17 @@ impl Readiness {
         }
         let before = {
             let mut direction = this.direction(Way::Read);
-            if direction.closed {
-                return Err(closed());
-            }
-            direction.tries.start_over();
-            direction.idle = false;
-            let answering = Some((connection, waiter.clone().unbind()));
-            std::mem::replace(&mut direction.answering, answering)
+            (!direction.closed).then(|| {
+                direction.tries.start_over();
+                direction.idle = false;
+                let answering = Some((connection, waiter.clone().unbind()));
+                std::mem::replace(&mut direction.answering, answering)
+            })
         };
-        drop(before); // of a wait that was cancelled
+        match before {
+            Some(of_a_cancelled_wait) => drop(of_a_cancelled_wait),
+            None => return Err(closed()),
+        }
         Self::register(slf, Way::Read)?;
         Ok(waiter.unbind())
     }
@@ -184,6 +186,9 @@ impl Readiness {
     /// epoll is the parent's too.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if pid() != self.pid {
+            for way in [Way::Read, Way::Write] {
+                self.direction(way).closed = true;
+            }
             return Ok(());
         }
         let _inside = inside(py);
@@ -279,20 +284,35 @@ impl Readiness {
             }
         }
         waiters.push((waiter.clone().unbind(), mark));
-        {
+        let closed = {
             let mut direction = this.direction(way);
-            waiters.append(&mut direction.waiters);
-            direction.waiters = waiters;
-            direction.idle = false;
+            if !direction.closed {
+                waiters.append(&mut direction.waiters);
+                std::mem::swap(&mut direction.waiters, &mut waiters);
+                direction.idle = false;
+            }
+            direction.closed
+        };
+        if closed {
+            // By Python code above.
+            for (waiter, _) in waiters {
+                tell(waiter.bind(py), Ok(py.None()), false)?;
+            }
+            return Ok(waiter.unbind());
         }
         Self::register(slf, way)?;
         Ok(waiter.unbind())
     }
 
+    /// Has the event loop watch the descriptor, unless it does or the watch is closed: then the
+    /// number may be another file's.
     fn register(slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
         let this = slf.get();
-        if std::mem::replace(&mut this.direction(way).registered, true) {
-            return Ok(());
+        {
+            let mut direction = this.direction(way);
+            if direction.closed || std::mem::replace(&mut direction.registered, true) {
+                return Ok(());
+            }
         }
         let _inside = inside(slf.py());
         let added = this.add(slf, way);
@@ -341,22 +361,38 @@ impl Readiness {
                 }
             }
         }
-        let (finished, unfinished) = match left {
+        let (finished, mut unfinished) = match left {
             0 => (flushing, None),
             _ => (None, flushing),
         };
-        let remove = {
+        let (remove, closed_meanwhile) = {
             let mut direction = self.direction(way);
-            kept.append(&mut direction.waiters);
-            direction.waiters = kept;
-            direction.flushing = unfinished;
-            direction.answering = unanswered;
-            let idle = told.is_empty() && direction.waiters.is_empty();
-            let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
-            // Somebody may be about to wait again: the next event, if there is one, will tell.
-            let again = std::mem::replace(&mut direction.idle, idle);
-            idle && again && std::mem::take(&mut direction.registered)
+            if direction.closed {
+                (false, true)
+            } else {
+                kept.append(&mut direction.waiters);
+                std::mem::swap(&mut direction.waiters, &mut kept);
+                // Python code above may have set these anew; the old ones are dropped after
+                // unlocking.
+                if direction.flushing.is_none() {
+                    direction.flushing = unfinished.take();
+                }
+                if direction.answering.is_none() {
+                    direction.answering = unanswered.take();
+                }
+                let idle = told.is_empty() && direction.waiters.is_empty();
+                let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
+                // A task may be about to wait again: the next event, if there is one, will tell.
+                let again = std::mem::replace(&mut direction.idle, idle);
+                let remove = idle && again && std::mem::take(&mut direction.registered);
+                (remove, false)
+            }
         };
+        if closed_meanwhile {
+            // By Python code above: no event will complete these.
+            told.extend(kept.into_iter().map(|(waiter, _)| (waiter, Ok(py.None()))));
+            told.extend(unanswered.map(|(_, waiter)| (waiter, Err(closed()))));
+        }
         if remove {
             self.remove(py, way)?;
         }

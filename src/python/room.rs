@@ -1,5 +1,6 @@
 //! A bytes object that is received into: what comes is where Python wants it, without another copy.
 
+use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -8,6 +9,48 @@ use pyo3::types::PyBytes;
 extern "C" {
     /// Of the stable ABI, but not of PyO3's bindings.
     fn _PyBytes_Resize(object: *mut *mut ffi::PyObject, size: ffi::Py_ssize_t) -> i32;
+}
+
+/// The interpreter has no memory for a bytes object. It becomes a `MemoryError` where no lock is
+/// held.
+#[derive(Debug)]
+pub struct NoMemory;
+
+impl From<NoMemory> for PyErr {
+    fn from(_: NoMemory) -> Self {
+        PyMemoryError::new_err(())
+    }
+}
+
+/// Takes the new bytes object that `PyBytes_FromStringAndSize` or `_PyBytes_Resize` has returned.
+///
+/// # Safety
+/// `new` must be a new reference to a bytes object, or null with an exception set.
+#[allow(unsafe_code)]
+#[inline(always)]
+unsafe fn owned(py: Python<'_>, new: *mut ffi::PyObject) -> Result<Bound<'_, PyBytes>, NoMemory> {
+    // SAFETY: the caller's; a MemoryError, which is preallocated, is cleared without running code.
+    match unsafe { Bound::from_owned_ptr_or_opt(py, new) } {
+        // SAFETY: the caller's.
+        Some(object) => Ok(unsafe { object.cast_into_unchecked::<PyBytes>() }),
+        None => {
+            // SAFETY: the GIL is held.
+            unsafe { ffi::PyErr_Clear() };
+            Err(NoMemory)
+        }
+    }
+}
+
+/// A bytes object with a copy of `bytes`. Unlike `PyBytes::new`, it does not panic without memory.
+#[allow(unsafe_code)]
+#[inline(always)]
+pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, NoMemory> {
+    let size = isize::try_from(bytes.len()).map_err(|_| NoMemory)?;
+    // SAFETY: the pointer and the size are those of a slice.
+    unsafe {
+        let new = ffi::PyBytes_FromStringAndSize(bytes.as_ptr().cast(), size);
+        owned(py, new)
+    }
 }
 
 /// A bytes object nobody else has seen, of which the first `filled` bytes are written.
@@ -21,18 +64,18 @@ impl Room {
     /// Room for `size` bytes, at least one.
     ///
     /// # Errors
-    /// `MemoryError`.
-    pub fn new(py: Python<'_>, size: usize) -> PyResult<Self> {
+    /// There is no memory.
+    pub fn new(py: Python<'_>, size: usize) -> Result<Self, NoMemory> {
         let size = isize::try_from(size.max(1)).unwrap_or(isize::MAX);
         // SAFETY: a null pointer asks for an uninitialised object of that size; what comes back is
         // a new reference, or null with an exception set. Zeroing it would cost a pass over all
         // that is received; `finish` gives out only what was written.
         let object = unsafe {
             let new = ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
-            Bound::from_owned_ptr_or_err(py, new)?
+            owned(py, new)?
         };
         Ok(Self {
-            object: object.cast_into::<PyBytes>()?.unbind(),
+            object: object.unbind(),
             filled: 0,
         })
     }
@@ -74,14 +117,14 @@ impl Room {
     /// What was written.
     ///
     /// # Errors
-    /// `MemoryError`.
-    pub fn finish(self, py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
+    /// There is no memory.
+    pub fn finish(self, py: Python<'_>) -> Result<Bound<'_, PyBytes>, NoMemory> {
         let size = self.size(py);
         if self.filled == size {
             return Ok(self.object.into_bound(py));
         }
         if self.filled < size / 2 {
-            return Ok(PyBytes::new(py, self.filled(py)));
+            return bytes(py, self.filled(py));
         }
         let count = isize::try_from(self.filled).unwrap_or(isize::MAX);
         let mut object = self.object.into_ptr();
@@ -89,7 +132,7 @@ impl Room {
         // Python code; the call takes it and leaves a new one, or null with an exception set.
         unsafe {
             _PyBytes_Resize(&mut object, count);
-            Ok(Bound::from_owned_ptr_or_err(py, object)?.cast_into::<PyBytes>()?)
+            owned(py, object)
         }
     }
 }

@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::{IpAddr, Shutdown, SocketAddr};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// How much one system call reads at the most, in bytes.
@@ -21,6 +21,12 @@ const DRAIN_LIMIT: usize = 1024 * 1024;
 const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL;
 #[cfg(not(target_os = "linux"))]
 const SEND_FLAGS: i32 = 0;
+
+/// The poll event of a peer that has ended its direction, on systems that have one.
+#[cfg(target_os = "linux")]
+const READ_ENDED: libc::c_short = libc::POLLRDHUP;
+#[cfg(not(target_os = "linux"))]
+const READ_ENDED: libc::c_short = 0;
 
 thread_local! {
     /// Where reads go before it is known how much came.
@@ -181,12 +187,66 @@ impl Socket {
         matches!(is_unix(&self.0), Ok(true))
     }
 
-    pub fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        python_address(py, &self.0.local_addr()?)
+    pub fn local_address(&self) -> io::Result<SockAddr> {
+        self.0.local_addr()
     }
 
-    pub fn remote_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        python_address(py, &self.0.peer_addr()?)
+    pub fn remote_address(&self) -> io::Result<SockAddr> {
+        self.0.peer_addr()
+    }
+
+    /// Another descriptor of the same socket, not inheritable.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone().map(OwnedFd::from)
+    }
+
+    /// Whether the peer has closed both directions. A unix socket tells that from a half-close;
+    /// TCP sends a FIN for either, which counts.
+    pub fn peer_closed(&self) -> bool {
+        let (gone, ended) = self.poll();
+        gone || ended && !self.is_unix()
+    }
+
+    /// Whether the peer has ended at least its own direction.
+    pub fn peer_ended(&self) -> bool {
+        let (gone, ended) = self.poll();
+        gone || ended
+    }
+
+    /// Number of bytes that have arrived and were not read.
+    #[allow(unsafe_code)]
+    pub fn unread(&self) -> usize {
+        let mut count: libc::c_int = 0;
+        // SAFETY: FIONREAD writes one int to the place given.
+        let failed = unsafe { libc::ioctl(self.as_raw_fd(), libc::FIONREAD, &mut count) };
+        if failed == 0 {
+            usize::try_from(count).unwrap_or(0)
+        } else {
+            0
+        }
+    }
+
+    /// Whether the connection is gone in both directions, and whether the peer has ended its own.
+    /// Neither if that cannot be found out.
+    #[allow(unsafe_code)]
+    fn poll(&self) -> (bool, bool) {
+        let mut entry = libc::pollfd {
+            fd: self.as_raw_fd(),
+            events: READ_ENDED,
+            revents: 0,
+        };
+        // SAFETY: one entry, which lives until the call returns, and no time to wait.
+        if unsafe { libc::poll(&mut entry, 1, 0) } < 0 {
+            return (false, false);
+        }
+        let gone = entry.revents & (libc::POLLHUP | libc::POLLERR) != 0;
+        let ended = if cfg!(target_os = "linux") {
+            entry.revents & READ_ENDED != 0
+        } else {
+            let mut byte = [std::mem::MaybeUninit::uninit()];
+            matches!(self.0.peek(&mut byte), Ok(0))
+        };
+        (gone, ended)
     }
 }
 

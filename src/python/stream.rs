@@ -1,19 +1,23 @@
 //! A byte stream over a non-blocking socket. Nothing here waits: what cannot be done at once
 //! answers `None` (or a count of 0), and `streams.py` waits and tries again.
+//!
+//! No Python runs while the state is locked. Methods of `Half` report errors as `StreamError`,
+//! which `RawStream::with` turns into an exception after it has released the lock: creating one
+//! can run Python code (a collection's finalizers, an `__init__`) that uses the same stream.
 
 use super::convert::with_bytes;
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
-use super::room::Room;
-use super::socket::{with_scratch, Socket, READ_SIZE};
-use crate::core::framing;
+use super::room::{self, NoMemory, Room};
+use super::socket::{python_address, with_scratch, Socket, READ_SIZE};
 use crate::core::output::Output;
+use crate::core::{self, framing};
 use bytes::{Bytes, BytesMut};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Reads of less than this fetch more at once and keep the rest, in bytes.
 const READ_AHEAD: usize = 16 * 1024;
@@ -41,7 +45,6 @@ const TURN: usize = 2 * 1024 * 1024;
 /// The socket of a stream, with what was read ahead and what is still to be written.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct RawStream {
-    fd: RawFd,
     pid: u32,
     state: Mutex<Half>,
 }
@@ -67,13 +70,67 @@ struct Half {
     /// Closed so that what was read ahead can still be read, and then the end.
     readable_to_end: bool,
     write_ended: bool,
+    /// Number of reads and writes so far, wrapping.
+    operations: u64,
+}
+
+/// Why an operation on the locked state failed.
+///
+/// There is no `From` for `PyErr`, so that `?` cannot create an exception under the lock.
+enum StreamError {
+    Closed,
+    WriteEnded,
+    Broken(io::Error),
+    /// Boxed, so that results are small.
+    Protocol(Box<core::Error>),
+    /// No separator within the limit, or only beyond it; `consumed` is as in asyncio.
+    LimitOverrun {
+        found: bool,
+        consumed: usize,
+    },
+    NoMemory(NoMemory),
+}
+
+type StreamResult<T> = Result<T, StreamError>;
+
+impl StreamError {
+    fn protocol(error: core::Error) -> Self {
+        Self::Protocol(Box::new(error))
+    }
+
+    /// The exception. Caller must not hold the lock.
+    #[cold]
+    fn into_exception(self) -> PyErr {
+        match self {
+            Self::Closed => ClosedResourceError::new_err("the stream is closed"),
+            Self::WriteEnded => {
+                ClosedResourceError::new_err("the writing half of the stream is closed")
+            }
+            Self::Broken(error) => broken(error),
+            Self::Protocol(error) => errors::from_core(*error),
+            Self::LimitOverrun { found, consumed } => LimitOverrunError::new_err((
+                if found {
+                    "the separator was found, but beyond the limit"
+                } else {
+                    "the separator was not found within the limit"
+                },
+                consumed,
+            )),
+            Self::NoMemory(error) => error.into(),
+        }
+    }
+}
+
+impl From<NoMemory> for StreamError {
+    fn from(error: NoMemory) -> Self {
+        Self::NoMemory(error)
+    }
 }
 
 impl RawStream {
     /// A stream whose first bytes, `input`, came with what was read before it was one.
     pub fn new(socket: Socket, input: Bytes) -> Self {
         Self {
-            fd: socket.as_raw_fd(),
             pid: super::pid::pid(),
             state: Mutex::new(Half {
                 socket: Some(socket),
@@ -86,6 +143,7 @@ impl RawStream {
                 at_eof: false,
                 readable_to_end: false,
                 write_ended: false,
+                operations: 0,
             }),
         }
     }
@@ -94,20 +152,45 @@ impl RawStream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, for use in the process that the stream belongs to.
-    fn open(&self) -> PyResult<MutexGuard<'_, Half>> {
+    /// Runs a read or write on the locked state, in the process that the stream belongs to.
+    #[inline(always)]
+    fn with<T>(&self, operation: impl FnOnce(&mut Half) -> StreamResult<T>) -> PyResult<T> {
         errors::check_fork(self.pid, "stream")?;
-        Ok(self.lock())
+        let outcome = {
+            let mut half = self.lock();
+            half.operations = half.operations.wrapping_add(1);
+            operation(&mut half)
+        };
+        outcome.map_err(StreamError::into_exception)
     }
 
-    /// As `open`; a closed stream is an error even if its end had been reached, unless it was
+    /// As `with`; a closed stream is an error even if its end had been reached, unless it was
     /// closed with `keep_input`.
-    fn open_to_read(&self) -> PyResult<MutexGuard<'_, Half>> {
-        let half = self.open()?;
-        if !half.readable_to_end {
-            half.socket()?;
-        }
-        Ok(half)
+    #[inline(always)]
+    fn with_input<T>(&self, read: impl FnOnce(&mut Half) -> StreamResult<T>) -> PyResult<T> {
+        self.with(|half| {
+            if !half.readable_to_end {
+                half.socket()?;
+            }
+            read(half)
+        })
+    }
+
+    /// What `look` finds about the socket of an open stream.
+    fn look<T>(&self, look: impl FnOnce(&Socket) -> StreamResult<T>) -> PyResult<T> {
+        let found = self.lock().socket().and_then(look);
+        found.map_err(StreamError::into_exception)
+    }
+
+    /// As `look`, for a caller that must not block or fail, such as a callback of the garbage
+    /// collector. `None` if the stream is closed or in use.
+    fn try_look<T>(&self, look: impl FnOnce(&Socket) -> T) -> Option<T> {
+        let half = match self.state.try_lock() {
+            Ok(half) => half,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        half.socket.as_ref().map(look)
     }
 }
 
@@ -119,20 +202,21 @@ impl RawStream {
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open_to_read()?;
-        half.give_up_large(py);
-        if half.input.is_empty() && max_bytes >= READ_AHEAD {
-            // Nothing was read ahead: what comes goes to the caller without another copy.
-            if half.at_eof {
-                return Ok(Some(PyBytes::new(py, b"")));
+        self.with_input(|half| {
+            half.give_up_large(py);
+            if half.input.is_empty() && max_bytes >= READ_AHEAD {
+                // Nothing was read ahead: what comes goes to the caller without another copy.
+                if half.at_eof {
+                    return Ok(Some(room::bytes(py, b"")?));
+                }
+                return half.receive(py, max_bytes.min(READ_SIZE));
             }
-            return half.receive(py, max_bytes.min(READ_SIZE));
-        }
-        if half.input.is_empty() && max_bytes > 0 && !half.fill()? {
-            return Ok(None);
-        }
-        let count = max_bytes.min(half.input.len());
-        Ok(Some(half.take(py, count)))
+            if half.input.is_empty() && max_bytes > 0 && !half.fill()? {
+                return Ok(None);
+            }
+            let count = max_bytes.min(half.input.len());
+            half.take(py, count).map(Some)
+        })
     }
 
     /// `count` bytes; fewer only at the end of the stream.
@@ -141,53 +225,79 @@ impl RawStream {
         py: Python<'py>,
         count: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open_to_read()?;
-        if !matches!(half.large, Some((_, wanted)) if wanted == count) {
-            half.give_up_large(py);
-            if count < half.input.len().saturating_add(LARGE) || !half.begin_large(py, count) {
-                return half.read_exactly(py, count);
+        self.with_input(|half| {
+            if !matches!(half.large, Some((_, wanted)) if wanted == count) {
+                half.give_up_large(py);
+                if count < half.input.len().saturating_add(LARGE) || !half.begin_large(py, count) {
+                    return half.read_exactly(py, count);
+                }
             }
-        }
-        half.read_large(py)
+            half.read_large(py)
+        })
     }
 
     /// Everything up to and including `separator`; what is left at the end of the stream. More
-    /// than `limit` bytes without it are asyncio's LimitOverrunError, and stay.
+    /// than `limit` bytes without it are asyncio's LimitOverrunError, and stay; with `eager`, so
+    /// are `limit` bytes.
+    #[pyo3(signature = (separator, limit, eager = false))]
     fn try_read_until<'py>(
         &self,
         py: Python<'py>,
         separator: &[u8],
         limit: usize,
+        eager: bool,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mut half = self.open_to_read()?;
-        half.give_up_large(py);
-        let mut searched = 0;
-        loop {
-            let found = memchr::memmem::find(&half.input[searched..], separator);
-            if let Some(end) = found.map(|at| searched + at + separator.len()) {
-                if end > limit {
-                    return Err(LimitOverrunError::new_err((
-                        "the separator was found, but beyond the limit",
-                        end - separator.len(),
-                    )));
+        self.with_input(|half| {
+            half.give_up_large(py);
+            let mut searched = 0;
+            loop {
+                let found = memchr::memmem::find(&half.input[searched..], separator);
+                if let Some(end) = found.map(|at| searched + at + separator.len()) {
+                    if end > limit {
+                        return Err(StreamError::LimitOverrun {
+                            found: true,
+                            consumed: end - separator.len(),
+                        });
+                    }
+                    return half.take(py, end).map(Some);
                 }
-                return Ok(Some(half.take(py, end)));
+                searched = (half.input.len() + 1).saturating_sub(separator.len());
+                if half.input.len() >= limit.saturating_add(usize::from(!eager)) {
+                    return Err(StreamError::LimitOverrun {
+                        found: false,
+                        consumed: searched,
+                    });
+                }
+                if half.at_eof {
+                    let count = half.input.len();
+                    return half.take(py, count).map(Some);
+                }
+                if !half.fill()? {
+                    return Ok(None);
+                }
             }
-            searched = (half.input.len() + 1).saturating_sub(separator.len());
-            if half.input.len() > limit {
-                return Err(LimitOverrunError::new_err((
-                    "the separator was not found within the limit",
-                    searched,
-                )));
-            }
-            if half.at_eof {
-                let count = half.input.len();
-                return Ok(Some(half.take(py, count)));
-            }
-            if !half.fill()? {
-                return Ok(None);
-            }
-        }
+        })
+    }
+
+    /// Puts `data` back, in front of the unread input.
+    fn put_back(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
+        self.with_input(|half| {
+            half.give_up_large(py);
+            let rest = std::mem::replace(&mut half.input, BytesMut::from(data));
+            half.input.extend_from_slice(&rest);
+            Ok(())
+        })
+    }
+
+    /// Bytes received and not read yet.
+    #[getter]
+    fn read_ahead<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let read_ahead = {
+            let mut half = self.lock();
+            half.give_up_large(py);
+            room::bytes(py, &half.input)
+        };
+        Ok(read_ahead?)
     }
 
     /// A message of at most `max_bytes` with its length in front. At the end of the stream an
@@ -197,39 +307,41 @@ impl RawStream {
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Vec<Bound<'py, PyBytes>>>> {
-        let mut half = self.open_to_read()?;
-        half.give_up_large(py);
-        loop {
-            let frame = framing::split_frame(&mut half.input, max_bytes);
-            if let Some(frame) = frame.map_err(errors::from_core)? {
-                return Ok(Some(vec![PyBytes::new(py, &frame)]));
+        self.with_input(|half| {
+            half.give_up_large(py);
+            loop {
+                let frame = framing::split_frame(&mut half.input, max_bytes);
+                if let Some(frame) = frame.map_err(StreamError::protocol)? {
+                    return Ok(Some(vec![room::bytes(py, &frame)?]));
+                }
+                if half.at_eof {
+                    return if half.input.is_empty() {
+                        Ok(Some(Vec::new()))
+                    } else {
+                        Err(StreamError::protocol(core::Error::Closed {
+                            mid_message: true,
+                        }))
+                    };
+                }
+                if !half.fill()? {
+                    return Ok(None);
+                }
             }
-            if half.at_eof {
-                return if half.input.is_empty() {
-                    Ok(Some(Vec::new()))
-                } else {
-                    Err(errors::from_core(crate::core::Error::Closed {
-                        mid_message: true,
-                    }))
-                };
-            }
-            if !half.fill()? {
-                return Ok(None);
-            }
-        }
+        })
     }
 
     /// Writes what the socket takes of `data` from `offset` on, after what `write` left over.
     /// Returns how many bytes it took; 0 means that it would block.
     fn try_send(&self, data: &Bound<'_, PyAny>, offset: usize) -> PyResult<usize> {
         with_bytes(data, |bytes| {
-            let mut half = self.open()?;
-            half.writable()?;
-            if !half.flush()? {
-                return Ok(0);
-            }
-            let rest = bytes.get(offset..).unwrap_or_default();
-            half.socket()?.write(rest).map_err(broken)
+            self.with(|half| {
+                half.writable()?;
+                if !half.flush()? {
+                    return Ok(0);
+                }
+                let rest = bytes.get(offset..).unwrap_or_default();
+                half.socket()?.write(rest).map_err(StreamError::Broken)
+            })
         })
     }
 
@@ -237,32 +349,35 @@ impl RawStream {
     /// object as it is and anything else as a copy. Returns how many bytes wait.
     fn write(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
-            let mut half = self.open()?;
-            half.writable()?;
-            let written = half.write(bytes)?;
-            match data.cast_exact::<PyBytes>() {
-                Ok(object) => half.output.push_shared(object.clone().into(), written),
-                Err(_) => half.output.push_copied(&bytes[written..]),
-            }
-            Ok(half.output.len())
+            self.with(|half| {
+                half.writable()?;
+                let written = half.write(bytes)?;
+                match data.cast_exact::<PyBytes>() {
+                    Ok(object) => half.output.push_shared(object.clone().into(), written),
+                    Err(_) => half.output.push_copied(&bytes[written..]),
+                }
+                Ok(half.output.len())
+            })
         })
     }
 
     /// Keeps a copy of `data` to be written by `flush`. Returns how many bytes wait.
     fn cork(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
-            let mut half = self.open()?;
-            half.writable()?;
-            half.output.push_copied(bytes);
-            Ok(half.output.len())
+            self.with(|half| {
+                half.writable()?;
+                half.output.push_copied(bytes);
+                Ok(half.output.len())
+            })
         })
     }
 
     /// Writes what waits; says how many bytes still do.
     pub fn flush(&self) -> PyResult<usize> {
-        let mut half = self.open()?;
-        half.flush()?;
-        Ok(half.output.len())
+        self.with(|half| {
+            half.flush()?;
+            Ok(half.output.len())
+        })
     }
 
     /// How many bytes wait to be written.
@@ -297,22 +412,25 @@ impl RawStream {
 
     /// Ends the writing half: the other side reads the end of the stream.
     fn shutdown_write(&self) -> PyResult<()> {
-        let mut half = self.open()?;
-        if !half.write_ended {
-            half.socket()?.shutdown_write().map_err(broken)?;
-            half.write_ended = true;
-        }
-        Ok(())
+        self.with(|half| {
+            if !half.write_ended {
+                let socket = half.socket()?;
+                socket.shutdown_write().map_err(StreamError::Broken)?;
+                half.write_ended = true;
+            }
+            Ok(())
+        })
     }
 
     /// Reads ahead if nothing was, so that `at_eof` knows of an end that has come.
     fn look_ahead(&self, py: Python<'_>) -> PyResult<()> {
-        let mut half = self.open_to_read()?;
-        half.give_up_large(py);
-        if half.input.is_empty() {
-            half.fill()?;
-        }
-        Ok(())
+        self.with_input(|half| {
+            half.give_up_large(py);
+            if half.input.is_empty() {
+                half.fill()?;
+            }
+            Ok(())
+        })
     }
 
     /// Closes the socket, in good order or, with `abort`, at once. In a forked child only the
@@ -328,7 +446,7 @@ impl RawStream {
         if keep_input && !forked {
             // Whatever this fails at, a close has nobody to tell.
             let _ = half.flush();
-            half.keep();
+            half.keep(KEPT);
         }
         half.output = Output::default();
         let Some(socket) = half.socket.take() else {
@@ -352,53 +470,91 @@ impl RawStream {
         }
     }
 
-    /// The file descriptor. It is not to be used once the stream is closed.
+    /// The file descriptor; -1 once the stream is closed.
     fn fileno(&self) -> RawFd {
-        self.fd
+        let half = self.lock();
+        half.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    /// A new descriptor of the same socket, which the caller has to close.
+    fn duplicate(&self) -> PyResult<RawFd> {
+        let copy = self.look(|socket| Ok(socket.duplicate()))?;
+        Ok(copy.map_err(errors::os_error)?.into_raw_fd())
+    }
+
+    /// Number of reads and writes so far.
+    #[getter]
+    fn operations(&self) -> u64 {
+        self.lock().operations
+    }
+
+    /// Whether the peer has closed both directions, as far as the socket tells; of TCP, which
+    /// sends the same FIN for either, whether it has ended its own. False on a closed stream.
+    #[getter]
+    fn peer_closed(&self) -> bool {
+        self.try_look(Socket::peer_closed).unwrap_or(false)
+    }
+
+    /// Whether the event loop has nothing to wait for on this socket: it is closed, the peer has
+    /// ended its direction, or input is unread.
+    fn is_unwatched(&self) -> bool {
+        let unwatched = |socket: &Socket| socket.peer_ended() || socket.unread() > 0;
+        self.try_look(unwatched).unwrap_or_else(|| {
+            // In use is not closed.
+            self.state
+                .try_lock()
+                .is_ok_and(|half| half.socket.is_none())
+        })
+    }
+
+    /// Reads ahead until `limit` bytes are; returns how many it read. No task may be waiting to
+    /// read.
+    fn prefetch(&self, py: Python<'_>, limit: usize) -> usize {
+        let mut half = self.lock();
+        half.give_up_large(py);
+        let before = half.input.len();
+        if !half.at_eof && half.socket.is_some() {
+            half.keep(limit);
+        }
+        half.input.len() - before
     }
 
     /// `"unix"` or `"tcp"`.
     #[getter]
     fn family(&self) -> PyResult<&'static str> {
-        Ok(if self.lock().socket()?.is_unix() {
-            "unix"
-        } else {
-            "tcp"
-        })
+        self.look(|socket| Ok(if socket.is_unix() { "unix" } else { "tcp" }))
     }
 
     /// The local end: a path, or `(host, port)`.
     #[getter]
     fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.lock().socket()?.local_address(py)
+        let address = self.look(|socket| Ok(socket.local_address()))?;
+        python_address(py, &address.map_err(errors::os_error)?)
     }
 
     /// The remote end: a path, or `(host, port)`.
     #[getter]
     fn remote_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.lock().socket()?.remote_address(py)
+        let address = self.look(|socket| Ok(socket.remote_address()))?;
+        python_address(py, &address.map_err(errors::os_error)?)
     }
 }
 
 impl Half {
-    fn socket(&self) -> PyResult<&Socket> {
-        self.socket
-            .as_ref()
-            .ok_or_else(|| ClosedResourceError::new_err("the stream is closed"))
+    fn socket(&self) -> StreamResult<&Socket> {
+        self.socket.as_ref().ok_or(StreamError::Closed)
     }
 
-    fn writable(&self) -> PyResult<()> {
+    fn writable(&self) -> StreamResult<()> {
         self.socket()?;
         if self.write_ended {
-            return Err(ClosedResourceError::new_err(
-                "the writing half of the stream is closed",
-            ));
+            return Err(StreamError::WriteEnded);
         }
         Ok(())
     }
 
     /// Reads once into `input`; false if it would block.
-    fn fill(&mut self) -> PyResult<bool> {
+    fn fill(&mut self) -> StreamResult<bool> {
         if self.at_eof {
             return Ok(true);
         }
@@ -409,7 +565,7 @@ impl Half {
             input.extend_from_slice(bytes);
             bytes.len()
         });
-        let read = read.map_err(broken)?;
+        let read = read.map_err(StreamError::Broken)?;
         self.at_eof |= read == Some(0);
         if read == Some(self.ahead) {
             self.ahead = READ_SIZE.min(2 * self.ahead);
@@ -422,11 +578,11 @@ impl Half {
         &mut self,
         py: Python<'py>,
         size: usize,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let socket = self.socket()?;
         let received = if self.bulk {
             let mut room = Room::new(py, size)?;
-            match socket.read(room.rest(py)).map_err(broken)? {
+            match socket.read(room.rest(py)).map_err(StreamError::Broken)? {
                 Some(count) => {
                     room.advance(py, count);
                     Some(room.finish(py)?)
@@ -435,8 +591,8 @@ impl Half {
             }
         } else {
             // What comes is likely to be much less, and is copied to an object of its size.
-            let read = socket.read_with(size, |bytes| PyBytes::new(py, bytes));
-            read.map_err(broken)?
+            let read = socket.read_with(size, |bytes| room::bytes(py, bytes));
+            read.map_err(StreamError::Broken)?.transpose()?
         };
         if let Some(bytes) = &received {
             let count = bytes.as_bytes().len();
@@ -451,7 +607,7 @@ impl Half {
         &mut self,
         py: Python<'py>,
         count: usize,
-    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let begin = self.input.len();
         while self.input.len() < count && !self.at_eof {
             // A sender that keeps up must not keep the loop from everything else.
@@ -460,7 +616,7 @@ impl Half {
             }
         }
         let count = count.min(self.input.len());
-        Ok(Some(self.take(py, count)))
+        self.take(py, count).map(Some)
     }
 
     /// Makes room for an object of `count` bytes; false if it is not to be, since there is no
@@ -480,7 +636,7 @@ impl Half {
     }
 
     /// Reads into the large object; `None` if that would block before it is whole.
-    fn read_large<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    fn read_large<'py>(&mut self, py: Python<'py>) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let mut budget = TURN;
         while budget > 0 {
             self.socket()?;
@@ -497,14 +653,14 @@ impl Half {
                 }
                 Ok(read)
             });
-            let Some(count) = read.map_err(broken)? else {
+            let Some(count) = read.map_err(StreamError::Broken)? else {
                 return Ok(None);
             };
             room.advance(py, count.min(wanted));
             if count >= wanted {
                 self.ahead = SHY;
                 return match self.large.take() {
-                    Some((room, _)) => room.finish(py).map(Some),
+                    Some((room, _)) => Ok(Some(room.finish(py)?)),
                     None => Ok(None),
                 };
             }
@@ -512,7 +668,7 @@ impl Half {
                 self.at_eof = true;
                 self.give_up_large(py);
                 let count = self.input.len();
-                return Ok(Some(self.take(py, count)));
+                return self.take(py, count).map(Some);
             }
             budget = budget.saturating_sub(count);
         }
@@ -527,10 +683,10 @@ impl Half {
     }
 
     /// Reads what has come into `input`, up to a bound.
-    fn keep(&mut self) {
+    fn keep(&mut self, limit: usize) {
         let Self { socket, input, .. } = self;
-        while let (Some(socket), true) = (socket.as_ref(), input.len() < KEPT) {
-            let read = socket.read_with(KEPT - input.len(), |bytes| {
+        while let (Some(socket), true) = (socket.as_ref(), input.len() < limit) {
+            let read = socket.read_with(limit - input.len(), |bytes| {
                 input.extend_from_slice(bytes);
                 bytes.len()
             });
@@ -541,7 +697,7 @@ impl Half {
     }
 
     /// Writes what `write` left over; false if some is left still.
-    fn flush(&mut self) -> PyResult<bool> {
+    fn flush(&mut self) -> StreamResult<bool> {
         self.blocked = false;
         while !self.output.is_empty() && !self.blocked {
             self.write_out(&[])?;
@@ -551,7 +707,7 @@ impl Half {
 
     /// Writes what is taken of `bytes` behind what waits. Tries nothing if the socket took less
     /// than all the last time: it says when it takes more.
-    fn write(&mut self, bytes: &[u8]) -> PyResult<usize> {
+    fn write(&mut self, bytes: &[u8]) -> StreamResult<usize> {
         if self.blocked {
             return Ok(0);
         }
@@ -559,7 +715,7 @@ impl Half {
     }
 
     /// Writes once: what waits, and `bytes`. Returns how many of `bytes` were written.
-    fn write_out(&mut self, bytes: &[u8]) -> PyResult<usize> {
+    fn write_out(&mut self, bytes: &[u8]) -> StreamResult<usize> {
         let socket = self.socket()?;
         let (offered, sent) = if self.output.is_empty() {
             (bytes.len(), socket.write(bytes))
@@ -572,15 +728,15 @@ impl Half {
             }
             (offered, socket.write_vectored(&slices))
         };
-        let sent = sent.map_err(broken)?;
+        let sent = sent.map_err(StreamError::Broken)?;
         self.blocked = sent < offered;
         let waiting = self.output.len();
         self.output.sent(sent);
         Ok(sent.saturating_sub(waiting))
     }
 
-    fn take<'py>(&mut self, py: Python<'py>, count: usize) -> Bound<'py, PyBytes> {
-        let bytes = PyBytes::new(py, &self.input[..count]);
+    fn take<'py>(&mut self, py: Python<'py>, count: usize) -> StreamResult<Bound<'py, PyBytes>> {
+        let bytes = room::bytes(py, &self.input[..count])?;
         if count == self.input.len() {
             // A large buffer is given back; a small one is used again.
             if self.input.capacity() > READ_SIZE {
@@ -591,7 +747,7 @@ impl Half {
         } else {
             let _ = self.input.split_to(count);
         }
-        bytes
+        Ok(bytes)
     }
 }
 

@@ -504,6 +504,7 @@ impl PersistentConnection {
         errors::check_fork(self.pid, "connection")?;
         let mut inner = self.lock();
         if inner.socket.is_none() {
+            drop(inner); // before the exception is made
             let words = "the persistent connection is closed";
             return Err(errors::connection_gone(words));
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
+import weakref
 from collections.abc import AsyncIterator as Yields, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,10 @@ pytestmark = pytest.mark.anyio
 SOON = 10
 
 
+class Part:
+    """What a round holds."""
+
+
 class Numbers(ServicerBase):
     """Methods of each kind: that answer, that fail, and that wait until they are cancelled."""
 
@@ -27,6 +33,8 @@ class Numbers(ServicerBase):
         self.entered = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.callers: set[Any] = set()
+        self.parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        self.queue: weakref.ref[asyncio.Queue[Any]] | None = None
 
     async def rpc_square(self, request: Request, context: P2PContext) -> Response:
         self.callers.add(context.remote_id)
@@ -62,6 +70,24 @@ class Numbers(ServicerBase):
     async def rpc_wait_later(self, request: Request, _: P2PContext) -> AsyncIterator[Response]:
         yield Response(number=request.number)
         await self._wait_to_be_cancelled()
+
+    async def rpc_fail_round(
+        self, requests: AsyncIterator[Request], context: P2PContext
+    ) -> AsyncIterator[Response]:
+        part = Part()
+        self.parts.add(part)
+        # hivemind's queue of what it has received.
+        self.queue = weakref.ref(requests.ag_frame.f_locals["requests"])  # type: ignore[attr-defined]
+        async for request in requests:
+            yield Response(number=request.number)
+            # A round that failed leaves its parts waiting for others that will never come, while
+            # the rest of the input fills the queue.
+            await asyncio.Event().wait()
+
+    def is_stuck(self) -> bool:
+        """Whether the input of the last round waits for room in its queue."""
+        queue = self.queue() if self.queue is not None else None
+        return queue is not None and bool(queue._putters)  # type: ignore[attr-defined]
 
     async def _wait_to_be_cancelled(self) -> None:
         self.entered.set()
@@ -231,3 +257,45 @@ async def test_a_handler_that_was_removed_answers_no_more(call: Call) -> None:
     await call.servicer.add_p2p_handlers(call.server, namespace=call.namespace)
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
     await assert_gives(lambda: call.stub.rpc_count(Request(number=3)), [0, 1, 2])
+
+
+async def test_rounds_that_failed_with_a_full_queue_are_collected_when_their_callers_leave(
+    call: Call,
+) -> None:
+    loop = asyncio.get_running_loop()
+    before, said = loop.get_exception_handler(), []
+    # asyncio reports each task that the collector ends, with either bindings.
+    loop.set_exception_handler(lambda _, context: said.append(context["message"]))
+    gc.collect()
+    tasks = len(asyncio.all_tasks())
+    for _ in range(5):
+        call.servicer.queue = None
+        # More than the queue holds, without an end before the caller leaves.
+        stream = await call.stub.rpc_fail_round(endless_requests())
+        async for response in stream:
+            assert response.number == 0
+            break
+        while not call.servicer.is_stuck():
+            await asyncio.sleep(0.01)
+        await stream.aclose()
+        del stream
+    deadline = loop.time() + SOON
+    while call.servicer.parts or len(asyncio.all_tasks()) > tasks:
+        assert loop.time() < deadline, (len(call.servicer.parts), asyncio.all_tasks())
+        await asyncio.sleep(0.01)
+        gc.collect()
+    assert said.count("Task was destroyed but it is pending!") >= 5
+    assert (await call.stub.rpc_square(Request(number=3))).number == 9
+    # In the next turns of the loop, asyncio reports that it cannot close the tasks' generators.
+    for _ in range(10):
+        await asyncio.sleep(0)
+        gc.collect()
+    loop.set_exception_handler(before)
+
+
+async def endless_requests() -> Yields[Request]:
+    number = 0
+    while True:
+        yield Request(number=number)
+        number += 1
+        await asyncio.sleep(0)

@@ -22,14 +22,16 @@ import anyio
 
 import p2pclient_rs
 from p2pclient_rs import connector, control, daemon_limit
-from p2pclient_rs._native import RawListener
+from p2pclient_rs._native import RawListener, RawStream
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
+from p2pclient_rs.listening import Start
 from p2pclient_rs.loops import reactor
 from p2pclient_rs.streams import Stream
 from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 
 from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
 from .exceptions import of_hivemind
+from .handlers import HandlerTasks
 from .streams import StreamReader, StreamWriter, reader_and_writer
 from .utils import (
     DispatchFailure,
@@ -248,6 +250,7 @@ class ControlClient(control.ControlClient):
 
     handlers: dict[str, StreamHandler]  # type: ignore[assignment]
     _replaces_handlers = False
+    _lingers = False
 
     def __init__(
         self,
@@ -282,6 +285,7 @@ class ControlClient(control.ControlClient):
         # hivemind's programs end the daemon while replicas use it, and do not expect a word.
         self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
+        self._handler_tasks: HandlerTasks | None = None
         self._closed = False
 
     @property
@@ -468,7 +472,15 @@ class ControlClient(control.ControlClient):
             ControlFailure: This client serves the protocol already, or another does, without
                 ``balanced``.
         """
-        await super().stream_handler(proto, handler_cb, balanced=balanced)  # type: ignore[arg-type]
+        # As in hivemind, handlers are not inspected, and not cancelled when their peer leaves.
+        await self._register(proto, handler_cb, balanced=balanced, timeout=None)  # type: ignore[arg-type]
+
+    def _start_dispatch(self, raw: RawStream, start: Start) -> None:
+        # Not in the listener's task group, which would hold the task.
+        if self._handler_tasks is None:
+            raw.close(abort=True)
+        else:
+            self._handler_tasks.start(self._dispatch(raw), raw)
 
     async def _handle(self, handler: Any, info: StreamInfo, stream: Stream) -> None:
         await handler(info, *reader_and_writer(stream))
@@ -483,6 +495,8 @@ class ControlClient(control.ControlClient):
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
         # In a task of its own: a task group would have to be left by the task that entered it.
+        self._stopping = False
+        self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
         # As hivemind's server, which is no task, it ends with the loop without a word.
         task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -494,10 +508,17 @@ class ControlClient(control.ControlClient):
             closed = True
             raise
         finally:
+            self._stopping = True
+            self._handler_tasks = None
             with suppress(RuntimeError):  # of a closed loop
                 task.cancel()
-            if not closed:
-                await asyncio.wait([task])
+            if closed:
+                handlers.abandon()
+            else:
+                try:
+                    await asyncio.wait([task])
+                finally:
+                    await handlers.stop()
                 error = None if task.cancelled() else task.exception()
                 if error is not None:
                     raise error

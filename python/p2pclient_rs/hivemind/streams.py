@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from p2pclient_rs.exceptions import ForkedClientError
+from p2pclient_rs.loops import call_in_its_thread
 from p2pclient_rs.streams import HIGH_WATER, LOW_WATER, IncompleteRead, Stream, _bytes
 
 if TYPE_CHECKING:
@@ -238,13 +239,22 @@ class StreamTransport(asyncio.Transport):
         return self._stream._closing
 
     def close(self) -> None:
-        """Closes the stream, after sending what is buffered. Whoever reads finds the end."""
-        self._stream.close()
-        self._reader._wake()
+        """Closes the stream, after sending the buffer. A task that reads finds the end."""
+        self._stream._closing = True
+        # A handler's cleanup can run in any thread, by the garbage collector.
+        call_in_its_thread(self._loop, self._close)
 
     def abort(self) -> None:
         """Closes the stream at once. What is buffered, and the socket does not take now, is
         lost."""
+        self._stream._closing = True
+        call_in_its_thread(self._loop, self._abort)
+
+    def _close(self) -> None:
+        self._stream.close()
+        self._reader._wake()
+
+    def _abort(self) -> None:
         self._stream.abort()
         self._reader._wake()
 

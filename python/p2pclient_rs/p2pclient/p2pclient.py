@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from multiaddr import Multiaddr
 
-from p2pclient_rs import client
+from p2pclient_rs import OpenedStream, client
 from p2pclient_rs.p2pclient.connmgr import ConnectionManagerClient
 from p2pclient_rs.p2pclient.control import ControlClient, DaemonConnector, StreamHandler
 from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
@@ -14,7 +14,6 @@ from p2pclient_rs.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2 as crypto_p
 from p2pclient_rs.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.p2pclient.pubsub import PubSubClient
-from p2pclient_rs.streams import Stream
 from p2pclient_rs.unary import UnaryClient
 
 __all__ = [
@@ -68,7 +67,7 @@ class Client(client.Client):
 
         async def stream_open(  # type: ignore[override]
             self, peer_id: ID, protocols: Sequence[str], *, timeout: float | None = None
-        ) -> tuple[StreamInfo, Stream]: ...
+        ) -> OpenedStream[StreamInfo]: ...
 
         async def dht_find_peer(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None

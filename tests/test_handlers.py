@@ -1,0 +1,579 @@
+"""Stream handlers: how they are called, and what becomes of those whose peer has left."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import select
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import anyio
+import pytest
+from fake_daemon import ADDR, IDENTITY, PEER, Connection, FakeDaemon, field, frame, honest
+from support import new_directory, open_descriptors, until
+
+from p2pclient_rs import Client, ConnectionLost, PeerID, Stream, StreamInfo
+from p2pclient_rs.handlers import takes_info
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+#: Short enough to wait for, in seconds.
+LINGER = 0.2
+
+
+def living_tasks() -> int:
+    """How many tasks the running event loop has."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        import trio
+
+        return trio.lowlevel.current_statistics().tasks_living
+
+
+async def get_stuck() -> None:
+    """Waits for an event that never comes; in asyncio, for room in a full queue."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        await anyio.Event().wait()
+    queue: asyncio.Queue[int] = asyncio.Queue(1)
+    await queue.put(1)
+    await queue.put(2)
+
+
+@asynccontextmanager
+async def listening(transport: str = "unix") -> AsyncIterator[Client]:
+    """A listening client of a daemon that agrees to everything."""
+    listen = f"/unix{new_directory()}/s" if transport == "unix" else "/ip4/127.0.0.1/tcp/0"
+    with FakeDaemon(honest) as fake:
+        async with Client(fake.control_maddr, listen) as client, client.listen():
+            yield client
+
+
+def inbound(client: Client, protocol: str) -> socket.socket:
+    """An inbound stream of a client, as its daemon would open one."""
+    _, kind, *rest = str(client.control.listen_maddr).split("/")
+    if kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect("/" + "/".join(rest))
+    else:
+        sock = socket.create_connection((rest[0], int(rest[2])))
+    sock.sendall(frame(field(1, PEER) + field(2, ADDR) + field(3, protocol.encode())))
+    return sock
+
+
+class Handler:
+    """A handler that runs ``work`` and notes what becomes of it."""
+
+    def __init__(self, work: Callable[[Stream], Awaitable[object]]) -> None:
+        self._work = work
+        self.events: list[str] = []
+
+    async def __call__(self, info: StreamInfo, stream: Stream) -> None:
+        self.events.append("begun")
+        try:
+            await self._work(stream)
+            self.events.append("returned")
+        except anyio.get_cancelled_exc_class():
+            self.events.append("cancelled")
+            raise
+
+    @property
+    def ended(self) -> bool:
+        return len(self.events) > 1
+
+
+def stuck() -> Handler:
+    return Handler(lambda stream: get_stuck())
+
+
+def cancellations(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Log lines about handlers cancelled because their peers have left."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "p2pclient_rs.control"
+        and "the peer has closed the stream" in record.message
+    ]
+
+
+# --- handlers whose peer has left ---
+
+
+async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = stuck()
+    await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
+    await pair.alice.list_peers()  # leaves a connection for the next request, as at the end
+    tasks, descriptors = living_tasks(), len(open_descriptors())
+    streams = [await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"]) for _ in range(20)]
+    await until(lambda: len(handler.events) == 20)
+    assert living_tasks() > tasks
+    for stream in streams:
+        await stream.aclose()
+    await until(lambda: handler.events.count("cancelled") == 20)
+    await until(lambda: living_tasks() <= tasks)
+    await pair.alice.list_peers()
+    assert len(open_descriptors()) == descriptors
+    assert handler.events == 20 * ["begun"] + 20 * ["cancelled"]
+    lines = cancellations(caplog)
+    assert len(lines) == 20
+    assert all("/stuck" in line and str(pair.alice_daemon.peer_id) in line for line in lines)
+    assert all("0.2 s" in line for line in lines)
+
+
+@pytest.mark.parametrize("sizes", [[1 << 19], 2000 * [20]], ids=["512 KiB", "small messages"])
+async def test_unread_input_does_not_hide_that_the_peer_has_left(
+    pair: Pair, sizes: list[int]
+) -> None:
+    handler = stuck()
+    await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
+    stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"])
+    with anyio.move_on_after(2):
+        for size in sizes:
+            await stream.send(bytes(size))
+    await stream.aclose()
+    await until(lambda: handler.ended)
+    assert handler.events == ["begun", "cancelled"]
+
+
+@pytest.mark.independent
+async def test_input_that_was_read_ahead_is_there_for_the_handler() -> None:
+    received: list[bytes] = []
+    peer_has_sent = anyio.Event()
+
+    async def wait_and_read(stream: Stream) -> None:
+        await peer_has_sent.wait()
+        received.append(await stream.readexactly(100_000))
+        async for data in stream:
+            received.append(data)
+
+    handler = Handler(wait_and_read)
+    data = bytes(range(250)) * 800
+    async with listening() as client:
+        await client.stream_handler("/p", handler, linger=1)
+        with inbound(client, "/p") as peer:
+            await anyio.to_thread.run_sync(peer.sendall, data)
+            # All of it is read ahead, at the first check.
+            await until(lambda: select.select([], [peer], [], 0)[1])
+            await anyio.sleep(0.3)
+            peer_has_sent.set()
+        await until(lambda: handler.ended)
+    assert b"".join(received) == data and handler.events == ["begun", "returned"]
+
+
+@pytest.mark.independent
+async def test_only_a_close_of_both_directions_counts_on_a_unix_socket() -> None:
+    half_closed, closed = stuck(), stuck()
+    async with listening() as client:
+        await client.stream_handler("/half", half_closed, linger=0)
+        await client.stream_handler("/full", closed, linger=LINGER)
+        with inbound(client, "/half") as peer:
+            peer.shutdown(socket.SHUT_WR)
+            inbound(client, "/full").close()
+            await until(lambda: closed.ended)
+            assert (closed.events, half_closed.events) == (["begun", "cancelled"], ["begun"])
+        await until(lambda: half_closed.ended)
+        assert half_closed.events == ["begun", "cancelled"]
+
+
+@pytest.mark.independent
+async def test_a_stream_that_both_sides_have_ended_counts_as_closed() -> None:
+    async def end_and_wait(stream: Stream) -> None:
+        await stream.send_eof()
+        await get_stuck()
+
+    handler = Handler(end_and_wait)
+    async with listening() as client:
+        await client.stream_handler("/ended", handler, linger=LINGER)
+        with inbound(client, "/ended") as peer:
+            assert peer.recv(1) == b"" if await readable(peer) else False
+            peer.shutdown(socket.SHUT_WR)
+            await until(lambda: handler.ended)
+
+
+async def readable(sock: socket.socket) -> bool:
+    await until(lambda: select.select([sock], [], [], 0)[0])
+    return True
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("how", ["FIN", "reset", "half-close"])
+async def test_over_tcp_the_end_of_the_peers_direction_counts(how: str) -> None:
+    handler = stuck()
+    async with listening("tcp") as client:
+        await client.stream_handler("/tcp", handler, linger=LINGER)
+        with inbound(client, "/tcp") as peer:
+            await until(lambda: handler.events)
+            if how == "half-close":
+                peer.shutdown(socket.SHUT_WR)
+            else:
+                if how == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                peer.close()
+            await until(lambda: handler.ended)
+        assert handler.events == ["begun", "cancelled"]
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("how", ["receive", "read", "send", "write", "send_all", "readuntil"])
+async def test_every_use_of_the_stream_restarts_the_time(how: str) -> None:
+    uses = {
+        "receive": lambda stream: stream.receive(),
+        "read": lambda stream: stream.read(1),
+        "readuntil": lambda stream: stream.readuntil(),
+        "send": lambda stream: stream.send(b"a"),
+        "send_all": lambda stream: stream.send_all(b"a"),
+        "write": lambda stream: stream.write(b"a"),
+    }
+
+    async def use_it(stream: Stream) -> None:
+        for _ in range(20):
+            try:
+                await uses[how](stream)
+            except (anyio.EndOfStream, anyio.BrokenResourceError, asyncio.IncompleteReadError):
+                pass  # the peer has left
+            await anyio.sleep(LINGER / 4)
+
+    handler = Handler(use_it)
+    async with listening() as client:
+        await client.stream_handler("/busy", handler, linger=LINGER)
+        inbound(client, "/busy").close()
+        await until(lambda: handler.ended)
+    assert handler.events == ["begun", "returned"]
+
+
+@pytest.mark.independent
+async def test_a_handler_that_only_computes_has_all_of_the_linger() -> None:
+    async def compute(stream: Stream) -> None:
+        await anyio.sleep(LINGER * 2)
+
+    handler = Handler(compute)
+    async with listening() as client:
+        await client.stream_handler("/computes", handler, linger=LINGER * 20)
+        inbound(client, "/computes").close()
+        await until(lambda: handler.ended)
+    assert handler.events == ["begun", "returned"]
+
+
+@pytest.mark.independent
+async def test_without_a_linger_a_handler_stays_until_listening_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    patient, default, other = stuck(), stuck(), stuck()
+    async with listening() as client:
+        await client.stream_handler("/patient", patient, linger=None)
+        await client.stream_handler("/default", default)
+        await client.stream_handler("/other", other, linger=LINGER)
+        inbound(client, "/patient").close()
+        inbound(client, "/default").close()
+        for count in (2, 4):
+            inbound(client, "/other").close()
+            await until(lambda count=count: len(other.events) == count)  # type: ignore[misc]
+        assert patient.events == default.events == ["begun"]
+        assert len(cancellations(caplog)) == 2
+    assert patient.events == default.events == ["begun", "cancelled"]
+
+
+@pytest.mark.independent
+async def test_a_handler_may_clean_up_when_it_is_cancelled() -> None:
+    left: list[str] = []
+
+    async def handler(info: StreamInfo, stream: Stream) -> None:
+        try:
+            await get_stuck()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+                await stream.aclose()
+            left.append("cleaned up")
+
+    async with listening() as client:
+        await client.stream_handler("/tidy", handler, linger=LINGER)
+        inbound(client, "/tidy").close()
+        await until(lambda: left)
+        # The listener goes on.
+        inbound(client, "/tidy").close()
+        await until(lambda: len(left) == 2)
+
+
+@pytest.mark.independent
+async def test_an_exception_of_a_handler_with_a_linger_is_logged_as_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(stream: Stream) -> None:
+        raise LookupError("a bug in the handler")
+
+    async with listening() as client:
+        await client.stream_handler("/fails", fail, linger=LINGER)
+        with inbound(client, "/fails") as peer:
+            assert await readable(peer)
+    assert "a bug in the handler" in caplog.text
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("linger", [-1, -0.001, math.nan, -math.inf])
+async def test_a_linger_that_is_no_length_of_time_is_refused(linger: float) -> None:
+    async with listening() as client:
+        with pytest.raises(ValueError, match="linger"):
+            await client.stream_handler("/p", stuck(), linger=linger)
+        assert client.control.handlers == {}
+
+
+@pytest.mark.independent
+async def test_an_infinite_linger_is_as_none() -> None:
+    async def pause(stream: Stream) -> None:
+        await anyio.sleep(0.3)
+
+    handler = Handler(pause)
+    async with listening() as client:
+        await client.stream_handler("/p", handler, linger=math.inf)
+        inbound(client, "/p").close()
+        await until(lambda: handler.ended)
+    assert handler.events == ["begun", "returned"]
+
+
+@pytest.mark.independent
+async def test_the_linger_survives_registrations_again() -> None:
+    handler = stuck()
+    async with listening() as client:
+        await client.stream_handler("/p", handler, linger=LINGER)
+        await client.control.register_again()
+        inbound(client, "/p").close()
+        await until(lambda: handler.ended)
+
+
+@pytest.mark.independent
+async def test_the_linger_survives_a_registration_that_fails() -> None:
+    registered = 0
+
+    def script(connection: Connection) -> None:
+        nonlocal registered
+        while True:
+            request = connection.read_request()
+            if b"/p" in request:
+                registered += 1
+                if registered == 2:
+                    return
+            connection.send(frame(IDENTITY))
+
+    handler = stuck()
+    with FakeDaemon(script) as fake:
+        listen = f"/unix{new_directory()}/s"
+        async with Client(fake.control_maddr, listen) as client, client.listen():
+            await client.stream_handler("/p", handler, linger=LINGER)
+            with pytest.raises(ConnectionLost):
+                await client.stream_handler("/p", stuck(), linger=None)
+            inbound(client, "/p").close()
+            await until(lambda: handler.ended)
+    assert handler.events == ["begun", "cancelled"]
+
+
+@pytest.mark.independent
+async def test_a_shorter_linger_is_not_held_up_by_longer_ones() -> None:
+    long, short = stuck(), stuck()
+    async with listening() as client:
+        await client.stream_handler("/long", long, linger=10_000)
+        await client.stream_handler("/short", short, linger=LINGER)
+        for _ in range(2):
+            inbound(client, "/long").close()
+            await until(lambda: long.events)
+        inbound(client, "/short").close()
+        await until(lambda: short.ended, within=5)
+        assert long.events == ["begun", "begun"]
+
+
+# --- how a handler is called ---
+
+
+class Methods:
+    async def with_info(self, info: Any, stream: Any) -> None: ...
+
+    async def alone(self, stream: Any) -> None: ...
+
+    @staticmethod
+    async def static(stream: Any) -> None: ...
+
+    @classmethod
+    async def of_class(cls, stream: Any) -> None: ...
+
+
+class CallableAlone:
+    async def __call__(self, stream: Any) -> None: ...
+
+
+class CallableWithInfo:
+    async def __call__(self, info: Any, stream: Any) -> None: ...
+
+
+async def with_info(info: Any, stream: Any) -> None: ...
+async def alone(stream: Any) -> None: ...
+async def alone_positional(stream: Any, /) -> None: ...
+async def alone_keywords(stream: Any, *, timeout: float = 1) -> None: ...
+async def alone_rest(stream: Any, **rest: Any) -> None: ...
+async def optional(stream: Any, timeout: float = 1) -> None: ...
+async def anything(*args: Any, **kwargs: Any) -> None: ...
+async def one_and_more(stream: Any, *rest: Any) -> None: ...
+async def three(client: Any, info: Any, stream: Any) -> None: ...
+async def three_with_default(info: Any, stream: Any, timeout: float = 1) -> None: ...
+async def none() -> None: ...
+async def keyword_only(*, stream: Any) -> None: ...
+async def needs_keyword(info: Any, stream: Any, *, key: Any) -> None: ...
+
+
+def passing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that passes on all arguments."""
+
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    return wrapper
+
+
+def dropping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that drops the info."""
+
+    @functools.wraps(function)
+    async def wrapper(info: Any, stream: Any) -> Any:
+        return await function(stream)
+
+    return wrapper
+
+
+def adding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that adds an argument."""
+
+    @functools.wraps(function)
+    async def wrapper(info: Any, stream: Any) -> Any:
+        return await function(None, info, stream)
+
+    return wrapper
+
+
+def adding_to_anything(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with a wrapper that accepts any arguments."""
+
+    @functools.wraps(function)
+    async def wrapper(*args: Any) -> Any:
+        return await function(None, *args)
+
+    return wrapper
+
+
+def supplying_info(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that supplies the info."""
+
+    @functools.wraps(function)
+    async def wrapper(stream: Any) -> Any:
+        return await function(stream.info, stream)
+
+    return wrapper
+
+
+TWO: list[Callable[..., Any]] = [
+    with_info,
+    optional,
+    anything,
+    one_and_more,
+    three_with_default,
+    Methods().with_info,
+    CallableWithInfo(),
+    functools.partial(three, None),
+    functools.partial(with_info),
+    passing(with_info),
+    dropping(alone),
+    adding(three),
+    adding_to_anything(three),
+    mock.Mock(),
+    mock.AsyncMock(),
+    mock.create_autospec(with_info),
+    max,
+]
+ONE: list[Callable[..., Any]] = [
+    alone,
+    alone_positional,
+    alone_keywords,
+    alone_rest,
+    Methods().alone,
+    Methods.static,
+    Methods.of_class,
+    Methods().static,
+    CallableAlone(),
+    functools.partial(with_info, None),
+    functools.partial(Methods.alone, Methods()),
+    passing(alone),
+    passing(passing(alone)),
+    supplying_info(with_info),
+    mock.create_autospec(alone),
+    lambda stream: alone(stream),
+]
+NEITHER: list[Any] = [three, none, keyword_only, needs_keyword, Methods.with_info]
+
+
+@pytest.mark.parametrize("handler", TWO, ids=repr)
+def test_a_handler_that_can_take_two_arguments_gets_two(handler: Callable[..., Any]) -> None:
+    assert takes_info(handler) is True
+
+
+@pytest.mark.parametrize("handler", ONE, ids=repr)
+def test_a_handler_that_takes_only_one_argument_gets_the_stream(
+    handler: Callable[..., Any],
+) -> None:
+    assert takes_info(handler) is False
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("handler", [*NEITHER, None, 5], ids=repr)
+async def test_a_handler_of_another_arity_is_a_type_error_when_it_is_registered(
+    handler: Any,
+) -> None:
+    with FakeDaemon(honest) as fake:
+        async with Client(fake.control_maddr, f"/unix{new_directory()}/s") as client:
+            expected = r"\(info, stream\) or \(stream\)" if callable(handler) else "callable"
+            with pytest.raises(TypeError, match=expected):
+                await client.stream_handler("/p", handler)
+            assert client.control.handlers == {}
+        assert fake.requests == []
+
+
+async def test_a_handler_that_takes_only_the_stream_is_called_with_it(pair: Pair) -> None:
+    seen: list[tuple[PeerID, str]] = []
+
+    async def handler(stream: Stream) -> None:
+        seen.append((stream.info.peer_id, stream.info.proto))
+        await stream.write(await stream.read(4))
+        await stream.close()
+
+    await pair.bob.stream_handler("/alone", handler)
+    stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/alone"])
+    await stream.write(b"ping")
+    assert await stream.read(4) == b"ping"
+    await stream.close()
+    assert seen == [(pair.alice_daemon.peer_id, "/alone")]
+
+
+@pytest.mark.independent
+async def test_a_handler_put_into_the_table_directly_is_called_as_it_takes_it() -> None:
+    streams: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        streams.append(stream.info.proto)
+
+    async with listening() as client:
+        client.control.handlers["/direct"] = handler
+        with inbound(client, "/direct") as peer:
+            assert await readable(peer)
+    assert streams == ["/direct"]
