@@ -109,11 +109,6 @@ pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
     })
 }
 
-/// A connection that this client closed.
-pub fn connection_closed(words: &str) -> PyErr {
-    Python::attach(|py| made_lost(py, words, Some(libc::ECONNABORTED)))
-}
-
 /// A refusal in the daemon's words.
 pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     let refused = made::<DaemonRefused>(py, "the daemon refused");
@@ -158,7 +153,7 @@ impl Loss {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
             Loss::Socket(words, number) => made_lost(py, words, *number),
-            Loss::Closed => connection_closed("the client was closed"),
+            Loss::Closed => made::<ConnectionLost>(py, "the client was closed"),
         }
     }
 }
