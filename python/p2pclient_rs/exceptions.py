@@ -250,7 +250,7 @@ class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
 
     It is a ConnectionResetError and an EOFError, and the ``errno`` is ECONNRESET, unless the
     operating system gave another: then it is an instance of the built-in class for that, too, as
-    BrokenPipeError. If this client was closed it is a ConnectionAbortedError.
+    BrokenPipeError.
 
     Attributes:
         unexecuted: It cannot have been: the daemon did not read the whole request.

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
-from errno import ECONNABORTED
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +29,6 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     ForkedClientError,
     P2PHandlerError,
-    connection_lost,
 )
 from p2pclient_rs.loops import (
     Promise,
@@ -471,14 +469,13 @@ class _Opening:
         """What came of it, once it has ended."""
         if self.connection is not None and self.error is None:
             return self.connection
-        words = "the opening of the connection was cancelled"
-        failed = self.error or connection_lost(words, ECONNABORTED)
+        failed = self.error or ConnectionLost("the opening of the connection was cancelled")
         # Each adds to it what it was about.
         raise copy.copy(failed) from failed.__cause__
 
     def give_up(self) -> None:
         """The client was closed."""
-        self.error = connection_lost("the client was closed", ECONNABORTED)
+        self.error = ConnectionLost("the client was closed")
         if self.work is not None:
             self.work.cancel()
         # A task that never began does not do it.
@@ -596,7 +593,7 @@ class _Link:
         if self.current is not None:
             return self.current
         if self._closed:
-            raise connection_lost("the client was closed", ECONNABORTED)
+            raise ConnectionLost("the client was closed")
         opening = self._opening
         if opening is None:
             opening = self._opening = _Opening(anyio.Event())
@@ -655,7 +652,7 @@ class _Link:
         if self._closed:  # at the last moment
             opened.close()
         elif opened.closed:  # which `on_lost` was told of before this was anybody's
-            raise connection_lost("the connection was lost as soon as it was opened")
+            raise ConnectionLost("the connection was lost as soon as it was opened")
         else:
             self.current = opened
         return opened

@@ -110,11 +110,6 @@ pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
     })
 }
 
-/// A connection that this client closed.
-pub fn connection_closed(words: &str) -> PyErr {
-    Python::attach(|py| made_lost(py, words, Some(libc::ECONNABORTED)))
-}
-
 /// A message over a limit, sent or received, which the connection survives.
 pub fn too_large(py: Python<'_>, error: &core::Error) -> PyErr {
     let (size, limit) = match *error {
@@ -180,7 +175,7 @@ impl Loss {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
             Loss::Socket(words, number) => made_lost(py, words, *number),
-            Loss::Closed => connection_closed("the client was closed"),
+            Loss::Closed => made::<ConnectionLost>(py, "the client was closed"),
         }
     }
 }
