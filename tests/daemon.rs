@@ -738,7 +738,9 @@ async fn what_does_not_end_is_killed() {
 async fn several_tasks_may_stop_it() {
     let daemon = patient().spawn().await.unwrap();
     let (one, other) = tokio::join!(daemon.shutdown(), daemon.shutdown());
-    assert_eq!((one.signal(), other), (None, one));
+    // p2pd answers before it handles SIGTERM, so that it may end by that signal, too.
+    assert_ne!(one.signal(), Some(libc::SIGKILL));
+    assert_eq!(one, other);
 }
 
 #[tokio::test]
