@@ -2,7 +2,7 @@
 
 use super::wire::{
     call_len, cut, head_len, put_call, put_handler_error, put_message, put_reply, reply_len,
-    CallId, CallIds, Direction, IdHasher, Message, Payload, Reader, CALL,
+    CallId, CallIds, Direction, Head, HeadRef, IdHasher, Message, Payload, Reader, Receiving, CALL,
 };
 use crate::core::pb::p2pd;
 use crate::core::Error;
@@ -116,6 +116,18 @@ pub enum ServerEvent<T, P> {
         /// Why.
         error: Error,
     },
+}
+
+/// A call that can be answered in place, before any of it is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OfferedCall<'a> {
+    /// The peer.
+    pub peer: &'a [u8],
+    /// The handler's name.
+    pub protocol: &'a str,
+    /// What the handler is called with.
+    pub payload: &'a [u8],
 }
 
 /// A persistent connection as its daemon sees it: bytes in, events out; frames out.
@@ -247,6 +259,17 @@ impl<T, P: Payload> PersistentServer<T, P> {
         Some(token)
     }
 
+    /// [Cancels](Self::cancel) all calls whose tokens are `unwanted`.
+    pub fn cancel_all(&mut self, unwanted: impl Fn(&T) -> bool, out: &mut BytesMut) {
+        self.handled.retain(|id, token| {
+            let unwanted = unwanted(token);
+            if unwanted {
+                put_message(out, id, CANCELLED, &[]);
+            }
+            !unwanted
+        });
+    }
+
     // --- in ---
 
     /// The next event. Takes what it needs off the front of `input`; `None` if it has taken all
@@ -255,10 +278,53 @@ impl<T, P: Payload> PersistentServer<T, P> {
     /// # Errors
     /// The protocol was violated. The connection must be closed.
     pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<ServerEvent<T, P>>, Error> {
+        self.poll_answering(input, &mut BytesMut::new(), |_| None)
+    }
+
+    /// Like [`poll`](Self::poll), but offers calls to `answer` first, without a copy of them. If it
+    /// returns the payload of a reply, the whole frame of the reply is appended to `out`, and the
+    /// call is no event. Calls whose frames arrive in pieces are not offered.
+    ///
+    /// # Errors
+    /// As those of [`poll`](Self::poll).
+    pub fn poll_answering(
+        &mut self,
+        input: &mut &[u8],
+        out: &mut BytesMut,
+        mut answer: impl for<'a> FnMut(OfferedCall<'a>) -> Option<&'a [u8]>,
+    ) -> Result<Option<ServerEvent<T, P>>, Error> {
         loop {
-            let handled = &self.handled;
-            let message = self.reader.poll(input, |id| handled.contains_key(id))?;
-            let Some(message) = message else {
+            let Self {
+                limits,
+                reader,
+                calls,
+                handled,
+                ..
+            } = self;
+            let wanted = |head: HeadRef<'_>, payload: &[u8]| {
+                let (id, peer, protocol) = match head {
+                    Head::Reply { id } => return handled.contains_key(&id),
+                    Head::Call { id, peer, protocol } => (id, peer, protocol),
+                };
+                if calls.contains_key(&id) {
+                    return true;
+                }
+                let call = OfferedCall {
+                    peer,
+                    protocol,
+                    payload,
+                };
+                let Some(reply) = answer(call) else {
+                    return true;
+                };
+                if reply_len(Direction::ToClient, reply.len()) > limits.max_message {
+                    return true;
+                }
+                put_reply(out, Direction::ToClient, &id, reply.len());
+                out.extend_from_slice(reply);
+                false
+            };
+            let Some(message) = reader.poll(input, wanted)? else {
                 return Ok(None);
             };
             if let Some(event) = self.came(message)? {
@@ -278,11 +344,28 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.reader.payload_filled(count);
     }
 
+    /// Takes out the payload being received, for a driver whose threads share this connection: the
+    /// one that waits for the bytes keeps no lock meanwhile. [`resume`](Self::resume) must follow
+    /// before the next [`poll`](Self::poll).
+    pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
+        self.reader.take_receiving()
+    }
+
+    /// Puts back what [`take_receiving`](Self::take_receiving) took out.
+    pub fn resume(&mut self, receiving: Receiving<P>) {
+        self.reader.resume(receiving);
+    }
+
     /// The error for an end of the connection that is seen now.
     pub fn end_of_file(&self) -> Error {
         Error::Closed {
             mid_message: self.reader.is_mid_message(),
         }
+    }
+
+    /// Whether a call of the client's is under way: neither answered nor cancelled.
+    pub fn is_under_way(&self, id: &CallId) -> bool {
+        self.calls.contains_key(id)
     }
 
     /// Number of the client's calls that are under way.
@@ -346,7 +429,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 let token = self.handled.remove(&id);
                 token.map(|token| ServerEvent::BrokenReply { token, error })
             }
-            Message::UnwantedReply { .. } => None,
+            Message::UnwantedReply { .. } | Message::UnwantedCall => None,
             Message::Other { id, field, content } => self.other(id, field, content)?,
             Message::Skipped {
                 id: None, error, ..

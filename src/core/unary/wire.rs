@@ -118,6 +118,8 @@ pub(super) enum Message<P> {
     EmptyReply { id: CallId },
     /// A reply that is not wanted, and was not copied.
     UnwantedReply { id: CallId },
+    /// A call that is not wanted, and was not copied.
+    UnwantedCall,
     /// Another message: the field that says which, if any, and its content.
     Other {
         id: CallId,
@@ -149,38 +151,48 @@ pub(super) struct Reader<P> {
 #[derive(Debug)]
 enum Body<P> {
     None,
-    Payload(Partial<P>),
+    Payload(Receiving<P>),
     /// Its bytes are dropped as they come.
     Skipped(Box<Skip>),
 }
 
-/// A payload on its way, and what it belongs to.
+/// A payload of which a part has arrived, and the head of its frame.
 #[derive(Debug)]
-struct Partial<P> {
-    head: Head,
+pub struct Receiving<P> {
+    head: Head<Bytes, String>,
     payload: P,
     filled: usize,
     len: usize,
 }
 
-/// What comes before the payload of a frame that is read without waiting for the whole of it.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Head {
-    Reply {
-        id: CallId,
-    },
-    Call {
-        id: CallId,
-        peer: Bytes,
-        protocol: String,
-    },
+impl<P: Payload> Receiving<P> {
+    /// The bytes that are missing: the driver reads into the front of them.
+    pub fn room(&mut self) -> &mut [u8] {
+        &mut self.payload.as_mut()[self.filled..self.len]
+    }
+
+    /// Notes that `count` bytes were read into [`room`](Self::room).
+    pub fn filled(&mut self, count: usize) {
+        self.filled = self.len.min(self.filled + count);
+    }
 }
+
+/// What comes before the payload of a frame that is read without waiting for the whole of it. `B` is
+/// bytes and `S` a string, borrowed from the frame or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Head<B, S> {
+    Reply { id: CallId },
+    Call { id: CallId, peer: B, protocol: S },
+}
+
+/// A head that borrows from its frame.
+pub(super) type HeadRef<'a> = Head<&'a [u8], &'a str>;
 
 /// How far the head of a frame could be read.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Scan {
+pub(super) enum Scan<'a> {
     /// The payload is all from this offset on.
-    Payload(Head, usize),
+    Payload(HeadRef<'a>, usize),
     /// There is more to come before the payload.
     Incomplete,
     /// It is laid out in another way, or has no payload.
@@ -198,27 +210,29 @@ impl<P: Payload> Reader<P> {
     }
 
     /// The next message. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come. Replies to calls that are not `wanted` are not copied.
+    /// and more must come. Calls and replies that are not `wanted`, which is given their heads and
+    /// payloads, are not copied. It is asked only about those that come whole and in the usual
+    /// layout, and about all replies that come whole.
     #[inline]
     pub fn poll(
         &mut self,
         input: &mut &[u8],
-        wanted: impl Fn(&CallId) -> bool,
+        wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
     ) -> Result<Option<Message<P>>, Error> {
         loop {
             match &mut self.body {
                 Body::None => {}
-                Body::Payload(partial) => {
-                    let count = input.len().min(partial.len - partial.filled);
-                    partial.payload.as_mut()[partial.filled..partial.filled + count]
-                        .copy_from_slice(&input[..count]);
-                    partial.filled += count;
+                Body::Payload(receiving) => {
+                    let room = receiving.room();
+                    let count = input.len().min(room.len());
+                    room[..count].copy_from_slice(&input[..count]);
+                    receiving.filled(count);
                     *input = &input[count..];
-                    if partial.filled < partial.len {
+                    if receiving.filled < receiving.len {
                         return Ok(None);
                     }
                     let body = std::mem::replace(&mut self.body, Body::None);
-                    if let Body::Payload(Partial {
+                    if let Body::Payload(Receiving {
                         head, payload, len, ..
                     }) = body
                     {
@@ -251,8 +265,8 @@ impl<P: Payload> Reader<P> {
                         *input = rest;
                         return self.whole(&frame[prefix..], wanted).map(Some);
                     }
-                    Frame::Large(partial) => {
-                        self.body = Body::Payload(partial);
+                    Frame::Large(receiving) => {
+                        self.body = Body::Payload(receiving);
                         *input = &[];
                         return Ok(None);
                     }
@@ -274,8 +288,8 @@ impl<P: Payload> Reader<P> {
                     let frame = self.take_buffer(end);
                     return self.whole(&frame[prefix..], wanted).map(Some);
                 }
-                Frame::Large(partial) => {
-                    self.body = Body::Payload(partial);
+                Frame::Large(receiving) => {
+                    self.body = Body::Payload(receiving);
                     let whole = self.buffer.len();
                     drop(self.take_buffer(whole));
                 }
@@ -299,18 +313,33 @@ impl<P: Payload> Reader<P> {
     /// The rest of the room for the payload being received, which the driver may read into
     /// directly. [`payload_filled`](Self::payload_filled) must follow.
     pub fn payload_room(&mut self) -> Option<&mut [u8]> {
-        let Body::Payload(partial) = &mut self.body else {
-            return None;
-        };
-        let filled = partial.filled;
-        Some(&mut partial.payload.as_mut()[filled..partial.len])
+        match &mut self.body {
+            Body::Payload(receiving) => Some(receiving.room()),
+            _ => None,
+        }
     }
 
     /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
     pub fn payload_filled(&mut self, count: usize) {
-        if let Body::Payload(partial) = &mut self.body {
-            partial.filled = partial.len.min(partial.filled + count);
+        if let Body::Payload(receiving) = &mut self.body {
+            receiving.filled(count);
         }
+    }
+
+    /// Takes out the payload being received. [`resume`](Self::resume) must follow.
+    pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
+        match std::mem::replace(&mut self.body, Body::None) {
+            Body::Payload(receiving) => Some(receiving),
+            other => {
+                self.body = other;
+                None
+            }
+        }
+    }
+
+    /// Puts back the payload that was taken out.
+    pub fn resume(&mut self, receiving: Receiving<P>) {
+        self.body = Body::Payload(receiving);
     }
 
     /// Whether a part of a message has arrived.
@@ -355,13 +384,12 @@ impl<P: Payload> Reader<P> {
                     return Ok(Frame::Skip { prefix, skip });
                 };
                 payload.as_mut()[..there.len()].copy_from_slice(there);
-                let partial = Partial {
-                    head,
+                Ok(Frame::Large(Receiving {
+                    head: head.to_owned(),
                     payload,
                     filled: there.len(),
                     len,
-                };
-                Ok(Frame::Large(partial))
+                }))
             }
             Scan::Incomplete if bytes.len() < MAX_HEAD => {
                 Ok(Frame::Needs(missing.min(MAX_HEAD - bytes.len())))
@@ -385,12 +413,19 @@ impl<P: Payload> Reader<P> {
     }
 
     /// Reads a whole message.
-    fn whole(&self, message: &[u8], wanted: impl Fn(&CallId) -> bool) -> Result<Message<P>, Error> {
+    fn whole(
+        &self,
+        message: &[u8],
+        mut wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
+    ) -> Result<Message<P>, Error> {
         if let Scan::Payload(head, offset) = scan(message, message.len(), self.direction) {
             let payload = &message[offset..];
+            if wanted(head, payload) {
+                return Ok(head.to_owned().with(P::copy_from(payload), payload.len()));
+            }
             return Ok(match head {
-                Head::Reply { id } if !wanted(&id) => Message::UnwantedReply { id },
-                head => head.with(P::copy_from(payload), payload.len()),
+                Head::Reply { id } => Message::UnwantedReply { id },
+                Head::Call { .. } => Message::UnwantedCall,
             });
         }
         self.whole_in_another_layout(message, wanted)
@@ -399,7 +434,7 @@ impl<P: Payload> Reader<P> {
     fn whole_in_another_layout(
         &self,
         message: &[u8],
-        wanted: impl Fn(&CallId) -> bool,
+        mut wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
     ) -> Result<Message<P>, Error> {
         let name = self.direction.message();
         let (mut id, mut content) = (None, None);
@@ -427,7 +462,7 @@ impl<P: Payload> Reader<P> {
         Ok(match content {
             Some((field, call)) if field == u64::from(CALL) => read_call(id, Fields::new(call)),
             Some((field, reply)) if field == u64::from(self.direction.reply()) => {
-                if wanted(&id) {
+                if wanted(Head::Reply { id }, reply) {
                     read_reply(id, Fields::new(reply))
                 } else {
                     Message::UnwantedReply { id }
@@ -486,7 +521,21 @@ fn read_reply<P: Payload>(id: CallId, mut fields: Fields<'_>) -> Message<P> {
     }
 }
 
-impl Head {
+impl HeadRef<'_> {
+    #[inline]
+    fn to_owned(self) -> Head<Bytes, String> {
+        match self {
+            Self::Reply { id } => Head::Reply { id },
+            Self::Call { id, peer, protocol } => Head::Call {
+                id,
+                peer: Bytes::copy_from_slice(peer),
+                protocol: protocol.to_owned(),
+            },
+        }
+    }
+}
+
+impl Head<Bytes, String> {
     /// The message that this is the head of.
     #[inline]
     fn with<P>(self, payload: P, size: usize) -> Message<P> {
@@ -507,7 +556,7 @@ enum Frame<P> {
     /// All of it is there: where the message begins and ends.
     Whole { prefix: usize, end: usize },
     /// Its payload is to be received on its own. It has all the bytes there were.
-    Large(Partial<P>),
+    Large(Receiving<P>),
     /// It is too large: what follows its length prefix is to be skipped.
     Skip { prefix: usize, skip: Box<Skip> },
     /// So many bytes more.
@@ -516,7 +565,7 @@ enum Frame<P> {
 
 /// Looks for the payload in a message of `len` bytes of which `bytes` are there, if it is laid out
 /// as Go and prost do it: fields in the order of their numbers, the payload last.
-pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan {
+pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan<'_> {
     let mut at = Cursor {
         bytes,
         offset: 0,
@@ -531,13 +580,9 @@ pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan {
             }
             CALL => {
                 at.enter_last()?;
-                let peer = Bytes::copy_from_slice(at.value(1)?);
+                let peer = at.value(1)?;
                 let protocol = std::str::from_utf8(at.value(2)?).map_err(|_| Scan::Other)?;
-                Head::Call {
-                    id,
-                    peer,
-                    protocol: protocol.to_owned(),
-                }
+                Head::Call { id, peer, protocol }
             }
             _ => return Err(Scan::Other),
         };
@@ -563,21 +608,21 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn byte(&mut self) -> Result<u8, Scan> {
+    fn byte(&mut self) -> Result<u8, Scan<'a>> {
         let byte = self.bytes.get(self.offset).ok_or(Scan::Incomplete)?;
         self.offset += 1;
         Ok(*byte)
     }
 
     /// The number of a length-delimited field, below 16.
-    fn key(&mut self) -> Result<u8, Scan> {
+    fn key(&mut self) -> Result<u8, Scan<'a>> {
         match self.byte()? {
             key if key & 0x87 == 2 => Ok(key >> 3),
             _ => Err(Scan::Other),
         }
     }
 
-    fn length(&mut self) -> Result<usize, Scan> {
+    fn length(&mut self) -> Result<usize, Scan<'a>> {
         let mut length = 0;
         for shift in [0, 7, 14, 21] {
             let byte = self.byte()?;
@@ -589,7 +634,7 @@ impl<'a> Cursor<'a> {
         Err(Scan::Other)
     }
 
-    fn value(&mut self, number: u8) -> Result<&'a [u8], Scan> {
+    fn value(&mut self, number: u8) -> Result<&'a [u8], Scan<'a>> {
         if self.key()? != number {
             return Err(Scan::Other);
         }
@@ -603,7 +648,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Enters a field that must reach to the end.
-    fn enter_last(&mut self) -> Result<(), Scan> {
+    fn enter_last(&mut self) -> Result<(), Scan<'a>> {
         if self.length()? + self.offset == self.end {
             return Ok(());
         }
