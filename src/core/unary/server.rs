@@ -2,7 +2,7 @@
 
 use super::wire::{
     call_len, cut, head_len, put_call, put_handler_error, put_message, put_reply, reply_len,
-    CallId, CallIds, Direction, Head, HeadRef, IdHasher, Message, Payload, Reader, Receiving, CALL,
+    CallId, CallIds, Direction, Head, IdHasher, Message, Payload, Reader, Receiving, CALL,
 };
 use crate::core::pb::p2pd;
 use crate::core::Error;
@@ -118,16 +118,26 @@ pub enum ServerEvent<T, P> {
     },
 }
 
-/// A call that can be answered in place, before any of it is copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A call or reply that a driver may look at in place, before any of it is copied.
+#[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct OfferedCall<'a> {
-    /// The peer.
-    pub peer: &'a [u8],
-    /// The handler's name.
-    pub protocol: &'a str,
-    /// What the handler is called with.
-    pub payload: &'a [u8],
+pub enum Offered<'a, 't, T> {
+    /// A call. The driver returns the payload of the reply, or `None` if it does not answer at once.
+    Call {
+        /// The peer.
+        peer: &'a [u8],
+        /// The handler's name.
+        protocol: &'a str,
+        /// What the handler is called with.
+        payload: &'a [u8],
+    },
+    /// A reply. The driver returns the payload of the event, or `None` for the whole one.
+    Reply {
+        /// The call that the client was given.
+        token: &'t mut T,
+        /// What the client's handler returned.
+        payload: &'a [u8],
+    },
 }
 
 /// A persistent connection as its daemon sees it: bytes in, events out; frames out.
@@ -278,20 +288,20 @@ impl<T, P: Payload> PersistentServer<T, P> {
     /// # Errors
     /// The protocol was violated. The connection must be closed.
     pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<ServerEvent<T, P>>, Error> {
-        self.poll_answering(input, &mut BytesMut::new(), |_| None)
+        self.poll_in_place(input, &mut BytesMut::new(), |_| None)
     }
 
-    /// Like [`poll`](Self::poll), but offers calls to `answer` first, without a copy of them. If it
-    /// returns the payload of a reply, the whole frame of the reply is appended to `out`, and the
-    /// call is no event. Calls whose frames arrive in pieces are not offered.
+    /// Like [`poll`](Self::poll), but offers calls and replies to `look` first, without a copy of
+    /// them. If it answers a call, the whole frame of the reply is appended to `out`, and the call is
+    /// no event. Messages whose frames arrive in pieces are not offered.
     ///
     /// # Errors
     /// As those of [`poll`](Self::poll).
-    pub fn poll_answering(
+    pub fn poll_in_place(
         &mut self,
         input: &mut &[u8],
         out: &mut BytesMut,
-        mut answer: impl for<'a> FnMut(OfferedCall<'a>) -> Option<&'a [u8]>,
+        mut look: impl for<'a, 't> FnMut(Offered<'a, 't, T>) -> Option<&'a [u8]>,
     ) -> Result<Option<ServerEvent<T, P>>, Error> {
         loop {
             let Self {
@@ -301,30 +311,31 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 handled,
                 ..
             } = self;
-            let wanted = |head: HeadRef<'_>, payload: &[u8]| {
-                let (id, peer, protocol) = match head {
-                    Head::Reply { id } => return handled.contains_key(&id),
-                    Head::Call { id, peer, protocol } => (id, peer, protocol),
-                };
-                if calls.contains_key(&id) {
-                    return true;
+            let message = reader.poll(input, |head, payload| match head {
+                Head::Reply { id } => {
+                    let token = handled.get_mut(&id)?;
+                    Some(look(Offered::Reply { token, payload }).unwrap_or(payload))
                 }
-                let call = OfferedCall {
-                    peer,
-                    protocol,
-                    payload,
-                };
-                let Some(reply) = answer(call) else {
-                    return true;
-                };
-                if reply_len(Direction::ToClient, reply.len()) > limits.max_message {
-                    return true;
+                // Its reply would answer the other call with this id.
+                Head::Call { id, .. } if calls.contains_key(&id) => Some(payload),
+                Head::Call { id, peer, protocol } => {
+                    let call = Offered::Call {
+                        peer,
+                        protocol,
+                        payload,
+                    };
+                    let reply = look(call).filter(|reply| {
+                        reply_len(Direction::ToClient, reply.len()) <= limits.max_message
+                    });
+                    let Some(reply) = reply else {
+                        return Some(payload);
+                    };
+                    put_reply(out, Direction::ToClient, &id, reply.len());
+                    out.extend_from_slice(reply);
+                    None
                 }
-                put_reply(out, Direction::ToClient, &id, reply.len());
-                out.extend_from_slice(reply);
-                false
-            };
-            let Some(message) = reader.poll(input, wanted)? else {
+            })?;
+            let Some(message) = message else {
                 return Ok(None);
             };
             if let Some(event) = self.came(message)? {
@@ -401,6 +412,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
     }
 
     /// What follows from a message.
+    #[inline]
     fn came(&mut self, message: Message<P>) -> Result<Option<ServerEvent<T, P>>, Error> {
         Ok(match message {
             Message::Call {
@@ -429,7 +441,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 let token = self.handled.remove(&id);
                 token.map(|token| ServerEvent::BrokenReply { token, error })
             }
-            Message::UnwantedReply { .. } | Message::UnwantedCall => None,
+            Message::UnwantedReply { .. } => None,
             Message::Other { id, field, content } => self.other(id, field, content)?,
             Message::Skipped {
                 id: None, error, ..

@@ -118,8 +118,6 @@ pub(super) enum Message<P> {
     EmptyReply { id: CallId },
     /// A reply that is not wanted, and was not copied.
     UnwantedReply { id: CallId },
-    /// A call that is not wanted, and was not copied.
-    UnwantedCall,
     /// Another message: the field that says which, if any, and its content.
     Other {
         id: CallId,
@@ -210,14 +208,14 @@ impl<P: Payload> Reader<P> {
     }
 
     /// The next message. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come. Calls and replies that are not `wanted`, which is given their heads and
-    /// payloads, are not copied. It is asked only about those that come whole and in the usual
-    /// layout, and about all replies that come whole.
+    /// and more must come. `wanted` is given the head and the payload of each call and reply that
+    /// comes whole and in the usual layout, and returns the part of the payload to copy. If that is
+    /// `None`, a call is dropped, and nothing of a reply is copied.
     #[inline]
     pub fn poll(
         &mut self,
         input: &mut &[u8],
-        wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
+        mut wanted: impl for<'a> FnMut(HeadRef<'a>, &'a [u8]) -> Option<&'a [u8]>,
     ) -> Result<Option<Message<P>>, Error> {
         loop {
             match &mut self.body {
@@ -263,7 +261,10 @@ impl<P: Payload> Reader<P> {
                     Frame::Whole { prefix, end } => {
                         let (frame, rest) = input.split_at(end);
                         *input = rest;
-                        return self.whole(&frame[prefix..], wanted).map(Some);
+                        match self.whole(&frame[prefix..], &mut wanted)? {
+                            None => continue,
+                            message => return Ok(message),
+                        }
                     }
                     Frame::Large(receiving) => {
                         self.body = Body::Payload(receiving);
@@ -286,7 +287,10 @@ impl<P: Payload> Reader<P> {
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
                     let frame = self.take_buffer(end);
-                    return self.whole(&frame[prefix..], wanted).map(Some);
+                    match self.whole(&frame[prefix..], &mut wanted)? {
+                        None => continue,
+                        message => return Ok(message),
+                    }
                 }
                 Frame::Large(receiving) => {
                     self.body = Body::Payload(receiving);
@@ -412,30 +416,27 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// Reads a whole message.
+    /// Reads a whole message; `None` if it is a call that is not wanted.
     fn whole(
         &self,
         message: &[u8],
-        mut wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
-    ) -> Result<Message<P>, Error> {
+        wanted: &mut impl for<'a> FnMut(HeadRef<'a>, &'a [u8]) -> Option<&'a [u8]>,
+    ) -> Result<Option<Message<P>>, Error> {
         if let Scan::Payload(head, offset) = scan(message, message.len(), self.direction) {
             let payload = &message[offset..];
-            if wanted(head, payload) {
-                return Ok(head.to_owned().with(P::copy_from(payload), payload.len()));
-            }
-            return Ok(match head {
-                Head::Reply { id } => Message::UnwantedReply { id },
-                Head::Call { .. } => Message::UnwantedCall,
+            return Ok(match (wanted(head, payload), head) {
+                (Some(part), _) => {
+                    let head = head.to_owned();
+                    Some(head.with(P::copy_from(part), payload.len()))
+                }
+                (None, Head::Reply { id }) => Some(Message::UnwantedReply { id }),
+                (None, Head::Call { .. }) => None,
             });
         }
-        self.whole_in_another_layout(message, wanted)
+        self.whole_in_another_layout(message).map(Some)
     }
 
-    fn whole_in_another_layout(
-        &self,
-        message: &[u8],
-        mut wanted: impl FnMut(HeadRef<'_>, &[u8]) -> bool,
-    ) -> Result<Message<P>, Error> {
+    fn whole_in_another_layout(&self, message: &[u8]) -> Result<Message<P>, Error> {
         let name = self.direction.message();
         let (mut id, mut content) = (None, None);
         let mut fields = Fields::new(message);
@@ -462,11 +463,7 @@ impl<P: Payload> Reader<P> {
         Ok(match content {
             Some((field, call)) if field == u64::from(CALL) => read_call(id, Fields::new(call)),
             Some((field, reply)) if field == u64::from(self.direction.reply()) => {
-                if wanted(Head::Reply { id }, reply) {
-                    read_reply(id, Fields::new(reply))
-                } else {
-                    Message::UnwantedReply { id }
-                }
+                read_reply(id, Fields::new(reply))
             }
             content => Message::Other {
                 id,
@@ -660,8 +657,59 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
-/// The key and length of a field with a number under 16, at once: prost puts them byte by byte, and
-/// every call has six of them.
+/// What is in front of a content or a payload, put together here and copied once: every call has it.
+struct Prefix {
+    bytes: [u8; 64],
+    len: usize,
+}
+
+impl Prefix {
+    /// The length of a message of `size` bytes, its call id, and the header of the field `number`,
+    /// which is the rest of it.
+    #[inline]
+    fn new(size: usize, id: &CallId, number: u32, len: usize) -> Self {
+        let mut prefix = Self {
+            bytes: [0; 64],
+            len: 0,
+        };
+        prefix.varint(size);
+        prefix.header(1, id.len());
+        prefix.bytes[prefix.len..prefix.len + id.len()].copy_from_slice(id);
+        prefix.len += id.len();
+        prefix.header(number, len);
+        prefix
+    }
+
+    /// At most 10 bytes.
+    #[inline]
+    fn varint(&mut self, mut value: usize) {
+        while value >= 0x80 {
+            self.byte(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.byte(value as u8);
+    }
+
+    #[inline]
+    fn byte(&mut self, byte: u8) {
+        self.bytes[self.len] = byte;
+        self.len += 1;
+    }
+
+    /// The key and length of a field with a number under 16.
+    #[inline]
+    fn header(&mut self, number: u32, len: usize) {
+        debug_assert!(number < 16);
+        self.byte((number << 3) as u8 | WireType::LengthDelimited as u8);
+        self.varint(len);
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// The key and length of a field with a number under 16, at once: prost puts them byte by byte.
 fn put_header(out: &mut BytesMut, number: u32, len: usize) {
     debug_assert!(number < 16);
     let mut buffer = encode::u64_buffer();
@@ -677,23 +725,10 @@ pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
     out.put_slice(value);
 }
 
-/// The length of a message of `size` bytes, its call id, and the header of the field `number`,
-/// which is the rest of it.
-fn begin(out: &mut BytesMut, size: usize, id: &CallId, number: u32, len: usize) {
-    out.put_slice(encode::u64(size as u64, &mut encode::u64_buffer()));
-    put_field(out, 1, id);
-    put_header(out, number, len);
-}
-
 /// A message whose content is small, and all of it here: `content` is that of the field `number`.
 pub(super) fn put_message(out: &mut BytesMut, id: &CallId, number: u32, content: &[u8]) {
-    begin(
-        out,
-        head_len(number, content.len()),
-        id,
-        number,
-        content.len(),
-    );
+    let size = head_len(number, content.len());
+    out.put_slice(Prefix::new(size, id, number, content.len()).as_slice());
     out.put_slice(content);
 }
 
@@ -710,7 +745,7 @@ pub(super) fn put_call(
     len: usize,
 ) {
     let inner = call_len(peer, protocol, len);
-    begin(out, head_len(CALL, inner), id, CALL, inner);
+    out.put_slice(Prefix::new(head_len(CALL, inner), id, CALL, inner).as_slice());
     put_field(out, 1, peer);
     put_field(out, 2, protocol.as_bytes());
     put_header(out, 3, len);
@@ -724,8 +759,9 @@ pub(super) fn call_len(peer: &[u8], protocol: &str, len: usize) -> usize {
 /// A reply up to its payload of `len` bytes.
 pub(super) fn put_reply(out: &mut BytesMut, direction: Direction, id: &CallId, len: usize) {
     let (number, inner) = (direction.reply(), field_len(1, len));
-    begin(out, head_len(number, inner), id, number, inner);
-    put_header(out, 1, len);
+    let mut prefix = Prefix::new(head_len(number, inner), id, number, inner);
+    prefix.header(1, len);
+    out.put_slice(prefix.as_slice());
 }
 
 /// Length of the message with a reply of `len` bytes.
@@ -743,7 +779,7 @@ pub(super) fn put_handler_error(
 ) {
     let words = cut(error, limit).as_bytes();
     let (number, inner) = (direction.reply(), field_len(2, words.len()));
-    begin(out, head_len(number, inner), id, number, inner);
+    out.put_slice(Prefix::new(head_len(number, inner), id, number, inner).as_slice());
     put_field(out, 2, words);
 }
 

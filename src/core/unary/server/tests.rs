@@ -130,9 +130,13 @@ fn answers_offered_calls_in_place() {
     let mut out = BytesMut::new();
     let mut input = &calls[..];
     let mut poll = || {
-        server.poll_answering(&mut input, &mut out, |call| {
-            assert_eq!(call.peer, b"peer");
-            (call.protocol == "echo").then_some(call.payload)
+        server.poll_in_place(&mut input, &mut out, |offered| match offered {
+            Offered::Call {
+                peer: b"peer",
+                protocol: "echo",
+                payload,
+            } => Some(payload),
+            _ => None,
         })
     };
     assert!(matches!(poll(), Ok(Some(Event::Call { id, .. })) if id == other));
@@ -149,7 +153,37 @@ fn answers_offered_calls_in_place() {
 }
 
 #[test]
-fn offers_no_call_whose_reply_would_answer_another_or_be_too_large() {
+fn copies_what_is_wanted_of_an_offered_reply() {
+    let mut server = server();
+    let mut replies = Vec::new();
+    for token in [1, 2] {
+        let id = server.handle(b"peer", "echo", 0, token, &mut BytesMut::new());
+        let reply = p2pd::CallUnaryResponse {
+            result: Some(p2pd::call_unary_response::Result::Response(
+                b"reply".as_slice().into(),
+            )),
+        };
+        replies.extend(request(id.unwrap(), Some(ToDaemon::UnaryResponse(reply))));
+    }
+    let mut input = &replies[..];
+    for (token, payload) in [(10, &b"re"[..]), (2, b"reply")] {
+        let event = server.poll_in_place(&mut input, &mut BytesMut::new(), |offered| {
+            let Offered::Reply { token, payload } = offered else {
+                panic!("it is no call")
+            };
+            if *token == 2 {
+                return None;
+            }
+            *token = 10;
+            Some(&payload[..2])
+        });
+        let payload = payload.to_vec();
+        assert_eq!(event, Ok(Some(Event::Reply { token, payload })));
+    }
+}
+
+#[test]
+fn does_not_answer_in_place_another_call_or_with_too_much() {
     let limits = ServerLimits {
         max_message: 1000,
         ..ServerLimits::default()
@@ -159,7 +193,7 @@ fn offers_no_call_whose_reply_would_answer_another_or_be_too_large() {
     let mut repeated = request([1; 16], Some(ToDaemon::CallUnary(echo(b"again"))));
     repeated.extend(request([2; 16], Some(ToDaemon::CallUnary(echo(b"large")))));
     let (mut input, mut out) = (&repeated[..], BytesMut::new());
-    let mut poll = || server.poll_answering(&mut input, &mut out, |_| Some(&[0; 1000]));
+    let mut poll = || server.poll_in_place(&mut input, &mut out, |_| Some(&[0; 1000]));
     assert!(matches!(poll(), Ok(Some(Event::Skipped { .. }))));
     assert!(matches!(poll(), Ok(Some(Event::Call { id, .. })) if id == [2; 16]));
     assert!(out.is_empty());
