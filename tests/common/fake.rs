@@ -2,9 +2,7 @@
 
 use super::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
-pub use p2pclient_rs::core::command::dht::in_response as dht_response;
 use p2pclient_rs::core::command::dht::{self, step};
-pub use p2pclient_rs::core::command::refusal;
 use p2pclient_rs::core::command::{control, streams, Query as _, Request as _};
 use p2pclient_rs::core::pb::p2pd::{self, request::Type};
 use p2pclient_rs::core::{framing, Identity, Multiaddr, PeerId, PeerInfo, StreamInfo};
