@@ -884,7 +884,8 @@ impl Server<'_> {
             return Err("not HANDLER SIZE PARALLEL COUNT".to_owned());
         };
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        let (Some(handler), 8..MAX_FRAME, 1..=MAX_PARALLEL) = (self.handler(name), size, parallel)
+        let (Some(handler), 8..MAX_FRAME, 1..=MAX_PARALLEL, 1..) =
+            (self.handler(name), size, parallel, count)
         else {
             return Err("no such handler, or not that large".to_owned());
         };
@@ -897,7 +898,6 @@ impl Server<'_> {
             parallel,
             progress: Mutex::new(Progress {
                 left: count,
-                made: 0,
                 done: 0,
                 begun: Instant::now(),
             }),
@@ -908,7 +908,9 @@ impl Server<'_> {
         state.forwarded.insert(id, forwarded);
         drop(state);
         for _ in 0..parallel {
-            load.call(self);
+            let next = load.next(&mut lock(&load.progress));
+            let Some(number) = next else { break };
+            load.call(number, self);
             if self.is_full {
                 // If the connection has ended, the next read says so.
                 let _ = self.flush();
@@ -970,22 +972,20 @@ struct Load {
 struct Progress {
     /// How many calls are still to be made.
     left: u64,
-    made: u64,
     done: u64,
     begun: Instant,
 }
 
 impl Load {
-    /// Makes the next call, if one is left.
-    fn call(self: &Arc<Self>, server: &mut Server<'_>) {
-        let mut progress = lock(&self.progress);
-        if progress.left == 0 {
-            return;
-        }
-        let number = progress.made;
-        progress.left -= 1;
-        progress.made += 1;
-        drop(progress);
+    /// The number of the next call, if one is left.
+    fn next(&self, progress: &mut Progress) -> Option<u64> {
+        let number = self.count - progress.left;
+        progress.left = progress.left.checked_sub(1)?;
+        Some(number)
+    }
+
+    /// Makes a call.
+    fn call(self: &Arc<Self>, number: u64, server: &mut Server<'_>) {
         let peer = server.shared.identity.peer_id.as_bytes();
         let call = (peer, self.name.as_str(), self.payload.len());
         let token = Token::Load(self.clone(), number, false);
@@ -1010,18 +1010,20 @@ impl Load {
 
     /// Notes whether the reply to a call was right, and makes the next call.
     fn go_on(self: &Arc<Self>, is_right: bool, server: &mut Server<'_>) {
+        if !is_right {
+            return self.fail("the handler's reply is no echo", server);
+        }
         let mut progress = lock(&self.progress);
         progress.done += 1;
-        let (done, elapsed) = (progress.done, progress.begun.elapsed());
+        let is_done = progress.done == self.count;
+        let (next, begun) = (self.next(&mut progress), progress.begun);
         drop(progress);
-        if !is_right {
-            self.fail("the handler's reply is no echo", server);
-        } else if done == self.count {
-            let seconds = elapsed.as_secs_f64().to_string();
+        if is_done {
+            let seconds = begun.elapsed().as_secs_f64().to_string();
             let reply = Buffer::copy_from(seconds.as_bytes());
             server.update(&self.caller, |state| state.reply(&self.id, reply));
-        } else {
-            self.call(server);
+        } else if let Some(number) = next {
+            self.call(number, server);
         }
     }
 

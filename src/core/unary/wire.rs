@@ -10,7 +10,6 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encoded_len_varint, key_len, WireType};
 use sha2::{Digest, Sha256};
 use std::hash::Hasher;
-use unsigned_varint::encode;
 
 /// Matches a reply to its call.
 pub type CallId = [u8; 16];
@@ -663,15 +662,21 @@ struct Prefix {
     len: usize,
 }
 
+impl Default for Prefix {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 64],
+            len: 0,
+        }
+    }
+}
+
 impl Prefix {
     /// The length of a message of `size` bytes, its call id, and the header of the field `number`,
     /// which is the rest of it.
     #[inline]
     fn new(size: usize, id: &CallId, number: u32, len: usize) -> Self {
-        let mut prefix = Self {
-            bytes: [0; 64],
-            len: 0,
-        };
+        let mut prefix = Self::default();
         prefix.varint(size);
         prefix.header(1, id.len());
         prefix.bytes[prefix.len..prefix.len + id.len()].copy_from_slice(id);
@@ -709,15 +714,10 @@ impl Prefix {
     }
 }
 
-/// The key and length of a field with a number under 16, at once: prost puts them byte by byte.
 fn put_header(out: &mut BytesMut, number: u32, len: usize) {
-    debug_assert!(number < 16);
-    let mut buffer = encode::u64_buffer();
-    let len = encode::u64(len as u64, &mut buffer);
-    let mut header = [0; 11];
-    header[0] = (number << 3) as u8 | WireType::LengthDelimited as u8;
-    header[1..=len.len()].copy_from_slice(len);
-    out.put_slice(&header[..=len.len()]);
+    let mut header = Prefix::default();
+    header.header(number, len);
+    out.put_slice(header.as_slice());
 }
 
 pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
@@ -745,8 +745,10 @@ pub(super) fn put_call(
     len: usize,
 ) {
     let inner = call_len(peer, protocol, len);
-    out.put_slice(Prefix::new(head_len(CALL, inner), id, CALL, inner).as_slice());
-    put_field(out, 1, peer);
+    let mut prefix = Prefix::new(head_len(CALL, inner), id, CALL, inner);
+    prefix.header(1, peer.len());
+    out.put_slice(prefix.as_slice());
+    out.put_slice(peer);
     put_field(out, 2, protocol.as_bytes());
     put_header(out, 3, len);
 }
