@@ -9,9 +9,9 @@
 //! ```
 //!
 //! - IDENTIFY, LIST_PEERS, CONNECT and the like get the same answer every time, any number of them on
-//!   one connection. The daemon refuses what it does not have, such as a DHT.
+//!   one connection. The daemon refuses all other requests, such as those of the DHT.
 //! - STREAM_OPEN to any peer: `/echo` sends back, `/source` sends zeros as fast as the client reads
-//!   them, `/sink` drops what it reads, and closes at its end. `/framed-source/SIZE` sends hivemind's
+//!   them, `/sink` drops all bytes, and closes at its end. `/framed-source/SIZE` sends hivemind's
 //!   messages (a byte, the length as 8 bytes, the body) with bodies of that size, without end.
 //!   `/framed-sink` reads such messages, and answers one that begins with a 1 with the number of bytes
 //!   of all the bodies so far, again as 8 bytes. Any other protocol is the registered handler's, to
@@ -19,12 +19,13 @@
 //! - Unary calls to any peer: `echo` is answered here, with at most one copy of the payload and one
 //!   write for all the calls that one read brought. `load` is answered here too, when its work is done:
 //!   its payload is `HANDLER SIZE PARALLEL COUNT`, and the daemon makes that many calls of that
-//!   handler, that many at once. The reply is the time that took, in seconds, or what was wrong with a
-//!   handler's reply. Any other protocol is a handler's, on any persistent connection.
+//!   handler, that many at once. The reply is the time that took, in seconds, or an error if a reply of
+//!   the handler was not its call's payload. Any other protocol is a handler's, on any persistent connection.
 //!
 //! A thread serves each connection, and it waits while a socket is full: a client that does
-//! not read while it writes comes to a stop, as with the Go daemons. No thread waits for one that is
-//! writing: what it has for a connection to which another thread writes, it leaves to that thread.
+//! not read while it writes comes to a stop, as with the Go daemons. Threads share no
+//! lock while one of them writes: all bytes for a connection are queued, and the thread that writes to
+//! it writes the whole queue.
 
 use bytes::Bytes;
 use p2pclient_rs::core::command::{
@@ -55,22 +56,22 @@ const FIRST_READ: usize = 4 << 10;
 const READ: usize = 256 << 10;
 /// Where one read begins: the kernel copies to other places at up to half the speed.
 const ALIGN: usize = 4 << 10;
-/// How much is queued for a connection before it is written, in bytes.
+/// Size of a connection's queue at which it is written, in bytes.
 const BATCH: usize = 256 << 10;
 /// Payloads of at least this many bytes are written from where they were received.
 const SHARED: usize = 128 << 10;
-/// How much is queued for a connection before its threads wait for the one that writes, in bytes.
+/// Size of a connection's queue at which other threads wait for the one that writes, in bytes.
 const MAX_QUEUED: usize = 64 << 20;
 /// Bounds on connections, handlers, and the calls that one load has under way.
 const MAX_CONNECTIONS: usize = 4096;
 const MAX_HANDLERS: usize = 1024;
 const MAX_PARALLEL: u64 = 64 << 10;
 
-/// The protocol of streams that send back what they read.
+/// The protocol of streams that echo.
 pub const STREAM_ECHO: &str = "/echo";
 /// The protocol of streams that send zeros.
 pub const STREAM_SOURCE: &str = "/source";
-/// The protocol of streams that drop what they read.
+/// The protocol of streams that drop all bytes.
 pub const STREAM_SINK: &str = "/sink";
 /// The protocol of streams that send hivemind's messages, followed by the size of the bodies.
 pub const FRAMED_SOURCE: &str = "/framed-source/";
@@ -184,7 +185,7 @@ struct Shared {
     /// The reply to IDENTIFY, encoded once: that would be a part of every benchmark's round trip.
     identify: Bytes,
     peers: Vec<PeerInfo>,
-    /// The threads that serve, and how many of them wait for a connection.
+    /// Number of threads that serve, and of those that wait for a connection.
     threads: AtomicUsize,
     idle: AtomicUsize,
     /// Number of the next persistent connection.
@@ -1157,7 +1158,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if self.0.len() >= REUSED {
             let room = std::mem::take(&mut self.0);
-            // A thread that ends has no spare room any more.
+            // It fails in a thread that is ending.
             let _ = SPARE.try_with(|spare| {
                 let mut spare = spare.borrow_mut();
                 spare.truncate(MAX_SPARE - 1);

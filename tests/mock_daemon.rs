@@ -1,4 +1,4 @@
-//! The mock daemon of the benchmarks: what it does between two persistent connections.
+//! The mock daemon of the benchmarks, between two persistent connections.
 #![cfg(unix)]
 
 #[allow(dead_code)] // its program and its streams are not used here
@@ -155,7 +155,7 @@ fn refused(token: u32, words: &str) -> Reply {
 }
 
 #[test]
-fn refuses_what_it_does_not_have_and_goes_on() {
+fn refuses_unknown_requests_and_serves_the_next() {
     within_time(|| {
         let (daemon, timeout) = (Daemon::start(), None);
         let control = daemon.control();
@@ -258,7 +258,7 @@ fn a_cancel_reaches_the_handler() {
 }
 
 #[test]
-fn the_end_of_a_connection_is_told_to_the_other_side() {
+fn a_closed_connection_cancels_its_calls_and_fails_those_it_serves() {
     within_time(|| {
         let daemon = Daemon::start();
         let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());

@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_appended_joins_the_copied_bytes_before_it() {
+    fn appended_bytes_join_the_copied_bytes_before_them() {
         let mut output = Output::<Bytes>::default();
         output.append(|_| ());
         assert!(output.is_empty() && output.slices().is_empty());

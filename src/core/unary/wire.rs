@@ -174,8 +174,8 @@ impl<P: Payload> Receiving<P> {
     }
 }
 
-/// What comes before the payload of a frame that is read without waiting for the whole of it. `B` is
-/// bytes and `S` a string, borrowed from the frame or not.
+/// The part of a frame in front of its payload. `B` is bytes and `S` a string, borrowed from the frame
+/// or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Head<B, S> {
     Reply { id: CallId },
@@ -656,7 +656,8 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
-/// What is in front of a content or a payload, put together here and copied once: every call has it.
+/// The bytes in front of a content or a payload, assembled on the stack and copied once, since every
+/// call has them.
 struct Prefix {
     bytes: [u8; 64],
     len: usize,

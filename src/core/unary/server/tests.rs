@@ -153,7 +153,7 @@ fn answers_offered_calls_in_place() {
 }
 
 #[test]
-fn copies_what_is_wanted_of_an_offered_reply() {
+fn copies_the_wanted_part_of_an_offered_reply() {
     let mut server = server();
     let mut replies = Vec::new();
     for token in [1, 2] {
