@@ -20,12 +20,12 @@
 //!   write for all the calls that one read brought. `load` is answered here too, when its work is done:
 //!   its payload is `HANDLER SIZE PARALLEL COUNT`, and the daemon makes that many calls of that
 //!   handler, that many at once. The reply is the time that took, in seconds, or an error if a reply of
-//!   the handler was not its call's payload. Any other protocol is a handler's, on any persistent connection.
+//!   the handler was not its call's payload. Any other protocol is a handler's, on any persistent
+//!   connection.
 //!
-//! A thread serves each connection, and it waits while a socket is full: a client that does
-//! not read while it writes comes to a stop, as with the Go daemons. Threads share no
-//! lock while one of them writes: all bytes for a connection are queued, and the thread that writes to
-//! it writes the whole queue.
+//! A thread serves each connection, and it waits while a socket is full: a client that does not read
+//! while it writes comes to a stop, as with the Go daemons. No lock is held during a write: all bytes
+//! for a connection are queued, and the thread that is writing to it also writes what others add.
 
 use bytes::Bytes;
 use p2pclient_rs::core::command::{

@@ -155,7 +155,7 @@ fn refused(token: u32, words: &str) -> Reply {
 }
 
 #[test]
-fn refuses_unknown_requests_and_serves_the_next() {
+fn refuses_unsupported_requests_and_serves_the_next() {
     within_time(|| {
         let (daemon, timeout) = (Daemon::start(), None);
         let control = daemon.control();
