@@ -5,12 +5,11 @@
 mod common;
 
 use bytes::BytesMut;
-use common::fake::{
-    addr, dht, dht_response, identity, ok, peer, refusal, stream_info, Connection, FakeDaemon,
-};
+use common::fake::{addr, dht, identity, ok, peer, stream_info, Connection, FakeDaemon};
 use common::{begin, must, pattern, within, Limit};
 use futures_util::StreamExt as _;
 use p2pclient_rs::client::{Client, Error, IncomingStreams, Results, Subscription};
+use p2pclient_rs::core::command::{dht::in_response as dht_response, refusal};
 use p2pclient_rs::core::multiaddr::Endpoint;
 use p2pclient_rs::core::pb::p2pd::{self, dht_response::Type::*, request::Type};
 use p2pclient_rs::core::{framing, Limits, Multiaddr};

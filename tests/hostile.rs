@@ -5,13 +5,11 @@
 mod common;
 
 use bytes::Bytes;
-use common::fake::{
-    addr, dht, dht_response, identity, ok, peer, peer_info, refusal, stream_info, Connection,
-    FakeDaemon,
-};
+use common::fake::{addr, dht, identity, ok, peer, peer_info, stream_info, Connection, FakeDaemon};
 use common::{eventually, must, within};
 use futures_util::future::BoxFuture;
 use p2pclient_rs::client::{Client, Error, UnaryCall};
+use p2pclient_rs::core::command::{dht::in_response as dht_response, refusal};
 use p2pclient_rs::core::pb::p2pd::{
     self, call_unary_response::Result as Reply, dht_response::Type::*,
     persistent_connection_request::Message, persistent_connection_response::Message as Answer,

@@ -4,9 +4,10 @@
 
 mod common;
 
-use common::fake::{ok, refusal, stream_info, Connection, FakeDaemon};
+use common::fake::{ok, stream_info, Connection, FakeDaemon};
 use common::{bare_daemon, eventually, keep, must, pair, within, Limit};
 use p2pclient_rs::client::{Client, Error, IncomingStreams, ListenerStats};
+use p2pclient_rs::core::command::refusal;
 use p2pclient_rs::core::pb::p2pd::request::Type;
 use p2pclient_rs::core::Multiaddr;
 use std::io::ErrorKind;

@@ -5,12 +5,13 @@
 mod common;
 
 use bytes::Bytes;
-use common::fake::{ok, peer, refusal, Connection, FakeDaemon};
+use common::fake::{ok, peer, Connection, FakeDaemon};
 use common::{
     bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
 };
 use futures_util::future::join_all;
 use p2pclient_rs::client::{Client, Error, UnaryCall};
+use p2pclient_rs::core::command::refusal;
 use p2pclient_rs::core::pb::p2pd::{
     self, call_unary_response::Result as Reply, persistent_connection_request::Message,
     persistent_connection_response::Message as Answer, request::Type,

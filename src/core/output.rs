@@ -106,6 +106,26 @@ impl<S: AsRef<[u8]>> Output<S> {
         }
     }
 
+    /// Adds what `put` appends to the buffer that it is given. It must not remove anything.
+    pub fn append<R>(&mut self, put: impl FnOnce(&mut BytesMut) -> R) -> R {
+        let mut chunk = match self.chunks.pop_back() {
+            Some(Chunk::Copied(chunk)) => chunk,
+            other => {
+                self.chunks.extend(other);
+                std::mem::take(&mut self.spare)
+            }
+        };
+        let before = chunk.len();
+        let result = put(&mut chunk);
+        self.len += chunk.len() - before;
+        if chunk.is_empty() {
+            self.spare = chunk;
+        } else {
+            self.chunks.push_back(Chunk::Copied(chunk));
+        }
+        result
+    }
+
     /// Adds a payload, of which the first `sent` bytes need not be sent any more. It is kept if
     /// much of it remains.
     pub fn push_shared(&mut self, data: S, sent: usize) {
@@ -188,6 +208,21 @@ mod tests {
         output.push_copied(b"head");
         assert_eq!(output.slices().len(), 1);
         assert_eq!(drain(&mut output, 100), b"headpayloadhead");
+    }
+
+    #[test]
+    fn appended_bytes_join_the_copied_bytes_before_them() {
+        let mut output = Output::<Bytes>::default();
+        output.append(|_| ());
+        assert!(output.is_empty() && output.slices().is_empty());
+        output.append(|out| out.extend_from_slice(b"head"));
+        assert_eq!(output.append(|out| out.len()), 4);
+        output.append(|out| out.extend_from_slice(b"payload"));
+        assert_eq!((output.len(), output.slices().len()), (11, 1));
+        output.push_shared(Bytes::from(vec![7; SHARE]), 0);
+        output.append(|out| out.extend_from_slice(b"next"));
+        assert_eq!(output.slices().len(), 3);
+        assert_eq!(output.len(), 11 + SHARE + 4);
     }
 
     #[test]

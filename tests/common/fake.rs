@@ -2,8 +2,10 @@
 
 use super::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
-use p2pclient_rs::core::pb::p2pd::{self, request::Type, response};
-use p2pclient_rs::core::{framing, Multiaddr, PeerId};
+use p2pclient_rs::core::command::dht::{self, step};
+use p2pclient_rs::core::command::{control, streams, Query as _, Request as _};
+use p2pclient_rs::core::pb::p2pd::{self, request::Type};
+use p2pclient_rs::core::{framing, Identity, Multiaddr, PeerId, PeerInfo, StreamInfo};
 use p2pclient_rs::Client;
 use prost::Message;
 use socket2::SockRef;
@@ -188,58 +190,39 @@ pub fn addr() -> Multiaddr {
 }
 
 pub fn peer_info() -> p2pd::PeerInfo {
-    p2pd::PeerInfo {
-        id: Some(peer().to_bytes()),
-        addrs: vec![addr().to_bytes()],
-    }
+    let info = PeerInfo {
+        peer_id: peer(),
+        addrs: vec![addr()],
+    };
+    control::ListPeers::encode_reply(&vec![info])
+        .peers
+        .remove(0)
 }
 
 pub fn ok() -> p2pd::Response {
-    p2pd::Response {
-        r#type: Some(response::Type::Ok as i32),
-        ..Default::default()
-    }
+    control::Connect::encode_reply(&())
 }
 
 pub fn identity() -> p2pd::Response {
-    let p2pd::PeerInfo { id, addrs } = peer_info();
-    p2pd::Response {
-        identify: Some(p2pd::IdentifyResponse { id, addrs }),
-        ..ok()
-    }
-}
-
-pub fn refusal(words: &str) -> p2pd::Response {
-    p2pd::Response {
-        r#type: Some(response::Type::Error as i32),
-        error: Some(p2pd::ErrorResponse {
-            msg: Some(words.to_owned().into()),
-        }),
-        ..Default::default()
-    }
+    control::Identify::encode_reply(&Identity::new(peer(), vec![addr()]))
 }
 
 pub fn stream_info(protocol: &str) -> p2pd::StreamInfo {
-    p2pd::StreamInfo {
-        peer: Some(peer().to_bytes()),
-        addr: Some(addr().to_bytes()),
-        proto: Some(protocol.to_owned()),
-    }
+    let info = StreamInfo {
+        peer_id: peer(),
+        addr: addr(),
+        protocol: protocol.to_owned(),
+    };
+    let opened = streams::StreamOpen::encode_reply(&info);
+    opened.stream_info.expect("a stream was opened")
 }
 
-/// One of a DHT query's answers.
+/// One part of the answer to a DHT query.
 pub fn dht(r#type: p2pd::dht_response::Type, value: &'static str) -> p2pd::DhtResponse {
-    p2pd::DhtResponse {
-        r#type: Some(r#type as i32),
-        value: (!value.is_empty()).then(|| value.into()),
-        peer: None,
-    }
-}
-
-/// The first of them.
-pub fn dht_response(dht: p2pd::DhtResponse) -> p2pd::Response {
-    p2pd::Response {
-        dht: Some(dht),
-        ..ok()
+    match (r#type, value) {
+        (p2pd::dht_response::Type::Value, value) if !value.is_empty() => {
+            dht::SearchValue::encode_value(&value.into())
+        }
+        (r#type, _) => step(r#type),
     }
 }

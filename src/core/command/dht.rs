@@ -2,7 +2,7 @@
 
 use super::control::{decode_peer_info, encode_peer_info};
 use super::{
-    duration, encode, family, peer_id, replies_done, required, whole_seconds, Answered, Query,
+    duration, encode, family, ok, peer_id, replies_done, required, whole_seconds, Answered, Query,
     Request,
 };
 use crate::core::pb::p2pd::{self, dht_request::Type, dht_response, request};
@@ -243,11 +243,25 @@ fn encode_dht(
     encode(request::Type::Dht, |request| request.dht = Some(dht))
 }
 
-fn value() -> p2pd::DhtResponse {
+/// A part of the answer to a query, without a value.
+pub fn step(r#type: dht_response::Type) -> p2pd::DhtResponse {
     p2pd::DhtResponse {
-        r#type: Some(dht_response::Type::Value as i32),
+        r#type: Some(r#type as i32),
         ..Default::default()
     }
+}
+
+/// The first part of the answer to a query as the response that holds it. All others are sent as
+/// they are.
+pub fn in_response(dht: p2pd::DhtResponse) -> p2pd::Response {
+    p2pd::Response {
+        dht: Some(dht),
+        ..ok()
+    }
+}
+
+fn value() -> p2pd::DhtResponse {
+    step(dht_response::Type::Value)
 }
 
 fn peer_value(info: &PeerInfo) -> p2pd::DhtResponse {

@@ -491,7 +491,7 @@ pub(super) fn ok() -> p2pd::Response {
 }
 
 /// The response to a request that the daemon refuses.
-pub(super) fn refusal(words: &str) -> p2pd::Response {
+pub fn refusal(words: &str) -> p2pd::Response {
     p2pd::Response {
         r#type: Some(response::Type::Error as i32),
         error: Some(p2pd::ErrorResponse {

@@ -11,7 +11,8 @@
 //! after another, in order.
 
 use super::State;
-use crate::core::command::{ok, refusal, Answered, Command, EncodedReply, Query, Reply, Request};
+use crate::core::command::dht::{in_response, step};
+use crate::core::command::{refusal, Answered, Command, EncodedReply, Query, Reply, Request};
 use crate::core::framing::encode_frame;
 use crate::core::pb::p2pd::{self, dht_response};
 use crate::core::{Error, FrameDecoder, Limits};
@@ -120,6 +121,15 @@ impl ServerExchange {
         self.send_reply(R::NAME, &R::encode_reply(reply))
     }
 
+    /// Notes that the driver sends the reply, as a frame that it encoded once for many requests. It
+    /// is `encode_frame(&R::encode_reply(…))`.
+    ///
+    /// # Errors
+    /// [`Error::WrongReply`] if another kind of request is being served.
+    pub fn replied<R: Request>(&mut self) -> Result<(), Error> {
+        self.note_reply(R::NAME)
+    }
+
     /// Sends a [`reply`](Self::reply) or a [`value`](Self::value), whichever this is.
     ///
     /// # Errors
@@ -178,12 +188,17 @@ impl ServerExchange {
         name: &'static str,
         response: &p2pd::Response,
     ) -> Result<Bytes, Error> {
+        self.note_reply(name)?;
+        Ok(encode_frame(response))
+    }
+
+    fn note_reply(&mut self, name: &'static str) -> Result<(), Error> {
         let state = match self.serving(name)?.answered {
             Answered::ByTakeover => State::Consumed,
             _ => State::Ready,
         };
         self.finish(state);
-        Ok(encode_frame(response))
+        Ok(())
     }
 
     fn send_value(&mut self, name: &'static str, value: p2pd::DhtResponse) -> Result<Bytes, Error> {
@@ -222,20 +237,6 @@ impl ServerExchange {
     fn finish(&mut self, state: State) {
         self.serving = None;
         self.state = state;
-    }
-}
-
-fn in_response(dht: p2pd::DhtResponse) -> p2pd::Response {
-    p2pd::Response {
-        dht: Some(dht),
-        ..ok()
-    }
-}
-
-fn step(r#type: dht_response::Type) -> p2pd::DhtResponse {
-    p2pd::DhtResponse {
-        r#type: Some(r#type as i32),
-        ..Default::default()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::wire::{
     call_len, head_len, put_call, put_handler_error, put_message, put_reply, reply_len, CallId,
-    CallIds, Direction, IdHasher, Message, Payload, Reader, CALL,
+    CallIds, Direction, Head, IdHasher, Message, Payload, Reader, CALL,
 };
 use super::{HOLD, REMIND, SETTLE};
 use crate::core::fields::Fields;
@@ -384,7 +384,10 @@ impl<T, P: Payload> Persistent<T, P> {
     pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<UnaryEvent<T, P>>, Error> {
         loop {
             let pending = &self.pending;
-            let message = self.reader.poll(input, |id| pending.contains_key(id))?;
+            let message = self.reader.poll(input, |head, payload| match head {
+                Head::Reply { id } => pending.contains_key(&id).then_some(payload),
+                Head::Call { .. } => Some(payload),
+            })?;
             let Some(message) = message else {
                 return Ok(None);
             };

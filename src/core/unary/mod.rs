@@ -11,7 +11,7 @@ mod skip;
 mod wire;
 
 pub use client::{Persistent, UnaryEvent, UnaryLimits};
-pub use wire::{CallId, Payload, MAX_PROTOBUF};
+pub use wire::{CallId, Payload, Receiving, MAX_PROTOBUF};
 
 use std::time::Duration;
 

@@ -2,7 +2,7 @@
 
 use super::wire::{
     call_len, cut, head_len, put_call, put_handler_error, put_message, put_reply, reply_len,
-    CallId, CallIds, Direction, IdHasher, Message, Payload, Reader, CALL,
+    CallId, CallIds, Direction, Head, IdHasher, Message, Payload, Reader, Receiving, CALL,
 };
 use crate::core::pb::p2pd;
 use crate::core::Error;
@@ -115,6 +115,28 @@ pub enum ServerEvent<T, P> {
     Skipped {
         /// Why.
         error: Error,
+    },
+}
+
+/// A call or reply that a driver may look at in place, before any of it is copied.
+#[derive(Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Offered<'a, 't, T> {
+    /// A call. The driver returns the payload of the reply, or `None` if it does not answer at once.
+    Call {
+        /// The peer.
+        peer: &'a [u8],
+        /// The handler's name.
+        protocol: &'a str,
+        /// What the handler is called with.
+        payload: &'a [u8],
+    },
+    /// A reply. The driver returns the payload of the event, or `None` for the whole one.
+    Reply {
+        /// The call that the client was given.
+        token: &'t mut T,
+        /// What the client's handler returned.
+        payload: &'a [u8],
     },
 }
 
@@ -247,6 +269,17 @@ impl<T, P: Payload> PersistentServer<T, P> {
         Some(token)
     }
 
+    /// [Cancels](Self::cancel) all calls whose tokens are `unwanted`.
+    pub fn cancel_all(&mut self, unwanted: impl Fn(&T) -> bool, out: &mut BytesMut) {
+        self.handled.retain(|id, token| {
+            let unwanted = unwanted(token);
+            if unwanted {
+                put_message(out, id, CANCELLED, &[]);
+            }
+            !unwanted
+        });
+    }
+
     // --- in ---
 
     /// The next event. Takes what it needs off the front of `input`; `None` if it has taken all
@@ -255,9 +288,53 @@ impl<T, P: Payload> PersistentServer<T, P> {
     /// # Errors
     /// The protocol was violated. The connection must be closed.
     pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<ServerEvent<T, P>>, Error> {
+        self.poll_in_place(input, &mut BytesMut::new(), |_| None)
+    }
+
+    /// Like [`poll`](Self::poll), but offers calls and replies to `look` first, without a copy of
+    /// them. If it answers a call, the whole frame of the reply is appended to `out`, and the call is
+    /// no event. Messages whose frames arrive in pieces are not offered.
+    ///
+    /// # Errors
+    /// As those of [`poll`](Self::poll).
+    pub fn poll_in_place(
+        &mut self,
+        input: &mut &[u8],
+        out: &mut BytesMut,
+        mut look: impl for<'a, 't> FnMut(Offered<'a, 't, T>) -> Option<&'a [u8]>,
+    ) -> Result<Option<ServerEvent<T, P>>, Error> {
         loop {
-            let handled = &self.handled;
-            let message = self.reader.poll(input, |id| handled.contains_key(id))?;
+            let Self {
+                limits,
+                reader,
+                calls,
+                handled,
+                ..
+            } = self;
+            let message = reader.poll(input, |head, payload| match head {
+                Head::Reply { id } => {
+                    let token = handled.get_mut(&id)?;
+                    Some(look(Offered::Reply { token, payload }).unwrap_or(payload))
+                }
+                // Its reply would answer the other call with this id.
+                Head::Call { id, .. } if calls.contains_key(&id) => Some(payload),
+                Head::Call { id, peer, protocol } => {
+                    let call = Offered::Call {
+                        peer,
+                        protocol,
+                        payload,
+                    };
+                    let reply = look(call).filter(|reply| {
+                        reply_len(Direction::ToClient, reply.len()) <= limits.max_message
+                    });
+                    let Some(reply) = reply else {
+                        return Some(payload);
+                    };
+                    put_reply(out, Direction::ToClient, &id, reply.len());
+                    out.extend_from_slice(reply);
+                    None
+                }
+            })?;
             let Some(message) = message else {
                 return Ok(None);
             };
@@ -278,11 +355,28 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.reader.payload_filled(count);
     }
 
+    /// Takes out the payload being received, for a driver whose threads share this connection: the
+    /// one that waits for the bytes keeps no lock meanwhile. [`resume`](Self::resume) must follow
+    /// before the next [`poll`](Self::poll).
+    pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
+        self.reader.take_receiving()
+    }
+
+    /// Puts back what [`take_receiving`](Self::take_receiving) took out.
+    pub fn resume(&mut self, receiving: Receiving<P>) {
+        self.reader.resume(receiving);
+    }
+
     /// The error for an end of the connection that is seen now.
     pub fn end_of_file(&self) -> Error {
         Error::Closed {
             mid_message: self.reader.is_mid_message(),
         }
+    }
+
+    /// Whether a call of the client's is under way: neither answered nor cancelled.
+    pub fn is_under_way(&self, id: &CallId) -> bool {
+        self.calls.contains_key(id)
     }
 
     /// Number of the client's calls that are under way.
@@ -318,6 +412,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
     }
 
     /// What follows from a message.
+    #[inline]
     fn came(&mut self, message: Message<P>) -> Result<Option<ServerEvent<T, P>>, Error> {
         Ok(match message {
             Message::Call {

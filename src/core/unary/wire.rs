@@ -10,7 +10,6 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{encoded_len_varint, key_len, WireType};
 use sha2::{Digest, Sha256};
 use std::hash::Hasher;
-use unsigned_varint::encode;
 
 /// Matches a reply to its call.
 pub type CallId = [u8; 16];
@@ -150,38 +149,48 @@ pub(super) struct Reader<P> {
 #[derive(Debug)]
 enum Body<P> {
     None,
-    Payload(Partial<P>),
+    Payload(Receiving<P>),
     /// Its bytes are dropped as they come.
     Skipped(Box<Skip>),
 }
 
-/// A payload on its way, and what it belongs to.
+/// A payload of which a part has arrived, and the head of its frame.
 #[derive(Debug)]
-struct Partial<P> {
-    head: Head,
+pub struct Receiving<P> {
+    head: Head<Bytes, String>,
     payload: P,
     filled: usize,
     len: usize,
 }
 
-/// What comes before the payload of a frame that is read without waiting for the whole of it.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Head {
-    Reply {
-        id: CallId,
-    },
-    Call {
-        id: CallId,
-        peer: Bytes,
-        protocol: String,
-    },
+impl<P: Payload> Receiving<P> {
+    /// The bytes that are missing: the driver reads into the front of them.
+    pub fn room(&mut self) -> &mut [u8] {
+        &mut self.payload.as_mut()[self.filled..self.len]
+    }
+
+    /// Notes that `count` bytes were read into [`room`](Self::room).
+    pub fn filled(&mut self, count: usize) {
+        self.filled = self.len.min(self.filled + count);
+    }
 }
+
+/// The part of a frame in front of its payload. `B` is bytes and `S` a string, borrowed from the frame
+/// or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Head<B, S> {
+    Reply { id: CallId },
+    Call { id: CallId, peer: B, protocol: S },
+}
+
+/// A head that borrows from its frame.
+pub(super) type HeadRef<'a> = Head<&'a [u8], &'a str>;
 
 /// How far the head of a frame could be read.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Scan {
+pub(super) enum Scan<'a> {
     /// The payload is all from this offset on.
-    Payload(Head, usize),
+    Payload(HeadRef<'a>, usize),
     /// There is more to come before the payload.
     Incomplete,
     /// It is laid out in another way, or has no payload.
@@ -199,27 +208,29 @@ impl<P: Payload> Reader<P> {
     }
 
     /// The next message. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come. Replies to calls that are not `wanted` are not copied.
+    /// and more must come. `wanted` is given the head and the payload of each call and reply that
+    /// comes whole and in the usual layout, and returns the part of the payload to copy. If that is
+    /// `None`, a call is dropped, and nothing of a reply is copied.
     #[inline]
     pub fn poll(
         &mut self,
         input: &mut &[u8],
-        wanted: impl Fn(&CallId) -> bool,
+        mut wanted: impl for<'a> FnMut(HeadRef<'a>, &'a [u8]) -> Option<&'a [u8]>,
     ) -> Result<Option<Message<P>>, Error> {
         loop {
             match &mut self.body {
                 Body::None => {}
-                Body::Payload(partial) => {
-                    let count = input.len().min(partial.len - partial.filled);
-                    partial.payload.as_mut()[partial.filled..partial.filled + count]
-                        .copy_from_slice(&input[..count]);
-                    partial.filled += count;
+                Body::Payload(receiving) => {
+                    let room = receiving.room();
+                    let count = input.len().min(room.len());
+                    room[..count].copy_from_slice(&input[..count]);
+                    receiving.filled(count);
                     *input = &input[count..];
-                    if partial.filled < partial.len {
+                    if receiving.filled < receiving.len {
                         return Ok(None);
                     }
                     let body = std::mem::replace(&mut self.body, Body::None);
-                    if let Body::Payload(Partial {
+                    if let Body::Payload(Receiving {
                         head, payload, len, ..
                     }) = body
                     {
@@ -250,10 +261,13 @@ impl<P: Payload> Reader<P> {
                     Frame::Whole { prefix, end } => {
                         let (frame, rest) = input.split_at(end);
                         *input = rest;
-                        return self.whole(&frame[prefix..], wanted).map(Some);
+                        match self.whole(&frame[prefix..], &mut wanted)? {
+                            None => continue,
+                            message => return Ok(message),
+                        }
                     }
-                    Frame::Large(partial) => {
-                        self.body = Body::Payload(partial);
+                    Frame::Large(receiving) => {
+                        self.body = Body::Payload(receiving);
                         *input = &[];
                         return Ok(None);
                     }
@@ -277,10 +291,13 @@ impl<P: Payload> Reader<P> {
                     } else {
                         self.buffer.split_to(end)
                     };
-                    return self.whole(&frame[prefix..], wanted).map(Some);
+                    match self.whole(&frame[prefix..], &mut wanted)? {
+                        None => continue,
+                        message => return Ok(message),
+                    }
                 }
-                Frame::Large(partial) => {
-                    self.body = Body::Payload(partial);
+                Frame::Large(receiving) => {
+                    self.body = Body::Payload(receiving);
                     self.clear_buffer();
                 }
                 Frame::Skip { prefix, mut skip } => {
@@ -303,18 +320,33 @@ impl<P: Payload> Reader<P> {
     /// The rest of the room for the payload being received, which the driver may read into
     /// directly. [`payload_filled`](Self::payload_filled) must follow.
     pub fn payload_room(&mut self) -> Option<&mut [u8]> {
-        let Body::Payload(partial) = &mut self.body else {
-            return None;
-        };
-        let filled = partial.filled;
-        Some(&mut partial.payload.as_mut()[filled..partial.len])
+        match &mut self.body {
+            Body::Payload(receiving) => Some(receiving.room()),
+            _ => None,
+        }
     }
 
     /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
     pub fn payload_filled(&mut self, count: usize) {
-        if let Body::Payload(partial) = &mut self.body {
-            partial.filled = partial.len.min(partial.filled + count);
+        if let Body::Payload(receiving) = &mut self.body {
+            receiving.filled(count);
         }
+    }
+
+    /// Takes out the payload being received. [`resume`](Self::resume) must follow.
+    pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
+        match std::mem::replace(&mut self.body, Body::None) {
+            Body::Payload(receiving) => Some(receiving),
+            other => {
+                self.body = other;
+                None
+            }
+        }
+    }
+
+    /// Puts back the payload that was taken out.
+    pub fn resume(&mut self, receiving: Receiving<P>) {
+        self.body = Body::Payload(receiving);
     }
 
     /// Whether a part of a message has arrived.
@@ -359,13 +391,12 @@ impl<P: Payload> Reader<P> {
                     return Ok(Frame::Skip { prefix, skip });
                 };
                 payload.as_mut()[..there.len()].copy_from_slice(there);
-                let partial = Partial {
-                    head,
+                Ok(Frame::Large(Receiving {
+                    head: head.to_owned(),
                     payload,
                     filled: there.len(),
                     len,
-                };
-                Ok(Frame::Large(partial))
+                }))
             }
             Scan::Incomplete if bytes.len() < MAX_HEAD => {
                 Ok(Frame::Needs(missing.min(MAX_HEAD - bytes.len())))
@@ -388,23 +419,27 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// Reads a whole message.
-    fn whole(&self, message: &[u8], wanted: impl Fn(&CallId) -> bool) -> Result<Message<P>, Error> {
-        if let Scan::Payload(head, offset) = scan(message, message.len(), self.direction) {
-            let payload = &message[offset..];
-            return Ok(match head {
-                Head::Reply { id } if !wanted(&id) => Message::UnwantedReply { id },
-                head => head.with(P::copy_from(payload), payload.len()),
-            });
-        }
-        self.whole_in_another_layout(message, wanted)
-    }
-
-    fn whole_in_another_layout(
+    /// Reads a whole message; `None` if it is a call that is not wanted.
+    fn whole(
         &self,
         message: &[u8],
-        wanted: impl Fn(&CallId) -> bool,
-    ) -> Result<Message<P>, Error> {
+        wanted: &mut impl for<'a> FnMut(HeadRef<'a>, &'a [u8]) -> Option<&'a [u8]>,
+    ) -> Result<Option<Message<P>>, Error> {
+        if let Scan::Payload(head, offset) = scan(message, message.len(), self.direction) {
+            let payload = &message[offset..];
+            return Ok(match (wanted(head, payload), head) {
+                (Some(part), _) => {
+                    let head = head.to_owned();
+                    Some(head.with(P::copy_from(part), payload.len()))
+                }
+                (None, Head::Reply { id }) => Some(Message::UnwantedReply { id }),
+                (None, Head::Call { .. }) => None,
+            });
+        }
+        self.whole_in_another_layout(message).map(Some)
+    }
+
+    fn whole_in_another_layout(&self, message: &[u8]) -> Result<Message<P>, Error> {
         let name = self.direction.message();
         let (mut id, mut content) = (None, None);
         let mut fields = Fields::new(message);
@@ -431,11 +466,7 @@ impl<P: Payload> Reader<P> {
         Ok(match content {
             Some((field, call)) if field == u64::from(CALL) => read_call(id, Fields::new(call)),
             Some((field, reply)) if field == u64::from(self.direction.reply()) => {
-                if wanted(&id) {
-                    read_reply(id, Fields::new(reply))
-                } else {
-                    Message::UnwantedReply { id }
-                }
+                read_reply(id, Fields::new(reply))
             }
             content => Message::Other {
                 id,
@@ -490,7 +521,21 @@ fn read_reply<P: Payload>(id: CallId, mut fields: Fields<'_>) -> Message<P> {
     }
 }
 
-impl Head {
+impl HeadRef<'_> {
+    #[inline]
+    fn to_owned(self) -> Head<Bytes, String> {
+        match self {
+            Self::Reply { id } => Head::Reply { id },
+            Self::Call { id, peer, protocol } => Head::Call {
+                id,
+                peer: Bytes::copy_from_slice(peer),
+                protocol: protocol.to_owned(),
+            },
+        }
+    }
+}
+
+impl Head<Bytes, String> {
     /// The message that this is the head of.
     #[inline]
     fn with<P>(self, payload: P, size: usize) -> Message<P> {
@@ -511,7 +556,7 @@ enum Frame<P> {
     /// All of it is there: where the message begins and ends.
     Whole { prefix: usize, end: usize },
     /// Its payload is to be received on its own. It has all the bytes there were.
-    Large(Partial<P>),
+    Large(Receiving<P>),
     /// It is too large: all after its length prefix is skipped.
     Skip { prefix: usize, skip: Box<Skip> },
     /// So many bytes more.
@@ -520,7 +565,7 @@ enum Frame<P> {
 
 /// Looks for the payload in a message of `len` bytes of which `bytes` are there, if it is laid out
 /// as Go and prost do it: fields in the order of their numbers, the payload last.
-pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan {
+pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan<'_> {
     let mut at = Cursor {
         bytes,
         offset: 0,
@@ -535,13 +580,9 @@ pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan {
             }
             CALL => {
                 at.enter_last()?;
-                let peer = Bytes::copy_from_slice(at.value(1)?);
+                let peer = at.value(1)?;
                 let protocol = std::str::from_utf8(at.value(2)?).map_err(|_| Scan::Other)?;
-                Head::Call {
-                    id,
-                    peer,
-                    protocol: protocol.to_owned(),
-                }
+                Head::Call { id, peer, protocol }
             }
             _ => return Err(Scan::Other),
         };
@@ -567,21 +608,21 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn byte(&mut self) -> Result<u8, Scan> {
+    fn byte(&mut self) -> Result<u8, Scan<'a>> {
         let byte = self.bytes.get(self.offset).ok_or(Scan::Incomplete)?;
         self.offset += 1;
         Ok(*byte)
     }
 
     /// The number of a length-delimited field, below 16.
-    fn key(&mut self) -> Result<u8, Scan> {
+    fn key(&mut self) -> Result<u8, Scan<'a>> {
         match self.byte()? {
             key if key & 0x87 == 2 => Ok(key >> 3),
             _ => Err(Scan::Other),
         }
     }
 
-    fn length(&mut self) -> Result<usize, Scan> {
+    fn length(&mut self) -> Result<usize, Scan<'a>> {
         let mut length = 0;
         for shift in [0, 7, 14, 21] {
             let byte = self.byte()?;
@@ -593,7 +634,7 @@ impl<'a> Cursor<'a> {
         Err(Scan::Other)
     }
 
-    fn value(&mut self, number: u8) -> Result<&'a [u8], Scan> {
+    fn value(&mut self, number: u8) -> Result<&'a [u8], Scan<'a>> {
         if self.key()? != number {
             return Err(Scan::Other);
         }
@@ -607,7 +648,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Enters a field that must reach to the end.
-    fn enter_last(&mut self) -> Result<(), Scan> {
+    fn enter_last(&mut self) -> Result<(), Scan<'a>> {
         if self.length()? + self.offset == self.end {
             return Ok(());
         }
@@ -619,16 +660,69 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
-/// The key and length of a field with a number under 16, at once: prost puts them byte by byte, and
-/// every call has six of them.
+/// The bytes in front of a content or a payload, assembled on the stack and copied once, since every
+/// call has them.
+struct Prefix {
+    bytes: [u8; 64],
+    len: usize,
+}
+
+impl Default for Prefix {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 64],
+            len: 0,
+        }
+    }
+}
+
+impl Prefix {
+    /// The length of a message of `size` bytes, its call id, and the header of the field `number`,
+    /// which is the rest of it.
+    #[inline]
+    fn new(size: usize, id: &CallId, number: u32, len: usize) -> Self {
+        let mut prefix = Self::default();
+        prefix.varint(size);
+        prefix.header(1, id.len());
+        prefix.bytes[prefix.len..prefix.len + id.len()].copy_from_slice(id);
+        prefix.len += id.len();
+        prefix.header(number, len);
+        prefix
+    }
+
+    /// At most 10 bytes.
+    #[inline]
+    fn varint(&mut self, mut value: usize) {
+        while value >= 0x80 {
+            self.byte(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.byte(value as u8);
+    }
+
+    #[inline]
+    fn byte(&mut self, byte: u8) {
+        self.bytes[self.len] = byte;
+        self.len += 1;
+    }
+
+    /// The key and length of a field with a number under 16.
+    #[inline]
+    fn header(&mut self, number: u32, len: usize) {
+        debug_assert!(number < 16);
+        self.byte((number << 3) as u8 | WireType::LengthDelimited as u8);
+        self.varint(len);
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
 fn put_header(out: &mut BytesMut, number: u32, len: usize) {
-    debug_assert!(number < 16);
-    let mut buffer = encode::u64_buffer();
-    let len = encode::u64(len as u64, &mut buffer);
-    let mut header = [0; 11];
-    header[0] = (number << 3) as u8 | WireType::LengthDelimited as u8;
-    header[1..=len.len()].copy_from_slice(len);
-    out.put_slice(&header[..=len.len()]);
+    let mut header = Prefix::default();
+    header.header(number, len);
+    out.put_slice(header.as_slice());
 }
 
 pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
@@ -636,23 +730,10 @@ pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
     out.put_slice(value);
 }
 
-/// The length of a message of `size` bytes, its call id, and the header of the field `number`,
-/// which is the rest of it.
-fn begin(out: &mut BytesMut, size: usize, id: &CallId, number: u32, len: usize) {
-    out.put_slice(encode::u64(size as u64, &mut encode::u64_buffer()));
-    put_field(out, 1, id);
-    put_header(out, number, len);
-}
-
 /// A message whose content is small, and all of it here: `content` is that of the field `number`.
 pub(super) fn put_message(out: &mut BytesMut, id: &CallId, number: u32, content: &[u8]) {
-    begin(
-        out,
-        head_len(number, content.len()),
-        id,
-        number,
-        content.len(),
-    );
+    let size = head_len(number, content.len());
+    out.put_slice(Prefix::new(size, id, number, content.len()).as_slice());
     out.put_slice(content);
 }
 
@@ -669,8 +750,10 @@ pub(super) fn put_call(
     len: usize,
 ) {
     let inner = call_len(peer, protocol, len);
-    begin(out, head_len(CALL, inner), id, CALL, inner);
-    put_field(out, 1, peer);
+    let mut prefix = Prefix::new(head_len(CALL, inner), id, CALL, inner);
+    prefix.header(1, peer.len());
+    out.put_slice(prefix.as_slice());
+    out.put_slice(peer);
     put_field(out, 2, protocol.as_bytes());
     put_header(out, 3, len);
 }
@@ -683,8 +766,9 @@ pub(super) fn call_len(peer: &[u8], protocol: &str, len: usize) -> usize {
 /// A reply up to its payload of `len` bytes.
 pub(super) fn put_reply(out: &mut BytesMut, direction: Direction, id: &CallId, len: usize) {
     let (number, inner) = (direction.reply(), field_len(1, len));
-    begin(out, head_len(number, inner), id, number, inner);
-    put_header(out, 1, len);
+    let mut prefix = Prefix::new(head_len(number, inner), id, number, inner);
+    prefix.header(1, len);
+    out.put_slice(prefix.as_slice());
 }
 
 /// Length of the message with a reply of `len` bytes.
@@ -702,7 +786,7 @@ pub(super) fn put_handler_error(
 ) {
     let words = cut(error, limit).as_bytes();
     let (number, inner) = (direction.reply(), field_len(2, words.len()));
-    begin(out, head_len(number, inner), id, number, inner);
+    out.put_slice(Prefix::new(head_len(number, inner), id, number, inner).as_slice());
     put_field(out, 2, words);
 }
 

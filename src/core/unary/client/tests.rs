@@ -1096,8 +1096,8 @@ proptest! {
                 Head::Call { id, peer, protocol } => {
                     prop_assert_eq!(message.call_id.as_deref(), Some(&id[..]));
                     response::Message::RequestHandling(p2pd::CallUnaryRequest {
-                        peer: Some(peer),
-                        proto: Some(protocol.into()),
+                        peer: Some(Bytes::copy_from_slice(peer)),
+                        proto: Some(Bytes::copy_from_slice(protocol.as_bytes())),
                         data: Some(payload),
                     })
                 }

@@ -48,15 +48,18 @@ fn request(id: CallId, message: Option<ToDaemon>) -> Vec<u8> {
     encode_frame(&request).to_vec()
 }
 
-fn call(server: &mut Server, id: CallId, payload: &[u8]) -> Vec<Event> {
-    let call = p2pd::CallUnaryRequest {
+fn echo(payload: &[u8]) -> p2pd::CallUnaryRequest {
+    p2pd::CallUnaryRequest {
         peer: Some(Bytes::from_static(b"peer")),
         proto: Some(Bytes::from_static(b"echo")),
         data: Some(Bytes::copy_from_slice(payload)),
-    };
+    }
+}
+
+fn call(server: &mut Server, id: CallId, payload: &[u8]) -> Vec<Event> {
     feed(
         server,
-        &request(id, Some(ToDaemon::CallUnary(call))),
+        &request(id, Some(ToDaemon::CallUnary(echo(payload)))),
         &[usize::MAX],
     )
     .unwrap()
@@ -109,6 +112,129 @@ fn answers_each_call_once() {
     server.reply_error(&[7; 16], "late", &mut out);
     assert_eq!(out.len(), sent);
     assert_eq!(server.calls(), 0);
+}
+
+#[test]
+fn answers_offered_calls_in_place() {
+    let (mut server, mut client, now) = (server(), client(), Instant::now());
+    let mut calls = BytesMut::new();
+    let mut call = |protocol, payload: &[u8], token| {
+        let len = payload.len();
+        let id = client.call(b"peer", protocol, len, token, now, &mut calls);
+        calls.extend_from_slice(payload);
+        id.unwrap()
+    };
+    call("echo", b"first", 1);
+    let other = call("other", b"second", 2);
+    call("echo", b"third", 3);
+    let mut out = BytesMut::new();
+    let mut input = &calls[..];
+    let mut poll = || {
+        server.poll_in_place(&mut input, &mut out, |offered| match offered {
+            Offered::Call {
+                peer: b"peer",
+                protocol: "echo",
+                payload,
+            } => Some(payload),
+            _ => None,
+        })
+    };
+    assert!(matches!(poll(), Ok(Some(Event::Call { id, .. })) if id == other));
+    assert_eq!(poll(), Ok(None));
+    assert_eq!(server.calls(), 1);
+    assert!(server.is_under_way(&other));
+    let mut input = &out[..];
+    for (token, payload) in [(1, b"first"), (3, b"third")] {
+        let payload = payload.to_vec();
+        let reply = UnaryEvent::Reply { token, payload };
+        assert_eq!(client.poll(&mut input), Ok(Some(reply)));
+    }
+    assert_eq!(client.poll(&mut input), Ok(None));
+}
+
+#[test]
+fn copies_the_wanted_part_of_an_offered_reply() {
+    let mut server = server();
+    let mut replies = Vec::new();
+    for token in [1, 2] {
+        let id = server.handle(b"peer", "echo", 0, token, &mut BytesMut::new());
+        let reply = p2pd::CallUnaryResponse {
+            result: Some(p2pd::call_unary_response::Result::Response(
+                b"reply".as_slice().into(),
+            )),
+        };
+        replies.extend(request(id.unwrap(), Some(ToDaemon::UnaryResponse(reply))));
+    }
+    let mut input = &replies[..];
+    for (token, payload) in [(10, &b"re"[..]), (2, b"reply")] {
+        let event = server.poll_in_place(&mut input, &mut BytesMut::new(), |offered| {
+            let Offered::Reply { token, payload } = offered else {
+                panic!("it is no call")
+            };
+            if *token == 2 {
+                return None;
+            }
+            *token = 10;
+            Some(&payload[..2])
+        });
+        let payload = payload.to_vec();
+        assert_eq!(event, Ok(Some(Event::Reply { token, payload })));
+    }
+}
+
+#[test]
+fn does_not_answer_in_place_another_call_or_with_too_much() {
+    let limits = ServerLimits {
+        max_message: 1000,
+        ..ServerLimits::default()
+    };
+    let mut server = Server::new([1; 32], limits);
+    call(&mut server, [1; 16], b"first");
+    let mut repeated = request([1; 16], Some(ToDaemon::CallUnary(echo(b"again"))));
+    repeated.extend(request([2; 16], Some(ToDaemon::CallUnary(echo(b"large")))));
+    let (mut input, mut out) = (&repeated[..], BytesMut::new());
+    let mut poll = || server.poll_in_place(&mut input, &mut out, |_| Some(&[0; 1000]));
+    assert!(matches!(poll(), Ok(Some(Event::Skipped { .. }))));
+    assert!(matches!(poll(), Ok(Some(Event::Call { id, .. })) if id == [2; 16]));
+    assert!(out.is_empty());
+}
+
+#[test]
+fn a_payload_is_received_while_the_connection_is_used() {
+    let payload = vec![7; 50_000];
+    let bytes = request([1; 16], Some(ToDaemon::CallUnary(echo(&payload))));
+    let (first, rest) = bytes.split_at(20_000);
+    let mut server = server();
+    assert!(server.take_receiving().is_none());
+    assert_eq!(feed(&mut server, first, &[usize::MAX]), Ok(vec![]));
+    let mut receiving = server.take_receiving().unwrap();
+    server
+        .handle(b"caller", "echo", 0, 5, &mut BytesMut::new())
+        .unwrap();
+    receiving.room().copy_from_slice(rest);
+    receiving.filled(rest.len());
+    server.resume(receiving);
+    assert!(matches!(
+        server.poll(&mut &[][..]),
+        Ok(Some(Event::Call { payload: received, .. })) if received == payload
+    ));
+}
+
+#[test]
+fn cancels_all_calls_with_unwanted_tokens() {
+    let (mut server, mut client, mut out) = (server(), client(), BytesMut::new());
+    let [first, _, third] =
+        [1, 2, 3].map(|token| server.handle(b"peer", "echo", 0, token, &mut out).unwrap());
+    server.cancel_all(|token| *token != 2, &mut out);
+    assert_eq!(server.take_handled(), [2]);
+    let mut cancelled = std::collections::BTreeSet::new();
+    let mut input = &out[..];
+    while let Some(event) = client.poll(&mut input).unwrap() {
+        if let UnaryEvent::Cancelled { id } = event {
+            cancelled.insert(id);
+        }
+    }
+    assert_eq!(cancelled, [first, third].into());
 }
 
 #[test]
