@@ -12,13 +12,24 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from fake_daemon import ADDR, OK, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
+from fake_daemon import (
+    ADDR,
+    OK,
+    PATIENCE,
+    PEER,
+    STREAM_INFO,
+    Connection,
+    FakeDaemon,
+    field,
+    frame,
+)
 from support import new_directory, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
@@ -110,6 +121,34 @@ async def test_the_control_client_listens_in_both_ways_too() -> None:
     await control.close()
     async with control.listen() as same:
         assert same is control
+
+
+@pytest.mark.independent
+def test_a_cancelled_close_stops_listening_all_the_same() -> None:
+    silent, done = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        while connection.read_request():
+            if silent.is_set():
+                done.wait(PATIENCE)
+                return
+            connection.send(frame(OK))
+
+    async def main(control: str) -> None:
+        client = Client(control)
+        await client.listen()
+        await client.stream_handler("/hello", hello)
+        path = private_path(client)
+        silent.set()
+        # A task that is cancelled without anyio, which no shield of anyio's keeps from it.
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(client.close(), 0.1)
+        assert not path.exists()
+        done.set()
+        await client.close()
+
+    with FakeDaemon(script) as daemon:
+        asyncio.run(main(daemon.control_maddr))
 
 
 @pytest.mark.independent
