@@ -186,22 +186,22 @@ async def test_many_peers_that_leave_with_unread_input_are_all_noticed(
 async def test_input_is_not_read_ahead_within_the_linger() -> None:
     idle, other = stuck(), stuck()
     async with listening() as client:
-        await client.stream_handler("/idle", idle, linger=60)
+        await client.stream_handler("/idle", idle, linger=4)
         await client.stream_handler("/other", other, linger=LINGER)
         with inbound(client, "/idle") as peer:
             await until(lambda: idle.events)
-            sent = fill(peer)
+            assert fill(peer) > 0
             for _ in range(3):  # each takes several checks
                 other.events.clear()
                 inbound(client, "/other").close()
                 await until(lambda: other.ended)
-            # What the socket took back is what the header's read had made room for, at most.
-            assert fill(peer) < sent
             assert fill(peer) == 0
 
 
 @pytest.mark.independent
-async def test_what_is_read_ahead_of_a_handler_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_read_ahead_input_is_bounded_per_stream_and_per_listener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(handlers, "_MAX_AHEAD", 2 << 20)
     monkeypatch.setattr(handlers, "_MAX_ALL_AHEAD", 3 << 20)
     streams: list[Stream] = []

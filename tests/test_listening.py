@@ -253,7 +253,6 @@ def test_a_client_can_listen_in_one_loop_after_another() -> None:
 @pytest.mark.independent
 @pytest.mark.parametrize("linger", [300.0, None])
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-@pytest.mark.filterwarnings("ignore:.*was never awaited")
 def test_handlers_of_a_loop_that_is_only_closed_are_collected(
     new_loop: Callable[[], asyncio.AbstractEventLoop], linger: float | None
 ) -> None:

@@ -32,10 +32,10 @@ _LONGEST_INTERVAL = 30.0
 
 #: How much input is read ahead at a time for a handler that does not read, in bytes.
 _STEP = 1 << 20
-#: How much is read ahead of one handler at most, in bytes: what the daemon and the sockets can hold
-#: of a peer that has left, and more.
+#: The most input to read ahead for one handler, in bytes: more than the daemon and the sockets can
+#: hold for a peer that has left.
 _MAX_AHEAD = 32 << 20
-#: How much is read ahead of all handlers of a listener at most, in bytes.
+#: The most input to read ahead for all handlers of a listener together, in bytes.
 _MAX_ALL_AHEAD = 64 << 20
 
 #: From so much read ahead on, a handler keeps its turn for a while without input: the daemon may
@@ -155,7 +155,7 @@ class _Run:
             self._read_ahead(now)
             return
         if self._unused_since is None or used:
-            # An end that came behind unread input may have been there since the last use.
+            # The unread input may have hidden the end since the last use.
             self._unused_since = self._used_at if self.ahead else now
         deadline = self._unused_since + self._linger
         if deadline > now:
@@ -244,7 +244,7 @@ class _ReadingAhead:
 
     @property
     def busy(self) -> bool:
-        """Whether more is to be read soon."""
+        """Whether it reads again soon."""
         return bool(self._active)
 
 
@@ -301,9 +301,7 @@ class Lingering:
         finally:
             self._remove(run)
 
-    def _add(
-        self, stream: Stream, info: Any, linger: float, cancel: Callable[[], object]
-    ) -> _Run:
+    def _add(self, stream: Stream, info: Any, linger: float, cancel: Callable[[], object]) -> _Run:
         run = _Run(stream, info, linger, cancel, self._ahead)
         self._runs.add(run)
         if run.due < self._planned:

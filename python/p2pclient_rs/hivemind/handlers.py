@@ -128,7 +128,7 @@ class HandlerTasks:
             self._reads_ahead = False
 
     def _read_ahead(self) -> None:
-        """Reads what has come for handlers that do not read."""
+        """Reads the input of handlers that do not read."""
         self._reads_ahead = False
         if os.getpid() != self._pid:
             return
