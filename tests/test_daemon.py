@@ -1032,8 +1032,9 @@ def test_an_interrupted_fork_leaves_the_daemon_usable(anyio_backend: Backend) ->
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupted:
             interrupted += 1
-    threads = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
-    print(interrupted > 0, daemon.running, "p2pd-log\\n" in threads)
+    tasks = os.listdir("/proc/self/task")
+    threads = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
+    print(interrupted > 0, daemon.running, "p2pd-log" in threads)
     await daemon.stop()
     """
     program = Program(anyio_backend, then)

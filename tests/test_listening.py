@@ -13,12 +13,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import uvloop
 from fake_daemon import (
     ADDR,
     OK,
@@ -30,7 +33,7 @@ from fake_daemon import (
     field,
     frame,
 )
-from support import new_directory, until
+from support import new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
 from p2pclient_rs.control import ListenerStats
@@ -284,6 +287,43 @@ def test_a_client_can_listen_in_one_loop_after_another() -> None:
         loop.run_until_complete(main())
         loop.close()
     asyncio.run(client.close())
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("linger", [300.0, None])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_handlers_of_a_loop_that_is_only_closed_are_collected(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], linger: float | None
+) -> None:
+    handling: list[weakref.ref[Any]] = []
+
+    async def handler(stream: Stream) -> None:
+        handling.append(weakref.ref(stream))
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        client = await Client(fake.control_maddr).listen()
+        await client.stream_handler("/echo", handler, linger=linger)
+        for _ in range(3):
+            connection = dial(client)
+            connection.sendall(frame(STREAM_INFO))
+            connections.append(connection)
+        await until(lambda: len(handling) == 3)
+
+    with FakeDaemon(ok) as fake:
+        descriptors = len(open_descriptors())
+        connections: list[socket.socket] = []
+        loop = new_loop()
+        # What the collector says about the tasks that it ends.
+        loop.set_exception_handler(lambda loop, context: None)
+        loop.run_until_complete(main())
+        loop.close()
+        del loop
+        gc.collect()
+        for connection in connections:
+            connection.close()
+        assert [stream for stream in handling if stream() is not None] == []
+    assert len(open_descriptors()) <= descriptors
 
 
 @pytest.mark.independent

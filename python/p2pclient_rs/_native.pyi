@@ -483,7 +483,9 @@ class RawStream:
     @property
     def peer_closed(self) -> bool: ...
     def is_unwatched(self) -> bool: ...
-    def prefetch(self, limit: int) -> int: ...
+    @property
+    def read_ahead_size(self) -> int: ...
+    def prefetch(self, limit: int = ...) -> int: ...
     @property
     def family(self) -> str: ...
     @property
@@ -592,8 +594,8 @@ def find_daemon(
     hivemind."""
 
 def before_fork() -> None:
-    """For ``os.register_at_fork``: keeps other threads out of all daemons, and ends the threads that
-    store their output."""
+    """For ``os.register_at_fork``: keeps other threads out of all daemons, and ends the threads
+    that store their output."""
 
 def after_fork_in_parent() -> None:
     """Undoes ``before_fork``. Does nothing if that did not run."""

@@ -271,7 +271,8 @@ class ControlClient:
             balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
             linger: How long a handler may go on without reading from or writing to its stream once
                 the peer has closed it in both directions, in seconds; None for no limit. After
-                that the handler is cancelled, which is logged, and its stream aborted.
+                that the handler is cancelled, which is logged, and its stream aborted. If the
+                handler left input unread, the time counts from its last use of the stream.
 
         Raises:
             DaemonRefused: Another client serves the protocol (hivemind's fork).
@@ -492,7 +493,7 @@ class ControlClient:
         cancelled, and their protocols are removed from the daemon, if it supports that.
         ``await client.listen()`` returns at once and listens until ``close()``, which does the
         same. It also stops when the event loop ends or the client is garbage-collected, so keep a
-        reference to the client.
+        reference to the client. A handler at work keeps the client too.
 
         Raises:
             ControlFailure: This client listens already.
