@@ -980,6 +980,68 @@ os.register_at_fork(before=lambda: seen.append(len(os.listdir("/proc/self/task")
     assert not program.left()
 
 
+def test_a_daemon_collected_at_a_fork_does_not_hang_it(anyio_backend: Backend) -> None:
+    # Hooks run in the reverse order.
+    first = "import gc\nos.register_at_fork(before=gc.collect)\n"
+    then = """
+    gc.disable()
+    other = await Daemon().start()
+    other.itself, pid = other, other.pid
+    del other
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(os.path.exists(f"/proc/{pid}"), daemon.running)
+    await daemon.stop()
+    """
+    program = Program(anyio_backend, then, first=first)
+    assert program.end()[1].split() == ["False", "True"]
+    assert not program.left()
+
+
+def test_a_module_imported_at_a_fork_can_be_used(anyio_backend: Backend) -> None:
+    first = """
+def import_it():
+    import p2pclient_rs.daemon
+os.register_at_fork(before=import_it)
+if (child := os.fork()) == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    program = Program(anyio_backend, "await daemon.stop()", first=first)
+    program.end()
+    assert not program.left()
+
+
+def test_an_interrupted_fork_leaves_the_daemon_usable(anyio_backend: Backend) -> None:
+    then = """
+    class Interrupted(Exception):
+        pass
+    def interrupt(number, frame):
+        raise Interrupted
+    signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    for number in range(500):
+        child = None
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 20e-6 * (number % 50 + 1))
+                if (child := os.fork()) == 0:
+                    os._exit(0)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            interrupted += 1
+    tasks = os.listdir("/proc/self/task")
+    threads = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
+    print(interrupted > 0, daemon.running, "p2pd-log" in threads)
+    await daemon.stop()
+    """
+    program = Program(anyio_backend, then)
+    assert program.end()[1].split() == ["True", "True", "True"]
+    assert not program.left()
+
+
 async def test_cancelling_the_start_kills_it(tmp_path: Path) -> None:
     daemon = Daemon(script(tmp_path / "p2pd", "exec sleep 1000"))
     async with anyio.create_task_group() as tasks:
@@ -1770,8 +1832,6 @@ import functools, p2pclient_rs.daemon
 p2pclient_rs.daemon.DaemonProcess = functools.partial(
     p2pclient_rs.daemon.DaemonProcess, janitor="forked"
 )
-p2pclient_rs.daemon.DaemonProcess.keep_out = p2pclient_rs._native.DaemonProcess.keep_out
-p2pclient_rs.daemon.DaemonProcess.let_in = p2pclient_rs._native.DaemonProcess.let_in
 """
 
 

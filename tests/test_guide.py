@@ -282,4 +282,6 @@ def test_it_runs_as_it_stands(name: str, loop: str) -> None:
     program, output = PROGRAMS[name]
     ran = run(program, loop)
     assert (ran.stdout, ran.returncode) == (output, 0), ran.stderr
-    assert ran.stderr == ""
+    # asyncio's debug mode names callbacks that take long. That can be the machine.
+    said = [line for line in ran.stderr.splitlines() if not line.startswith("Executing <")]
+    assert said == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import select
@@ -16,9 +17,9 @@ from unittest import mock
 import anyio
 import pytest
 from fake_daemon import ADDR, IDENTITY, PEER, Connection, FakeDaemon, field, frame, honest
-from support import new_directory, open_descriptors, until
+from support import DaemonProcess, new_directory, open_descriptors, until
 
-from p2pclient_rs import Client, ConnectionLost, PeerID, Stream, StreamInfo
+from p2pclient_rs import Client, ConnectionLost, PeerID, Stream, StreamInfo, handlers
 from p2pclient_rs.handlers import takes_info
 
 if TYPE_CHECKING:
@@ -133,19 +134,109 @@ async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
     assert all("0.2 s" in line for line in lines)
 
 
-@pytest.mark.parametrize("sizes", [[1 << 19], 2000 * [20]], ids=["512 KiB", "small messages"])
+@pytest.mark.parametrize(
+    "sizes", [[1 << 19], [3 << 20], 2000 * [20]], ids=["512 KiB", "3 MiB", "small messages"]
+)
+@pytest.mark.parametrize("how", ["aborts", "daemon is killed"])
 async def test_unread_input_does_not_hide_that_the_peer_has_left(
-    pair: Pair, sizes: list[int]
+    pair: Pair, sizes: list[int], how: str
 ) -> None:
     handler = stuck()
     await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
-    stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"])
-    with anyio.move_on_after(2):
-        for size in sizes:
-            await stream.send(bytes(size))
-    await stream.aclose()
-    await until(lambda: handler.ended)
+    daemon = DaemonProcess()
+    try:
+        async with daemon.client() as peer:
+            await peer.connect(pair.bob_daemon.peer_id, pair.bob_daemon.addrs)
+            stream = await peer.stream_open(pair.bob_daemon.peer_id, ["/stuck"])
+            with anyio.move_on_after(2):
+                for size in sizes:
+                    await stream.send(bytes(size))
+            if how == "aborts":
+                stream.abort()
+            else:
+                daemon.kill()
+                await stream.aclose()
+            await until(lambda: handler.ended)
+    finally:
+        daemon.stop()
     assert handler.events == ["begun", "cancelled"]
+
+
+async def test_many_peers_that_leave_with_unread_input_are_all_noticed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "_MAX_ALL_AHEAD", 4 << 20)  # less than all of them send
+    handler = stuck()
+    await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
+    streams = [await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"]) for _ in range(5)]
+    await until(lambda: len(handler.events) == 5)
+
+    async def send(stream: Stream) -> None:
+        with anyio.move_on_after(2):
+            await stream.send(bytes(3 << 20))
+        stream.abort()
+
+    async with anyio.create_task_group() as tasks:
+        for stream in streams:
+            tasks.start_soon(send, stream.stream)
+    await until(lambda: handler.events.count("cancelled") == 5)
+
+
+@pytest.mark.independent
+async def test_input_is_not_read_ahead_within_the_linger() -> None:
+    idle, other = stuck(), stuck()
+    async with listening() as client:
+        await client.stream_handler("/idle", idle, linger=4)
+        await client.stream_handler("/other", other, linger=LINGER)
+        with inbound(client, "/idle") as peer:
+            await until(lambda: idle.events)
+            assert fill(peer) > 0
+            for _ in range(3):  # each takes several checks
+                other.events.clear()
+                inbound(client, "/other").close()
+                await until(lambda: other.ended)
+            assert fill(peer) == 0
+
+
+@pytest.mark.independent
+async def test_read_ahead_input_is_bounded_per_stream_and_per_listener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handlers, "_MAX_AHEAD", 2 << 20)
+    monkeypatch.setattr(handlers, "_MAX_ALL_AHEAD", 3 << 20)
+    streams: list[Stream] = []
+
+    async def keep(stream: Stream) -> None:
+        streams.append(stream)
+        await get_stuck()
+
+    async with listening() as client:
+        await client.stream_handler("/p", keep, linger=LINGER)
+        with inbound(client, "/p") as one, inbound(client, "/p") as two:
+            peers = [one, two]
+
+            def ahead() -> list[int]:
+                for peer in peers:
+                    fill(peer)
+                return sorted(stream._raw.read_ahead_size for stream in streams)
+
+            await until(lambda: len(streams) == 2)
+            await until(lambda: sum(ahead()) >= 3 << 20)
+            # No more than that, however long it takes.
+            await anyio.sleep(3 * LINGER)
+            one_mib, two_mib = ahead()
+            assert 1 << 20 <= one_mib < (1 << 20) + 65536
+            assert 2 << 20 <= two_mib < (2 << 20) + 65536
+
+
+def fill(peer: socket.socket) -> int:
+    """Sends as much as a socket takes at once; returns how much that is."""
+    peer.setblocking(False)
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            count += peer.send(bytes(65536))
+    return count
 
 
 @pytest.mark.independent
@@ -160,14 +251,12 @@ async def test_input_that_was_read_ahead_is_there_for_the_handler() -> None:
             received.append(data)
 
     handler = Handler(wait_and_read)
-    data = bytes(range(250)) * 800
+    data = bytes(range(250)) * 20_000
     async with listening() as client:
-        await client.stream_handler("/p", handler, linger=1)
+        await client.stream_handler("/p", handler, linger=LINGER)
         with inbound(client, "/p") as peer:
+            # It is more than the sockets hold, so all is sent only if some is read ahead.
             await anyio.to_thread.run_sync(peer.sendall, data)
-            # All of it is read ahead, at the first check.
-            await until(lambda: select.select([], [peer], [], 0)[1])
-            await anyio.sleep(0.3)
             peer_has_sent.set()
         await until(lambda: handler.ended)
     assert b"".join(received) == data and handler.events == ["begun", "returned"]

@@ -649,6 +649,59 @@ async def test_the_collector_leaves_handlers_alone_whose_peer_is_there(
     caplog.clear()  # the original's server logs the cancellations
 
 
+@pytest.mark.parametrize("size", [3, 100_000])
+@pytest.mark.parametrize("when", ["with the header", "later"])
+async def test_the_collector_leaves_handlers_alone_that_do_not_read_what_a_peer_sends(
+    two: Pair, size: int, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = unused_name()
+    begun, ended = list[Any](), list[Any]()
+    go_on = asyncio.Event()
+    keep: list[Any] = []
+
+    async def handler(info: Any, reader: Any, writer: Any) -> None:
+        begun.append(weakref.ref(asyncio.current_task()))
+        with contextlib.closing(writer):
+            try:
+                await get_stuck()
+            finally:
+                ended.append("stuck")
+
+    async def read_later(info: Any, reader: Any, writer: Any) -> None:
+        with contextlib.closing(writer):
+            begun.append(None)
+            await go_on.wait()
+            ended.append(await reader.readexactly(size + 1))
+
+    data = bytes(range(1, 251)) * 400
+    async with two.far.listen():
+        await two.far.stream_handler(name, handler)
+        await two.far.stream_handler(name + " read", read_later)
+        for proto in (name, name + " read"):
+            _, _, writer = await two.near.stream_open(two.far_id, [proto])
+            keep.append(writer)
+            if when == "later":
+                await until(lambda: len(begun) == len(keep))
+            writer.write(data[:size])
+            await writer.drain()
+        await until(lambda: len(begun) == 2)
+        for _ in range(5):
+            await asyncio.sleep(0.1)  # for the daemons to deliver the data
+            gc.collect()
+        assert ended == []
+        go_on.set()
+        keep[1].write(b"z")
+        await until(lambda: ended)
+        assert ended == [data[:size] + b"z"]
+        for writer in keep:
+            writer.close()
+        for task in begun:
+            if task is not None:
+                task().cancel()
+        await until(lambda: len(ended) == 2)
+    caplog.clear()  # the original's server logs the cancellation
+
+
 async def test_leaving_listen_waits_for_the_handlers_that_it_cancels(
     ours: Bindings, anyio_backend: Any, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:

@@ -12,14 +12,28 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from fake_daemon import ADDR, OK, PEER, STREAM_INFO, Connection, FakeDaemon, field, frame
-from support import new_directory, until
+import uvloop
+from fake_daemon import (
+    ADDR,
+    OK,
+    PATIENCE,
+    PEER,
+    STREAM_INFO,
+    Connection,
+    FakeDaemon,
+    field,
+    frame,
+)
+from support import new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
 from p2pclient_rs.control import ListenerStats
@@ -110,6 +124,34 @@ async def test_the_control_client_listens_in_both_ways_too() -> None:
     await control.close()
     async with control.listen() as same:
         assert same is control
+
+
+@pytest.mark.independent
+def test_a_cancelled_close_stops_listening_all_the_same() -> None:
+    silent, done = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        while connection.read_request():
+            if silent.is_set():
+                done.wait(PATIENCE)
+                return
+            connection.send(frame(OK))
+
+    async def main(control: str) -> None:
+        client = Client(control)
+        await client.listen()
+        await client.stream_handler("/hello", hello)
+        path = private_path(client)
+        silent.set()
+        # A task that is cancelled without anyio, which no shield of anyio's keeps from it.
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(client.close(), 0.1)
+        assert not path.exists()
+        done.set()
+        await client.close()
+
+    with FakeDaemon(script) as daemon:
+        asyncio.run(main(daemon.control_maddr))
 
 
 @pytest.mark.independent
@@ -245,6 +287,43 @@ def test_a_client_can_listen_in_one_loop_after_another() -> None:
         loop.run_until_complete(main())
         loop.close()
     asyncio.run(client.close())
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("linger", [300.0, None])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_handlers_of_a_loop_that_is_only_closed_are_collected(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], linger: float | None
+) -> None:
+    handling: list[weakref.ref[Any]] = []
+
+    async def handler(stream: Stream) -> None:
+        handling.append(weakref.ref(stream))
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        client = await Client(fake.control_maddr).listen()
+        await client.stream_handler("/echo", handler, linger=linger)
+        for _ in range(3):
+            connection = dial(client)
+            connection.sendall(frame(STREAM_INFO))
+            connections.append(connection)
+        await until(lambda: len(handling) == 3)
+
+    with FakeDaemon(ok) as fake:
+        descriptors = len(open_descriptors())
+        connections: list[socket.socket] = []
+        loop = new_loop()
+        # What the collector says about the tasks that it ends.
+        loop.set_exception_handler(lambda loop, context: None)
+        loop.run_until_complete(main())
+        loop.close()
+        del loop
+        gc.collect()
+        for connection in connections:
+            connection.close()
+        assert [stream for stream in handling if stream() is not None] == []
+    assert len(open_descriptors()) <= descriptors
 
 
 @pytest.mark.independent

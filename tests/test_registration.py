@@ -11,7 +11,7 @@ import anyio
 import pytest
 from support import DaemonProcess, eventually
 
-from p2pclient_rs import Client, DaemonRefused, StreamInfo
+from p2pclient_rs import Client, ControlFailure, DaemonRefused, StreamInfo
 from p2pclient_rs.streams import Stream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind")]
@@ -134,6 +134,35 @@ async def test_a_balanced_handler_that_is_replaced_has_one_share() -> None:
                 await one.remove_stream_handler("/name")
                 for _ in range(3):
                     assert await greeting(caller, daemon, "/name") == b"two"
+
+
+async def test_a_shared_name_is_not_made_exclusive() -> None:
+    with DaemonProcess() as daemon:
+        daemon.keep()
+        async with daemon.client() as one, one.listen(), daemon.client() as two, two.listen():
+            await one.stream_handler("/name", greeter(b"one"), balanced=True)
+            await two.stream_handler("/name", greeter(b"two"), balanced=True)
+            with pytest.raises(DaemonRefused):
+                await one.stream_handler("/name", greeter(b"exclusive"))
+            async with connected(daemon) as caller:
+                greetings = [await greeting(caller, daemon, "/name") for _ in range(6)]
+                assert sorted(greetings) == [b"one"] * 3 + [b"two"] * 3
+            await two.remove_stream_handler("/name")
+            await one.stream_handler("/name", greeter(b"exclusive"))
+            async with connected(daemon) as caller:
+                assert await greeting(caller, daemon, "/name") == b"exclusive"
+
+
+async def test_port_0_cannot_be_registered_before_the_client_listens() -> None:
+    with DaemonProcess() as daemon:
+        async with Client(daemon.control_maddr, "/ip4/127.0.0.1/tcp/0") as client:
+            with pytest.raises(ControlFailure, match="listen"):
+                await client.stream_handler("/name", greeter(b"nobody"))
+            assert client.control.handlers == {}
+            async with client.listen():
+                await client.stream_handler("/name", greeter(b"one"))
+                async with connected(daemon) as caller:
+                    assert await greeting(caller, daemon, "/name") == b"one"
 
 
 async def test_registrations_of_one_name_at_once_end_with_one_that_is_served() -> None:

@@ -577,6 +577,44 @@ async def test_calls_over_the_bound_are_refused_after_the_hold(later: bool) -> N
             await until(lambda: len(crowd.answers) == 6)
 
 
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:1], indirect=True)
+async def test_no_timer_runs_for_output_that_the_daemon_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.send(frame(acknowledgement(connection.read_message().call_id)))
+        for number in range(40):
+            connection.send(frame(incoming(number.to_bytes(16, "big"), "large", b"")))
+        ended.wait(PATIENCE)
+
+    async def large(data: bytes, peer_id: PeerID) -> bytes:
+        nonlocal entered
+        entered += 1
+        return bytes(2 << 20)
+
+    entered = timers = 0
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def counted(*args: Any) -> Any:
+        nonlocal timers
+        timers += 1
+        return call_later(*args)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr, hold=0.0) as client:
+            await client.add_unary_handler("large", large)
+            await until(lambda: entered == 40 and client.unary.unanswered_calls == 0)
+            monkeypatch.setattr(loop, "call_later", counted)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            ended.set()
+    assert timers < 10
+
+
 @on_asyncio
 async def test_the_hivemind_layer_can_be_given_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(**options: Any) -> int:

@@ -213,6 +213,10 @@ class Soak:
                     end = self.meter.sample()
                     self._note_daemons()
                 tasks.cancel_scope.cancel()
+            # hivemind's p2pd ends with its last persistent connection, and with it the thread that
+            # reads its output: the descriptors are counted with a daemon that runs, as before.
+            await self.near.stop()
+            await self.near.start()
             gc.collect()
             self.report.operations = self.meter.operations
             self.report.caller = self.meter.result(end)

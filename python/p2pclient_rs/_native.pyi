@@ -483,7 +483,9 @@ class RawStream:
     @property
     def peer_closed(self) -> bool: ...
     def is_unwatched(self) -> bool: ...
-    def prefetch(self, limit: int) -> int: ...
+    @property
+    def read_ahead_size(self) -> int: ...
+    def prefetch(self, limit: int = ...) -> int: ...
     @property
     def family(self) -> str: ...
     @property
@@ -591,6 +593,17 @@ def find_daemon(
     Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
     hivemind."""
 
+def before_fork() -> None:
+    """For ``os.register_at_fork``: keeps other threads out of all daemons, and ends the threads
+    that store their output."""
+
+def after_fork_in_parent() -> None:
+    """Undoes ``before_fork``. Does nothing if that did not run."""
+
+def after_fork_in_child() -> None:
+    """Lets other threads use daemons again, and has the janitors not take the child for its
+    parent."""
+
 def unused_tcp_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nobody listened on a moment ago, at an address or name of this machine.
 
@@ -622,21 +635,6 @@ class DaemonProcess:
         *,
         janitor: str | None = None,
     ) -> Self: ...
-    @staticmethod
-    def keep_out() -> None:
-        """Before a fork: waits until no thread is within one of these methods, and keeps all out
-        until `let_in`."""
-
-    @staticmethod
-    def let_in(child: bool) -> None:
-        """Undoes `keep_out`, in the parent or in the child."""
-
-    def pause(self) -> None:
-        """Before a fork: ends the thread that stores the output. Does nothing in a child."""
-
-    def resume(self) -> None:
-        """After a fork: starts that thread again. Does nothing in a child."""
-
     def without_bootstrap(self) -> DaemonProcess:
         """The same daemon in a process of its own, which does not connect to its bootstrap
         peers."""
@@ -719,10 +717,6 @@ class DaemonProcess:
     def destroy(self) -> None:
         """Ends all of it now; status and output can still be had. Waits, with the interpreter
         released: milliseconds, or some seconds for a process that cannot be interrupted."""
-
-    def cut_lifeline(self) -> None:
-        """Lets go of what tells the janitor that this process lives. For a forked child, in which
-        it would be taken for its parent."""
 
     def doubt(self, peer_id: PeerID) -> str | None:
         """Why the answer to IDENTIFY with this peer id is not to be believed yet; None if it is."""

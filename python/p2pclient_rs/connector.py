@@ -674,10 +674,13 @@ def _hint(error: OSError, maddr: Multiaddr) -> str | None:
         return "start a daemon with p2pclient_rs.Daemon(), or pass another control_maddr"
     if error.errno == errno.ECONNREFUSED:
         if str(maddr).startswith("/unix"):
-            return "the daemon that made this socket file has ended: start it again"
+            return "nothing listens at this file: start the daemon again"
         return "no daemon listens there: start one, or pass another control_maddr"
     if error.errno == errno.EACCES:
-        return "the socket belongs to another user"
+        return (
+            "this user may not connect to it: check the permissions of the socket and of its "
+            "directories"
+        )
     return None
 
 

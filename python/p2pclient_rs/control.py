@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.abc import TaskGroup
 
-from p2pclient_rs._native import Multiaddr, RawListener, RawStream, Request, decode_stream_info
+from p2pclient_rs._native import (
+    Multiaddr,
+    RawListener,
+    RawStream,
+    Request,
+    decode_stream_info,
+    endpoint,
+)
 from p2pclient_rs.connector import (
     UNKNOWN_REQUEST,
     DaemonConnector,
@@ -78,6 +85,7 @@ class _Registration:
 
     #: The listen address that the daemon was given.
     maddr: Multiaddr
+    balanced: bool
     #: By which `DaemonConnector.still_registered` knows the daemon again; None if it cannot.
     token: object | None
 
@@ -263,7 +271,8 @@ class ControlClient:
             balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
             linger: How long a handler may go on without reading from or writing to its stream once
                 the peer has closed it in both directions, in seconds; None for no limit. After
-                that the handler is cancelled, which is logged, and its stream aborted.
+                that the handler is cancelled, which is logged, and its stream aborted. If the
+                handler left input unread, the time counts from its last use of the stream.
 
         Raises:
             DaemonRefused: Another client serves the protocol (hivemind's fork).
@@ -310,7 +319,7 @@ class ControlClient:
         lock, users = self._registering.get(proto) or (anyio.Lock(), 0)
         self._registering[proto] = lock, users + 1
         try:
-            async with lock:
+            async with UnlessClosedAsync(lock):
                 yield
         finally:
             lock, users = self._registering.pop(proto)
@@ -325,10 +334,14 @@ class ControlClient:
         """
         connector = self.daemon_connector
         maddr = Multiaddr(self.listen_maddr)
+        if endpoint(maddr)[2] == 0 and not self._listening and endpoint(maddr)[0] != "unix":
+            raise ControlFailure(
+                f"{maddr} has no port yet: register handlers after listen(), which chooses one"
+            )
         request = Request.stream_handler(maddr, proto, balanced)
         before = self._registered.get(proto)
         # Until the daemon answers, it may have it or not.
-        self._registered[proto] = _Registration(maddr, None)
+        self._registered[proto] = _Registration(maddr, balanced, None)
         try:
             await connector.request("STREAM_HANDLER", request)
         except DaemonRefused:
@@ -338,32 +351,39 @@ class ControlClient:
                 self._restore(proto, before)
                 raise
             self._registered[proto] = before
-            if before.maddr == maddr and await connector.still_registered(before.token):
+            same = before.maddr == maddr and before.balanced == balanced
+            if same and await connector.still_registered(before.token):
                 return
             # A removal that is cancelled could overtake a later registration.
-            with anyio.move_on_after(_REPLACING, shield=True):
-                if await self._replace(connector, proto, request, maddr):
+            with UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)):
+                if await self._replace(connector, proto, balanced):
                     return
+                # Others may share the name: this client goes on sharing it.
+                if before.balanced and not balanced:
+                    if not await self._register_once(connector, proto, True):
+                        del self._registered[proto]
             raise
         except DaemonUnreachable:
             self._restore(proto, before)
             raise
-        self._registered[proto] = _Registration(maddr, connector.registered())
+        self._registered[proto] = _Registration(maddr, balanced, connector.registered())
         if balanced and before is not None and await connector.still_registered(before.token):
             # The fork has appended another entry, so that this client would get twice its share.
-            with anyio.move_on_after(_REPLACING, shield=True), suppress(ControlFailure):
+            with (
+                UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)),
+                suppress(ControlFailure),
+            ):
                 await connector.request(
                     "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
                 )
 
-    async def _replace(
-        self, connector: DaemonConnector, proto: str, request: Request, maddr: Multiaddr
-    ) -> bool:
+    async def _replace(self, connector: DaemonConnector, proto: str, balanced: bool) -> bool:
         """Registers a name that is taken; returns False if it is another client's.
 
         The daemon may have been restarted, and another client may have taken the name: the removal
         succeeds only if the registration has this client's address.
         """
+        maddr = Multiaddr(self.listen_maddr)
         former = self._registered[proto].maddr
         while True:
             try:
@@ -373,15 +393,24 @@ class ControlClient:
             except DaemonRefused:
                 del self._registered[proto]
                 return False
-            self._registered[proto] = _Registration(maddr, None)
-            try:
-                await connector.request("STREAM_HANDLER", request)
-            except DaemonRefused:
-                # The daemon may have carried out a cancelled request of this client in between.
-                former = maddr
-                continue
-            self._registered[proto] = _Registration(maddr, connector.registered())
-            return True
+            if await self._register_once(connector, proto, balanced):
+                return True
+            # The daemon may have carried out a cancelled request of this client in between.
+            former = maddr
+
+    async def _register_once(self, connector: DaemonConnector, proto: str, balanced: bool) -> bool:
+        """Registers a name; returns False if the daemon refuses."""
+        maddr = Multiaddr(self.listen_maddr)
+        # Until the daemon answers, it may have it or not.
+        self._registered[proto] = _Registration(maddr, balanced, None)
+        try:
+            await connector.request(
+                "STREAM_HANDLER", Request.stream_handler(maddr, proto, balanced)
+            )
+        except DaemonRefused:
+            return False
+        self._registered[proto] = _Registration(maddr, balanced, connector.registered())
+        return True
 
     def _restore(self, proto: str, before: _Registration | None) -> None:
         if before is None:
@@ -464,7 +493,7 @@ class ControlClient:
         cancelled, and their protocols are removed from the daemon, if it supports that.
         ``await client.listen()`` returns at once and listens until ``close()``, which does the
         same. It also stops when the event loop ends or the client is garbage-collected, so keep a
-        reference to the client.
+        reference to the client. A handler at work keeps the client too.
 
         Raises:
             ControlFailure: This client listens already.
@@ -549,19 +578,21 @@ class ControlClient:
         After ``await listen()`` it also removes the protocols from the daemon, and waits for the
         handlers to end.
         """
-        background = None
         # In a forked child the tasks are the parent's, whose epoll cancelling them would touch.
-        if os.getpid() == self._pid:
-            background = self._background
-            if self._scope is not None:
+        here = os.getpid() == self._pid
+        background = self._background if here else None
+        try:
+            if here and self._scope is not None:
                 self._scope.cancel()
             elif background is not None and not background.loop_ended:
                 await self._unregister_all()
-        if background is not None:
-            background.close()
-        await self.daemon_connector.aclose()
-        if not self._listening:
-            self._remove_private()
+        finally:
+            # Also if the caller is cancelled while the daemon does not answer.
+            if background is not None:
+                background.close()
+            self.daemon_connector.close()
+            if not self._listening:
+                self._remove_private()
         if background is not None:
             await background.aclose()
 

@@ -31,6 +31,9 @@ from p2pclient_rs._native import (
     Multiaddr,
     PeerID,
     Reconnection,
+    after_fork_in_child,
+    after_fork_in_parent,
+    before_fork,
     find_daemon,
     unused_tcp_port,
 )
@@ -52,33 +55,10 @@ _EXPLAINING = 10.0
 #: How long the registrations of a client may take when the daemon was started again, in seconds.
 _REGISTERING = 30.0
 
-_processes: weakref.WeakSet[DaemonProcess] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    # A lock that another thread holds would never be released in the child.
-    DaemonProcess.keep_out()
-    for process in list(_processes):
-        process.pause()
-
-
-def _after_fork_in_parent() -> None:
-    DaemonProcess.let_in(False)
-    for process in list(_processes):
-        process.resume()
-
-
-def _after_fork_in_child() -> None:
-    DaemonProcess.let_in(True)
-    # The janitors would take a child that holds them for its parent.
-    for process in list(_processes):
-        process.cut_lifeline()
-
-
 os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
+    before=before_fork,
+    after_in_parent=after_fork_in_parent,
+    after_in_child=after_fork_in_child,
 )
 
 
@@ -337,7 +317,6 @@ class Daemon:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
         process = DaemonProcess(binary, self._options, _temporary_directory())
-        _processes.add(process)
         self._process, self._identity, self._failure = process, None, None
         self._control_maddr = process.control_maddr
         self._finalizer = weakref.finalize(self, _abandoned, process)
@@ -542,7 +521,6 @@ async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
         other = process.without_bootstrap()
     except (DaemonStartError, ValueError):
         return []
-    _processes.add(other)
     try:
         other.spawn()
         with anyio.move_on_after(_EXPLAINING):

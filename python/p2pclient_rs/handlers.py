@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import math
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import anyio
 
+from p2pclient_rs.loops import current_loop
 from p2pclient_rs.streams import Stream
 
 __all__ = ["DEFAULT_LINGER", "HandlerOptions", "Lingering", "StreamHandler", "takes_info"]
@@ -28,8 +30,18 @@ _POLLS = 8
 _SHORTEST_INTERVAL = 0.05
 _LONGEST_INTERVAL = 30.0
 
-#: How much input is read ahead of a handler that does not read, to find the peer's end, in bytes.
-_PREFETCH = 1 << 20
+#: How much input is read ahead at a time for a handler that does not read, in bytes.
+_STEP = 1 << 20
+#: The most input to read ahead for one handler, in bytes: more than the daemon and the sockets can
+#: hold for a peer that has left.
+_MAX_AHEAD = 32 << 20
+#: The most input to read ahead for all handlers of a listener together, in bytes.
+_MAX_ALL_AHEAD = 64 << 20
+
+#: From so much read ahead on, a handler keeps its turn for a while without input: the daemon may
+#: need the time to deliver the rest. In bytes and in seconds.
+_MUCH_AHEAD = 64 << 10
+_PATIENCE = 0.5
 
 #: The logger for everything that happens to inbound streams.
 logger = logging.getLogger("p2pclient_rs.control")
@@ -100,15 +112,29 @@ def _binds(signature: inspect.Signature, count: int) -> bool:
 class _Run:
     """A handler at work."""
 
-    def __init__(self, stream: Stream, info: Any, linger: float) -> None:
-        self.scope = anyio.CancelScope()
+    def __init__(
+        self,
+        stream: Stream,
+        info: Any,
+        linger: float,
+        cancel: Callable[[], object],
+        ahead: _ReadingAhead,
+    ) -> None:
         self.interval = min(max(linger / _POLLS, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
         #: When to look at it next.
         self.due = anyio.current_time() + self.interval
+        #: Whether it was cancelled here.
+        self.expired = False
+        #: How many bytes were read ahead of the handler.
+        self.ahead = 0
         self._stream = stream
         self._info = info
         self._linger = linger
+        self._cancel = cancel
+        self._reading_ahead = ahead
         self._operations = -1
+        #: When its stream was last seen to be used.
+        self._used_at = self.due
         #: Since when its stream has been unused after the peer closed it.
         self._unused_since: float | None = None
 
@@ -118,20 +144,25 @@ class _Run:
         self.due = now + self.interval
         operations = raw.operations
         used = operations != self._operations
+        if used or self._stream._reading:
+            self._used_at = now
+            if self.ahead:
+                self.ahead = min(self.ahead, raw.read_ahead_size)
+            self._reading_ahead.stop(self)
         self._operations = operations
         if not raw.peer_closed:
             self._unused_since = None
-            # A daemon that cannot deliver input does not tell of the peer's end behind it.
-            if not (used or self._stream._reading) and raw.prefetch(_PREFETCH):
-                self.due = now + _SHORTEST_INTERVAL
+            self._read_ahead(now)
             return
         if self._unused_since is None or used:
-            self._unused_since = now
+            # The unread input may have hidden the end since the last use.
+            self._unused_since = self._used_at if self.ahead else now
         deadline = self._unused_since + self._linger
         if deadline > now:
             self.due = min(self.due, deadline)
             return
         self.due = math.inf
+        self.expired = True
         logger.warning(
             "cancelled the handler of %r on a stream from %s: the peer has closed the stream, and "
             "the handler has not used it for %g s",
@@ -139,7 +170,82 @@ class _Run:
             self._info.peer_id,
             self._linger,
         )
-        self.scope.cancel()
+        self._cancel()
+
+    def _read_ahead(self, now: float) -> None:
+        """Reads some input ahead if the handler has not used its stream for its linger.
+
+        A daemon that cannot deliver input does not tell of the peer's end behind it.
+        """
+        unused_until = self._used_at + self._linger
+        if unused_until > now:
+            self.due = min(self.due, unused_until)
+        elif not self._stream._reading and self._reading_ahead.read(self, now):
+            self.due = now + _SHORTEST_INTERVAL
+
+    def read_ahead(self, limit: int) -> int:
+        """Reads up to ``limit`` bytes ahead; returns how many."""
+        raw = self._stream._raw
+        count = raw.prefetch(raw.read_ahead_size + limit)
+        self.ahead += count
+        return count
+
+
+class _ReadingAhead:
+    """Reads ahead of the handlers of one listener, within its bounds.
+
+    A few at a time are read from, each up to its peer's end or its bound, and the others wait for
+    their turn: were all read from at once, all could be stopped halfway by the common bound.
+    """
+
+    def __init__(self, runs: set[_Run]) -> None:
+        self._runs = runs
+        #: Those that are read from, and when each had input the last time.
+        self._active: dict[_Run, float] = {}
+        #: Those that wait for their turn, in order.
+        self._waiting: dict[_Run, None] = {}
+
+    def read(self, run: _Run, now: float) -> bool:
+        """Reads a step ahead. Returns whether there may be more soon."""
+        self._waiting.pop(run, None)
+        left = _MAX_ALL_AHEAD - sum(run.ahead for run in self._runs)
+        if run not in self._active and not self._has_room(left):
+            self._waiting[run] = None
+            return False
+        limit = min(_STEP, _MAX_AHEAD - run.ahead, left)
+        # A peer with so much unread input is there: it would have blocked otherwise.
+        if limit > 0 and run.read_ahead(limit):
+            self._active[run] = now
+            return True
+        patient = limit > 0 and run.ahead >= _MUCH_AHEAD
+        if patient and now - self._active.get(run, -math.inf) < _PATIENCE:
+            return True
+        self._active.pop(run, None)
+        return False
+
+    def stop(self, run: _Run) -> None:
+        """The handler has ended, or has used its stream."""
+        self._active.pop(run, None)
+        self._waiting.pop(run, None)
+
+    def next(self, now: float) -> None:
+        """Has the first one in the queue checked soon, if it can be read from."""
+        if self._waiting:
+            left = _MAX_ALL_AHEAD - sum(run.ahead for run in self._runs)
+            if self._has_room(left):
+                next(iter(self._waiting)).due = now
+
+    def _has_room(self, left: int) -> bool:
+        """Whether another one may be read from, where ``left`` bytes may be read ahead."""
+        if not self._active:
+            return left > 0
+        promised = sum(_MAX_AHEAD - run.ahead for run in self._active)
+        return left - promised >= _MAX_AHEAD
+
+    @property
+    def busy(self) -> bool:
+        """Whether it reads again soon."""
+        return bool(self._active)
 
 
 class Lingering:
@@ -150,6 +256,7 @@ class Lingering:
 
     def __init__(self) -> None:
         self._runs: set[_Run] = set()
+        self._ahead = _ReadingAhead(self._runs)
         #: Set to wake the poll earlier than at this time.
         self._wake = anyio.Event()
         self._planned = math.inf
@@ -159,26 +266,71 @@ class Lingering:
     ) -> None:
         """Calls and awaits ``handle``. If it outlives its peer for too long, cancels it and aborts
         the stream."""
-        run = _Run(stream, info, linger)
+        if isinstance(current_loop(), asyncio.AbstractEventLoop):
+            await self._run_in_asyncio(handle, stream, info, linger)
+            return
+        scope = anyio.CancelScope()
+        run = self._add(stream, info, linger, scope.cancel)
+        try:
+            with scope:
+                await handle()
+        finally:
+            self._remove(run)
+        if scope.cancelled_caught:
+            stream.abort()
+
+    async def _run_in_asyncio(
+        self, handle: Callable[[], Awaitable[object]], stream: Stream, info: Any, linger: float
+    ) -> None:
+        # Without a scope: anyio keeps a task that is in one, even if its loop is closed.
+        task = asyncio.current_task()
+        assert task is not None
+        run = self._add(stream, info, linger, task.cancel)
+        try:
+            await handle()
+        except asyncio.CancelledError:
+            if not run.expired or anyio.current_effective_deadline() == -math.inf:
+                raise
+            # Python 3.10 does not count who else has cancelled the task.
+            if getattr(task, "uncancel", int)() > 0:
+                raise
+            stream.abort()
+        else:
+            if run.expired:
+                getattr(task, "uncancel", int)()
+        finally:
+            self._remove(run)
+
+    def _add(self, stream: Stream, info: Any, linger: float, cancel: Callable[[], object]) -> _Run:
+        run = _Run(stream, info, linger, cancel, self._ahead)
         self._runs.add(run)
         if run.due < self._planned:
             self._planned = run.due
             self._wake.set()
-        try:
-            with run.scope:
-                await handle()
-        finally:
-            self._runs.discard(run)
-        if run.scope.cancelled_caught:
-            stream.abort()
+        return run
+
+    def _remove(self, run: _Run) -> None:
+        self._runs.discard(run)
+        self._ahead.stop(run)
 
     async def poll(self) -> None:
         """Polls the peers for as long as the task lives."""
+        loop = current_loop()
         while True:
-            self._wake = anyio.Event()
-            self._planned = self._check()
-            with anyio.CancelScope(deadline=self._planned):
-                await self._wake.wait()
+            self._wake = wake = anyio.Event()
+            self._planned = planned = self._check()
+            if planned == math.inf:
+                await wake.wait()
+            elif isinstance(loop, asyncio.AbstractEventLoop):
+                # Without a scope: see ``_run_in_asyncio``.
+                timer = loop.call_at(planned, wake.set)
+                try:
+                    await wake.wait()
+                finally:
+                    timer.cancel()
+            else:
+                with anyio.CancelScope(deadline=planned):
+                    await wake.wait()
 
     def _check(self) -> float:
         """Checks the handlers that are due. Returns when to check again."""
@@ -186,9 +338,12 @@ class Lingering:
         if not self._runs:
             return math.inf
         now = anyio.current_time()
-        for run in self._runs:
+        for run in list(self._runs):
             if run.due <= now:
                 run.check(now)
+        self._ahead.next(now)
         # Bounds the number of checks where many handlers are due at different times.
-        earliest = now + min(run.interval for run in self._runs) / 4
-        return max(min(run.due for run in self._runs), earliest)
+        interval = _SHORTEST_INTERVAL
+        if not self._ahead.busy:
+            interval = min(run.interval for run in self._runs) / 4
+        return max(min(run.due for run in self._runs), now + interval)

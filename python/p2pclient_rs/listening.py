@@ -95,11 +95,28 @@ class _Job:
     work: Work | None = None
 
 
+class _Jobs:
+    """The tasks of a listener."""
+
+    def __init__(self) -> None:
+        self.running: set[_Job] = set()
+        #: Whether there will be no more.
+        self.closed = False
+        #: Set once there will be no more and all have ended.
+        self.ended = anyio.Event()
+
+    def left(self, job: _Job) -> None:
+        """A task has ended."""
+        self.running.discard(job)
+        if self.closed and not self.running:
+            self.ended.set()
+
+
 class BackgroundListener:
     """Accepts inbound streams in tasks of the event loop, on trio in system tasks.
 
     It ends when ``aclose`` or ``close`` is called, when the client is collected, and with the
-    loop.
+    loop. Handlers at work keep the client.
 
     Args:
         client: What streams are accepted for. It is not kept alive.
@@ -120,9 +137,8 @@ class BackgroundListener:
         self._reactor = reactor()
         self._context = copy_context()
         self._pid = os.getpid()
-        self._jobs: set[_Job] = set()
-        self._closed = False
-        self._begun, self._ended = anyio.Event(), anyio.Event()
+        self._jobs = _Jobs()
+        self._begun = anyio.Event()
         for function in (self._accept, poll):
             if function is not None:
                 self._start_silently(function)
@@ -140,8 +156,8 @@ class BackgroundListener:
     async def aclose(self) -> None:
         """Stops, cancels the handlers at work, and waits for them to end."""
         self.close()
-        if self._jobs and not self._reactor.ended and current_loop() is self._loop:
-            await self._ended.wait()
+        if self._jobs.running and not self._reactor.ended and current_loop() is self._loop:
+            await self._jobs.ended.wait()
 
     def close(self) -> None:
         """Stops and cancels the handlers at work, from any thread. In a forked child only the
@@ -152,11 +168,13 @@ class BackgroundListener:
             self._reactor.call_from_anywhere(self._close)
 
     def _close(self) -> None:
-        if self._closed:
+        if self._jobs.closed:
             return
-        self._closed = True
-        # A closed loop cannot cancel a task.
-        for job in [] if self._reactor.ended else list(self._jobs):
+        self._jobs.closed = True
+        if self._reactor.ended:
+            # A closed loop cannot cancel a task. The garbage collector ends those that are left.
+            self._jobs.running.clear()
+        for job in list(self._jobs.running):
             if job.work is not None:
                 job.work.cancel()
         self._release()
@@ -172,18 +190,18 @@ class BackgroundListener:
         self._listener.close()
 
     def _start(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> Work:
-        job = _Job()
-        self._jobs.add(job)
+        job, jobs = _Job(), self._jobs
+        jobs.running.add(job)
 
         async def run() -> None:
             try:
                 await function(argument)
             finally:
-                self._left(job)
+                jobs.left(job)
 
         job.work = work = self._reactor.spawn(run(), self._context)
         # If the task never starts, its finally block does not run.
-        self._reactor.when_ended(work, lambda: self._left(job))
+        self._reactor.when_ended(work, lambda: jobs.left(job))
         return work
 
     def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -192,15 +210,10 @@ class BackgroundListener:
         if hasattr(work, "_log_destroy_pending"):
             work._log_destroy_pending = False
 
-    def _left(self, job: _Job) -> None:
-        self._jobs.discard(job)
-        if self._closed and not self._jobs:
-            self._ended.set()
-
     async def _accept(self) -> None:
         self._begun.set()
         try:
-            while not self._closed:
+            while not self._jobs.closed:
                 client = self._client()
                 if client is None:
                     break

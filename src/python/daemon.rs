@@ -2,6 +2,7 @@
 
 use super::convert::{extract_multiaddr, extract_peer_id};
 use super::errors;
+use super::forks;
 use super::multiaddr::{InvalidMultiaddr, PyMultiaddr};
 use super::peer_id::PyPeerId;
 use crate::daemon::process::{self, exit_code, Process};
@@ -15,9 +16,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// `bool | str`: on and off, or on with a choice.
 #[derive(FromPyObject)]
@@ -167,73 +168,16 @@ pub fn unused_tcp_port(py: Python<'_>, host: &str) -> PyResult<u16> {
         .map_err(errors::os_error)
 }
 
-/// Keeps other threads out of the methods of daemons while this process forks: a lock that one of
-/// them held would never be released in the child.
-struct Gate {
-    within: AtomicUsize,
-    /// The number of threads that are forking.
-    closed: AtomicUsize,
-}
-
-static GATE: Gate = Gate {
-    within: AtomicUsize::new(0),
-    closed: AtomicUsize::new(0),
-};
-
-impl Gate {
-    /// How long a fork waits for other threads. Each is within for some milliseconds.
-    const PATIENCE: Duration = Duration::from_secs(5);
-    const PAUSE: Duration = Duration::from_micros(100);
-
-    fn pass<T>(&self, work: impl FnOnce() -> T) -> T {
-        struct Within<'a>(&'a AtomicUsize);
-        impl Drop for Within<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-        loop {
-            self.within.fetch_add(1, Ordering::SeqCst);
-            let within = Within(&self.within);
-            if self.closed.load(Ordering::SeqCst) == 0 {
-                let outcome = work();
-                drop(within);
-                return outcome;
-            }
-            drop(within);
-            thread::sleep(Self::PAUSE);
-        }
-    }
-
-    fn close(&self) {
-        self.closed.fetch_add(1, Ordering::SeqCst);
-        let begun = Instant::now();
-        while self.within.load(Ordering::SeqCst) > 0 && begun.elapsed() < Self::PATIENCE {
-            thread::sleep(Self::PAUSE);
-        }
-    }
-
-    fn open(&self) {
-        self.closed.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    /// For a forked child, which has only the thread that forked.
-    fn reset(&self) {
-        self.closed.store(0, Ordering::SeqCst);
-        self.within.store(0, Ordering::SeqCst);
-    }
-}
-
 /// Does what may wait for a lock of a daemon, with the interpreter released.
 fn outside<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
-    py.detach(|| GATE.pass(work))
+    py.detach(|| forks::GATE.pass(work))
 }
 
 /// A daemon's process, its janitor and its files.
 ///
 /// Whatever takes a lock of it lets go of the interpreter first. A forked child never waits for one.
 #[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
-pub struct DaemonProcess(Process);
+pub struct DaemonProcess(Arc<Process>);
 
 #[pymethods]
 impl DaemonProcess {
@@ -259,7 +203,7 @@ impl DaemonProcess {
         };
         let options = &options.get().0;
         outside(py, || {
-            Process::prepare_with(binary, options, Some(&parent), janitor)
+            Process::prepare_with(binary, options, Some(&parent), janitor).map(forks::registered)
         })
         .map(DaemonProcess)
         .map_err(|error| prepare_error(py, error))
@@ -267,7 +211,7 @@ impl DaemonProcess {
 
     /// The same daemon in a process of its own, which does not connect to its bootstrap peers.
     fn without_bootstrap(&self, py: Python<'_>) -> PyResult<Self> {
-        outside(py, || self.0.without_bootstrap())
+        outside(py, || self.0.without_bootstrap().map(forks::registered))
             .map(DaemonProcess)
             .map_err(|error| prepare_error(py, error))
     }
@@ -379,32 +323,6 @@ impl DaemonProcess {
         outside(py, || self.0.try_destroy())
     }
 
-    /// Before a fork: waits until no thread is within one of these methods, and keeps all out
-    /// until `let_in`.
-    #[staticmethod]
-    fn keep_out(py: Python<'_>) {
-        py.detach(|| GATE.close());
-    }
-
-    #[staticmethod]
-    fn let_in(child: bool) {
-        if child {
-            GATE.reset();
-        } else {
-            GATE.open();
-        }
-    }
-
-    /// Before a fork: ends the thread that stores the output.
-    fn pause(&self, py: Python<'_>) {
-        py.detach(|| self.0.pause());
-    }
-
-    /// Undoes `pause`.
-    fn resume(&self, py: Python<'_>) {
-        py.detach(|| self.0.resume());
-    }
-
     /// Ends all of it now.
     fn destroy(&self, py: Python<'_>) {
         let mut pause = Duration::from_micros(200);
@@ -412,11 +330,6 @@ impl DaemonProcess {
             py.detach(|| thread::sleep(pause));
             pause = (2 * pause).min(Duration::from_millis(10));
         }
-    }
-
-    /// Lets go of what tells the janitor that this process lives.
-    fn cut_lifeline(&self) {
-        self.0.cut_lifeline();
     }
 
     /// Why the answer to IDENTIFY that this peer id came in is not to be believed yet, or None.

@@ -14,6 +14,7 @@ mod daemon;
 mod datastructures;
 mod ending;
 mod errors;
+mod forks;
 mod listener;
 mod multiaddr;
 mod peer_id;
@@ -72,6 +73,8 @@ mod _native {
     use super::daemon::{
         find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess, Reconnection, Restarts,
     };
+    #[pymodule_export]
+    use super::forks::{after_fork_in_child, after_fork_in_parent, before_fork};
 
     /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
     #[pyfunction]

@@ -495,25 +495,38 @@ impl RawStream {
         self.try_look(Socket::peer_closed).unwrap_or(false)
     }
 
-    /// Whether the event loop has nothing to wait for on this socket: it is closed, the peer has
-    /// ended its direction, or input is unread.
-    fn is_unwatched(&self) -> bool {
-        let unwatched = |socket: &Socket| socket.peer_ended() || socket.unread() > 0;
-        self.try_look(unwatched).unwrap_or_else(|| {
-            // In use is not closed.
-            self.state
-                .try_lock()
-                .is_ok_and(|half| half.socket.is_none())
-        })
+    /// Whether asyncio would no longer watch this socket: it is closed, the peer has ended its
+    /// direction, or as much input is unread as asyncio buffers. False while another thread uses
+    /// the stream.
+    fn is_unwatched(&self, py: Python<'_>) -> bool {
+        // The garbage collector calls this: it must not block.
+        let half = match self.state.try_lock() {
+            Ok(half) => half,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        let Some(socket) = &half.socket else {
+            return true;
+        };
+        socket.peer_ended() || half.received(py) + socket.unread() >= KEPT
     }
 
-    /// Reads ahead until `limit` bytes are; returns how many it read. No task may be waiting to
-    /// read.
+    /// Number of bytes that were received and not read yet.
+    #[getter]
+    fn read_ahead_size(&self, py: Python<'_>) -> usize {
+        self.lock().received(py)
+    }
+
+    /// Reads ahead until `limit` bytes are buffered, by default as many as asyncio buffers.
+    /// Returns how many bytes it read. No task may be waiting to read.
+    #[pyo3(signature = (limit = KEPT))]
     fn prefetch(&self, py: Python<'_>, limit: usize) -> usize {
         let mut half = self.lock();
         half.give_up_large(py);
         let before = half.input.len();
-        if !half.at_eof && half.socket.is_some() {
+        // If the connection is gone, the next read by the handler has to report the reason.
+        let open = |socket: &Socket| !socket.peer_closed();
+        if !half.at_eof && half.socket.as_ref().is_some_and(open) {
             half.keep(limit);
         }
         half.input.len() - before
@@ -680,6 +693,12 @@ impl Half {
         if let Some((room, _)) = self.large.take() {
             self.input.extend_from_slice(room.filled(py));
         }
+    }
+
+    /// Number of bytes that were received and not read yet.
+    fn received(&self, py: Python<'_>) -> usize {
+        let large = self.large.as_ref();
+        self.input.len() + large.map_or(0, |(room, _)| room.filled(py).len())
     }
 
     /// Reads what has come into `input`, up to a bound.

@@ -696,13 +696,16 @@ impl PersistentConnection {
         let this = slf.get();
         let reactor = this.reactor.bind(py);
         let fd = this.fd;
-        if chores.add_reader {
+        // As in `Pipeline::run`: its number may be another file's by now.
+        let adds = chores.add_reader || chores.add_writer;
+        let is_open = !adds || this.lock().socket.is_some();
+        if chores.add_reader && is_open {
             reactor.call_method1(intern!(py, "add_reader"), (fd, &this.pump, slf))?;
         }
         if chores.remove_reader {
             reactor.call_method1(intern!(py, "remove_reader"), (fd,))?;
         }
-        if chores.add_writer {
+        if chores.add_writer && is_open {
             let callback = slf.getattr(intern!(py, "_on_writable"))?;
             reactor.call_method1(intern!(py, "add_writer"), (fd, callback))?;
         }
@@ -836,7 +839,8 @@ impl Inner {
             chores.add_writer = write;
             chores.remove_writer = !write;
         }
-        if !read && !self.pressing {
+        // Output that cannot be sent keeps it from reading, too, and no timer ends that.
+        if !self.pressing && !self.core.wants_input() {
             chores.press_on_later = self.hold_left();
             self.pressing = chores.press_on_later.is_some();
         }

@@ -483,6 +483,8 @@ class ControlClient(control.ControlClient):
             self._handler_tasks.start(self._dispatch(raw), raw)
 
     async def _handle(self, handler: Any, info: StreamInfo, stream: Stream) -> None:
+        if self._handler_tasks is not None:
+            self._handler_tasks.handling(stream)
         await handler(info, *reader_and_writer(stream))
 
     @asynccontextmanager

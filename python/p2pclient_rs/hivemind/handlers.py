@@ -11,11 +11,16 @@ from collections.abc import Coroutine
 from typing import Any
 
 from p2pclient_rs._native import RawStream
+from p2pclient_rs.loops import current_loop
+from p2pclient_rs.streams import Stream
 
 __all__ = ["HandlerTasks"]
 
 #: How often partial collections check the sockets at most, in seconds.
 _INTERVAL = 1.0
+
+#: How long after a read the event loop reads ahead again, in seconds.
+_READ_INTERVAL = 0.05
 
 #: How long an end that was asked for may take before the tasks are cancelled again, in seconds.
 _PATIENCE = 1.0
@@ -25,16 +30,25 @@ class HandlerTasks:
     """The tasks of one listener.
 
     asyncio holds the task of a stream's handler while the event loop watches the stream's socket:
-    up to the end of its input, or until its reader is full. From then on the task lives only if
-    something else can wake it; if nothing can, the garbage collector ends it. Here too: before a
-    collection, tasks are released whose peer has ended its input or whose input is unread. (asyncio
-    would read up to 128 KiB first. But small messages fill a socket with much less, and a daemon
-    that cannot deliver them does not tell of the peer's end.)
+    up to the end of its input, or until 128 KiB of input are unread. From then on the task lives
+    only if something else can wake it; if nothing can, the garbage collector ends it.
+
+    This class does the same: before a collection it releases the tasks of such streams. A daemon
+    that cannot deliver input does not tell of the peer's end behind it, and small messages fill a
+    socket long before 128 KiB. So each check also has the event loop read up to 128 KiB ahead,
+    where the handler does not read.
     """
 
     def __init__(self) -> None:
         self._tasks: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self._held: dict[asyncio.Task[None], RawStream] = {}
+        #: The streams whose handlers were called.
+        self._streams: weakref.WeakKeyDictionary[
+            asyncio.Task[None], weakref.ReferenceType[Stream]
+        ] = weakref.WeakKeyDictionary()
+        self._loop: asyncio.AbstractEventLoop = current_loop()
+        #: Whether the event loop is to read ahead.
+        self._reads_ahead = False
         self._pid = os.getpid()
         self._released = 0.0
         # Weakly: ``gc.callbacks`` must not hold the tasks.
@@ -56,7 +70,18 @@ class HandlerTasks:
         self._tasks.add(task)
         self._held[task] = raw
         held = self._held
-        task.add_done_callback(lambda task: held.pop(task, None) and None)
+
+        def forget(task: asyncio.Task[None]) -> None:
+            held.pop(task, None)
+
+        task.add_done_callback(forget)
+
+    def handling(self, stream: Stream) -> None:
+        """The current task, one of these, is about to call the handler of ``stream``."""
+        task = asyncio.current_task()
+        # Weakly: the stream is closed when its handler drops it.
+        if task is not None:
+            self._streams[task] = weakref.ref(stream)
 
     async def stop(self) -> None:
         """Cancels the tasks and waits for their end."""
@@ -84,6 +109,53 @@ class HandlerTasks:
         for task, raw in list(self._held.items()):
             if raw.is_unwatched():
                 self._held.pop(task, None)
+        if self._held and not self._reads_ahead:
+            self._read_ahead_soon()
+
+    def _read_ahead_soon(self) -> None:
+        # Not here: a collection can come in any thread, and between the attempt of a task to read
+        # and its wait, which would then miss the input.
+        read_ahead = weakref.WeakMethod(self._read_ahead)
+
+        def call() -> None:
+            if (bound := read_ahead()) is not None:
+                bound()
+
+        self._reads_ahead = True
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop is closed
+            self._reads_ahead = False
+
+    def _read_ahead(self) -> None:
+        """Reads the input of handlers that do not read."""
+        self._reads_ahead = False
+        if os.getpid() != self._pid:
+            return
+        unfinished = [
+            (reference, stream._raw.operations)
+            for task in list(self._held)
+            if (reference := self._streams.get(task)) is not None
+            and (stream := reference()) is not None
+            and not stream._reading
+            and stream._raw.prefetch()
+        ]
+        if unfinished:
+            self._loop.call_later(_READ_INTERVAL, _read_on, unfinished)
+
+
+def _read_on(streams: list[tuple[weakref.ReferenceType[Stream], int]]) -> None:
+    """Goes on reading ahead from streams that had input, unless they were used since."""
+    unfinished = [
+        (reference, operations)
+        for reference, operations in streams
+        if (stream := reference()) is not None
+        and not stream._reading
+        and stream._raw.operations == operations
+        and stream._raw.prefetch()
+    ]
+    if unfinished:
+        asyncio.get_running_loop().call_later(_READ_INTERVAL, _read_on, unfinished)
 
 
 def _forget(callback: Any) -> None:

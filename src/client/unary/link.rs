@@ -55,6 +55,8 @@ struct Awaited {
     input: bool,
     room: bool,
     reminder: bool,
+    /// Peers are held back, which a timer ends.
+    press: bool,
 }
 
 impl Link {
@@ -286,6 +288,7 @@ impl Inner {
             input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
             room: !self.output.is_empty() && !self.corked,
             reminder: self.core.has_cancelled(),
+            press: !self.core.wants_input(),
         }
     }
 
@@ -648,7 +651,7 @@ impl Timers {
         if awaited.reminder && self.remind.is_none() {
             self.remind = Some(Instant::now() + unary::REMIND);
         }
-        if awaited.input {
+        if !awaited.press {
             self.press = None;
         } else if self.press.is_none() {
             // A hold that an Instant cannot express never ends.

@@ -1,0 +1,141 @@
+//! What daemons need when this process forks: a lock that another thread holds would never be released
+//! in the child, and a janitor would take a child that holds its lifeline for the parent.
+//!
+//! The hooks are native functions: between two of their steps nothing can raise, as a signal handler
+//! in Python could.
+
+use crate::daemon::process::Process;
+use pyo3::prelude::*;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// All daemons of this process.
+static PROCESSES: Mutex<Vec<Weak<Process>>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// The daemons that this thread has paused, while it forks.
+    static PAUSED: RefCell<Option<Vec<Arc<Process>>>> = const { RefCell::new(None) };
+}
+
+/// Keeps other threads out of the methods of daemons while this process forks.
+pub(super) struct Gate {
+    within: AtomicUsize,
+    /// The number of threads that are forking.
+    closed: AtomicUsize,
+}
+
+pub(super) static GATE: Gate = Gate {
+    within: AtomicUsize::new(0),
+    closed: AtomicUsize::new(0),
+};
+
+impl Gate {
+    /// How long a fork waits for other threads. Each is within for some milliseconds.
+    const PATIENCE: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_micros(100);
+
+    pub(super) fn pass<T>(&self, work: impl FnOnce() -> T) -> T {
+        struct Within<'a>(&'a AtomicUsize);
+        impl Drop for Within<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        // A finalizer may run in a thread that is about to fork, which nobody else lets go on.
+        if is_forking() {
+            return work();
+        }
+        loop {
+            self.within.fetch_add(1, Ordering::SeqCst);
+            let within = Within(&self.within);
+            if self.closed.load(Ordering::SeqCst) == 0 {
+                let outcome = work();
+                drop(within);
+                return outcome;
+            }
+            drop(within);
+            thread::sleep(Self::PAUSE);
+        }
+    }
+
+    fn close(&self) {
+        self.closed.fetch_add(1, Ordering::SeqCst);
+        let begun = Instant::now();
+        while self.within.load(Ordering::SeqCst) > 0 && begun.elapsed() < Self::PATIENCE {
+            thread::sleep(Self::PAUSE);
+        }
+    }
+
+    fn open(&self) {
+        self.closed.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// For a forked child, which has only the thread that forked.
+    fn reset(&self) {
+        self.closed.store(0, Ordering::SeqCst);
+        self.within.store(0, Ordering::SeqCst);
+    }
+}
+
+fn is_forking() -> bool {
+    // False while the thread ends, when it no longer forks.
+    PAUSED
+        .try_with(|paused| paused.try_borrow().is_ok_and(|paused| paused.is_some()))
+        .unwrap_or(false)
+}
+
+/// A new daemon, which the hooks know from now on. Within the gate.
+pub(super) fn registered(process: Process) -> Arc<Process> {
+    let process = Arc::new(process);
+    let mut all = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|other| other.strong_count() > 0);
+    all.push(Arc::downgrade(&process));
+    process
+}
+
+/// Before a fork: keeps other threads out of all daemons, and ends the threads that store their
+/// output.
+#[pyfunction]
+pub fn before_fork(py: Python<'_>) {
+    if is_forking() {
+        return;
+    }
+    py.detach(|| {
+        GATE.close();
+        let all = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);
+        let processes: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+        drop(all);
+        for process in &processes {
+            process.pause();
+        }
+        PAUSED.set(Some(processes));
+    });
+}
+
+/// After a fork, in the parent: undoes `before_fork`. Does nothing if that did not run, as when the
+/// module was imported since.
+#[pyfunction]
+pub fn after_fork_in_parent(py: Python<'_>) {
+    if let Some(processes) = PAUSED.take() {
+        py.detach(|| {
+            GATE.open();
+            for process in &processes {
+                process.resume();
+            }
+            drop(processes);
+        });
+    }
+}
+
+/// After a fork, in the child, which leaves the daemons to its parent.
+#[pyfunction]
+pub fn after_fork_in_child() {
+    let processes = PAUSED.take();
+    GATE.reset();
+    for process in processes.iter().flatten() {
+        process.cut_lifeline();
+    }
+}
