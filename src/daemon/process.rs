@@ -462,7 +462,7 @@ impl Process {
     #[cfg_attr(not(feature = "python"), allow(dead_code))]
     pub(crate) fn pause(&self) {
         if self.owned() {
-            self.output.stop_draining();
+            self.output.pause();
         }
     }
 

@@ -13,10 +13,8 @@ use std::io::{
     self, ErrorKind, PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _,
 };
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
-#[cfg(target_os = "linux")]
 use std::time::{Duration, Instant};
 
 /// The size of each of the two files, and of what [`Log::tail`] returns, in bytes.
@@ -31,13 +29,24 @@ const BUDGET: usize = 2 << 20;
 const PIPE_SIZE: usize = 1 << 20;
 /// In bytes.
 const STACK_SIZE: usize = 64 * 1024;
+/// How long [`Log::retry`] keeps to a pause. A hook after a fork may have failed, and nobody would
+/// end the pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) struct Log {
     store: Arc<Mutex<Store>>,
-    drainer: Mutex<Option<Drainer>>,
-    /// Whether the thread is missing.
-    stalled: AtomicBool,
+    /// Locked before the store.
+    draining: Mutex<Draining>,
+}
+
+#[derive(Debug, Default)]
+struct Draining {
+    drainer: Option<Drainer>,
+    /// How many forks are in progress.
+    pauses: u32,
+    /// When the last pause began.
+    paused: Option<Instant>,
 }
 
 impl Log {
@@ -53,15 +62,16 @@ impl Log {
                 end: 0,
                 lost: None,
             })),
-            drainer: Mutex::new(None),
-            stalled: AtomicBool::new(false),
+            draining: Mutex::default(),
         }
     }
 
     /// Prepares another run. Returns the pipe for the daemon's output, and the position at which
     /// that output begins.
     pub(super) fn begin_run(&self) -> Result<(PipeWriter, u64), Failed> {
-        self.stop_draining();
+        // Held throughout: a thread that was started meanwhile would wait for the last run's pipe.
+        let mut draining = self.draining();
+        draining.stop();
         let (source, writer) = io::pipe().map_err(Failed::at(|| {
             "cannot create a pipe for the daemon's output"
         }))?;
@@ -75,48 +85,54 @@ impl Log {
         // Optional: a user's pipes have a limit on their total size.
         let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
         let begin = self.store().begin_run(source)?;
-        self.start_draining().map_err(Failed::at(|| {
+        draining.start(&self.store).map_err(Failed::at(|| {
             "cannot start a thread for the daemon's output"
         }))?;
         Ok((writer, begin))
     }
 
-    /// Starts the thread, if there is output to come and none runs.
-    fn start_draining(&self) -> io::Result<()> {
-        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
-        if drainer.is_none() {
-            let source = self.store().source.clone();
-            *drainer = source
-                .map(|source| Drainer::start(&self.store, source))
-                .transpose()?;
-        }
-        Ok(())
+    /// Ends the thread until [`resume`](Self::resume). What the daemon prints meanwhile stays in
+    /// the pipe. Pauses add up, for several threads may fork at once.
+    pub(super) fn pause(&self) {
+        let mut draining = self.draining();
+        draining.pauses += 1;
+        draining.paused = Some(Instant::now());
+        draining.stop();
     }
 
-    /// Ends the thread. What the daemon prints meanwhile stays in the pipe.
-    pub(super) fn stop_draining(&self) {
-        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(drainer) = drainer.take() {
-            drainer.stop();
-        }
-    }
-
-    /// As [`start_draining`](Self::start_draining). If that fails, [`retry`](Self::retry) tries
-    /// again.
+    /// Undoes a [`pause`](Self::pause). If the thread cannot be started, [`retry`](Self::retry)
+    /// tries again.
     pub(super) fn resume(&self) {
-        self.stalled
-            .store(self.start_draining().is_err(), Ordering::Relaxed);
+        let mut draining = self.draining();
+        draining.pauses = draining.pauses.saturating_sub(1);
+        if draining.pauses == 0 {
+            let _ = draining.start(&self.store);
+        }
     }
 
+    /// Starts the thread if it is missing, whatever became of it: without it, the daemon blocks
+    /// when the pipe is full.
     pub(super) fn retry(&self) {
-        if self.stalled.load(Ordering::Relaxed) {
-            self.resume();
+        let mut draining = match self.draining.try_lock() {
+            Ok(draining) => draining,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            // Another thread is at it.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        if draining.pauses > 0 {
+            let recent = |begun: Instant| begun.elapsed() < LONGEST_PAUSE;
+            if draining.paused.is_some_and(recent) {
+                return;
+            }
+            draining.pauses = 0;
         }
+        let _ = draining.start(&self.store);
     }
 
     /// Ends the thread, stores the rest of the pipe, and closes all files.
     pub(super) fn close(&self) {
-        self.stop_draining();
+        let mut draining = self.draining();
+        draining.stop();
         let mut store = self.store();
         store.drain();
         store.source = None;
@@ -144,7 +160,36 @@ impl Log {
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.store)
+    }
+
+    fn draining(&self) -> MutexGuard<'_, Draining> {
+        lock(&self.draining)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Draining {
+    /// Starts the thread, if there is output to come and none runs.
+    fn start(&mut self, store: &Arc<Mutex<Store>>) -> io::Result<()> {
+        if self.drainer.as_ref().is_some_and(Drainer::runs) {
+            return Ok(());
+        }
+        let source = lock(store).source.clone();
+        if let Some(source) = source {
+            self.drainer = None;
+            self.drainer = Some(Drainer::start(store, source)?);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        if let Some(drainer) = self.drainer.take() {
+            drainer.stop();
+        }
     }
 }
 
@@ -202,6 +247,12 @@ impl Drainer {
         })
     }
 
+    /// Whether it runs, or need not run any more.
+    fn runs(&self) -> bool {
+        // Elsewhere than on unix, it ends with the output only.
+        cfg!(not(unix)) || !self.thread.is_finished()
+    }
+
     fn stop(self) {
         if self.owner != std::process::id() {
             // A forked child does not have the thread.
@@ -241,7 +292,7 @@ fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
         if !files[1].revents().is_empty() {
             return;
         }
-        let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut store = lock(store);
         if !files[0].revents().is_empty() && store.drain() {
             return;
         }
@@ -256,7 +307,7 @@ fn drain(store: &Mutex<Store>, mut source: &PipeReader) {
         match source.read(&mut buffer) {
             Ok(0) => return,
             Ok(length) => {
-                let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut store = lock(store);
                 store.append(&buffer[..length]);
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -494,6 +545,11 @@ mod tests {
         }
     }
 
+    fn task(log: &Log) -> Option<PathBuf> {
+        let draining = log.draining();
+        draining.drainer.as_ref().map(|one| one.task.clone())
+    }
+
     #[test]
     fn files_stay_within_the_bound_and_keep_the_newest_output() {
         let (directory, log) = log();
@@ -518,7 +574,7 @@ mod tests {
     fn output_is_there_when_the_writer_has_closed_though_the_thread_is_late() {
         let (_directory, log) = log();
         let (mut pipe, _) = log.begin_run().unwrap();
-        log.stop_draining();
+        log.pause();
         pipe.write_all(b"last words").unwrap();
         assert_eq!(log.tail(0), (0, b"last words".to_vec()));
         pipe.write_all(b" indeed").unwrap();
@@ -597,16 +653,9 @@ mod tests {
     fn the_thread_ends_with_the_output_and_when_stopped() {
         let (_directory, log) = log();
         let (pipe, _) = log.begin_run().unwrap();
-        let task = |log: &Log| {
-            log.drainer
-                .lock()
-                .unwrap()
-                .as_ref()
-                .map(|one| one.task.clone())
-        };
         let first = task(&log).unwrap();
         assert!(first.exists());
-        log.stop_draining();
+        log.pause();
         assert!(!first.exists() && task(&log).is_none());
         log.resume();
         let second = task(&log).unwrap();
@@ -615,5 +664,43 @@ mod tests {
         until(|| !second.exists());
         log.close();
         assert!(task(&log).is_none());
+    }
+
+    #[test]
+    fn a_thread_that_is_missing_is_started_again_but_not_during_a_fork() {
+        let (_directory, log) = log();
+        let (mut pipe, _) = log.begin_run().unwrap();
+        // As two threads fork.
+        log.pause();
+        log.pause();
+        log.retry();
+        log.resume();
+        log.retry();
+        assert!(task(&log).is_none());
+        log.resume();
+        assert!(task(&log).unwrap().exists());
+        // Nobody resumes.
+        log.pause();
+        log.draining().paused = Instant::now().checked_sub(LONGEST_PAUSE);
+        log.retry();
+        let first = task(&log).unwrap();
+        assert!(first.exists());
+        log.retry();
+        assert_eq!(task(&log), Some(first.clone()));
+        // It ends by itself, though there is output to come.
+        let source = log.store().source.take();
+        pipe.write_all(b"x").unwrap();
+        until(|| !first.exists());
+        log.store().source = source;
+        log.retry();
+        let second = task(&log).unwrap();
+        assert!(second.exists());
+        pipe.write_all(b"y").unwrap();
+        drop(pipe);
+        until(|| !second.exists());
+        assert_eq!(log.tail(0), (0, b"xy".to_vec()));
+        // There is no more to come.
+        log.retry();
+        assert_eq!(task(&log), Some(second));
     }
 }
