@@ -7,6 +7,8 @@
 //! `log` holds the newest output. Once it is full, it is renamed to `log.1`, replacing the previous
 //! one.
 
+#[cfg(unix)]
+use super::launch::with_signals_blocked;
 use crate::sockets::Failed;
 use std::fs::{self, File};
 use std::io::{
@@ -214,12 +216,15 @@ impl Drainer {
         let (name, named) = std::sync::mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name("p2pd-log".into())
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
+            .stack_size(STACK_SIZE);
+        // The program's signals are not for this thread: a program may block one to wait for it.
+        let thread = with_signals_blocked(|| {
+            thread.spawn(move || {
                 #[cfg(target_os = "linux")]
                 let _ = name.send(rustix::thread::gettid());
                 drain(&store, &source, &stopped);
-            })?;
+            })
+        })?;
         #[cfg(target_os = "linux")]
         let task = named.recv().map_or_else(
             |_| PathBuf::new(),
@@ -702,5 +707,24 @@ mod tests {
         // There is no more to come.
         log.retry();
         assert_eq!(task(&log), Some(second));
+    }
+
+    #[test]
+    fn the_thread_takes_no_signal() {
+        let (_directory, log) = log();
+        let blocked = |task: &Path| {
+            let status = fs::read_to_string(task.join("status")).unwrap();
+            let mut lines = status.lines();
+            let mask = lines.find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+            u64::from_str_radix(mask.trim(), 16).unwrap()
+        };
+        let before = blocked(Path::new("/proc/thread-self"));
+        let _pipe = log.begin_run().unwrap();
+        assert_eq!(blocked(Path::new("/proc/thread-self")), before);
+        // Of those below the real-time signals, nobody can block these.
+        let standard = (1 << 31) - 1;
+        let unblockable = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+        let mask = blocked(&task(&log).unwrap()) & standard;
+        assert_eq!(mask, standard & !unblockable);
     }
 }

@@ -70,7 +70,9 @@ pub(super) fn fork(reader: &PipeReader, writer: &PipeWriter, files: &[&Path]) ->
         stack.start.cast::<Body>().write(body);
         let begin = stack.start.cast::<u8>().add(mem::size_of::<Body>());
         ptr::copy_nonoverlapping(paths.as_ptr(), begin, paths.len());
-        launch::with_signals_blocked(|| libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
+        launch::with_signals_blocked(|| {
+            launch::child_made(libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
+        })
     }?;
     Child::new(pid)
 }
