@@ -142,9 +142,15 @@ impl PrivateDirectory {
 impl Drop for PrivateDirectory {
     fn drop(&mut self) {
         if self.0 != Path::new("") {
-            let _ = fs::remove_dir_all(&self.0);
+            let _ = remove_directory(&self.0);
         }
     }
+}
+
+/// Removes a directory with all that is in it. An empty one, even if no descriptor is left with
+/// which to look into it.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
+    fs::remove_dir(path).or_else(|_| fs::remove_dir_all(path))
 }
 
 /// A private directory in `parent` or where temporary files go, in which a socket of that name
