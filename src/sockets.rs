@@ -112,10 +112,15 @@ impl Failed {
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words = self.error.to_string();
-        let words = words.split(" (os error ").next().unwrap_or(&words);
-        write!(f, "{}: {words}", self.operation)
+        write!(f, "{}: {}", self.operation, words_of(&self.error))
     }
+}
+
+/// What the system calls an error, without Rust's "(os error 2)".
+pub fn words_of(error: &io::Error) -> String {
+    let words = error.to_string();
+    let words = words.split(" (os error ").next().unwrap_or(&words);
+    words.into()
 }
 
 impl From<Failed> for io::Error {

@@ -9,7 +9,7 @@
 
 #[cfg(unix)]
 use super::launch::with_signals_blocked;
-use crate::sockets::Failed;
+use crate::sockets::{words_of, Failed};
 use std::fs::{self, File};
 use std::io::{
     self, ErrorKind, PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _,
@@ -433,12 +433,14 @@ impl Store {
         }
         // Closed first: elsewhere than on unix, an open file cannot be renamed.
         self.file = None;
-        if let Err(error) = fs::rename(&self.path, older(&self.path)) {
-            if error.kind() != ErrorKind::NotFound {
-                return Err(error);
-            }
+        match fs::rename(&self.path, older(&self.path)) {
+            Ok(()) => (self.oldest, self.begin) = (self.begin, self.end),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            // It was renamed before, and then another one could not be created.
+            Err(_) if self.begin == self.end => {}
+            // Somebody removed it: what follows does not continue `log.1`.
+            Err(_) => (self.oldest, self.begin) = (self.end, self.end),
         }
-        (self.oldest, self.begin) = (self.begin, self.end);
         let created = File::options()
             .create(true)
             .append(true)
@@ -471,6 +473,7 @@ impl Store {
 
     fn note_what_is_lost(&self, data: &mut Vec<u8>) {
         if let Some(Lost { bytes, error }) = &self.lost {
+            let error = words_of(error);
             let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
             if data.last().is_some_and(|last| *last != b'\n') {
                 data.push(b'\n');
@@ -651,6 +654,7 @@ mod tests {
             note.contains("bytes of output could not be stored: "),
             "{note}"
         );
+        assert!(!note.contains("os error"), "{note}");
         assert!(size(&directory) <= 2 * LIMIT);
     }
 
@@ -726,5 +730,28 @@ mod tests {
         let unblockable = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
         let mask = blocked(&task(&log).unwrap()) & standard;
         assert_eq!(mask, standard & !unblockable);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_created_leaves_the_older_one() {
+        let (directory, log) = log();
+        let _pipe = log.begin_run().unwrap();
+        let path = directory.path().join("log");
+        let mut store = log.store();
+        store.append(&vec![b'a'; LIMIT as usize]);
+        // As if `log` had been renamed, and another one not been created.
+        store.file = None;
+        fs::rename(&path, older(&path)).unwrap();
+        (store.oldest, store.begin) = (store.begin, store.end);
+        store.append(b"bc");
+        let (begin, data) = store.read(LIMIT - 1, 10);
+        assert_eq!((begin, &*data), (LIMIT - 1, &b"abc"[..]));
+        assert_eq!(store.read(0, 10), (0, vec![b'a'; 10]));
+        // One that somebody removed is missing, and nothing else is taken for it.
+        store.append(&vec![b'd'; LIMIT as usize - 2]);
+        fs::remove_file(&path).unwrap();
+        store.append(b"ef");
+        assert_eq!(store.read(0, 10), (2 * LIMIT, b"ef".to_vec()));
+        assert_eq!(fs::read(&path).unwrap(), b"ef");
     }
 }
