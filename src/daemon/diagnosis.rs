@@ -48,6 +48,13 @@ const HINTS: [(&str, &str); 21] = [
     ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
 ];
 
+/// The last part of the output, in which the cause is looked for: it has to be found while a start
+/// is awaited, and the output may be large.
+const END: usize = 64 << 10;
+
+/// How many characters of a line are shown.
+const LINE: usize = 500;
+
 /// What to do about a cause that [`diagnose`] told, in one line.
 pub(crate) fn hint(cause: &str) -> Option<&'static str> {
     let known = HINTS.iter().find(|(words, _)| cause.contains(words));
@@ -133,6 +140,23 @@ impl Startup {
     }
 }
 
+/// The last part of an output.
+pub(crate) fn end_of(output: &str) -> &str {
+    let mut begin = output.len().saturating_sub(END);
+    while !output.is_char_boundary(begin) {
+        begin += 1;
+    }
+    &output[begin..]
+}
+
+/// A line, cut where it is too long to be shown.
+pub(crate) fn shortened(line: &str) -> String {
+    match line.char_indices().nth(LINE) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.into(),
+    }
+}
+
 /// The lines of the output worth showing: the last `limit` ones, without the list of flags that
 /// Go prints after the line that says which one was wrong.
 pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
@@ -160,11 +184,18 @@ pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
 /// assert_eq!(cause, "127.0.0.1:4001 is already in use");
 /// ```
 pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Option<String> {
-    let lines = excerpt(output, usize::MAX);
+    let lines = excerpt(end_of(output), usize::MAX);
     let told = lines
         .iter()
         .rev()
         .find_map(|line| known(without_time(line), arguments));
+    // The goroutines that Go lists after these may take more than the end.
+    let crash = || {
+        ["fatal error: ", "panic: "]
+            .iter()
+            .find_map(|words| last_line(output, words))
+    };
+    let told = told.or_else(|| crash().map(shortened));
     told.or_else(|| match status {
         None => {
             let peers = option(arguments, "bootstrapPeers")?;
@@ -180,23 +211,30 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
             // Go's `log.Fatal` is the last thing a daemon says.
             let last = lines.last()?;
             let message = without_time(last);
-            (message != *last).then(|| message.into())
+            (message != *last).then(|| shortened(message))
         }
     })
+}
+
+/// The last line of the output that begins with these words.
+fn last_line<'a>(output: &'a str, words: &str) -> Option<&'a str> {
+    let mut found = output.rmatch_indices(words).map(|(begin, _)| begin);
+    let begin = found.find(|&begin| begin == 0 || output[..begin].ends_with('\n'))?;
+    output[begin..].lines().next().map(str::trim_end)
 }
 
 /// The cause, if this is a message whose meaning is known.
 fn known(message: &str, arguments: &[String]) -> Option<String> {
     let lower = message.to_lowercase();
     if let Some(flag) = message.strip_prefix("flag provided but not defined: ") {
-        return Some(format!("this daemon has no option {flag}"));
+        return Some(format!("this daemon has no option {}", shortened(flag)));
     }
     if message.starts_with("invalid value ") && message.contains(" for flag ")
         || message.starts_with("failed to parse multiaddr")
         || message.starts_with("panic: ")
         || message.starts_with("fatal error: ")
     {
-        return Some(message.into());
+        return Some(shortened(message));
     }
     if lower.contains("exec format error") || lower.contains("cannot execute binary file") {
         let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
@@ -228,13 +266,7 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
         // What Node says of an error that nobody caught: "TypeError: …", or plainly "Error: …".
         let (kind, rest) = message.split_once(": ")?;
         let is_error = kind.ends_with("Error") && kind.chars().all(|c| c.is_ascii_alphabetic());
-        is_error.then(|| {
-            if kind == "Error" {
-                rest.into()
-            } else {
-                message.into()
-            }
-        })
+        is_error.then(|| shortened(if kind == "Error" { rest } else { message }))
     })
 }
 
@@ -255,6 +287,7 @@ fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
         || message.contains("expected ed25519 data size")
         || message.contains("asn1:")
         || message.contains("x509:");
+    let message = shortened(message);
     not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
 }
 
@@ -286,7 +319,7 @@ fn of_listening(message: &str) -> Option<String> {
     } else if why.starts_with("invalid argument") && what.starts_with('/') {
         format!("{what} is too long for the path of a socket")
     } else {
-        format!("cannot listen on {what}: {why}")
+        shortened(&format!("cannot listen on {what}: {why}"))
     })
 }
 
@@ -522,6 +555,30 @@ mod tests {
         }
         assert!(hint(&diagnose("", None, &arguments).unwrap()).is_some());
         assert_eq!(hint("can't have autorelay enabled"), None);
+    }
+
+    #[test]
+    fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
+        let noise = "goroutine 7 [chan receive]:\n".repeat(END / 20);
+        let early = format!("this daemon\nflag provided but not defined: -nope\n{noise}");
+        assert_eq!(cause(&early, &[]), None);
+        let late = format!("{noise}flag provided but not defined: -nope\n");
+        assert_eq!(
+            cause(&late, &[]).unwrap(),
+            "this daemon has no option -nope"
+        );
+        for (crash, expected) in [
+            (
+                "fatal error: all goroutines are asleep",
+                "fatal error: all goroutines are asleep",
+            ),
+            ("no panic: here\npanic: this", "panic: this"),
+        ] {
+            let output = format!("Peer ID: QmA\n{crash}\n\n{noise}");
+            assert_eq!(cause(&output, &[]).unwrap(), expected);
+        }
+        let letters = format!("a{}", "€".repeat(END));
+        assert_eq!(end_of(&letters).chars().count(), END / 3);
     }
 
     #[test]

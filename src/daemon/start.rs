@@ -2,7 +2,9 @@
 //!
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
-use super::diagnosis::{diagnose, excerpt, hint, hint_of_system, Startup, TOO_SLOW, UNCONNECTED};
+use super::diagnosis::{
+    diagnose, end_of, excerpt, hint, hint_of_system, shortened, Startup, TOO_SLOW, UNCONNECTED,
+};
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use crate::core::PeerId;
@@ -198,8 +200,8 @@ impl StartError {
 }
 
 fn last_lines(output: &str) -> Vec<String> {
-    let lines = excerpt(output, LOG_LINES);
-    lines.into_iter().map(str::to_owned).collect()
+    let lines = excerpt(end_of(output), LOG_LINES);
+    lines.into_iter().map(shortened).collect()
 }
 
 /// Words of a daemon that may go over several lines.
@@ -344,6 +346,22 @@ mod tests {
              2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n  \
              hint: choose a port from 1024 on, or a path in a directory that this user can write to"
         );
+    }
+
+    #[test]
+    fn a_long_line_is_cut() {
+        // Three bytes each.
+        let output = format!("{}\n{}\n", "…".repeat(500), "€".repeat(300_000));
+        for error in [
+            StartError::not_ready(command(&["p2pd"]), &output, Some(1), 30.0, None),
+            StartError::died(command(&["p2pd"]), &output, Some(1)),
+        ] {
+            assert_eq!(error.logs, [format!("{}…", "€".repeat(500))]);
+        }
+        let output = format!("short\n{}\npanic: {}\n", "…".repeat(500), "€".repeat(9000));
+        let error = StartError::not_ready(command(&["p2pd"]), &output, Some(2), 30.0, None);
+        assert_eq!(error.logs[..2], ["short".into(), "…".repeat(500)]);
+        assert_eq!(error.cause.unwrap(), format!("panic: {}…", "€".repeat(493)));
     }
 
     #[test]
