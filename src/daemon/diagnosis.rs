@@ -55,8 +55,40 @@ const END: usize = 64 << 10;
 /// How many characters of a line are shown.
 const LINE: usize = 500;
 
+/// The line with which Go ends for lack of a thread, and how the one begins that has the reason.
+const NO_THREAD: &str = "fatal error: newosproc";
+const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
+
+/// The error of the operating system that these words of a daemon stand for, if they do.
+fn of_system(words: &str) -> Option<io::Error> {
+    const EMFILE: i32 = 24;
+    let words = words.to_lowercase();
+    let has = |part: &str| words.contains(part);
+    Some(
+        if has("out of memory") || has("cannot allocate memory") || has("errno=12)") {
+            ErrorKind::OutOfMemory.into()
+        } else if has("newosproc")
+            || has("failed to create new os thread")
+            || has("pthread_create failed")
+            || has("cannot fork")
+        {
+            ErrorKind::WouldBlock.into()
+        } else if has("no space left on device") {
+            ErrorKind::StorageFull.into()
+        } else if has("too many open files") {
+            io::Error::from_raw_os_error(EMFILE)
+        } else {
+            return None;
+        },
+    )
+}
+
 /// What to do about a cause that [`diagnose`] told, in one line.
 pub(crate) fn hint(cause: &str) -> Option<&'static str> {
+    // First, since what the system refuses a daemon is not the daemon's fault, nor an address's.
+    if let Some(hint) = of_system(cause).and_then(|error| hint_of_system(cause, &error)) {
+        return Some(hint);
+    }
     let known = HINTS.iter().find(|(words, _)| cause.contains(words));
     known.map(|(_, hint)| *hint)
 }
@@ -196,6 +228,12 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
             .find_map(|words| last_line(output, words))
     };
     let told = told.or_else(|| crash().map(shortened));
+    if told.as_deref() == Some(NO_THREAD) {
+        let why = last_line(output, NO_THREAD_WHY).and_then(|line| line.strip_prefix("runtime: "));
+        return Some(why.map_or(NO_THREAD.into(), |why| {
+            format!("{NO_THREAD}: {}", shortened(why))
+        }));
+    }
     told.or_else(|| match status {
         None => {
             let peers = option(arguments, "bootstrapPeers")?;
@@ -211,7 +249,7 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
             // Go's `log.Fatal` is the last thing a daemon says.
             let last = lines.last()?;
             let message = without_time(last);
-            (message != *last).then(|| shortened(message))
+            (message != *last || of_system(message).is_some()).then(|| shortened(message))
         }
     })
 }
@@ -232,7 +270,8 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
     if message.starts_with("invalid value ") && message.contains(" for flag ")
         || message.starts_with("failed to parse multiaddr")
         || message.starts_with("panic: ")
-        || message.starts_with("fatal error: ")
+        || lower.starts_with("fatal error: ")
+        || message.contains("pthread_create failed")
     {
         return Some(shortened(message));
     }
@@ -558,6 +597,69 @@ mod tests {
     }
 
     #[test]
+    fn what_the_system_refuses_the_daemon_is_not_blamed_on_the_daemon() {
+        let no_thread = |number| {
+            format!(
+                "runtime: failed to create new OS thread (have 5 already; errno={number})\n\
+                 runtime: may need to increase max user processes (ulimit -u)\n\
+                 fatal error: newosproc\n\ngoroutine 1 [running]:\nmain.main()"
+            )
+        };
+        let time = "2026/11/21 04:24:53";
+        for (output, expected) in [
+            (no_thread(11), "ulimit -u"),
+            (no_thread(12), "free some memory"),
+            ("fatal error: newosproc".into(), "ulimit -u"),
+            (
+                "runtime/cgo: pthread_create failed: Resource temporarily unavailable\n\
+                 SIGABRT: abort\nPC=0x1 m=0 sigcode=0"
+                    .into(),
+                "ulimit -u",
+            ),
+            ("p2pd: 3: Cannot fork".into(), "ulimit -u"),
+            (
+                "fatal error: runtime: out of memory".into(),
+                "free some memory",
+            ),
+            (
+                "FATAL ERROR: Reached heap limit Allocation failed - JavaScript heap out of memory"
+                    .into(),
+                "free some memory",
+            ),
+            (
+                "fatal error: runtime: cannot allocate memory".into(),
+                "free some memory",
+            ),
+            (
+                "panic: write /d/key: no space left on device".into(),
+                "free some space",
+            ),
+            (
+                format!("{time} write /d/key: no space left on device"),
+                "free some space",
+            ),
+            (
+                format!("{time} listen tcp4 127.0.0.1:1: bind: too many open files"),
+                "ulimit -n",
+            ),
+            (
+                format!("{time} failed to listen: [listen tcp4 :0: socket: too many open files]"),
+                "ulimit -n",
+            ),
+            ("panic: pipe: too many open files".into(), "ulimit -n"),
+        ] {
+            let cause = cause(&format!("before\n{output}\n"), &[]);
+            let cause = cause.unwrap_or_else(|| panic!("none for {output}"));
+            let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));
+            assert!(hint.contains(expected), "{cause}: {hint}");
+        }
+        assert_eq!(
+            cause(&no_thread(11), &[]).unwrap(),
+            "fatal error: newosproc: failed to create new OS thread (have 5 already; errno=11)"
+        );
+    }
+
+    #[test]
     fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
         let noise = "goroutine 7 [chan receive]:\n".repeat(END / 20);
         let early = format!("this daemon\nflag provided but not defined: -nope\n{noise}");
@@ -573,6 +675,10 @@ mod tests {
                 "fatal error: all goroutines are asleep",
             ),
             ("no panic: here\npanic: this", "panic: this"),
+            (
+                "runtime: failed to create new OS thread (errno=11)\nfatal error: newosproc",
+                "fatal error: newosproc: failed to create new OS thread (errno=11)",
+            ),
         ] {
             let output = format!("Peer ID: QmA\n{crash}\n\n{noise}");
             assert_eq!(cause(&output, &[]).unwrap(), expected);
