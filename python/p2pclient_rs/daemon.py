@@ -217,7 +217,9 @@ class Daemon:
         """Stops the daemon, kills it if it does not stop, and removes its files.
 
         Does nothing if it is not running, was never started, or belongs to a parent process.
-        Not interrupted by cancellation.
+        Cancelling a scope does not interrupt it. asyncio's own cancellation (``task.cancel()``,
+        ``asyncio.timeout()``) leaves the daemon no `stop_timeout`: it is killed at once, and the
+        cancellation goes on once all is gone.
         """
         process = self._process
         if process is None or process.destroyed or not process.owned:
