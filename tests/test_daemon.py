@@ -392,6 +392,14 @@ async def test_an_exit_is_told_at_once_with_status_and_last_lines(tmp_path: Path
     assert "worst" in str(error) and f"-listen=/unix/{tempfile.tempdir}"[:12] in str(error)
 
 
+async def test_an_endless_line_is_cut_in_the_error(tmp_path: Path) -> None:
+    body = "head -c 1000000 /dev/zero | tr '\\0' x; exit 3"
+    with pytest.raises(DaemonStartError) as caught:
+        await Daemon(script(tmp_path / "p2pd", body)).start()
+    assert caught.value.logs == ["x" * 500 + "…"]
+    assert len(str(caught.value)) < 2000
+
+
 async def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(DaemonStartError, match="killed by SIGSEGV .* printed nothing") as caught:
         await Daemon(script(tmp_path / "p2pd", "kill -SEGV $$")).start()
@@ -1199,6 +1207,18 @@ async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_p
         await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
+
+
+async def test_much_output_of_a_failed_start_does_not_block_the_event_loop(tmp_path: Path) -> None:
+    stalls = Stalls()
+    body = "yes | head -c 1000000; exit 3"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stalls.watch)
+        with pytest.raises(DaemonStartError, match="exited with status 3"):
+            await Daemon(script(tmp_path / "p2pd", body)).start()
+        await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert stalls.longest < 0.05
 
 
 async def test_every_task_that_stops_it_waits_for_the_end(leaving: Path, tmp_path: Path) -> None:

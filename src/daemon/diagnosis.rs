@@ -172,6 +172,17 @@ impl Startup {
     }
 }
 
+/// Whether a daemon has printed that it has started, and its peer id if it did: what
+/// [`Startup::read`] says, but quick on a large output, as it is asked again and again.
+#[cfg_attr(not(feature = "process"), allow(dead_code))]
+pub(crate) fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
+    // A last line without its newline may still grow.
+    let lines = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
+    let peer_id = last_line(lines, "Peer ID: ").and_then(|line| line.strip_prefix("Peer ID: "));
+    let started = || last_line(lines, "daemon has started") == Some("daemon has started");
+    (peer_id.is_some() || started(), peer_id)
+}
+
 /// The last part of an output.
 pub(crate) fn end_of(output: &str) -> &str {
     let mut begin = output.len().saturating_sub(END);

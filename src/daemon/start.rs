@@ -3,7 +3,8 @@
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
 use super::diagnosis::{
-    diagnose, end_of, excerpt, hint, hint_of_system, shortened, Startup, TOO_SLOW, UNCONNECTED,
+    diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
+    UNCONNECTED,
 };
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
@@ -227,13 +228,12 @@ pub(crate) fn must_say_so(options: &DaemonOptions) -> bool {
 /// if it is.
 #[cfg_attr(not(feature = "process"), allow(dead_code))]
 pub(crate) fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
-    let startup = Startup::read(output);
+    let (started, own) = said_to_have_started(output);
     let answering = peer_id.to_string();
-    if startup.peer_id.is_some_and(|own| own != answering) {
+    if own.is_some_and(|own| own != answering) {
         return Some(format!("another daemon, {answering}, answers in its place"));
     }
-    (must_say_so && !startup.started)
-        .then(|| "it answers, but has not printed that it has started".into())
+    (must_say_so && !started).then(|| "it answers, but has not printed that it has started".into())
 }
 
 /// What an exit status, negative for a signal, says in words.
@@ -294,6 +294,12 @@ mod tests {
         assert_eq!(doubted("", false), None);
         assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
         assert_eq!(doubted("daemon has started\n", true), None);
+        let noisy = format!(
+            "Peer ID: QmOther\nPeer ID: {PEER}\n{}",
+            "no\n".repeat(300_000)
+        );
+        assert_eq!(doubted(&noisy, true), None);
+        assert_eq!(doubted("Peer ID: half", false), None);
     }
 
     #[test]
@@ -305,6 +311,8 @@ mod tests {
         );
         let early = doubted(&format!("Peer ID: {PEER}"), true).unwrap();
         assert!(early.contains("has not printed"), "{early}");
+        assert!(doubted("daemon has started", true).is_some());
+        assert!(doubted("the daemon has started\n", true).is_some());
     }
 
     #[test]
