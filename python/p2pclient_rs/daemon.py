@@ -35,7 +35,12 @@ from p2pclient_rs._native import (
     unused_tcp_port,
 )
 from p2pclient_rs.client import Client
-from p2pclient_rs.exceptions import ControlFailure, DaemonNotFound, DaemonStartError
+from p2pclient_rs.exceptions import (
+    ControlFailure,
+    DaemonNotFound,
+    DaemonStartError,
+    DaemonUnreachable,
+)
 from p2pclient_rs.loops import reactor, watch
 
 if TYPE_CHECKING:
@@ -516,7 +521,7 @@ async def _ask(process: DaemonProcess, answers: list[Identity], obstacles: list[
             async with Client(process.control_maddr) as client:
                 identity = await client.identify()
         except ControlFailure as failure:
-            obstacle = str(failure)
+            obstacle = _words(failure)
         else:
             doubt = process.doubt(identity.peer_id)
             if doubt is None:
@@ -566,7 +571,14 @@ async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
 
 def _reason(failure: ControlFailure) -> str:
     """The daemon's words, in one line."""
-    return " ".join((failure.daemon_message or str(failure)).split())
+    return " ".join((failure.daemon_message or _words(failure)).split())
+
+
+def _words(failure: ControlFailure) -> str:
+    """What failed, without the hint to start a daemon: that is what is being done."""
+    if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
+        return failure._without_hint
+    return str(failure)
 
 
 def _brief(error: DaemonStartError) -> str:
