@@ -781,6 +781,26 @@ def test_having_no_descriptors_left_is_named_wherever_it_happens() -> None:
     assert all("open files" in report["text"] for report in others)
 
 
+def test_having_no_descriptors_left_is_not_taken_for_having_no_temporary_directory() -> None:
+    (report,) = limited("""
+        async def main():
+            assert tempfile.tempdir is None
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+            taken = []
+            try:
+                while True:
+                    taken.append(os.open("/", os.O_RDONLY))
+            except OSError:
+                pass
+            await start()
+
+        anyio.run(main)
+    """)
+    assert report["errno"] == 24 and "OSError" in report["kind"]
+    assert report["cause"] == "cannot look for a temporary directory: Too many open files"
+    assert "ulimit -n" in report["hint"]
+
+
 def test_a_process_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "exit 1")
     tmp_path.chmod(0o755)

@@ -10,6 +10,7 @@ event loop.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -686,12 +687,25 @@ def _temporary_directory() -> str:
     try:
         return tempfile.gettempdir()
     except OSError as error:
+        cause = error.strerror or str(error)
+        hint = "set TMPDIR to a directory that exists and that this user can write to"
+        refused = _refusal_to_open()
+        if refused is not None:
+            error, hint = refused, "raise the limit on open files (ulimit -n), or close some"
+            cause = f"cannot look for a temporary directory: {error.strerror}"
         raise DaemonStartError._of_errno(error.errno)(
-            "the daemon's start could not be prepared",
-            cause=error.strerror or str(error),
-            hint="set TMPDIR to a directory that exists and that this user can write to",
-            errno=error.errno,
+            "the daemon's start could not be prepared", cause=cause, hint=hint, errno=error.errno
         ) from error
+
+
+def _refusal_to_open() -> OSError | None:
+    """The error, if no file at all can be opened: for lack of a descriptor, every directory seems
+    unusable to ``tempfile``, which does not say so."""
+    try:
+        os.close(os.open("/", os.O_RDONLY))
+    except OSError as error:
+        return error if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    return None
 
 
 def _seconds(option: str, timeout: float) -> float:
