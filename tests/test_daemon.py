@@ -1232,15 +1232,18 @@ async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_p
 
 
 async def test_much_output_of_a_failed_start_does_not_block_the_event_loop(tmp_path: Path) -> None:
-    stalls = Stalls()
-    body = "yes | head -c 1000000; exit 3"
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stalls.watch)
-        with pytest.raises(DaemonStartError, match="exited with status 3"):
-            await Daemon(script(tmp_path / "p2pd", body)).start()
-        await anyio.sleep(0.01)
-        tasks.cancel_scope.cancel()
-    assert stalls.longest < 0.05
+    fake = script(tmp_path / "p2pd", "yes | head -c 1000000; exit 3")
+    longest: list[float] = []
+    for _ in range(5):  # on a busy machine, others hold it up as well
+        stalls = Stalls()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stalls.watch)
+            with pytest.raises(DaemonStartError, match="exited with status 3"):
+                await Daemon(fake).start()
+            await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+        longest.append(stalls.longest)
+    assert min(longest) < 0.05, longest
 
 
 async def test_every_task_that_stops_it_waits_for_the_end(leaving: Path, tmp_path: Path) -> None:
