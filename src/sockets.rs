@@ -112,10 +112,15 @@ impl Failed {
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words = self.error.to_string();
-        let words = words.split(" (os error ").next().unwrap_or(&words);
-        write!(f, "{}: {words}", self.operation)
+        write!(f, "{}: {}", self.operation, words_of(&self.error))
     }
+}
+
+/// What the system calls an error, without Rust's "(os error 2)".
+pub fn words_of(error: &io::Error) -> String {
+    let words = error.to_string();
+    let words = words.split(" (os error ").next().unwrap_or(&words);
+    words.into()
 }
 
 impl From<Failed> for io::Error {
@@ -142,9 +147,15 @@ impl PrivateDirectory {
 impl Drop for PrivateDirectory {
     fn drop(&mut self) {
         if self.0 != Path::new("") {
-            let _ = fs::remove_dir_all(&self.0);
+            let _ = remove_directory(&self.0);
         }
     }
+}
+
+/// Removes a directory with all that is in it. An empty one, even if no descriptor is left with
+/// which to look into it.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
+    fs::remove_dir(path).or_else(|_| fs::remove_dir_all(path))
 }
 
 /// A private directory in `parent` or where temporary files go, in which a socket of that name

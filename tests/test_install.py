@@ -1272,6 +1272,32 @@ def test_children_of_multiprocessing_have_the_options_without_the_warning(
     assert result.stderr.count("UnknownVersionWarning") == (how == "run")
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_children_of_multiprocessing_have_limits_of_0(
+    tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(hivemind))
+    (tmp_path / "parent.py").write_text(
+        dedent("""
+            import multiprocessing, sys
+
+            def child():
+                from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+                print(ControlClient.DEFAULT_MAX_UNANSWERED)
+                print(ControlClient.DEFAULT_MAX_UNANSWERED_BYTES)
+
+            if __name__ == "__main__":
+                import p2pclient_rs
+                p2pclient_rs.install(max_unanswered_calls=0, max_unanswered_bytes=0)
+                process = multiprocessing.get_context(sys.argv[1]).Process(target=child)
+                process.start()
+                process.join()
+        """)
+    )
+    result = python("parent.py", method, cwd=tmp_path, ours=False)
+    assert (result.stdout, result.stderr) == ("0\n0\n", "")
+
+
 def test_python_processes_below_a_program_have_the_options_of_run(
     tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

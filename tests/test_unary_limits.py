@@ -582,6 +582,7 @@ async def test_no_timer_runs_for_output_that_the_daemon_does_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended = threading.Event()
+    entered = timers = 0
 
     def script(connection: Connection) -> None:
         connection.upgrade()
@@ -595,7 +596,6 @@ async def test_no_timer_runs_for_output_that_the_daemon_does_not_read(
         entered += 1
         return bytes(2 << 20)
 
-    entered = timers = 0
     loop = asyncio.get_running_loop()
     call_later = loop.call_later
 

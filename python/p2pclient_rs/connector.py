@@ -572,12 +572,9 @@ class DaemonConnector:
                         raise
             raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
         except OSError as error:
-            message = f"no connection to the daemon's control socket at {maddr}: {error}"
-            if hint := _hint(error, maddr):
-                message = f"{message}; {hint}"
             if error.errno in _NOT_ABOUT_THE_SOCKET:
                 path = None
-            raise from_os_error(DaemonUnreachable, message, error, path) from error
+            raise _unreachable(error, maddr, path) from error
 
     async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:
         delay = 0.001
@@ -666,6 +663,15 @@ class DaemonConnector:
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
         precise.protocol = protocol
         return self.types.error(precise)
+
+
+def _unreachable(error: OSError, maddr: Multiaddr, path: str | None) -> DaemonUnreachable:
+    message = f"no connection to the daemon's control socket at {maddr}: {error}"
+    hint = _hint(error, maddr)
+    text = f"{message}; {hint}" if hint else message
+    unreachable = from_os_error(DaemonUnreachable, text, error, path)
+    unreachable._without_hint = message
+    return unreachable
 
 
 def _hint(error: OSError, maddr: Multiaddr) -> str | None:

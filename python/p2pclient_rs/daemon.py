@@ -10,6 +10,7 @@ event loop.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -38,7 +39,12 @@ from p2pclient_rs._native import (
     unused_tcp_port,
 )
 from p2pclient_rs.client import Client
-from p2pclient_rs.exceptions import ControlFailure, DaemonNotFound, DaemonStartError
+from p2pclient_rs.exceptions import (
+    ControlFailure,
+    DaemonNotFound,
+    DaemonStartError,
+    DaemonUnreachable,
+)
 from p2pclient_rs.loops import reactor, watch
 
 if TYPE_CHECKING:
@@ -197,7 +203,9 @@ class Daemon:
         """Stops the daemon, kills it if it does not stop, and removes its files.
 
         Does nothing if it is not running, was never started, or belongs to a parent process.
-        Not interrupted by cancellation.
+        Cancelling a scope does not interrupt it. asyncio's own cancellation (``task.cancel()``,
+        ``asyncio.timeout()``) leaves the daemon no `stop_timeout`: it is killed at once, and the
+        cancellation goes on once all is gone.
         """
         process = self._process
         if process is None or process.destroyed or not process.owned:
@@ -493,7 +501,7 @@ async def _ask(process: DaemonProcess, answers: list[Identity], obstacles: list[
             async with Client(process.control_maddr) as client:
                 identity = await client.identify()
         except ControlFailure as failure:
-            obstacle = str(failure)
+            obstacle = _words(failure)
         else:
             doubt = process.doubt(identity.peer_id)
             if doubt is None:
@@ -542,7 +550,14 @@ async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
 
 def _reason(failure: ControlFailure) -> str:
     """The daemon's words, in one line."""
-    return " ".join((failure.daemon_message or str(failure)).split())
+    return " ".join((failure.daemon_message or _words(failure)).split())
+
+
+def _words(failure: ControlFailure) -> str:
+    """What failed, without the hint to start a daemon: that is what is being done."""
+    if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
+        return failure._without_hint
+    return str(failure)
 
 
 def _brief(error: DaemonStartError) -> str:
@@ -650,12 +665,25 @@ def _temporary_directory() -> str:
     try:
         return tempfile.gettempdir()
     except OSError as error:
+        cause = error.strerror or str(error)
+        hint = "set TMPDIR to a directory that exists and that this user can write to"
+        refused = _refusal_to_open()
+        if refused is not None:
+            error, hint = refused, "raise the limit on open files (ulimit -n), or close some"
+            cause = f"cannot look for a temporary directory: {error.strerror}"
         raise DaemonStartError._of_errno(error.errno)(
-            "the daemon's start could not be prepared",
-            cause=error.strerror or str(error),
-            hint="set TMPDIR to a directory that exists and that this user can write to",
-            errno=error.errno,
+            "the daemon's start could not be prepared", cause=cause, hint=hint, errno=error.errno
         ) from error
+
+
+def _refusal_to_open() -> OSError | None:
+    """The error, if no file at all can be opened: for lack of a descriptor, every directory seems
+    unusable to ``tempfile``, which does not say so."""
+    try:
+        os.close(os.open("/", os.O_RDONLY))
+    except OSError as error:
+        return error if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    return None
 
 
 def _seconds(option: str, timeout: float) -> float:

@@ -244,6 +244,9 @@ class DaemonUnreachable(ControlFailure, ConnectionError):
     socket, ConnectionRefusedError if nothing listens at it, PermissionError, ``socket.gaierror``.
     """
 
+    #: The message without what to do about it, for those who say that themselves.
+    _without_hint: str | None = None
+
 
 class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
     """The control connection ended before the answer: the request may have been carried out.

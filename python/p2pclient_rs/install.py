@@ -406,7 +406,12 @@ def _calls() -> list[dict[str, Any]]:
         if name == ALIAS:
             calls.append({"hivemind": False, "force": wish.force})
             continue
-        options = {option: value for option, value in vars(wish).items() if value}
+        # Without what is not asked for; a limit of 0 is.
+        options = {
+            option: value
+            for option, value in vars(wish).items()
+            if value is not None and value is not False
+        }
         calls.append({"p2pclient": False, "hivemind_package": name, **options})
     return calls
 

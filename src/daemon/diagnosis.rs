@@ -48,8 +48,47 @@ const HINTS: [(&str, &str); 21] = [
     ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
 ];
 
+/// The last part of the output, in which the cause is looked for: it has to be found while a start
+/// is awaited, and the output may be large.
+const END: usize = 64 << 10;
+
+/// How many characters of a line are shown.
+const LINE: usize = 500;
+
+/// The line with which Go ends for lack of a thread, and how the one begins that has the reason.
+const NO_THREAD: &str = "fatal error: newosproc";
+const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
+
+/// The error of the operating system that these words of a daemon stand for, if they do.
+fn of_system(words: &str) -> Option<io::Error> {
+    const EMFILE: i32 = 24;
+    let words = words.to_lowercase();
+    let has = |part: &str| words.contains(part);
+    Some(
+        if has("out of memory") || has("cannot allocate memory") || has("errno=12)") {
+            ErrorKind::OutOfMemory.into()
+        } else if has("newosproc")
+            || has("failed to create new os thread")
+            || has("pthread_create failed")
+            || has("cannot fork")
+        {
+            ErrorKind::WouldBlock.into()
+        } else if has("no space left on device") {
+            ErrorKind::StorageFull.into()
+        } else if has("too many open files") {
+            io::Error::from_raw_os_error(EMFILE)
+        } else {
+            return None;
+        },
+    )
+}
+
 /// What to do about a cause that [`diagnose`] told, in one line.
 pub(crate) fn hint(cause: &str) -> Option<&'static str> {
+    // First, since what the system refuses a daemon is not the daemon's fault, nor an address's.
+    if let Some(hint) = of_system(cause).and_then(|error| hint_of_system(cause, &error)) {
+        return Some(hint);
+    }
     let known = HINTS.iter().find(|(words, _)| cause.contains(words));
     known.map(|(_, hint)| *hint)
 }
@@ -133,6 +172,34 @@ impl Startup {
     }
 }
 
+/// Whether a daemon has printed that it has started, and its peer id if it did: what
+/// [`Startup::read`] says, but quick on a large output, as it is asked again and again.
+#[cfg_attr(not(feature = "process"), allow(dead_code))]
+pub(crate) fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
+    // A last line without its newline may still grow.
+    let lines = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
+    let peer_id = last_line(lines, "Peer ID: ").and_then(|line| line.strip_prefix("Peer ID: "));
+    let started = || last_line(lines, "daemon has started") == Some("daemon has started");
+    (peer_id.is_some() || started(), peer_id)
+}
+
+/// The last part of an output.
+pub(crate) fn end_of(output: &str) -> &str {
+    let mut begin = output.len().saturating_sub(END);
+    while !output.is_char_boundary(begin) {
+        begin += 1;
+    }
+    &output[begin..]
+}
+
+/// A line, cut where it is too long to be shown.
+pub(crate) fn shortened(line: &str) -> String {
+    match line.char_indices().nth(LINE) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.into(),
+    }
+}
+
 /// The lines of the output worth showing: the last `limit` ones, without the list of flags that
 /// Go prints after the line that says which one was wrong.
 pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
@@ -160,11 +227,24 @@ pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
 /// assert_eq!(cause, "127.0.0.1:4001 is already in use");
 /// ```
 pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Option<String> {
-    let lines = excerpt(output, usize::MAX);
+    let lines = excerpt(end_of(output), usize::MAX);
     let told = lines
         .iter()
         .rev()
         .find_map(|line| known(without_time(line), arguments));
+    // The goroutines that Go lists after these may take more than the end.
+    let crash = || {
+        ["fatal error: ", "panic: "]
+            .iter()
+            .find_map(|words| last_line(output, words))
+    };
+    let told = told.or_else(|| crash().map(shortened));
+    if told.as_deref() == Some(NO_THREAD) {
+        let why = last_line(output, NO_THREAD_WHY).and_then(|line| line.strip_prefix("runtime: "));
+        return Some(why.map_or(NO_THREAD.into(), |why| {
+            format!("{NO_THREAD}: {}", shortened(why))
+        }));
+    }
     told.or_else(|| match status {
         None => {
             let peers = option(arguments, "bootstrapPeers")?;
@@ -180,23 +260,31 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
             // Go's `log.Fatal` is the last thing a daemon says.
             let last = lines.last()?;
             let message = without_time(last);
-            (message != *last).then(|| message.into())
+            (message != *last || of_system(message).is_some()).then(|| shortened(message))
         }
     })
+}
+
+/// The last line of the output that begins with these words.
+fn last_line<'a>(output: &'a str, words: &str) -> Option<&'a str> {
+    let mut found = output.rmatch_indices(words).map(|(begin, _)| begin);
+    let begin = found.find(|&begin| begin == 0 || output[..begin].ends_with('\n'))?;
+    output[begin..].lines().next().map(str::trim_end)
 }
 
 /// The cause, if this is a message whose meaning is known.
 fn known(message: &str, arguments: &[String]) -> Option<String> {
     let lower = message.to_lowercase();
     if let Some(flag) = message.strip_prefix("flag provided but not defined: ") {
-        return Some(format!("this daemon has no option {flag}"));
+        return Some(format!("this daemon has no option {}", shortened(flag)));
     }
     if message.starts_with("invalid value ") && message.contains(" for flag ")
         || message.starts_with("failed to parse multiaddr")
         || message.starts_with("panic: ")
-        || message.starts_with("fatal error: ")
+        || lower.starts_with("fatal error: ")
+        || message.contains("pthread_create failed")
     {
-        return Some(message.into());
+        return Some(shortened(message));
     }
     if lower.contains("exec format error") || lower.contains("cannot execute binary file") {
         let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
@@ -228,13 +316,7 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
         // What Node says of an error that nobody caught: "TypeError: …", or plainly "Error: …".
         let (kind, rest) = message.split_once(": ")?;
         let is_error = kind.ends_with("Error") && kind.chars().all(|c| c.is_ascii_alphabetic());
-        is_error.then(|| {
-            if kind == "Error" {
-                rest.into()
-            } else {
-                message.into()
-            }
-        })
+        is_error.then(|| shortened(if kind == "Error" { rest } else { message }))
     })
 }
 
@@ -255,6 +337,7 @@ fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
         || message.contains("expected ed25519 data size")
         || message.contains("asn1:")
         || message.contains("x509:");
+    let message = shortened(message);
     not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
 }
 
@@ -286,7 +369,7 @@ fn of_listening(message: &str) -> Option<String> {
     } else if why.starts_with("invalid argument") && what.starts_with('/') {
         format!("{what} is too long for the path of a socket")
     } else {
-        format!("cannot listen on {what}: {why}")
+        shortened(&format!("cannot listen on {what}: {why}"))
     })
 }
 
@@ -522,6 +605,97 @@ mod tests {
         }
         assert!(hint(&diagnose("", None, &arguments).unwrap()).is_some());
         assert_eq!(hint("can't have autorelay enabled"), None);
+    }
+
+    #[test]
+    fn what_the_system_refuses_the_daemon_is_not_blamed_on_the_daemon() {
+        let no_thread = |number| {
+            format!(
+                "runtime: failed to create new OS thread (have 5 already; errno={number})\n\
+                 runtime: may need to increase max user processes (ulimit -u)\n\
+                 fatal error: newosproc\n\ngoroutine 1 [running]:\nmain.main()"
+            )
+        };
+        let time = "2026/11/21 04:24:53";
+        for (output, expected) in [
+            (no_thread(11), "ulimit -u"),
+            (no_thread(12), "free some memory"),
+            ("fatal error: newosproc".into(), "ulimit -u"),
+            (
+                "runtime/cgo: pthread_create failed: Resource temporarily unavailable\n\
+                 SIGABRT: abort\nPC=0x1 m=0 sigcode=0"
+                    .into(),
+                "ulimit -u",
+            ),
+            ("p2pd: 3: Cannot fork".into(), "ulimit -u"),
+            (
+                "fatal error: runtime: out of memory".into(),
+                "free some memory",
+            ),
+            (
+                "FATAL ERROR: Reached heap limit Allocation failed - JavaScript heap out of memory"
+                    .into(),
+                "free some memory",
+            ),
+            (
+                "fatal error: runtime: cannot allocate memory".into(),
+                "free some memory",
+            ),
+            (
+                "panic: write /d/key: no space left on device".into(),
+                "free some space",
+            ),
+            (
+                format!("{time} write /d/key: no space left on device"),
+                "free some space",
+            ),
+            (
+                format!("{time} listen tcp4 127.0.0.1:1: bind: too many open files"),
+                "ulimit -n",
+            ),
+            (
+                format!("{time} failed to listen: [listen tcp4 :0: socket: too many open files]"),
+                "ulimit -n",
+            ),
+            ("panic: pipe: too many open files".into(), "ulimit -n"),
+        ] {
+            let cause = cause(&format!("before\n{output}\n"), &[]);
+            let cause = cause.unwrap_or_else(|| panic!("none for {output}"));
+            let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));
+            assert!(hint.contains(expected), "{cause}: {hint}");
+        }
+        assert_eq!(
+            cause(&no_thread(11), &[]).unwrap(),
+            "fatal error: newosproc: failed to create new OS thread (have 5 already; errno=11)"
+        );
+    }
+
+    #[test]
+    fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
+        let noise = "goroutine 7 [chan receive]:\n".repeat(END / 20);
+        let early = format!("this daemon\nflag provided but not defined: -nope\n{noise}");
+        assert_eq!(cause(&early, &[]), None);
+        let late = format!("{noise}flag provided but not defined: -nope\n");
+        assert_eq!(
+            cause(&late, &[]).unwrap(),
+            "this daemon has no option -nope"
+        );
+        for (crash, expected) in [
+            (
+                "fatal error: all goroutines are asleep",
+                "fatal error: all goroutines are asleep",
+            ),
+            ("no panic: here\npanic: this", "panic: this"),
+            (
+                "runtime: failed to create new OS thread (errno=11)\nfatal error: newosproc",
+                "fatal error: newosproc: failed to create new OS thread (errno=11)",
+            ),
+        ] {
+            let output = format!("Peer ID: QmA\n{crash}\n\n{noise}");
+            assert_eq!(cause(&output, &[]).unwrap(), expected);
+        }
+        let letters = format!("a{}", "€".repeat(END));
+        assert_eq!(end_of(&letters).chars().count(), END / 3);
     }
 
     #[test]

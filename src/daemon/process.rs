@@ -25,7 +25,7 @@ use super::start::{self, DaemonError, StartError};
 use crate::core::multiaddr::{Endpoint, Host};
 use crate::core::{Multiaddr, PeerId};
 use crate::sockets::{self, Failed};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, PipeWriter, Write as _};
 use std::net::TcpListener;
 use std::ops::Range;
@@ -123,7 +123,7 @@ enum Phase {
     /// What a wrapper has left, which may hold the control socket.
     #[cfg(unix)]
     Socket,
-    /// The janitor, which is killed.
+    /// The janitor, which is killed unless there is something left for it to remove.
     #[cfg(unix)]
     Janitor,
     Over,
@@ -462,7 +462,7 @@ impl Process {
     #[cfg_attr(not(feature = "python"), allow(dead_code))]
     pub(crate) fn pause(&self) {
         if self.owned() {
-            self.output.stop_draining();
+            self.output.pause();
         }
     }
 
@@ -514,14 +514,14 @@ impl Process {
                     self.output.close();
                     // Before the files go: from now on it is had from here.
                     let _ = self.last_output.set(self.output.tail(0));
-                    let _ = fs::remove_dir_all(&self.directory);
+                    let _ = sockets::remove_directory(&self.directory);
                     #[cfg(unix)]
                     let next = Phase::Socket;
                     #[cfg(not(unix))]
                     let next = Phase::Over;
                     #[cfg(not(unix))]
                     if let Some(socket) = &self.socket {
-                        let _ = fs::remove_file(socket);
+                        let _ = std::fs::remove_file(socket);
                     }
                     next
                 }
@@ -529,7 +529,7 @@ impl Process {
                 Phase::Socket if self.end_socket() || waited >= LEFT_BEHIND => Phase::Janitor,
                 // After the files: should this process be killed meanwhile, it removes them.
                 #[cfg(unix)]
-                Phase::Janitor if self.janitor.dismiss() || waited >= LAST_WAIT => {
+                Phase::Janitor if self.end_janitor() || waited >= LAST_WAIT => {
                     self.janitor.cut_lifeline();
                     Phase::Over
                 }
@@ -563,6 +563,18 @@ impl Process {
             let _ = sockets::remove_stale(socket);
             socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
         })
+    }
+
+    /// Ends the janitor; whether it has ended.
+    #[cfg(unix)]
+    fn end_janitor(&self) -> bool {
+        // It could not be removed if no descriptor was left. The janitor has its own.
+        let left = self.directory.symlink_metadata().is_ok();
+        if left && sockets::remove_directory(&self.directory).is_err() {
+            self.janitor.finish()
+        } else {
+            self.janitor.dismiss()
+        }
     }
 
     /// Lets go of what tells the janitor that this process lives. For a forked child, in which it
@@ -797,6 +809,7 @@ mod tests {
     use rustix::process::{kill_process, Pid, Signal};
     use socket2::{Domain, SockAddr, Socket, Type};
     use std::cell::RefCell;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixListener;
     use std::process::Command;
@@ -1200,6 +1213,50 @@ mod tests {
         process.ending.lock().unwrap().begun = Some(Instant::now());
         let error = process.spawn().unwrap_err();
         assert_eq!(error.cause.as_deref(), Some("it was stopped"));
+    }
+
+    /// The test starts itself, as the process that has no descriptor left.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn no_file_is_left_though_no_descriptor_is() {
+        use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
+        const IN_CHILD: &str = "P2PCLIENT_RS_TEST_DESCRIPTORS";
+        if std::env::var_os(IN_CHILD).is_some() {
+            let before = getrlimit(Resource::Nofile);
+            let limit = |current| {
+                let limit = Rlimit { current, ..before };
+                setrlimit(Resource::Nofile, limit).unwrap();
+            };
+            for kind in KINDS.iter().copied() {
+                limit(before.current);
+                let options = DaemonOptions::default();
+                let process =
+                    Process::prepare_with("/bin/sh".into(), &options, None, kind).unwrap();
+                fs::create_dir(process.directory.join("more")).unwrap();
+                fs::write(process.directory.join("more/file"), "").unwrap();
+                limit(Some(0));
+                assert!(fs::remove_dir_all(&process.directory).is_err());
+                process.destroy();
+                assert!(!process.directory.exists());
+                assert!(!exists(process.janitor_pid()));
+            }
+            let directory = sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
+            let path = directory.path().to_owned();
+            assert!(path.exists());
+            drop(directory);
+            assert!(!path.exists());
+            limit(before.current);
+            return;
+        }
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "no_file_is_left_though_no_descriptor_is",
+                "--test-threads=1",
+            ])
+            .env(IN_CHILD, "")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
     }
 
     /// The test starts itself, as the process that is to be killed.

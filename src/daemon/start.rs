@@ -2,7 +2,10 @@
 //!
 //! Without I/O: what the daemon has printed and answered comes from the driver.
 
-use super::diagnosis::{diagnose, excerpt, hint, hint_of_system, Startup, TOO_SLOW, UNCONNECTED};
+use super::diagnosis::{
+    diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
+    UNCONNECTED,
+};
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use crate::core::PeerId;
@@ -198,8 +201,8 @@ impl StartError {
 }
 
 fn last_lines(output: &str) -> Vec<String> {
-    let lines = excerpt(output, LOG_LINES);
-    lines.into_iter().map(str::to_owned).collect()
+    let lines = excerpt(end_of(output), LOG_LINES);
+    lines.into_iter().map(shortened).collect()
 }
 
 /// Words of a daemon that may go over several lines.
@@ -225,13 +228,12 @@ pub(crate) fn must_say_so(options: &DaemonOptions) -> bool {
 /// if it is.
 #[cfg_attr(not(feature = "process"), allow(dead_code))]
 pub(crate) fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
-    let startup = Startup::read(output);
+    let (started, own) = said_to_have_started(output);
     let answering = peer_id.to_string();
-    if startup.peer_id.is_some_and(|own| own != answering) {
+    if own.is_some_and(|own| own != answering) {
         return Some(format!("another daemon, {answering}, answers in its place"));
     }
-    (must_say_so && !startup.started)
-        .then(|| "it answers, but has not printed that it has started".into())
+    (must_say_so && !started).then(|| "it answers, but has not printed that it has started".into())
 }
 
 /// What an exit status, negative for a signal, says in words.
@@ -292,6 +294,12 @@ mod tests {
         assert_eq!(doubted("", false), None);
         assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
         assert_eq!(doubted("daemon has started\n", true), None);
+        let noisy = format!(
+            "Peer ID: QmOther\nPeer ID: {PEER}\n{}",
+            "no\n".repeat(300_000)
+        );
+        assert_eq!(doubted(&noisy, true), None);
+        assert_eq!(doubted("Peer ID: half", false), None);
     }
 
     #[test]
@@ -303,6 +311,8 @@ mod tests {
         );
         let early = doubted(&format!("Peer ID: {PEER}"), true).unwrap();
         assert!(early.contains("has not printed"), "{early}");
+        assert!(doubted("daemon has started", true).is_some());
+        assert!(doubted("the daemon has started\n", true).is_some());
     }
 
     #[test]
@@ -344,6 +354,22 @@ mod tests {
              2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n  \
              hint: choose a port from 1024 on, or a path in a directory that this user can write to"
         );
+    }
+
+    #[test]
+    fn a_long_line_is_cut() {
+        // Three bytes each.
+        let output = format!("{}\n{}\n", "…".repeat(500), "€".repeat(300_000));
+        for error in [
+            StartError::not_ready(command(&["p2pd"]), &output, Some(1), 30.0, None),
+            StartError::died(command(&["p2pd"]), &output, Some(1)),
+        ] {
+            assert_eq!(error.logs, [format!("{}…", "€".repeat(500))]);
+        }
+        let output = format!("short\n{}\npanic: {}\n", "…".repeat(500), "€".repeat(9000));
+        let error = StartError::not_ready(command(&["p2pd"]), &output, Some(2), 30.0, None);
+        assert_eq!(error.logs[..2], ["short".into(), "…".repeat(500)]);
+        assert_eq!(error.cause.unwrap(), format!("panic: {}…", "€".repeat(493)));
     }
 
     #[test]

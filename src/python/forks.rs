@@ -44,7 +44,7 @@ impl Gate {
                 self.0.fetch_sub(1, Ordering::SeqCst);
             }
         }
-        // A finalizer may run in a thread that is about to fork, which nobody else lets go on.
+        // A finalizer can run in the thread that forks, and must not wait for that fork.
         if is_forking() {
             return work();
         }

@@ -145,6 +145,16 @@ impl Janitor {
         ended
     }
 
+    /// Has it do its work. Returns whether it has ended; to be called again until then.
+    pub(super) fn finish(&self) -> bool {
+        self.cut_lifeline();
+        let ended = !matches!(self.child.has_ended(), Ok(false));
+        if ended {
+            self.child.reap();
+        }
+        ended
+    }
+
     pub(super) fn cut_lifeline(&self) {
         match self.lifeline.try_lock() {
             Ok(mut lifeline) => *lifeline = None,

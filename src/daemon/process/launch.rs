@@ -261,11 +261,9 @@ fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(-1)
 }
 
-/// Calls what makes a child with all signals blocked, and so blocked in the child. Returns the
-/// child's process id.
-#[cfg(target_os = "linux")]
+/// Calls what makes a child or a thread with all signals blocked, and so blocked in that too.
 #[allow(unsafe_code)]
-pub(super) fn with_signals_blocked(make: impl FnOnce() -> c_int) -> io::Result<c_int> {
+pub(super) fn with_signals_blocked<T>(make: impl FnOnce() -> T) -> T {
     // SAFETY: the mask is this thread's; the sets are filled before they are read.
     let before = unsafe {
         let [mut all, mut before]: [libc::sigset_t; 2] = mem::zeroed();
@@ -273,12 +271,17 @@ pub(super) fn with_signals_blocked(make: impl FnOnce() -> c_int) -> io::Result<c
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
         before
     };
-    let pid = make();
-    let failed = io::Error::last_os_error();
+    let made = make();
     // SAFETY: as above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, ptr::null_mut()) };
+    made
+}
+
+/// The child's process id, unless none was made.
+#[cfg(target_os = "linux")]
+pub(super) fn child_made(pid: c_int) -> io::Result<c_int> {
     if pid < 0 {
-        return Err(failed);
+        return Err(io::Error::last_os_error());
     }
     Ok(pid)
 }
@@ -305,9 +308,10 @@ fn start(mut body: Body) -> Result<c_int, NotStarted> {
     // SAFETY: with CLONE_VFORK this thread stands still until the child has executed the program
     // or ended, so that the stack and what `body` points to are the child's until then; the stack
     // is many times what it needs, and no signal handler runs on it, as all are blocked.
-    let pid =
-        with_signals_blocked(|| unsafe { libc::clone(child, top.cast(), flags, body_of_child) })
-            .map_err(NotStarted::Process)?;
+    let pid = with_signals_blocked(|| unsafe {
+        child_made(libc::clone(child, top.cast(), flags, body_of_child))
+    })
+    .map_err(NotStarted::Process)?;
     // SAFETY: it is there. Volatile, as nothing else says that another has written it.
     match unsafe { (&raw const body.error).read_volatile() } {
         0 => Ok(pid),

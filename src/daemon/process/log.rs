@@ -7,16 +7,16 @@
 //! `log` holds the newest output. Once it is full, it is renamed to `log.1`, replacing the previous
 //! one.
 
-use crate::sockets::Failed;
+#[cfg(unix)]
+use super::launch::with_signals_blocked;
+use crate::sockets::{words_of, Failed};
 use std::fs::{self, File};
 use std::io::{
     self, ErrorKind, PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _,
 };
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
-#[cfg(target_os = "linux")]
 use std::time::{Duration, Instant};
 
 /// The size of each of the two files, and of what [`Log::tail`] returns, in bytes.
@@ -31,13 +31,24 @@ const BUDGET: usize = 2 << 20;
 const PIPE_SIZE: usize = 1 << 20;
 /// In bytes.
 const STACK_SIZE: usize = 64 * 1024;
+/// How long [`Log::retry`] keeps to a pause. A hook after a fork may have failed, and nobody would
+/// end the pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) struct Log {
     store: Arc<Mutex<Store>>,
-    drainer: Mutex<Option<Drainer>>,
-    /// Whether the thread is missing.
-    stalled: AtomicBool,
+    /// Locked before the store.
+    draining: Mutex<Draining>,
+}
+
+#[derive(Debug, Default)]
+struct Draining {
+    drainer: Option<Drainer>,
+    /// How many forks are in progress.
+    pauses: u32,
+    /// When the last pause began.
+    paused: Option<Instant>,
 }
 
 impl Log {
@@ -53,15 +64,16 @@ impl Log {
                 end: 0,
                 lost: None,
             })),
-            drainer: Mutex::new(None),
-            stalled: AtomicBool::new(false),
+            draining: Mutex::default(),
         }
     }
 
     /// Prepares another run. Returns the pipe for the daemon's output, and the position at which
     /// that output begins.
     pub(super) fn begin_run(&self) -> Result<(PipeWriter, u64), Failed> {
-        self.stop_draining();
+        // Held throughout: a thread that was started meanwhile would wait for the last run's pipe.
+        let mut draining = self.draining();
+        draining.stop();
         let (source, writer) = io::pipe().map_err(Failed::at(|| {
             "cannot create a pipe for the daemon's output"
         }))?;
@@ -75,48 +87,54 @@ impl Log {
         // Optional: a user's pipes have a limit on their total size.
         let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
         let begin = self.store().begin_run(source)?;
-        self.start_draining().map_err(Failed::at(|| {
+        draining.start(&self.store).map_err(Failed::at(|| {
             "cannot start a thread for the daemon's output"
         }))?;
         Ok((writer, begin))
     }
 
-    /// Starts the thread, if there is output to come and none runs.
-    fn start_draining(&self) -> io::Result<()> {
-        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
-        if drainer.is_none() {
-            let source = self.store().source.clone();
-            *drainer = source
-                .map(|source| Drainer::start(&self.store, source))
-                .transpose()?;
-        }
-        Ok(())
+    /// Ends the thread until [`resume`](Self::resume). What the daemon prints meanwhile stays in
+    /// the pipe. Pauses add up, for several threads may fork at once.
+    pub(super) fn pause(&self) {
+        let mut draining = self.draining();
+        draining.pauses += 1;
+        draining.paused = Some(Instant::now());
+        draining.stop();
     }
 
-    /// Ends the thread. What the daemon prints meanwhile stays in the pipe.
-    pub(super) fn stop_draining(&self) {
-        let mut drainer = self.drainer.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(drainer) = drainer.take() {
-            drainer.stop();
-        }
-    }
-
-    /// As [`start_draining`](Self::start_draining). If that fails, [`retry`](Self::retry) tries
-    /// again.
+    /// Undoes a [`pause`](Self::pause). If the thread cannot be started, [`retry`](Self::retry)
+    /// tries again.
     pub(super) fn resume(&self) {
-        self.stalled
-            .store(self.start_draining().is_err(), Ordering::Relaxed);
+        let mut draining = self.draining();
+        draining.pauses = draining.pauses.saturating_sub(1);
+        if draining.pauses == 0 {
+            let _ = draining.start(&self.store);
+        }
     }
 
+    /// Starts the thread if it is missing, whatever became of it: without it, the daemon blocks
+    /// when the pipe is full.
     pub(super) fn retry(&self) {
-        if self.stalled.load(Ordering::Relaxed) {
-            self.resume();
+        let mut draining = match self.draining.try_lock() {
+            Ok(draining) => draining,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            // Another thread is at it.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        if draining.pauses > 0 {
+            let recent = |begun: Instant| begun.elapsed() < LONGEST_PAUSE;
+            if draining.paused.is_some_and(recent) {
+                return;
+            }
+            draining.pauses = 0;
         }
+        let _ = draining.start(&self.store);
     }
 
     /// Ends the thread, stores the rest of the pipe, and closes all files.
     pub(super) fn close(&self) {
-        self.stop_draining();
+        let mut draining = self.draining();
+        draining.stop();
         let mut store = self.store();
         store.drain();
         store.source = None;
@@ -144,7 +162,36 @@ impl Log {
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.store)
+    }
+
+    fn draining(&self) -> MutexGuard<'_, Draining> {
+        lock(&self.draining)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Draining {
+    /// Starts the thread, if there is output to come and none runs.
+    fn start(&mut self, store: &Arc<Mutex<Store>>) -> io::Result<()> {
+        if self.drainer.as_ref().is_some_and(Drainer::runs) {
+            return Ok(());
+        }
+        let source = lock(store).source.clone();
+        if let Some(source) = source {
+            self.drainer = None;
+            self.drainer = Some(Drainer::start(store, source)?);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        if let Some(drainer) = self.drainer.take() {
+            drainer.stop();
+        }
     }
 }
 
@@ -169,12 +216,15 @@ impl Drainer {
         let (name, named) = std::sync::mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name("p2pd-log".into())
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
+            .stack_size(STACK_SIZE);
+        // The program's signals are not for this thread: a program may block one to wait for it.
+        let thread = with_signals_blocked(|| {
+            thread.spawn(move || {
                 #[cfg(target_os = "linux")]
                 let _ = name.send(rustix::thread::gettid());
                 drain(&store, &source, &stopped);
-            })?;
+            })
+        })?;
         #[cfg(target_os = "linux")]
         let task = named.recv().map_or_else(
             |_| PathBuf::new(),
@@ -200,6 +250,12 @@ impl Drainer {
             thread,
             owner: std::process::id(),
         })
+    }
+
+    /// Whether it runs, or need not run any more.
+    fn runs(&self) -> bool {
+        // Elsewhere than on unix, it ends with the output only.
+        cfg!(not(unix)) || !self.thread.is_finished()
     }
 
     fn stop(self) {
@@ -241,7 +297,7 @@ fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
         if !files[1].revents().is_empty() {
             return;
         }
-        let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut store = lock(store);
         if !files[0].revents().is_empty() && store.drain() {
             return;
         }
@@ -256,7 +312,7 @@ fn drain(store: &Mutex<Store>, mut source: &PipeReader) {
         match source.read(&mut buffer) {
             Ok(0) => return,
             Ok(length) => {
-                let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut store = lock(store);
                 store.append(&buffer[..length]);
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -377,12 +433,14 @@ impl Store {
         }
         // Closed first: elsewhere than on unix, an open file cannot be renamed.
         self.file = None;
-        if let Err(error) = fs::rename(&self.path, older(&self.path)) {
-            if error.kind() != ErrorKind::NotFound {
-                return Err(error);
-            }
+        match fs::rename(&self.path, older(&self.path)) {
+            Ok(()) => (self.oldest, self.begin) = (self.begin, self.end),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            // It was renamed before, and then another one could not be created.
+            Err(_) if self.begin == self.end => {}
+            // Somebody removed it: what follows does not continue `log.1`.
+            Err(_) => (self.oldest, self.begin) = (self.end, self.end),
         }
-        (self.oldest, self.begin) = (self.begin, self.end);
         let created = File::options()
             .create(true)
             .append(true)
@@ -415,6 +473,7 @@ impl Store {
 
     fn note_what_is_lost(&self, data: &mut Vec<u8>) {
         if let Some(Lost { bytes, error }) = &self.lost {
+            let error = words_of(error);
             let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
             if data.last().is_some_and(|last| *last != b'\n') {
                 data.push(b'\n');
@@ -494,6 +553,11 @@ mod tests {
         }
     }
 
+    fn task(log: &Log) -> Option<PathBuf> {
+        let draining = log.draining();
+        draining.drainer.as_ref().map(|one| one.task.clone())
+    }
+
     #[test]
     fn files_stay_within_the_bound_and_keep_the_newest_output() {
         let (directory, log) = log();
@@ -518,7 +582,7 @@ mod tests {
     fn output_is_there_when_the_writer_has_closed_though_the_thread_is_late() {
         let (_directory, log) = log();
         let (mut pipe, _) = log.begin_run().unwrap();
-        log.stop_draining();
+        log.pause();
         pipe.write_all(b"last words").unwrap();
         assert_eq!(log.tail(0), (0, b"last words".to_vec()));
         pipe.write_all(b" indeed").unwrap();
@@ -590,6 +654,7 @@ mod tests {
             note.contains("bytes of output could not be stored: "),
             "{note}"
         );
+        assert!(!note.contains("os error"), "{note}");
         assert!(size(&directory) <= 2 * LIMIT);
     }
 
@@ -597,16 +662,9 @@ mod tests {
     fn the_thread_ends_with_the_output_and_when_stopped() {
         let (_directory, log) = log();
         let (pipe, _) = log.begin_run().unwrap();
-        let task = |log: &Log| {
-            log.drainer
-                .lock()
-                .unwrap()
-                .as_ref()
-                .map(|one| one.task.clone())
-        };
         let first = task(&log).unwrap();
         assert!(first.exists());
-        log.stop_draining();
+        log.pause();
         assert!(!first.exists() && task(&log).is_none());
         log.resume();
         let second = task(&log).unwrap();
@@ -615,5 +673,85 @@ mod tests {
         until(|| !second.exists());
         log.close();
         assert!(task(&log).is_none());
+    }
+
+    #[test]
+    fn a_thread_that_is_missing_is_started_again_but_not_during_a_fork() {
+        let (_directory, log) = log();
+        let (mut pipe, _) = log.begin_run().unwrap();
+        // As two threads fork.
+        log.pause();
+        log.pause();
+        log.retry();
+        log.resume();
+        log.retry();
+        assert!(task(&log).is_none());
+        log.resume();
+        assert!(task(&log).unwrap().exists());
+        // Nobody resumes.
+        log.pause();
+        log.draining().paused = Instant::now().checked_sub(LONGEST_PAUSE);
+        log.retry();
+        let first = task(&log).unwrap();
+        assert!(first.exists());
+        log.retry();
+        assert_eq!(task(&log), Some(first.clone()));
+        // It ends by itself, though there is output to come.
+        let source = log.store().source.take();
+        pipe.write_all(b"x").unwrap();
+        until(|| !first.exists());
+        log.store().source = source;
+        log.retry();
+        let second = task(&log).unwrap();
+        assert!(second.exists());
+        pipe.write_all(b"y").unwrap();
+        drop(pipe);
+        until(|| !second.exists());
+        assert_eq!(log.tail(0), (0, b"xy".to_vec()));
+        // There is no more to come.
+        log.retry();
+        assert_eq!(task(&log), Some(second));
+    }
+
+    #[test]
+    fn the_thread_takes_no_signal() {
+        let (_directory, log) = log();
+        let blocked = |task: &Path| {
+            let status = fs::read_to_string(task.join("status")).unwrap();
+            let mut lines = status.lines();
+            let mask = lines.find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+            u64::from_str_radix(mask.trim(), 16).unwrap()
+        };
+        let before = blocked(Path::new("/proc/thread-self"));
+        let _pipe = log.begin_run().unwrap();
+        assert_eq!(blocked(Path::new("/proc/thread-self")), before);
+        // Of those below the real-time signals, nobody can block these.
+        let standard = (1 << 31) - 1;
+        let unblockable = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+        let mask = blocked(&task(&log).unwrap()) & standard;
+        assert_eq!(mask, standard & !unblockable);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_created_leaves_the_older_one() {
+        let (directory, log) = log();
+        let _pipe = log.begin_run().unwrap();
+        let path = directory.path().join("log");
+        let mut store = log.store();
+        store.append(&vec![b'a'; LIMIT as usize]);
+        // As if `log` had been renamed, and another one not been created.
+        store.file = None;
+        fs::rename(&path, older(&path)).unwrap();
+        (store.oldest, store.begin) = (store.begin, store.end);
+        store.append(b"bc");
+        let (begin, data) = store.read(LIMIT - 1, 10);
+        assert_eq!((begin, &*data), (LIMIT - 1, &b"abc"[..]));
+        assert_eq!(store.read(0, 10), (0, vec![b'a'; 10]));
+        // One that somebody removed is missing, and nothing else is taken for it.
+        store.append(&vec![b'd'; LIMIT as usize - 2]);
+        fs::remove_file(&path).unwrap();
+        store.append(b"ef");
+        assert_eq!(store.read(0, 10), (2 * LIMIT, b"ef".to_vec()));
+        assert_eq!(fs::read(&path).unwrap(), b"ef");
     }
 }

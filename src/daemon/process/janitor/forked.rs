@@ -4,11 +4,17 @@
 //! system calls: no allocation, no lock, no panic, nothing of Python's. All signals are blocked.
 //!
 //! A copy also keeps this process's memory as it was at the fork: each page that this process then
-//! writes to would be there twice. So the child first unmaps all large private and shared regions,
-//! but its own stack; it finds them in `/proc/self/maps`.
+//! writes to would be there twice. So the child first unmaps the large regions, which it finds in
+//! `/proc/self/maps`: those without a file, and those shared with others. Small regions stay, and so
+//! do files that are mapped privately, as libraries are.
+//!
+//! The variables of a library that are zero at first are in a region without a file, right behind
+//! the library's file. The kernel may have made one region of that and a large one above it. So the
+//! beginning of such a region stays. From then on the child makes system calls by rustix alone, which
+//! makes them without libc, wherever it can: libc's functions may look at variables of libc's.
 
 use super::super::launch::{self, Child};
-use rustix::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
+use rustix::fd::{AsFd as _, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd, RawFd};
 use rustix::fs::{self, AtFlags, Mode, OFlags, RawDir, CWD};
 use rustix::io::Errno;
 use rustix::process::{self, Pid, Signal};
@@ -24,7 +30,7 @@ use std::ptr;
 const STACK_SIZE: usize = 256 * 1024;
 /// The directories within directories that are removed.
 const DEPTH: u32 = 16;
-/// Regions of this size on are unmapped, in bytes. Libraries' own data is smaller.
+/// Regions of this size on are unmapped, in bytes. Libraries' own variables take less.
 const LARGE: usize = 1 << 20;
 /// The descriptors that are closed where they cannot be closed all at once.
 const CLOSED_ONE_BY_ONE: RawFd = 1 << 16;
@@ -70,7 +76,9 @@ pub(super) fn fork(reader: &PipeReader, writer: &PipeWriter, files: &[&Path]) ->
         stack.start.cast::<Body>().write(body);
         let begin = stack.start.cast::<u8>().add(mem::size_of::<Body>());
         ptr::copy_nonoverlapping(paths.as_ptr(), begin, paths.len());
-        launch::with_signals_blocked(|| libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
+        launch::with_signals_blocked(|| {
+            launch::child_made(libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
+        })
     }?;
     Child::new(pid)
 }
@@ -129,8 +137,9 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     let _ = process::chdir(c"/");
     let _ = thread::set_name(c"p2pd-janitor");
     close_all_but(body.reader, body.writer);
-    // SAFETY: what this child needs from now on is in small regions, in those of its stack and its
-    // thread's variables, and in files.
+    // SAFETY: what this child needs from now on is in its stack, in its thread's variables, and in
+    // programs and libraries: in their files, which are mapped privately, and in the variables
+    // behind them. All that stays.
     unsafe { unmap_large_regions(&[body as *const Body as usize, body.thread]) };
     // SAFETY: it was open at the fork, and is left open.
     let reader = unsafe { BorrowedFd::borrow_raw(body.reader) };
@@ -143,7 +152,7 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
         remove(CWD, path, DEPTH);
         paths = paths.get(path.count_bytes() + 1..).unwrap_or_default();
     }
-    // SAFETY: it ends this process, with nothing of its parent's done.
+    // SAFETY: it ends this process, with nothing of its parent's done. It is but a system call.
     unsafe { libc::_exit(0) }
 }
 
@@ -170,7 +179,8 @@ fn close_all_but(kept: RawFd, writer: RawFd) {
     }
 }
 
-/// Unmaps the large regions without a file or shared with others, but those with these addresses.
+/// Unmaps the large regions without a file or shared with others, but those with these addresses,
+/// and but what may be a library's variables.
 ///
 /// # Safety
 /// Nothing in this process may use these regions afterwards.
@@ -184,28 +194,31 @@ unsafe fn unmap_large_regions(kept: &[usize]) {
     let mut region = Region::default();
     loop {
         let length = match rustix::io::read(&maps, &mut buffer) {
+            Ok(0) => break,
             Ok(length) => length,
             Err(Errno::INTR) => continue,
-            Err(_) => return,
+            Err(_) => break,
         };
-        if length == 0 {
-            return;
-        }
         for byte in buffer.iter().take(length) {
             if !region.take(*byte) {
                 continue;
             }
-            let Region { start, end, .. } = region;
-            let free = kept
-                .iter()
-                .all(|address| *address < start || end <= *address);
-            if free && region.is_large() {
+            if let Some((start, end)) = region.unneeded(kept) {
                 // SAFETY: the caller does not use it.
-                unsafe { libc::munmap(start as *mut c_void, end - start) };
+                let _ = unsafe { rustix::mm::munmap(start as *mut c_void, end - start) };
             }
-            region = Region::default();
+            region = region.next();
         }
     }
+    close(maps);
+}
+
+/// Closes it by the system call alone. The standard library calls libc's `close`, which looks at a
+/// variable of libc's.
+#[allow(unsafe_code)]
+fn close(file: OwnedFd) {
+    // SAFETY: it is open, and nobody else closes it.
+    unsafe { rustix::io::close(file.into_raw_fd()) };
 }
 
 /// A line of `/proc/self/maps`: `start-end perms offset device inode path`.
@@ -217,6 +230,8 @@ struct Region {
     end: usize,
     shared: bool,
     of_file: bool,
+    /// The end of the last region of a file that came before.
+    file_end: usize,
 }
 
 impl Region {
@@ -236,8 +251,31 @@ impl Region {
         false
     }
 
-    fn is_large(&self) -> bool {
-        self.end.saturating_sub(self.start) >= LARGE && (self.shared || !self.of_file)
+    /// To take the next line.
+    fn next(&self) -> Self {
+        let file_end = if self.of_file {
+            self.end
+        } else {
+            self.file_end
+        };
+        Region {
+            file_end,
+            ..Region::default()
+        }
+    }
+
+    /// What of it can be unmapped, if no more than these addresses is needed.
+    fn unneeded(&self, kept: &[usize]) -> Option<(usize, usize)> {
+        if self.of_file && !self.shared || self.end.saturating_sub(self.start) < LARGE {
+            return None;
+        }
+        // Behind a file may be the variables of the library in it.
+        let start = match self.start == self.file_end && !self.shared {
+            true => self.start + LARGE,
+            false => self.start,
+        };
+        let needed = |address: &usize| (start..self.end).contains(address);
+        (start < self.end && !kept.iter().any(needed)).then_some((start, self.end))
     }
 }
 
@@ -296,6 +334,7 @@ fn remove(parent: BorrowedFd<'_>, name: &CStr, depth: u32) {
     for _ in 0..10 {
         if let Ok(directory) = fs::openat(parent, name, flags, Mode::empty()) {
             remove_entries(directory.as_fd(), depth);
+            close(directory);
         }
         match fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY | Errno::EXIST) => pause(20),
@@ -312,5 +351,57 @@ fn remove_entries(directory: BorrowedFd<'_>, depth: u32) {
         if name != c"." && name != c".." {
             remove(directory, name, depth - 1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_regions_are_unneeded_but_libraries_and_what_is_behind_them_and_what_is_kept() {
+        const BASE: usize = 0x4000_0000;
+        let maps = "\
+40000000-40100000 rw-p 00000000 00:00 0
+40200000-402ff000 rw-p 00000000 00:00 0 [heap]
+40300000-40500000 rw-p 00000000 00:00 0
+40600000-40a00000 r-xp 00000000 fe:00 326269                     /usr/lib/libc.so.6
+40a00000-40a02000 rw-p 001d3000 fe:00 326269                     /usr/lib/libc.so.6
+40a02000-40f02000 rw-p 00000000 00:00 0
+41000000-41002000 rw-p 00000000 fe:00 10                         /usr/lib/lib 1.so
+41002000-41102000 rw-p 00000000 00:00 0
+41200000-41400000 rw-s 00000000 00:01 1030                       /dev/zero (deleted)
+41400000-41800000 rw-s 00000000 00:00 0
+41800000-41a00000 rw-p 00000000 00:00 0
+";
+        let unneeded = |kept: &[usize]| {
+            let mut region = Region::default();
+            let mut unneeded = Vec::new();
+            for byte in maps.bytes() {
+                if region.take(byte) {
+                    let part = region.unneeded(kept);
+                    unneeded.extend(part.map(|part| [part.0, part.1].map(|at| at - BASE)));
+                    region = region.next();
+                }
+            }
+            unneeded
+        };
+        let all = [
+            [0x0, 0x10_0000],
+            [0x30_0000, 0x50_0000],
+            // Without the variables of libc.
+            [0xb0_2000, 0xf0_2000],
+            [0x120_0000, 0x140_0000],
+            [0x140_0000, 0x180_0000],
+            [0x180_0000, 0x1a0_0000],
+        ];
+        assert_eq!(unneeded(&[]), all);
+        // An address among libc's variables stays anyway.
+        assert_eq!(unneeded(&[BASE + 0xa0_2010, BASE + 0x10_0000]), all);
+        assert_eq!(
+            unneeded(&[BASE + 0xb0_2000, BASE + 0x4f_ffff])[1..],
+            all[3..]
+        );
+        assert_eq!(unneeded(&[BASE])[..], all[1..]);
     }
 }
