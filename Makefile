@@ -14,7 +14,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 # Asked for when a recipe runs, by when it is there.
 P2PD = $$($(BIN)/python tests/get_p2pd.py)
 
-SOURCES := Cargo.toml Cargo.lock pyproject.toml build.rs \
+SOURCES := Cargo.toml Cargo.lock pyproject.toml \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
 .PHONY: demo examples test test-rust test-python test-daemons test-go test-js compatibility \
@@ -109,7 +109,7 @@ deny:
 
 # What crates.io would get, built from that alone.
 package:
-	cargo publish --dry-run --locked
+	cargo publish --workspace --dry-run --locked
 
 # That the crate compiles where these checks do not run.
 platforms:
@@ -119,13 +119,11 @@ platforms:
 	done
 
 lint: $(VENV)/.wheel
-	cargo fmt --check
+	cargo fmt --all --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --features python -- -D warnings
-	cargo clippy --locked --all-targets --no-default-features -- -D warnings
-	cargo clippy --locked --no-default-features --features python -- -D warnings
+	cargo clippy --locked --package p2pclient-rs-python -- -D warnings
+	cargo clippy --locked --package p2pd-manager --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
-	tree=$$(cargo tree --locked --edges normal) && ! echo "$$tree" | grep pyo3
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy python/p2pclient_rs examples benches tests
@@ -134,7 +132,7 @@ lint: $(VENV)/.wheel
 wheel: $(VENV)/.wheel
 
 fmt: $(VENV)/.tools
-	cargo fmt
+	cargo fmt --all
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 

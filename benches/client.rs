@@ -16,9 +16,9 @@ use criterion::{
 };
 use floor_client::{per_call, serve, Calls, Floor, CHUNK};
 use mock_daemon::{MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
-use p2pclient_rs::client::{Client, UnaryCall};
-use p2pclient_rs::core::command::{control::Identify, streams::StreamOpen, Typed as _};
-use p2pclient_rs::core::{multiaddr::Endpoint, Multiaddr, PeerId};
+use p2pd_client::{Client, UnaryCall};
+use p2pd_protocol::command::{control::Identify, streams::StreamOpen, Typed as _};
+use p2pd_protocol::{multiaddr::Endpoint, Multiaddr, PeerId};
 use std::future::Future;
 use std::sync::mpsc;
 use std::thread;

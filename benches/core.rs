@@ -3,11 +3,11 @@
 
 use bytes::{Bytes, BytesMut};
 use criterion::{Criterion, Throughput};
-use p2pclient_rs::core::command::{control, dht, streams, Typed};
-use p2pclient_rs::core::pb::p2pd::{
+use p2pd_protocol::command::{control, dht, streams, Typed};
+use p2pd_protocol::pb::p2pd::{
     self, dht_response, persistent_connection_response as response_to_call, response,
 };
-use p2pclient_rs::core::{
+use p2pd_protocol::{
     framing, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, PeerId, Persistent,
     UnaryEvent, UnaryLimits,
 };

@@ -15,10 +15,8 @@ use mock_daemon::{
     frame_head, FRAMED_SINK, FRAMED_SOURCE, FRAME_BODY, FRAME_HEAD, STREAM_ECHO, STREAM_SOURCE,
     UNARY_ECHO, UNARY_LOAD,
 };
-use p2pclient_rs::core::command::{
-    control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _,
-};
-use p2pclient_rs::core::{Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::command::{control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _};
+use p2pd_protocol::{Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
 use std::io::{self, BufRead, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};

@@ -4,8 +4,8 @@
 
 use crate::mock_daemon::Socket;
 use bytes::BytesMut;
-use p2pclient_rs::core::command::{streams::StreamOpen, unary::Upgrade, Typed as _};
-use p2pclient_rs::core::{EncodedRequest, Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::command::{streams::StreamOpen, unary::Upgrade, Typed as _};
+use p2pd_protocol::{EncodedRequest, Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
 use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread;

@@ -28,14 +28,12 @@
 //! for a connection are queued, and the thread that is writing to it also writes what others add.
 
 use bytes::Bytes;
-use p2pclient_rs::core::command::{
-    connmgr, control, streams, unary::Upgrade, Command, Request as _,
-};
-use p2pclient_rs::core::framing::encode_frame;
-use p2pclient_rs::core::multiaddr::{Endpoint, Host};
-use p2pclient_rs::core::unary::server::{Offered, PersistentServer, ServerEvent, ServerLimits};
-use p2pclient_rs::core::unary::{CallId, Payload, Receiving};
-use p2pclient_rs::core::{
+use p2pd_protocol::command::{connmgr, control, streams, unary::Upgrade, Command, Request as _};
+use p2pd_protocol::framing::encode_frame;
+use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::unary::server::{Offered, PersistentServer, ServerEvent, ServerLimits};
+use p2pd_protocol::unary::{CallId, Payload, Receiving};
+use p2pd_protocol::{
     Error, Identity, Limits, Multiaddr, Output, PeerId, PeerInfo, ServerExchange, StreamInfo,
 };
 use std::cell::RefCell;

@@ -2,8 +2,8 @@
 //!
 //! `cargo run --example daemon_test`, with p2pd in PATH or its path in P2PD_PATH.
 
-use p2pclient_rs::client::Error as ClientError;
 use p2pclient_rs::P2PDaemon;
+use p2pd_client::Error as ClientError;
 use std::error::Error;
 
 #[tokio::main(flavor = "current_thread")]

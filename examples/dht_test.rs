@@ -3,8 +3,8 @@
 //!
 //! `cargo run --example dht_test`, with p2pd in PATH or its path in P2PD_PATH.
 
-use p2pclient_rs::daemon::{Dht, P2PDaemon};
 use p2pclient_rs::Client;
+use p2pd_manager::{Dht, P2PDaemon};
 use sha2::{Digest, Sha256};
 use std::error::Error;
 use std::time::Duration;

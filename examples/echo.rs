@@ -2,8 +2,8 @@
 //!
 //! `cargo run --example echo`, with p2pd in PATH or its path in P2PD_PATH.
 
-use p2pclient_rs::client::{Error as ClientError, IncomingStreams};
 use p2pclient_rs::P2PDaemon;
+use p2pd_client::{Error as ClientError, IncomingStreams};
 use std::error::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

@@ -4,9 +4,9 @@
 //!
 //! `cargo run --example three_nodes`, with p2pd in PATH or its path in P2PD_PATH.
 
-use p2pclient_rs::core::{Multiaddr, PeerId, PeerInfo};
-use p2pclient_rs::daemon::{Dht, P2PDaemon};
 use p2pclient_rs::Client;
+use p2pd_manager::{Dht, P2PDaemon};
+use p2pd_protocol::{Multiaddr, PeerId, PeerInfo};
 use std::error::Error;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};

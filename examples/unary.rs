@@ -3,8 +3,8 @@
 //! `cargo run --example unary`, with hivemind's p2pd in PATH or its path in P2PD_PATH: the others have
 //! no unary calls.
 
-use p2pclient_rs::client::{Client, Error as ClientError, UnaryCall};
 use p2pclient_rs::P2PDaemon;
+use p2pd_client::{Client, Error as ClientError, UnaryCall};
 use std::error::Error;
 
 async fn serve(client: &Client, name: &'static str) -> Result<(), ClientError> {

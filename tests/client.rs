@@ -1,6 +1,6 @@
 //! Every call of the client for tokio against a real p2pd of hivemind's, named by P2PD_PATH. (Unary
 //! calls are in `unary.rs`; what only the JS daemon has is in `faults.rs`.)
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
@@ -8,9 +8,9 @@ use common::{
     bare_daemon, daemon, echo_streams, echoed, eventually, hears, must, next_message, pair,
     pattern, stranger, within, Limit, Pair,
 };
-use p2pclient_rs::client::{Client, Error, IncomingStreams, Stream};
-use p2pclient_rs::core::{Multiaddr, PeerId};
-use p2pclient_rs::daemon::ConnectionManager;
+use p2pd_client::{Client, Error, IncomingStreams, Stream};
+use p2pd_manager::ConnectionManager;
+use p2pd_protocol::{Multiaddr, PeerId};
 use std::future::Future;
 use std::io;
 use std::time::Duration;

@@ -1,15 +1,15 @@
 //! The daemon manager for tokio: against a real p2pd, and against scripts that misbehave.
 //!
 //! The binary comes from the variable P2PD_PATH, which must be set.
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 use futures_util::StreamExt as _;
-use p2pclient_rs::client::{Error, UnaryCall};
-use p2pclient_rs::core::Multiaddr;
-use p2pclient_rs::daemon::{
+use p2pclient_rs::Client;
+use p2pd_client::{Error, UnaryCall};
+use p2pd_manager::{
     Bootstrap, ConnectionManager, DaemonError, Dht, P2PDaemon, P2PDaemonBuilder, Pubsub, StartError,
 };
-use p2pclient_rs::Client;
+use p2pd_protocol::Multiaddr;
 use rustix::process::{kill_process, test_kill_process, Pid, Signal};
 use std::fs;
 use std::future::Future;

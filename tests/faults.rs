@@ -1,6 +1,6 @@
 //! The client for tokio against a daemon that does as the test says: faults of control connections,
 //! of streams, queries and subscriptions. (Those of unary calls are in `unary.rs`.)
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
@@ -8,11 +8,11 @@ use bytes::BytesMut;
 use common::fake::{addr, dht, identity, ok, peer, stream_info, Connection, FakeDaemon};
 use common::{begin, must, pattern, within, Limit};
 use futures_util::StreamExt as _;
-use p2pclient_rs::client::{Client, Error, IncomingStreams, Results, Subscription};
-use p2pclient_rs::core::command::{dht::in_response as dht_response, refusal};
-use p2pclient_rs::core::multiaddr::Endpoint;
-use p2pclient_rs::core::pb::p2pd::{self, dht_response::Type::*, request::Type};
-use p2pclient_rs::core::{framing, Limits, Multiaddr};
+use p2pd_client::{Client, Error, IncomingStreams, Results, Subscription};
+use p2pd_protocol::command::{dht::in_response as dht_response, refusal};
+use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::pb::p2pd::{self, dht_response::Type::*, request::Type};
+use p2pd_protocol::{framing, Limits, Multiaddr};
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;

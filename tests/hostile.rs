@@ -1,6 +1,6 @@
 //! Every call of the client for tokio against every way in which a daemon can misbehave: each has
 //! an error that says what happened, in its time, and does not disturb the next one.
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
@@ -8,14 +8,14 @@ use bytes::Bytes;
 use common::fake::{addr, dht, identity, ok, peer, peer_info, stream_info, Connection, FakeDaemon};
 use common::{eventually, must, within};
 use futures_util::future::BoxFuture;
-use p2pclient_rs::client::{Client, Error, UnaryCall};
-use p2pclient_rs::core::command::{dht::in_response as dht_response, refusal};
-use p2pclient_rs::core::pb::p2pd::{
+use p2pd_client::{Client, Error, UnaryCall};
+use p2pd_protocol::command::{dht::in_response as dht_response, refusal};
+use p2pd_protocol::pb::p2pd::{
     self, call_unary_response::Result as Reply, dht_response::Type::*,
     persistent_connection_request::Message, persistent_connection_response::Message as Answer,
     request::Type,
 };
-use p2pclient_rs::core::{framing, Multiaddr};
+use p2pd_protocol::{framing, Multiaddr};
 use prost::Message as _;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,15 +1,15 @@
 //! What becomes of inbound streams that no handler gets, and of registrations that a daemon refuses:
 //! they are counted, logged and reported.
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
 use common::fake::{ok, stream_info, Connection, FakeDaemon};
 use common::{bare_daemon, eventually, keep, must, pair, within, Limit};
-use p2pclient_rs::client::{Client, Error, IncomingStreams, ListenerStats};
-use p2pclient_rs::core::command::refusal;
-use p2pclient_rs::core::pb::p2pd::request::Type;
-use p2pclient_rs::core::Multiaddr;
+use p2pd_client::{Client, Error, IncomingStreams, ListenerStats};
+use p2pd_protocol::command::refusal;
+use p2pd_protocol::pb::p2pd::request::Type;
+use p2pd_protocol::Multiaddr;
 use std::io::ErrorKind;
 use std::sync::{Mutex, MutexGuard};
 use tokio::io::AsyncWriteExt as _;

@@ -1,9 +1,9 @@
 //! What the daemon's bytes can make us allocate, counted at the allocator.
 
 use bytes::BytesMut;
-use p2pclient_rs::core::command::{control, dht, pubsub, Typed};
-use p2pclient_rs::core::{ClientExchange, EncodedRequest, FrameDecoder, Limits};
-use p2pclient_rs::core::{Persistent, UnaryLimits};
+use p2pd_protocol::command::{control, dht, pubsub, Typed};
+use p2pd_protocol::{ClientExchange, EncodedRequest, FrameDecoder, Limits};
+use p2pd_protocol::{Persistent, UnaryLimits};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Instant;

@@ -7,10 +7,10 @@ mod mock_daemon;
 
 use bytes::BytesMut;
 use mock_daemon::{MockDaemon, Socket, UNARY_ECHO, UNARY_LOAD};
-use p2pclient_rs::core::command::{dht, unary::Upgrade, EncodedRequest, Typed as _};
-use p2pclient_rs::core::unary::CallId;
-use p2pclient_rs::core::{ClientExchange, Event, Limits};
-use p2pclient_rs::core::{Multiaddr, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::command::{dht, unary::Upgrade, EncodedRequest, Typed as _};
+use p2pd_protocol::unary::CallId;
+use p2pd_protocol::{ClientExchange, Event, Limits};
+use p2pd_protocol::{Multiaddr, Persistent, UnaryEvent, UnaryLimits};
 use std::io::{Read as _, Write as _};
 use std::sync::mpsc;
 use std::thread;

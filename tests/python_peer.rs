@@ -1,13 +1,13 @@
 //! The client for tokio with the Python client at the other side: between two real p2pds, named by
 //! P2PD_PATH, and on the same one. P2PCLIENT_PYTHON names an interpreter that has the package.
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
 use common::{
     echo_streams, echoed, endless, hears, next_message, pair, pattern, required, within, Pair,
 };
-use p2pclient_rs::client::{Error, UnaryCall};
+use p2pd_client::{Error, UnaryCall};
 use std::convert::Infallible;
 use std::fmt::Display;
 use std::io::{BufRead as _, BufReader, Write as _};

@@ -1,6 +1,6 @@
 //! Unary calls of the client for tokio: between real p2pds of hivemind's, named by P2PD_PATH, and
 //! against a daemon that does as the test says.
-#![cfg(all(feature = "tokio", unix))]
+#![cfg(unix)]
 
 mod common;
 
@@ -10,13 +10,13 @@ use common::{
     bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
 };
 use futures_util::future::join_all;
-use p2pclient_rs::client::{Client, Error, UnaryCall};
-use p2pclient_rs::core::command::refusal;
-use p2pclient_rs::core::pb::p2pd::{
+use p2pd_client::{Client, Error, UnaryCall};
+use p2pd_protocol::command::refusal;
+use p2pd_protocol::pb::p2pd::{
     self, call_unary_response::Result as Reply, persistent_connection_request::Message,
     persistent_connection_response::Message as Answer, request::Type,
 };
-use p2pclient_rs::core::{framing, UnaryLimits};
+use p2pd_protocol::{framing, UnaryLimits};
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -697,7 +697,7 @@ async fn a_reply_one_byte_at_a_time_is_a_reply_and_so_are_many_at_once() {
             let frame = |(id, data): &(Bytes, Bytes)| {
                 let data = data.repeat(10_000);
                 let message = answer(id, Some(reply(data)));
-                p2pclient_rs::core::framing::encode_frame(&message)
+                p2pd_protocol::framing::encode_frame(&message)
             };
             let frames: Vec<_> = calls.iter().map(frame).collect();
             for byte in frames[0].chunks(1).take(200) {

@@ -2,7 +2,7 @@
 
 use super::{bounded, pieces};
 use bytes::Bytes;
-use p2pclient_rs::core::{Command, Error, Limits, ServerExchange, State};
+use p2pd_protocol::{Command, Error, Limits, ServerExchange, State};
 
 #[derive(Debug, PartialEq)]
 struct Outcome {

@@ -2,10 +2,10 @@
 
 use super::{bounded, pieces};
 use bytes::Bytes;
-use p2pclient_rs::core::command::{
+use p2pd_protocol::command::{
     connmgr, control, dht, peerstore, pubsub, streams, unary, Answered, Command,
 };
-use p2pclient_rs::core::{
+use p2pd_protocol::{
     ClientExchange, EncodedRequest, Error, Event, Limits, Multiaddr, PeerId, ServerExchange, State,
 };
 

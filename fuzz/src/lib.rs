@@ -18,10 +18,10 @@ pub use seeds::seeds;
 
 use allocations::measured;
 use bytes::Bytes;
-use p2pclient_rs::core::command::{pubsub, streams};
-use p2pclient_rs::core::multiaddr::Endpoint;
-use p2pclient_rs::core::pb::p2pd;
-use p2pclient_rs::core::{FrameDecoder, Multiaddr, PeerId, PublicKey};
+use p2pd_protocol::command::{pubsub, streams};
+use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::pb::p2pd;
+use p2pd_protocol::{FrameDecoder, Multiaddr, PeerId, PublicKey};
 use prost::Message as _;
 
 /// A target.

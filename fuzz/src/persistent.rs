@@ -2,12 +2,12 @@
 
 use super::{allocations::measured, pieces};
 use bytes::{Bytes, BytesMut};
-use p2pclient_rs::core::framing::encode_frame;
-use p2pclient_rs::core::pb::p2pd::{
+use p2pd_protocol::framing::encode_frame;
+use p2pd_protocol::pb::p2pd::{
     self, call_unary_response::Result as Outcome, persistent_connection_response::Message,
 };
-use p2pclient_rs::core::unary::{CallId, Payload};
-use p2pclient_rs::core::{Error, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::unary::{CallId, Payload};
+use p2pd_protocol::{Error, Persistent, UnaryEvent, UnaryLimits};
 use prost::Message as _;
 use std::collections::BTreeMap;
 use std::fmt;

@@ -3,8 +3,8 @@
 use super::persistent::Room;
 use super::{bounded, pieces};
 use bytes::BytesMut;
-use p2pclient_rs::core::unary::server::{PersistentServer, ServerEvent, ServerLimits};
-use p2pclient_rs::core::Error;
+use p2pd_protocol::unary::server::{PersistentServer, ServerEvent, ServerLimits};
+use p2pd_protocol::Error;
 use std::collections::BTreeSet;
 
 type Event = ServerEvent<u32, Room>;
@@ -94,7 +94,7 @@ pub fn persistent_server(data: &[u8]) {
 
 /// The messages of a client, one of each kind, for a server's two calls.
 pub fn samples() -> Vec<Vec<u8>> {
-    use p2pclient_rs::core::{Persistent, UnaryLimits};
+    use p2pd_protocol::{Persistent, UnaryLimits};
     use std::time::{Duration, Instant};
     let mut server = PersistentServer::<u32, Vec<u8>>::new([7; 32], ServerLimits::default());
     let mut client = Persistent::<u32, Vec<u8>>::new([8; 32], UnaryLimits::default());

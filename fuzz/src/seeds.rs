@@ -2,12 +2,12 @@
 
 use super::{exchange, persistent, persistent_server};
 use bytes::Bytes;
-use p2pclient_rs::core::command::{
+use p2pd_protocol::command::{
     connmgr, control, dht, peerstore, pubsub, streams, unary, Reply, Request as _, Typed,
 };
-use p2pclient_rs::core::framing::encode_frame;
-use p2pclient_rs::core::pb::p2pd;
-use p2pclient_rs::core::{Event, Identity, Multiaddr, PeerId, PeerInfo, PublicKey, StreamInfo};
+use p2pd_protocol::framing::encode_frame;
+use p2pd_protocol::pb::p2pd;
+use p2pd_protocol::{Event, Identity, Multiaddr, PeerId, PeerInfo, PublicKey, StreamInfo};
 use prost::Message as _;
 
 const PEERS: [&str; 3] = [

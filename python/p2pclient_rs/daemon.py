@@ -3,7 +3,7 @@
     async with Daemon(dht="server") as daemon, daemon.client() as client:
         print(await client.identify())
 
-What the daemon is given, its process and its files are Rust's (``src/daemon``), for other programs
+What the daemon is given, its process and its files are Rust's (``src/manager``), for other programs
 too; whatever becomes of this process, they do not outlive it. This module waits for it, on any
 event loop.
 """

@@ -3,10 +3,12 @@
 use super::error::{Context, Error};
 use super::lock;
 use super::socket::{is_disconnect, Socket};
-use crate::core::command::{control::Identify, unary::Upgrade, Typed};
-use crate::core::multiaddr::{Endpoint, EndpointError};
-use crate::core::{self, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, Reply, State};
 use bytes::Bytes;
+use p2pd_protocol::command::{control::Identify, unary::Upgrade, Typed};
+use p2pd_protocol::multiaddr::{Endpoint, EndpointError};
+use p2pd_protocol::{
+    self as protocol, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, Reply, State,
+};
 use std::collections::VecDeque;
 use std::future::{poll_fn, Future};
 use std::io;
@@ -246,7 +248,7 @@ impl Connection {
 
     fn lost(&mut self, error: &io::Error) -> Error {
         let end = self.exchange.end_of_file();
-        let nothing_came = matches!(end, core::Error::Closed { mid_message: false });
+        let nothing_came = matches!(end, protocol::Error::Closed { mid_message: false });
         // A unix socket is reset exactly when its peer closed it with input unread, and this request
         // was the only input there was.
         let unread = self.socket.is_unix() && is_disconnect(error);
@@ -290,7 +292,7 @@ impl Drop for Lease {
 
 /// The reply as what the request is answered with. The exchange reads no other.
 pub fn typed<R: Typed>(reply: Option<Reply>) -> Result<R::Output, Error> {
-    let unexpected = || core::Error::Unexpected("the reply to another request".to_owned());
+    let unexpected = || protocol::Error::Unexpected("the reply to another request".to_owned());
     Ok(reply.and_then(R::unwrap).ok_or_else(unexpected)?)
 }
 

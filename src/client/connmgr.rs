@@ -1,8 +1,8 @@
 //! CONNMANAGER: which connections to keep. (The JS daemon has no such requests.)
 
 use super::{Client, Context, Error};
-use crate::core::command::connmgr::{TagPeer, Trim, UntagPeer};
-use crate::core::PeerId;
+use p2pd_protocol::command::connmgr::{TagPeer, Trim, UntagPeer};
+use p2pd_protocol::PeerId;
 
 impl Client {
     /// TAG_PEER: gives a peer a tag; connections to peers with more weight are kept longer.

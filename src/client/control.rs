@@ -1,8 +1,8 @@
 //! IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
 
 use super::{Client, Context, Error};
-use crate::core::command::control::{Connect, Disconnect, Identify, ListPeers};
-use crate::core::{Identity, Multiaddr, PeerId, PeerInfo};
+use p2pd_protocol::command::control::{Connect, Disconnect, Identify, ListPeers};
+use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo};
 
 impl Client {
     /// IDENTIFY: the daemon's peer id and addresses.

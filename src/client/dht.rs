@@ -2,14 +2,14 @@
 
 use super::connector::{typed, Lease};
 use super::{Client, Context, Error};
-use crate::core::command::dht::{
+use bytes::Bytes;
+use futures_core::Stream;
+use p2pd_protocol::command::dht::{
     FindPeer, FindPeersConnectedToPeer, FindProviders, GetClosestPeers, GetPublicKey, GetValue,
     Provide, PutValue, SearchValue,
 };
-use crate::core::command::Typed;
-use crate::core::{Event, PeerId, PeerInfo, PublicKey, Reply};
-use bytes::Bytes;
-use futures_core::Stream;
+use p2pd_protocol::command::Typed;
+use p2pd_protocol::{Event, PeerId, PeerInfo, PublicKey, Reply};
 use std::fmt;
 use std::future::{poll_fn, Future};
 use std::pin::Pin;
@@ -75,7 +75,7 @@ impl Client {
         };
         let key = self.request(about.clone(), request).await?;
         PublicKey::decode(&key).map_err(|error| {
-            let malformed = crate::core::Error::Malformed {
+            let malformed = p2pd_protocol::Error::Malformed {
                 message: "PublicKey",
                 reason: error.to_string(),
             };
@@ -159,7 +159,7 @@ impl Client {
 /// it.
 ///
 /// ```no_run
-/// # async fn example(client: p2pclient_rs::Client, cid: Vec<u8>) -> Result<(), p2pclient_rs::client::Error> {
+/// # async fn example(client: p2pd_client::Client, cid: Vec<u8>) -> Result<(), p2pd_client::Error> {
 /// let mut providers = client.dht_find_providers(cid, 10);
 /// while let Some(provider) = providers.next().await {
 ///     println!("{}", provider?.peer_id);

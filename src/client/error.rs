@@ -1,8 +1,8 @@
 //! What a request can fail with: who failed, at what, and in whose words.
 
-use crate::core::error::Refusal;
-use crate::core::multiaddr::EndpointError;
-use crate::core::{self, Multiaddr, PeerId};
+use p2pd_protocol::error::Refusal;
+use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::{self as protocol, Multiaddr, PeerId};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -68,11 +68,11 @@ pub enum Error {
     #[error("{source}{context}")]
     Protocol {
         /// What it was.
-        source: core::Error,
+        source: protocol::Error,
         /// What it was about.
         context: Box<Context>,
     },
-    /// A message exceeds a limit of [`UnaryLimits`](core::UnaryLimits). Only this call fails: the
+    /// A message exceeds a limit of [`UnaryLimits`](protocol::UnaryLimits). Only this call fails: the
     /// connection stays usable. A request was not sent; a reply was skipped, and the handler ran.
     #[error("{} of {size} bytes; the limit is {limit}{context}", if *.received { "a reply" } else { "a message" })]
     MessageTooLarge {
@@ -208,7 +208,7 @@ impl Error {
     /// # use std::io::ErrorKind;
     /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     /// # rt.block_on(async {
-    /// let client = p2pclient_rs::Client::new("/unix/tmp/no-such.sock".parse().unwrap()).unwrap();
+    /// let client = p2pd_client::Client::new("/unix/tmp/no-such.sock".parse().unwrap()).unwrap();
     /// let error = client.identify().await.unwrap_err();
     /// assert_eq!(error.io_kind(), Some(ErrorKind::NotFound));
     /// # });
@@ -304,7 +304,7 @@ pub(super) trait Reason: fmt::Display {
 }
 
 impl Reason for &str {}
-impl Reason for core::Error {}
+impl Reason for protocol::Error {}
 impl Reason for getrandom::Error {}
 
 impl Reason for io::Error {
@@ -330,25 +330,25 @@ impl From<Error> for io::Error {
     }
 }
 
-impl From<core::Error> for Error {
-    fn from(error: core::Error) -> Self {
+impl From<protocol::Error> for Error {
+    fn from(error: protocol::Error) -> Self {
         let context = Box::default();
         match error {
-            core::Error::Closed { mid_message } => Self::ConnectionLost {
+            protocol::Error::Closed { mid_message } => Self::ConnectionLost {
                 reason: error.to_string(),
                 source: Some(Arc::new(io::ErrorKind::UnexpectedEof.into())),
                 unexecuted: false,
                 mid_answer: mid_message,
                 context,
             },
-            core::Error::NoMemory { .. } => Self::lost(error, false),
-            core::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
+            protocol::Error::NoMemory { .. } => Self::lost(error, false),
+            protocol::Error::RequestTooLarge { size, limit } => Self::MessageTooLarge {
                 size,
                 limit,
                 received: false,
                 context,
             },
-            core::Error::ReplyTooLarge { size, limit } => Self::MessageTooLarge {
+            protocol::Error::ReplyTooLarge { size, limit } => Self::MessageTooLarge {
                 size,
                 limit,
                 received: true,

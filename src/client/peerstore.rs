@@ -1,9 +1,9 @@
 //! PEERSTORE: what the JS daemon knows of a peer. The Go daemons have no such requests.
 
 use super::{Client, Context, Error};
-use crate::core::command::peerstore::{GetPeerInfo, GetProtocols, Probe};
-use crate::core::command::Typed;
-use crate::core::{PeerId, PeerInfo};
+use p2pd_protocol::command::peerstore::{GetPeerInfo, GetProtocols, Probe};
+use p2pd_protocol::command::Typed;
+use p2pd_protocol::{PeerId, PeerInfo};
 
 impl Client {
     /// GET_PROTOCOLS: the protocols a peer is known to speak.

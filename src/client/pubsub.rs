@@ -2,10 +2,12 @@
 
 use super::socket::Socket;
 use super::{Client, Context, Error};
-use crate::core::command::pubsub::{decode_message, GetTopics, ListTopicPeers, Publish, Subscribe};
-use crate::core::{FrameDecoder, PeerId, PubsubMessage};
 use bytes::Bytes;
 use futures_core::Stream;
+use p2pd_protocol::command::pubsub::{
+    decode_message, GetTopics, ListTopicPeers, Publish, Subscribe,
+};
+use p2pd_protocol::{FrameDecoder, PeerId, PubsubMessage};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{self, ready, Poll};
@@ -82,7 +84,7 @@ impl Client {
 /// a subscription ends only when the daemon does. Dropping it unsubscribes.
 ///
 /// ```no_run
-/// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
+/// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
 /// let mut news = client.pubsub_subscribe("news").await?;
 /// while let Some(message) = news.next().await {
 ///     println!("{:?}", message?.data);

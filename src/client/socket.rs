@@ -1,7 +1,6 @@
 //! A connection to the daemon or from it: a unix socket or, anywhere, TCP.
 
-use crate::core::multiaddr::{Endpoint, Host};
-use crate::sockets;
+use p2pd_protocol::multiaddr::{Endpoint, Host};
 use socket2::{SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
 use std::net::{Shutdown, SocketAddr};
@@ -246,7 +245,7 @@ impl AsyncWrite for Socket {
 #[derive(Debug)]
 pub struct Listener {
     socket: Listening,
-    _file: Option<sockets::SocketFile>,
+    _file: Option<p2pd_sockets::SocketFile>,
 }
 
 #[derive(Debug)]
@@ -264,7 +263,7 @@ impl Listener {
             return Err(no_unix_sockets());
         }
         let address = sock_addr(endpoint)?;
-        let (socket, file) = sockets::listen(&address)?;
+        let (socket, file) = p2pd_sockets::listen(&address)?;
         let socket = match endpoint {
             #[cfg(unix)]
             Endpoint::Unix(_) => Listening::Unix(UnixListener::from_std(socket.into())?),

@@ -3,12 +3,12 @@
 use super::connector::Connector;
 use super::socket::{Listener, Socket};
 use super::{lock, runtime_ended, Client, Context, Error};
-use crate::core::command::streams::{
+use bytes::{Buf, Bytes, BytesMut};
+use p2pd_protocol::command::streams::{
     decode_stream_info, RemoveStreamHandler, StreamHandler, StreamOpen,
 };
-use crate::core::multiaddr::Endpoint;
-use crate::core::{framing, Multiaddr, PeerId, StreamInfo};
-use bytes::{Buf, Bytes, BytesMut};
+use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::{framing, Multiaddr, PeerId, StreamInfo};
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -55,7 +55,7 @@ const QUIET: Duration = Duration::from_secs(1);
 /// ```no_run
 /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
 ///
-/// # async fn example(client: p2pclient_rs::Client, peer: p2pclient_rs::core::PeerId) -> Result<(), Box<dyn std::error::Error>> {
+/// # async fn example(client: p2pd_client::Client, peer: p2pd_protocol::PeerId) -> Result<(), Box<dyn std::error::Error>> {
 /// let mut stream = client.stream_open(&peer, ["/echo/1"]).await?;
 /// stream.write_all(b"hello").await?;
 /// let mut answer = [0; 5];
@@ -120,7 +120,7 @@ impl Client {
     }
 
     /// Tells a daemon that was started anew of the handlers that this client has, of streams and of
-    /// unary calls. One that a [`P2PDaemon`](crate::P2PDaemon) starts again is told by that.
+    /// unary calls. One that a `P2PDaemon` starts again is told by that.
     ///
     /// # Errors
     /// [`Error::Refused`] if another client has taken a protocol, after all others were registered;
@@ -267,7 +267,7 @@ impl Client {
 /// holds a clone of its client.
 ///
 /// ```no_run
-/// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
+/// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
 /// let mut incoming = client.stream_handler("/echo/1", false).await?;
 /// while let Some(mut stream) = incoming.next().await {
 ///     tokio::spawn(async move {
@@ -569,7 +569,7 @@ struct Listening {
     /// The task has it only while it looks, so that it is closed when this is dropped.
     _listener: Arc<Listener>,
     /// Where the socket is, if nobody said where it should be.
-    _directory: Option<crate::sockets::PrivateDirectory>,
+    _directory: Option<p2pd_sockets::PrivateDirectory>,
 }
 
 impl Drop for Listening {
@@ -644,10 +644,10 @@ impl Inbound {
 /// Where the daemon reaches us as we reach it.
 fn default_endpoint(
     control: &Endpoint,
-) -> io::Result<(Endpoint, Option<crate::sockets::PrivateDirectory>)> {
+) -> io::Result<(Endpoint, Option<p2pd_sockets::PrivateDirectory>)> {
     match control {
         Endpoint::Unix(_) => {
-            let directory = crate::sockets::private_directory(None, "p2pclient-", "listen.sock")?;
+            let directory = p2pd_sockets::private_directory(None, "p2pclient-", "listen.sock")?;
             let path = directory.path().join("listen.sock");
             let path = path.to_str().ok_or_else(|| {
                 let words = "the path of the directory for temporary files is no UTF-8";

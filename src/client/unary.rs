@@ -6,9 +6,9 @@ use super::connector::Connector;
 use super::error::{Context, Error};
 use super::socket::Socket;
 use super::{lock, runtime_ended, Client};
-use crate::core::{PeerId, Persistent, UnaryLimits};
 use bytes::Bytes;
 use link::{Driver, Link};
+use p2pd_protocol::{PeerId, Persistent, UnaryLimits};
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
@@ -56,8 +56,8 @@ impl Client {
     /// [`Error::HandlerFailed`] if the handler failed, or the peer's client has none of that name;
     /// [`Error::Refused`] if the peer cannot be reached or serves no calls of that name;
     /// [`Error::MessageTooLarge`] if the request exceeds
-    /// [`UnaryLimits::max_message`](crate::core::UnaryLimits), or the reply exceeds
-    /// [`UnaryLimits::max_incoming`](crate::core::UnaryLimits);
+    /// [`UnaryLimits::max_message`](p2pd_protocol::UnaryLimits), or the reply exceeds
+    /// [`UnaryLimits::max_incoming`](p2pd_protocol::UnaryLimits);
     /// [`Error::NotSupported`] if the daemon is not hivemind's.
     pub async fn call_unary(
         &self,
@@ -82,9 +82,9 @@ impl Client {
     /// A handler that holds a clone of its own client keeps it open until `close`.
     ///
     /// ```no_run
-    /// use p2pclient_rs::client::UnaryCall;
+    /// use p2pd_client::UnaryCall;
     ///
-    /// # async fn example(client: p2pclient_rs::Client) -> Result<(), p2pclient_rs::client::Error> {
+    /// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
     /// client
     ///     .add_unary_handler("double", false, |call: UnaryCall| async move {
     ///         let text = std::str::from_utf8(&call.payload).map_err(|e| e.to_string())?;

@@ -3,8 +3,8 @@
 use super::datastructures::{identity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
 use super::errors;
 use super::peer_id::PyPeerId;
-use crate::core::command::{control, dht, peerstore, pubsub, streams, Reply};
-use crate::core::{PeerInfo, StreamInfo};
+use p2pd_protocol::command::{control, dht, peerstore, pubsub, streams, Reply};
+use p2pd_protocol::{PeerInfo, StreamInfo};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 

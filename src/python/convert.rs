@@ -2,8 +2,8 @@
 
 use super::multiaddr::{invalid_multiaddr, InvalidMultiaddr, PyMultiaddr};
 use super::peer_id::{invalid_peer_id, InvalidPeerID, PyPeerId};
-use crate::core::{Multiaddr, PeerId};
 use bytes::Bytes;
+use p2pd_protocol::{Multiaddr, PeerId};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::prelude::*;

@@ -5,11 +5,11 @@ use super::errors;
 use super::forks;
 use super::multiaddr::{InvalidMultiaddr, PyMultiaddr};
 use super::peer_id::PyPeerId;
-use crate::daemon::process::{self, exit_code, Process};
-use crate::daemon::retry;
-use crate::daemon::{
-    self, Bootstrap, BootstrapPeer, ConnectionManager, DaemonError, Dht, OptionsError, Pubsub,
-    Search, StartError,
+use p2pd_manager::process::{self, exit_code, Process};
+use p2pd_manager::retry;
+use p2pd_manager::{
+    self as manager, Bootstrap, BootstrapPeer, ConnectionManager, DaemonError, Dht, OptionsError,
+    Pubsub, Search, StartError,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -43,7 +43,7 @@ enum Restart {
 
 /// A daemon's options, checked.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
-pub struct DaemonOptions(daemon::DaemonOptions);
+pub struct DaemonOptions(manager::DaemonOptions);
 
 #[pymethods]
 impl DaemonOptions {
@@ -66,7 +66,7 @@ impl DaemonOptions {
         restart: Restart,
     ) -> PyResult<Self> {
         let control = control_maddr.map(extract_multiaddr).transpose()?;
-        let options = daemon::DaemonOptions {
+        let options = manager::DaemonOptions {
             dht: match dht {
                 Switch::Flag(on) => on.into(),
                 Switch::Choice(mode) => match mode.as_str() {
@@ -151,7 +151,7 @@ pub fn find_daemon(
         path: path.as_deref(),
         hivemind,
     };
-    match daemon::find(&search) {
+    match manager::find(&search) {
         Ok(binary) => (Some(binary), Vec::new(), None),
         Err(error) => (None, error.looked_at, Some(error.hint)),
     }

@@ -3,8 +3,8 @@
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
 use super::multiaddr::PyMultiaddr;
 use super::peer_id::PyPeerId;
-use crate::core::{Multiaddr, PeerId, PubsubMessage};
 use bytes::Bytes;
+use p2pd_protocol::{Multiaddr, PeerId, PubsubMessage};
 use pyo3::exceptions::PyAttributeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;

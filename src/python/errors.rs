@@ -1,6 +1,6 @@
 //! Errors of the core and of sockets as the package's Python exceptions.
 
-use crate::core;
+use p2pd_protocol as protocol;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -54,19 +54,19 @@ pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
 }
 
 /// The exception that says whose fault it was.
-pub fn from_core(error: core::Error) -> PyErr {
+pub fn from_core(error: protocol::Error) -> PyErr {
     let words = error.to_string();
     Python::attach(|py| match error.fault() {
-        core::Fault::Caller => made::<ControlFailure>(py, &words),
-        core::Fault::Connection => match error {
-            core::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM)),
+        protocol::Fault::Caller => made::<ControlFailure>(py, &words),
+        protocol::Fault::Connection => match error {
+            protocol::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM)),
             _ => {
-                let mid_answer = matches!(error, core::Error::Closed { mid_message: true });
+                let mid_answer = matches!(error, protocol::Error::Closed { mid_message: true });
                 let lost = made_lost(py, &words, None);
                 marked(py, lost, "mid_answer", mid_answer)
             }
         },
-        core::Fault::Daemon => made::<ProtocolViolation>(py, &words),
+        protocol::Fault::Daemon => made::<ProtocolViolation>(py, &words),
     })
 }
 
@@ -111,14 +111,14 @@ pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
 }
 
 /// A message over a limit, sent or received, which the connection survives.
-pub fn too_large(py: Python<'_>, error: &core::Error) -> PyErr {
+pub fn too_large(py: Python<'_>, error: &protocol::Error) -> PyErr {
     let (size, limit) = match *error {
-        core::Error::RequestTooLarge { size, limit }
-        | core::Error::ReplyTooLarge { size, limit } => (Some(size), Some(limit)),
-        core::Error::NoMemory { size } => (Some(size), None),
+        protocol::Error::RequestTooLarge { size, limit }
+        | protocol::Error::ReplyTooLarge { size, limit } => (Some(size), Some(limit)),
+        protocol::Error::NoMemory { size } => (Some(size), None),
         _ => (None, None),
     };
-    let received = !matches!(error, core::Error::RequestTooLarge { .. });
+    let received = !matches!(error, protocol::Error::RequestTooLarge { .. });
     let raised = made::<MessageTooLarge>(py, &error.to_string());
     let value = raised.value(py);
     let set = value
@@ -163,7 +163,7 @@ fn marked(py: Python<'_>, lost: PyErr, attribute: &str, is: bool) -> PyErr {
 /// Why a connection is no more.
 #[derive(Clone)]
 pub enum Loss {
-    Protocol(core::Error),
+    Protocol(protocol::Error),
     /// In words, and the operating system's number for it.
     Socket(String, Option<i32>),
     Closed,
@@ -202,9 +202,9 @@ pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
 /// What a daemon means by refusing in these words: "not supported", "timed out", or None.
 #[pyfunction]
 pub fn refusal_kind(words: &str) -> Option<&'static str> {
-    match core::error::Refusal::of(words) {
-        core::error::Refusal::NotSupported => Some("not supported"),
-        core::error::Refusal::TimedOut => Some("timed out"),
-        core::error::Refusal::Other => None,
+    match protocol::error::Refusal::of(words) {
+        protocol::error::Refusal::NotSupported => Some("not supported"),
+        protocol::error::Refusal::TimedOut => Some("timed out"),
+        protocol::error::Refusal::Other => None,
     }
 }

@@ -4,7 +4,7 @@
 //! The hooks are native functions: between two of their steps nothing can raise, as a signal handler
 //! in Python could.
 
-use crate::daemon::process::Process;
+use p2pd_manager::process::Process;
 use pyo3::prelude::*;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -3,8 +3,8 @@
 use super::errors::{self, ClosedResourceError};
 use super::socket::{python_address, Address, Socket};
 use super::stream::RawStream;
-use crate::sockets::{self, SocketFile};
 use bytes::Bytes;
+use p2pd_sockets::SocketFile;
 use pyo3::prelude::*;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
@@ -30,7 +30,7 @@ impl RawListener {
     fn new(py: Python<'_>, address: Address) -> PyResult<Self> {
         errors::import(py);
         let target = address.to_sock_addr()?;
-        let (socket, file) = sockets::listen(&target).map_err(errors::os_error)?;
+        let (socket, file) = p2pd_sockets::listen(&target).map_err(errors::os_error)?;
         Ok(Self {
             pid: std::process::id(),
             inner: Mutex::new(Some(Listening { socket, file })),

@@ -1,8 +1,8 @@
 //! `Multiaddr` and `Protocol`, and their exceptions.
 
 use super::convert::{bytes_of, extract_bytes, extract_multiaddr, is_named};
-use crate::core::multiaddr::{Component, Endpoint, Host, MultiaddrError};
-use crate::core::Multiaddr;
+use p2pd_protocol::multiaddr::{Component, Endpoint, Host, MultiaddrError};
+use p2pd_protocol::Multiaddr;
 use pyo3::exceptions::{PyLookupError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;

@@ -2,8 +2,8 @@
 
 use super::convert::{bytes_of, extract_bytes, extract_peer_id, is_named, parse_peer_id};
 use super::public_key::PyPublicKey;
-use crate::core::peer_id::ParsePeerIdError;
-use crate::core::{PeerId, PublicKey};
+use p2pd_protocol::peer_id::ParsePeerIdError;
+use p2pd_protocol::{PeerId, PublicKey};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pyclass::CompareOp;

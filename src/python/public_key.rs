@@ -2,7 +2,7 @@
 
 use super::convert::extract_bytes;
 use super::peer_id::PyPeerId;
-use crate::core::PublicKey;
+use p2pd_protocol::PublicKey;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyType};

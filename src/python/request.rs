@@ -1,9 +1,9 @@
 //! Every request of the core, as constructors of one opaque Python class.
 
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
-use crate::core::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};
-use crate::core::command::{Answered, Typed};
-use crate::core::EncodedRequest;
+use p2pd_protocol::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};
+use p2pd_protocol::command::{Answered, Typed};
+use p2pd_protocol::EncodedRequest;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::time::Duration;

@@ -82,7 +82,7 @@ impl Socket {
     /// Begins to connect.
     pub fn connect(address: &Address) -> PyResult<Connecting> {
         let target = address.to_sock_addr()?;
-        let socket = crate::sockets::new(&target).map_err(errors::os_error)?;
+        let socket = p2pd_sockets::new(&target).map_err(errors::os_error)?;
         match socket.connect(&target) {
             Ok(()) => Ok(Connecting::Done(Self(socket))),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(Connecting::Full),

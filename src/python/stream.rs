@@ -9,9 +9,9 @@ use super::convert::with_bytes;
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
 use super::room::{self, NoMemory, Room};
 use super::socket::{python_address, with_scratch, Socket, READ_SIZE};
-use crate::core::output::Output;
-use crate::core::{self, framing};
 use bytes::{Bytes, BytesMut};
+use p2pd_protocol::output::Output;
+use p2pd_protocol::{self as protocol, framing};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
@@ -82,7 +82,7 @@ enum StreamError {
     WriteEnded,
     Broken(io::Error),
     /// Boxed, so that results are small.
-    Protocol(Box<core::Error>),
+    Protocol(Box<protocol::Error>),
     /// No separator within the limit, or only beyond it; `consumed` is as in asyncio.
     LimitOverrun {
         found: bool,
@@ -94,7 +94,7 @@ enum StreamError {
 type StreamResult<T> = Result<T, StreamError>;
 
 impl StreamError {
-    fn protocol(error: core::Error) -> Self {
+    fn protocol(error: protocol::Error) -> Self {
         Self::Protocol(Box::new(error))
     }
 
@@ -318,7 +318,7 @@ impl RawStream {
                     return if half.input.is_empty() {
                         Ok(Some(Vec::new()))
                     } else {
-                        Err(StreamError::protocol(core::Error::Closed {
+                        Err(StreamError::protocol(protocol::Error::Closed {
                             mid_message: true,
                         }))
                     };

@@ -2,11 +2,11 @@
 
 use super::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
-use p2pclient_rs::core::command::dht::{self, step};
-use p2pclient_rs::core::command::{control, streams, Query as _, Request as _};
-use p2pclient_rs::core::pb::p2pd::{self, request::Type};
-use p2pclient_rs::core::{framing, Identity, Multiaddr, PeerId, PeerInfo, StreamInfo};
 use p2pclient_rs::Client;
+use p2pd_protocol::command::dht::{self, step};
+use p2pd_protocol::command::{control, streams, Query as _, Request as _};
+use p2pd_protocol::pb::p2pd::{self, request::Type};
+use p2pd_protocol::{framing, Identity, Multiaddr, PeerId, PeerInfo, StreamInfo};
 use prost::Message;
 use socket2::SockRef;
 use std::io::ErrorKind;

@@ -6,10 +6,10 @@ pub mod fake;
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt as _};
-use p2pclient_rs::client::{IncomingStreams, Subscription, UnaryCall};
-use p2pclient_rs::core::{PeerId, PublicKey, PubsubMessage};
-use p2pclient_rs::daemon::{Dht, P2PDaemon, P2PDaemonBuilder};
 use p2pclient_rs::Client;
+use p2pd_client::{IncomingStreams, Subscription, UnaryCall};
+use p2pd_manager::{Dht, P2PDaemon, P2PDaemonBuilder};
+use p2pd_protocol::{PeerId, PublicKey, PubsubMessage};
 use std::error::Error;
 use std::future::{pending, poll_fn, Future};
 use std::io::{Read as _, Write as _};

@@ -4,12 +4,12 @@
 //! replies to their callers, starts a task for each call of a peer, and sends what did not fit.
 
 use super::{closed, Unary, UnaryCall};
-use crate::client::error::Error;
-use crate::client::socket::Socket;
-use crate::client::{lock, runtime_ended};
-use crate::core::unary::{self, CallId};
-use crate::core::{self, Output, PeerId, Persistent, UnaryEvent};
+use crate::error::Error;
+use crate::socket::Socket;
+use crate::{lock, runtime_ended};
 use bytes::{Bytes, BytesMut};
+use p2pd_protocol::unary::{self, CallId};
+use p2pd_protocol::{self as protocol, Output, PeerId, Persistent, UnaryEvent};
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -128,7 +128,7 @@ impl Link {
     pub fn ask(
         self: &Arc<Self>,
         payload: &Bytes,
-        encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, core::Error>,
+        encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, protocol::Error>,
     ) -> Result<Asked, Error> {
         let (token, answer) = oneshot::channel();
         let mut inner = lock(&self.inner);

@@ -1,0 +1,270 @@
+//! The client for tokio: everything that can be asked of a daemon.
+//!
+//! - [`Client`]: cheap to clone, shared between tasks. Each family of requests is a file with its
+//!   methods: `control`, `streams`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
+//! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: what they return that goes on.
+//! - [`Error`]: what they fail with.
+//!
+//! This is a driver: the protocol is in [`p2pd_protocol`], and its sockets, timers and tasks are here.
+//!
+//! ```no_run
+//! use p2pclient_rs::{protocol::Multiaddr, Client};
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let client = Client::new("/unix/tmp/p2pd.sock".parse()?)?;
+//! let me = client.identify().await?;
+//! println!("{} listens at {:?}", me.peer_id, me.addrs);
+//! # Ok(()) }
+//! ```
+
+mod connector;
+mod connmgr;
+mod control;
+mod dht;
+mod error;
+mod peerstore;
+mod pubsub;
+mod socket;
+mod streams;
+mod unary;
+
+pub use dht::Results;
+pub use error::{Context, Error};
+pub use pubsub::Subscription;
+pub use streams::{IncomingStreams, ListenerStats, Stream};
+pub use unary::UnaryCall;
+
+pub use p2pd_protocol::Identity;
+
+use connector::Connector;
+use p2pd_protocol::command::Typed;
+use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::{Limits, Multiaddr, UnaryLimits};
+use std::fmt;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+/// A client of one libp2p daemon.
+///
+/// Clones are cheap and share their connections and handlers. Connections are made when needed, on
+/// the tokio runtime of whoever needs them, and kept for the next request. Dropping a future gives
+/// the request up; so does [`with_timeout`](Self::with_timeout), which also tells the daemon.
+///
+/// The last clone to be dropped closes the idle connections and the persistent one. Streams and
+/// subscriptions live on. An [`IncomingStreams`] has a clone of its own.
+///
+/// The persistent connection and the listener for inbound streams belong to the runtime on which they
+/// were opened. Calls from another one wait for that to be running; when it has ended, they are opened
+/// anew.
+///
+/// # Panics
+/// Its methods panic on a tokio runtime without I/O or time: build it with
+/// [`enable_all`](tokio::runtime::Builder::enable_all).
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    timeout: Option<Duration>,
+}
+
+/// What the clones of a client share.
+struct Shared {
+    connector: Arc<Connector>,
+    inbound: streams::Inbound,
+    unary: Arc<unary::Unary>,
+}
+
+/// A client that lives only as long as others have it.
+#[derive(Clone)]
+#[doc(hidden)]
+pub struct WeakClient {
+    shared: Weak<Shared>,
+    timeout: Option<Duration>,
+}
+
+impl WeakClient {
+    #[doc(hidden)]
+    pub fn upgrade(&self) -> Option<Client> {
+        let shared = self.shared.upgrade()?;
+        Some(Client {
+            shared,
+            timeout: self.timeout,
+        })
+    }
+}
+
+impl fmt::Debug for WeakClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WeakClient")
+    }
+}
+
+/// The settings of a [`Client`].
+///
+/// ```
+/// use p2pd_client::Client;
+///
+/// let client = Client::builder("/unix/tmp/p2pd.sock".parse()?)
+///     .listen_maddr("/unix/tmp/my-program.sock".parse()?)
+///     .build()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct ClientBuilder {
+    control: Multiaddr,
+    listen: Option<Multiaddr>,
+    limits: Limits,
+    unary_limits: UnaryLimits,
+    max_connections: usize,
+}
+
+impl Client {
+    /// A client of the daemon with that control address: `/unix/PATH` or
+    /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`.
+    ///
+    /// # Errors
+    /// It is another kind of address. Whether a daemon is there shows when it is used.
+    pub fn new(control: Multiaddr) -> Result<Self, EndpointError> {
+        let built = Self::builder(control).build();
+        built.map_err(|error| match error {
+            Error::Address(error) => error,
+            other => unreachable!("nothing but the address was given: {other}"),
+        })
+    }
+
+    /// A client with other settings than the default ones.
+    pub fn builder(control: Multiaddr) -> ClientBuilder {
+        ClientBuilder {
+            control,
+            listen: None,
+            limits: Limits::default(),
+            unary_limits: UnaryLimits::default(),
+            max_connections: 64,
+        }
+    }
+
+    /// The same client, with the same connections and handlers, whose calls may take so long, all
+    /// together; with `None`, the default, as long as the daemon takes, which is 60 s where it has a
+    /// limit. The daemon is told in CONNECT, STREAM_OPEN and the DHT's requests, in whole seconds.
+    ///
+    /// ```
+    /// # use p2pd_client::Client;
+    /// # use std::time::Duration;
+    /// # let client = Client::new("/unix/tmp/p2pd.sock".parse()?)?;
+    /// let hasty = client.with_timeout(Some(Duration::from_secs(2)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn with_timeout(&self, timeout: impl Into<Option<Duration>>) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            timeout: timeout.into(),
+        }
+    }
+
+    /// How long calls may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// The daemon's control address.
+    pub fn control_maddr(&self) -> &Multiaddr {
+        self.connector().control_maddr()
+    }
+
+    #[doc(hidden)]
+    pub fn downgrade(&self) -> WeakClient {
+        WeakClient {
+            shared: Arc::downgrade(&self.shared),
+            timeout: self.timeout,
+        }
+    }
+
+    fn connector(&self) -> &Arc<Connector> {
+        &self.shared.connector
+    }
+
+    /// Sends a request and returns its reply, or its only value.
+    async fn request<R: Typed>(&self, about: Context, request: R) -> Result<R::Output, Error> {
+        self.within(about, async {
+            let (reply, _) = self.connector().request(&request).await?;
+            Ok(reply)
+        })
+        .await
+    }
+
+    async fn within<T>(
+        &self,
+        about: Context,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        connector::within(self.timeout, about, work).await
+    }
+}
+
+impl ClientBuilder {
+    /// Where the daemon is to connect to for inbound streams; for TCP port 0, a free port is taken.
+    /// By default a unix socket in a private directory, or, if the control address is no unix
+    /// socket, a free TCP port of the same host.
+    pub fn listen_maddr(mut self, listen: Multiaddr) -> Self {
+        self.listen = Some(listen);
+        self
+    }
+
+    /// What is taken from the daemon.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// What unary calls may come to; the largest message must not exceed the daemon's
+    /// `-persistentConnMaxMsgSize`.
+    pub fn unary_limits(mut self, limits: UnaryLimits) -> Self {
+        self.unary_limits = limits;
+        self
+    }
+
+    /// How many requests for which the daemon asks other peers (CONNECT, STREAM_OPEN, DHT) may be
+    /// under way at once, each on a connection of its own; further ones wait their turn. 64 by
+    /// default, at least 1. Open streams do not count.
+    pub fn max_connections(mut self, count: usize) -> Self {
+        self.max_connections = count.max(1);
+        self
+    }
+
+    /// The client.
+    ///
+    /// # Errors
+    /// [`Error::Address`]: an address is none of a unix or TCP socket.
+    pub fn build(self) -> Result<Client, Error> {
+        let connector = Connector::new(self.control, self.limits, self.max_connections)?;
+        let connector = Arc::new(connector);
+        let listen = self.listen.map(|addr| addr.endpoint()).transpose()?;
+        Ok(Client {
+            shared: Arc::new(Shared {
+                inbound: streams::Inbound::new(listen),
+                unary: Arc::new(unary::Unary::new(Arc::clone(&connector), self.unary_limits)),
+                connector,
+            }),
+            timeout: None,
+        })
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("control_maddr", &self.control_maddr().to_string())
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn runtime_ended() -> Error {
+    Error::lost("its tokio runtime has ended", false)
+}

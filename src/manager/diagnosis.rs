@@ -1,0 +1,713 @@
+//! What a daemon's output says: that it has started, or why it has not.
+//!
+//! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
+
+use std::io::{self, ErrorKind};
+
+/// How the cause begins if no bootstrap peer could be reached.
+pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
+
+/// What to do about a daemon that was not ready in time.
+pub(crate) const TOO_SLOW: &str =
+    "allow it more time (start_timeout) if this machine is slow; else see what it printed last";
+
+/// What to do about the causes that [`diagnose`] tells, by words in them.
+const HINTS: [(&str, &str); 21] = [
+    (UNCONNECTED, "check that a bootstrap peer runs and can be reached from here, or have the \
+                   daemon start without them (bootstrap \"background\")"),
+    ("it may still be trying to reach its bootstrap peers",
+     "check that a bootstrap peer runs and can be reached from here, or have the daemon start \
+      without them (bootstrap \"background\")"),
+    ("a bootstrap peer must end in", "add /p2p/ and the peer's id to the address"),
+    ("is already in use", "choose another address, or port 0 for a free one, or stop what uses it"),
+    ("is not an address of this machine",
+     "listen at an address of this machine, or at 0.0.0.0 for all, and announce the other one \
+      (announce_addrs)"),
+    ("no permission to listen",
+     "choose a port from 1024 on, or a path in a directory that this user can write to"),
+    ("is too long for the path of a socket", "choose a shorter path"),
+    ("the directory of ", "create the directory, or choose another path"),
+    ("cannot listen on ", "choose another address"),
+    ("cannot read the identity file ",
+     "check the file's path and permissions, or leave the identity out for a new one"),
+    ("the identity file ",
+     "give a file with a private key in libp2p's protobuf encoding, or leave the identity out for \
+      a new one"),
+    ("this daemon has no option ", "leave the option out, or set P2PD_PATH to a newer daemon"),
+    ("invalid value ", "correct the value of that option"),
+    ("failed to parse multiaddr", "correct that address"),
+    ("the binary is not for this machine",
+     "set P2PD_PATH to a p2pd that was built for this platform"),
+    ("the binary cannot be executed", "check the daemon's binary, and the script around it"),
+    ("a command was not found", "check the script that starts the daemon"),
+    ("something killed it, maybe for lack of memory",
+     "look for the out-of-memory killer in the kernel's log (dmesg), and allow the daemon more \
+      memory"),
+    ("answers in its place", "stop that daemon, or choose another control address"),
+    ("panic: ", "this is a fault of the daemon: try another version, and report it there"),
+    ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
+];
+
+/// The last part of the output, in which the cause is looked for: it has to be found while a start
+/// is awaited, and the output may be large.
+const END: usize = 64 << 10;
+
+/// How many characters of a line are shown.
+const LINE: usize = 500;
+
+/// The line with which Go ends for lack of a thread, and how the one begins that has the reason.
+const NO_THREAD: &str = "fatal error: newosproc";
+const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
+
+/// The error of the operating system that these words of a daemon stand for, if they do.
+fn of_system(words: &str) -> Option<io::Error> {
+    const EMFILE: i32 = 24;
+    let words = words.to_lowercase();
+    let has = |part: &str| words.contains(part);
+    Some(
+        if has("out of memory") || has("cannot allocate memory") || has("errno=12)") {
+            ErrorKind::OutOfMemory.into()
+        } else if has("newosproc")
+            || has("failed to create new os thread")
+            || has("pthread_create failed")
+            || has("cannot fork")
+        {
+            ErrorKind::WouldBlock.into()
+        } else if has("no space left on device") {
+            ErrorKind::StorageFull.into()
+        } else if has("too many open files") {
+            io::Error::from_raw_os_error(EMFILE)
+        } else {
+            return None;
+        },
+    )
+}
+
+/// What to do about a cause that [`diagnose`] told, in one line.
+#[doc(hidden)]
+pub fn hint(cause: &str) -> Option<&'static str> {
+    // First, since what the system refuses a daemon is not the daemon's fault, nor an address's.
+    if let Some(hint) = of_system(cause).and_then(|error| hint_of_system(cause, &error)) {
+        return Some(hint);
+    }
+    let known = HINTS.iter().find(|(words, _)| cause.contains(words));
+    known.map(|(_, hint)| *hint)
+}
+
+/// What to do about an operating-system error; `operation` is what failed.
+#[doc(hidden)]
+pub fn hint_of_system(operation: &str, error: &io::Error) -> Option<&'static str> {
+    // The same numbers on all unix systems; the standard library has no kinds for them.
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    let executing = operation.starts_with("cannot execute");
+    let hint = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space, or set TMPDIR to a directory that has some"
+        }
+        ErrorKind::OutOfMemory => "free some memory, or raise the container's limit on it",
+        ErrorKind::WouldBlock => {
+            "raise the limit on processes and threads (ulimit -u, or the container's pids limit)"
+        }
+        ErrorKind::PermissionDenied if executing => {
+            "make it executable (chmod +x), in a file system that is not mounted noexec"
+        }
+        ErrorKind::NotFound if operation.contains("interpreter or loader") => {
+            "install what the binary is linked against (on Alpine, apk add gcompat), or set \
+             P2PD_PATH to a statically linked p2pd"
+        }
+        ErrorKind::NotFound if executing => "install the daemon again, or set P2PD_PATH to another",
+        ErrorKind::NotFound
+        | ErrorKind::NotADirectory
+        | ErrorKind::PermissionDenied
+        | ErrorKind::ReadOnlyFilesystem
+            if operation.contains("directory") || operation.contains("file") =>
+        {
+            "set TMPDIR to a directory that exists and that this user can write to"
+        }
+        _ if cfg!(unix) && matches!(error.raw_os_error(), Some(ENFILE | EMFILE)) => {
+            "raise the limit on open files (ulimit -n), or close some"
+        }
+        _ => return None,
+    };
+    Some(hint)
+}
+
+/// What a daemon prints once it has started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Startup {
+    /// Whether it said that it has started.
+    pub started: bool,
+    /// `Control socket:`, a multiaddr.
+    pub control_socket: Option<String>,
+    /// `Peer ID:`, in base58.
+    pub peer_id: Option<String>,
+    /// `Peer Addrs:`, the multiaddrs it listens on.
+    pub peer_addrs: Vec<String>,
+}
+
+impl Startup {
+    /// Reads the output so far; a last line without its newline may still grow and is left out.
+    pub fn read(output: &str) -> Self {
+        let mut startup = Startup::default();
+        let mut in_addrs = false;
+        for line in output
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n'))
+        {
+            let line = line.trim_end();
+            if in_addrs && line.starts_with('/') {
+                startup.peer_addrs.push(line.into());
+                continue;
+            }
+            in_addrs = line == "Peer Addrs:";
+            if let Some(address) = line.strip_prefix("Control socket: ") {
+                startup.control_socket = Some(address.into());
+            } else if let Some(peer_id) = line.strip_prefix("Peer ID: ") {
+                startup.peer_id = Some(peer_id.into());
+                startup.started = true;
+            } else if line == "daemon has started" {
+                startup.started = true;
+            }
+        }
+        startup
+    }
+}
+
+/// Whether a daemon has printed that it has started, and its peer id if it did: what
+/// [`Startup::read`] says, but quick on a large output, as it is asked again and again.
+#[doc(hidden)]
+pub fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
+    // A last line without its newline may still grow.
+    let lines = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
+    let peer_id = last_line(lines, "Peer ID: ").and_then(|line| line.strip_prefix("Peer ID: "));
+    let started = || last_line(lines, "daemon has started") == Some("daemon has started");
+    (peer_id.is_some() || started(), peer_id)
+}
+
+/// The last part of an output.
+#[doc(hidden)]
+pub fn end_of(output: &str) -> &str {
+    let mut begin = output.len().saturating_sub(END);
+    while !output.is_char_boundary(begin) {
+        begin += 1;
+    }
+    &output[begin..]
+}
+
+/// A line, cut where it is too long to be shown.
+#[doc(hidden)]
+pub fn shortened(line: &str) -> String {
+    match line.char_indices().nth(LINE) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.into(),
+    }
+}
+
+/// The lines of the output worth showing: the last `limit` ones, without the list of flags that
+/// Go prints after the line that says which one was wrong.
+pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
+    let lines = output
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty());
+    let mut lines: Vec<_> = lines
+        .take_while(|line| !line.starts_with("Usage of "))
+        .collect();
+    lines.drain(..lines.len().saturating_sub(limit));
+    lines
+}
+
+/// Tells the cause of a failed start in one line, where it can be told.
+///
+/// `status` is the exit status, negative for a signal, `None` if the daemon is still running;
+/// `arguments` are those it was started with.
+///
+/// ```
+/// use p2pd_manager::diagnose;
+///
+/// let output = "2026/01/02 03:04:05 listen tcp4 127.0.0.1:4001: bind: address already in use\n";
+/// let cause = diagnose(output, Some(1), &[]).unwrap();
+/// assert_eq!(cause, "127.0.0.1:4001 is already in use");
+/// ```
+pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Option<String> {
+    let lines = excerpt(end_of(output), usize::MAX);
+    let told = lines
+        .iter()
+        .rev()
+        .find_map(|line| known(without_time(line), arguments));
+    // The goroutines that Go lists after these may take more than the end.
+    let crash = || {
+        ["fatal error: ", "panic: "]
+            .iter()
+            .find_map(|words| last_line(output, words))
+    };
+    let told = told.or_else(|| crash().map(shortened));
+    if told.as_deref() == Some(NO_THREAD) {
+        let why = last_line(output, NO_THREAD_WHY).and_then(|line| line.strip_prefix("runtime: "));
+        return Some(why.map_or(NO_THREAD.into(), |why| {
+            format!("{NO_THREAD}: {}", shortened(why))
+        }));
+    }
+    told.or_else(|| match status {
+        None => {
+            let peers = option(arguments, "bootstrapPeers")?;
+            Some(format!(
+                "it may still be trying to reach its bootstrap peers: {peers}"
+            ))
+        }
+        Some(0) => None,
+        Some(126) => Some("the binary cannot be executed".into()),
+        Some(127) => Some("a command was not found".into()),
+        Some(-9) => Some("something killed it, maybe for lack of memory".into()),
+        Some(_) => {
+            // Go's `log.Fatal` is the last thing a daemon says.
+            let last = lines.last()?;
+            let message = without_time(last);
+            (message != *last || of_system(message).is_some()).then(|| shortened(message))
+        }
+    })
+}
+
+/// The last line of the output that begins with these words.
+fn last_line<'a>(output: &'a str, words: &str) -> Option<&'a str> {
+    let mut found = output.rmatch_indices(words).map(|(begin, _)| begin);
+    let begin = found.find(|&begin| begin == 0 || output[..begin].ends_with('\n'))?;
+    output[begin..].lines().next().map(str::trim_end)
+}
+
+/// The cause, if this is a message whose meaning is known.
+fn known(message: &str, arguments: &[String]) -> Option<String> {
+    let lower = message.to_lowercase();
+    if let Some(flag) = message.strip_prefix("flag provided but not defined: ") {
+        return Some(format!("this daemon has no option {}", shortened(flag)));
+    }
+    if message.starts_with("invalid value ") && message.contains(" for flag ")
+        || message.starts_with("failed to parse multiaddr")
+        || message.starts_with("panic: ")
+        || lower.starts_with("fatal error: ")
+        || message.contains("pthread_create failed")
+    {
+        return Some(shortened(message));
+    }
+    if lower.contains("exec format error") || lower.contains("cannot execute binary file") {
+        let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+        return Some(format!(
+            "the binary is not for this machine ({os} on {arch})"
+        ));
+    }
+    if message == "failed to connect to bootstrap peers" {
+        let peers = option(arguments, "bootstrapPeers").unwrap_or("the built-in list of IPFS's");
+        return Some(format!("{UNCONNECTED}{peers}"));
+    }
+    if message == "invalid p2p multiaddr" {
+        let peers = option(arguments, "bootstrapPeers")?;
+        let wrong = |peer: &&str| !peer.contains("/p2p/") && !peer.contains("/ipfs/");
+        let wrong: Vec<_> = peers.split(',').filter(wrong).collect();
+        let wrong = if wrong.is_empty() {
+            peers.into()
+        } else {
+            wrong.join(", ")
+        };
+        return Some(format!(
+            "a bootstrap peer must end in /p2p/<peer id>: {wrong}"
+        ));
+    }
+    if let Some(cause) = of_identity(message, arguments) {
+        return Some(cause);
+    }
+    of_listening(message).or_else(|| {
+        // What Node says of an error that nobody caught: "TypeError: …", or plainly "Error: …".
+        let (kind, rest) = message.split_once(": ")?;
+        let is_error = kind.ends_with("Error") && kind.chars().all(|c| c.is_ascii_alphabetic());
+        is_error.then(|| shortened(if kind == "Error" { rest } else { message }))
+    })
+}
+
+/// The cause, if it lies in the file given with `-id`.
+fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
+    let file = option(arguments, "id")?;
+    let of_file = message.strip_prefix(&format!("open {file}: "));
+    if let Some(why) = of_file.or_else(|| message.strip_prefix(&format!("read {file}: "))) {
+        return Some(format!("cannot read the identity file {file}: {why}"));
+    }
+    let by_node = message.strip_suffix(&format!(", open '{file}'"));
+    if let Some((_, why)) = by_node.and_then(|message| message.rsplit_once(": ")) {
+        return Some(format!("cannot read the identity file {file}: {why}"));
+    }
+    let not_a_key = message.starts_with("proto:")
+        || message.contains("unmarshal")
+        || message.contains("invalid or unsupported key type")
+        || message.contains("expected ed25519 data size")
+        || message.contains("asn1:")
+        || message.contains("x509:");
+    let message = shortened(message);
+    not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
+}
+
+/// The cause, if it lies in an address to listen on.
+fn of_listening(message: &str) -> Option<String> {
+    // "listen tcp4 127.0.0.1:4001: bind: address already in use", in Go's words, maybe in "[…]";
+    // "Error: listen EADDRINUSE: address already in use 127.0.0.1:4001", in those of Node.
+    let (what, why) = if let Some((before, why)) = message.split_once(": bind: ") {
+        let (_, address) = before.rsplit_once("listen ")?;
+        let (_network, address) = address.split_once(' ')?;
+        (address, why.trim_end_matches(']'))
+    } else {
+        let (_, listen) = message.split_once("listen E")?;
+        let (_code, reason) = listen.split_once(": ")?;
+        (reason.rsplit_once(' ')?.1, reason)
+    };
+    // To Node, a missing directory is one without permission.
+    let by_node = !message.contains(": bind: ") && what.starts_with('/');
+    Some(if why.starts_with("address already in use") {
+        format!("{what} is already in use")
+    } else if why.starts_with("cannot assign requested address") {
+        format!("{what} is not an address of this machine")
+    } else if why.starts_with("permission denied") && by_node {
+        format!("no permission to listen on {what}, or its directory does not exist")
+    } else if why.starts_with("permission denied") {
+        format!("no permission to listen on {what}")
+    } else if why.starts_with("no such file or directory") {
+        format!("the directory of {what} does not exist")
+    } else if why.starts_with("invalid argument") && what.starts_with('/') {
+        format!("{what} is too long for the path of a socket")
+    } else {
+        shortened(&format!("cannot listen on {what}: {why}"))
+    })
+}
+
+/// The value of `-name=value` in the arguments.
+fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    arguments.iter().rev().find_map(|argument| {
+        argument
+            .strip_prefix('-')?
+            .trim_start_matches('-')
+            .strip_prefix(name)?
+            .strip_prefix('=')
+    })
+}
+
+/// A line without the date and time that Go's `log` puts before it.
+fn without_time(line: &str) -> &str {
+    let is = |text: &str, separator: char| {
+        text.split(separator).count() == 3
+            && text
+                .chars()
+                .all(|c| c == separator || c == '.' || c.is_ascii_digit())
+    };
+    let mut words = line.splitn(3, ' ');
+    match (words.next(), words.next(), words.next()) {
+        (Some(date), Some(time), Some(rest)) if is(date, '/') && is(time, ':') => rest,
+        _ => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cause(output: &str, arguments: &[&str]) -> Option<String> {
+        let arguments: Vec<_> = arguments
+            .iter()
+            .map(|argument| argument.to_string())
+            .collect();
+        diagnose(output, Some(1), &arguments)
+    }
+
+    #[test]
+    fn a_started_daemon_is_read() {
+        let output = "Control socket: /unix/tmp/c.sock\nPeer ID: QmA\nPeer Addrs:\n\
+                      /ip4/127.0.0.1/tcp/1\n/ip6/::1/tcp/2\nBootstrap peers:\n/ip4/1.2.3.4/tcp/3\n";
+        let startup = Startup {
+            started: true,
+            control_socket: Some("/unix/tmp/c.sock".into()),
+            peer_id: Some("QmA".into()),
+            peer_addrs: vec!["/ip4/127.0.0.1/tcp/1".into(), "/ip6/::1/tcp/2".into()],
+        };
+        assert_eq!(Startup::read(output), startup);
+    }
+
+    #[test]
+    fn half_a_line_says_nothing_yet() {
+        let startup = Startup::read("Control socket: /unix/c.sock\nPeer ID: QmYyQSo1c1Ym7orWx");
+        assert_eq!(startup.control_socket.as_deref(), Some("/unix/c.sock"));
+        assert_eq!(startup.peer_id, None);
+        assert!(!startup.started);
+    }
+
+    #[test]
+    fn jsp2pd_says_only_that_it_has_started() {
+        let startup = Startup {
+            started: true,
+            ..Startup::default()
+        };
+        assert_eq!(Startup::read("daemon has started\n"), startup);
+    }
+
+    #[test]
+    fn the_excerpt_is_the_end_without_the_list_of_flags() {
+        assert_eq!(excerpt("a\n\nb\nc  \n", 2), ["b", "c"]);
+        assert_eq!(
+            excerpt("flag x\nUsage of p2pd:\n  -a\n    \tthe a\n", 20),
+            ["flag x"]
+        );
+        assert!(excerpt("", 20).is_empty());
+    }
+
+    #[test]
+    fn each_known_message_has_its_cause() {
+        let time = "2026/11/21 04:24:53";
+        for (line, arguments, expected) in [
+            ("listen tcp4 127.0.0.1:39791: bind: address already in use", vec![],
+             "127.0.0.1:39791 is already in use"),
+            ("failed to listen on any addresses: [listen tcp4 127.0.0.1:39: bind: address already in use]",
+             vec![], "127.0.0.1:39 is already in use"),
+            ("failed to listen on any addresses: [listen tcp4 8.8.8.8:0: bind: cannot assign requested address]",
+             vec![], "8.8.8.8:0 is not an address of this machine"),
+            ("listen tcp4 127.0.0.1:1: bind: permission denied", vec![],
+             "no permission to listen on 127.0.0.1:1"),
+            ("listen unix /no/x.sock: bind: no such file or directory", vec![],
+             "the directory of /no/x.sock does not exist"),
+            ("listen unix /tmp/long.sock: bind: invalid argument", vec![],
+             "/tmp/long.sock is too long for the path of a socket"),
+            ("listen tcp4 127.0.0.1:1: bind: no buffer space", vec![],
+             "cannot listen on 127.0.0.1:1: no buffer space"),
+            ("failed to parse multiaddr \"/foo\": unknown protocol foo", vec![],
+             "failed to parse multiaddr \"/foo\": unknown protocol foo"),
+            ("failed to connect to bootstrap peers", vec!["-b", "-bootstrapPeers=/a,/b"],
+             "no bootstrap peer could be reached: /a,/b"),
+            ("failed to connect to bootstrap peers", vec!["-b"],
+             "no bootstrap peer could be reached: the built-in list of IPFS's"),
+            ("invalid p2p multiaddr", vec!["-bootstrapPeers=/tcp/1/p2p/Qm,/tcp/2"],
+             "a bootstrap peer must end in /p2p/<peer id>: /tcp/2"),
+            ("open key: permission denied", vec!["-id=key"],
+             "cannot read the identity file key: permission denied"),
+            ("read key: is a directory", vec!["--id=key"],
+             "cannot read the identity file key: is a directory"),
+            ("proto: cannot parse invalid wire-format data", vec!["-id=key"],
+             "the identity file key holds no private key of libp2p: \
+              proto: cannot parse invalid wire-format data"),
+            ("can't have autorelay enabled", vec![], "can't have autorelay enabled"),
+        ] {
+            let output = format!("Something before\n{time} {line}\n");
+            assert_eq!(cause(&output, &arguments).as_deref(), Some(expected), "{line}");
+        }
+    }
+
+    #[test]
+    fn causes_without_a_time_before_them() {
+        let flags = "flag provided but not defined: -nope\nUsage of p2pd:\n  -a string\n";
+        assert_eq!(
+            cause(flags, &[]).unwrap(),
+            "this daemon has no option -nope"
+        );
+        let value = "invalid value \"5\" for flag -connGrace: parse error";
+        assert_eq!(
+            cause(&format!("{value}\nUsage of p2pd:\n  -a\n"), &[]).unwrap(),
+            value
+        );
+        let node = "Error: listen EADDRINUSE: address already in use 127.0.0.1:5\n    at Server\n";
+        assert_eq!(cause(node, &[]).unwrap(), "127.0.0.1:5 is already in use");
+        let node = "Error: listen EACCES: permission denied /no/x.sock\n    at Server\n";
+        assert_eq!(
+            cause(node, &[]).unwrap(),
+            "no permission to listen on /no/x.sock, or its directory does not exist"
+        );
+        let node =
+            "/d.js:4\n  conn.remoteAddr\n\nTypeError: it is null\n    at /d.js:4\n\nNode.js v20\n";
+        assert_eq!(cause(node, &[]).unwrap(), "TypeError: it is null");
+        let node =
+            "Error: ENOENT: no such file or directory, open 'key'\n    at f {\n  errno: -2\n}";
+        let identity = "cannot read the identity file key: no such file or directory";
+        assert_eq!(cause(node, &["--id=key"]).unwrap(), identity);
+        let panic = "panic: no\n\ngoroutine 1 [running]:\nmain.main()\n";
+        assert_eq!(cause(panic, &[]).unwrap(), "panic: no");
+        for line in [
+            "Exec format error",
+            "p2pd: cannot execute binary file: Exec format error",
+        ] {
+            assert!(cause(line, &[])
+                .unwrap()
+                .starts_with("the binary is not for this machine ("));
+        }
+    }
+
+    #[test]
+    fn the_status_tells_what_the_output_does_not() {
+        assert!(diagnose("", Some(-9), &[])
+            .unwrap()
+            .starts_with("something killed it"));
+        assert_eq!(
+            diagnose("", Some(127), &[]).unwrap(),
+            "a command was not found"
+        );
+        assert_eq!(
+            diagnose("", Some(126), &[]).unwrap(),
+            "the binary cannot be executed"
+        );
+        let peers = ["-bootstrapPeers=/ip4/192.0.2.1/tcp/1/p2p/Qm".to_string()];
+        let waiting = diagnose("", None, &peers).unwrap();
+        assert!(
+            waiting.ends_with("bootstrap peers: /ip4/192.0.2.1/tcp/1/p2p/Qm"),
+            "{waiting}"
+        );
+    }
+
+    #[test]
+    fn each_cause_has_a_hint() {
+        let time = "2026/11/21 04:24:53";
+        let arguments = ["-bootstrapPeers=/a".to_string(), "-id=key".to_string()];
+        for (line, expected) in [
+            (
+                "listen tcp4 127.0.0.1:39: bind: address already in use",
+                "port 0",
+            ),
+            (
+                "listen tcp4 8.8.8.8:0: bind: cannot assign requested address",
+                "0.0.0.0",
+            ),
+            ("listen tcp4 127.0.0.1:1: bind: permission denied", "1024"),
+            (
+                "listen unix /no/x.sock: bind: no such file or directory",
+                "create the directory",
+            ),
+            (
+                "listen unix /tmp/long.sock: bind: invalid argument",
+                "shorter",
+            ),
+            (
+                "listen tcp4 127.0.0.1:1: bind: no buffer space",
+                "another address",
+            ),
+            (
+                "failed to parse multiaddr \"/foo\": unknown protocol foo",
+                "correct that address",
+            ),
+            ("failed to connect to bootstrap peers", "background"),
+            ("invalid p2p multiaddr", "/p2p/"),
+            ("open key: permission denied", "permissions"),
+            ("proto: cannot parse invalid wire-format data", "protobuf"),
+            ("flag provided but not defined: -nope", "newer daemon"),
+            (
+                "invalid value \"5\" for flag -connGrace: parse error",
+                "correct the value",
+            ),
+            ("Exec format error", "P2PD_PATH"),
+            ("panic: no", "fault of the daemon"),
+            ("fatal error: no", "fault of the daemon"),
+        ] {
+            let cause = diagnose(&format!("{time} {line}\n"), Some(1), &arguments).unwrap();
+            let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));
+            assert!(
+                hint.contains(expected) && !hint.contains('\n'),
+                "{cause}: {hint}"
+            );
+        }
+        for status in [-9, 126, 127] {
+            assert!(hint(&diagnose("", Some(status), &[]).unwrap()).is_some());
+        }
+        assert!(hint(&diagnose("", None, &arguments).unwrap()).is_some());
+        assert_eq!(hint("can't have autorelay enabled"), None);
+    }
+
+    #[test]
+    fn what_the_system_refuses_the_daemon_is_not_blamed_on_the_daemon() {
+        let no_thread = |number| {
+            format!(
+                "runtime: failed to create new OS thread (have 5 already; errno={number})\n\
+                 runtime: may need to increase max user processes (ulimit -u)\n\
+                 fatal error: newosproc\n\ngoroutine 1 [running]:\nmain.main()"
+            )
+        };
+        let time = "2026/11/21 04:24:53";
+        for (output, expected) in [
+            (no_thread(11), "ulimit -u"),
+            (no_thread(12), "free some memory"),
+            ("fatal error: newosproc".into(), "ulimit -u"),
+            (
+                "runtime/cgo: pthread_create failed: Resource temporarily unavailable\n\
+                 SIGABRT: abort\nPC=0x1 m=0 sigcode=0"
+                    .into(),
+                "ulimit -u",
+            ),
+            ("p2pd: 3: Cannot fork".into(), "ulimit -u"),
+            (
+                "fatal error: runtime: out of memory".into(),
+                "free some memory",
+            ),
+            (
+                "FATAL ERROR: Reached heap limit Allocation failed - JavaScript heap out of memory"
+                    .into(),
+                "free some memory",
+            ),
+            (
+                "fatal error: runtime: cannot allocate memory".into(),
+                "free some memory",
+            ),
+            (
+                "panic: write /d/key: no space left on device".into(),
+                "free some space",
+            ),
+            (
+                format!("{time} write /d/key: no space left on device"),
+                "free some space",
+            ),
+            (
+                format!("{time} listen tcp4 127.0.0.1:1: bind: too many open files"),
+                "ulimit -n",
+            ),
+            (
+                format!("{time} failed to listen: [listen tcp4 :0: socket: too many open files]"),
+                "ulimit -n",
+            ),
+            ("panic: pipe: too many open files".into(), "ulimit -n"),
+        ] {
+            let cause = cause(&format!("before\n{output}\n"), &[]);
+            let cause = cause.unwrap_or_else(|| panic!("none for {output}"));
+            let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));
+            assert!(hint.contains(expected), "{cause}: {hint}");
+        }
+        assert_eq!(
+            cause(&no_thread(11), &[]).unwrap(),
+            "fatal error: newosproc: failed to create new OS thread (have 5 already; errno=11)"
+        );
+    }
+
+    #[test]
+    fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
+        let noise = "goroutine 7 [chan receive]:\n".repeat(END / 20);
+        let early = format!("this daemon\nflag provided but not defined: -nope\n{noise}");
+        assert_eq!(cause(&early, &[]), None);
+        let late = format!("{noise}flag provided but not defined: -nope\n");
+        assert_eq!(
+            cause(&late, &[]).unwrap(),
+            "this daemon has no option -nope"
+        );
+        for (crash, expected) in [
+            (
+                "fatal error: all goroutines are asleep",
+                "fatal error: all goroutines are asleep",
+            ),
+            ("no panic: here\npanic: this", "panic: this"),
+            (
+                "runtime: failed to create new OS thread (errno=11)\nfatal error: newosproc",
+                "fatal error: newosproc: failed to create new OS thread (errno=11)",
+            ),
+        ] {
+            let output = format!("Peer ID: QmA\n{crash}\n\n{noise}");
+            assert_eq!(cause(&output, &[]).unwrap(), expected);
+        }
+        let letters = format!("a{}", "€".repeat(END));
+        assert_eq!(end_of(&letters).chars().count(), END / 3);
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_not_made_up() {
+        assert_eq!(diagnose("", Some(1), &[]), None);
+        assert_eq!(diagnose("", None, &[]), None);
+        assert_eq!(diagnose("Peer ID: QmA\n", Some(3), &[]), None);
+        assert_eq!(diagnose("2026/11/21 04:24:53 bye", Some(0), &[]), None);
+        assert_eq!(cause("open other: permission denied", &["-id=key"]), None);
+    }
+}

@@ -1,0 +1,186 @@
+//! The watchdog: a process that outlives this one if need be, to clear up after it.
+//!
+//! It reads lines from a pipe until the pipe ends, as it does however this process ends. The last
+//! line is the daemon's process group, or 0 if that has ended. It then ends the group and removes
+//! the files.
+//!
+//! There are two kinds. A shell script (0.7 MB, 1 ms to start) is used where there is a shell with
+//! `rm` and `sleep`. Elsewhere, as in a container image without a shell, it is a forked child that
+//! executes no program; see [`forked`]. That kind costs a copy of this process's page tables, some
+//! 10 ms for each GiB in use, which is why it is the second choice.
+
+#[cfg(target_os = "linux")]
+mod forked;
+
+use super::super::discovery;
+use super::launch::{Child, Launch};
+use p2pd_sockets::Failed;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, PipeWriter, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError, TryLockError};
+
+const SHELL: &str = "/bin/sh";
+/// The programs that the script needs.
+const PROGRAMS: [&str; 2] = ["rm", "sleep"];
+const SCRIPT: &str = r#"
+cd /
+group=0
+while read -r line; do group=$line; done
+if [ "$group" -gt 0 ]; then
+    kill -s TERM -- "-$group"
+    tries=0
+    while [ "$tries" -lt 50 ] && kill -s 0 -- "-$group"; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    kill -s KILL -- "-$group"
+fi
+rm -rf -- "$@"
+"#;
+
+/// What kind of watchdog to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(hidden)]
+pub enum Kind {
+    Shell,
+    #[cfg(target_os = "linux")]
+    Forked,
+}
+
+#[derive(Debug)]
+pub(super) struct Janitor {
+    child: Child,
+    /// The pipe it reads from, which ends when this process does.
+    lifeline: Mutex<Option<PipeWriter>>,
+}
+
+impl Janitor {
+    /// Starts one that removes these files and directories. Without a `kind`, it is the shell
+    /// script if that can run, else a forked child.
+    pub(super) fn start<'a>(
+        files: impl IntoIterator<Item = Option<&'a Path>>,
+        kind: Option<Kind>,
+    ) -> Result<Self, Failed> {
+        let files: Vec<_> = files.into_iter().flatten().collect();
+        match kind {
+            Some(Kind::Shell) => Self::run_shell(&files),
+            #[cfg(target_os = "linux")]
+            Some(Kind::Forked) => Self::fork(&files),
+            #[cfg(target_os = "linux")]
+            None if !has_shell() => Self::fork(&files),
+            #[cfg(target_os = "linux")]
+            None => Self::run_shell(&files).or_else(|failed| {
+                // It may be there and still not run: another platform's, or without its loader.
+                Self::fork(&files).map_err(|_| failed)
+            }),
+            #[cfg(not(target_os = "linux"))]
+            None => Self::run_shell(&files),
+        }
+    }
+
+    fn run_shell(files: &[&Path]) -> Result<Self, Failed> {
+        let (reader, lifeline) = pipe()?;
+        let arguments = ["-c", SCRIPT, "p2pd-janitor"].map(str::as_bytes);
+        let files = files.iter().map(|file| file.as_os_str().as_bytes());
+        let null = File::options()
+            .write(true)
+            .open("/dev/null")
+            .map_err(Failed::at(|| "cannot open /dev/null"))?;
+        let child = Launch::new(
+            Path::new(SHELL),
+            arguments.into_iter().chain(files),
+            [&reader, &null, &null],
+        )?
+        .environment([("PATH".into(), path())])
+        .run()?;
+        Ok(Janitor {
+            child,
+            lifeline: Mutex::new(Some(lifeline)),
+        })
+    }
+
+    #[cfg(target_os = "linux")]
+    fn fork(files: &[&Path]) -> Result<Self, Failed> {
+        let (reader, lifeline) = pipe()?;
+        let child = forked::fork(&reader, &lifeline, files)
+            .map_err(Failed::at(|| "cannot fork a process that clears up"))?;
+        Ok(Janitor {
+            child,
+            lifeline: Mutex::new(Some(lifeline)),
+        })
+    }
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Has what is launched tell the janitor of itself.
+    pub(super) fn announced(&self, launch: Launch) -> Result<Launch, Failed> {
+        let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
+        match lifeline.as_ref() {
+            Some(lifeline) => launch.announced_to(lifeline),
+            None => Ok(launch),
+        }
+    }
+
+    /// Tells it the process group to end, or 0.
+    pub(super) fn tell(&self, group: u32) {
+        let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mut lifeline) = lifeline.as_ref() {
+            // In one write. It fails if somebody killed it.
+            let _ = lifeline.write_all(format!("{group}\n").as_bytes());
+        }
+    }
+
+    /// Kills it, with nothing done. Returns whether it has ended; to be called again until then.
+    pub(super) fn dismiss(&self) -> bool {
+        let ended = self.child.kill();
+        if ended {
+            self.cut_lifeline();
+        }
+        ended
+    }
+
+    /// Has it do its work. Returns whether it has ended; to be called again until then.
+    pub(super) fn finish(&self) -> bool {
+        self.cut_lifeline();
+        let ended = !matches!(self.child.has_ended(), Ok(false));
+        if ended {
+            self.child.reap();
+        }
+        ended
+    }
+
+    pub(super) fn cut_lifeline(&self) {
+        match self.lifeline.try_lock() {
+            Ok(mut lifeline) => *lifeline = None,
+            Err(TryLockError::Poisoned(error)) => *error.into_inner() = None,
+            // In a forked child, by a thread that is not there. It was writing its last.
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+}
+
+fn pipe() -> Result<(io::PipeReader, PipeWriter), Failed> {
+    io::pipe().map_err(Failed::at(|| "cannot create a pipe"))
+}
+
+/// Where the script's programs are.
+fn path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/bin:/usr/bin");
+    path
+}
+
+/// Whether the script can be run.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+fn has_shell() -> bool {
+    let path = path();
+    let in_path = |program: &&str| -> bool {
+        let mut candidates = std::env::split_paths(&path).map(|directory| directory.join(program));
+        candidates.any(|candidate| discovery::check(&candidate).is_ok())
+    };
+    discovery::check(Path::new(SHELL)).is_ok() && PROGRAMS.iter().all(in_path)
+}

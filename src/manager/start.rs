@@ -1,0 +1,480 @@
+//! Whether a daemon that was just started is ready, and what to say of one that does not come up.
+//!
+//! Without I/O: what the daemon has printed and answered comes from the driver.
+
+use super::diagnosis::{
+    diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
+    UNCONNECTED,
+};
+use super::discovery::NotFound;
+use super::options::{DaemonOptions, OptionsError};
+use p2pd_protocol::PeerId;
+use p2pd_sockets::Failed;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// How many lines of its output the error of a failed start shows.
+const LOG_LINES: usize = 20;
+
+/// In the message of a daemon that was given up.
+const NOT_READY: &str = "was not ready";
+
+/// A daemon could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The options make no sense, or not for this daemon.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// There is no binary.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
+    /// It could not be prepared or run, ended, or was not ready in time.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// A daemon could not be prepared or run, ended before it was ready, or was not ready in time.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StartError {
+    /// What happened.
+    pub message: String,
+    /// The command line.
+    pub command: Vec<String>,
+    /// The exit status, negative for a signal; none if it never ran or was still running.
+    pub status: Option<i32>,
+    /// The last lines of its output.
+    pub logs: Vec<String>,
+    /// The cause in one line, where it can be told.
+    pub cause: Option<String>,
+    /// The operating system's error, if it could not be prepared or run.
+    pub source: Option<Arc<io::Error>>,
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.brief())?;
+        if !self.command.is_empty() {
+            let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
+            write!(f, "\n  command: {}", words.join(" "))?;
+        }
+        if !self.logs.is_empty() {
+            write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
+        }
+        if let Some(hint) = self.hint() {
+            write!(f, "\n  hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for StartError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|error| error as _)
+    }
+}
+
+impl StartError {
+    /// The operating system would not run it.
+    pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
+        // The operating system's words are the shell's, which the diagnosis knows.
+        let words = error.to_string();
+        let reason = words.split(" (os error ").next().unwrap_or(&words);
+        let cause = diagnose(reason, None, &[]).unwrap_or_else(|| reason.into());
+        StartError {
+            message: "the daemon could not be run".into(),
+            command,
+            status: None,
+            logs: Vec::new(),
+            cause: Some(cause),
+            source: Some(Arc::new(error)),
+        }
+    }
+
+    /// The operating system refused something that running the daemon needs.
+    #[doc(hidden)]
+    pub fn failed(command: Vec<String>, failed: Failed) -> Self {
+        let cause = failed.to_string();
+        let known = diagnose(&cause, None, &[]);
+        StartError {
+            cause: Some(known.map_or(cause, |known| format!("{known}: {}", failed.operation))),
+            ..Self::not_run(command, failed.error)
+        }
+    }
+
+    /// The operating system refused something before the daemon was run.
+    #[doc(hidden)]
+    pub fn not_prepared(failed: Failed) -> Self {
+        StartError {
+            message: "the daemon's start could not be prepared".into(),
+            ..Self::failed(Vec::new(), failed)
+        }
+    }
+
+    /// It ended with `status`, or has none and was not ready in `timeout` seconds, having printed
+    /// `output`. `obstacle` is why its last answer was none.
+    pub fn not_ready(
+        command: Vec<String>,
+        output: &str,
+        status: Option<i32>,
+        timeout: f64,
+        obstacle: Option<String>,
+    ) -> Self {
+        let arguments = command.get(1..).unwrap_or_default();
+        let mut cause = diagnose(output, status, arguments);
+        let mut message = match status {
+            Some(status) => format!("the daemon {} before it was ready", describe(status)),
+            None => {
+                cause = cause.or(obstacle);
+                format!("the daemon {NOT_READY} in {timeout} seconds")
+            }
+        };
+        let logs = last_lines(output);
+        if logs.is_empty() {
+            message += " and printed nothing";
+        }
+        StartError {
+            message,
+            command,
+            status,
+            logs,
+            cause,
+            source: None,
+        }
+    }
+
+    /// It was ready, and ended with `status`.
+    pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
+        let arguments = command.get(1..).unwrap_or_default();
+        let cause = status.and_then(|status| diagnose(output, Some(status), arguments));
+        StartError {
+            message: match status {
+                Some(status) => format!("the daemon {}", describe(status)),
+                None => "the daemon is running".into(),
+            },
+            cause,
+            command,
+            status,
+            logs: last_lines(output),
+            source: None,
+        }
+    }
+
+    /// What to do about it, in one line, where that can be told.
+    pub fn hint(&self) -> Option<&'static str> {
+        let of_cause = || hint(self.cause.as_deref()?);
+        if let Some(source) = &self.source {
+            let operation = self.cause.as_deref().unwrap_or_default();
+            return hint_of_system(operation, source).or_else(of_cause);
+        }
+        of_cause().or_else(|| self.message.contains(NOT_READY).then_some(TOO_SLOW))
+    }
+
+    /// What happened and why, without the command line and the output.
+    #[doc(hidden)]
+    pub fn brief(&self) -> String {
+        let cause = self.cause.as_ref().map(|cause| format!(": {cause}"));
+        format!("{}{}", self.message, cause.unwrap_or_default())
+    }
+
+    /// Whether it ended since it reached none of its bootstrap peers.
+    #[doc(hidden)]
+    pub fn is_unconnected(&self) -> bool {
+        let cause = self.cause.as_deref();
+        self.status.is_some() && cause.is_some_and(|cause| cause.starts_with(UNCONNECTED))
+    }
+
+    /// Adds why each bootstrap peer could not be reached.
+    #[doc(hidden)]
+    pub fn with_reasons(mut self, reasons: &[(String, String)]) -> Self {
+        if !reasons.is_empty() {
+            let of_each = reasons
+                .iter()
+                .map(|(peer, reason)| format!("{peer} ({})", one_line(reason)));
+            let of_each: Vec<_> = of_each.collect();
+            self.cause = Some(format!("{UNCONNECTED}{}", of_each.join(", ")));
+        }
+        self
+    }
+}
+
+fn last_lines(output: &str) -> Vec<String> {
+    let lines = excerpt(end_of(output), LOG_LINES);
+    lines.into_iter().map(shortened).collect()
+}
+
+/// Words of a daemon that may go over several lines.
+#[doc(hidden)]
+pub fn one_line(words: &str) -> String {
+    words.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Whether an answer means that a daemon with these options is ready only once it has also printed
+/// so.
+///
+/// An answer on a private socket can only be this daemon's, and means that it is ready. But others
+/// may serve an address that was chosen for it, or a port, and some daemons (upstream's) answer
+/// before they have reached their bootstrap peers.
+#[doc(hidden)]
+pub fn must_say_so(options: &DaemonOptions) -> bool {
+    let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
+    (options.control.is_some() || cfg!(not(unix)) || !options.required_peers().is_empty())
+        && !options.extra_args.iter().any(quiet)
+}
+
+/// Why the answer to IDENTIFY that this peer id came in is not to be believed, or not yet; nothing
+/// if it is.
+#[doc(hidden)]
+pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
+    let (started, own) = said_to_have_started(output);
+    let answering = peer_id.to_string();
+    if own.is_some_and(|own| own != answering) {
+        return Some(format!("another daemon, {answering}, answers in its place"));
+    }
+    (must_say_so && !started).then(|| "it answers, but has not printed that it has started".into())
+}
+
+/// What an exit status, negative for a signal, says in words.
+fn describe(status: i32) -> String {
+    if status >= 0 {
+        return format!("exited with status {status}");
+    }
+    let linux = cfg!(target_os = "linux");
+    let name = match -status {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        5 => "SIGTRAP",
+        6 => "SIGABRT",
+        7 if linux => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        10 if !linux => "SIGBUS",
+        11 => "SIGSEGV",
+        13 => "SIGPIPE",
+        14 => "SIGALRM",
+        15 => "SIGTERM",
+        24 => "SIGXCPU",
+        25 => "SIGXFSZ",
+        31 if linux => "SIGSYS",
+        other => return format!("was killed by signal {other}"),
+    };
+    format!("was killed by {name}")
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', r#"'"'"'"#))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: &str = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
+
+    fn doubted(output: &str, must_say_so: bool) -> Option<String> {
+        doubt(output, &PEER.parse().unwrap(), must_say_so)
+    }
+
+    fn command(words: &[&str]) -> Vec<String> {
+        words.iter().map(|word| word.to_string()).collect()
+    }
+
+    #[test]
+    fn an_answer_is_believed_that_nothing_speaks_against() {
+        assert_eq!(doubted("", false), None);
+        assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
+        assert_eq!(doubted("daemon has started\n", true), None);
+        let noisy = format!(
+            "Peer ID: QmOther\nPeer ID: {PEER}\n{}",
+            "no\n".repeat(300_000)
+        );
+        assert_eq!(doubted(&noisy, true), None);
+        assert_eq!(doubted("Peer ID: half", false), None);
+    }
+
+    #[test]
+    fn an_answer_is_doubted_that_is_anothers_or_too_early() {
+        let other = doubted("Peer ID: QmOther\n", false).unwrap();
+        assert_eq!(
+            other,
+            format!("another daemon, {PEER}, answers in its place")
+        );
+        let early = doubted(&format!("Peer ID: {PEER}"), true).unwrap();
+        assert!(early.contains("has not printed"), "{early}");
+        assert!(doubted("daemon has started", true).is_some());
+        assert!(doubted("the daemon has started\n", true).is_some());
+    }
+
+    #[test]
+    fn it_must_say_so_where_others_may_answer_unless_it_is_told_to_be_quiet() {
+        let private = DaemonOptions::default();
+        assert_eq!(must_say_so(&private), cfg!(not(unix)));
+        let bootstrapping = DaemonOptions {
+            bootstrap_peers: vec!["/ip4/127.0.0.1/tcp/1".into()],
+            ..private.clone()
+        };
+        let chosen = DaemonOptions {
+            control: Some("/unix/tmp/c.sock".parse().unwrap()),
+            ..private
+        };
+        for options in [bootstrapping, chosen] {
+            assert!(must_say_so(&options));
+            for quiet in ["-q", "--quiet"] {
+                let extra_args = vec![quiet.into()];
+                assert!(!must_say_so(&DaemonOptions {
+                    extra_args,
+                    ..options.clone()
+                }));
+            }
+        }
+    }
+
+    #[test]
+    fn the_error_shows_the_cause_the_command_and_the_last_lines() {
+        let output =
+            "before\n2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n";
+        let command = command(&["/a b/p2pd", "-id=it's", ""]);
+        let error = StartError::not_ready(command, output, Some(1), 30.0, Some("no".into()));
+        assert_eq!(
+            error.to_string(),
+            "the daemon exited with status 1 before it was ready: \
+             no permission to listen on 127.0.0.1:1\n  \
+             command: '/a b/p2pd' '-id=it'\"'\"'s' ''\n  \
+             last output:\n    before\n    \
+             2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n  \
+             hint: choose a port from 1024 on, or a path in a directory that this user can write to"
+        );
+    }
+
+    #[test]
+    fn a_long_line_is_cut() {
+        // Three bytes each.
+        let output = format!("{}\n{}\n", "…".repeat(500), "€".repeat(300_000));
+        for error in [
+            StartError::not_ready(command(&["p2pd"]), &output, Some(1), 30.0, None),
+            StartError::died(command(&["p2pd"]), &output, Some(1)),
+        ] {
+            assert_eq!(error.logs, [format!("{}…", "€".repeat(500))]);
+        }
+        let output = format!("short\n{}\npanic: {}\n", "…".repeat(500), "€".repeat(9000));
+        let error = StartError::not_ready(command(&["p2pd"]), &output, Some(2), 30.0, None);
+        assert_eq!(error.logs[..2], ["short".into(), "…".repeat(500)]);
+        assert_eq!(error.cause.unwrap(), format!("panic: {}…", "€".repeat(493)));
+    }
+
+    #[test]
+    fn a_signal_is_named_and_silence_told() {
+        let killed = StartError::not_ready(command(&["p2pd"]), "", Some(-11), 30.0, None);
+        assert_eq!(
+            killed.message,
+            "the daemon was killed by SIGSEGV before it was ready and printed nothing"
+        );
+        assert_eq!(describe(-99), "was killed by signal 99");
+        let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, Some("why".into()));
+        assert_eq!(
+            silent.message,
+            "the daemon was not ready in 0.2 seconds and printed nothing"
+        );
+        assert_eq!(silent.cause.as_deref(), Some("why"));
+    }
+
+    #[test]
+    fn why_no_bootstrap_peer_was_reached_is_told_of_each() {
+        let output = "2026/01/02 03:04:05 failed to connect to bootstrap peers\n";
+        let command = command(&["p2pd", "-bootstrapPeers=/a,/b", "-b"]);
+        let error = StartError::not_ready(command.clone(), output, Some(1), 30.0, None);
+        assert!(error.is_unconnected());
+        let unexplained = error.clone().with_reasons(&[]);
+        assert_eq!(unexplained.cause, error.cause);
+        let reasons = [("/a", "all dials failed\n  * refused"), ("/b", "no")];
+        let reasons = reasons.map(|(peer, reason)| (peer.into(), reason.into()));
+        assert_eq!(
+            error.with_reasons(&reasons).cause.unwrap(),
+            "no bootstrap peer could be reached: /a (all dials failed * refused), /b (no)"
+        );
+        let other = StartError::not_ready(command, "", Some(1), 30.0, None);
+        assert!(!other.is_unconnected());
+    }
+
+    #[test]
+    fn a_death_is_told_with_its_cause_and_the_last_lines() {
+        let killed = StartError::died(command(&["p2pd"]), "before\nlast\n", Some(-9));
+        assert_eq!(
+            killed.to_string(),
+            "the daemon was killed by SIGKILL: something killed it, maybe for lack of memory\n  \
+             command: p2pd\n  last output:\n    before\n    last\n  \
+             hint: look for the out-of-memory killer in the kernel's log (dmesg), and allow the \
+             daemon more memory"
+        );
+    }
+
+    #[test]
+    fn a_failed_operation_is_named_with_the_systems_words_and_a_hint() {
+        let failed = |operation: &str, number| Failed {
+            operation: operation.into(),
+            error: io::Error::from_raw_os_error(number),
+        };
+        for (operation, number, cause, hint) in [
+            (
+                "cannot create the directory /no/d",
+                2,
+                "No such file",
+                "set TMPDIR",
+            ),
+            (
+                "cannot create the directory /d",
+                28,
+                "No space left",
+                "free some space",
+            ),
+            (
+                "cannot create a pipe",
+                24,
+                "Too many open files",
+                "ulimit -n",
+            ),
+            ("cannot start another process", 11, "Resource", "ulimit -u"),
+        ] {
+            let error = StartError::not_prepared(failed(operation, number));
+            let text = error.to_string();
+            let begin = format!("the daemon's start could not be prepared: {operation}: {cause}");
+            assert!(text.starts_with(&begin), "{text}");
+            assert!(text.lines().count() == 2 && text.contains(hint), "{text}");
+            assert_eq!(error.source.unwrap().raw_os_error(), Some(number));
+        }
+        let foreign = StartError::failed(command(&["p2pd"]), failed("cannot execute p2pd", 8));
+        assert!(foreign.hint().unwrap().contains("P2PD_PATH"));
+        let cause = foreign.cause.unwrap();
+        assert!(cause.starts_with("the binary is not for this"), "{cause}");
+        assert!(cause.ends_with(": cannot execute p2pd"), "{cause}");
+    }
+
+    #[test]
+    fn a_daemon_that_is_too_slow_has_a_hint() {
+        let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, None);
+        assert!(silent.to_string().ends_with(TOO_SLOW));
+    }
+
+    #[test]
+    fn what_could_not_be_run_is_explained_with_the_systems_words() {
+        let missing = io::Error::from_raw_os_error(2);
+        let error = StartError::not_run(command(&["p2pd"]), missing);
+        let text = error.to_string();
+        assert!(
+            text.starts_with("the daemon could not be run: No such file"),
+            "{text}"
+        );
+        assert!(!text.contains("os error"), "{text}");
+        assert!(std::error::Error::source(&error).is_some());
+    }
+}

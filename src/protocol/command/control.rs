@@ -1,0 +1,182 @@
+//! IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
+
+use super::{
+    duration, encode, family, multiaddrs, ok, peer_id, replies_done, required, whole_seconds,
+    Answered, Request,
+};
+use crate::pb::p2pd::{self, request::Type};
+use crate::{Error, Multiaddr, PeerId};
+use bytes::Bytes;
+use std::time::Duration;
+
+family!(Control: requests { Identify, Connect, Disconnect, ListPeers } queries {});
+
+/// A peer and its addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerInfo {
+    /// The peer.
+    pub peer_id: PeerId,
+    /// Where it can be reached.
+    pub addrs: Vec<Multiaddr>,
+}
+
+/// Asks for the daemon's peer id and addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identify;
+
+/// Who a daemon is: the reply to [`Identify`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Identity {
+    /// Its peer id.
+    pub peer_id: PeerId,
+    /// Where it listens for peers.
+    pub addrs: Vec<Multiaddr>,
+}
+
+impl Identity {
+    /// A daemon's peer id and addresses.
+    pub fn new(peer_id: PeerId, addrs: Vec<Multiaddr>) -> Self {
+        Self { peer_id, addrs }
+    }
+}
+
+impl Request for Identify {
+    type Reply = Identity;
+    const NAME: &'static str = "IDENTIFY";
+    const ANSWERED: Answered = Answered::AtOnce;
+
+    fn encode(&self) -> Bytes {
+        encode(Type::Identify, |_| {})
+    }
+
+    fn encode_reply(reply: &Identity) -> p2pd::Response {
+        p2pd::Response {
+            identify: Some(p2pd::IdentifyResponse {
+                id: Some(reply.peer_id.to_bytes()),
+                addrs: reply.addrs.iter().map(Multiaddr::to_bytes).collect(),
+            }),
+            ..ok()
+        }
+    }
+
+    fn decode_reply(response: p2pd::Response) -> Result<Identity, Error> {
+        let identify = required(response.identify, "Response", "identify")?;
+        let id = required(identify.id, "IdentifyResponse", "id")?;
+        Ok(Identity {
+            peer_id: PeerId::from_bytes(id),
+            addrs: multiaddrs(identify.addrs),
+        })
+    }
+}
+
+/// Connects to a peer at any of its addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connect {
+    /// The peer.
+    pub peer: PeerId,
+    /// Its addresses; with none, those that the daemon knows.
+    pub addrs: Vec<Multiaddr>,
+    /// When the daemon gives up; after 60 s if none.
+    pub timeout: Option<Duration>,
+}
+
+impl Request for Connect {
+    replies_done!();
+    const NAME: &'static str = "CONNECT";
+    const WAITS_FOR_PEERS: bool = true;
+
+    fn encode(&self) -> Bytes {
+        encode(Type::Connect, |request| {
+            request.connect = Some(p2pd::ConnectRequest {
+                peer: Some(self.peer.to_bytes()),
+                addrs: self.addrs.iter().map(Multiaddr::to_bytes).collect(),
+                timeout: whole_seconds(self.timeout),
+            });
+        })
+    }
+}
+
+/// Closes every connection to a peer. The JavaScript daemon has no such request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disconnect {
+    /// The peer.
+    pub peer: PeerId,
+}
+
+impl Request for Disconnect {
+    replies_done!();
+    const NAME: &'static str = "DISCONNECT";
+
+    fn encode(&self) -> Bytes {
+        encode(Type::Disconnect, |request| {
+            request.disconnect = Some(p2pd::DisconnectRequest {
+                peer: Some(self.peer.to_bytes()),
+            });
+        })
+    }
+}
+
+/// Asks for the connected peers: one entry per connection, so a peer can appear twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListPeers;
+
+impl Request for ListPeers {
+    type Reply = Vec<PeerInfo>;
+    const NAME: &'static str = "LIST_PEERS";
+    const ANSWERED: Answered = Answered::AtOnce;
+
+    fn encode(&self) -> Bytes {
+        encode(Type::ListPeers, |_| {})
+    }
+
+    fn encode_reply(reply: &Vec<PeerInfo>) -> p2pd::Response {
+        p2pd::Response {
+            peers: reply.iter().map(encode_peer_info).collect(),
+            ..ok()
+        }
+    }
+
+    fn decode_reply(response: p2pd::Response) -> Result<Vec<PeerInfo>, Error> {
+        response.peers.into_iter().map(decode_peer_info).collect()
+    }
+}
+
+impl Command {
+    pub(super) fn decode(r#type: Type, request: p2pd::Request) -> Result<Self, Error> {
+        Ok(match r#type {
+            Type::Connect => {
+                let connect = required(request.connect, "Request", "connect")?;
+                Self::Connect(Connect {
+                    peer: peer_id(connect.peer, "ConnectRequest")?,
+                    addrs: multiaddrs(connect.addrs),
+                    timeout: duration(connect.timeout),
+                })
+            }
+            Type::Disconnect => {
+                let disconnect = required(request.disconnect, "Request", "disconnect")?;
+                Self::Disconnect(Disconnect {
+                    peer: peer_id(disconnect.peer, "DisconnectRequest")?,
+                })
+            }
+            Type::ListPeers => Self::ListPeers(ListPeers),
+            _ => Self::Identify(Identify),
+        })
+    }
+}
+
+/// A peer and its addresses as a message.
+pub(super) fn encode_peer_info(info: &PeerInfo) -> p2pd::PeerInfo {
+    p2pd::PeerInfo {
+        id: Some(info.peer_id.to_bytes()),
+        addrs: info.addrs.iter().map(Multiaddr::to_bytes).collect(),
+    }
+}
+
+/// Reads a peer and its addresses.
+pub(super) fn decode_peer_info(info: p2pd::PeerInfo) -> Result<PeerInfo, Error> {
+    Ok(PeerInfo {
+        peer_id: PeerId::from_bytes(required(info.id, "PeerInfo", "id")?),
+        addrs: multiaddrs(info.addrs),
+    })
+}

@@ -1,0 +1,177 @@
+//! STREAM_OPEN, STREAM_HANDLER, REMOVE_STREAM_HANDLER, and the header of an inbound stream.
+
+use super::{
+    duration, encode, family, ok, peer_id, replies_done, required, whole_seconds, Answered, Request,
+};
+use crate::pb::p2pd::{self, request::Type};
+use crate::{framing, Error, Multiaddr, PeerId};
+use bytes::Bytes;
+use prost::Message as _;
+use std::time::Duration;
+
+family!(Streams: requests { StreamOpen, StreamHandler, RemoveStreamHandler } queries {});
+
+/// What the daemon says of a stream: the peer at the other end, and the protocol agreed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamInfo {
+    /// The remote peer.
+    pub peer_id: PeerId,
+    /// The remote peer's address.
+    pub addr: Multiaddr,
+    /// The protocol, of those proposed.
+    pub protocol: String,
+}
+
+/// Opens a stream to a peer for the first of the protocols that it speaks. On success the
+/// connection becomes the stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamOpen {
+    /// The peer.
+    pub peer: PeerId,
+    /// Protocol ids, the preferred one first.
+    pub protocols: Vec<String>,
+    /// When the daemon gives up; after 60 s if none.
+    pub timeout: Option<Duration>,
+}
+
+impl Request for StreamOpen {
+    type Reply = StreamInfo;
+    const NAME: &'static str = "STREAM_OPEN";
+    const ANSWERED: Answered = Answered::ByTakeover;
+    const WAITS_FOR_PEERS: bool = true;
+
+    fn encode(&self) -> Bytes {
+        encode(Type::StreamOpen, |request| {
+            request.stream_open = Some(p2pd::StreamOpenRequest {
+                peer: Some(self.peer.to_bytes()),
+                proto: self.protocols.clone(),
+                timeout: whole_seconds(self.timeout),
+            });
+        })
+    }
+
+    fn encode_reply(reply: &StreamInfo) -> p2pd::Response {
+        p2pd::Response {
+            stream_info: Some(message(reply)),
+            ..ok()
+        }
+    }
+
+    fn decode_reply(response: p2pd::Response) -> Result<StreamInfo, Error> {
+        stream_info(required(response.stream_info, "Response", "streamInfo")?)
+    }
+}
+
+/// Has the daemon connect to an address for every inbound stream of the protocols.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamHandler {
+    /// The address where the client listens.
+    pub addr: Multiaddr,
+    /// Protocol ids.
+    pub protocols: Vec<String>,
+    /// Whether several addresses may serve a protocol in turn. Only hivemind's fork reads it.
+    pub balanced: bool,
+}
+
+impl Request for StreamHandler {
+    replies_done!();
+    const NAME: &'static str = "STREAM_HANDLER";
+
+    fn encode(&self) -> Bytes {
+        encode(Type::StreamHandler, |request| {
+            request.stream_handler = Some(p2pd::StreamHandlerRequest {
+                addr: Some(self.addr.to_bytes()),
+                proto: self.protocols.clone(),
+                balanced: Some(self.balanced),
+            });
+        })
+    }
+}
+
+/// Undoes [`StreamHandler`]. Only hivemind's fork has this request; upstream's daemon closes the
+/// connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoveStreamHandler {
+    /// The address where the client listens.
+    pub addr: Multiaddr,
+    /// Protocol ids.
+    pub protocols: Vec<String>,
+}
+
+impl Request for RemoveStreamHandler {
+    replies_done!();
+    const NAME: &'static str = "REMOVE_STREAM_HANDLER";
+
+    fn encode(&self) -> Bytes {
+        encode(Type::RemoveStreamHandler, |request| {
+            request.remove_stream_handler = Some(p2pd::RemoveStreamHandlerRequest {
+                addr: Some(self.addr.to_bytes()),
+                proto: self.protocols.clone(),
+            });
+        })
+    }
+}
+
+impl Command {
+    pub(super) fn decode(r#type: Type, request: p2pd::Request) -> Result<Self, Error> {
+        let addr = |value, message| required(value, message, "addr").map(Multiaddr::from_bytes);
+        Ok(match r#type {
+            Type::StreamHandler => {
+                let handler = required(request.stream_handler, "Request", "streamHandler")?;
+                Self::StreamHandler(StreamHandler {
+                    addr: addr(handler.addr, "StreamHandlerRequest")?,
+                    protocols: handler.proto,
+                    // Clients of upstream's daemon leave it out.
+                    balanced: handler.balanced.unwrap_or(false),
+                })
+            }
+            Type::RemoveStreamHandler => {
+                let handler = request.remove_stream_handler;
+                let handler = required(handler, "Request", "removeStreamHandler")?;
+                Self::RemoveStreamHandler(RemoveStreamHandler {
+                    addr: addr(handler.addr, "RemoveStreamHandlerRequest")?,
+                    protocols: handler.proto,
+                })
+            }
+            _ => {
+                let open = required(request.stream_open, "Request", "streamOpen")?;
+                Self::StreamOpen(StreamOpen {
+                    peer: peer_id(open.peer, "StreamOpenRequest")?,
+                    protocols: open.proto,
+                    timeout: duration(open.timeout),
+                })
+            }
+        })
+    }
+}
+
+/// The message with which the daemon begins an inbound stream, length first.
+pub fn encode_stream_info(info: &StreamInfo) -> Bytes {
+    framing::encode_frame(&message(info))
+}
+
+/// Reads the message with which the daemon begins an inbound stream, without its length.
+///
+/// # Errors
+/// When it is not a StreamInfo, or a field is missing.
+pub fn decode_stream_info(frame: &[u8]) -> Result<StreamInfo, Error> {
+    let info = p2pd::StreamInfo::decode(frame).map_err(|e| Error::malformed("StreamInfo", &e))?;
+    stream_info(info)
+}
+
+fn message(info: &StreamInfo) -> p2pd::StreamInfo {
+    p2pd::StreamInfo {
+        peer: Some(info.peer_id.to_bytes()),
+        addr: Some(info.addr.to_bytes()),
+        proto: Some(info.protocol.clone()),
+    }
+}
+
+fn stream_info(info: p2pd::StreamInfo) -> Result<StreamInfo, Error> {
+    let addr = required(info.addr, "StreamInfo", "addr")?;
+    Ok(StreamInfo {
+        peer_id: peer_id(info.peer, "StreamInfo")?,
+        addr: Multiaddr::from_bytes(addr),
+        protocol: required(info.proto, "StreamInfo", "proto")?,
+    })
+}

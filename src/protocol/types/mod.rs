@@ -1,0 +1,5 @@
+//! Values of the protocol: peer ids, multiaddrs, public keys.
+
+pub mod multiaddr;
+pub mod peer_id;
+pub mod public_key;

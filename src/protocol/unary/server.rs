@@ -1,0 +1,567 @@
+//! The daemon's end of a persistent connection.
+
+use super::wire::{
+    call_len, cut, head_len, put_call, put_handler_error, put_message, put_reply, reply_len,
+    CallId, CallIds, Direction, Head, IdHasher, Message, Payload, Reader, Receiving, CALL,
+};
+use crate::pb::p2pd;
+use crate::Error;
+use bytes::{Bytes, BytesMut};
+use prost::Message as _;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+/// The fields of what a client says besides calls and replies.
+const ADD_HANDLER: u64 = 2;
+const CANCEL: u64 = 5;
+const REMOVE_HANDLER: u64 = 6;
+
+/// The fields of what a daemon says besides calls and replies.
+const DAEMON_ERROR: u32 = 4;
+const CANCELLED: u32 = 5;
+
+/// Limits of a persistent connection, as its daemon sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServerLimits {
+    /// Largest message to receive, and to send, in bytes. A larger one fails its call alone.
+    /// Default: 4 MiB.
+    pub max_message: usize,
+    /// Number of the client's calls that may be under way. More are refused. Default: 65,536.
+    pub max_calls: usize,
+    /// Size of their payloads, in bytes, above which more calls are refused. Default: 1 GiB.
+    pub max_call_bytes: usize,
+}
+
+impl Default for ServerLimits {
+    fn default() -> Self {
+        Self {
+            max_message: 4 << 20,
+            max_calls: 64 * 1024,
+            max_call_bytes: 1 << 30,
+        }
+    }
+}
+
+/// What the bytes received amount to. `T` is the driver's token of a call that the client handles,
+/// `P` a payload.
+#[derive(Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ServerEvent<T, P> {
+    /// The client wants to handle calls of a protocol: [acknowledge](PersistentServer::acknowledge)
+    /// or [refuse](PersistentServer::refuse) it.
+    AddHandler {
+        /// The request.
+        id: CallId,
+        /// The handler's name.
+        protocol: String,
+        /// Whether several clients may serve the name in turn.
+        balanced: bool,
+    },
+    /// The client no longer wants to. Answered likewise.
+    RemoveHandler {
+        /// The request.
+        id: CallId,
+        /// The handler's name.
+        protocol: String,
+    },
+    /// The client calls a peer's handler: [reply](PersistentServer::reply), with an
+    /// [error](PersistentServer::reply_error), or [refuse](PersistentServer::refuse) it.
+    Call {
+        /// The call.
+        id: CallId,
+        /// The peer.
+        peer: Bytes,
+        /// The handler's name.
+        protocol: String,
+        /// What the handler is called with.
+        payload: P,
+    },
+    /// The client no longer waits for the reply to this call, and is not sent one.
+    Cancelled {
+        /// The call.
+        id: CallId,
+    },
+    /// What the client's handler returned.
+    Reply {
+        /// The call that it was given.
+        token: T,
+        /// What it returned.
+        payload: P,
+    },
+    /// The client's handler failed, in these words.
+    HandlerFailed {
+        /// The call that it was given.
+        token: T,
+        /// The words.
+        error: String,
+    },
+    /// The client's reply is invalid or too large. Only this call fails.
+    BrokenReply {
+        /// The call that the client was given.
+        token: T,
+        /// What is wrong with it.
+        error: Error,
+    },
+    /// A message that must be [refused](PersistentServer::refuse).
+    Rejected {
+        /// The call or request.
+        id: CallId,
+        /// Why.
+        reason: Cow<'static, str>,
+    },
+    /// A message that was too large was skipped, and no call id was found in it. The driver logs it.
+    Skipped {
+        /// Why.
+        error: Error,
+    },
+}
+
+/// A call or reply that a driver may look at in place, before any of it is copied.
+#[derive(Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Offered<'a, 't, T> {
+    /// A call. The driver returns the payload of the reply, or `None` if it does not answer at once.
+    Call {
+        /// The peer.
+        peer: &'a [u8],
+        /// The handler's name.
+        protocol: &'a str,
+        /// What the handler is called with.
+        payload: &'a [u8],
+    },
+    /// A reply. The driver returns the payload of the event, or `None` for the whole one.
+    Reply {
+        /// The call that the client was given.
+        token: &'t mut T,
+        /// What the client's handler returned.
+        payload: &'a [u8],
+    },
+}
+
+/// A persistent connection as its daemon sees it: bytes in, events out; frames out.
+///
+/// Every [`Call`](ServerEvent::Call) gets exactly one reply, error or refusal, unless the client
+/// cancels it. Frames are appended to `out`, which the driver writes to the connection.
+///
+/// ```
+/// use bytes::BytesMut;
+/// use p2pd_protocol::unary::server::{PersistentServer, ServerEvent, ServerLimits};
+/// use p2pd_protocol::{Persistent, UnaryEvent, UnaryLimits};
+/// use std::time::Instant;
+///
+/// let mut server = PersistentServer::<(), Vec<u8>>::new([1; 32], ServerLimits::default());
+/// let mut client = Persistent::<&str, Vec<u8>>::new([2; 32], UnaryLimits::default());
+///
+/// let mut out = BytesMut::new();
+/// client.call(b"peer", "echo", 2, "my call", Instant::now(), &mut out)?;
+/// out.extend_from_slice(b"hi");
+///
+/// let Some(ServerEvent::Call { id, payload, .. }) = server.poll(&mut &out[..])? else { panic!() };
+/// let mut out = BytesMut::new();
+/// if server.reply(&id, payload.len(), &mut out) {
+///     out.extend_from_slice(&payload); // the payload goes right behind the head
+/// }
+/// let event = client.poll(&mut &out[..])?;
+/// assert_eq!(event, Some(UnaryEvent::Reply { token: "my call", payload: b"hi".to_vec() }));
+/// # Ok::<(), p2pd_protocol::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct PersistentServer<T, P> {
+    limits: ServerLimits,
+    reader: Reader<P>,
+    /// The client's calls that are under way, with the size of their payloads. The client chooses
+    /// the ids, hence the standard hasher.
+    calls: HashMap<CallId, usize>,
+    call_bytes: usize,
+    ids: CallIds,
+    /// The calls that the client handles.
+    handled: HashMap<CallId, T, BuildHasherDefault<IdHasher>>,
+}
+
+impl<T, P: Payload> PersistentServer<T, P> {
+    /// A connection that was just upgraded. `seed` must be random, and used for no other.
+    pub fn new(seed: [u8; 32], limits: ServerLimits) -> Self {
+        Self {
+            limits,
+            reader: Reader::new(Direction::ToDaemon, limits.max_message),
+            calls: HashMap::new(),
+            call_bytes: 0,
+            ids: CallIds::new(seed),
+            handled: HashMap::default(),
+        }
+    }
+
+    // --- out ---
+
+    /// Says that a handler was added or removed.
+    pub fn acknowledge(&self, id: &CallId, out: &mut BytesMut) {
+        put_acknowledgement(out, id);
+    }
+
+    /// Refuses a call, or to add or remove a handler, in these words.
+    pub fn refuse(&mut self, id: &CallId, words: &str, out: &mut BytesMut) {
+        self.finish(id);
+        let error = p2pd::DaemonError {
+            message: Some(Bytes::copy_from_slice(
+                cut(words, self.limits.max_message).as_bytes(),
+            )),
+        };
+        put_message(out, id, DAEMON_ERROR, &error.encode_to_vec());
+    }
+
+    /// Replies to a call, if the client still waits. Appends the head of the frame to `out` and
+    /// returns true if the payload of `len` bytes must follow. A payload that is too large becomes
+    /// an error at the client.
+    pub fn reply(&mut self, id: &CallId, len: usize, out: &mut BytesMut) -> bool {
+        if !self.calls.contains_key(id) {
+            return false;
+        }
+        if reply_len(Direction::ToClient, len) > self.limits.max_message {
+            let limit = self.limits.max_message;
+            let words =
+                format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes");
+            self.refuse(id, &words, out);
+            return false;
+        }
+        self.finish(id);
+        put_reply(out, Direction::ToClient, id, len);
+        true
+    }
+
+    /// Replies to a call with the error of a peer's handler, if the client still waits.
+    pub fn reply_error(&mut self, id: &CallId, error: &str, out: &mut BytesMut) {
+        if self.finish(id) {
+            put_handler_error(out, Direction::ToClient, id, error, self.limits.max_message);
+        }
+    }
+
+    /// Gives the client a call to handle. Appends the head of the frame, which the payload of `len`
+    /// bytes must follow. The call gets an id of this connection's own, so that peers cannot choose
+    /// ids that collide.
+    ///
+    /// # Errors
+    /// [`Error::RequestTooLarge`]; nothing was sent.
+    pub fn handle(
+        &mut self,
+        caller: &[u8],
+        protocol: &str,
+        len: usize,
+        token: T,
+        out: &mut BytesMut,
+    ) -> Result<CallId, Error> {
+        let size = head_len(CALL, call_len(caller, protocol, len));
+        let limit = self.limits.max_message;
+        if size > limit {
+            return Err(Error::RequestTooLarge { size, limit });
+        }
+        let id = self.ids.next();
+        self.handled.insert(id, token);
+        put_call(out, &id, (caller, protocol), len);
+        Ok(id)
+    }
+
+    /// Tells the client that nobody waits for its handler any more. `None` if it has replied.
+    pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
+        let token = self.handled.remove(id)?;
+        put_message(out, id, CANCELLED, &[]);
+        Some(token)
+    }
+
+    /// [Cancels](Self::cancel) all calls whose tokens are `unwanted`.
+    pub fn cancel_all(&mut self, unwanted: impl Fn(&T) -> bool, out: &mut BytesMut) {
+        self.handled.retain(|id, token| {
+            let unwanted = unwanted(token);
+            if unwanted {
+                put_message(out, id, CANCELLED, &[]);
+            }
+            !unwanted
+        });
+    }
+
+    // --- in ---
+
+    /// The next event. Takes what it needs off the front of `input`; `None` if it has taken all
+    /// and more must come.
+    ///
+    /// # Errors
+    /// The protocol was violated. The connection must be closed.
+    pub fn poll(&mut self, input: &mut &[u8]) -> Result<Option<ServerEvent<T, P>>, Error> {
+        self.poll_in_place(input, &mut BytesMut::new(), |_| None)
+    }
+
+    /// Like [`poll`](Self::poll), but offers calls and replies to `look` first, without a copy of
+    /// them. If it answers a call, the whole frame of the reply is appended to `out`, and the call is
+    /// no event. Messages whose frames arrive in pieces are not offered.
+    ///
+    /// # Errors
+    /// As those of [`poll`](Self::poll).
+    pub fn poll_in_place(
+        &mut self,
+        input: &mut &[u8],
+        out: &mut BytesMut,
+        mut look: impl for<'a, 't> FnMut(Offered<'a, 't, T>) -> Option<&'a [u8]>,
+    ) -> Result<Option<ServerEvent<T, P>>, Error> {
+        loop {
+            let Self {
+                limits,
+                reader,
+                calls,
+                handled,
+                ..
+            } = self;
+            let message = reader.poll(input, |head, payload| match head {
+                Head::Reply { id } => {
+                    let token = handled.get_mut(&id)?;
+                    Some(look(Offered::Reply { token, payload }).unwrap_or(payload))
+                }
+                // Its reply would answer the other call with this id.
+                Head::Call { id, .. } if calls.contains_key(&id) => Some(payload),
+                Head::Call { id, peer, protocol } => {
+                    let call = Offered::Call {
+                        peer,
+                        protocol,
+                        payload,
+                    };
+                    let reply = look(call).filter(|reply| {
+                        reply_len(Direction::ToClient, reply.len()) <= limits.max_message
+                    });
+                    let Some(reply) = reply else {
+                        return Some(payload);
+                    };
+                    put_reply(out, Direction::ToClient, &id, reply.len());
+                    out.extend_from_slice(reply);
+                    None
+                }
+            })?;
+            let Some(message) = message else {
+                return Ok(None);
+            };
+            if let Some(event) = self.came(message)? {
+                return Ok(Some(event));
+            }
+        }
+    }
+
+    /// The rest of the room for the payload being received, which the driver may read into
+    /// directly. [`payload_filled`](Self::payload_filled) must follow.
+    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
+        self.reader.payload_room()
+    }
+
+    /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
+    pub fn payload_filled(&mut self, count: usize) {
+        self.reader.payload_filled(count);
+    }
+
+    /// Takes out the payload being received, for a driver whose threads share this connection: the
+    /// one that waits for the bytes keeps no lock meanwhile. [`resume`](Self::resume) must follow
+    /// before the next [`poll`](Self::poll).
+    pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
+        self.reader.take_receiving()
+    }
+
+    /// Puts back what [`take_receiving`](Self::take_receiving) took out.
+    pub fn resume(&mut self, receiving: Receiving<P>) {
+        self.reader.resume(receiving);
+    }
+
+    /// The error for an end of the connection that is seen now.
+    pub fn end_of_file(&self) -> Error {
+        Error::Closed {
+            mid_message: self.reader.is_mid_message(),
+        }
+    }
+
+    /// Whether a call of the client's is under way: neither answered nor cancelled.
+    pub fn is_under_way(&self, id: &CallId) -> bool {
+        self.calls.contains_key(id)
+    }
+
+    /// Number of the client's calls that are under way.
+    pub fn calls(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// Number of calls that the client handles.
+    pub fn handled(&self) -> usize {
+        self.handled.len()
+    }
+
+    /// Gives up on the calls that the client handles, since the connection has ended: their
+    /// callers must be told.
+    pub fn take_handled(&mut self) -> Vec<T> {
+        self.handled.drain().map(|(_, token)| token).collect()
+    }
+
+    /// Gives up on the client's own calls, since the connection has ended: they must be cancelled
+    /// at the peers.
+    pub fn take_calls(&mut self) -> Vec<CallId> {
+        self.call_bytes = 0;
+        self.calls.drain().map(|(id, _)| id).collect()
+    }
+
+    // --- within ---
+
+    /// A call has been answered; returns whether the client waited for that.
+    fn finish(&mut self, id: &CallId) -> bool {
+        let size = self.calls.remove(id);
+        self.call_bytes -= size.unwrap_or_default();
+        size.is_some()
+    }
+
+    /// What follows from a message.
+    #[inline]
+    fn came(&mut self, message: Message<P>) -> Result<Option<ServerEvent<T, P>>, Error> {
+        Ok(match message {
+            Message::Call {
+                id,
+                peer,
+                protocol,
+                payload,
+                size,
+            } => Some(self.called(id, peer, protocol, payload, size)),
+            Message::BrokenCall { id } => {
+                Some(self.reject(id, "the call has no peer, protocol or data"))
+            }
+            Message::Reply { id, payload } => {
+                let token = self.handled.remove(&id);
+                token.map(|token| ServerEvent::Reply { token, payload })
+            }
+            Message::HandlerError { id, error } => {
+                let token = self.handled.remove(&id);
+                token.map(|token| ServerEvent::HandlerFailed { token, error })
+            }
+            Message::EmptyReply { id } => {
+                let error = Error::MissingField {
+                    message: "CallUnaryResponse",
+                    field: "response",
+                };
+                let token = self.handled.remove(&id);
+                token.map(|token| ServerEvent::BrokenReply { token, error })
+            }
+            Message::UnwantedReply { .. } => None,
+            Message::Other { id, field, content } => self.other(id, field, content)?,
+            Message::Skipped {
+                id: None, error, ..
+            } => Some(ServerEvent::Skipped { error }),
+            Message::Skipped {
+                id: Some(id),
+                field,
+                error,
+                ..
+            } => self.skipped(id, field, error),
+        })
+    }
+
+    fn called(
+        &mut self,
+        id: CallId,
+        peer: Bytes,
+        protocol: String,
+        payload: P,
+        size: usize,
+    ) -> ServerEvent<T, P> {
+        if self.calls.len() >= self.limits.max_calls
+            || self.call_bytes.saturating_add(size) > self.limits.max_call_bytes
+        {
+            return self.reject(id, "too many calls at once");
+        }
+        if self.calls.contains_key(&id) {
+            return self.reject(id, "a call with the same id is under way");
+        }
+        self.calls.insert(id, size);
+        self.call_bytes += size;
+        ServerEvent::Call {
+            id,
+            peer,
+            protocol,
+            payload,
+        }
+    }
+
+    fn other(
+        &mut self,
+        id: CallId,
+        field: Option<u64>,
+        content: Bytes,
+    ) -> Result<Option<ServerEvent<T, P>>, Error> {
+        let name = |proto: Option<String>, message| {
+            let field = "proto";
+            proto.ok_or(Error::MissingField { message, field })
+        };
+        Ok(match field {
+            Some(ADD_HANDLER) => {
+                const MESSAGE: &str = "AddUnaryHandlerRequest";
+                let add = p2pd::AddUnaryHandlerRequest::decode(content)
+                    .map_err(|e| Error::malformed(MESSAGE, &e))?;
+                Some(ServerEvent::AddHandler {
+                    id,
+                    protocol: name(add.proto, MESSAGE)?,
+                    balanced: add.balanced.unwrap_or(false),
+                })
+            }
+            Some(REMOVE_HANDLER) => {
+                const MESSAGE: &str = "RemoveUnaryHandlerRequest";
+                let remove = p2pd::RemoveUnaryHandlerRequest::decode(content)
+                    .map_err(|e| Error::malformed(MESSAGE, &e))?;
+                let protocol = name(remove.proto, MESSAGE)?;
+                Some(ServerEvent::RemoveHandler { id, protocol })
+            }
+            Some(CANCEL) => {
+                let waited = self.finish(&id);
+                waited.then_some(ServerEvent::Cancelled { id })
+            }
+            _ => Some(self.reject(id, "the message has no content")),
+        })
+    }
+
+    /// What follows from a frame that was skipped.
+    fn skipped(
+        &mut self,
+        id: CallId,
+        field: Option<u64>,
+        error: Error,
+    ) -> Option<ServerEvent<T, P>> {
+        if field == Some(u64::from(Direction::ToDaemon.reply())) {
+            let token = self.handled.remove(&id)?;
+            return Some(ServerEvent::BrokenReply { token, error });
+        }
+        if field == Some(CANCEL) {
+            return self.finish(&id).then_some(ServerEvent::Cancelled { id });
+        }
+        let reason = match error {
+            Error::ReplyTooLarge { size, limit } => {
+                format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
+            }
+            error => error.to_string(),
+        };
+        Some(self.reject(id, reason))
+    }
+
+    /// A message that cannot be served. A refusal of one with the id of a call that is under way
+    /// would answer that call, so such a message is skipped.
+    fn reject(&self, id: CallId, reason: impl Into<Cow<'static, str>>) -> ServerEvent<T, P> {
+        let reason = reason.into();
+        if self.calls.contains_key(&id) {
+            let error = Error::Unexpected(format!("{reason}; its id is that of another call"));
+            return ServerEvent::Skipped { error };
+        }
+        ServerEvent::Rejected { id, reason }
+    }
+}
+
+/// A message with a call id and nothing else.
+fn put_acknowledgement(out: &mut BytesMut, id: &CallId) {
+    let message = p2pd::PersistentConnectionResponse {
+        call_id: Some(Bytes::copy_from_slice(id)),
+        message: None,
+    };
+    message
+        .encode_length_delimited(out)
+        .expect("a BytesMut grows as needed");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+//! The extension module `p2pclient_rs._native`.
+
+use pyo3::exceptions::PyImportError;
+use pyo3::prelude::*;
+
+// What panics in a method becomes an exception, where it does not end the process.
+#[cfg(not(panic = "unwind"))]
+compile_error!("the extension module is to be built with panic = \"unwind\"");
+
+mod answer;
+mod connection;
+mod convert;
+mod daemon;
+mod datastructures;
+mod ending;
+mod errors;
+mod forks;
+mod listener;
+mod multiaddr;
+mod peer_id;
+mod pid;
+mod pipeline;
+mod public_key;
+mod readiness;
+mod request;
+mod room;
+mod socket;
+mod stream;
+mod unary;
+mod waiter;
+
+/// The Rust half of `p2pclient_rs`.
+#[pymodule(gil_used = true)]
+mod _native {
+    use super::*;
+
+    // --- types ---
+    #[pymodule_export]
+    use super::datastructures::{PyPeerInfo, PyPubsubMessage, PyStreamInfo};
+    #[pymodule_export]
+    use super::multiaddr::{
+        endpoint, InvalidMultiaddr, ProtocolLookupError, PyMultiaddr, PyProtocol,
+    };
+    #[pymodule_export]
+    use super::peer_id::{InvalidPeerID, PyPeerId};
+    #[pymodule_export]
+    use super::public_key::PyPublicKey;
+
+    // --- driver ---
+    #[pymodule_export]
+    use super::answer::{decode_pubsub_message, decode_stream_info};
+    #[pymodule_export]
+    use super::connection::ControlConnection;
+    #[pymodule_export]
+    use super::ending::_the_end_is_near;
+    #[pymodule_export]
+    use super::errors::refusal_kind;
+    #[pymodule_export]
+    use super::listener::RawListener;
+    #[pymodule_export]
+    use super::pipeline::Pipeline;
+    #[pymodule_export]
+    use super::readiness::Readiness;
+    #[pymodule_export]
+    use super::request::PyRequest;
+    #[pymodule_export]
+    use super::stream::RawStream;
+    #[pymodule_export]
+    use super::unary::PersistentConnection;
+
+    // --- daemon ---
+    #[pymodule_export]
+    use super::daemon::{
+        find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess, Reconnection, Restarts,
+    };
+    #[pymodule_export]
+    use super::forks::{after_fork_in_child, after_fork_in_parent, before_fork};
+
+    /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
+    #[pyfunction]
+    fn p2pd_descriptors() -> &'static [u8] {
+        p2pd_protocol::pb::DESCRIPTORS
+    }
+
+    #[pymodule_init]
+    fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::refuse_free_threading(m.py())?;
+        super::refuse_subinterpreters()?;
+        super::pid::watch();
+        super::ending::watch(m)?;
+        m.add("Identity", super::datastructures::identity_type(m.py())?)?;
+        m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        m.add("DEBUG_BUILD", cfg!(debug_assertions))
+    }
+}
+
+/// What is here counts on one thread at a time, and was tried on nothing else.
+fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
+    let flags: String = py
+        .import("sys")?
+        .getattr("abiflags")
+        .and_then(|flags| flags.extract())
+        .unwrap_or_default(); // Windows has none
+    if flags.contains('t') {
+        return Err(PyImportError::new_err(
+            "p2pclient_rs does not support free-threaded Python: use a build with the GIL",
+        ));
+    }
+    Ok(())
+}
+
+/// PyO3's types are one for all interpreters of a process, and it refuses only those with a GIL of
+/// their own.
+#[allow(unsafe_code)]
+fn refuse_subinterpreters() -> PyResult<()> {
+    // SAFETY: whoever runs this is in an interpreter, which they look at.
+    let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+    if id != 0 {
+        return Err(PyImportError::new_err(
+            "p2pclient_rs does not support subinterpreters: import it in the main one",
+        ));
+    }
+    Ok(())
+}

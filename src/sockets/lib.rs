@@ -1,0 +1,266 @@
+//! Listening sockets, as every driver wants them: with no event loop.
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::fmt;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::{fs, mem};
+
+#[cfg(unix)]
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt, MetadataExt, PermissionsExt};
+
+const BACKLOG: i32 = 1024;
+
+/// A listening, non-blocking socket. A socket file that nobody listens at any more is replaced; one
+/// that somebody does is an error.
+pub fn listen(target: &SockAddr) -> io::Result<(Socket, Option<SocketFile>)> {
+    let socket = new(target)?;
+    #[cfg(unix)]
+    if let Some(path) = target.as_pathname() {
+        remove_stale(path)?;
+        socket.bind(target)?;
+        let file = SocketFile::new(path);
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        socket.listen(BACKLOG)?;
+        return Ok((socket, Some(file)));
+    }
+    // Elsewhere it would let others take the port over.
+    #[cfg(unix)]
+    socket.set_reuse_address(true)?;
+    socket.bind(target)?;
+    socket.listen(BACKLOG)?;
+    Ok((socket, None))
+}
+
+/// A non-blocking socket for that address.
+pub fn new(address: &SockAddr) -> io::Result<Socket> {
+    // Where the kernel takes it with the type, that saves two system calls.
+    #[cfg(target_os = "linux")]
+    let socket = Socket::new(address.domain(), Type::STREAM.nonblocking(), None)?;
+    #[cfg(not(target_os = "linux"))]
+    let socket = Socket::new(address.domain(), Type::STREAM, None)?;
+    #[cfg(not(target_os = "linux"))]
+    socket.set_nonblocking(true)?;
+    if address.domain() != Domain::UNIX {
+        socket.set_tcp_nodelay(true)?;
+    }
+    Ok(socket)
+}
+
+/// The file of a unix socket, removed when dropped; another's file at that path is left alone.
+#[derive(Debug)]
+pub struct SocketFile {
+    #[cfg(unix)]
+    path: PathBuf,
+    #[cfg(unix)]
+    inode: Option<u64>,
+}
+
+#[cfg(unix)]
+impl SocketFile {
+    fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            inode: fs::metadata(path).map(|file| file.ino()).ok(),
+        }
+    }
+}
+
+#[cfg(unix)]
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let now = fs::metadata(&self.path).map(|file| file.ino()).ok();
+        if now.is_some() && now == self.inode {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Removes a socket file that refuses connections: its listener is gone.
+#[cfg(unix)]
+pub fn remove_stale(path: &Path) -> io::Result<()> {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    if !is_socket {
+        return Ok(()); // nothing there, or something that `bind` will refuse
+    }
+    let address = SockAddr::unix(path)?;
+    match new(&address)?.connect(&address) {
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
+        _ => Ok(()),
+    }
+}
+
+/// An operating-system error, and the operation that failed with it.
+#[derive(Debug)]
+pub struct Failed {
+    /// What failed, with the file's name: "cannot create /tmp/file".
+    pub operation: String,
+    /// The error; it has the system's number, if there is one.
+    pub error: io::Error,
+}
+
+impl Failed {
+    /// For `map_err`: `.map_err(Failed::at(|| format!("cannot open {path}")))`.
+    pub fn at<O: Into<String>>(operation: impl FnOnce() -> O) -> impl FnOnce(io::Error) -> Self {
+        |error| Failed {
+            operation: operation().into(),
+            error,
+        }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.operation, words_of(&self.error))
+    }
+}
+
+/// What the system calls an error, without Rust's "(os error 2)".
+pub fn words_of(error: &io::Error) -> String {
+    let words = error.to_string();
+    let words = words.split(" (os error ").next().unwrap_or(&words);
+    words.into()
+}
+
+impl From<Failed> for io::Error {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
+}
+
+/// A directory that only this user can look into, removed with all that is in it when dropped.
+#[derive(Debug)]
+pub struct PrivateDirectory(PathBuf);
+
+impl PrivateDirectory {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Leaves its removal to the caller.
+    pub fn keep(mut self) -> PathBuf {
+        mem::take(&mut self.0)
+    }
+}
+
+impl Drop for PrivateDirectory {
+    fn drop(&mut self) {
+        if self.0 != Path::new("") {
+            let _ = remove_directory(&self.0);
+        }
+    }
+}
+
+/// Removes a directory with all that is in it. An empty one, even if no descriptor is left with
+/// which to look into it.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
+    fs::remove_dir(path).or_else(|_| fs::remove_dir_all(path))
+}
+
+/// A private directory in `parent` or where temporary files go, in which a socket of that name
+/// fits.
+pub fn private_directory(
+    parent: Option<&Path>,
+    prefix: &str,
+    name: &str,
+) -> io::Result<PrivateDirectory> {
+    make_private_directory(parent, prefix, name).map_err(io::Error::from)
+}
+
+/// As [`private_directory`]; the error names the directory.
+pub fn make_private_directory(
+    parent: Option<&Path>,
+    prefix: &str,
+    name: &str,
+) -> Result<PrivateDirectory, Failed> {
+    let mut parent = std::path::absolute(parent.unwrap_or(&std::env::temp_dir()))
+        .map_err(Failed::at(|| "cannot find the current directory"))?;
+    let longest = parent.as_os_str().len() + 1 + prefix.len() + RANDOM + 1 + name.len();
+    if cfg!(unix) && (longest > SOCKET_PATH_LIMIT || parent.to_str().is_none()) {
+        parent = "/tmp".into();
+    }
+    for attempt in 0..100 {
+        let number = random(attempt) % 36u64.pow(RANDOM as u32);
+        let path = parent.join(format!("{prefix}{}", base36(number)));
+        #[cfg_attr(not(unix), allow(unused_mut))]
+        let mut builder = fs::DirBuilder::new();
+        #[cfg(unix)]
+        // By default others can look into it, as the umask has it.
+        builder.mode(0o700);
+        match builder.create(&path) {
+            Ok(()) => return Ok(PrivateDirectory(path)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                let operation = format!("cannot create the directory {}", path.display());
+                return Err(Failed { operation, error });
+            }
+        }
+    }
+    Err(Failed {
+        operation: format!("cannot create a directory in {}", parent.display()),
+        error: ErrorKind::AlreadyExists.into(),
+    })
+}
+
+/// A random number, another one for each `attempt` and in a forked child.
+pub fn random(attempt: u32) -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.write_u32(attempt);
+    hasher.finish()
+}
+
+fn base36(mut number: u64) -> String {
+    let mut digit = || {
+        let digit = (number % 36) as u32;
+        number /= 36;
+        char::from_digit(digit, 36).unwrap_or('0')
+    };
+    (0..RANDOM).map(|_| digit()).collect()
+}
+
+/// How many letters are added to the prefix.
+const RANDOM: usize = 8;
+
+/// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
+const SOCKET_PATH_LIMIT: usize = 103;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_private_directory_goes_with_what_is_in_it_unless_it_is_kept() {
+        let one = private_directory(None, "p2pd-", "c.sock").unwrap();
+        let other = private_directory(None, "p2pd-", "c.sock").unwrap();
+        assert_ne!(one.path(), other.path());
+        let name = one.path().file_name().unwrap().len();
+        assert_eq!(name, "p2pd-".len() + RANDOM);
+        fs::write(one.path().join("file"), "").unwrap();
+        let path = one.path().to_owned();
+        drop(one);
+        assert!(!path.exists());
+        let kept = other.keep();
+        assert!(kept.exists());
+        fs::remove_dir(kept).unwrap();
+    }
+
+    #[test]
+    fn the_systems_number_for_why_there_is_no_directory_is_kept() {
+        let missing = std::env::temp_dir().join("no-such");
+        let error = private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
+        assert!(error.raw_os_error().is_some(), "{error:?}");
+    }
+
+    #[test]
+    fn names_the_directory_that_cannot_be_created() {
+        let missing = std::env::temp_dir().join("no-such");
+        let failed = make_private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
+        let expected = format!("cannot create the directory {}/p2pd-", missing.display());
+        let words = failed.to_string();
+        assert!(words.starts_with(&expected), "{words}");
+        assert!(!words.contains("os error"), "{words}");
+    }
+}
