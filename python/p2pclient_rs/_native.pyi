@@ -44,6 +44,9 @@ __all__ = [
     "p2pd_descriptors",
     "refusal_kind",
     "unused_tcp_port",
+    "after_fork_in_child",
+    "after_fork_in_parent",
+    "before_fork",
 ]
 
 __version__: str
