@@ -37,6 +37,9 @@ __all__ = [
     "StreamInfo",
     "__version__",
     "_the_end_is_near",
+    "after_fork_in_child",
+    "after_fork_in_parent",
+    "before_fork",
     "decode_pubsub_message",
     "decode_stream_info",
     "endpoint",
@@ -44,9 +47,6 @@ __all__ = [
     "p2pd_descriptors",
     "refusal_kind",
     "unused_tcp_port",
-    "after_fork_in_child",
-    "after_fork_in_parent",
-    "before_fork",
 ]
 
 __version__: str
