@@ -1,4 +1,4 @@
-//! The fuzz targets: each gives bytes to one entry of the core and checks what must hold whatever
+//! The fuzz targets: each gives bytes to one entry of the protocol and checks what must hold whatever
 //! they are. `fuzz_targets/` has them run by libFuzzer; `tests/fuzz_corpus.rs` replays the
 //! committed corpus. A panic is a failure, and so is more memory than the bytes account for, or a
 //! result that depends on the pieces they came in.

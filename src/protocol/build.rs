@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), files.encode_to_vec())?;
 
     // prost reads a missing `required` field as its default, so an absent `type` would pass for
-    // IDENTIFY or OK. Read everything as optional; the core says what must be there.
+    // IDENTIFY or OK. Read everything as optional; the crate says what must be there.
     for file in &mut files.file {
         for message in &mut file.message_type {
             let quotes_peers = matches!(

@@ -1,4 +1,4 @@
-//! A control connection: the core's exchange over a non-blocking socket. As in `stream`, nothing
+//! A control connection: the protocol's exchange over a non-blocking socket. As in `stream`, nothing
 //! waits here; `connector.py` does. As there, errors stay Rust values while the state is locked.
 
 use super::answer;

@@ -1,4 +1,4 @@
-//! Errors of the core and of sockets as the package's Python exceptions.
+//! Errors of the protocol and of sockets as the package's Python exceptions.
 
 use p2pd_protocol as protocol;
 use pyo3::exceptions::PyOSError;

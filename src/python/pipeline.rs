@@ -1,5 +1,5 @@
 //! A control connection on which queries follow each other, without waiting for the answers before:
-//! the core's exchange over a non-blocking socket, on the event loop's own thread. A read brings the
+//! the protocol's exchange over a non-blocking socket, on the event loop's own thread. A read brings the
 //! answers to many, and what those who are woken ask next goes out in one write.
 //!
 //! As in `unary`, no Python is called while the state is locked.

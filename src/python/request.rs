@@ -1,4 +1,4 @@
-//! Every request of the core, as constructors of one opaque Python class.
+//! Every request of the protocol, as constructors of one opaque Python class.
 
 use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
 use p2pd_protocol::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};

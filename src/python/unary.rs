@@ -1,4 +1,4 @@
-//! A persistent connection: the core's state machine over a non-blocking socket, on the event
+//! A persistent connection: the protocol's state machine over a non-blocking socket, on the event
 //! loop's own thread. `unary.py` opens it, and gives it the loop and something to hand calls to.
 //!
 //! No Python is called while the state is locked: it could come back to this connection. Only bytes
@@ -127,7 +127,7 @@ impl Payload for PyPayload {
             let size = isize::try_from(len).ok()?;
             // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
             // back is a new reference or null with an exception set. Zeroing it instead would cost
-            // a pass over every large payload; the core emits it only when all is written.
+            // a pass over every large payload; the protocol emits it only when all is written.
             let bytes = unsafe {
                 let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
                 Bound::from_owned_ptr_or_err(py, new)

@@ -1,4 +1,4 @@
-//! A persistent connection (hivemind's fork): the core's state machine and a socket.
+//! A persistent connection (hivemind's fork): the protocol's state machine and a socket.
 //!
 //! A call is encoded and, if the socket takes it, sent by whoever makes it. One task reads: it hands
 //! replies to their callers, starts a task for each call of a peer, and sends what did not fit.
@@ -160,7 +160,7 @@ impl Link {
         asked.answer().await.map(drop)
     }
 
-    /// Has the core encode something that is followed by `payload`, if it says so, and sends it.
+    /// Has the protocol encode something that is followed by `payload`, if it says so, and sends it.
     fn tell(&self, payload: &Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
         let mut inner = lock(&self.inner);
         if inner.is_gone() {
