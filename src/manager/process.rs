@@ -450,7 +450,6 @@ impl Process {
 
     /// At most `limit` bytes of the output from a position on, and the position of the first one:
     /// a later one if the output there is no longer stored.
-    #[cfg_attr(not(feature = "tokio"), allow(dead_code))]
     #[doc(hidden)]
     pub fn read_output(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
         let read = self.output.read(begin, limit as u64);

@@ -154,7 +154,6 @@ impl Log {
 
     /// At most `limit` bytes from a position on, or from the oldest stored if that is newer; and
     /// the position of the first one.
-    #[cfg_attr(not(feature = "tokio"), allow(dead_code))]
     pub(super) fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
         let mut store = self.store();
         store.drain();
