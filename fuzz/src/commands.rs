@@ -25,7 +25,7 @@ fn run(limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
             server.refuse("no").expect("it is being served");
         }
     }
-    // Of what follows an error nothing is promised.
+    // After an error the rest is undefined.
     let failed = server.state() == State::Failed;
     Outcome {
         commands,

@@ -554,7 +554,7 @@ def _reason(failure: ControlFailure) -> str:
 
 
 def _words(failure: ControlFailure) -> str:
-    """What failed, without the hint to start a daemon: that is what is being done."""
+    """The failure without the hint to start a daemon, which is being started."""
     if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
         return failure._without_hint
     return str(failure)

@@ -406,7 +406,7 @@ def _calls() -> list[dict[str, Any]]:
         if name == ALIAS:
             calls.append({"hivemind": False, "force": wish.force})
             continue
-        # Without what is not asked for; a limit of 0 is.
+        # Options that were not given are left out; a limit of 0 was given.
         options = {
             option: value
             for option, value in vars(wish).items()

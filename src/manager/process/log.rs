@@ -251,7 +251,7 @@ impl Drainer {
         })
     }
 
-    /// Whether it runs, or need not run any more.
+    /// Whether it runs, or has nothing left to do.
     fn runs(&self) -> bool {
         // Elsewhere than on unix, it ends with the output only.
         cfg!(not(unix)) || !self.thread.is_finished()
@@ -437,7 +437,7 @@ impl Store {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             // It was renamed before, and then another one could not be created.
             Err(_) if self.begin == self.end => {}
-            // Somebody removed it: what follows does not continue `log.1`.
+            // The file was removed: the output from here on does not continue `log.1`.
             Err(_) => (self.oldest, self.begin) = (self.end, self.end),
         }
         let created = File::options()
@@ -724,7 +724,7 @@ mod tests {
         let before = blocked(Path::new("/proc/thread-self"));
         let _pipe = log.begin_run().unwrap();
         assert_eq!(blocked(Path::new("/proc/thread-self")), before);
-        // Of those below the real-time signals, nobody can block these.
+        // No thread can block SIGKILL and SIGSTOP. The real-time signals are glibc's to keep.
         let standard = (1 << 31) - 1;
         let unblockable = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
         let mask = blocked(&task(&log).unwrap()) & standard;
