@@ -28,7 +28,7 @@ impl log::Log for Lines {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if record.target().starts_with("p2pclient_rs") {
+        if record.target().starts_with("p2pd_") {
             lines().push((record.level(), record.args().to_string()));
         }
     }
