@@ -8,7 +8,8 @@
 //! This is a driver: the protocol is in [`p2pd_protocol`], and its sockets, timers and tasks are here.
 //!
 //! ```no_run
-//! use p2pclient_rs::{protocol::Multiaddr, Client};
+//! use p2pd_client::Client;
+//! use p2pd_protocol::Multiaddr;
 //!
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let client = Client::new("/unix/tmp/p2pd.sock".parse()?)?;
