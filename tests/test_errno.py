@@ -89,7 +89,7 @@ async def test_no_socket_file_is_file_not_found() -> None:
 async def test_a_stale_socket_file_is_connection_refused(stale_socket: str) -> None:
     error = await failure_of(Client(f"/unix{stale_socket}").identify())
     is_unreachable(error, ConnectionRefusedError, errno.ECONNREFUSED, stale_socket)
-    assert "has ended" in str(error)
+    assert "start the daemon again" in str(error)
 
 
 async def test_a_closed_port_is_connection_refused() -> None:
@@ -131,7 +131,7 @@ def test_a_socket_of_another_user_is_a_permission_error() -> None:
             asyncio.run(Client(f"/unix{sys.argv[1]}").identify())
         except PermissionError as error:
             assert isinstance(error, DaemonUnreachable)
-            print(error.errno, error.filename, "another user" in str(error))
+            print(error.errno, error.filename, "check the permissions" in str(error))
     """
     directory = new_directory()
     directory.chmod(0o755)
