@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+#: The JavaScript daemon does not close a handler's socket when the peer leaves (docs/streams.md).
+tells_that_a_peer_has_left = pytest.mark.daemons("hivemind", "go")
+
 #: Short enough to wait for, in seconds.
 LINGER = 0.2
 
@@ -111,6 +114,7 @@ def cancellations(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- handlers whose peer has left ---
 
 
+@tells_that_a_peer_has_left
 async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,6 +138,7 @@ async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
     assert all("0.2 s" in line for line in lines)
 
 
+@tells_that_a_peer_has_left
 @pytest.mark.parametrize(
     "sizes", [[1 << 19], [3 << 20], 2000 * [20]], ids=["512 KiB", "3 MiB", "small messages"]
 )
@@ -162,6 +167,7 @@ async def test_unread_input_does_not_hide_that_the_peer_has_left(
     assert handler.events == ["begun", "cancelled"]
 
 
+@tells_that_a_peer_has_left
 async def test_many_peers_that_leave_with_unread_input_are_all_noticed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
