@@ -9,7 +9,7 @@ use super::diagnosis::{
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use p2pd_protocol::PeerId;
-use p2pd_sockets::Failed;
+use p2pd_sockets::{words_of, Failed};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -80,9 +80,8 @@ impl StartError {
     /// The operating system would not run it.
     pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
         // The operating system's words are the shell's, which the diagnosis knows.
-        let words = error.to_string();
-        let reason = words.split(" (os error ").next().unwrap_or(&words);
-        let cause = diagnose(reason, None, &[]).unwrap_or_else(|| reason.into());
+        let reason = words_of(&error);
+        let cause = diagnose(&reason, None, &[]).unwrap_or(reason);
         StartError {
             message: "the daemon could not be run".into(),
             command,
