@@ -1,8 +1,10 @@
 //! The client's end of a persistent connection.
 
 use super::wire::{
-    call_len, head_len, put_call, put_handler_error, put_message, put_reply, reply_len, CallId,
-    CallIds, Direction, Head, IdHasher, Message, Payload, Reader, CALL,
+    call_len, check_size, empty_reply, head_len, put_call, put_cancel, put_handler_error,
+    put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
+    Head, IdHasher, Message, Payload, Reader, ADD_HANDLER, BROKEN_CALL, CALL, CANCEL,
+    REMOVE_HANDLER,
 };
 use super::{HOLD, REMIND, SETTLE};
 use crate::fields::Fields;
@@ -251,7 +253,10 @@ impl<T, P: Payload> Persistent<T, P> {
         now: Instant,
         out: &mut BytesMut,
     ) -> Result<CallId, Error> {
-        self.check_size(head_len(CALL, call_len(peer, protocol, len)))?;
+        check_size(
+            head_len(CALL, call_len(peer, protocol, len)),
+            self.limits.max_message,
+        )?;
         let id = self.expect(token, Some(now));
         put_call(out, &id, (peer, protocol), len);
         Ok(id)
@@ -269,7 +274,7 @@ impl<T, P: Payload> Persistent<T, P> {
             proto: Some(protocol.to_owned()),
             balanced: Some(balanced),
         };
-        self.ask(2, &message.encode_to_vec(), token, out)
+        self.ask(ADD_HANDLER, &message.encode_to_vec(), token, out)
     }
 
     /// Asks for no more calls of `protocol`.
@@ -282,7 +287,7 @@ impl<T, P: Payload> Persistent<T, P> {
         let message = p2pd::RemoveUnaryHandlerRequest {
             proto: Some(protocol.to_owned()),
         };
-        self.ask(6, &message.encode_to_vec(), token, out)
+        self.ask(REMOVE_HANDLER, &message.encode_to_vec(), token, out)
     }
 
     /// Gives up waiting for an answer. If it was a call, the daemon is told, now or
@@ -326,13 +331,8 @@ impl<T, P: Payload> Persistent<T, P> {
         if !self.finish(id) {
             return false;
         }
-        if self
-            .check_size(reply_len(Direction::ToDaemon, len))
-            .is_err()
-        {
-            let limit = self.limits.max_message;
-            let words =
-                format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes");
+        if reply_len(Direction::ToDaemon, len) > self.limits.max_message {
+            let words = too_large_a_reply(len, self.limits.max_message);
             self.put_error(out, id, &words);
             return false;
         }
@@ -450,14 +450,6 @@ impl<T, P: Payload> Persistent<T, P> {
 
     // --- within ---
 
-    fn check_size(&self, size: usize) -> Result<(), Error> {
-        let limit = self.limits.max_message;
-        if size > limit {
-            return Err(Error::RequestTooLarge { size, limit });
-        }
-        Ok(())
-    }
-
     fn expect(&mut self, token: T, called: Option<Instant>) -> CallId {
         let id = self.ids.next();
         self.pending.insert(id, Pending { token, called });
@@ -471,7 +463,7 @@ impl<T, P: Payload> Persistent<T, P> {
         token: T,
         out: &mut BytesMut,
     ) -> Result<CallId, Error> {
-        self.check_size(head_len(number, content.len()))?;
+        check_size(head_len(number, content.len()), self.limits.max_message)?;
         let id = self.expect(token, None);
         put_message(out, &id, number, content);
         Ok(id)
@@ -501,12 +493,7 @@ impl<T, P: Payload> Persistent<T, P> {
     fn came(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
         match message {
             Message::Reply { id, payload } => {
-                self.cancelled.remove(&id);
-                let Pending { token, called } = self.pending.remove(&id)?;
-                if called.is_none() {
-                    return Some(reply_to_no_call(token));
-                }
-                Some(UnaryEvent::Reply { token, payload })
+                self.replied(&id, |token| UnaryEvent::Reply { token, payload })
             }
             Message::Call {
                 id,
@@ -519,39 +506,42 @@ impl<T, P: Payload> Persistent<T, P> {
         }
     }
 
+    /// The event of a reply, if its call is still awaited.
+    #[inline]
+    fn replied(
+        &mut self,
+        id: &CallId,
+        event: impl FnOnce(T) -> UnaryEvent<T, P>,
+    ) -> Option<UnaryEvent<T, P>> {
+        self.cancelled.remove(id);
+        let Pending { token, called } = self.pending.remove(id)?;
+        if called.is_none() {
+            let error = Error::Unexpected("a reply to what is no call".to_owned());
+            return Some(UnaryEvent::Broken { token, error });
+        }
+        Some(event(token))
+    }
+
     /// As `came`, for all messages that are no calls and no replies.
     fn rarely(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
         match message {
             Message::BrokenCall { id } => {
-                let reason = Cow::Borrowed("the call has no peer, protocol or data");
+                let reason = Cow::Borrowed(BROKEN_CALL);
                 Some(UnaryEvent::Unserved { id, reason })
             }
             Message::HandlerError { id, error } => {
-                self.cancelled.remove(&id);
-                let Pending { token, called } = self.pending.remove(&id)?;
-                if called.is_none() {
-                    return Some(reply_to_no_call(token));
-                }
-                Some(UnaryEvent::HandlerFailed { token, error })
+                self.replied(&id, |token| UnaryEvent::HandlerFailed { token, error })
             }
-            Message::EmptyReply { id } => {
-                self.cancelled.remove(&id);
-                let Pending { token, called } = self.pending.remove(&id)?;
-                if called.is_none() {
-                    return Some(reply_to_no_call(token));
-                }
-                let error = Error::MissingField {
-                    message: "CallUnaryResponse",
-                    field: "response",
-                };
-                Some(UnaryEvent::Broken { token, error })
-            }
+            Message::EmptyReply { id } => self.replied(&id, |token| UnaryEvent::Broken {
+                token,
+                error: empty_reply(),
+            }),
             Message::Other { id, field, content } => match field {
                 None => {
                     self.cancelled.remove(&id);
                     self.acknowledged(id)
                 }
-                Some(CANCEL) => self.cancel_came(id),
+                Some(field) if field == u64::from(CANCEL) => self.cancel_came(id),
                 Some(_) => {
                     self.cancelled.remove(&id);
                     let words = Fields::new(&content).last(1).unwrap_or_default();
@@ -584,16 +574,10 @@ impl<T, P: Payload> Persistent<T, P> {
             return Some(UnaryEvent::Skipped { error });
         };
         if field == Some(u64::from(CALL)) {
-            let reason = match error {
-                Error::ReplyTooLarge { size, limit } => format!(
-                    "the call of {size} bytes exceeds the message size limit of {limit} bytes"
-                ),
-                error => error.to_string(),
-            };
-            let reason = Cow::Owned(reason);
+            let reason = Cow::Owned(why_skipped(&error));
             return Some(UnaryEvent::Unserved { id, reason });
         }
-        if field == Some(CANCEL) {
+        if field == Some(u64::from(CANCEL)) {
             return self.cancel_came(id);
         }
         self.cancelled.remove(&id);
@@ -665,18 +649,6 @@ impl<T, P: Payload> Persistent<T, P> {
             payload,
         }
     }
-}
-
-/// The field of a cancel, from the daemon.
-const CANCEL: u64 = 5;
-
-fn reply_to_no_call<T, P>(token: T) -> UnaryEvent<T, P> {
-    let error = Error::Unexpected("a reply to what is no call".to_owned());
-    UnaryEvent::Broken { token, error }
-}
-
-fn put_cancel(out: &mut BytesMut, id: &CallId) {
-    put_message(out, id, 5, &[]);
 }
 
 #[cfg(test)]

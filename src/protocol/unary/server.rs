@@ -1,8 +1,10 @@
 //! The daemon's end of a persistent connection.
 
 use super::wire::{
-    call_len, cut, head_len, put_call, put_handler_error, put_message, put_reply, reply_len,
-    CallId, CallIds, Direction, Head, IdHasher, Message, Payload, Reader, Receiving, CALL,
+    call_len, check_size, cut, empty_reply, head_len, put_call, put_cancel, put_handler_error,
+    put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
+    Head, IdHasher, Message, Payload, Reader, Receiving, ADD_HANDLER, BROKEN_CALL, CALL, CANCEL,
+    REMOVE_HANDLER,
 };
 use crate::pb::p2pd;
 use crate::Error;
@@ -12,14 +14,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
-/// The fields of what a client says besides calls and replies.
-const ADD_HANDLER: u64 = 2;
-const CANCEL: u64 = 5;
-const REMOVE_HANDLER: u64 = 6;
-
-/// The fields of what a daemon says besides calls and replies.
+/// The field of a refusal.
 const DAEMON_ERROR: u32 = 4;
-const CANCELLED: u32 = 5;
 
 /// Limits of a persistent connection, as its daemon sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,9 +215,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
             return false;
         }
         if reply_len(Direction::ToClient, len) > self.limits.max_message {
-            let limit = self.limits.max_message;
-            let words =
-                format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes");
+            let words = too_large_a_reply(len, self.limits.max_message);
             self.refuse(id, &words, out);
             return false;
         }
@@ -252,10 +246,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         out: &mut BytesMut,
     ) -> Result<CallId, Error> {
         let size = head_len(CALL, call_len(caller, protocol, len));
-        let limit = self.limits.max_message;
-        if size > limit {
-            return Err(Error::RequestTooLarge { size, limit });
-        }
+        check_size(size, self.limits.max_message)?;
         let id = self.ids.next();
         self.handled.insert(id, token);
         put_call(out, &id, (caller, protocol), len);
@@ -265,7 +256,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
     /// Tells the client that nobody waits for its handler any more. `None` if it has replied.
     pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
         let token = self.handled.remove(id)?;
-        put_message(out, id, CANCELLED, &[]);
+        put_cancel(out, id);
         Some(token)
     }
 
@@ -274,7 +265,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.handled.retain(|id, token| {
             let unwanted = unwanted(token);
             if unwanted {
-                put_message(out, id, CANCELLED, &[]);
+                put_cancel(out, id);
             }
             !unwanted
         });
@@ -422,9 +413,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 payload,
                 size,
             } => Some(self.called(id, peer, protocol, payload, size)),
-            Message::BrokenCall { id } => {
-                Some(self.reject(id, "the call has no peer, protocol or data"))
-            }
+            Message::BrokenCall { id } => Some(self.reject(id, BROKEN_CALL)),
             Message::Reply { id, payload } => {
                 let token = self.handled.remove(&id);
                 token.map(|token| ServerEvent::Reply { token, payload })
@@ -434,10 +423,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 token.map(|token| ServerEvent::HandlerFailed { token, error })
             }
             Message::EmptyReply { id } => {
-                let error = Error::MissingField {
-                    message: "CallUnaryResponse",
-                    field: "response",
-                };
+                let error = empty_reply();
                 let token = self.handled.remove(&id);
                 token.map(|token| ServerEvent::BrokenReply { token, error })
             }
@@ -491,7 +477,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
             let field = "proto";
             proto.ok_or(Error::MissingField { message, field })
         };
-        Ok(match field {
+        Ok(match field.and_then(|field| u32::try_from(field).ok()) {
             Some(ADD_HANDLER) => {
                 const MESSAGE: &str = "AddUnaryHandlerRequest";
                 let add = p2pd::AddUnaryHandlerRequest::decode(content)
@@ -528,16 +514,10 @@ impl<T, P: Payload> PersistentServer<T, P> {
             let token = self.handled.remove(&id)?;
             return Some(ServerEvent::BrokenReply { token, error });
         }
-        if field == Some(CANCEL) {
+        if field == Some(u64::from(CANCEL)) {
             return self.finish(&id).then_some(ServerEvent::Cancelled { id });
         }
-        let reason = match error {
-            Error::ReplyTooLarge { size, limit } => {
-                format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
-            }
-            error => error.to_string(),
-        };
-        Some(self.reject(id, reason))
+        Some(self.reject(id, why_skipped(&error)))
     }
 
     /// A message that cannot be served. A refusal of one with the id of a call that is under way

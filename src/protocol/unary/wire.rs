@@ -37,6 +37,49 @@ pub const MAX_PROTOBUF: usize = i32::MAX as usize;
 
 /// The field that holds a call, in both directions.
 pub(super) const CALL: u32 = 3;
+/// The fields of a client's requests, which have no payload.
+pub(super) const ADD_HANDLER: u32 = 2;
+pub(super) const REMOVE_HANDLER: u32 = 6;
+/// The field of a cancel, in both directions.
+pub(super) const CANCEL: u32 = 5;
+
+/// Why a [`Message::BrokenCall`] is refused.
+pub(super) const BROKEN_CALL: &str = "the call has no peer, protocol or data";
+
+/// The error of a [`Message::EmptyReply`].
+pub(super) fn empty_reply() -> Error {
+    Error::MissingField {
+        message: "CallUnaryResponse",
+        field: "response",
+    }
+}
+
+/// Why a call that was skipped is refused.
+pub(super) fn why_skipped(error: &Error) -> String {
+    match error {
+        Error::ReplyTooLarge { size, limit } => {
+            format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
+        }
+        error => error.to_string(),
+    }
+}
+
+/// The error that is sent for a reply of `len` bytes that is too large.
+pub(super) fn too_large_a_reply(len: usize, limit: usize) -> String {
+    format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes")
+}
+
+/// Checks that a message of `size` bytes may be sent.
+pub(super) fn check_size(size: usize, limit: usize) -> Result<(), Error> {
+    if size > limit {
+        return Err(Error::RequestTooLarge { size, limit });
+    }
+    Ok(())
+}
+
+pub(super) fn put_cancel(out: &mut BytesMut, id: &CallId) {
+    put_message(out, id, CANCEL, &[]);
+}
 
 /// Which way messages go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
