@@ -334,16 +334,14 @@ class ControlClient:
         """
         connector = self.daemon_connector
         maddr = Multiaddr(self.listen_maddr)
-        if endpoint(maddr)[2] == 0 and not self._listening and endpoint(maddr)[0] != "unix":
+        kind, _, port = endpoint(maddr)
+        if kind != "unix" and port == 0 and not self._listening:
             raise ControlFailure(
                 f"{maddr} has no port yet: register handlers after listen(), which chooses one"
             )
-        request = Request.stream_handler(maddr, proto, balanced)
         before = self._registered.get(proto)
-        # Until the daemon answers, it may have it or not.
-        self._registered[proto] = _Registration(maddr, balanced, None)
         try:
-            await connector.request("STREAM_HANDLER", request)
+            await self._register_once(connector, maddr, proto, balanced)
         except DaemonRefused:
             # hivemind's fork refuses every name that is taken, even by this client, with the same
             # words.
@@ -360,13 +358,16 @@ class ControlClient:
                     return
                 # Others may share the name: this client goes on sharing it.
                 if before.balanced and not balanced:
-                    if not await self._register_once(connector, proto, True):
+                    try:
+                        await self._register_once(
+                            connector, Multiaddr(self.listen_maddr), proto, True
+                        )
+                    except DaemonRefused:
                         del self._registered[proto]
             raise
         except DaemonUnreachable:
             self._restore(proto, before)
             raise
-        self._registered[proto] = _Registration(maddr, balanced, connector.registered())
         if balanced and before is not None and await connector.still_registered(before.token):
             # The fork has appended another entry, so that this client would get twice its share.
             with (
@@ -393,24 +394,24 @@ class ControlClient:
             except DaemonRefused:
                 del self._registered[proto]
                 return False
-            if await self._register_once(connector, proto, balanced):
+            with suppress(DaemonRefused):
+                await self._register_once(connector, Multiaddr(self.listen_maddr), proto, balanced)
                 return True
             # The daemon may have carried out a cancelled request of this client in between.
             former = maddr
 
-    async def _register_once(self, connector: DaemonConnector, proto: str, balanced: bool) -> bool:
-        """Registers a name; returns False if the daemon refuses."""
-        maddr = Multiaddr(self.listen_maddr)
+    async def _register_once(
+        self, connector: DaemonConnector, maddr: Multiaddr, proto: str, balanced: bool
+    ) -> None:
+        """Registers a name.
+
+        Raises:
+            DaemonRefused: The name is taken.
+        """
         # Until the daemon answers, it may have it or not.
         self._registered[proto] = _Registration(maddr, balanced, None)
-        try:
-            await connector.request(
-                "STREAM_HANDLER", Request.stream_handler(maddr, proto, balanced)
-            )
-        except DaemonRefused:
-            return False
+        await connector.request("STREAM_HANDLER", Request.stream_handler(maddr, proto, balanced))
         self._registered[proto] = _Registration(maddr, balanced, connector.registered())
-        return True
 
     def _restore(self, proto: str, before: _Registration | None) -> None:
         if before is None:
