@@ -80,7 +80,7 @@ pub enum Error {
     /// A reply that does not fit the request being served; nothing was sent.
     #[error("{reply} does not answer {request}")]
     WrongReply {
-        /// What was to be sent.
+        /// The reply that was given.
         reply: &'static str,
         /// The request being served.
         request: &'static str,

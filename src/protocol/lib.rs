@@ -5,9 +5,9 @@
 //! - [`exchange`]: one control connection as a state machine, one for each end: requests and replies
 //!   become frames, and frames become requests and replies.
 //! - [`unary`]: a connection that was upgraded for unary calls as another state machine;
-//!   [`output`]: what waits to be sent on it.
+//!   [`output`]: the bytes waiting to be sent on it.
 //! - [`types`], [`pb`]: the values they are made of.
-//! - [`error`]: what can go wrong, and whose fault it is.
+//! - [`error`]: the failures, and whose fault each is.
 //!
 //! There are no sockets, no clock and no Python here; drivers bring those.
 //!

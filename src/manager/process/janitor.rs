@@ -116,7 +116,7 @@ impl Janitor {
         self.child.id()
     }
 
-    /// Has what is launched tell the janitor of itself.
+    /// Lets the launched process tell the janitor its number.
     pub(super) fn announced(&self, launch: Launch) -> Result<Launch, Failed> {
         let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
         match lifeline.as_ref() {
@@ -129,7 +129,7 @@ impl Janitor {
     pub(super) fn tell(&self, group: u32) {
         let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut lifeline) = lifeline.as_ref() {
-            // In one write. It fails if somebody killed it.
+            // In one write. Fails if the janitor was killed.
             let _ = lifeline.write_all(format!("{group}\n").as_bytes());
         }
     }
@@ -143,7 +143,7 @@ impl Janitor {
         ended
     }
 
-    /// Has it do its work. Returns whether it has ended; to be called again until then.
+    /// Lets it clear up. Returns whether it has ended; call again until then.
     pub(super) fn finish(&self) -> bool {
         self.cut_lifeline();
         let ended = !matches!(self.child.has_ended(), Ok(false));

@@ -687,7 +687,7 @@ mod tests {
         assert!(task(&log).is_none());
         log.resume();
         assert!(task(&log).unwrap().exists());
-        // Nobody resumes.
+        // Not resumed.
         log.pause();
         log.draining().paused = Instant::now().checked_sub(LONGEST_PAUSE);
         log.retry();

@@ -41,7 +41,7 @@ pub struct FindPeersConnectedToPeer {
 pub struct FindProviders {
     /// The content's binary CID.
     pub cid: Bytes,
-    /// How many at most; 0 means the daemon's default of 20.
+    /// The maximum number; 0 means the daemon's default of 20.
     pub count: i32,
     /// When the daemon gives up; after 60 s if none.
     pub timeout: Option<Duration>,

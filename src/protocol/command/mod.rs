@@ -105,7 +105,7 @@ pub trait Typed: Sized {
     /// The reply as one of all.
     fn wrap(output: Self::Output) -> Reply;
 
-    /// The reply as what it is; `None` if it is another request's.
+    /// The reply in its own type; `None` if it is another request's.
     fn unwrap(reply: Reply) -> Option<Self::Output>;
 
     /// The request as a client sends it.
@@ -530,7 +530,7 @@ fn whole_seconds(timeout: Option<Duration>) -> Option<i64> {
     timeout.map(|timeout| {
         let partial = u64::from(timeout.subsec_nanos() > 0);
         let seconds = timeout.as_secs().saturating_add(partial);
-        // The Go daemons multiply by 10^9 in 64 bits. More than a century means for ever.
+        // The Go daemons multiply by 10^9 in 64 bits. More than a century is as good as no limit.
         i64::try_from(seconds.clamp(1, 100 * 366 * 86_400)).unwrap_or(i64::MAX)
     })
 }

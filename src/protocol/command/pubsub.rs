@@ -13,7 +13,7 @@ family!(Pubsub: requests { GetTopics, ListTopicPeers, Publish, Subscribe } queri
 pub struct PubsubMessage {
     /// The peer that published it, which need not be the one that relayed it.
     pub from: Option<PeerId>,
-    /// What was published.
+    /// The published data.
     pub data: Bytes,
     /// The publisher's sequence number; with `from` it identifies the message.
     pub seqno: Bytes,

@@ -51,7 +51,7 @@ impl Expected {
 #[derive(Debug)]
 struct Pending {
     expected: Expected,
-    /// What came of a query's answer, between BEGIN and END.
+    /// The part of a query's answer received so far, between BEGIN and END.
     values: Option<Values>,
 }
 
@@ -106,7 +106,7 @@ impl ClientExchange {
         self.state == State::Ready && self.decoder.is_empty()
     }
 
-    /// Begins an exchange. What is returned must be written to the connection. While requests that
+    /// Begins an exchange. Write the returned bytes to the connection. While requests that
     /// are [answered at once](Answered::AtOnce) are awaited, another one may follow them.
     ///
     /// # Errors

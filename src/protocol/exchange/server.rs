@@ -113,7 +113,7 @@ impl ServerExchange {
         decoded.map(Some)
     }
 
-    /// Answers the request being served. What is returned must be written to the connection.
+    /// Answers the request being served. Write the returned bytes to the connection.
     ///
     /// # Errors
     /// [`Error::WrongReply`] if another kind of request is being served.
