@@ -1,9 +1,10 @@
 //! Options, discovery and processes of daemons for `p2pclient_rs.daemon`, which does the waiting.
 
-use super::convert::{extract_multiaddr, extract_peer_id};
 use super::errors;
 use super::forks;
+use super::multiaddr::extract_multiaddr;
 use super::multiaddr::{InvalidMultiaddr, PyMultiaddr};
+use super::peer_id::extract_peer_id;
 use super::peer_id::PyPeerId;
 use p2pd_manager::process::{self, exit_code, Process};
 use p2pd_manager::retry;

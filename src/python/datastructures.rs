@@ -1,8 +1,8 @@
 //! What requests return: `PeerInfo`, `StreamInfo`, `Identity`, `PubsubMessage`.
 
-use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
-use super::multiaddr::PyMultiaddr;
-use super::peer_id::PyPeerId;
+use super::buffer::extract_bytes;
+use super::multiaddr::{extract_multiaddr, extract_multiaddrs, PyMultiaddr};
+use super::peer_id::{extract_peer_id, PyPeerId};
 use bytes::Bytes;
 use p2pd_protocol::{Multiaddr, PeerId, PubsubMessage};
 use pyo3::exceptions::PyAttributeError;

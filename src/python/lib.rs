@@ -8,8 +8,8 @@ use pyo3::prelude::*;
 compile_error!("the extension module is to be built with panic = \"unwind\"");
 
 mod answer;
+mod buffer;
 mod connection;
-mod convert;
 mod daemon;
 mod datastructures;
 mod ending;

@@ -1,13 +1,13 @@
 //! `Multiaddr` and `Protocol`, and their exceptions.
 
-use super::convert::{bytes_of, extract_bytes, extract_multiaddr, is_named};
+use super::buffer::{bytes_of, extract_bytes, is_named, wrong_type};
 use p2pd_protocol::multiaddr::{Component, Endpoint, Host, MultiaddrError};
 use p2pd_protocol::Multiaddr;
 use pyo3::exceptions::{PyLookupError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::pyclass::CompareOp;
-use pyo3::types::{PyBytes, PyTuple};
+use pyo3::types::{PyBytes, PyString, PyTuple};
 use unsigned_varint::encode;
 
 pyo3::create_exception!(
@@ -27,6 +27,48 @@ pyo3::create_exception!(
 /// The exception for what is no multiaddr, shown as `shown`.
 pub fn invalid_multiaddr(shown: &str, error: &MultiaddrError) -> PyErr {
     InvalidMultiaddr::new_err(format!("{shown} is not a multiaddr: {error}"))
+}
+
+/// A multiaddr out of a `Multiaddr`, text, bytes, or any object with `to_bytes()` (such as
+/// py-multiaddr's). A unix path without its leading slash gets one, see
+/// [`Multiaddr::with_absolute_path`].
+///
+/// # Errors
+/// `InvalidMultiaddr` for what is no multiaddr, `TypeError` for other objects.
+pub fn extract_multiaddr(object: &Bound<'_, PyAny>) -> PyResult<Multiaddr> {
+    if let Ok(addr) = object.cast::<PyMultiaddr>() {
+        return Ok(addr.get().core().clone());
+    }
+    if let Ok(text) = object.cast::<PyString>() {
+        let text: PyBackedStr = text
+            .extract()
+            .map_err(|error: PyErr| InvalidMultiaddr::new_err(error.to_string()))?;
+        return text
+            .parse()
+            .map_err(|error| invalid_multiaddr(&format!("{text:?}"), &error));
+    }
+    let Some(bytes) = bytes_of(object)? else {
+        return Err(wrong_type("a multiaddr", object));
+    };
+    let addr = Multiaddr::from_bytes(bytes);
+    match addr.validate() {
+        Ok(()) => Ok(addr.with_absolute_path()),
+        Err(error) => Err(invalid_multiaddr(&format!("{:?}", addr.to_bytes()), &error)),
+    }
+}
+
+/// As [`extract_multiaddr`], of each item of an iterable.
+///
+/// # Errors
+/// Also `TypeError` for a single text, each character of which would be an item.
+pub fn extract_multiaddrs(iterable: &Bound<'_, PyAny>) -> PyResult<Vec<Multiaddr>> {
+    if iterable.is_instance_of::<PyString>() {
+        return Err(wrong_type("an iterable of multiaddrs", iterable));
+    }
+    iterable
+        .try_iter()?
+        .map(|item| extract_multiaddr(&item?))
+        .collect()
 }
 
 /// A network address: a sequence of protocols with their values.
@@ -267,7 +309,7 @@ impl PyProtocol {
 /// `InvalidMultiaddr` if it is no such address.
 #[pyfunction]
 pub fn endpoint(addr: &Bound<'_, PyAny>) -> PyResult<(&'static str, String, u16)> {
-    let endpoint = super::convert::extract_multiaddr(addr)?
+    let endpoint = extract_multiaddr(addr)?
         .endpoint()
         .map_err(|error| InvalidMultiaddr::new_err(error.to_string()))?;
     Ok(match endpoint {

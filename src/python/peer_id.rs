@@ -1,11 +1,11 @@
 //! `PeerID`, and the exception for what is none.
 
-use super::convert::{bytes_of, extract_bytes, extract_peer_id, is_named, parse_peer_id};
-use super::public_key::PyPublicKey;
+use super::buffer::{bytes_of, extract_bytes, is_named, wrong_type};
 use p2pd_protocol::peer_id::ParsePeerIdError;
 use p2pd_protocol::{PeerId, PublicKey};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::pyclass::CompareOp;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyString, PyType};
@@ -21,6 +21,35 @@ pyo3::create_exception!(
 /// The exception for a text that is no peer id.
 pub fn invalid_peer_id(text: &str, error: &ParsePeerIdError) -> PyErr {
     InvalidPeerID::new_err(format!("{text:?} is not a peer id: {error}"))
+}
+
+/// A peer id out of a `PeerID`, text, bytes, or any object with `to_bytes()`. Bytes are taken as
+/// they are.
+///
+/// # Errors
+/// `InvalidPeerID` for text that is no peer id, `TypeError` for other objects.
+pub fn extract_peer_id(object: &Bound<'_, PyAny>) -> PyResult<PeerId> {
+    if let Ok(peer_id) = object.cast::<PyPeerId>() {
+        return Ok(peer_id.get().core().clone());
+    }
+    if let Ok(text) = object.cast::<PyString>() {
+        return parse_peer_id(text);
+    }
+    match bytes_of(object)? {
+        Some(bytes) => Ok(PeerId::from_bytes(bytes)),
+        None => Err(wrong_type("a peer id", object)),
+    }
+}
+
+/// The peer id in a text.
+///
+/// # Errors
+/// `InvalidPeerID`.
+pub fn parse_peer_id(text: &Bound<'_, PyString>) -> PyResult<PeerId> {
+    let text: PyBackedStr = text
+        .extract()
+        .map_err(|error: PyErr| InvalidPeerID::new_err(error.to_string()))?;
+    text.parse().map_err(|error| invalid_peer_id(&text, &error))
 }
 
 /// The identity of a libp2p peer.
@@ -126,9 +155,6 @@ impl PyPeerId {
         cls: &Bound<'py, PyType>,
         key: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        if let Ok(key) = key.cast::<PyPublicKey>() {
-            return Self::instance(cls, key.get().core().peer_id());
-        }
         let serialized = match key.getattr_opt("serialize")? {
             Some(serialize) => extract_bytes(&serialize.call0()?)?,
             None => extract_bytes(key)?,

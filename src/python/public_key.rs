@@ -1,6 +1,6 @@
 //! `PublicKey`.
 
-use super::convert::extract_bytes;
+use super::buffer::extract_bytes;
 use super::peer_id::PyPeerId;
 use p2pd_protocol::PublicKey;
 use pyo3::exceptions::PyValueError;
@@ -15,13 +15,6 @@ pub struct PyPublicKey(PublicKey);
 impl From<PublicKey> for PyPublicKey {
     fn from(key: PublicKey) -> Self {
         Self(key)
-    }
-}
-
-impl PyPublicKey {
-    /// The key itself.
-    pub fn core(&self) -> &PublicKey {
-        &self.0
     }
 }
 

@@ -1,6 +1,8 @@
 //! Every request of the protocol, as constructors of one opaque Python class.
 
-use super::convert::{extract_bytes, extract_multiaddr, extract_multiaddrs, extract_peer_id};
+use super::buffer::extract_bytes;
+use super::multiaddr::{extract_multiaddr, extract_multiaddrs};
+use super::peer_id::extract_peer_id;
 use p2pd_protocol::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};
 use p2pd_protocol::command::{Answered, Typed};
 use p2pd_protocol::EncodedRequest;

@@ -5,7 +5,7 @@
 //! which `RawStream::with` turns into an exception after it has released the lock: creating one
 //! can run Python code (a collection's finalizers, an `__init__`) that uses the same stream.
 
-use super::convert::with_bytes;
+use super::buffer::with_bytes;
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
 use super::room::{self, NoMemory, Room};
 use super::socket::{python_address, with_scratch, Socket, READ_SIZE};

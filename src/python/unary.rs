@@ -4,9 +4,10 @@
 //! No Python is called while the state is locked: it could come back to this connection. Only bytes
 //! objects are made there, whose making runs nothing.
 
-use super::convert::{extract_peer_id, with_bytes};
+use super::buffer::with_bytes;
 use super::ending::inside;
 use super::errors::{self, Loss, P2PHandlerError, ProtocolViolation};
+use super::peer_id::extract_peer_id;
 use super::pid::pid;
 use super::socket::{with_scratch, Socket};
 use super::waiter::{hand_over, tell, waiter, Turn, Work};

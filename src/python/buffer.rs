@@ -1,85 +1,11 @@
-//! What the Python API accepts where it wants bytes, a peer id or a multiaddr.
+//! The bytes that Python objects hold, and the `TypeError` for objects that hold none.
 
-use super::multiaddr::{invalid_multiaddr, InvalidMultiaddr, PyMultiaddr};
-use super::peer_id::{invalid_peer_id, InvalidPeerID, PyPeerId};
 use bytes::Bytes;
-use p2pd_protocol::{Multiaddr, PeerId};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyByteArray, PyBytes, PyInt, PyMemoryView, PyString};
-
-/// A peer id out of a `PeerID`, text, bytes, or any object with `to_bytes()`. Bytes are taken as
-/// they are.
-///
-/// # Errors
-/// `InvalidPeerID` for text that is no peer id, `TypeError` for other objects.
-pub fn extract_peer_id(object: &Bound<'_, PyAny>) -> PyResult<PeerId> {
-    if let Ok(peer_id) = object.cast::<PyPeerId>() {
-        return Ok(peer_id.get().core().clone());
-    }
-    if let Ok(text) = object.cast::<PyString>() {
-        return parse_peer_id(text);
-    }
-    match bytes_of(object)? {
-        Some(bytes) => Ok(PeerId::from_bytes(bytes)),
-        None => Err(wrong_type("a peer id", object)),
-    }
-}
-
-/// The peer id in a text.
-///
-/// # Errors
-/// `InvalidPeerID`.
-pub fn parse_peer_id(text: &Bound<'_, PyString>) -> PyResult<PeerId> {
-    let text: PyBackedStr = text
-        .extract()
-        .map_err(|error: PyErr| InvalidPeerID::new_err(error.to_string()))?;
-    text.parse().map_err(|error| invalid_peer_id(&text, &error))
-}
-
-/// A multiaddr out of a `Multiaddr`, text, bytes, or any object with `to_bytes()` (such as
-/// py-multiaddr's). A unix path without its leading slash gets one, see
-/// [`Multiaddr::with_absolute_path`].
-///
-/// # Errors
-/// `InvalidMultiaddr` for what is no multiaddr, `TypeError` for other objects.
-pub fn extract_multiaddr(object: &Bound<'_, PyAny>) -> PyResult<Multiaddr> {
-    if let Ok(addr) = object.cast::<PyMultiaddr>() {
-        return Ok(addr.get().core().clone());
-    }
-    if let Ok(text) = object.cast::<PyString>() {
-        let text: PyBackedStr = text
-            .extract()
-            .map_err(|error: PyErr| InvalidMultiaddr::new_err(error.to_string()))?;
-        return text
-            .parse()
-            .map_err(|error| invalid_multiaddr(&format!("{text:?}"), &error));
-    }
-    let Some(bytes) = bytes_of(object)? else {
-        return Err(wrong_type("a multiaddr", object));
-    };
-    let addr = Multiaddr::from_bytes(bytes);
-    match addr.validate() {
-        Ok(()) => Ok(addr.with_absolute_path()),
-        Err(error) => Err(invalid_multiaddr(&format!("{:?}", addr.to_bytes()), &error)),
-    }
-}
-
-/// As [`extract_multiaddr`], of each item of an iterable.
-///
-/// # Errors
-/// Also `TypeError` for a single text, each character of which would be an item.
-pub fn extract_multiaddrs(iterable: &Bound<'_, PyAny>) -> PyResult<Vec<Multiaddr>> {
-    if iterable.is_instance_of::<PyString>() {
-        return Err(wrong_type("an iterable of multiaddrs", iterable));
-    }
-    iterable
-        .try_iter()?
-        .map(|item| extract_multiaddr(&item?))
-        .collect()
-}
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyByteArray, PyBytes, PyInt, PyMemoryView};
 
 /// The bytes of a bytes-like object or of one with `to_bytes()`; `None` of others.
 ///
@@ -151,7 +77,8 @@ pub fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<
     f(bytes)
 }
 
-fn wrong_type(wanted: &str, object: &Bound<'_, PyAny>) -> PyErr {
+/// The `TypeError` for an argument that is not `wanted`.
+pub fn wrong_type(wanted: &str, object: &Bound<'_, PyAny>) -> PyErr {
     let found = object.get_type();
     PyTypeError::new_err(format!("expected {wanted}, not {found}"))
 }
