@@ -20,8 +20,8 @@ import pytest
 from daemons.features import RACES
 
 from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
+from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
 from p2pclient_rs.daemon import unused_tcp_port
-from p2pclient_rs.p2pclient.pb import p2pd_pb2
 
 T = TypeVar("T")
 

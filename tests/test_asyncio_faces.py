@@ -16,7 +16,7 @@ import pytest
 from support import BACKENDS, new_directory, until
 
 from p2pclient_rs import DaemonConnector
-from p2pclient_rs.hivemind.streams import reader_and_writer
+from p2pclient_rs.compat.hivemind.streams import reader_and_writer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 

@@ -21,8 +21,8 @@ from support import BACKENDS, DaemonProcess, new_directory
 
 import p2pclient_rs
 from p2pclient_rs import DaemonUnreachable, InvalidMultiaddr
-from p2pclient_rs.hivemind import control as hm_control, p2pclient as hm_client
-from p2pclient_rs.p2pclient import Client as P2PClient, config, control as p2p_control
+from p2pclient_rs.compat.hivemind import control as hm_control, p2pclient as hm_client
+from p2pclient_rs.compat.p2pclient import Client as P2PClient, config, control as p2p_control
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 

@@ -40,7 +40,7 @@ else:
         from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
         from hivemind.utils.multiaddr import Multiaddr
     else:
-        from p2pclient_rs.hivemind.p2pclient import Client, Multiaddr
+        from p2pclient_rs.compat.hivemind.p2pclient import Client, Multiaddr
     async def make():
         client = await Client.create(Multiaddr(control_maddr), Multiaddr(listen_maddr))
         return client, client.control

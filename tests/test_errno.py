@@ -324,7 +324,7 @@ def test_a_pickled_error_is_read_by_a_process_that_never_had_one() -> None:
 HIVEMIND = """
 import asyncio, errno, pickle, sys
 sys.path.insert(0, sys.argv[2])
-from p2pclient_rs.hivemind.p2pclient import Client, ControlClient, DaemonConnector, Multiaddr
+from p2pclient_rs.compat.hivemind.p2pclient import Client, ControlClient, DaemonConnector, Multiaddr
 from p2pclient_rs import exceptions
 from hivemind.p2p.p2p_daemon_bindings import utils
 
@@ -349,7 +349,7 @@ async def main():
         else:
             raise AssertionError
     lost = exceptions.connection_lost("lost")
-    from p2pclient_rs.hivemind.exceptions import of_hivemind
+    from p2pclient_rs.compat.hivemind.exceptions import of_hivemind
     check(of_hivemind(lost), exceptions.ConnectionLost, EOFError, errno.ECONNRESET)
     check(of_hivemind(lost), exceptions.ConnectionLost, ConnectionResetError, errno.ECONNRESET)
     timeout = of_hivemind(exceptions.ControlTimeout("late"))
@@ -373,7 +373,7 @@ def test_hiveminds_classes_are_built_in_ones_too(tmp_path: Path) -> None:
 async def test_p2pclients_client_raises_them() -> None:
     from multiaddr import Multiaddr
 
-    from p2pclient_rs.p2pclient import Client as P2PClient, ControlFailure as TheirFailure
+    from p2pclient_rs.compat.p2pclient import Client as P2PClient, ControlFailure as TheirFailure
 
     path = str(new_directory() / "none.sock")
     error = await failure_of(P2PClient(Multiaddr(f"/unix{path}")).identify())

@@ -29,7 +29,7 @@ from google.protobuf import descriptor_pool
 from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
 
 import p2pclient_rs
-from p2pclient_rs.p2pclient.pb import p2pd_pb2
+from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
 
 # The original leaves sockets to the garbage collector; that ours does not, conftest checks.
 pytestmark = [
@@ -75,9 +75,9 @@ def forget(*packages: str) -> dict[str, types.ModuleType]:
 @pytest.fixture(scope="module")
 def all_bindings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bindings]]:
     """Each of the three, loaded next to each other; undone at the end."""
-    before = forget("hivemind", "p2pclient_rs.hivemind")
-    alone = Bindings("ours alone", "p2pclient_rs.hivemind")
-    forget("p2pclient_rs.hivemind")
+    before = forget("hivemind", "p2pclient_rs.compat.hivemind")
+    alone = Bindings("ours alone", "p2pclient_rs.compat.hivemind")
+    forget("p2pclient_rs.compat.hivemind")
     path = str(hivemind_tree.make(tmp_path_factory.mktemp("hivemind")))
     sys.path.insert(0, path)
     # Of its own, for p2pclient's has files of the same names, and cannot be loaded again.
@@ -88,12 +88,12 @@ def all_bindings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
             original = Bindings("original", "hivemind.p2p.p2p_daemon_bindings")
         yield {
             "original": original,
-            "ours": Bindings("ours", "p2pclient_rs.hivemind"),
+            "ours": Bindings("ours", "p2pclient_rs.compat.hivemind"),
             "ours alone": alone,
         }
     finally:
         sys.path.remove(path)
-        forget("hivemind", "p2pclient_rs.hivemind")
+        forget("hivemind", "p2pclient_rs.compat.hivemind")
         sys.modules.update(before)
 
 
@@ -861,7 +861,7 @@ async def test_errors_are_hivemind_s_and_ours_and_pickle(
             await client.identify()
         assert isinstance(raised.value, OSError)
         client.close()
-    text = importlib.import_module("p2pclient_rs.hivemind.exceptions").of_hivemind(
+    text = importlib.import_module("p2pclient_rs.compat.hivemind.exceptions").of_hivemind(
         p2pclient_rs.P2PHandlerError("KeyError('x')")
     )
     check_error(text, p2pclient_rs.P2PHandlerError, hivemind.P2PHandlerError)

@@ -29,8 +29,8 @@ import pytest
 
 import p2pclient_rs
 from p2pclient_rs._native import Reconnection
-from p2pclient_rs.install import KNOWN_HIVEMIND
-from p2pclient_rs.swap import reconnect
+from p2pclient_rs.compat import reconnect
+from p2pclient_rs.compat.install import KNOWN_HIVEMIND
 
 pytestmark = pytest.mark.independent
 
@@ -63,12 +63,12 @@ def test_imports_give_the_dialects_own_modules_under_both_names() -> None:
     from p2pclient import config, dht
     from p2pclient.libp2p_stubs.peer.id import ID
 
-    import p2pclient_rs.p2pclient.config as own_config
-    import p2pclient_rs.p2pclient.dht as own_dht
-    import p2pclient_rs.p2pclient.pb.p2pd_pb2 as own_p
+    import p2pclient_rs.compat.p2pclient.config as own_config
+    import p2pclient_rs.compat.p2pclient.dht as own_dht
+    import p2pclient_rs.compat.p2pclient.pb.p2pd_pb2 as own_p
 
     assert p is own_p
-    assert p.__name__ == "p2pclient_rs.p2pclient.pb.p2pd_pb2"
+    assert p.__name__ == "p2pclient_rs.compat.p2pclient.pb.p2pd_pb2"
     assert dht is own_dht
     assert config is own_config
     assert ID is p2pclient_rs.PeerID
@@ -86,10 +86,11 @@ def test_nothing_is_imported_until_asked_for() -> None:
         import sys, p2pclient_rs
         before = set(sys.modules)
         report = p2pclient_rs.install()
-        assert not {"multiaddr", "google.protobuf", "p2pclient_rs.p2pclient"} & set(sys.modules)
+        layer = "p2pclient_rs.compat.p2pclient"
+        assert not {"multiaddr", "google.protobuf", layer} & set(sys.modules)
         assert set(sys.modules) == before, set(sys.modules) - before
         import p2pclient.config
-        assert "p2pclient_rs.p2pclient.daemon" not in sys.modules
+        assert "p2pclient_rs.compat.p2pclient.daemon" not in sys.modules
     """)
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -329,7 +330,7 @@ def test_a_directory_without_modules_is_no_p2pclient(
     (tmp_path / "p2pclient").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     report = p2pclient_rs.install()
-    assert "p2pclient -> p2pclient_rs.p2pclient (original not installed)" in repr(report)
+    assert "p2pclient -> p2pclient_rs.compat.p2pclient (original not installed)" in repr(report)
     assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
 
 
@@ -398,7 +399,7 @@ def test_hivemind_gets_our_clients_and_then_its_own_back(hivemind: Path) -> None
         assert "hivemind" not in sys.modules
         assert where() == "p2pclient_rs"
         from hivemind.p2p.p2p_daemon_bindings import control
-        import p2pclient_rs.hivemind.control as ours
+        import p2pclient_rs.compat.hivemind.control as ours
         # What it takes and gives is hivemind's.
         assert ours.PeerID is control.PeerID and ours.P2PDaemonError is control.P2PDaemonError
         # The module looks as it would without us.
@@ -503,10 +504,11 @@ def test_hivemind_imported_before_gets_our_clients_everywhere(hivemind: Path) ->
 
 def test_the_report_says_which_hivemind_it_is(hivemind: Path) -> None:
     output = run_with(hivemind, "import p2pclient_rs; print(p2pclient_rs.install())")
-    assert f"hivemind 1.1.12 -> p2pclient_rs.hivemind (original: {hivemind}/hivemind/" in output
+    layer = "p2pclient_rs.compat.hivemind"
+    assert f"hivemind 1.1.12 -> {layer} (original: {hivemind}/hivemind/" in output
     assert "refused" not in output
     nothing = run_with(Path("/nonexistent"), "import p2pclient_rs; print(p2pclient_rs.install())")
-    assert "hivemind -> p2pclient_rs.hivemind (original not installed)" in nothing
+    assert "hivemind -> p2pclient_rs.compat.hivemind (original not installed)" in nothing
 
 
 def test_only_what_is_asked_for_is_replaced(hivemind: Path) -> None:
@@ -543,7 +545,7 @@ def test_what_is_asked_for_later_is_replaced_too(hivemind: Path) -> None:
             assert p2pclient_rs.install({first}=False) is report
             assert where() == "p2pclient_rs"
             import p2pclient
-            assert p2pclient.__name__ == "p2pclient_rs.p2pclient"
+            assert p2pclient.__name__ == "p2pclient_rs.compat.p2pclient"
             p2pclient_rs.uninstall()
             assert sys.meta_path == finders
             assert where() == "hivemind"
@@ -572,7 +574,7 @@ def test_another_thread_may_be_importing_hivemind(hivemind: Path) -> None:
         import faulthandler, importlib, threading
         import p2pclient_rs
         faulthandler.dump_traceback_later(30, exit=True)
-        module = sys.modules["p2pclient_rs.install"]
+        module = sys.modules["p2pclient_rs.compat.install"]
         control = "hivemind.p2p.p2p_daemon_bindings.control"
         half_way = threading.Event()
 
@@ -625,7 +627,7 @@ def test_an_unknown_hivemind_is_refused_by_its_import_and_nothing_else_is(
         report = p2pclient_rs.install()
         assert "does not know the bindings of hivemind 1.3.0" in report.replaced[1].refused
         import p2pclient
-        assert p2pclient.__name__ == "p2pclient_rs.p2pclient"
+        assert p2pclient.__name__ == "p2pclient_rs.compat.p2pclient"
         for _ in range(2):
             try:
                 import hivemind
@@ -924,7 +926,7 @@ def test_a_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".hivemind", "fork..hivemind", "a b", "p2pclient", "p2pclient_rs.hivemind"]
+    "name", ["", ".hivemind", "fork..hivemind", "a b", "p2pclient", "p2pclient_rs.compat.hivemind"]
 )
 def test_an_impossible_name_of_a_copy_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="hivemind_package cannot be"):
@@ -954,7 +956,7 @@ def test_modules_of_the_layer_import_each_other_by_relative_names_only() -> None
     for file in folder.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level:
-                assert not (node.module or "").startswith("p2pclient_rs.hivemind."), file
+                assert not (node.module or "").startswith("p2pclient_rs.compat.hivemind."), file
                 imported = [alias.name for alias in node.names]
                 assert node.module != "p2pclient_rs" or "hivemind" not in imported, file
 
@@ -964,7 +966,7 @@ def test_default_limits_are_set_on_the_layer_s_clients_and_taken_back(hivemind: 
         hivemind,
         """
         import p2pclient_rs
-        import p2pclient_rs.hivemind.control as layer
+        import p2pclient_rs.compat.hivemind.control as layer
         def limits():
             names = "DEFAULT_MAX_UNANSWERED", "DEFAULT_MAX_UNANSWERED_BYTES"
             return [vars(layer.ControlClient).get(name, "none") for name in names]
@@ -1128,7 +1130,7 @@ def test_the_same_failure_is_logged_once(p2p_class: Any, caplog: pytest.LogCaptu
         await asyncio.sleep(0.1)
 
     asyncio.run(main())
-    records = [record for record in caplog.records if record.name == "p2pclient_rs.hivemind"]
+    records = [record for record in caplog.records if record.name == "p2pclient_rs.compat.hivemind"]
     unusable, unknown = [record.getMessage() for record in records]
     assert unusable.startswith("cannot reconnect to the bootstrap peer /ip4/127.0.0.1/tcp/9: ")
     assert unknown.startswith(f"P2P {PEER_ID}: its peers are unknown: ")
@@ -1338,7 +1340,7 @@ def test_children_reconnect_if_their_parent_does(
     )
     options = ["--reconnect"] if method == "run" else []
     result = python(*options, "child.py", method, cwd=tmp_path, ours=method == "run")
-    assert result.stdout.endswith("p2pclient_rs/swap/reconnect.py\n"), result.stderr
+    assert result.stdout.endswith("p2pclient_rs/compat/reconnect.py\n"), result.stderr
 
 
 def test_after_uninstall_children_are_told_nothing(hivemind: Path, tmp_path: Path) -> None:
@@ -1380,7 +1382,7 @@ def test_python_processes_below_a_program_run_by_us_have_the_swap(
         "import subprocess, sys; subprocess.check_call([sys.executable, 'child.py'])\n"
     )
     result = python("program.py", cwd=tmp_path, ours=True)
-    assert result.stdout == "p2pclient_rs\np2pclient_rs.hivemind.p2pclient\n", result.stderr
+    assert result.stdout == "p2pclient_rs\np2pclient_rs.compat.hivemind.p2pclient\n", result.stderr
 
 
 def test_python_processes_below_see_what_they_would_without_us(
@@ -1435,7 +1437,7 @@ def test_two_threads_may_be_the_first_to_import_what_is_replaced_below() -> None
         sys.meta_path.insert(0, OfTheOldKind())
         assert trigger.find_spec("p2pclient") is not None
     """
-    file = Path(p2pclient_rs.__file__).parent / "children" / "sitecustomize.py"
+    file = Path(p2pclient_rs.__file__).parent / "compat" / "pythonpath" / "sitecustomize.py"
     subprocess.run([sys.executable, "-c", dedent(code), str(file)], check=True)
 
 
@@ -1542,7 +1544,7 @@ def test_a_program_run_by_us_gets_the_swap(
     monkeypatch.setenv("PYTHONPATH", str(original.parent))
     (tmp_path / "program.py").write_text("import p2pclient; print(p2pclient.__name__)")
     result = python("program.py", cwd=tmp_path, ours=True)
-    assert result.stdout == "p2pclient_rs.p2pclient\n", result.stderr
+    assert result.stdout == "p2pclient_rs.compat.p2pclient\n", result.stderr
 
 
 @pytest.mark.parametrize(

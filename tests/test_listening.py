@@ -330,7 +330,7 @@ def test_handlers_of_a_loop_that_is_only_closed_are_collected(
 async def test_p2pclients_client_listens_in_both_ways() -> None:
     from multiaddr import Multiaddr
 
-    from p2pclient_rs.p2pclient import Client as P2PClient
+    from p2pclient_rs.compat.p2pclient import Client as P2PClient
 
     maddr = Multiaddr(f"/unix{new_directory()}/listen.sock")
     client = P2PClient(listen_maddr=maddr)

@@ -32,27 +32,31 @@ from multiaddr import Multiaddr, protocols
 
 import p2pclient_rs
 from p2pclient_rs import Stream
-from p2pclient_rs.exceptions import ConnectionLost, DaemonStartError
-from p2pclient_rs.p2pclient import Client, ControlFailure, config, serialization, utils
-from p2pclient_rs.p2pclient.control import ControlClient, DaemonConnector, parse_conn_protocol
-from p2pclient_rs.p2pclient.daemon import (
+from p2pclient_rs.compat.p2pclient import Client, ControlFailure, config, serialization, utils
+from p2pclient_rs.compat.p2pclient.control import (
+    ControlClient,
+    DaemonConnector,
+    parse_conn_protocol,
+)
+from p2pclient_rs.compat.p2pclient.daemon import (
     GoDaemon,
     JsDaemon,
     make_p2pd_pair_ip4,
     make_p2pd_pair_unix,
     try_until_success,
 )
-from p2pclient_rs.p2pclient.datastructures import PeerInfo, StreamInfo
-from p2pclient_rs.p2pclient.libp2p_stubs.crypto.keys import KeyType, PrivateKey, PublicKey
-from p2pclient_rs.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
-from p2pclient_rs.p2pclient.libp2p_stubs.crypto.rsa import RSAPublicKey, create_new_key_pair
-from p2pclient_rs.p2pclient.libp2p_stubs.peer.id import ID
-from p2pclient_rs.p2pclient.libp2p_stubs.peer.peerinfo import (
+from p2pclient_rs.compat.p2pclient.datastructures import PeerInfo, StreamInfo
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.keys import KeyType, PrivateKey, PublicKey
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.rsa import RSAPublicKey, create_new_key_pair
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import (
     InvalidAddrError,
     PeerInfo as PeerInfoLibP2P,
     info_from_p2p_addr,
 )
-from p2pclient_rs.p2pclient.pb import p2pd_pb2
+from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
+from p2pclient_rs.exceptions import ConnectionLost, DaemonStartError
 
 # Its daemons are p2pd; p2pclient's own suite is what the JavaScript one is tested with.
 pytestmark = pytest.mark.daemons("hivemind", "go")
@@ -116,7 +120,7 @@ def test_every_public_name_of_the_original_is_there_with_its_parameters(original
     assert len(surface) > 15
     missing = []
     for module_name, names in surface.items():
-        module = importlib.import_module(f"p2pclient_rs.{module_name}")
+        module = importlib.import_module(f"p2pclient_rs.compat.{module_name}")
         for name, description in names.items():
             if not hasattr(module, name):
                 missing.append(f"{module_name}.{name}")
@@ -412,7 +416,7 @@ def test_an_error_answer_raises_with_the_daemons_words() -> None:
     response = p2pd_pb2.Response(
         type=p2pd_pb2.Response.ERROR, error=p2pd_pb2.ErrorResponse(msg="no such peer")
     )
-    with pytest.raises(p2pclient_rs.p2pclient.ControlFailure, match="no such peer") as raised:
+    with pytest.raises(ControlFailure, match="no such peer") as raised:
         utils.raise_if_failed(response)
     assert isinstance(raised.value, p2pclient_rs.exceptions.DaemonRefused)
     response.type = p2pd_pb2.Response.OK

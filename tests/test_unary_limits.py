@@ -39,8 +39,8 @@ from p2pclient_rs import (
     UnaryClient,
     daemon_limit,
 )
-from p2pclient_rs.hivemind import control as hivemind_control
-from p2pclient_rs.hivemind.p2pclient import Client as HivemindClient
+from p2pclient_rs.compat.hivemind import control as hivemind_control
+from p2pclient_rs.compat.hivemind.p2pclient import Client as HivemindClient
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 

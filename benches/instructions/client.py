@@ -15,8 +15,9 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-from p2pclient_rs import Client, PeerID, Stream, hivemind, p2pclient
-from p2pclient_rs.hivemind.streams import StreamReader, StreamWriter
+from p2pclient_rs import Client, PeerID, Stream
+from p2pclient_rs.compat import hivemind, p2pclient
+from p2pclient_rs.compat.hivemind.streams import StreamReader, StreamWriter
 
 #: Does that many operations.
 Scenario: TypeAlias = Callable[[int], Awaitable[object]]

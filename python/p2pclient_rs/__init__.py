@@ -18,6 +18,14 @@ from p2pclient_rs._native import (
     __version__,
 )
 from p2pclient_rs.client import Client
+from p2pclient_rs.compat.install import (
+    CompatibilityWarning,
+    InstallReport,
+    UnknownVersionWarning,
+    UnsupportedVersion,
+    install,
+    uninstall,
+)
 from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient
@@ -38,14 +46,6 @@ from p2pclient_rs.exceptions import (
     P2PDaemonError,
     P2PHandlerError,
     ProtocolViolation,
-)
-from p2pclient_rs.install import (
-    CompatibilityWarning,
-    InstallReport,
-    UnknownVersionWarning,
-    UnsupportedVersion,
-    install,
-    uninstall,
 )
 from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient

@@ -14,8 +14,8 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from p2pclient_rs import __version__
-from p2pclient_rs.install import install
-from p2pclient_rs.swap import children
+from p2pclient_rs.compat import subprocesses
+from p2pclient_rs.compat.install import install
 
 _NAME = "python -m p2pclient_rs"
 _USAGE = f"usage: {_NAME} [-h] [--version] run [OPTIONS] [-m] PROGRAM [ARGS ...]"
@@ -50,12 +50,14 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["run"]:
         try:
             # Of a `run` above this one, unless there are new ones.
-            inherited, _ = children.parse_options(os.environ.get(children.VARIABLE, "").split())
-            calls, rest = children.parse_options(argv[1:])
+            inherited, _ = subprocesses.parse_options(
+                os.environ.get(subprocesses.VARIABLE, "").split()
+            )
+            calls, rest = subprocesses.parse_options(argv[1:])
         except ValueError as error:
             _usage_error(f"run: {error}")
         argv = ["run", *rest]
-        if not children.options(calls):
+        if not subprocesses.options(calls):
             calls = inherited
     match argv:
         case ["-h" | "--help"] | ["run", "-h" | "--help"]:
@@ -101,7 +103,7 @@ def run(
             install(**arguments)
     except ValueError as error:
         _usage_error(f"run: {error}")
-    children.set_environment(calls)
+    subprocesses.set_environment(calls)
     # Anew rather than emptied, since this function's own globals are the old one's.
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins

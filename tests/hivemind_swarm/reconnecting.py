@@ -101,11 +101,11 @@ async def main(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    if not any(type(finder).__module__ == "p2pclient_rs.swap.finder" for finder in sys.meta_path):
+    if not any(type(finder).__module__ == "p2pclient_rs.compat.finder" for finder in sys.meta_path):
         install(reconnect=RECONNECTS)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        logger = logging.getLogger("p2pclient_rs.hivemind")
+        logger = logging.getLogger("p2pclient_rs.compat.hivemind")
         logger.addHandler(logging.FileHandler(log))
         logger.setLevel(logging.INFO)
         asyncio.run(main(log))

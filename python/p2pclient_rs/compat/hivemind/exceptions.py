@@ -1,0 +1,94 @@
+"""What the dialect raises: exceptions that are hivemind's and this package's at once.
+
+For every ``ControlFailure`` of this package, and for ``P2PHandlerError``, there is a class of the
+same name here that is a subclass of it and of hivemind's class. They can be pickled, as hivemind
+does to pass them between its processes, and read again where there is no hivemind.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from p2pclient_rs import exceptions
+from p2pclient_rs.compat import hivemind_copies
+
+from . import PACKAGE
+from .datastructures import PeerID
+
+if TYPE_CHECKING:
+    from hivemind.p2p.p2p_daemon_bindings.utils import (
+        ControlFailure,
+        DispatchFailure,
+        P2PDaemonError,
+        P2PHandlerError,
+    )
+else:
+    try:
+        _theirs = importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.utils")
+    except ImportError:
+        _theirs = exceptions
+    ControlFailure, DispatchFailure = _theirs.ControlFailure, _theirs.DispatchFailure
+    P2PDaemonError, P2PHandlerError = _theirs.P2PDaemonError, _theirs.P2PHandlerError
+
+__all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "of_hivemind"]
+
+_CLASSES: dict[type[Exception], type[Exception]] = {}
+
+
+def _reduce(error: Exception) -> tuple[Any, ...]:
+    *others, state = exceptions.parts(error)
+    peer_id = state.get("peer_id")
+    if peer_id is not None:
+        # As what can be read where there is no hivemind, and is a PeerID of whoever reads it.
+        state["peer_id"] = peer_id.to_bytes()
+    return hivemind_copies.reduction(PACKAGE, _load, *others, state)
+
+
+def _load(*parts: Any) -> Exception:
+    error = exceptions.rebuild(*parts)
+    peer_id = error.__dict__.get("peer_id")
+    if peer_id is not None:
+        error.__dict__["peer_id"] = PeerID(peer_id)
+    return error
+
+
+def _define(ours: type[Exception], theirs: type[Exception]) -> None:
+    name = f"_{ours.__name__}" if ours.__name__ in __all__ else ours.__name__
+    if not issubclass(ours, theirs):
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": ours.__doc__,
+            "__reduce__": _reduce,
+        }
+        cls: Any = type(ours.__name__, (ours, theirs), namespace)
+    else:
+        cls = ours
+    globals()[name] = _CLASSES[ours] = cls
+
+
+for _name in exceptions.__all__:
+    _ours = getattr(exceptions, _name)
+    if issubclass(_ours, exceptions.ControlFailure):
+        _define(_ours, ControlFailure)
+_define(exceptions.P2PHandlerError, P2PHandlerError)
+
+
+def of_hivemind(error: Exception) -> Exception:
+    """The same error as one of hivemind's, too.
+
+    Args:
+        error: An exception of this package.
+
+    Returns:
+        ``error`` itself, if there is no hivemind or it is not of the kind that hivemind knows.
+    """
+    kind, also, *others = exceptions.parts(error)
+    cls = _CLASSES.get(kind)
+    if cls is None or cls is kind:
+        return error
+    twin = exceptions.rebuild(cls, also, *others)
+    twin.__cause__ = error.__cause__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)

@@ -1,0 +1,22 @@
+"""p2pclient 0.3.0's API, module for module, on this package's classes.
+
+It differs from the package's own API in the types it returns, which are the ecosystem's:
+``multiaddr.Multiaddr``, protobuf messages, and p2pclient's ``PeerInfo`` and ``StreamInfo``. Import
+it as it is, or call `p2pclient_rs.install` to have it under p2pclient's name.
+"""
+
+from p2pclient_rs.compat.p2pclient._extra import missing
+
+try:
+    import google.protobuf  # noqa: F401
+    import multiaddr  # noqa: F401
+except ImportError as error:
+    raise missing(error) from error
+
+from p2pclient_rs.compat.p2pclient._version import __version__
+from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure, DispatchFailure
+from p2pclient_rs.compat.p2pclient.p2pclient import Client
+
+__all__ = ["Client", "ControlFailure", "DispatchFailure", "__version__", "name"]
+
+name = "p2pclient"

@@ -1,0 +1,140 @@
+"""The daemon's control socket: where it is, what its answers become, and who is listening."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from anyio.abc import TaskGroup
+from multiaddr import Multiaddr, protocols
+
+import p2pclient_rs
+from p2pclient_rs import connector, control
+from p2pclient_rs._native import RawListener
+from p2pclient_rs.compat.p2pclient import config
+from p2pclient_rs.compat.p2pclient.datastructures import PeerInfo, StreamInfo
+from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure, DispatchFailure
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
+from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
+from p2pclient_rs.compat.p2pclient.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from p2pclient_rs.streams import Stream
+
+__all__ = [
+    "ID",
+    "ControlClient",
+    "ControlFailure",
+    "DaemonConnector",
+    "DispatchFailure",
+    "PeerInfo",
+    "StreamHandler",
+    "StreamInfo",
+    "config",
+    "p2pd_pb",
+    "parse_conn_protocol",
+    "raise_if_failed",
+    "read_pbmsg_safe",
+    "write_pbmsg",
+]
+
+StreamHandler = Callable[[StreamInfo, Stream], Awaitable[None]]
+
+_CONN_PROTOCOLS = frozenset(
+    getattr(protocols, name) for name in ("P_IP4", "P_IP6", "P_DNS", "P_DNS4", "P_DNS6", "P_UNIX")
+)
+
+
+def parse_conn_protocol(maddr: Multiaddr) -> int:
+    """The protocol that says how a control or listen address is reached.
+
+    Args:
+        maddr: The address.
+
+    Returns:
+        The code of its one protocol out of ip4, ip6, dns, dns4, dns6 and unix.
+
+    Raises:
+        ValueError: It has none of them, or several.
+    """
+    found = _CONN_PROTOCOLS.intersection(protocol.code for protocol in maddr.protocols())
+    if len(found) != 1:
+        raise ValueError(f"neither a TCP nor a unix socket's address: {maddr}")
+    (code,) = found
+    return int(code)
+
+
+class _EcosystemTypes(connector.Types):
+    """What p2pclient returns where this package has types of its own."""
+
+    def multiaddr(self, addr: p2pclient_rs.Multiaddr) -> Multiaddr:
+        return Multiaddr(addr.to_bytes())
+
+    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfoLibP2P:
+        return PeerInfoLibP2P(info.peer_id, map(self.multiaddr, info.addrs))
+
+    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:
+        return StreamInfo(info.peer_id, self.multiaddr(info.addr), info.proto)
+
+    def public_key(self, key: p2pclient_rs.PublicKey) -> crypto_pb2.PublicKey:
+        return crypto_pb2.PublicKey.FromString(key.serialize())
+
+    def identity(self, identity: p2pclient_rs.Identity) -> tuple[ID, tuple[Multiaddr, ...]]:
+        return identity.peer_id, tuple(map(self.multiaddr, identity.addrs))
+
+
+class DaemonConnector(connector.DaemonConnector):
+    """The way to a daemon's control socket.
+
+    Args:
+        control_maddr: Where it is; ``config.control_maddr_str`` if None.
+    """
+
+    #: Receives a line for each new connection, as in p2pclient.
+    logger = logging.getLogger("p2pclient.DaemonConnector")
+
+    def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
+        maddr = config.control_maddr_str if control_maddr is None else control_maddr
+        super().__init__(maddr, types=_EcosystemTypes())
+
+    def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
+        # As it is, since of /unix there are two binary forms: Go's has the path's leading slash.
+        maddr = Multiaddr(control_maddr) if isinstance(control_maddr, str) else control_maddr
+        return p2pclient_rs.Multiaddr(maddr), maddr
+
+    async def _connect(self) -> Any:
+        self.logger.debug("DaemonConnector %s opens connection to %s", self, self.control_maddr)
+        return await super()._connect()
+
+
+class ControlClient(control.ControlClient):
+    """Requests about the daemon itself, its peers and streams; and the listener for streams.
+
+    Args:
+        daemon_connector: The way to the daemon.
+        listen_maddr: Where it listens; ``config.listen_maddr_str`` if None.
+    """
+
+    #: Receives this client's log lines, as in p2pclient.
+    logger = logging.getLogger("p2pclient.ControlClient")
+
+    def __init__(
+        self,
+        daemon_connector: connector.DaemonConnector,
+        listen_maddr: Multiaddr | str | None = None,
+    ) -> None:
+        super().__init__(
+            daemon_connector, config.listen_maddr_str if listen_maddr is None else listen_maddr
+        )
+
+    def _parse(self, listen_maddr: Any) -> Multiaddr:
+        return Multiaddr(listen_maddr) if isinstance(listen_maddr, str) else listen_maddr
+
+    @property
+    def listener(self) -> RawListener | None:
+        """The socket listened at; None while this client does not listen."""
+        return self._listener
+
+    @property
+    def task_group(self) -> TaskGroup | None:
+        """The task group of the handlers within a ``listen()`` block; None outside of one."""
+        return self._task_group

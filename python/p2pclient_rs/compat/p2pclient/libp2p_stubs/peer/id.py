@@ -1,0 +1,41 @@
+"""Peer ids. `ID` is this package's `PeerID`."""
+
+import hashlib
+
+from p2pclient_rs import PeerID as ID
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.keys import PublicKey
+
+__all__ = [
+    "ENABLE_INLINING",
+    "ID",
+    "IDENTITY_MULTIHASH_CODE",
+    "MAX_INLINE_KEY_LENGTH",
+    "IdentityHash",
+    "PublicKey",
+    "sha256_digest",
+]
+
+# Keys up to this many bytes are put into the id whole, others are hashed.
+ENABLE_INLINING = True
+MAX_INLINE_KEY_LENGTH = 42
+IDENTITY_MULTIHASH_CODE = 0x00
+
+
+class IdentityHash:
+    """A hash, in hashlib's form, that is what was put in. For multihash's registry."""
+
+    def __init__(self) -> None:
+        self._digest = bytearray()
+
+    def update(self, input: bytes) -> None:
+        """Takes more data."""
+        self._digest += input
+
+    def digest(self) -> bytes:
+        """All data so far."""
+        return bytes(self._digest)
+
+
+def sha256_digest(data: str | bytes) -> bytes:
+    """The SHA-256 of some bytes, or of a text's UTF-8."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()

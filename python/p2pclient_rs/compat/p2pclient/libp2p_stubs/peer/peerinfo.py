@@ -1,0 +1,60 @@
+"""A peer and its addresses."""
+
+from collections.abc import Iterable
+
+from multiaddr import Multiaddr, protocols
+
+from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
+
+__all__ = ["ID", "InvalidAddrError", "PeerInfo", "info_from_p2p_addr"]
+
+
+class PeerInfo:
+    """A peer and the addresses it is known at.
+
+    Args:
+        peer_id: The peer.
+        addrs: Its addresses; copied into a list.
+    """
+
+    peer_id: ID
+    addrs: list[Multiaddr]
+
+    def __init__(self, peer_id: ID, addrs: Iterable[Multiaddr]) -> None:
+        self.peer_id = peer_id
+        self.addrs = list(addrs)
+
+    def __repr__(self) -> str:
+        return f"<PeerInfo peer_id={self.peer_id} addrs={[str(addr) for addr in self.addrs]}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PeerInfo):
+            return NotImplemented
+        return self.peer_id == other.peer_id and self.addrs == other.addrs
+
+
+def info_from_p2p_addr(addr: Multiaddr) -> PeerInfo:
+    """Splits an address that ends in ``/p2p/<peer id>``.
+
+    Args:
+        addr: The address.
+
+    Returns:
+        The peer, with what stands before ``/p2p`` as its one address; with ``addr`` itself if
+        nothing does.
+
+    Raises:
+        InvalidAddrError: It is empty or does not end in ``/p2p/<peer id>``.
+    """
+    parts = addr.split() if addr else []
+    if not parts:
+        raise InvalidAddrError("an empty address: it should end in /p2p/<peer id>")
+    *transport, last = parts
+    if last.protocols()[0].code != protocols.P_P2P:
+        raise InvalidAddrError(f"{addr} should end in /p2p/<peer id>")
+    peer_id = ID.from_base58(last.value_for_protocol(protocols.P_P2P))
+    return PeerInfo(peer_id, [Multiaddr.join(*transport) if transport else addr])
+
+
+class InvalidAddrError(ValueError):
+    """The address does not name a peer."""

@@ -1,0 +1,76 @@
+"""Messages on a stream, and a free port."""
+
+from google.protobuf.message import Message as PBMessage
+
+from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure
+from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
+from p2pclient_rs.compat.p2pclient.serialization import (
+    Receiver,
+    Sender,
+    encode_unsigned_varint,
+    read_unsigned_varint,
+    receive_exactly,
+    send,
+    write_unsigned_varint,
+)
+from p2pclient_rs.daemon import unused_tcp_port
+from p2pclient_rs.exceptions import DaemonRefused
+
+__all__ = [
+    "ControlFailure",
+    "PBMessage",
+    "get_unused_tcp_port",
+    "p2pd_pb",
+    "raise_if_failed",
+    "read_pbmsg_safe",
+    "read_unsigned_varint",
+    "receive_exactly",
+    "write_pbmsg",
+    "write_unsigned_varint",
+]
+
+# The most that protobuf can read. Programs use these functions for messages of their own, for
+# which the daemon's limit of 4 MiB would be too low.
+_MAX_MESSAGE_BYTES = 2**31 - 1
+
+
+def raise_if_failed(response: p2pd_pb.Response) -> None:
+    """Raises `ControlFailure`, with the daemon's words, if it answered with an error."""
+    if response.type == p2pd_pb.Response.ERROR:
+        raise DaemonRefused(daemon_message=response.error.msg)
+
+
+async def write_pbmsg(stream: Sender, pbmsg: PBMessage) -> None:
+    """Writes a message and, before it, its length, in one piece.
+
+    Raises:
+        google.protobuf.message.EncodeError: A required field is not set.
+    """
+    message = pbmsg.SerializeToString()
+    await send(stream, encode_unsigned_varint(len(message)) + message)
+
+
+async def read_pbmsg_safe(
+    stream: Receiver, pbmsg: PBMessage, *, max_bytes: int = _MAX_MESSAGE_BYTES
+) -> None:
+    """Reads a message that has its length before it.
+
+    Args:
+        stream: What to read from.
+        pbmsg: The message to fill.
+        max_bytes: The length above which a message is refused, unread.
+
+    Raises:
+        ValueError: The message is longer than ``max_bytes``.
+        anyio.IncompleteRead: The stream ended before.
+        google.protobuf.message.DecodeError: It is not such a message.
+    """
+    length = await read_unsigned_varint(stream)
+    if length > max_bytes:
+        raise ValueError(f"a message of {length} bytes: more than {max_bytes}")
+    pbmsg.ParseFromString(await receive_exactly(stream, length))
+
+
+def get_unused_tcp_port() -> int:
+    """A TCP port that nothing on the loopback interface listened on a moment ago."""
+    return unused_tcp_port()

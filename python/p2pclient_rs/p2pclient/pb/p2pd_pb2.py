@@ -1,5 +1,0 @@
-"""The messages of the control protocol, as protobuf classes (proto/p2pd.proto)."""
-
-from p2pclient_rs.p2pclient._descriptors import namespace as _namespace
-
-globals().update(_namespace("p2pd.proto", __name__))
