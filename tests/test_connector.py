@@ -1,4 +1,4 @@
-"""The pool of control connections, and what becomes of a call when the daemon misbehaves."""
+"""The pool of control connections, and what a call raises when the daemon misbehaves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ transports = pytest.mark.parametrize("transport", ["unix", "tcp"])
 
 
 def first(script: Script, *others: Script) -> Script:
-    """The scripts of the first connections; further ones are honest."""
+    """Runs one script per connection; further connections get ``honest``."""
     scripts = (script, *others)
 
     def run(connection: Connection) -> None:
@@ -65,8 +65,8 @@ def first(script: Script, *others: Script) -> Script:
     return run
 
 
-async def works(client: Client) -> None:
-    """Asserts that the next call succeeds."""
+async def assert_usable(client: Client) -> None:
+    """Asserts that an IDENTIFY succeeds."""
     assert (await client.identify(timeout=10)).peer_id == FAKE_PEER
 
 
@@ -74,18 +74,18 @@ async def works(client: Client) -> None:
 
 
 @transports
-async def test_calls_one_after_another_share_a_connection(transport: str) -> None:
+async def test_sequential_calls_share_one_connection(transport: str) -> None:
     with FakeDaemon(honest, transport) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(50):
-                await works(client)
+                await assert_usable(client)
             assert len(fake.requests) == 50
             assert fake.accepted == fake.open == 1
         await until(lambda: fake.open == 0)
 
 
 @transports
-async def test_a_thousand_calls_at_once_are_all_answered_over_a_few_connections(
+async def test_thousand_concurrent_calls_share_a_few_connections(
     transport: str,
 ) -> None:
     results = []
@@ -103,7 +103,7 @@ async def test_a_thousand_calls_at_once_are_all_answered_over_a_few_connections(
             assert fake.accepted <= 8
 
 
-async def test_connections_are_bounded_and_no_more_than_max_idle_are_kept() -> None:
+async def test_pool_is_bounded_and_keeps_at_most_max_idle() -> None:
     lock = threading.Lock()
     busy: list[int] = [0]
 
@@ -112,7 +112,7 @@ async def test_connections_are_bounded_and_no_more_than_max_idle_are_kept() -> N
             connection.read_request()
             with lock:
                 busy.append(busy[-1] + 1)
-            # Nobody is answered before there are as many requests as there may be.
+            # Holds back replies until the pool has reached its limit.
             deadline = time.monotonic() + 10
             while max(busy) < 5 and time.monotonic() < deadline:
                 time.sleep(0.001)
@@ -133,11 +133,11 @@ async def test_connections_are_bounded_and_no_more_than_max_idle_are_kept() -> N
         await until(lambda: fake.open == 0)
 
 
-async def test_calls_answered_at_once_do_not_wait_behind_those_that_wait_for_peers() -> None:
+async def test_local_requests_do_not_queue_behind_remote_ones() -> None:
     def script(connection: Connection) -> None:
         while True:
             request = connection.read_request()
-            if request.startswith(field(1, 1)):  # CONNECT: never
+            if request.startswith(field(1, 1)):  # CONNECT is never answered
                 connection.wait_closed()
                 return
             connection.send(frame(IDENTITY))
@@ -155,7 +155,7 @@ async def test_calls_answered_at_once_do_not_wait_behind_those_that_wait_for_pee
         await until(lambda: fake.open == 0)
 
 
-async def test_a_connection_that_became_a_stream_takes_no_more_requests() -> None:
+async def test_connection_turned_stream_leaves_the_pool() -> None:
     def script(connection: Connection) -> None:
         if connection.number > 1:
             return honest(connection)
@@ -168,15 +168,15 @@ async def test_a_connection_that_became_a_stream_takes_no_more_requests() -> Non
         async with Client(fake.control_maddr) as client:
             info, stream = await client.stream_open(FAKE_PEER, ["/echo"])
             assert (info.peer_id, info.proto) == (FAKE_PEER, "/echo")
-            await works(client)
+            await assert_usable(client)
             await stream.send(b"ping")
             assert await stream.readexactly(4) == b"pong"
             await stream.aclose()
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_a_stream_whose_info_cannot_be_converted_is_closed() -> None:
+async def test_stream_is_closed_if_its_info_cannot_be_converted() -> None:
     class Refusing(Types):
         def stream_info(self, info: StreamInfo) -> Any:
             raise ValueError("not an address of this ecosystem")
@@ -192,7 +192,7 @@ async def test_a_stream_whose_info_cannot_be_converted_is_closed() -> None:
         await until(lambda: fake.accepted == 1 and not fake.open)
 
 
-async def test_bytes_that_follow_the_answer_to_stream_open_are_the_first_of_the_stream() -> None:
+async def test_bytes_after_the_stream_open_response_belong_to_the_stream() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(frame(STREAM_OPENED) + b"at once")
@@ -205,7 +205,7 @@ async def test_bytes_that_follow_the_answer_to_stream_open_are_the_first_of_the_
                 assert await stream.receive() == b"at once"
 
 
-async def test_a_refusal_leaves_the_connection_usable() -> None:
+async def test_refusal_leaves_the_connection_usable() -> None:
     def script(connection: Connection) -> None:
         for _ in range(4):
             connection.answer(ERROR)
@@ -223,11 +223,11 @@ async def test_a_refusal_leaves_the_connection_usable() -> None:
                 with pytest.raises(DaemonRefused) as error:
                     await call()
                 assert error.value.daemon_message == "no such luck"
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
-async def test_the_connection_of_a_cancelled_call_is_not_used_again() -> None:
+async def test_cancelled_call_closes_its_connection() -> None:
     def silent(connection: Connection) -> None:
         connection.read_request()
         connection.wait_closed()
@@ -239,11 +239,11 @@ async def test_the_connection_of_a_cancelled_call_is_not_used_again() -> None:
                 await until(lambda: fake.requests)
                 tasks.cancel_scope.cancel()
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_a_call_cancelled_while_it_waits_its_turn_does_no_harm() -> None:
+async def test_call_cancelled_while_waiting_for_a_permit_sends_nothing() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         release.wait()
@@ -267,19 +267,19 @@ async def test_a_call_cancelled_while_it_waits_its_turn_does_no_harm() -> None:
 
 
 @transports
-async def test_an_idle_connection_that_the_daemon_closed_is_replaced(transport: str) -> None:
+async def test_idle_connection_closed_by_the_daemon_is_replaced(transport: str) -> None:
     with FakeDaemon(first(lambda c: c.answer(IDENTITY)), transport) as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
+            await assert_usable(client)
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert len(fake.requests) == fake.accepted == 2
 
 
-async def test_a_request_that_could_not_be_written_is_sent_on_a_new_connection() -> None:
+async def test_request_that_could_not_be_written_is_retried() -> None:
     def deaf(connection: Connection) -> None:
         connection.answer(IDENTITY)
-        connection.socket.shutdown(socket.SHUT_RD)  # a unix peer's write fails, its read does not
+        connection.socket.shutdown(socket.SHUT_RD)  # the client's write fails, its read does not
         stopped.append(connection.number)
         until_closed(connection)
 
@@ -291,27 +291,27 @@ async def test_a_request_that_could_not_be_written_is_sent_on_a_new_connection()
     stopped: list[int] = []
     with FakeDaemon(first(deaf)) as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
+            await assert_usable(client)
             await until(lambda: stopped)
-            await works(client)
+            await assert_usable(client)
             assert len(fake.requests) == fake.accepted == 2
 
 
-async def test_a_request_that_a_unix_daemon_closed_upon_unread_is_sent_again() -> None:
+async def test_request_left_unread_by_a_unix_daemon_is_retried() -> None:
     def closes_unread(connection: Connection) -> None:
         connection.answer(IDENTITY)
         connection.wait_readable()
 
     with FakeDaemon(first(closes_unread)) as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
-            await works(client)
+            await assert_usable(client)
+            await assert_usable(client)
             assert len(fake.requests) == fake.accepted == 2
 
 
 @transports
 @pytest.mark.parametrize("idle_before", [False, True], ids=["new", "reused"])
-async def test_a_request_that_the_daemon_has_read_is_never_sent_again(
+async def test_request_read_by_the_daemon_is_never_retried(
     transport: str, idle_before: bool
 ) -> None:
     def reads_and_closes(connection: Connection) -> None:
@@ -322,7 +322,7 @@ async def test_a_request_that_the_daemon_has_read_is_never_sent_again(
     with FakeDaemon(first(reads_and_closes), transport) as fake:
         async with Client(fake.control_maddr) as client:
             if idle_before:
-                await works(client)
+                await assert_usable(client)
             sent = len(fake.requests)
             with pytest.raises(ConnectionLost, match="without answering") as error:
                 await client.connect(FAKE_PEER, [ADDR])
@@ -330,10 +330,10 @@ async def test_a_request_that_the_daemon_has_read_is_never_sent_again(
             assert isinstance(error.value, ConnectionError)
             assert len(fake.requests) == sent + 1
             assert fake.accepted == 1
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_a_reset_over_tcp_leaves_it_open_whether_the_request_was_read() -> None:
+async def test_request_is_not_retried_after_a_tcp_reset() -> None:
     def resets(connection: Connection) -> None:
         connection.answer(IDENTITY)
         connection.wait_readable()
@@ -341,35 +341,35 @@ async def test_a_reset_over_tcp_leaves_it_open_whether_the_request_was_read() ->
 
     with FakeDaemon(first(resets), "tcp") as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
+            await assert_usable(client)
             with pytest.raises(ConnectionLost, match="reset") as error:
                 await client.connect(FAKE_PEER, [ADDR])
             assert isinstance(error.value.__cause__, ConnectionResetError)
             assert fake.accepted == 1
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_a_new_connection_that_fails_is_not_tried_again() -> None:
+async def test_failure_on_a_new_connection_is_not_retried() -> None:
     with FakeDaemon(first(lambda c: c.wait_readable())) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ConnectionLost):
                 await client.identify()
             assert fake.accepted == 1
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_a_closed_client_can_be_used_again() -> None:
+async def test_closed_client_can_be_used_again() -> None:
     with FakeDaemon(honest) as fake:
         client = Client(fake.control_maddr)
         for times in (1, 2):
-            await works(client)
+            await assert_usable(client)
             await client.close()
             await client.close()
             await until(lambda: fake.open == 0)
             assert fake.accepted == times
 
 
-async def test_closing_lets_calls_in_flight_finish_and_keeps_none_of_their_connections() -> None:
+async def test_close_lets_calls_in_flight_finish_and_then_closes_their_connections() -> None:
     release = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -381,7 +381,7 @@ async def test_closing_lets_calls_in_flight_finish_and_keeps_none_of_their_conne
     with FakeDaemon(script) as fake:
         client = Client(fake.control_maddr)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(works, client)
+            tasks.start_soon(assert_usable, client)
             await until(lambda: fake.requests)
             await client.close()
             release.set()
@@ -389,23 +389,23 @@ async def test_closing_lets_calls_in_flight_finish_and_keeps_none_of_their_conne
 
 
 @pytest.mark.parametrize("backend_and_options", BACKENDS)
-def test_a_client_serves_one_event_loop_after_another(backend_and_options: Any) -> None:
+def test_client_can_be_used_on_one_event_loop_after_another(backend_and_options: Any) -> None:
     backend, options = backend_and_options
 
     async def run(client: Client) -> None:
-        await works(client)
-        await works(client)
+        await assert_usable(client)
+        await assert_usable(client)
 
     with FakeDaemon(honest) as fake:
         client = Client(fake.control_maddr)
         for _ in range(3):
             anyio.run(run, client, backend=backend, backend_options=options)
         assert len(fake.requests) == 6
-        assert fake.accepted == 3  # a connection belongs to its loop
+        assert fake.accepted == 3  # one connection per event loop
         anyio.run(client.close, backend=backend, backend_options=options)
 
 
-async def test_a_raw_connection_is_one_on_which_nothing_was_said() -> None:
+async def test_open_connection_sends_nothing() -> None:
     def script(connection: Connection) -> None:
         assert connection.read(3) == b"raw"
         connection.send(b"war")
@@ -417,15 +417,15 @@ async def test_a_raw_connection_is_one_on_which_nothing_was_said() -> None:
             assert fake.requests == []
 
 
-# --- time ---
+# --- timeouts ---
 
 
 async def ignore(info: object, stream: object) -> None:
-    """A handler."""
+    """A stream handler that does nothing."""
 
 
 @pytest.mark.parametrize("timeout", [0.2, 1.0])
-async def test_a_call_that_is_not_answered_ends_in_its_time(timeout: float) -> None:
+async def test_unanswered_call_times_out(timeout: float) -> None:
     def silent(connection: Connection) -> None:
         connection.read_request()
         connection.wait_closed()
@@ -440,11 +440,11 @@ async def test_a_call_that_is_not_answered_ends_in_its_time(timeout: float) -> N
             assert error.value.request == "IDENTIFY"
             assert error.value.daemon_message is None
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_half_an_answer_counts_as_none() -> None:
+async def test_incomplete_reply_times_out() -> None:
     def half(connection: Connection) -> None:
         connection.read_request()
         connection.send(frame(IDENTITY)[:-1])
@@ -454,14 +454,14 @@ async def test_half_an_answer_counts_as_none() -> None:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
                 await client.identify(timeout=0.2)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
 @pytest.mark.parametrize(
     ("timeout", "seconds"), [(None, None), (0.1, 1), (1.0, 1), (1.2, 2), (59.5, 60)]
 )
-async def test_the_daemon_is_told_the_timeout_in_whole_seconds(
+async def test_timeout_is_sent_to_the_daemon_in_whole_seconds(
     timeout: float | None, seconds: int | None
 ) -> None:
     def script(connection: Connection) -> None:
@@ -483,7 +483,7 @@ async def test_the_daemon_is_told_the_timeout_in_whole_seconds(
 
 
 @pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("-inf")])
-async def test_what_is_no_length_of_time_is_a_value_error(timeout: float) -> None:
+async def test_invalid_timeout_raises_value_error(timeout: float) -> None:
     peer, maddrs = FAKE_PEER, [ADDR]
     with FakeDaemon(honest) as fake:
         async with Client(fake.control_maddr) as client:
@@ -507,11 +507,11 @@ async def test_what_is_no_length_of_time_is_a_value_error(timeout: float) -> Non
             await client.identify(timeout=float("inf"))
 
 
-# --- daemons that misbehave ---
+# --- misbehaving daemons ---
 
 
 def sends(data: bytes, close: bool) -> Script:
-    """Answers a request with bytes as they are, and closes the connection, or does not."""
+    """Answers one request with raw ``data``; then closes the connection if ``close``."""
 
     def run(connection: Connection) -> None:
         connection.read_request()
@@ -523,7 +523,7 @@ def sends(data: bytes, close: bool) -> Script:
 
 
 @transports
-async def test_every_beginning_of_an_answer_is_a_lost_connection(transport: str) -> None:
+async def test_reply_cut_off_anywhere_raises_connection_lost(transport: str) -> None:
     answer = frame(IDENTITY)
     scripts = [sends(answer[:size], close=True) for size in range(len(answer))]
     with FakeDaemon(first(*scripts), transport) as fake:
@@ -532,7 +532,7 @@ async def test_every_beginning_of_an_answer_is_a_lost_connection(transport: str)
                 words = "in the middle of its answer" if size else "without answering"
                 with pytest.raises(ConnectionLost, match=words):
                     await client.identify(timeout=10)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == len(answer) + 1
 
 
@@ -548,20 +548,20 @@ BROKEN = {
     "another request's answer": (frame(STREAM_OPENED), "Response without `identify`"),
     "no content": (frame(OK), "Response without `identify`"),
     "no peer id": (frame(OK + field(4, field(2, ADDR))), "IdentifyResponse without `id`"),
-    "a content that is none": (frame(OK + field(4, b"\xff")), "malformed Response"),
+    "a malformed content": (frame(OK + field(4, b"\xff")), "malformed Response"),
     "a content of another wire type": (frame(OK + field(4, 1)), "malformed Response"),
 }
 
 
 @pytest.mark.parametrize(("data", "words"), BROKEN.values(), ids=BROKEN)
-async def test_what_is_no_answer_is_a_protocol_violation_at_once(data: bytes, words: str) -> None:
+async def test_invalid_reply_raises_protocol_violation_at_once(data: bytes, words: str) -> None:
     with FakeDaemon(first(sends(data, close=False))) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ProtocolViolation, match=words) as error:
                 await client.identify(timeout=10)
             assert error.value.request == "IDENTIFY"
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
@@ -584,7 +584,7 @@ BROKEN_DHT = {
 
 
 @pytest.mark.parametrize(("data", "close", "words"), BROKEN_DHT.values(), ids=BROKEN_DHT)
-async def test_a_broken_row_of_dht_values_is_an_error_at_once(
+async def test_invalid_sequence_of_dht_values_raises_at_once(
     data: bytes, close: bool, words: str
 ) -> None:
     with FakeDaemon(first(sends(data, close))) as fake:
@@ -592,10 +592,10 @@ async def test_a_broken_row_of_dht_values_is_an_error_at_once(
             with pytest.raises(ConnectionLost if close else ProtocolViolation, match=words):
                 await client.dht_search_value(b"key", timeout=10)
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_dht_values_arrive_one_or_many_and_leave_the_connection_usable() -> None:
+async def test_dht_queries_return_all_values_and_leave_the_connection_usable() -> None:
     def script(connection: Connection) -> None:
         peers = [frame(dht(1, peer=INFO))] * 3
         for answer in (
@@ -619,11 +619,11 @@ async def test_dht_values_arrive_one_or_many_and_leave_the_connection_usable() -
             assert await client.dht_get_value(b"key") == b"only"
             assert (await client.dht_find_peer(FAKE_PEER)).addrs[0].to_bytes() == ADDR
             assert await client.dht_get_value(b"key") == b"value"
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
-async def test_the_peerstore_is_asked_only_where_there_is_one() -> None:
+async def test_peerstore_request_is_sent_only_after_a_probe() -> None:
     unknown = frame(field(1, 1) + field(2, field(1, b"ERR_INVALID_REQUEST_TYPE")))
 
     def script(connection: Connection) -> None:
@@ -631,13 +631,13 @@ async def test_the_peerstore_is_asked_only_where_there_is_one() -> None:
             honest(connection)
             return
         for store in (field(2, b"/a") + field(2, b"/b"), field(1, INFO)):
-            assert decode(connection.read_request()) == {1: 2**31 - 1}  # of no type there is
+            assert decode(connection.read_request()) == {1: 2**31 - 1}  # the probe: an unknown type
             connection.send(unknown)
             request = decode(connection.read_request())
             assert (request[1], sorted(request)) == (9, [1, 9])
             connection.send(frame(OK + field(8, store)))
-        # hivemind's would take it for an upgrade, whose end can be the daemon's, and upstream's
-        # closes the connection on what it does not know: as both do here.
+        # The probe gets no reply here. hivemind's daemon would take the PEERSTORE request for an
+        # upgrade and could shut down when that connection ends; upstream's closes the connection.
         assert decode(connection.read_request()) == {1: 2**31 - 1}
 
     with FakeDaemon(script) as fake:
@@ -649,10 +649,10 @@ async def test_the_peerstore_is_asked_only_where_there_is_one() -> None:
                 await client.peerstore_get_protocols(FAKE_PEER)
             assert error.value.request == "PEERSTORE GET_PROTOCOLS"
             assert error.value.peer_id == FAKE_PEER
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
+async def test_reply_may_arrive_one_byte_at_a_time() -> None:
     def script(connection: Connection) -> None:
         while True:
             connection.read_request()
@@ -662,20 +662,20 @@ async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(5):
-                await works(client)
+                await assert_usable(client)
             assert fake.accepted == 1
 
 
 @pytest.mark.parametrize("extra", [b"\x00", frame(IDENTITY)])
-async def test_a_connection_with_bytes_after_the_answer_is_not_used_again(extra: bytes) -> None:
+async def test_connection_with_bytes_after_the_reply_is_not_reused(extra: bytes) -> None:
     with FakeDaemon(first(sends(frame(IDENTITY) + extra, close=False))) as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
-            await works(client)
+            await assert_usable(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_a_connection_on_which_something_came_unasked_is_not_used_again() -> None:
+async def test_connection_with_unsolicited_data_is_not_reused() -> None:
     sent: list[int] = []
 
     def talks(connection: Connection) -> None:
@@ -688,14 +688,14 @@ async def test_a_connection_on_which_something_came_unasked_is_not_used_again() 
     answered = threading.Event()
     with FakeDaemon(first(talks)) as fake:
         async with Client(fake.control_maddr) as client:
-            await works(client)
+            await assert_usable(client)
             answered.set()
             await until(lambda: sent)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_random_bytes_never_hang_or_break_the_client() -> None:
+async def test_random_replies_never_hang_or_break_the_client() -> None:
     rng = random.Random(7)
     blobs = [rng.randbytes(rng.randrange(1, 60)) for _ in range(100)]
     with FakeDaemon(first(*(sends(blob, close=True) for blob in blobs))) as fake:
@@ -704,20 +704,20 @@ async def test_random_bytes_never_hang_or_break_the_client() -> None:
                 with pytest.raises(ControlFailure) as error:
                     await client.identify(timeout=10)
                 assert type(error.value) in (ConnectionLost, ProtocolViolation, DaemonRefused)
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_a_request_over_the_limit_is_refused_here() -> None:
+async def test_request_over_the_limit_is_refused_by_the_client() -> None:
     with FakeDaemon(honest) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlFailure, match="the limit is 4259840") as error:
                 await client.pubsub_publish("topic", bytes(5 << 20))
             assert error.value.request == "PUBSUB PUBLISH"
-            await works(client)
+            await assert_usable(client)
             assert len(fake.requests) == 1
 
 
-async def test_a_large_request_goes_through_a_daemon_that_reads_slowly() -> None:
+async def test_large_request_reaches_a_slow_daemon() -> None:
     def slow(connection: Connection) -> None:
         connection.read_request()
         connection.send(frame(OK))
@@ -732,7 +732,7 @@ async def test_a_large_request_goes_through_a_daemon_that_reads_slowly() -> None
     ]
 
 
-async def test_the_limit_on_answers_can_be_set() -> None:
+async def test_max_message_size_limits_replies() -> None:
     with FakeDaemon(honest) as fake:
         connector = DaemonConnector(fake.control_maddr, max_message_size=len(IDENTITY) - 1)
         with pytest.raises(ProtocolViolation, match=f"the limit is {len(IDENTITY) - 1}"):
@@ -742,7 +742,7 @@ async def test_the_limit_on_answers_can_be_set() -> None:
         await connector.aclose()
 
 
-def test_the_fake_daemon_notices_what_a_script_asserts() -> None:
+def test_fake_daemon_raises_assertion_errors_of_its_scripts() -> None:
     def wrong(connection: Connection) -> None:
         raise Gone if connection.number == 2 else AssertionError("wrong")
 

@@ -1,4 +1,4 @@
-"""Stream handlers: how they are called, and what becomes of those whose peer has left."""
+"""How stream handlers are called, and when they are cancelled because their peer has left."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-#: The JavaScript daemon does not close a handler's socket when the peer leaves (docs/streams.md).
-tells_that_a_peer_has_left = pytest.mark.daemons("hivemind", "go")
+#: jsp2pd does not close a handler's socket when the peer leaves (docs/streams.md).
+reports_closed_streams = pytest.mark.daemons("hivemind", "go")
 
-#: Short enough to wait for, in seconds.
+#: Seconds; short, since tests wait for it.
 LINGER = 0.2
 
 
 def living_tasks() -> int:
-    """How many tasks the running event loop has."""
+    """Returns the number of tasks on the running event loop."""
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:
@@ -45,7 +45,7 @@ def living_tasks() -> int:
 
 
 async def get_stuck() -> None:
-    """Waits for an event that never comes; in asyncio, for room in a full queue."""
+    """Blocks forever; on asyncio, on a full queue."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -57,7 +57,7 @@ async def get_stuck() -> None:
 
 @asynccontextmanager
 async def listening(transport: str = "unix") -> AsyncIterator[Client]:
-    """A listening client of a daemon that agrees to everything."""
+    """A listening client of a daemon that accepts every request."""
     listen = f"/unix{new_directory()}/s" if transport == "unix" else "/ip4/127.0.0.1/tcp/0"
     with FakeDaemon(honest) as fake:
         async with Client(fake.control_maddr, listen) as client, client.listen():
@@ -65,7 +65,7 @@ async def listening(transport: str = "unix") -> AsyncIterator[Client]:
 
 
 def inbound(client: Client, protocol: str) -> socket.socket:
-    """An inbound stream of a client, as its daemon would open one."""
+    """Opens an inbound stream to ``client``, as its daemon would."""
     _, kind, *rest = str(client.control.listen_maddr).split("/")
     if kind == "unix":
         sock = socket.socket(socket.AF_UNIX)
@@ -77,7 +77,7 @@ def inbound(client: Client, protocol: str) -> socket.socket:
 
 
 class Handler:
-    """A handler that runs ``work`` and notes what becomes of it."""
+    """A stream handler that runs ``work`` and records how it ends."""
 
     def __init__(self, work: Callable[[Stream], Awaitable[object]]) -> None:
         self._work = work
@@ -102,7 +102,7 @@ def stuck() -> Handler:
 
 
 def cancellations(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Log lines about handlers cancelled because their peers have left."""
+    """Log lines about handlers cancelled because their peer has left."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -114,13 +114,13 @@ def cancellations(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- handlers whose peer has left ---
 
 
-@tells_that_a_peer_has_left
-async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
+@reports_closed_streams
+async def test_stuck_handlers_are_cancelled_and_logged_once_their_peers_left(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     handler = stuck()
     await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
-    await pair.alice.list_peers()  # leaves a connection for the next request, as at the end
+    await pair.alice.list_peers()  # pools a connection, as the last list_peers does
     tasks, descriptors = living_tasks(), len(open_descriptors())
     streams = [await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"]) for _ in range(20)]
     await until(lambda: len(handler.events) == 20)
@@ -138,7 +138,7 @@ async def test_stuck_handlers_of_peers_that_left_are_cancelled_and_logged(
     assert all("0.2 s" in line for line in lines)
 
 
-@tells_that_a_peer_has_left
+@reports_closed_streams
 @pytest.mark.parametrize(
     "sizes", [[1 << 19], [3 << 20], 2000 * [20]], ids=["512 KiB", "3 MiB", "small messages"]
 )
@@ -167,11 +167,11 @@ async def test_unread_input_does_not_hide_that_the_peer_has_left(
     assert handler.events == ["begun", "cancelled"]
 
 
-@tells_that_a_peer_has_left
-async def test_many_peers_that_leave_with_unread_input_are_all_noticed(
+@reports_closed_streams
+async def test_many_departed_peers_with_unread_input_are_all_noticed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "_MAX_ALL_AHEAD", 4 << 20)  # less than all of them send
+    monkeypatch.setattr(handlers, "_MAX_ALL_AHEAD", 4 << 20)  # less than they send in total
     handler = stuck()
     await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
     streams = [await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"]) for _ in range(5)]
@@ -197,7 +197,7 @@ async def test_input_is_not_read_ahead_within_the_linger() -> None:
         with inbound(client, "/idle") as peer:
             await until(lambda: idle.events)
             assert fill(peer) > 0
-            for _ in range(3):  # each takes several checks
+            for _ in range(3):  # each round spans several checks
                 other.events.clear()
                 inbound(client, "/other").close()
                 await until(lambda: other.ended)
@@ -228,7 +228,7 @@ async def test_read_ahead_input_is_bounded_per_stream_and_per_listener(
 
             await until(lambda: len(streams) == 2)
             await until(lambda: sum(ahead()) >= 3 << 20)
-            # No more than that, however long it takes.
+            # Neither grows any further.
             await anyio.sleep(3 * LINGER)
             one_mib, two_mib = ahead()
             assert 1 << 20 <= one_mib < (1 << 20) + 65536
@@ -236,7 +236,7 @@ async def test_read_ahead_input_is_bounded_per_stream_and_per_listener(
 
 
 def fill(peer: socket.socket) -> int:
-    """Sends as much as a socket takes at once; returns how much that is."""
+    """Sends until the socket would block; returns the number of bytes sent."""
     peer.setblocking(False)
     count = 0
     with contextlib.suppress(BlockingIOError):
@@ -246,7 +246,7 @@ def fill(peer: socket.socket) -> int:
 
 
 @pytest.mark.independent
-async def test_input_that_was_read_ahead_is_there_for_the_handler() -> None:
+async def test_handler_receives_input_that_was_read_ahead() -> None:
     received: list[bytes] = []
     peer_has_sent = anyio.Event()
 
@@ -261,7 +261,7 @@ async def test_input_that_was_read_ahead_is_there_for_the_handler() -> None:
     async with listening() as client:
         await client.stream_handler("/p", handler, linger=LINGER)
         with inbound(client, "/p") as peer:
-            # It is more than the sockets hold, so all is sent only if some is read ahead.
+            # More than the sockets hold, so this returns only if the listener reads ahead.
             await anyio.to_thread.run_sync(peer.sendall, data)
             peer_has_sent.set()
         await until(lambda: handler.ended)
@@ -269,7 +269,7 @@ async def test_input_that_was_read_ahead_is_there_for_the_handler() -> None:
 
 
 @pytest.mark.independent
-async def test_only_a_close_of_both_directions_counts_on_a_unix_socket() -> None:
+async def test_half_close_on_a_unix_socket_does_not_count_as_left() -> None:
     half_closed, closed = stuck(), stuck()
     async with listening() as client:
         await client.stream_handler("/half", half_closed, linger=0)
@@ -284,7 +284,7 @@ async def test_only_a_close_of_both_directions_counts_on_a_unix_socket() -> None
 
 
 @pytest.mark.independent
-async def test_a_stream_that_both_sides_have_ended_counts_as_closed() -> None:
+async def test_stream_half_closed_by_both_sides_counts_as_closed() -> None:
     async def end_and_wait(stream: Stream) -> None:
         await stream.send_eof()
         await get_stuck()
@@ -305,7 +305,7 @@ async def readable(sock: socket.socket) -> bool:
 
 @pytest.mark.independent
 @pytest.mark.parametrize("how", ["FIN", "reset", "half-close"])
-async def test_over_tcp_the_end_of_the_peers_direction_counts(how: str) -> None:
+async def test_eof_on_a_tcp_socket_counts_as_left(how: str) -> None:
     handler = stuck()
     async with listening("tcp") as client:
         await client.stream_handler("/tcp", handler, linger=LINGER)
@@ -324,7 +324,7 @@ async def test_over_tcp_the_end_of_the_peers_direction_counts(how: str) -> None:
 
 @pytest.mark.independent
 @pytest.mark.parametrize("how", ["receive", "read", "send", "write", "send_all", "readuntil"])
-async def test_every_use_of_the_stream_restarts_the_time(how: str) -> None:
+async def test_every_use_of_the_stream_restarts_the_linger(how: str) -> None:
     uses = {
         "receive": lambda stream: stream.receive(),
         "read": lambda stream: stream.read(1),
@@ -351,7 +351,7 @@ async def test_every_use_of_the_stream_restarts_the_time(how: str) -> None:
 
 
 @pytest.mark.independent
-async def test_a_handler_that_only_computes_has_all_of_the_linger() -> None:
+async def test_handler_that_ignores_the_stream_gets_the_whole_linger() -> None:
     async def compute(stream: Stream) -> None:
         await anyio.sleep(LINGER * 2)
 
@@ -364,7 +364,7 @@ async def test_a_handler_that_only_computes_has_all_of_the_linger() -> None:
 
 
 @pytest.mark.independent
-async def test_without_a_linger_a_handler_stays_until_listening_ends(
+async def test_handler_without_a_linger_runs_until_listening_ends(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     patient, default, other = stuck(), stuck(), stuck()
@@ -383,7 +383,7 @@ async def test_without_a_linger_a_handler_stays_until_listening_ends(
 
 
 @pytest.mark.independent
-async def test_a_handler_may_clean_up_when_it_is_cancelled() -> None:
+async def test_cancelled_handler_may_clean_up() -> None:
     left: list[str] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -399,13 +399,13 @@ async def test_a_handler_may_clean_up_when_it_is_cancelled() -> None:
         await client.stream_handler("/tidy", handler, linger=LINGER)
         inbound(client, "/tidy").close()
         await until(lambda: left)
-        # The listener goes on.
+        # The listener still accepts streams.
         inbound(client, "/tidy").close()
         await until(lambda: len(left) == 2)
 
 
 @pytest.mark.independent
-async def test_an_exception_of_a_handler_with_a_linger_is_logged_as_ever(
+async def test_exception_of_a_handler_with_a_linger_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def fail(stream: Stream) -> None:
@@ -420,7 +420,7 @@ async def test_an_exception_of_a_handler_with_a_linger_is_logged_as_ever(
 
 @pytest.mark.independent
 @pytest.mark.parametrize("linger", [-1, -0.001, math.nan, -math.inf])
-async def test_a_linger_that_is_no_length_of_time_is_refused(linger: float) -> None:
+async def test_invalid_linger_is_refused(linger: float) -> None:
     async with listening() as client:
         with pytest.raises(ValueError, match="linger"):
             await client.stream_handler("/p", stuck(), linger=linger)
@@ -428,7 +428,7 @@ async def test_a_linger_that_is_no_length_of_time_is_refused(linger: float) -> N
 
 
 @pytest.mark.independent
-async def test_an_infinite_linger_is_as_none() -> None:
+async def test_infinite_linger_means_none() -> None:
     async def pause(stream: Stream) -> None:
         await anyio.sleep(0.3)
 
@@ -441,7 +441,7 @@ async def test_an_infinite_linger_is_as_none() -> None:
 
 
 @pytest.mark.independent
-async def test_the_linger_survives_registrations_again() -> None:
+async def test_linger_survives_register_again() -> None:
     handler = stuck()
     async with listening() as client:
         await client.stream_handler("/p", handler, linger=LINGER)
@@ -451,7 +451,7 @@ async def test_the_linger_survives_registrations_again() -> None:
 
 
 @pytest.mark.independent
-async def test_the_linger_survives_a_registration_that_fails() -> None:
+async def test_linger_survives_a_failed_registration() -> None:
     registered = 0
 
     def script(connection: Connection) -> None:
@@ -477,7 +477,7 @@ async def test_the_linger_survives_a_registration_that_fails() -> None:
 
 
 @pytest.mark.independent
-async def test_a_shorter_linger_is_not_held_up_by_longer_ones() -> None:
+async def test_short_linger_is_not_delayed_by_longer_ones() -> None:
     long, short = stuck(), stuck()
     async with listening() as client:
         await client.stream_handler("/long", long, linger=10_000)
@@ -529,7 +529,7 @@ async def needs_keyword(info: Any, stream: Any, *, key: Any) -> None: ...
 
 
 def passing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that passes on all arguments."""
+    """A decorator whose wrapper passes on all arguments."""
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -539,7 +539,7 @@ def passing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dropping(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that drops the info."""
+    """A decorator whose wrapper drops the info."""
 
     @functools.wraps(function)
     async def wrapper(info: Any, stream: Any) -> Any:
@@ -549,7 +549,7 @@ def dropping(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that adds an argument."""
+    """A decorator whose wrapper adds an argument."""
 
     @functools.wraps(function)
     async def wrapper(info: Any, stream: Any) -> Any:
@@ -559,7 +559,7 @@ def adding(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adding_to_anything(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with a wrapper that accepts any arguments."""
+    """A decorator whose wrapper accepts any arguments and adds one."""
 
     @functools.wraps(function)
     async def wrapper(*args: Any) -> Any:
@@ -569,7 +569,7 @@ def adding_to_anything(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def supplying_info(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that supplies the info."""
+    """A decorator whose wrapper supplies the info."""
 
     @functools.wraps(function)
     async def wrapper(stream: Any) -> Any:
@@ -619,12 +619,12 @@ NEITHER: list[Any] = [three, none, keyword_only, needs_keyword, Methods.with_inf
 
 
 @pytest.mark.parametrize("handler", TWO, ids=repr)
-def test_a_handler_that_can_take_two_arguments_gets_two(handler: Callable[..., Any]) -> None:
+def test_handler_that_accepts_two_arguments_gets_both(handler: Callable[..., Any]) -> None:
     assert takes_info(handler) is True
 
 
 @pytest.mark.parametrize("handler", ONE, ids=repr)
-def test_a_handler_that_takes_only_one_argument_gets_the_stream(
+def test_handler_that_accepts_one_argument_gets_the_stream(
     handler: Callable[..., Any],
 ) -> None:
     assert takes_info(handler) is False
@@ -632,7 +632,7 @@ def test_a_handler_that_takes_only_one_argument_gets_the_stream(
 
 @pytest.mark.independent
 @pytest.mark.parametrize("handler", [*NEITHER, None, 5], ids=repr)
-async def test_a_handler_of_another_arity_is_a_type_error_when_it_is_registered(
+async def test_registering_a_handler_of_another_arity_raises_type_error(
     handler: Any,
 ) -> None:
     with FakeDaemon(honest) as fake:
@@ -644,7 +644,7 @@ async def test_a_handler_of_another_arity_is_a_type_error_when_it_is_registered(
         assert fake.requests == []
 
 
-async def test_a_handler_that_takes_only_the_stream_is_called_with_it(pair: Pair) -> None:
+async def test_handler_with_one_parameter_is_called_with_the_stream(pair: Pair) -> None:
     seen: list[tuple[PeerID, str]] = []
 
     async def handler(stream: Stream) -> None:
@@ -661,7 +661,7 @@ async def test_a_handler_that_takes_only_the_stream_is_called_with_it(pair: Pair
 
 
 @pytest.mark.independent
-async def test_a_handler_put_into_the_table_directly_is_called_as_it_takes_it() -> None:
+async def test_handler_added_to_the_table_directly_may_take_only_the_stream() -> None:
     streams: list[Any] = []
 
     async def handler(stream: Stream) -> None:

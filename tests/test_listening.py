@@ -1,5 +1,5 @@
-"""Listening for inbound streams: within a block and in the background, the private default address,
-and the counters of refused streams."""
+"""``listen()`` as a context manager and in the background, the private default address, and the
+counters of refused streams."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def private_path(client: Client) -> Path:
 
 
 def dial(client: Client) -> socket.socket:
-    """A connection to a client's listener, as the daemon makes one."""
+    """Connects to a client's listener, as the daemon would."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(private_path(client)))
     connection.setblocking(False)
@@ -71,16 +71,16 @@ def dial(client: Client) -> socket.socket:
 
 
 def ok(connection: Connection) -> None:
-    """Answers every request with OK."""
+    """A daemon that answers every request with OK."""
     while True:
         connection.answer(OK)
 
 
-# --- from now on ---
+# --- listening in the background ---
 
 
 @pytest.mark.needs("remove_stream_handler")
-async def test_awaited_it_serves_until_the_client_is_closed(pair: Pair) -> None:
+async def test_awaited_listen_serves_until_the_client_is_closed(pair: Pair) -> None:
     client = pair.bob_daemon.client()
     assert await client.listen() is client
     await client.stream_handler("/await", hello)
@@ -90,14 +90,14 @@ async def test_awaited_it_serves_until_the_client_is_closed(pair: Pair) -> None:
     await client.close()
     assert client.control.handlers == {}
     assert path is None or not path.exists()
-    # Its name is free at the daemon.
+    # The daemon has released the protocol.
     async with pair.bob_daemon.client() as other, other.listen():
         await other.stream_handler("/await", hello)
         assert await greeted(pair, "/await") == b"hello"
 
 
 @pytest.mark.independent
-async def test_closed_it_can_listen_again_in_either_way() -> None:
+async def test_closed_client_can_listen_again_in_either_way() -> None:
     client = Client(listen_maddr=f"/unix{new_directory()}/listen.sock")
     for _ in range(2):
         await client.listen()
@@ -118,7 +118,7 @@ async def test_closed_it_can_listen_again_in_either_way() -> None:
 
 
 @pytest.mark.independent
-async def test_the_control_client_listens_in_both_ways_too() -> None:
+async def test_control_client_can_listen_in_both_ways() -> None:
     control = Client(listen_maddr=f"/unix{new_directory()}/listen.sock").control
     assert await control.listen() is control
     await control.close()
@@ -127,7 +127,7 @@ async def test_the_control_client_listens_in_both_ways_too() -> None:
 
 
 @pytest.mark.independent
-def test_a_cancelled_close_stops_listening_all_the_same() -> None:
+def test_cancelled_close_still_stops_listening() -> None:
     silent, done = threading.Event(), threading.Event()
 
     def script(connection: Connection) -> None:
@@ -143,7 +143,7 @@ def test_a_cancelled_close_stops_listening_all_the_same() -> None:
         await client.stream_handler("/hello", hello)
         path = private_path(client)
         silent.set()
-        # A task that is cancelled without anyio, which no shield of anyio's keeps from it.
+        # asyncio's own cancellation, which anyio's shields do not hold off.
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(client.close(), 0.1)
         assert not path.exists()
@@ -155,7 +155,7 @@ def test_a_cancelled_close_stops_listening_all_the_same() -> None:
 
 
 @pytest.mark.independent
-async def test_closing_cancels_the_handlers_and_waits_for_their_end() -> None:
+async def test_close_cancels_handlers_and_waits_for_them() -> None:
     begun, ended = anyio.Event(), list[str]()
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -177,7 +177,7 @@ async def test_closing_cancels_the_handlers_and_waits_for_their_end() -> None:
 
 
 @pytest.mark.independent
-async def test_a_handler_may_close_the_client() -> None:
+async def test_handler_may_close_the_client() -> None:
     closed = anyio.Event()
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -197,7 +197,7 @@ async def test_a_handler_may_close_the_client() -> None:
 
 
 @pytest.mark.independent
-async def test_it_ends_when_nothing_holds_the_client() -> None:
+async def test_listening_ends_when_the_client_is_garbage_collected() -> None:
     path = new_directory() / "listen.sock"
     client = await Client(listen_maddr=f"/unix{path}").listen()
     assert path.exists()
@@ -207,7 +207,7 @@ async def test_it_ends_when_nothing_holds_the_client() -> None:
 
 
 @pytest.mark.independent
-async def test_dropped_unused_it_leaves_nothing_and_says_nothing(
+async def test_listen_that_is_never_awaited_does_nothing(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     path = new_directory() / "listen.sock"
@@ -216,12 +216,12 @@ async def test_dropped_unused_it_leaves_nothing_and_says_nothing(
     gc.collect()
     assert not path.exists()
     assert recwarn.list == []
-    await client.listen()  # it does not listen already
+    await client.listen()  # not "already listening"
     await client.close()
 
 
 @pytest.mark.independent
-async def test_a_failed_listen_is_raised_where_it_is_awaited() -> None:
+async def test_failed_listen_raises_where_it_is_awaited() -> None:
     client = Client(listen_maddr=f"/unix{new_directory()}/none/listen.sock")
     with pytest.raises(FileNotFoundError, match="cannot listen at"):
         await client.listen()
@@ -231,13 +231,13 @@ async def test_a_failed_listen_is_raised_where_it_is_awaited() -> None:
 
 
 ENDS = {
-    "the loop is run to its end": "asyncio.run(main())",
-    "the loop is only closed": """
+    "asyncio.run": "asyncio.run(main())",
+    "the loop is closed without shutdown": """
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main())
         loop.close()
         """,
-    "the program just ends": """
+    "the loop is never closed": """
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main())
         """,
@@ -248,7 +248,7 @@ ENDS = {
 @pytest.mark.independent
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize("held", [True, False])
-def test_with_the_loop_it_ends_in_silence(how: str, held: bool) -> None:
+def test_listening_ends_silently_with_the_event_loop(how: str, held: bool) -> None:
     path = new_directory() / "listen.sock"
     code = f"""
         import asyncio, gc, sys, trio
@@ -275,7 +275,7 @@ def test_with_the_loop_it_ends_in_silence(how: str, held: bool) -> None:
 
 
 @pytest.mark.independent
-def test_a_client_can_listen_in_one_loop_after_another() -> None:
+def test_client_can_listen_on_one_event_loop_after_another() -> None:
     client = Client(listen_maddr=f"/unix{new_directory()}/listen.sock")
 
     async def main() -> None:
@@ -292,7 +292,7 @@ def test_a_client_can_listen_in_one_loop_after_another() -> None:
 @pytest.mark.independent
 @pytest.mark.parametrize("linger", [300.0, None])
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_handlers_of_a_loop_that_is_only_closed_are_collected(
+def test_handlers_are_collected_if_their_loop_is_closed_without_shutdown(
     new_loop: Callable[[], asyncio.AbstractEventLoop], linger: float | None
 ) -> None:
     handling: list[weakref.ref[Any]] = []
@@ -314,7 +314,7 @@ def test_handlers_of_a_loop_that_is_only_closed_are_collected(
         descriptors = len(open_descriptors())
         connections: list[socket.socket] = []
         loop = new_loop()
-        # What the collector says about the tasks that it ends.
+        # Silences messages about tasks destroyed while pending.
         loop.set_exception_handler(lambda loop, context: None)
         loop.run_until_complete(main())
         loop.close()
@@ -327,7 +327,7 @@ def test_handlers_of_a_loop_that_is_only_closed_are_collected(
 
 
 @pytest.mark.independent
-async def test_p2pclients_client_listens_in_both_ways() -> None:
+async def test_client_of_the_p2pclient_layer_can_listen_in_both_ways() -> None:
     from multiaddr import Multiaddr
 
     from p2pclient_rs.compat.p2pclient import Client as P2PClient
@@ -343,11 +343,11 @@ async def test_p2pclients_client_listens_in_both_ways() -> None:
         assert client.control.task_group is not None
 
 
-# --- the private address ---
+# --- the private default address ---
 
 
 @pytest.mark.independent
-async def test_two_clients_with_no_address_have_one_each() -> None:
+async def test_each_client_without_an_address_gets_a_private_one() -> None:
     with FakeDaemon(ok) as fake:
         async with Client(fake.control_maddr) as one, Client(fake.control_maddr) as other:
             await one.listen()
@@ -364,7 +364,7 @@ async def test_two_clients_with_no_address_have_one_each() -> None:
 
 
 @pytest.mark.independent
-async def test_it_is_the_address_that_a_registration_tells_the_daemon() -> None:
+async def test_registration_sends_the_private_address() -> None:
     with FakeDaemon(ok) as fake:
         async with Client(fake.control_maddr) as client:
             await client.stream_handler("/echo", hello)
@@ -375,7 +375,7 @@ async def test_it_is_the_address_that_a_registration_tells_the_daemon() -> None:
 
 
 @pytest.mark.independent
-def test_no_directory_is_made_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_directory_is_created_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
     def refuse(*_: Any, **__: Any) -> str:
@@ -386,7 +386,7 @@ def test_no_directory_is_made_before_it_is_needed(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.independent
-def test_the_directory_goes_with_the_client_and_with_the_program() -> None:
+def test_private_directory_is_removed_with_the_client_and_at_exit() -> None:
     client = Client()
     path = private_path(client)
     assert path.parent.is_dir()
@@ -400,7 +400,7 @@ def test_the_directory_goes_with_the_client_and_with_the_program() -> None:
 
 
 @pytest.mark.independent
-def test_a_long_directory_for_temporary_files_is_not_used(tmp_path: Path) -> None:
+def test_tmpdir_too_long_for_a_socket_path_is_not_used(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
     code = "from p2pclient_rs import Client; c = Client(); print(c.control.listen_maddr)"
@@ -412,7 +412,7 @@ def test_a_long_directory_for_temporary_files_is_not_used(tmp_path: Path) -> Non
 
 
 @pytest.mark.independent
-def test_a_forked_child_leaves_the_directory_alone() -> None:
+def test_forked_child_keeps_the_private_directory() -> None:
     client = Client()
     path = private_path(client)
     pid = os.fork()
@@ -434,7 +434,7 @@ def test_a_forked_child_leaves_the_directory_alone() -> None:
 
 @pytest.mark.independent
 @pytest.mark.parametrize(
-    ("control", "is_here"),
+    ("control", "is_local"),
     [
         ("/ip4/127.0.0.1/tcp/4001", True),
         ("/ip4/127.9.9.9/tcp/4001", True),
@@ -445,9 +445,9 @@ def test_a_forked_child_leaves_the_directory_alone() -> None:
         ("/dns4/daemon.example/tcp/4001", False),
     ],
 )
-async def test_a_daemon_that_may_be_elsewhere_needs_an_address(control: str, is_here: bool) -> None:
+async def test_daemon_on_another_host_requires_a_listen_maddr(control: str, is_local: bool) -> None:
     client = Client(control)
-    if is_here:
+    if is_local:
         await client.listen()
         assert private_path(client).is_socket()
         await client.close()

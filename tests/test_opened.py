@@ -1,4 +1,4 @@
-"""What ``stream_open`` returns: a stream and the tuple ``(info, stream)`` in one."""
+"""``stream_open`` returns an ``OpenedStream``: a stream and the tuple ``(info, stream)`` in one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def opened(pair: Pair) -> OpenedStream[StreamInfo]:
     return await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
 
 
-async def test_it_unpacks_as_a_tuple_of_the_info_and_the_stream(pair: Pair) -> None:
+async def test_unpacks_into_info_and_stream(pair: Pair) -> None:
     result = await opened(pair)
     info, stream = result
     assert_type(info, StreamInfo)
@@ -43,7 +43,7 @@ async def test_it_unpacks_as_a_tuple_of_the_info_and_the_stream(pair: Pair) -> N
     await stream.aclose()
 
 
-async def test_it_is_used_as_asyncios_streams_are(pair: Pair) -> None:
+async def test_supports_the_asyncio_stream_methods(pair: Pair) -> None:
     stream = await opened(pair)
     await stream.write(b"ping")
     assert await stream.read(1024) == b"ping"
@@ -63,7 +63,7 @@ async def test_it_is_used_as_asyncios_streams_are(pair: Pair) -> None:
         await stream.read(1)
 
 
-async def test_it_is_used_as_anyios_streams_are(pair: Pair) -> None:
+async def test_supports_the_anyio_byte_stream_methods(pair: Pair) -> None:
     async with await opened(pair) as stream:
         assert isinstance(stream, OpenedStream) and isinstance(stream, ByteStream)
         await stream.send(b"ping")
@@ -82,7 +82,7 @@ async def test_it_is_used_as_anyios_streams_are(pair: Pair) -> None:
         await stream.send(b"a")
 
 
-async def test_it_has_anyio_1s_names(pair: Pair) -> None:
+async def test_supports_the_anyio_1_names(pair: Pair) -> None:
     stream = await opened(pair)
     await stream.send_all(b"one,two,three")
     assert await stream.receive_exactly(2) == b"on"
@@ -109,9 +109,9 @@ def public(owner: type) -> dict[str, Any]:
 
 @pytest.mark.independent
 @pytest.mark.parametrize("name", public(Stream))
-def test_it_has_everything_public_of_a_stream(name: str) -> None:
+def test_has_every_public_member_of_stream(name: str) -> None:
     theirs, ours = public(Stream)[name], public(OpenedStream).get(name)
-    assert ours is not None and name in vars(OpenedStream)  # typed, and not the tuple's
+    assert ours is not None and name in vars(OpenedStream)  # defined here, not inherited from tuple
     if isinstance(theirs, property):
         assert isinstance(ours, property)
     elif name not in ("extra", "__aexit__"):

@@ -1,5 +1,5 @@
-"""Stream handlers that are registered again: at the same daemon, at one that was started anew, and
-where another client has taken the name meanwhile."""
+"""Registering a stream handler again: with the same daemon, after its restart, and after another
+client has taken the protocol."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def greeter(greeting: bytes) -> Callable[[StreamInfo, Stream], Awaitable[None]]:
 
 @asynccontextmanager
 async def connected(daemon: DaemonProcess) -> AsyncIterator[Client]:
-    """A client of another daemon that is connected to this one."""
+    """A client of another daemon, connected to ``daemon``."""
     with DaemonProcess() as other:
         async with other.client() as client:
             await client.connect(daemon.peer_id, daemon.addrs)
@@ -44,14 +44,16 @@ async def greeting(caller: Client, daemon: DaemonProcess, proto: str) -> bytes:
         await stream.aclose()
 
 
-async def is_greeted(caller: Client, daemon: DaemonProcess, proto: str, words: bytes) -> None:
+async def eventually_greeted(
+    caller: Client, daemon: DaemonProcess, proto: str, words: bytes
+) -> None:
     async def check() -> None:
         assert await greeting(caller, daemon, proto) == words
 
     await eventually(check)
 
 
-async def test_a_name_that_another_client_took_after_a_restart_is_refused() -> None:
+async def test_protocol_taken_by_another_client_after_a_restart_is_refused() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as first, first.listen():
             old = greeter(b"first, old")
@@ -67,13 +69,13 @@ async def test_a_name_that_another_client_took_after_a_restart_is_refused() -> N
                     assert first.control.handlers == {"/name": old}
                 async with connected(daemon) as caller:
                     assert await greeting(caller, daemon, "/name") == b"second"
-            # The name is free now.
+            # The second client has left, so the protocol is free again.
             await first.stream_handler("/name", greeter(b"first, new"))
             async with connected(daemon) as caller:
                 assert await greeting(caller, daemon, "/name") == b"first, new"
 
 
-async def test_a_handler_is_replaced_at_a_daemon_that_was_started_anew() -> None:
+async def test_handler_can_be_replaced_after_a_daemon_restart() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen():
             await client.stream_handler("/name", greeter(b"old"))
@@ -84,11 +86,11 @@ async def test_a_handler_is_replaced_at_a_daemon_that_was_started_anew() -> None
                 assert await greeting(caller, daemon, "/name") == b"newest"
 
 
-async def test_replacing_a_handler_drops_no_stream() -> None:
+async def test_replacing_a_handler_drops_no_streams() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen(), connected(daemon) as caller:
             await client.stream_handler("/name", greeter(b"0"))
-            await is_greeted(caller, daemon, "/name", b"0")
+            await eventually_greeted(caller, daemon, "/name", b"0")
             done, greetings = anyio.Event(), list[bytes]()
 
             async def call() -> None:
@@ -100,14 +102,14 @@ async def test_replacing_a_handler_drops_no_stream() -> None:
                     tasks.start_soon(call)
                 for number in range(1, 51):
                     await client.stream_handler("/name", greeter(str(number).encode()))
-                    # Turns an idle connection of the pool into a pipeline.
+                    # Turns an idle pooled connection into the pipeline.
                     await client.identify()
                 done.set()
             assert greetings and b"" not in greetings
             assert await greeting(caller, daemon, "/name") == b"50"
 
 
-async def test_replacing_works_after_the_connections_were_closed() -> None:
+async def test_handler_can_be_replaced_after_the_pool_was_closed() -> None:
     with DaemonProcess() as daemon:
         daemon.keep()
         async with daemon.client() as client, client.listen(), daemon.client() as other:
@@ -121,7 +123,7 @@ async def test_replacing_works_after_the_connections_were_closed() -> None:
                     await other.stream_handler("/name", greeter(b"other"))
 
 
-async def test_a_balanced_handler_that_is_replaced_has_one_share() -> None:
+async def test_replaced_balanced_handler_gets_one_share() -> None:
     with DaemonProcess() as daemon:
         daemon.keep()
         async with daemon.client() as one, one.listen(), daemon.client() as two, two.listen():
@@ -136,7 +138,7 @@ async def test_a_balanced_handler_that_is_replaced_has_one_share() -> None:
                     assert await greeting(caller, daemon, "/name") == b"two"
 
 
-async def test_a_shared_name_is_not_made_exclusive() -> None:
+async def test_shared_protocol_cannot_be_made_exclusive() -> None:
     with DaemonProcess() as daemon:
         daemon.keep()
         async with daemon.client() as one, one.listen(), daemon.client() as two, two.listen():
@@ -153,7 +155,7 @@ async def test_a_shared_name_is_not_made_exclusive() -> None:
                 assert await greeting(caller, daemon, "/name") == b"exclusive"
 
 
-async def test_port_0_cannot_be_registered_before_the_client_listens() -> None:
+async def test_registration_with_port_0_requires_listening_first() -> None:
     with DaemonProcess() as daemon:
         async with Client(daemon.control_maddr, "/ip4/127.0.0.1/tcp/0") as client:
             with pytest.raises(ControlFailure, match="listen"):
@@ -165,7 +167,7 @@ async def test_port_0_cannot_be_registered_before_the_client_listens() -> None:
                     assert await greeting(caller, daemon, "/name") == b"one"
 
 
-async def test_registrations_of_one_name_at_once_end_with_one_that_is_served() -> None:
+async def test_concurrent_registrations_of_one_protocol_leave_one_handler() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen(), connected(daemon) as caller:
             async with anyio.create_task_group() as tasks:
@@ -175,19 +177,19 @@ async def test_registrations_of_one_name_at_once_end_with_one_that_is_served() -
             assert client.control._registering == {}
 
 
-async def test_a_registration_that_was_given_up_can_be_made_again() -> None:
+async def test_cancelled_registration_can_be_repeated() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen():
-            # Cancelled at any moment, before or after the daemon has the registration.
+            # Cancel at various moments, before and after the daemon has the registration.
             for number in range(20):
                 with anyio.move_on_after(number * 5e-5):
-                    await client.stream_handler("/name", greeter(b"given up"))
+                    await client.stream_handler("/name", greeter(b"cancelled"))
             await client.stream_handler("/name", greeter(b"made"))
             async with connected(daemon) as caller:
                 assert await greeting(caller, daemon, "/name") == b"made"
 
 
-async def test_registering_again_tells_of_a_name_that_another_client_took(
+async def test_register_again_reports_a_protocol_taken_by_another_client(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with DaemonProcess() as daemon:
@@ -206,7 +208,7 @@ async def test_registering_again_tells_of_a_name_that_another_client_took(
                     assert await greeting(caller, daemon, "/free") == b"first"
 
 
-async def test_registering_again_what_the_daemon_has_is_no_error() -> None:
+async def test_register_again_is_idempotent() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen(), connected(daemon) as caller:
             await client.stream_handler("/name", greeter(b"hello"))

@@ -1,4 +1,4 @@
-"""Streams between two daemons, the handlers at their ends, and the listener that receives them."""
+"""Streams between two daemons, stream handlers, and the client's listener."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
-#: What the pipeline between two daemons' clients can hold at the most: several windows and buffers.
+#: Upper bound of what fits between two clients: several windows and socket buffers.
 PIPELINE = 64 * MIB
 
 
 @asynccontextmanager
 async def both_ends(pair: Pair, protocol: str = "/both") -> AsyncIterator[tuple[Stream, Stream]]:
-    """A stream from alice to bob, and bob's end of it."""
+    """Opens a stream from alice to bob and yields both ends."""
     arrived: list[Stream] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -67,17 +67,17 @@ async def both_ends(pair: Pair, protocol: str = "/both") -> AsyncIterator[tuple[
 
 
 async def echo(info: StreamInfo, stream: Stream) -> None:
-    """Sends back what comes."""
+    """Echoes every chunk."""
     async with stream:
         async for data in stream:
             await stream.send(data)
 
 
-# --- bytes there and back ---
+# --- round trips ---
 
 
 @pytest.mark.parametrize("size", [1, 64 * 1024], ids=["1 byte", "64 KiB"])
-async def test_small_payloads_go_both_ways(pair: Pair, size: int) -> None:
+async def test_small_payloads_arrive_in_both_directions(pair: Pair, size: int) -> None:
     there, back = os.urandom(size), os.urandom(size)
     async with both_ends(pair) as (near, far):
         await near.send(there)
@@ -86,7 +86,7 @@ async def test_small_payloads_go_both_ways(pair: Pair, size: int) -> None:
         assert await near.readexactly(size) == back
 
 
-async def test_a_count_may_be_beyond_what_there_can_be(pair: Pair) -> None:
+async def test_read_accepts_counts_over_the_address_space(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         await near.send(b"abc")
         assert await far.read(2**70) == b"abc"
@@ -97,8 +97,8 @@ async def test_a_count_may_be_beyond_what_there_can_be(pair: Pair) -> None:
         assert (error.value.partial, error.value.expected) == (b"def", 2**70)
 
 
-async def test_many_mebibytes_go_both_ways_at_once_unharmed(pair: Pair) -> None:
-    count = 8 if pair.alice_daemon.kind == "js" else 64  # which is that much slower
+async def test_many_mebibytes_in_both_directions_at_once_arrive_intact(pair: Pair) -> None:
+    count = 8 if pair.alice_daemon.kind == "js" else 64  # jsp2pd is much slower
     blocks = [random.Random(seed).randbytes(MIB) for seed in range(4)]
 
     def block(number: int, salt: int) -> bytes:
@@ -149,12 +149,10 @@ async def test_200_streams_at_once_do_not_mix(pair: Pair) -> None:
     assert answers == dict.fromkeys(range(200), True)
 
 
-# The Go daemon cuts the end of such a stream now and then: see docs/defects.md.
+# The Go daemon sometimes cuts off the end of such a stream: see docs/defects.md.
 @pytest.mark.flaky(reruns=2)
 @pytest.mark.parametrize("size", [64 * 1024, MIB, 8 * MIB], ids=["64 KiB", "1 MiB", "8 MiB"])
-async def test_what_is_written_before_closing_arrives_whole_at_a_slow_reader(
-    pair: Pair, size: int
-) -> None:
+async def test_close_delivers_buffered_data_to_a_slow_reader(pair: Pair, size: int) -> None:
     data = os.urandom(size)
 
     async def write_and_close() -> None:
@@ -166,7 +164,7 @@ async def test_what_is_written_before_closing_arrives_whole_at_a_slow_reader(
 
     async with both_ends(pair) as (near, far), anyio.create_task_group() as tasks:
         tasks.start_soon(write_and_close)
-        if size == 64 * 1024:  # which fits on the way
+        if size == 64 * 1024:  # fits into the buffers along the way
             await until(lambda: near._raw.closed)
         received = bytearray()
         while part := await far.read(size // 250):
@@ -175,8 +173,8 @@ async def test_what_is_written_before_closing_arrives_whole_at_a_slow_reader(
         assert received == data
 
 
-@pytest.mark.flaky(reruns=2)  # for the same reason
-async def test_what_a_handler_sends_before_closing_arrives_whole(pair: Pair) -> None:
+@pytest.mark.flaky(reruns=2)  # same defect as above
+async def test_handler_data_sent_before_close_arrives_whole(pair: Pair) -> None:
     data = os.urandom(MIB)
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -193,13 +191,11 @@ async def test_what_a_handler_sends_before_closing_arrives_whole(pair: Pair) -> 
         assert received == data
 
 
-# The daemon can cut the end of a stream that is closed right after writing: docs/defects.md.
+# The Go daemon can cut off the end of a stream closed right after writing: see docs/defects.md.
 @pytest.mark.flaky(reruns=2)
-async def test_without_awaiting_close_the_loop_sends_the_rest(
-    pair: Pair, anyio_backend: Any
-) -> None:
+async def test_event_loop_flushes_after_close_without_await(pair: Pair, anyio_backend: Any) -> None:
     if anyio_backend[0] == "trio":
-        # Where nothing runs by itself, closing must be awaited.
+        # trio runs nothing in the background, so close must be awaited there.
         return
     data = os.urandom(8 * MIB)
     async with both_ends(pair) as (near, far):
@@ -209,31 +205,31 @@ async def test_without_awaiting_close_the_loop_sends_the_rest(
         await until(lambda: near._raw.closed)
 
 
-# --- the ends of a stream ---
+# --- end of stream and close ---
 
 
 @pytest.mark.daemons("hivemind", "go")
-async def test_send_eof_ends_the_stream_as_the_go_daemon_does(pair: Pair) -> None:
+async def test_send_eof_ends_both_directions_on_go_daemons(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         await near.send(b"all of it")
         await near.send_eof()
-        # The other peer gets every byte and the end of the stream …
+        # The peer gets every byte and then EOF …
         assert await far.read() == b"all of it"
         assert far.at_eof()
-        # … but so does this one, at once …
+        # … but this side gets EOF too, at once …
         with pytest.raises(anyio.EndOfStream):
             await near.receive()
-        # … and what the other peer sends is lost.
+        # … and what the peer sends afterwards is lost.
         with pytest.raises(anyio.BrokenResourceError):
             while True:
                 await far.send(b"answer")
                 await anyio.lowlevel.checkpoint()
         with pytest.raises(anyio.ClosedResourceError):
             await near.send(b"more")
-        await near.send_eof()  # again
+        await near.send_eof()  # a second call is a no-op
 
 
-async def test_the_end_is_reported_again_and_again(pair: Pair) -> None:
+async def test_every_read_after_eof_reports_eof(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         await far.send(b"last")
         await far.aclose()
@@ -247,7 +243,7 @@ async def test_the_end_is_reported_again_and_again(pair: Pair) -> None:
             assert near.at_eof()
 
 
-async def test_nothing_can_be_done_with_a_closed_stream(pair: Pair) -> None:
+async def test_closed_stream_refuses_every_operation(pair: Pair) -> None:
     async with both_ends(pair) as (near, _):
         await near.aclose()
         calls: list[Callable[[], Awaitable[Any]]] = [
@@ -272,7 +268,7 @@ async def test_nothing_can_be_done_with_a_closed_stream(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("how", ["aclose", "close", "abort"])
-async def test_closing_wakes_a_task_that_waits(pair: Pair, how: str) -> None:
+async def test_closing_wakes_waiting_tasks(pair: Pair, how: str) -> None:
     woken = []
 
     async def receive(stream: Stream) -> None:
@@ -298,13 +294,13 @@ async def test_closing_wakes_a_task_that_waits(pair: Pair, how: str) -> None:
 
 
 def is_stuck(stream: Stream) -> bool:
-    """Whether the socket takes no more, and somebody waits to receive, too."""
+    """Whether the socket buffer is full and both a reader and a writer are waiting."""
     poll = select.poll()
     poll.register(stream._raw.fileno(), select.POLLOUT)
     return stream._reading and stream._sending and not poll.poll(20)
 
 
-async def test_only_one_task_at_a_time_may_read_and_one_write(pair: Pair) -> None:
+async def test_second_concurrent_reader_or_writer_is_refused(pair: Pair) -> None:
     async def keep_receiving() -> None:
         with pytest.raises(anyio.ClosedResourceError):
             await near.receive()
@@ -329,7 +325,7 @@ async def test_only_one_task_at_a_time_may_read_and_one_write(pair: Pair) -> Non
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-async def test_a_killed_daemon_breaks_its_streams(kind: str) -> None:
+async def test_killed_daemon_breaks_its_streams(kind: str) -> None:
     with DaemonProcess(transport=kind) as here, DaemonProcess(transport=kind) as there:
         async with here.client() as alice, there.client() as bob, bob.listen():
             await alice.connect(there.peer_id, there.addrs)
@@ -352,7 +348,7 @@ async def test_a_killed_daemon_breaks_its_streams(kind: str) -> None:
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_a_stream_left_to_the_garbage_collector_closes_its_descriptor(
+async def test_garbage_collected_stream_closes_its_descriptor(
     pair: Pair, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with both_ends(pair) as (_, far):
@@ -363,7 +359,7 @@ async def test_a_stream_left_to_the_garbage_collector_closes_its_descriptor(
             await stream.send(b"ping")
             assert await stream.readexactly(4) == b"ping"
             with anyio.move_on_after(0.01):
-                await stream.receive()  # so that the loop watches it
+                await stream.receive()  # registers the descriptor with the loop
             stream.write(b"unsent")
             sockets.append(os.readlink(f"/proc/self/fd/{stream._raw.fileno()}"))
 
@@ -379,14 +375,14 @@ async def test_a_stream_left_to_the_garbage_collector_closes_its_descriptor(
         for _ in range(3):
             await open_and_forget()
         gc.collect()
-        await until(lambda: len(ended) == 3)  # the other side has seen the end
+        await until(lambda: len(ended) == 3)
         assert len(set(sockets)) == 3
         assert not set(sockets) & set(open_descriptors())
         await far.send(b"others are left alone")
     assert capfd.readouterr().err == ""
 
 
-async def test_the_context_closes_the_stream_on_errors_too(pair: Pair) -> None:
+async def test_context_manager_closes_the_stream_on_error(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         with pytest.raises(KeyError):
             async with near:
@@ -396,12 +392,10 @@ async def test_the_context_closes_the_stream_on_errors_too(pair: Pair) -> None:
         assert await far.read() == b""
 
 
-# --- what a stream says of itself ---
+# --- attributes ---
 
 
-async def test_extra_attributes_are_those_of_anyio_and_of_the_stream(
-    pair: Pair, transport: str
-) -> None:
+async def test_extra_attributes_include_anyios_and_stream_info(pair: Pair, transport: str) -> None:
     async with both_ends(pair) as (near, far):
         for stream, remote in ((near, pair.bob_daemon), (far, pair.alice_daemon)):
             info = stream.extra(StreamAttribute.stream_info)
@@ -432,23 +426,23 @@ async def test_extra_attributes_are_those_of_anyio_and_of_the_stream(
             assert f"/unix{near.extra(SocketAttribute.remote_address)}" == control
         else:
             assert control.endswith(f"/tcp/{near.extra(SocketAttribute.remote_port)}")
-    assert sock.fileno() == -1  # closed with its stream
+    assert sock.fileno() == -1  # the stream closed it
     assert near.get_extra_info("peername") is None
 
 
-# --- reading: against a scripted other end, so that it is known what has come ---
+# --- reading from a scripted peer, so that the test controls what has arrived ---
 
 
 @asynccontextmanager
 async def raw_stream(script: Callable[[Connection], None]) -> AsyncIterator[Stream]:
-    """A stream whose other end is a script."""
+    """A stream whose other end runs ``script``."""
     with FakeDaemon(script) as fake:
         async with await DaemonConnector(fake.control_maddr).open_connection() as stream:
             yield stream
         await until(lambda: fake.accepted and not fake.open)
 
 
-async def test_reads_give_what_was_asked_for() -> None:
+async def test_reads_return_the_requested_bytes() -> None:
     def script(connection: Connection) -> None:
         connection.send(b"0123456789" * 10)
         connection.wait_closed()
@@ -473,7 +467,7 @@ async def test_read_without_a_limit_reads_to_the_end() -> None:
         assert stream.at_eof()
 
 
-async def test_readexactly_says_what_there_was_before_the_end() -> None:
+async def test_readexactly_at_eof_raises_with_the_partial_bytes() -> None:
     async with raw_stream(lambda c: c.send(b"seven b")) as stream:
         with pytest.raises(IncompleteRead) as error:
             await stream.readexactly(10)
@@ -483,7 +477,7 @@ async def test_readexactly_says_what_there_was_before_the_end() -> None:
         assert await stream.read() == b""
 
 
-async def test_lines_and_other_separators() -> None:
+async def test_readline_and_readuntil_split_at_separators() -> None:
     async with raw_stream(lambda c: c.send(b"one\ntwo\n\nENDthree END, four")) as stream:
         assert await stream.readline() == b"one\n"
         assert await stream.readuntil() == b"two\n"
@@ -496,14 +490,14 @@ async def test_lines_and_other_separators() -> None:
             await stream.readuntil(b"")
 
 
-async def test_readuntil_without_a_separator_before_the_end() -> None:
+async def test_readuntil_at_eof_raises_with_the_partial_bytes() -> None:
     async with raw_stream(lambda c: c.send(b"no newline")) as stream:
         with pytest.raises(IncompleteRead) as error:
             await stream.readuntil(b"\n")
         assert (error.value.partial, error.value.expected) == (b"no newline", None)
 
 
-async def test_a_separator_that_comes_in_pieces_is_found() -> None:
+async def test_readuntil_finds_a_separator_split_across_reads() -> None:
     def script(connection: Connection) -> None:
         for byte in b"ab-=-=--=-=!rest":
             connection.send(bytes([byte]))
@@ -513,7 +507,7 @@ async def test_a_separator_that_comes_in_pieces_is_found() -> None:
         assert await stream.read() == b"rest"
 
 
-async def test_a_line_over_the_limit_is_an_error_and_stays() -> None:
+async def test_line_over_the_limit_raises_and_stays_buffered() -> None:
     data = b"x" * 100_000 + b"\nrest"
     async with raw_stream(lambda c: c.send(data)) as stream:
         for _ in range(2):
@@ -526,7 +520,7 @@ async def test_a_line_over_the_limit_is_an_error_and_stays() -> None:
         assert await stream.read() == b"rest"
 
 
-async def test_frames_of_any_size_are_read_and_broken_ones_reported() -> None:
+async def test_receive_frame_reads_all_sizes_and_reports_broken_frames() -> None:
     frames = [b"", b"x", b"y" * 127, b"z" * 128, os.urandom(100_000)]
 
     def script(connection: Connection) -> None:
@@ -545,7 +539,7 @@ async def test_frames_of_any_size_are_read_and_broken_ones_reported() -> None:
 
 
 @pytest.mark.parametrize("size", [20, 200_000])
-async def test_a_cancelled_read_loses_nothing(size: int) -> None:
+async def test_cancelled_read_loses_no_data(size: int) -> None:
     data = os.urandom(size)
 
     def script(connection: Connection) -> None:
@@ -571,7 +565,7 @@ async def test_a_cancelled_read_loses_nothing(size: int) -> None:
         assert received == data
 
 
-async def test_a_cancelled_receive_loses_nothing() -> None:
+async def test_cancelled_receive_loses_no_data() -> None:
     def script(connection: Connection) -> None:
         for number in range(100):
             assert connection.read(1) == b"!"
@@ -590,13 +584,13 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
         assert received == b"".join(b"%03d" % number for number in range(100))
 
 
-async def test_iteration_gives_everything_up_to_the_end() -> None:
+async def test_iteration_yields_everything_up_to_eof() -> None:
     data = os.urandom(300_000)
     async with raw_stream(lambda c: c.send(data)) as stream:
         assert b"".join([part async for part in stream]) == data
 
 
-async def test_a_stream_that_always_has_data_lets_other_tasks_run() -> None:
+async def test_stream_with_constant_data_does_not_starve_other_tasks() -> None:
     def script(connection: Connection) -> None:
         while True:
             connection.send(bytes(MIB))
@@ -617,10 +611,10 @@ async def test_a_stream_that_always_has_data_lets_other_tasks_run() -> None:
     assert turns >= 2000 // 20
 
 
-# --- anyio 1's names, which programs for p2pclient 0.2 use ---
+# --- names of anyio 1, used by programs for p2pclient 0.2 ---
 
 
-async def test_a_program_for_p2pclient_0_2_talks_to_its_handler(pair: Pair) -> None:
+async def test_p2pclient_0_2_names_work_on_both_ends(pair: Pair) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         data = await stream.receive_exactly(4)
         await stream.send_all(data[::-1])
@@ -637,7 +631,7 @@ async def test_a_program_for_p2pclient_0_2_talks_to_its_handler(pair: Pair) -> N
     await stream.close()
 
 
-async def test_receive_some_returns_available_bytes_and_nothing_at_the_end() -> None:
+async def test_receive_some_returns_available_bytes_and_empty_at_eof() -> None:
     async with raw_stream(lambda connection: connection.send(b"abcdef")) as stream:
         assert await stream.receive_some(0) == b""
         assert await stream.receive_some(4) == b"abcd"
@@ -651,7 +645,7 @@ async def test_receive_some_returns_available_bytes_and_nothing_at_the_end() -> 
 
 
 @pytest.mark.parametrize("size", [3, 200_000])
-async def test_receive_exactly_leaves_an_incomplete_rest(size: int) -> None:
+async def test_receive_exactly_keeps_incomplete_data_buffered(size: int) -> None:
     data = os.urandom(size)
     async with raw_stream(lambda connection: connection.send(b"ab" + data)) as stream:
         assert await stream.receive_exactly(2) == b"ab"
@@ -681,7 +675,7 @@ async def test_receive_until_returns_the_bytes_before_the_delimiter() -> None:
             await stream.receive_until(b"", 1)
 
 
-async def test_receive_until_gives_up_as_soon_as_its_limit_has_come() -> None:
+async def test_receive_until_fails_as_soon_as_the_limit_is_reached() -> None:
     def script(connection: Connection) -> None:
         connection.send(b"abc")
         connection.wait_closed()
@@ -692,13 +686,13 @@ async def test_receive_until_gives_up_as_soon_as_its_limit_has_come() -> None:
         assert await stream.receive_some(10) == b"abc"
 
 
-async def test_chunks_are_iterated_over_up_to_the_end() -> None:
+async def test_receive_chunks_yields_up_to_eof() -> None:
     async with raw_stream(lambda connection: connection.send(b"abcdefg")) as stream:
         await stream.receive_exactly(2)
         assert [chunk async for chunk in stream.receive_chunks(2)] == [b"cd", b"ef", b"g"]
 
 
-async def test_delimited_chunks_are_iterated_over_up_to_the_end() -> None:
+async def test_receive_delimited_chunks_yields_up_to_eof() -> None:
     async with raw_stream(lambda connection: connection.send(b"a,b,,c,")) as stream:
         chunks = [chunk async for chunk in stream.receive_delimited_chunks(b",", 10)]
         assert chunks == [b"a", b"b", b"", b"c"]
@@ -710,7 +704,7 @@ async def test_delimited_chunks_are_iterated_over_up_to_the_end() -> None:
         assert chunks == [b"a"] and stream.buffered_data == b"rest"
 
 
-async def test_socket_options_and_addresses_are_those_of_the_socket() -> None:
+async def test_socket_options_and_addresses_match_the_socket() -> None:
     async with raw_stream(lambda connection: connection.send(b"a")) as stream:
         sock = stream.get_extra_info("socket")
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
@@ -723,11 +717,11 @@ async def test_socket_options_and_addresses_are_those_of_the_socket() -> None:
         assert (stream.address, stream.peer_address) == (sock.getsockname(), sock.getpeername())
 
 
-# --- large reads, which are received into what they return ---
+# --- large reads, received straight into the returned bytes ---
 
 
-async def cancelled_in_the_middle(stream: Stream, count: int, sent: threading.Event) -> None:
-    """Has a read of ``count`` bytes take all that was sent, and be cancelled."""
+async def cancel_readexactly_midway(stream: Stream, count: int, sent: threading.Event) -> None:
+    """Cancels a read of ``count`` bytes after it has consumed everything that was sent."""
     poll = select.poll()
     poll.register(stream._raw.fileno(), select.POLLIN)
     async with anyio.create_task_group() as tasks:
@@ -737,7 +731,7 @@ async def cancelled_in_the_middle(stream: Stream, count: int, sent: threading.Ev
 
 
 @pytest.mark.parametrize("how", ["again", "shorter", "longer", "read", "receive", "line", "frame"])
-async def test_what_a_cancelled_large_read_took_is_there_for_any_other(how: str) -> None:
+async def test_next_read_of_any_kind_gets_the_data_of_a_cancelled_large_read(how: str) -> None:
     size = 150_000
     data = frame(os.urandom(size).replace(b"\n", b"") + b"\n")
 
@@ -749,7 +743,7 @@ async def test_what_a_cancelled_large_read_took_is_there_for_any_other(how: str)
 
     sent = threading.Event()
     async with raw_stream(script) as stream:
-        await cancelled_in_the_middle(stream, len(data), sent)
+        await cancel_readexactly_midway(stream, len(data), sent)
         await stream.send(b"!")
         if how == "again":
             received = await stream.readexactly(len(data))
@@ -771,11 +765,11 @@ async def test_what_a_cancelled_large_read_took_is_there_for_any_other(how: str)
         assert await stream.read() == b""
 
 
-async def test_the_end_within_a_large_read_gives_what_there_was() -> None:
+async def test_eof_during_a_large_read_raises_with_the_partial_bytes() -> None:
     data = os.urandom(100_000)
     async with raw_stream(lambda c: c.send(data)) as stream:
         assert await stream.readexactly(10) == data[:10]
-        # More than there could be memory for, as another peer may have announced.
+        # Counts larger than the memory, as a peer may declare them.
         for count in (data[10:], 1 << 46), (b"", MIB), (b"", 1 << 60):
             with pytest.raises(IncompleteRead) as caught:
                 await stream.readexactly(count[1])
@@ -783,7 +777,7 @@ async def test_the_end_within_a_large_read_gives_what_there_was() -> None:
             assert stream.at_eof()
 
 
-async def test_reads_of_all_sizes_take_turns() -> None:
+async def test_mixed_read_sizes_return_consecutive_data() -> None:
     rng = random.Random(6)
     sizes = [65_535, 65_536, 65_537, 1, 8, MIB, 4096, 3 * MIB, 1, 100_000, 0, 300_000] * 2
     data = rng.randbytes(sum(sizes))
@@ -796,7 +790,7 @@ async def test_reads_of_all_sizes_take_turns() -> None:
         assert await stream.read() == b""
 
 
-async def test_a_stream_closed_within_a_large_read_has_nothing_more_to_read() -> None:
+async def test_close_discards_the_data_of_a_cancelled_large_read() -> None:
     sent = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -805,7 +799,7 @@ async def test_a_stream_closed_within_a_large_read_has_nothing_more_to_read() ->
         connection.wait_closed()
 
     async with raw_stream(script) as stream:
-        await cancelled_in_the_middle(stream, MIB, sent)
+        await cancel_readexactly_midway(stream, MIB, sent)
         await stream.aclose()
         with pytest.raises(anyio.ClosedResourceError):
             await stream.readexactly(MIB)
@@ -813,10 +807,10 @@ async def test_a_stream_closed_within_a_large_read_has_nothing_more_to_read() ->
             await stream.read(1)
 
 
-# --- who is woken, and when ---
+# --- waking tasks ---
 
 
-async def test_a_task_that_was_woken_is_itself() -> None:
+async def test_woken_task_keeps_its_context_and_identity() -> None:
     def script(connection: Connection) -> None:
         for _ in range(20):
             assert connection.read(1) == b"!"
@@ -839,7 +833,7 @@ async def test_a_task_that_was_woken_is_itself() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
-async def test_a_task_can_be_cancelled_while_it_waits_and_told_why() -> None:
+async def test_cancelling_a_waiting_task_passes_on_the_message() -> None:
     def hold(connection: Connection) -> None:
         connection.wait_closed()
 
@@ -851,13 +845,13 @@ async def test_a_task_can_be_cancelled_while_it_waits_and_told_why() -> None:
             with pytest.raises(asyncio.CancelledError) as caught:
                 await task
             assert list(caught.value.args) == words
-        # The last one waits on.
+        # The stream stays usable: the next read waits again.
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(stream.read(), 0.01)
 
 
 def reads_later(release: threading.Event, received: list[bytes]) -> Script:
-    """A peer that reads nothing until it is told to, and then everything."""
+    """A peer that reads nothing until ``release`` is set, and then everything."""
 
     def script(connection: Connection) -> None:
         release.wait(20)
@@ -866,9 +860,9 @@ def reads_later(release: threading.Event, received: list[bytes]) -> Script:
     return script
 
 
-# On trio nothing runs by itself.
+# trio runs nothing in the background.
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
-async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
+async def test_garbage_collected_stream_still_sends_its_buffer() -> None:
     release = threading.Event()
     received: list[bytes] = []
     data = os.urandom(4 * MIB)
@@ -886,7 +880,7 @@ async def test_what_was_written_to_a_stream_that_is_forgotten_is_sent() -> None:
 # --- writing ---
 
 
-async def test_a_buffer_cannot_shrink_while_it_is_sent() -> None:
+async def test_buffer_cannot_be_resized_while_it_is_sent() -> None:
     release = threading.Event()
     received: list[bytes] = []
     data = bytearray(os.urandom(4 * MIB))
@@ -901,7 +895,7 @@ async def test_a_buffer_cannot_shrink_while_it_is_sent() -> None:
     assert received == [data]
 
 
-async def test_buffers_of_every_kind_are_written() -> None:
+async def test_every_kind_of_buffer_is_accepted() -> None:
     numbers = array.array("d", [1.5, -2.0, float("inf")])
     grid = memoryview(bytes(range(12))).cast("B", (3, 4))
     buffers: list[Any] = [
@@ -940,7 +934,7 @@ async def test_buffers_of_every_kind_are_written() -> None:
     assert received == [expected * 4]
 
 
-async def test_a_buffer_written_can_be_changed_at_once() -> None:
+async def test_buffer_can_be_changed_after_write_returns() -> None:
     received = []
 
     def script(connection: Connection) -> None:
@@ -954,7 +948,7 @@ async def test_a_buffer_written_can_be_changed_at_once() -> None:
     assert received == [expected]
 
 
-async def test_write_eof_wants_the_buffer_drained() -> None:
+async def test_write_eof_after_drain_half_closes() -> None:
     received = []
 
     def script(connection: Connection) -> None:
@@ -969,13 +963,13 @@ async def test_write_eof_wants_the_buffer_drained() -> None:
             await stream.drain()
             await anyio.lowlevel.checkpoint()
         stream.write_eof()
-        assert await stream.read() == b"answer"  # here nothing but a socket is involved
+        assert await stream.read() == b"answer"  # no daemon in between, so half-close works
         with pytest.raises(anyio.ClosedResourceError):
             stream.write(b"more")
     assert received == [bytes(4 * MIB)]
 
 
-async def test_send_eof_sends_what_is_buffered_first() -> None:
+async def test_send_eof_flushes_the_buffer_first() -> None:
     received = []
 
     def script(connection: Connection) -> None:
@@ -988,7 +982,7 @@ async def test_send_eof_sends_what_is_buffered_first() -> None:
     assert received == [bytes(4 * MIB)]
 
 
-async def test_send_after_write_keeps_the_order() -> None:
+async def test_send_after_write_preserves_order() -> None:
     received = []
 
     def script(connection: Connection) -> None:
@@ -1002,7 +996,7 @@ async def test_send_after_write_keeps_the_order() -> None:
     assert received == [b"".join(parts)]
 
 
-async def test_a_write_does_not_land_in_the_middle_of_what_another_task_sends() -> None:
+async def test_write_during_another_tasks_send_is_refused() -> None:
     received: list[bytes] = []
 
     def script(connection: Connection) -> None:
@@ -1020,7 +1014,7 @@ async def test_a_write_does_not_land_in_the_middle_of_what_another_task_sends() 
     assert received == [data]
 
 
-async def test_several_tasks_may_drain_and_one_close_at_once() -> None:
+async def test_drain_and_close_may_run_concurrently() -> None:
     received: list[bytes] = []
 
     def script(connection: Connection) -> None:
@@ -1049,7 +1043,7 @@ async def test_several_tasks_may_drain_and_one_close_at_once() -> None:
 
 
 @pytest.mark.needs("backpressure")
-async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
+async def test_drain_blocks_while_the_peer_does_not_read(pair: Pair) -> None:
     chunk = os.urandom(64 * 1024)
     async with both_ends(pair) as (near, far):
         written, progress = 0, True
@@ -1061,7 +1055,7 @@ async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
                 assert near._raw.buffered <= 64 * 1024 + len(chunk)
                 await near.drain()
             progress = not scope.cancelled_caught
-        # Nothing of it is lost, and the writer goes on when it is read.
+        # Nothing is lost, and the writer continues once the peer reads.
         digest = hashlib.sha1(chunk * (written // len(chunk)))
         actual = hashlib.sha1()
         async with anyio.create_task_group() as tasks:
@@ -1075,7 +1069,7 @@ async def test_a_writer_is_held_back_when_nobody_reads(pair: Pair) -> None:
         assert await far.readexactly(4) == b"more"
 
 
-async def test_a_cancelled_send_leaves_the_stream_usable_for_reading() -> None:
+async def test_cancelled_send_leaves_the_stream_usable() -> None:
     def script(connection: Connection) -> None:
         connection.send(b"unasked")
         connection.wait_readable()
@@ -1099,7 +1093,7 @@ async def test_a_cancelled_send_leaves_the_stream_usable_for_reading() -> None:
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
+async def test_handler_exception_is_logged_and_ends_only_its_stream(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -1133,12 +1127,12 @@ async def test_an_exception_in_a_handler_is_logged_and_ends_only_its_stream(
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_stream(
+async def test_handler_raising_cancelled_error_ends_only_its_stream(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def gives_up(info: StreamInfo, stream: Stream) -> None:
         await stream.receive()
-        raise asyncio.CancelledError  # as out of a task that was cancelled
+        raise asyncio.CancelledError  # as awaiting a cancelled task would
 
     await pair.bob.stream_handler("/echo", echo)
     await pair.bob.stream_handler("/gives up", gives_up)
@@ -1162,8 +1156,8 @@ async def test_a_handler_that_ends_in_a_cancellation_of_its_own_ends_only_its_st
         await stream.aclose()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not say that they are cancelled")
-def test_a_handler_whose_task_is_cancelled_as_at_the_end_of_a_loop_is_no_news(
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Task.cancelling is new in Python 3.11")
+def test_handler_cancelled_at_loop_shutdown_logs_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     directory = new_directory()
@@ -1194,13 +1188,13 @@ def test_a_handler_whose_task_is_cancelled_as_at_the_end_of_a_loop_is_no_news(
         return task
 
     with socket.socket(socket.AF_UNIX) as peer:
-        task = asyncio.run(main(peer))  # which cancels every task that is left
+        task = asyncio.run(main(peer))  # cancels all remaining tasks
         assert task.cancelled()
         assert peer.recv(1) == b""
     assert [record.message for record in caplog.records] == []
 
 
-async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:
+async def test_leaving_listen_cancels_handlers(pair: Pair) -> None:
     events = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -1222,7 +1216,7 @@ async def test_handlers_are_cancelled_when_listening_ends(pair: Pair) -> None:
                 await stream.receive()
 
 
-async def test_an_exception_in_the_body_of_listen_comes_out_as_it_is(pair: Pair) -> None:
+async def test_exception_in_the_body_of_listen_propagates_unchanged(pair: Pair) -> None:
     async def wait(info: StreamInfo, stream: Stream) -> None:
         begun.append(True)
         await stream.receive()
@@ -1245,7 +1239,7 @@ async def test_an_exception_in_the_body_of_listen_comes_out_as_it_is(pair: Pair)
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: Pair) -> None:
+async def test_stream_is_closed_when_its_handler_returns_without_closing(pair: Pair) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         assert await stream.readexactly(2) == b"hi"
         done.append(True)
@@ -1263,7 +1257,7 @@ async def test_a_handler_that_returns_without_closing_leaves_nothing_open(pair: 
     await until(lambda: len(open_descriptors()) <= len(before))
 
 
-async def test_a_stream_forgotten_while_its_loop_is_closed_by_another_thread_is_closed() -> None:
+async def test_abandoned_stream_is_closed_if_its_loop_is_closed_meanwhile() -> None:
     def hold(connection: Connection) -> None:
         connection.wait_closed()
 
@@ -1274,12 +1268,12 @@ async def test_a_stream_forgotten_while_its_loop_is_closed_by_another_thread_is_
         raw, watched = stream._raw, stream._watch
         loop.close()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "is_running", lambda: True)  # as it was a moment before
+            patch.setattr(loop, "is_running", lambda: True)  # as if checked just before the close
             watched.abandon(raw)
         assert raw.closed
 
 
-async def test_a_handler_may_keep_its_stream(pair: Pair) -> None:
+async def test_handler_may_keep_its_stream(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         gc.collect()
         await near.send(b"still there?")
@@ -1289,16 +1283,16 @@ async def test_a_handler_may_keep_its_stream(pair: Pair) -> None:
 # --- the listener ---
 
 
-async def test_a_client_listens_once_at_a_time(pair: Pair) -> None:
+async def test_second_listen_is_refused_while_the_first_runs(pair: Pair) -> None:
     with pytest.raises(ControlFailure, match="already listening"):
         async with pair.alice.listen():
             pass
-    async with both_ends(pair) as (near, far):  # the first goes on
+    async with both_ends(pair) as (near, far):  # the first keeps working
         await near.send(b"x")
         assert await far.receive() == b"x"
 
 
-async def test_closing_the_client_ends_listening_but_not_the_body_of_listen(
+async def test_client_close_stops_listening_but_not_the_body_of_listen(
     bare_daemon: DaemonProcess,
 ) -> None:
     client = bare_daemon.client()
@@ -1315,7 +1309,7 @@ async def test_closing_the_client_ends_listening_but_not_the_body_of_listen(
     await client.close()
 
 
-async def test_closing_the_client_cancels_its_handlers(pair: Pair) -> None:
+async def test_client_close_cancels_handlers(pair: Pair) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         events.append("begun")
         try:
@@ -1334,7 +1328,7 @@ async def test_closing_the_client_cancels_its_handlers(pair: Pair) -> None:
         assert events == ["begun", "ended"]
 
 
-async def test_the_socket_file_is_private_and_goes_with_the_listener() -> None:
+async def test_socket_file_is_private_and_removed_with_the_listener() -> None:
     path = new_directory() / "listen.sock"
     async with Client(None, f"/unix{path}").listen() as client:
         assert client.control.handlers == {}
@@ -1343,7 +1337,7 @@ async def test_the_socket_file_is_private_and_goes_with_the_listener() -> None:
     assert not path.exists()
 
 
-async def test_a_stale_socket_file_is_replaced() -> None:
+async def test_stale_socket_file_is_replaced() -> None:
     path = new_directory() / "listen.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -1355,7 +1349,7 @@ async def test_a_stale_socket_file_is_replaced() -> None:
     assert not path.exists()
 
 
-async def test_an_address_that_is_in_use_is_an_os_error_that_names_it() -> None:
+async def test_listen_on_an_address_in_use_raises_os_error_naming_it() -> None:
     directory = new_directory()
     path, file = directory / "listen.sock", directory / "file"
     file.write_text("precious")
@@ -1368,14 +1362,14 @@ async def test_an_address_that_is_in_use_is_an_os_error_that_names_it() -> None:
             f"/ip4/127.0.0.1/tcp/{tcp.getsockname()[1]}",
         ):
             client = Client(None, addr)
-            for _ in range(2):  # not "already listening" the second time
+            for _ in range(2):  # the second failure must not be "already listening"
                 with pytest.raises(OSError, match=addr) as error:
                     async with client.listen():
                         pass
                 assert "in use" in str(error.value)
                 assert error.value.errno == errno.EADDRINUSE
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(str(path))  # it was left alone
+            probe.connect(str(path))  # still accepts connections
     assert file.read_text() == "precious"
     path.unlink()
     with pytest.raises(FileNotFoundError, match="/missing/listen.sock"):
@@ -1384,7 +1378,7 @@ async def test_an_address_that_is_in_use_is_an_os_error_that_names_it() -> None:
 
 
 def connect_to_listener(client: Client) -> socket.socket:
-    """A connection to a client's listener, as the daemon would make it."""
+    """Connects to a client's listener, as the daemon would."""
     _, kind, *rest = str(client.control.listen_maddr).split("/")
     if kind == "unix":
         sock = socket.socket(socket.AF_UNIX)
@@ -1406,14 +1400,14 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
-async def test_a_stranger_at_the_listener_does_no_harm(
+async def test_listener_survives_invalid_connections(
     pair: Pair, nonsense: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     await pair.bob.stream_handler("/echo", echo)
     with connect_to_listener(pair.bob) as stranger, connect_to_listener(pair.bob) as silent:
         stranger.sendall(nonsense)
         stranger.shutdown(socket.SHUT_WR)
-        # Its connection is closed, and that of one that says nothing yet is not.
+        # The listener closes the invalid connection and keeps the silent one.
         stranger.setblocking(False)
         await until(lambda: is_closed(stranger))
         silent.setblocking(False)
@@ -1428,7 +1422,7 @@ async def test_a_stranger_at_the_listener_does_no_harm(
 
 
 def peek(sock: socket.socket) -> bytes:
-    """What has come to a non-blocking socket, and stays there."""
+    """Returns what has arrived at a non-blocking socket, without consuming it."""
     try:
         return sock.recv(100, socket.MSG_PEEK)
     except BlockingIOError:
@@ -1436,7 +1430,7 @@ def peek(sock: socket.socket) -> bytes:
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether the other side of a non-blocking socket has closed it."""
+    """Whether the peer of a non-blocking socket has closed it."""
     try:
         return sock.recv(100) == b""
     except BlockingIOError:
@@ -1445,7 +1439,7 @@ def is_closed(sock: socket.socket) -> bool:
         return True
 
 
-async def test_streams_wait_while_the_listener_has_no_descriptors_and_that_is_said_once(
+async def test_listener_out_of_descriptors_logs_once_and_accepts_later(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     await pair.bob.stream_handler("/echo", echo)
@@ -1455,17 +1449,17 @@ async def test_streams_wait_while_the_listener_has_no_descriptors_and_that_is_sa
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             await until(lambda: "Too many open files" in caplog.text)
-            await anyio.sleep(0.35)  # some more attempts
+            await anyio.sleep(0.35)  # a few more attempts
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         daemon.sendall(frame(HEADER) + b"ping")
         await until(lambda: peek(daemon) == b"ping")
-    # The other one's listener may have something to accept as well.
+    # alice's listener may log the same for a stream of its own.
     words = f"cannot accept a stream at {pair.bob.control.listen_maddr}"
     assert [words in record.getMessage() for record in caplog.records].count(True) == 1
 
 
-async def test_a_stream_whose_header_comes_byte_by_byte_is_handled(pair: Pair) -> None:
+async def test_header_arriving_byte_by_byte_is_accepted(pair: Pair) -> None:
     await pair.bob.stream_handler("/echo", echo)
     with connect_to_listener(pair.bob) as daemon:
         for byte in frame(HEADER):
@@ -1485,14 +1479,14 @@ async def test_a_stream_whose_header_comes_byte_by_byte_is_handled(pair: Pair) -
         await until(answered)
 
 
-async def test_a_daemon_may_connect_long_before_there_is_a_stream(
+async def test_header_timeout_starts_with_its_first_byte(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2pclient_rs.control._HEADER_TIMEOUT", 0.05)
     pair.bob.control.handlers["/echo"] = echo
     with connect_to_listener(pair.bob) as daemon:
         daemon.setblocking(False)
-        await anyio.sleep(0.2)  # as the JavaScript daemon does, but for longer
+        await anyio.sleep(0.2)  # jsp2pd connects early too, though not this early
         daemon.sendall(frame(HEADER) + b"ping")
         received = bytearray()
 
@@ -1502,14 +1496,14 @@ async def test_a_daemon_may_connect_long_before_there_is_a_stream(
             return bytes(received) == b"ping"
 
         await until(answered)
-    # Once it has begun, it is to go on.
+    # An incomplete header times out.
     with connect_to_listener(pair.bob) as daemon:
         daemon.setblocking(False)
         daemon.sendall(frame(HEADER)[:-1])
         await until(lambda: is_closed(daemon))
 
 
-async def test_bytes_right_behind_the_header_are_the_first_of_the_stream(pair: Pair) -> None:
+async def test_bytes_after_the_header_belong_to_the_stream(pair: Pair) -> None:
     got: list[bytes] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
