@@ -1,5 +1,6 @@
 //! When to try again: pauses that grow, without I/O and without a clock.
 
+use p2pd_protocol::policy::backoff::{jitter, Backoff};
 use p2pd_sockets::random;
 use std::time::Duration;
 
@@ -7,37 +8,6 @@ use std::time::Duration;
 const LOOK_AGAIN: Duration = Duration::from_secs(15);
 /// What lives as long has not died because of its start.
 const QUICK_DEATH: Duration = Duration::from_secs(10);
-
-/// Pauses of which each is about twice as long as the one before, up to a limit.
-#[derive(Debug, Clone)]
-struct Backoff {
-    first: Duration,
-    limit: Duration,
-    failures: u32,
-}
-
-impl Backoff {
-    fn new(first: Duration, limit: Duration) -> Self {
-        Backoff {
-            first,
-            limit,
-            failures: 0,
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        let factor = 2u32.saturating_pow(self.failures);
-        self.failures = self.failures.saturating_add(1);
-        spread(self.first.saturating_mul(factor).min(self.limit))
-    }
-}
-
-/// Somewhat less, at random: who lost the same peer at the same time shall not all come back at
-/// the same time.
-fn spread(pause: Duration) -> Duration {
-    let part = (random(0) % 256) as u32;
-    pause - pause / 4 * part / 256
-}
 
 /// When to connect to a bootstrap peer that need not be reachable, and what to tell of it.
 ///
@@ -66,10 +36,10 @@ impl Reconnection {
 
     /// It is connected. Gives the pause until the next time, and whether this is news.
     pub fn connected(&mut self) -> (Duration, bool) {
-        self.backoff.failures = 0;
+        self.backoff.reset();
         self.told = None;
         let news = !std::mem::replace(&mut self.connected, true);
-        (spread(LOOK_AGAIN), news)
+        (jitter(LOOK_AGAIN, random(0)), news)
     }
 
     /// It could not be connected to. Gives the pause until the next time, and whether this is news.
@@ -81,7 +51,7 @@ impl Reconnection {
             self.told = Some(reason.into());
         }
         self.connected = false;
-        (self.backoff.next(), news)
+        (self.backoff.next(random(0)), news)
     }
 }
 
@@ -113,7 +83,7 @@ impl Restarts {
             *self = Restarts::new(self.limit);
         }
         self.deaths = self.deaths.saturating_add(1);
-        let pause = self.backoff.next();
+        let pause = self.backoff.next(random(0));
         (self.deaths < self.limit || lived >= QUICK_DEATH).then_some(pause)
     }
 

@@ -6,6 +6,7 @@
 //!   become frames, and frames become requests and replies.
 //! - [`unary`]: a connection that was upgraded for unary calls as another state machine;
 //!   [`output`]: the bytes waiting to be sent on it.
+//! - [`policy`]: decisions that drivers make alike, such as the pause before a retry.
 //! - [`types`], [`pb`]: the values they are made of.
 //! - [`error`]: the failures, and whose fault each is.
 //!
@@ -36,6 +37,7 @@ mod fields;
 pub mod framing;
 pub mod output;
 pub mod pb;
+pub mod policy;
 pub mod types;
 pub mod unary;
 
