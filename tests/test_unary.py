@@ -36,12 +36,12 @@ from p2pclient_rs import (
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
-#: What clients and daemons take, in bytes.
+#: Message limit of clients and daemons, in bytes.
 LIMIT = 4 << 20
 
 
-def connected(first: DaemonProcess, second: DaemonProcess) -> None:
-    """Connects two daemons, which stay when their clients leave."""
+def connect_daemons(first: DaemonProcess, second: DaemonProcess) -> None:
+    """Connects two daemons and keeps them running when their clients leave."""
     first.keep()
     second.keep()
 
@@ -56,7 +56,7 @@ def connected(first: DaemonProcess, second: DaemonProcess) -> None:
 def swarm() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
     """Two connected daemons."""
     with DaemonProcess() as first, DaemonProcess() as second:
-        connected(first, second)
+        connect_daemons(first, second)
         yield first, second
 
 
@@ -69,12 +69,12 @@ class Pair:
     alice_daemon: DaemonProcess
     bob_daemon: DaemonProcess
 
-    async def ask(self, proto: str, data: Any = b"", timeout: float | None = None) -> bytes:
-        """Alice calls Bob."""
+    async def call(self, proto: str, data: Any = b"", timeout: float | None = None) -> bytes:
+        """Alice calls a handler of Bob's."""
         return await self.alice.call_unary(self.bob_daemon.peer_id, proto, data, timeout=timeout)
 
     def idle(self) -> bool:
-        """Whether neither has anything under way."""
+        """Whether neither client has calls pending or unanswered."""
         clients = (self.alice.unary, self.bob.unary)
         return not any(c.pending_calls or c.unanswered_calls for c in clients)
 
@@ -86,7 +86,7 @@ async def pair(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair
         pair = Pair(alice, bob, first, second)
         yield pair
         await until(pair.idle)
-        # The next test's clients take the same names, maybe before the daemons see that these left.
+        # The next test registers the same names, perhaps before the daemons notice that these left.
         for client in (alice, bob):
             for name in client.unary.handlers:
                 await client.remove_unary_handler(name)
@@ -104,7 +104,7 @@ async def backwards(data: bytes, peer_id: PeerID) -> bytes:
 # --- calls and results ---
 
 
-async def test_calls_go_both_ways_and_name_the_caller(pair: Pair) -> None:
+async def test_calls_in_both_directions_pass_the_callers_peer_id(pair: Pair) -> None:
     callers = []
 
     async def greet(data: bytes, peer_id: PeerID) -> bytes:
@@ -121,7 +121,7 @@ async def test_calls_go_both_ways_and_name_the_caller(pair: Pair) -> None:
     assert callers == [here] * 3 + [there]
 
 
-async def test_over_tcp_it_is_the_same() -> None:
+async def test_calls_over_tcp() -> None:
     with DaemonProcess(transport="tcp") as first, DaemonProcess(transport="tcp") as second:
         async with first.client() as alice, second.client() as bob:
             await alice.unary.open()
@@ -136,18 +136,18 @@ async def test_over_tcp_it_is_the_same() -> None:
 
 @pytest.mark.parametrize("handler", [echo, backwards])
 @pytest.mark.parametrize("size", [0, 1, 1 << 10, 1 << 16, 1 << 20, LIMIT - 256])
-async def test_payloads_of_any_size_arrive_unharmed(
+async def test_payloads_of_any_size_arrive_intact(
     pair: Pair, size: int, handler: Callable[[bytes, PeerID], Awaitable[bytes]]
 ) -> None:
     await pair.bob.add_unary_handler("handler", handler)
     data = random.Random(size).randbytes(size)
     for _ in range(2):
-        result = await pair.ask("handler", data)
+        result = await pair.call("handler", data)
         assert type(result) is bytes
         assert result == (data if handler is echo else data[::-1])
 
 
-async def test_payloads_of_mixed_sizes_at_once_do_not_mix(pair: Pair) -> None:
+async def test_concurrent_payloads_of_mixed_sizes_are_not_mixed_up(pair: Pair) -> None:
     async def digest(data: bytes, peer_id: PeerID) -> bytes:
         return data[:32] + hashlib.sha256(data).digest()
 
@@ -155,7 +155,7 @@ async def test_payloads_of_mixed_sizes_at_once_do_not_mix(pair: Pair) -> None:
     sizes = [rng.choice([0, 1, 100, 4095, 4096, 70_000, 300_000]) for _ in range(150)]
     await pair.bob.add_unary_handler("digest", digest)
     payloads = [rng.randbytes(size) for size in sizes]
-    results = await all_of(pair.ask("digest", data) for data in payloads)
+    results = await all_of(pair.call("digest", data) for data in payloads)
     assert results == [data[:32] + hashlib.sha256(data).digest() for data in payloads]
 
 
@@ -170,27 +170,27 @@ async def test_payloads_of_mixed_sizes_at_once_do_not_mix(pair: Pair) -> None:
     ],
     ids=["bytearray", "memoryview", "strided", "array", "large"],
 )
-async def test_buffers_of_every_kind_are_sent(pair: Pair, data: Any) -> None:
+async def test_every_kind_of_buffer_is_accepted(pair: Pair, data: Any) -> None:
     await pair.bob.add_unary_handler("echo", echo)
-    assert await pair.ask("echo", data) == memoryview(data).tobytes()
+    assert await pair.call("echo", data) == memoryview(data).tobytes()
 
 
 @pytest.mark.parametrize("data", ["text", None, 7])
-async def test_what_is_no_buffer_is_a_type_error(pair: Pair, data: Any) -> None:
+async def test_data_that_is_not_a_buffer_raises_type_error(pair: Pair, data: Any) -> None:
     with pytest.raises(TypeError):
-        await pair.ask("echo", data)
+        await pair.call("echo", data)
 
 
-async def test_a_result_may_be_any_buffer(pair: Pair) -> None:
+async def test_handler_may_return_any_buffer(pair: Pair) -> None:
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
         return {b"a": bytearray(b"mutable"), b"m": memoryview(b"view")}[data]  # type: ignore[return-value]
 
     await pair.bob.add_unary_handler("handler", handler)
-    assert await pair.ask("handler", b"a") == b"mutable"
-    assert await pair.ask("handler", b"m") == b"view"
+    assert await pair.call("handler", b"a") == b"mutable"
+    assert await pair.call("handler", b"m") == b"view"
 
 
-async def test_a_thousand_calls_each_way_are_answered_in_any_order(pair: Pair) -> None:
+async def test_thousand_calls_each_way_are_answered_out_of_order(pair: Pair) -> None:
     rng = random.Random(4)
     order = []
 
@@ -204,14 +204,14 @@ async def test_a_thousand_calls_each_way_are_answered_in_any_order(pair: Pair) -
     await pair.bob.add_unary_handler("handler", handler)
     here = pair.alice_daemon.peer_id
     asked = [b"alice %04d" % number for number in range(1000)]
-    calls = [pair.ask("handler", data) for data in asked]
+    calls = [pair.call("handler", data) for data in asked]
     calls += [pair.bob.call_unary(here, "handler", data) for data in asked]
     assert await all_of(calls) == [data[::-1] for data in asked] * 2
     assert sorted(order) == sorted(asked * 2) and order != sorted(order)
     assert pair.idle()
 
 
-async def test_a_handler_may_call_its_caller_and_so_on(pair: Pair) -> None:
+async def test_handler_may_call_its_caller_recursively(pair: Pair) -> None:
     def countdown(client: Client) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
         async def handler(data: bytes, peer_id: PeerID) -> bytes:
             left = int(data)
@@ -223,14 +223,14 @@ async def test_a_handler_may_call_its_caller_and_so_on(pair: Pair) -> None:
 
     await pair.alice.add_unary_handler("countdown", countdown(pair.alice))
     await pair.bob.add_unary_handler("countdown", countdown(pair.bob))
-    results = await all_of(pair.ask("countdown", b"10") for _ in range(20))
+    results = await all_of(pair.call("countdown", b"10") for _ in range(20))
     assert results == [b"10 9 8 7 6 5 4 3 2 1 0"] * 20
 
 
-# --- what goes wrong in calls ---
+# --- failing calls ---
 
 
-async def test_what_a_handler_raises_the_caller_is_told(pair: Pair) -> None:
+async def test_handler_exception_is_sent_to_the_caller(pair: Pair) -> None:
     async def at_once(data: bytes, peer_id: PeerID) -> bytes:
         raise ValueError("no good")
 
@@ -242,7 +242,7 @@ async def test_what_a_handler_raises_the_caller_is_told(pair: Pair) -> None:
     await pair.bob.add_unary_handler("later", later)
     for proto, text in (("at once", "ValueError('no good')"), ("later", "KeyError(b'data')")):
         with pytest.raises(P2PHandlerError) as error:
-            await pair.ask(proto, b"data")
+            await pair.call(proto, b"data")
         assert str(error.value) == text
         assert error.value.peer_id == pair.bob_daemon.peer_id
         assert error.value.protocol == proto
@@ -266,7 +266,7 @@ class Unspeakable(Exception):
     ],
     ids=["huge", "surrogate", "repr fails", "timeout", "stop"],
 )
-async def test_an_error_that_is_hard_to_tell_is_told_all_the_same(
+async def test_handler_exception_with_an_unusable_repr_still_reaches_the_caller(
     pair: Pair, failure: Exception, words: str, suspends: bool
 ) -> None:
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -277,23 +277,21 @@ async def test_an_error_that_is_hard_to_tell_is_told_all_the_same(
     await pair.bob.add_unary_handler("handler", handler)
     await pair.bob.add_unary_handler("echo", echo)
     with pytest.raises(P2PHandlerError, match=words):
-        await pair.ask("handler", timeout=10)
-    assert await pair.ask("echo", b"still there") == b"still there"
+        await pair.call("handler", timeout=10)
+    assert await pair.call("echo", b"still there") == b"still there"
 
 
 @pytest.mark.parametrize("result", [None, "text", 1, [1]])
-async def test_a_result_that_is_no_bytes_is_a_type_error_of_the_handlers(
-    pair: Pair, result: Any
-) -> None:
+async def test_result_that_is_not_bytes_is_reported_as_type_error(pair: Pair, result: Any) -> None:
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
         return result  # type: ignore[no-any-return]
 
     await pair.bob.add_unary_handler("handler", handler)
     with pytest.raises(P2PHandlerError, match=f"TypeError.*{type(result).__name__}"):
-        await pair.ask("handler", timeout=10)
+        await pair.call("handler", timeout=10)
 
 
-async def test_a_handler_that_is_no_coroutine_function_is_an_error_of_the_handlers(
+async def test_handler_that_is_not_a_coroutine_function_is_reported_as_type_error(
     pair: Pair,
 ) -> None:
     def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -301,26 +299,26 @@ async def test_a_handler_that_is_no_coroutine_function_is_an_error_of_the_handle
 
     await pair.bob.add_unary_handler("handler", handler)  # type: ignore[arg-type]
     with pytest.raises(P2PHandlerError, match="TypeError"):
-        await pair.ask("handler", timeout=10)
+        await pair.call("handler", timeout=10)
 
 
-async def test_a_protocol_that_the_peer_does_not_have_is_refused_at_once(pair: Pair) -> None:
+async def test_protocol_unknown_to_the_peer_is_refused_at_once(pair: Pair) -> None:
     with pytest.raises(DaemonRefused, match="not supported") as error:
-        await pair.ask("no such protocol", timeout=10)
+        await pair.call("no such protocol", timeout=10)
     assert error.value.request == "CALL_UNARY"
     assert error.value.peer_id == pair.bob_daemon.peer_id
     assert error.value.protocol == "no such protocol"
     assert error.value.daemon_message and "no such protocol" in error.value.daemon_message
 
 
-async def test_a_peer_that_nobody_knows_is_refused_at_once(pair: Pair) -> None:
+async def test_unknown_peer_is_refused_at_once(pair: Pair) -> None:
     peer_id = unknown_peer()
     with pytest.raises(DaemonRefused, match=str(peer_id)) as error:
         await pair.alice.call_unary(peer_id, "echo", b"data", timeout=10)
     assert error.value.daemon_message
 
 
-async def test_what_is_no_peer_id_is_refused_here(pair: Pair) -> None:
+async def test_malformed_peer_id_is_refused_by_the_client(pair: Pair) -> None:
     with pytest.raises(InvalidPeerID):
         await pair.alice.call_unary("nobody", "echo", b"data")
     with pytest.raises(DaemonRefused):
@@ -328,7 +326,7 @@ async def test_what_is_no_peer_id_is_refused_here(pair: Pair) -> None:
 
 
 def largest_request(peer_id: PeerID, proto: str) -> int:
-    """How much data a call's message of exactly the limit has."""
+    """Returns the payload size for which a call's message has exactly the limit."""
     envelope = field(1, bytes(16)) + field(3, b"")[:1]
     call = field(1, peer_id.to_bytes()) + field(2, proto.encode())
     size = LIMIT - len(envelope) - 4 - len(call) - 1 - 4
@@ -337,40 +335,40 @@ def largest_request(peer_id: PeerID, proto: str) -> int:
 
 
 def largest_result() -> int:
-    """How much data a reply's message of exactly the limit has."""
+    """Returns the payload size for which a reply's message has exactly the limit."""
     size = LIMIT - 18 - 5 - 5
     assert len(field(1, bytes(16)) + field(4, field(1, bytes(size)))) == LIMIT
     return size
 
 
-async def test_a_request_over_the_limit_is_refused_before_it_is_sent(pair: Pair) -> None:
+async def test_request_over_the_limit_is_refused_before_sending(pair: Pair) -> None:
     async def length(data: bytes, peer_id: PeerID) -> bytes:
         return b"%d" % len(data)
 
     await pair.bob.add_unary_handler("length", length)
     size = largest_request(pair.bob_daemon.peer_id, "length")
     with pytest.raises(MessageTooLarge, match=str(LIMIT)) as error:
-        await pair.ask("length", bytes(size + 1))
+        await pair.call("length", bytes(size + 1))
     assert isinstance(error.value, ControlFailure)
     assert error.value.request == "CALL_UNARY"
     assert error.value.peer_id == pair.bob_daemon.peer_id
     assert error.value.protocol == "length"
-    # The daemon would have closed the connection, and forgotten the handlers.
-    assert await pair.ask("length", bytes(size)) == b"%d" % size
+    # Had it been sent, the daemon would have closed the connection and dropped its handlers.
+    assert await pair.call("length", bytes(size)) == b"%d" % size
 
 
-async def test_a_result_over_the_limit_is_an_error_for_the_caller(pair: Pair) -> None:
+async def test_result_over_the_limit_is_an_error_for_the_caller(pair: Pair) -> None:
     async def zeros(data: bytes, peer_id: PeerID) -> bytes:
         return bytes(int(data))
 
     await pair.bob.add_unary_handler("zeros", zeros)
     size = largest_result()
     with pytest.raises(P2PHandlerError, match=str(LIMIT)):
-        await pair.ask("zeros", b"%d" % (size + 1), timeout=10)
-    assert await pair.ask("zeros", b"%d" % size, timeout=10) == bytes(size)
+        await pair.call("zeros", b"%d" % (size + 1), timeout=10)
+    assert await pair.call("zeros", b"%d" % size, timeout=10) == bytes(size)
 
 
-async def test_the_limit_can_be_set(swarm: tuple[DaemonProcess, DaemonProcess]) -> None:
+async def test_message_limit_is_configurable(swarm: tuple[DaemonProcess, DaemonProcess]) -> None:
     daemon, other = swarm
     client = Client(daemon.control_maddr, persistent_conn_max_msg_size=1000)
     async with client:
@@ -380,9 +378,9 @@ async def test_the_limit_can_be_set(swarm: tuple[DaemonProcess, DaemonProcess]) 
 
 
 @pytest.mark.parametrize("timeout", [-1.0, float("nan")])
-async def test_what_is_no_length_of_time_is_a_value_error(pair: Pair, timeout: float) -> None:
+async def test_invalid_timeout_raises_value_error(pair: Pair, timeout: float) -> None:
     calls: list[Callable[[], Awaitable[Any]]] = [
-        lambda: pair.ask("echo", timeout=timeout),
+        lambda: pair.call("echo", timeout=timeout),
         lambda: pair.alice.add_unary_handler("echo", echo, timeout=timeout),
         lambda: pair.alice.remove_unary_handler("echo", timeout=timeout),
         lambda: pair.alice.unary.open(timeout=timeout),
@@ -393,11 +391,11 @@ async def test_what_is_no_length_of_time_is_a_value_error(pair: Pair, timeout: f
     assert not pair.alice.unary.connected
 
 
-# --- strangers: what a peer sends that is no client of a daemon ---
+# --- raw peers, which write to the libp2p stream themselves ---
 
 
 async def read_frame(stream: Stream) -> bytes:
-    """The next message."""
+    """Reads one length-delimited message."""
     length, shift = 0, 0
     while True:
         (byte,) = await stream.readexactly(1)
@@ -407,7 +405,7 @@ async def read_frame(stream: Stream) -> bytes:
             return await stream.readexactly(length)
 
 
-#: What Go takes for unknown fields, and passes on; prost does not take all of it.
+#: Bytes that Go keeps as unknown fields and passes on, though prost rejects some of them.
 JUNK = {
     "groups in groups": b"\x7b" * 120 + b"\x7c" * 120,
     "field 0": b"\x02\x00",
@@ -417,17 +415,17 @@ JUNK = {
 
 
 @pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
-async def test_what_a_stranger_adds_to_a_call_or_a_reply_costs_no_connection(
+async def test_unknown_fields_from_a_raw_peer_do_not_break_the_connection(
     pair: Pair, caplog: pytest.LogCaptureFixture, junk: bytes
 ) -> None:
-    """The daemon would end with its last one."""
+    """hivemind's daemon would exit with its last persistent connection."""
 
     async def stranger(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             call_id = (await read_frame(stream))[2:18]
             answer = field(4, field(1, b"data") + junk)
             await stream.send(frame(field(1, call_id) + answer))
-            await stream.read()  # the caller's daemon is to have it all before the stream ends
+            await stream.read()  # let the caller's daemon read it all before the stream ends
 
     await pair.alice.unary.open()
     await pair.bob.add_unary_handler("echo", echo)
@@ -436,18 +434,18 @@ async def test_what_a_stranger_adds_to_a_call_or_a_reply_costs_no_connection(
     _, stream = await pair.alice.stream_open(peer_id, ["echo"])
     async with stream:
         await stream.send(frame(field(1, bytes(range(16))) + field(3, call)))
-        with suppress(anyio.EndOfStream, anyio.IncompleteRead):  # it is as good as no call
+        with suppress(anyio.EndOfStream, anyio.IncompleteRead):  # the call may go unanswered
             await read_frame(stream)
     async with pair.bob.listen():
         await pair.bob.stream_handler("stranger", stranger)
         with suppress(DaemonRefused):
-            assert await pair.ask("stranger", timeout=10) == b"data"
-    assert await pair.ask("echo", b"still there", timeout=10) == b"still there"
+            assert await pair.call("stranger", timeout=10) == b"data"
+    assert await pair.call("echo", b"still there", timeout=10) == b"still there"
     assert "was lost" not in caplog.text
 
 
-async def test_what_a_stranger_asks_disturbs_nobody(pair: Pair) -> None:
-    """A daemon passes on a call as it was sent, but for the caller's peer id."""
+async def test_invalid_call_from_a_raw_peer_affects_no_other_call(pair: Pair) -> None:
+    """A daemon forwards a call unchanged, except that it fills in the caller's peer id."""
     await pair.bob.add_unary_handler("echo", echo)
     peer = field(1, pair.bob_daemon.peer_id.to_bytes())
     call_id = bytes(range(16))
@@ -458,10 +456,10 @@ async def test_what_a_stranger_asks_disturbs_nobody(pair: Pair) -> None:
             await stream.send(frame(field(1, call_id) + call))
             answer = await read_frame(stream)
             assert b"no handler" in answer
-        assert await pair.ask("echo", b"still there", timeout=10) == b"still there"
+        assert await pair.call("echo", b"still there", timeout=10) == b"still there"
 
 
-async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
+async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> None:
     async def stranger(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             request = await read_frame(stream)
@@ -480,7 +478,7 @@ async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
                 assert b"hang up" in request
                 return
             await stream.send(frame(answer))
-            await stream.read()  # the caller's daemon is to have it all before the stream ends
+            await stream.read()  # let the caller's daemon read it all before the stream ends
 
     await pair.bob.add_unary_handler("echo", echo)
     async with pair.bob.listen():
@@ -493,18 +491,18 @@ async def test_what_a_stranger_answers_fails_its_call_alone(pair: Pair) -> None:
             b"hang up": DaemonRefused,
         }
         await pair.alice.unary.open()
-        results = await all_of(pair.ask("stranger", data, timeout=10) for data in errors)
+        results = await all_of(pair.call("stranger", data, timeout=10) for data in errors)
         assert [type(result) for result in results] == list(errors.values())
-        # Which is the daemon's to match.
-        assert await pair.ask("stranger", b"another id", timeout=10) == b"data"
-        assert await pair.ask("echo", b"still there") == b"still there"
+        # The daemon matches this reply to its call by the stream.
+        assert await pair.call("stranger", b"another id", timeout=10) == b"data"
+        assert await pair.call("echo", b"still there") == b"still there"
 
 
-# --- cancelling ---
+# --- cancellation ---
 
 
 class Gate:
-    """A handler that waits, and what becomes of it."""
+    """A handler that blocks until ``open`` is set, with counters of its calls."""
 
     def __init__(self) -> None:
         self.open = anyio.Event()
@@ -521,24 +519,24 @@ class Gate:
         return data
 
 
-async def test_calls_cancelled_at_once_reach_their_handlers_too(pair: Pair) -> None:
-    """The daemon may take the cancel before the call, and does not know it then."""
+async def test_calls_cancelled_right_after_sending_cancel_their_handlers(pair: Pair) -> None:
+    """The daemon may read the Cancel before the call, and then does not know the call."""
     gate = Gate()
     await pair.bob.add_unary_handler("gate", gate.handler)
     await pair.alice.unary.open()
     for _ in range(300):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(pair.ask, "gate")
+            tasks.start_soon(pair.call, "gate")
             await anyio.lowlevel.checkpoint()
             tasks.cancel_scope.cancel()
-    # What was sent last is there: nothing more is going to come in.
+    # Once this later registration answers, nothing earlier is still in transit.
     await pair.bob.add_unary_handler("echo", echo)
-    await eventually(lambda: pair.ask("echo"))
+    await eventually(lambda: pair.call("echo"))
     await until(pair.idle)
     assert gate.finished == 0
 
 
-async def test_names_whose_registration_was_cancelled_are_free(pair: Pair) -> None:
+async def test_protocol_is_free_after_its_registration_was_cancelled(pair: Pair) -> None:
     await pair.bob.unary.open()
     for number in range(100):
         async with anyio.create_task_group() as tasks:
@@ -549,19 +547,19 @@ async def test_names_whose_registration_was_cancelled_are_free(pair: Pair) -> No
         await pair.bob.remove_unary_handler(f"free {number}")
 
 
-async def test_cancelling_a_call_cancels_its_handler_and_no_other(pair: Pair) -> None:
+async def test_cancelling_a_call_cancels_only_its_handler(pair: Pair) -> None:
     gate = Gate()
     await pair.bob.add_unary_handler("gate", gate.handler)
     results = []
 
     async def stays() -> None:
-        results.append(await pair.ask("gate", b"stays"))
+        results.append(await pair.call("gate", b"stays"))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stays)
         async with anyio.create_task_group() as cancelled:
             for _ in range(10):
-                cancelled.start_soon(pair.ask, "gate", b"goes")
+                cancelled.start_soon(pair.call, "gate", b"goes")
             await until(lambda: gate.entered == 11)
             assert (pair.alice.unary.pending_calls, pair.bob.unary.unanswered_calls) == (11, 11)
             cancelled.cancel_scope.cancel()
@@ -574,23 +572,23 @@ async def test_cancelling_a_call_cancels_its_handler_and_no_other(pair: Pair) ->
     assert pair.idle()
 
 
-async def test_a_call_that_times_out_cancels_its_handler(pair: Pair) -> None:
+async def test_call_that_times_out_cancels_its_handler(pair: Pair) -> None:
     gate = Gate()
     await pair.bob.add_unary_handler("gate", gate.handler)
     start = time.monotonic()
     with pytest.raises(ControlTimeout, match="0.3 s") as error:
-        await pair.ask("gate", timeout=0.3)
-    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop counts in milliseconds
+        await pair.call("gate", timeout=0.3)
+    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop's timers round to milliseconds
     assert isinstance(error.value, TimeoutError)
     assert error.value.request == "CALL_UNARY"
     assert (error.value.peer_id, error.value.protocol) == (pair.bob_daemon.peer_id, "gate")
     await until(lambda: gate.cancelled == 1)
     await until(pair.idle)
     gate.open.set()
-    assert await pair.ask("gate", b"the next") == b"the next"
+    assert await pair.call("gate", b"the next") == b"the next"
 
 
-async def test_a_handler_may_be_slow_to_go_when_cancelled(pair: Pair) -> None:
+async def test_cancelled_handler_may_clean_up_slowly(pair: Pair) -> None:
     swept = []
 
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -605,15 +603,15 @@ async def test_a_handler_may_be_slow_to_go_when_cancelled(pair: Pair) -> None:
     await pair.bob.add_unary_handler("handler", handler)
     await pair.bob.add_unary_handler("echo", echo)
     with pytest.raises(ControlTimeout):
-        await pair.ask("handler", b"late", timeout=0.1)
-    assert await pair.ask("echo", b"meanwhile") == b"meanwhile"
+        await pair.call("handler", b"late", timeout=0.1)
+    assert await pair.call("echo", b"meanwhile") == b"meanwhile"
     await until(lambda: swept == [b"late"])
     await until(pair.idle)
 
 
-async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) -> None:
+async def test_ten_thousand_randomly_cancelled_calls_leave_nothing_pending(pair: Pair) -> None:
     done = {"answered": 0, "cancelled": 0}
-    #: The daemons' limits on streams between them, which a loaded machine can reach.
+    #: Refusals by the daemons' limit on streams between them, which a loaded machine can reach.
     refused = []
 
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -627,7 +625,7 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
             data = rng.randbytes(rng.choice([1, 100, 5000]))
             with anyio.move_on_after(rng.random() / 20):
                 try:
-                    assert await pair.ask("handler", data) == data
+                    assert await pair.call("handler", data) == data
                     done["answered"] += 1
                 except DaemonRefused as error:
                     refused.append(error.daemon_message)
@@ -643,13 +641,13 @@ async def test_ten_thousand_calls_cancelled_at_random_leave_nothing(pair: Pair) 
     assert sum(done.values()) + len(refused) == 10_000
     assert set(refused) <= {"stream reset"}
     assert min(done.values()) > 500, done
-    assert await pair.ask("handler", b"\x00") == b"\x00"
+    assert await pair.call("handler", b"\x00") == b"\x00"
 
 
-# --- what handlers can do ---
+# --- the environment of a handler ---
 
 
-async def test_a_handler_has_a_context_of_its_own(pair: Pair) -> None:
+async def test_each_handler_runs_in_its_own_context(pair: Pair) -> None:
     who: ContextVar[bytes] = ContextVar("who", default=b"nobody")
 
     async def at_once(data: bytes, peer_id: PeerID) -> bytes:
@@ -671,15 +669,15 @@ async def test_a_handler_has_a_context_of_its_own(pair: Pair) -> None:
     who.set(b"caller")
     names = [b"%d" % number for number in range(20)]
     for proto in ("at once", "later"):
-        results = await all_of(pair.ask(proto, name) for name in names)
+        results = await all_of(pair.call(proto, name) for name in names)
         assert results == [b"first " + name for name in names]
     assert who.get() == b"caller"
 
 
-async def test_a_handler_that_never_waits_may_use_all_of_its_loop(
+async def test_handler_that_never_suspends_may_use_task_features(
     pair: Pair, anyio_backend: Any
 ) -> None:
-    """Even if its implementation has no need of a task."""
+    """Although the client could run such a handler without a task."""
 
     async def with_anyio(data: bytes, peer_id: PeerID) -> bytes:
         with anyio.fail_after(10):
@@ -705,21 +703,21 @@ async def test_a_handler_that_never_waits_may_use_all_of_its_loop(
         return data
 
     await pair.bob.add_unary_handler("anyio", with_anyio)
-    assert await all_of(pair.ask("anyio", b"%d" % n) for n in range(10)) == [
+    assert await all_of(pair.call("anyio", b"%d" % n) for n in range(10)) == [
         b"%d" % n for n in range(10)
     ]
     if anyio_backend[0] != "trio":
         await pair.bob.add_unary_handler("asyncio", with_asyncio)
         for data in (b"timeout", b"gather", b"nothing"):
-            assert await pair.ask("asyncio", data) == data
-        names = await all_of(pair.ask("asyncio", b"name") for _ in range(5))
+            assert await pair.call("asyncio", data) == data
+        names = await all_of(pair.call("asyncio", b"name") for _ in range(5))
         assert all(isinstance(name, bytes) for name in names)
         assert len({name for name in names if isinstance(name, bytes)}) == 5
 
 
-@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="from Python 3.11 on")
+@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="asyncio.timeout is new in Python 3.11")
 @pytest.mark.parametrize("suspends", [False, True])
-def test_asyncios_timeout_and_task_group_work_in_a_handler(
+def test_handler_may_use_asyncio_timeout_and_task_group(
     swarm: tuple[DaemonProcess, DaemonProcess], suspends: bool
 ) -> None:
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -756,7 +754,7 @@ def test_asyncios_timeout_and_task_group_work_in_a_handler(
     asyncio.run(main())
 
 
-async def test_handlers_at_work_do_not_hold_each_other_up(pair: Pair) -> None:
+async def test_running_handlers_do_not_block_each_other(pair: Pair) -> None:
     gate = Gate()
 
     async def opens(data: bytes, peer_id: PeerID) -> bytes:
@@ -767,40 +765,40 @@ async def test_handlers_at_work_do_not_hold_each_other_up(pair: Pair) -> None:
     await pair.bob.add_unary_handler("opens", opens)
     async with anyio.create_task_group() as tasks:
         for _ in range(50):
-            tasks.start_soon(pair.ask, "gate", b"data")
+            tasks.start_soon(pair.call, "gate", b"data")
         await until(lambda: gate.entered == 50)
-        assert await pair.ask("opens") == b"open"
+        assert await pair.call("opens") == b"open"
     assert gate.finished == 50
 
 
-# --- handlers come and go ---
+# --- adding and removing handlers ---
 
 
-async def test_a_removed_handler_is_not_called_any_more(pair: Pair) -> None:
+async def test_removed_handler_is_no_longer_called(pair: Pair) -> None:
     await pair.bob.add_unary_handler("echo", echo)
     await pair.bob.add_unary_handler("other", echo)
-    assert await pair.ask("echo", b"data") == b"data"
+    assert await pair.call("echo", b"data") == b"data"
     await pair.bob.remove_unary_handler("echo", timeout=10)
 
     with pytest.raises(DaemonRefused):
-        await pair.ask("echo", timeout=10)
-    assert await pair.ask("other", b"data") == b"data"
+        await pair.call("echo", timeout=10)
+    assert await pair.call("other", b"data") == b"data"
     await pair.bob.add_unary_handler("echo", backwards, timeout=10)
-    assert await eventually(lambda: pair.ask("echo", b"data")) == b"atad"
+    assert await eventually(lambda: pair.call("echo", b"data")) == b"atad"
 
 
-async def test_a_handler_that_is_not_there_cannot_be_removed(pair: Pair) -> None:
+async def test_removing_an_unregistered_handler_is_refused(pair: Pair) -> None:
     with pytest.raises(ControlFailure, match="echo.*not registered"):
         await pair.bob.remove_unary_handler("echo")
 
 
-async def test_a_handler_at_work_finishes_when_it_is_removed(pair: Pair) -> None:
+async def test_removed_handler_finishes_its_running_calls(pair: Pair) -> None:
     gate = Gate()
     await pair.bob.add_unary_handler("gate", gate.handler)
     results = []
 
     async def call() -> None:
-        results.append(await pair.ask("gate", b"data"))
+        results.append(await pair.call("gate", b"data"))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call)
@@ -810,15 +808,15 @@ async def test_a_handler_at_work_finishes_when_it_is_removed(pair: Pair) -> None
     assert results == [b"data"]
 
 
-async def test_a_protocol_has_one_handler_in_a_client(pair: Pair) -> None:
+async def test_client_has_one_handler_per_protocol(pair: Pair) -> None:
     await pair.bob.add_unary_handler("echo", echo)
     for balanced in (False, True):
         with pytest.raises(ControlFailure, match="echo already registered"):
             await pair.bob.add_unary_handler("echo", backwards, balanced=balanced)
-    assert await pair.ask("echo", b"data") == b"data"
+    assert await pair.call("echo", b"data") == b"data"
 
 
-async def test_a_protocol_that_another_client_has_is_refused_and_nothing_is_changed(
+async def test_protocol_of_another_client_is_refused_and_nothing_changes(
     pair: Pair,
 ) -> None:
     await pair.bob.add_unary_handler("echo", echo)
@@ -829,13 +827,13 @@ async def test_a_protocol_that_another_client_has_is_refused_and_nothing_is_chan
         with pytest.raises(ControlFailure, match="not registered"):
             await second.remove_unary_handler("echo")
         for _ in range(4):
-            assert await pair.ask("echo", b"data") == b"data"
+            assert await pair.call("echo", b"data") == b"data"
         await pair.bob.remove_unary_handler("echo")
         await second.add_unary_handler("echo", backwards)
-        assert await eventually(lambda: pair.ask("echo", b"data")) == b"atad"
+        assert await eventually(lambda: pair.call("echo", b"data")) == b"atad"
 
 
-async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> None:
+async def test_balanced_handlers_of_two_clients_are_served_round_robin(pair: Pair) -> None:
     served = []
 
     def handler(name: str) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
@@ -848,33 +846,33 @@ async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> Non
     await pair.bob.add_unary_handler("shared", handler("one"), balanced=True)
     async with pair.bob_daemon.client() as second:
         await second.add_unary_handler("shared", handler("two"), balanced=True)
-        results = await all_of(pair.ask("shared", b"%d" % n) for n in range(40))
+        results = await all_of(pair.call("shared", b"%d" % n) for n in range(40))
         assert sorted(served) == ["one"] * 20 + ["two"] * 20
         assert {r[3:] for r in results if isinstance(r, bytes)} == {b"%d" % n for n in range(40)}
     await until(lambda: second.unary.connected is False)
 
     async def only_one_is_left() -> None:
         served.clear()
-        assert await pair.ask("shared", b"") == b"one"
-        assert await pair.ask("shared", b"") == b"one"
+        assert await pair.call("shared", b"") == b"one"
+        assert await pair.call("shared", b"") == b"one"
 
     await eventually(only_one_is_left)
 
 
-async def test_handlers_can_be_added_and_removed_all_at_once(pair: Pair) -> None:
+async def test_handlers_can_be_added_and_removed_concurrently(pair: Pair) -> None:
     names = [f"handler {number}" for number in range(50)]
     assert await all_of(pair.bob.add_unary_handler(name, echo) for name in names) == [None] * 50
-    results = await all_of(pair.ask(name, name.encode()) for name in names)
+    results = await all_of(pair.call(name, name.encode()) for name in names)
     assert results == [name.encode() for name in names]
     assert await all_of(pair.bob.remove_unary_handler(name) for name in names) == [None] * 50
-    errors = await all_of(pair.ask(name) for name in names)
+    errors = await all_of(pair.call(name) for name in names)
     assert {type(error) for error in errors} == {DaemonRefused}
 
 
 # --- the connection ---
 
 
-async def test_the_connection_is_made_when_it_is_needed(pair: Pair) -> None:
+async def test_persistent_connection_is_opened_on_demand(pair: Pair) -> None:
     unary = pair.alice.unary
     assert not unary.connected
     await pair.alice.identify()
@@ -886,7 +884,9 @@ async def test_the_connection_is_made_when_it_is_needed(pair: Pair) -> None:
     assert unary.max_message_size == LIMIT
 
 
-async def test_closing_fails_what_is_pending_and_tells_the_callers_of_handlers(pair: Pair) -> None:
+async def test_close_fails_pending_calls_and_sends_errors_to_callers_of_handlers(
+    pair: Pair,
+) -> None:
     gate = Gate()
     await pair.alice.add_unary_handler("gate", gate.handler)
     await pair.bob.add_unary_handler("gate", gate.handler)
@@ -897,27 +897,27 @@ async def test_closing_fails_what_is_pending_and_tells_the_callers_of_handlers(p
         pair.alice.unary.close()
         pair.alice.unary.close()
 
-    calls: list[Awaitable[Any]] = [pair.ask("gate") for _ in range(3)]
+    calls: list[Awaitable[Any]] = [pair.call("gate") for _ in range(3)]
     calls += [pair.bob.call_unary(here, "gate", b"", timeout=10) for _ in range(3)]
     *errors, _ = await all_of([*calls, close()])
     for error in errors[:3]:
         assert isinstance(error, ConnectionLost), error
         assert (error.peer_id, error.protocol) == (pair.bob_daemon.peer_id, "gate")
-    # Go's daemon has no word for them: they would wait for ever.
+    # The Go daemon reports nothing to them, so without these errors they would wait forever.
     assert {type(error) for error in errors[3:]} == {P2PHandlerError}
     await until(lambda: gate.cancelled == 6)
     await until(pair.idle)
     assert not pair.alice.unary.connected
-    # It can be used again, without its handlers.
+    # The client can be used again, without its handlers.
     gate.open.set()
-    assert await pair.ask("gate", b"again") == b"again"
+    assert await pair.call("gate", b"again") == b"again"
     with pytest.raises(DaemonRefused):
         await pair.bob.call_unary(here, "gate", b"", timeout=10)
 
 
 @pytest.mark.parametrize("backend_and_options", BACKENDS)
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_client_serves_one_event_loop_after_another(
+def test_client_can_be_used_on_one_event_loop_after_another(
     swarm: tuple[DaemonProcess, DaemonProcess], backend_and_options: Any, closed: bool
 ) -> None:
     backend, options = backend_and_options
@@ -925,7 +925,7 @@ def test_a_client_serves_one_event_loop_after_another(
     alice, bob = first.client(), second.client()
 
     async def run() -> None:
-        # The daemon may not have noticed yet that the last loop's connection is gone.
+        # The daemon may not have noticed yet that the previous loop's connection is closed.
         await eventually(lambda: bob.add_unary_handler("backwards", backwards))
         asked = [b"%02d" % number for number in range(20)]
         calls = (alice.call_unary(second.peer_id, "backwards", data) for data in asked)

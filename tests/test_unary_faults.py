@@ -1,4 +1,4 @@
-"""Unary calls when something is wrong: daemons that lie, die or are deaf, floods, forks."""
+"""Unary calls over faulty connections: invalid replies, lost connections, floods, forks."""
 
 from __future__ import annotations
 
@@ -61,13 +61,12 @@ from p2pclient_rs import (
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 FAKE_PEER = PeerID(PEER)
-#: Ids of incoming calls.
+#: Call ids of incoming calls.
 IDS = [bytes([number]) * 16 for number in range(1, 100)]
 
 
 def first(script: Script, *others: Script) -> Script:
-    """The scripts of the first connections; on further ones every call has its data for a
-    result."""
+    """Runs one script per connection; further connections echo every call."""
     scripts = (script, *others)
 
     def run(connection: Connection) -> None:
@@ -77,13 +76,13 @@ def first(script: Script, *others: Script) -> Script:
     return run
 
 
-async def ask(client: Client, data: bytes = b"data", timeout: float | None = None) -> bytes:
+async def call_echo(client: Client, data: bytes = b"data", timeout: float | None = None) -> bytes:
     return await client.call_unary(FAKE_PEER, "echo", data, timeout=timeout)
 
 
-async def works(client: Client) -> None:
-    """Asserts that the next call succeeds."""
-    assert await ask(client, b"the next", timeout=10) == b"the next"
+async def assert_usable(client: Client) -> None:
+    """Asserts that a call succeeds."""
+    assert await call_echo(client, b"the next", timeout=10) == b"the next"
 
 
 async def echo(data: bytes, peer_id: PeerID) -> bytes:
@@ -94,7 +93,7 @@ async def echo(data: bytes, peer_id: PeerID) -> bytes:
 
 
 def upstream(connection: Connection) -> None:
-    """A Go daemon without unary calls."""
+    """A Go daemon without unary calls, which closes the connection on the upgrade."""
     request = connection.read_request()
     while request != UPGRADE:
         connection.send(frame(OK + field(4, field(1, PEER))))
@@ -102,7 +101,7 @@ def upstream(connection: Connection) -> None:
 
 
 def refuses(connection: Connection) -> None:
-    """As the JS daemon."""
+    """A daemon that answers the upgrade with an error, as jsp2pd does."""
     request = connection.read_request()
     while True:
         answer = ERROR if request == UPGRADE else OK + field(4, field(1, PEER))
@@ -117,7 +116,7 @@ def silent(connection: Connection) -> None:
 
 
 def upgraded_at(go_on: threading.Event) -> Script:
-    """A daemon that answers the upgrade, and then every call, once it may."""
+    """A daemon that answers the upgrade once ``go_on`` is set, and then echoes every call."""
 
     def script(connection: Connection) -> None:
         connection.read_request()
@@ -129,11 +128,11 @@ def upgraded_at(go_on: threading.Event) -> Script:
 
 
 @pytest.mark.parametrize("script", [upstream, refuses])
-async def test_a_daemon_without_persistent_connections_is_not_supported(script: Script) -> None:
+async def test_daemon_without_persistent_connections_raises_not_supported(script: Script) -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             calls: list[Callable[[], Awaitable[Any]]] = [
-                lambda: ask(client, timeout=10),
+                lambda: call_echo(client, timeout=10),
                 lambda: client.add_unary_handler("echo", echo, timeout=10),
                 lambda: client.unary.open(timeout=10),
             ]
@@ -145,64 +144,68 @@ async def test_a_daemon_without_persistent_connections_is_not_supported(script: 
             with pytest.raises(ControlFailure, match="not registered"):
                 await client.remove_unary_handler("echo")
             assert (await client.identify()).peer_id == FAKE_PEER
-    # A refusal is in the daemon's own words.
+    # The error carries the daemon's message if there was one.
     assert (error.value.daemon_message == "no such luck") == (script is refuses)
 
 
-async def test_no_daemon_is_daemon_unreachable(tmp_path: Path) -> None:
+async def test_missing_daemon_raises_daemon_unreachable(tmp_path: Path) -> None:
     async with Client(f"/unix{tmp_path}/nobody.sock") as client:
-        for call in (ask(client), client.add_unary_handler("echo", echo), client.unary.open()):
+        for call in (
+            call_echo(client),
+            client.add_unary_handler("echo", echo),
+            client.unary.open(),
+        ):
             with pytest.raises(DaemonUnreachable):
                 await call
 
 
-async def test_an_upgrade_that_is_not_answered_costs_each_call_its_own_time_only() -> None:
+async def test_unanswered_upgrade_delays_each_call_only_by_its_own_timeout() -> None:
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(2):
                 with pytest.raises(ControlTimeout):
-                    await ask(client, timeout=0.1)
+                    await call_echo(client, timeout=0.1)
             client.unary.close()
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_an_upgrade_that_is_not_answered_is_given_up_in_the_end(
+async def test_unanswered_upgrade_times_out_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("p2pclient_rs.unary._OPENING", 0.2)
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
-                await ask(client)
+                await call_echo(client)
             await until(lambda: fake.open == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_giving_up_the_first_call_does_not_give_up_the_connection() -> None:
-    """With its last persistent connection hivemind's daemon ends."""
+async def test_cancelling_the_first_call_does_not_cancel_the_upgrade() -> None:
+    """hivemind's daemon exits when its last persistent connection closes."""
     go_on = threading.Event()
     with FakeDaemon(upgraded_at(go_on)) as fake:
         async with Client(fake.control_maddr) as client:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(ask, client, b"goes")
+                tasks.start_soon(call_echo, client, b"goes")
                 await until(lambda: fake.requests)
                 tasks.cancel_scope.cancel()
             go_on.set()
-            assert await ask(client, b"stays") == b"stays"
+            assert await call_echo(client, b"stays") == b"stays"
             assert fake.accepted == 1
 
 
-async def test_closing_while_the_connection_is_opened_ends_the_wait_for_it() -> None:
+async def test_close_during_the_upgrade_fails_waiting_calls() -> None:
     with FakeDaemon(silent) as fake:
         async with Client(fake.control_maddr) as client:
             async with anyio.create_task_group() as tasks:
 
                 async def waits() -> None:
                     with pytest.raises(ConnectionLost, match="closed"):
-                        await ask(client)
+                        await call_echo(client)
 
                 for _ in range(3):
                     tasks.start_soon(waits)
@@ -211,27 +214,27 @@ async def test_closing_while_the_connection_is_opened_ends_the_wait_for_it() -> 
             await until(lambda: fake.open == 0)
 
 
-async def test_calls_at_once_share_one_upgrade() -> None:
+async def test_concurrent_calls_share_one_upgrade() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with Client(fake.control_maddr) as client:
             asked = [b"%d" % number for number in range(100)]
-            assert await all_of(ask(client, data) for data in asked) == asked
+            assert await all_of(call_echo(client, data) for data in asked) == asked
             assert fake.accepted == 1
             assert len(fake.requests) == 101
 
 
-async def test_a_call_cancelled_during_the_upgrade_does_not_disturb_the_others() -> None:
+async def test_call_cancelled_during_the_upgrade_leaves_the_others_alone() -> None:
     go_on = threading.Event()
     with FakeDaemon(upgraded_at(go_on)) as fake:
         async with Client(fake.control_maddr) as client:
             results = []
 
             async def stays() -> None:
-                results.append(await ask(client, b"stays"))
+                results.append(await call_echo(client, b"stays"))
 
             async with anyio.create_task_group() as tasks:
                 async with anyio.create_task_group() as cancelled:
-                    cancelled.start_soon(ask, client, b"goes")
+                    cancelled.start_soon(call_echo, client, b"goes")
                     await until(lambda: fake.requests)
                     tasks.start_soon(stays)
                     await anyio.lowlevel.checkpoint()
@@ -246,7 +249,7 @@ async def test_a_call_cancelled_during_the_upgrade_does_not_disturb_the_others()
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_a_lost_connection_fails_every_pending_call_at_once(how: str) -> None:
+async def test_lost_connection_fails_every_pending_call_at_once(how: str) -> None:
     lose = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -271,13 +274,15 @@ async def test_a_lost_connection_fails_every_pending_call_at_once(how: str) -> N
                 assert error.request == "CALL_UNARY"
                 assert (error.peer_id, error.protocol) == (FAKE_PEER, f"p{number}")
                 assert str(FAKE_PEER) in str(error) and f"p{number}" in str(error)
-            assert len({id(error) for error in errors}) == 100  # each has a traceback of its own
+            assert (
+                len({id(error) for error in errors}) == 100
+            )  # separate tracebacks need separate objects
             assert client.unary.pending_calls == 0 and not client.unary.connected
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> None:
+async def test_connection_lost_while_idle_is_reopened_with_its_handlers() -> None:
     lose = threading.Event()
     again: list[Message] = []
 
@@ -297,7 +302,7 @@ async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> N
             if message.kind == "add":
                 answer = acknowledgement(message.call_id)
             connection.send(frame(answer))
-            if len(again) == 3:  # and is called itself
+            if len(again) == 3:
                 connection.send(frame(incoming(IDS[0], "kept", b"hello")))
 
     with FakeDaemon(first(loses, second)) as fake:
@@ -309,7 +314,7 @@ async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> N
             await until(lambda: fake.open == 0)
             await until(lambda: not client.unary.connected)
             await client.add_unary_handler("new", echo, balanced=True)
-            await works(client)
+            await assert_usable(client)
             await until(lambda: len(again) == 4)
     added = [(m.proto, m.balanced) for m in again if m.kind == "add"]
     assert added == [("kept", False), ("new", True)]
@@ -317,8 +322,8 @@ async def test_a_connection_lost_while_idle_is_replaced_with_its_handlers() -> N
     assert [m.data for m in again if m.kind == "response"] == [b"hello"]
 
 
-async def test_handlers_come_back_though_the_daemon_sees_the_lost_connection_late() -> None:
-    """Until then the name is taken, by ourselves."""
+async def test_reconnect_retries_handlers_until_the_daemon_drops_the_old_connection() -> None:
+    """Until then the daemon holds the protocol for this client's old connection."""
     lose = threading.Event()
     refused: list[Message] = []
 
@@ -340,12 +345,12 @@ async def test_handlers_come_back_though_the_daemon_sees_the_lost_connection_lat
             await client.add_unary_handler("kept", echo)
             lose.set()
             await until(lambda: not client.unary.connected)
-            await works(client)
+            await assert_usable(client)
             assert list(client.unary.handlers) == ["kept"]
     assert [(m.kind, m.proto) for m in refused] == [("add", "kept")] * 3
 
 
-async def test_handlers_at_work_are_cancelled_when_the_connection_is_lost() -> None:
+async def test_running_handlers_are_cancelled_when_the_connection_is_lost() -> None:
     lose = threading.Event()
 
     def loses(connection: Connection) -> None:
@@ -373,10 +378,10 @@ async def test_handlers_at_work_are_cancelled_when_the_connection_is_lost() -> N
             lose.set()
             await until(lambda: events.count("left") == 5)
             await until(lambda: client.unary.unanswered_calls == 0)
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_a_lost_connection_fails_a_handler_that_is_being_added_which_is_not_kept() -> None:
+async def test_connection_lost_during_a_registration_fails_and_forgets_it() -> None:
     def loses(connection: Connection) -> None:
         connection.upgrade()
         connection.read_message()
@@ -386,12 +391,12 @@ async def test_a_lost_connection_fails_a_handler_that_is_being_added_which_is_no
             with pytest.raises(ConnectionLost) as error:
                 await client.add_unary_handler("echo", echo, timeout=10)
             assert error.value.protocol == "echo"
-            await works(client)
+            await assert_usable(client)
             assert len(fake.requests) == 4  # two upgrades, a handler, a call
             await client.add_unary_handler("echo", echo)
 
 
-async def test_a_killed_daemon_fails_a_thousand_pending_calls_within_a_second() -> None:
+async def test_killed_daemon_fails_a_thousand_pending_calls_within_a_second() -> None:
     never = anyio.Event()
 
     async def waits(data: bytes, peer_id: PeerID) -> bytes:
@@ -419,7 +424,7 @@ async def test_a_killed_daemon_fails_a_thousand_pending_calls_within_a_second() 
             assert none is None
             assert all(isinstance(error, ConnectionLost) for error in errors)
             assert alice.unary.pending_calls == 0
-            # The callee is told by its own daemon.
+            # The callee's own daemon sends it the Cancel messages.
             await until(lambda: bob.unary.unanswered_calls == 0)
             start = time.monotonic()
             with pytest.raises(DaemonUnreachable):
@@ -427,7 +432,7 @@ async def test_a_killed_daemon_fails_a_thousand_pending_calls_within_a_second() 
             assert time.monotonic() - start < 1.0
 
 
-async def test_a_killed_daemon_of_the_other_side_fails_the_calls_to_it() -> None:
+async def test_killed_remote_daemon_fails_the_calls_to_it() -> None:
     with DaemonProcess() as here, DaemonProcess() as there:
         async with here.client() as alice, there.client() as bob:
             await alice.unary.open()
@@ -452,7 +457,7 @@ async def test_a_killed_daemon_of_the_other_side_fails_the_calls_to_it() -> None
             assert alice.unary.connected and not bob.unary.connected
 
 
-async def test_a_daemon_restarted_at_its_address_has_the_handlers_again() -> None:
+async def test_handlers_are_registered_again_after_a_daemon_restart() -> None:
     with DaemonProcess() as here:
         async with here.client() as alice:
             await alice.unary.open()
@@ -468,20 +473,20 @@ async def test_a_daemon_restarted_at_its_address_has_the_handlers_again() -> Non
             with DaemonProcess(control_maddr=address) as there:
                 async with bob:
                     await until(lambda: not bob.unary.connected)
-                    # Who only serves never asks.
+                    # A client that only serves must reconnect on its own.
                     await until(lambda: bob.unary.connected)
                     await alice.connect(there.peer_id, there.addrs)
                     assert await alice.call_unary(there.peer_id, "echo", b"after") == b"after"
 
 
-async def test_a_connection_lost_as_soon_as_its_handlers_are_there_is_replaced() -> None:
+async def test_connection_broken_right_after_a_reconnect_is_reopened() -> None:
     served = threading.Event()
 
     def script(connection: Connection) -> None:
         connection.upgrade()
         acknowledged = frame(acknowledgement(connection.read_message().call_id))
         if 1 < connection.number < 6:
-            # What breaks the connection comes with what completes it.
+            # The bytes that break the connection arrive together with the last acknowledgement.
             connection.send(acknowledged + b"\xff" * 11)
             return
         connection.send(acknowledged)
@@ -497,7 +502,7 @@ async def test_a_connection_lost_as_soon_as_its_handlers_are_there_is_replaced()
             await until(lambda: client.unary.connected)
 
 
-async def test_a_daemon_that_drops_every_connection_is_asked_less_and_less_often() -> None:
+async def test_reconnect_backs_off_if_the_daemon_drops_every_connection() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         message = connection.read_message()
@@ -508,11 +513,11 @@ async def test_a_daemon_that_drops_every_connection_is_asked_less_and_less_often
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("echo", echo)
             await anyio.sleep(1.5)
-            # After 0.05, 0.15, 0.35, 0.75 and 1.55 s.
+            # Attempts after 0.05, 0.15, 0.35, 0.75 and 1.55 s.
             assert 2 <= fake.accepted <= 6
 
 
-def test_a_client_whose_loop_ended_while_it_looked_for_the_daemon_serves_the_next_one(
+def test_client_whose_loop_ended_during_a_reconnect_works_on_the_next_loop(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def script(connection: Connection) -> None:
@@ -531,14 +536,14 @@ def test_a_client_whose_loop_ended_while_it_looked_for_the_daemon_serves_the_nex
         loop = asyncio.new_event_loop()
         loop.run_until_complete(serve(client))
         loop.close()
-        assert asyncio.run(ask(client, b"the next")) == b"the next"
+        assert asyncio.run(call_echo(client, b"the next")) == b"the next"
         asyncio.run(client.close())
     gc.collect()
-    caplog.clear()  # asyncio's complaint about a loop that was closed with a task in it
+    caplog.clear()  # asyncio's warning about a loop closed with a pending task
 
 
 @pytest.mark.parametrize("how", ["removed", "closed", "dropped"])
-async def test_who_serves_nothing_any_more_stops_looking_for_the_daemon(
+async def test_reconnect_stops_when_there_are_no_handlers_left(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2pclient_rs.unary._PAUSES", (0.01, 0.02))
@@ -562,7 +567,7 @@ async def test_who_serves_nothing_any_more_stops_looking_for_the_daemon(
         else:
             client = None
             gc.collect()
-        await anyio.sleep(0.1)  # an attempt under way may end
+        await anyio.sleep(0.1)  # let an attempt in progress end
         before = fake.accepted
         await anyio.sleep(0.3)
         assert fake.accepted == before
@@ -570,10 +575,10 @@ async def test_who_serves_nothing_any_more_stops_looking_for_the_daemon(
             await client.close()
 
 
-# --- answers that are none ---
+# --- invalid replies ---
 
 
-async def test_answers_to_nobody_are_ignored() -> None:
+async def test_replies_with_unknown_call_ids_are_ignored() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         while True:
@@ -599,11 +604,11 @@ async def test_answers_to_nobody_are_ignored() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             for number in range(20):
-                assert await ask(client, b"%d" % number, timeout=10) == b"%d" % number
+                assert await call_echo(client, b"%d" % number, timeout=10) == b"%d" % number
             assert fake.accepted == 1 and client.unary.pending_calls == 0
 
 
-async def test_a_cancelled_call_is_told_to_the_daemon_and_its_late_reply_dropped() -> None:
+async def test_cancelled_call_sends_cancel_and_drops_its_late_reply() -> None:
     late: list[Message] = []
 
     def script(connection: Connection) -> None:
@@ -612,7 +617,7 @@ async def test_a_cancelled_call_is_told_to_the_daemon_and_its_late_reply_dropped
             message = connection.read_message()
             if message.kind == "cancel":
                 (call,) = (m for m in late if m.call_id == message.call_id)
-                # What Go says, and what was under way already.
+                # A reply that crossed with the Cancel, then Go's answer to the Cancel.
                 connection.send(frame(reply(call.call_id, b"late")))
                 connection.send(frame(cancellation(call.call_id)))
                 late.append(message)
@@ -624,21 +629,21 @@ async def test_a_cancelled_call_is_told_to_the_daemon_and_its_late_reply_dropped
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
-                await ask(client, b"silence", timeout=0.1)
+                await call_echo(client, b"silence", timeout=0.1)
             await until(lambda: len(late) == 2)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(ask, client, b"silence")
+                tasks.start_soon(call_echo, client, b"silence")
                 await until(lambda: len(late) == 3)
                 tasks.cancel_scope.cancel()
             await until(lambda: len(late) == 4)
             for _ in range(5):
-                await works(client)
+                await assert_usable(client)
             assert [message.kind for message in late] == ["call", "cancel"] * 2
             assert len({message.call_id for message in late}) == 2
             assert fake.accepted == 1 and client.unary.pending_calls == 0
 
 
-async def test_a_daemons_error_is_a_refusal_in_its_words() -> None:
+async def test_daemon_error_raises_daemon_refused_with_its_message() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         while True:
@@ -647,14 +652,14 @@ async def test_a_daemons_error_is_a_refusal_in_its_words() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(DaemonRefused, match="no way") as error:
-                await ask(client)
+                await call_echo(client)
             assert error.value.daemon_message == "no way"
             assert (error.value.request, error.value.peer_id) == ("CALL_UNARY", FAKE_PEER)
             assert error.value.protocol == "echo"
             with pytest.raises(DaemonRefused, match="no way") as error:
                 await client.add_unary_handler("echo", echo)
             assert error.value.protocol == "echo"
-            # Which changed nothing: it can be asked again, and is not there to be removed.
+            # Nothing was registered: it can be added again, but not removed.
             with pytest.raises(DaemonRefused, match="no way"):
                 await client.add_unary_handler("echo", echo)
             with pytest.raises(ControlFailure, match="not registered"):
@@ -670,12 +675,12 @@ async def test_a_daemons_error_is_a_refusal_in_its_words() -> None:
         lambda c: field(1, c) + field(2, b"\xff"),
         lambda c: field(1, c) + field(2, 7),
     ],
-    ids=["no message", "no result", "a result that is none", "a number"],
+    ids=["no message", "no result", "a malformed result", "a number"],
 )
-async def test_a_reply_with_nothing_in_it_fails_its_call_alone(
+async def test_reply_without_a_result_fails_only_its_call(
     strange: Callable[[bytes], bytes],
 ) -> None:
-    """It is what a Go daemon makes of a remote peer's nonsense: not to be everybody's loss."""
+    """Go daemons forward invalid replies of remote peers this way."""
 
     def script(connection: Connection) -> None:
         connection.upgrade()
@@ -688,18 +693,18 @@ async def test_a_reply_with_nothing_in_it_fails_its_call_alone(
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             before, error, after = await all_of(
-                ask(client, b"%d" % number, timeout=10) for number in range(3)
+                call_echo(client, b"%d" % number, timeout=10) for number in range(3)
             )
             assert (before, after) == (b"0", b"2")
             assert isinstance(error, ProtocolViolation)
             assert (error.request, error.peer_id) == ("CALL_UNARY", FAKE_PEER)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
 CALL_ID = IDS[0]
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], bool]] = {
-    # What is sent in answer to a call with that id, and whether the daemon closes then.
+    # The reply to a call with that id, and whether the daemon then closes the connection.
     "garbage": (lambda c: b"\x05hello", False),
     "text": (lambda c: b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, False),
     "a length of eleven bytes": (lambda c: b"\x80" * 10 + b"\x01", False),
@@ -722,7 +727,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], bool]] = {
 
 
 @pytest.mark.parametrize(("answer", "close"), BROKEN.values(), ids=BROKEN)
-async def test_what_is_no_answer_fails_what_is_pending_at_once(
+async def test_invalid_reply_fails_all_pending_calls_at_once(
     answer: Callable[[bytes], bytes], close: bool
 ) -> None:
     def broken(connection: Connection) -> None:
@@ -734,22 +739,22 @@ async def test_what_is_no_answer_fails_what_is_pending_at_once(
 
     with FakeDaemon(first(broken)) as fake:
         async with Client(fake.control_maddr) as client:
-            errors = await all_of(ask(client, timeout=10) for _ in range(5))
-            # By name: one that carries what the system said is of a subclass of that name.
+            errors = await all_of(call_echo(client, timeout=10) for _ in range(5))
+            # By name: errors with an errno are of a subclass with the same name.
             kinds = {type(error).__name__ for error in errors}
             assert kinds == {"ConnectionLost"} if close else "ProtocolViolation" in kinds
-            # Those whose answer it was not may say either.
+            # Calls other than the first may raise either.
             assert kinds <= {"ConnectionLost", "ProtocolViolation"}
             for error in errors:
                 assert isinstance(error, ControlFailure)
                 assert (error.request, error.peer_id) == ("CALL_UNARY", FAKE_PEER)
             await until(lambda: fake.open == 0)
             assert client.unary.pending_calls == 0
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
-async def test_who_has_a_reply_before_what_is_none_calls_over_the_next_connection() -> None:
+async def test_reply_received_before_an_invalid_message_is_delivered() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         call = connection.read_message()
@@ -758,13 +763,13 @@ async def test_who_has_a_reply_before_what_is_none_calls_over_the_next_connectio
 
     with FakeDaemon(first(script)) as fake:
         async with Client(fake.control_maddr) as client:
-            assert await ask(client) == b"good"
-            await works(client)
+            assert await call_echo(client) == b"good"
+            await assert_usable(client)
             assert fake.accepted == 2
 
 
 @pytest.mark.parametrize("close", [True, False])
-async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
+async def test_random_replies_never_hang_or_break_the_client(close: bool) -> None:
     rng = random.Random(6)
 
     def script(blob: bytes) -> Script:
@@ -776,7 +781,7 @@ async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
             damaged[blob[0] % len(good)] ^= 1 << (blob[1] % 8)
             connection.send(blob if blob[2] & 1 else bytes(damaged))
             if not close:
-                # What is cut off is cut off in the end.
+                # A truncated reply ends when the connection closes.
                 select.select([connection.socket], [], [], 0.05)
 
         return run
@@ -786,17 +791,17 @@ async def test_random_bytes_never_hang_or_break_the_client(close: bool) -> None:
         async with Client(fake.control_maddr) as client:
             for _ in range(300):
                 try:
-                    await ask(client, timeout=10)
+                    await call_echo(client, timeout=10)
                 except (ConnectionLost, ProtocolViolation, DaemonRefused, P2PHandlerError):
                     pass
                 if fake.accepted > 100:
                     break
             assert fake.accepted > 100
             assert client.unary.pending_calls == 0
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
+async def test_reply_may_arrive_one_byte_at_a_time() -> None:
     def script(connection: Connection) -> None:
         for byte in frame(OK):
             if not connection._requests:
@@ -820,13 +825,13 @@ async def test_an_answer_one_byte_at_a_time_is_an_answer() -> None:
             await client.add_unary_handler("echo", echo)
             for size in (0, 1, 200, 5000):
                 data = random.Random(size).randbytes(size)
-                assert await ask(client, data) == data
+                assert await call_echo(client, data) == data
             await until(lambda: len(fake.requests) == 1 + 5 + 5)
     responses = [Message.decode(request) for request in fake.requests[1:]]
     assert [m.data for m in responses if m.kind == "response"] == [b"an incoming call"] * 5
 
 
-async def test_everything_at_once_is_taken_apart() -> None:
+async def test_many_messages_in_one_read_are_all_handled() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         connection.send(frame(acknowledgement(connection.read_message().call_id)))
@@ -842,15 +847,15 @@ async def test_everything_at_once_is_taken_apart() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("echo", echo)
-            assert await all_of(ask(client, data) for data in asked) == asked
+            assert await all_of(call_echo(client, data) for data in asked) == asked
             await until(lambda: len(fake.requests) == 102)
-            await works(client)
+            await assert_usable(client)
     messages = [Message.decode(request) for request in fake.requests[52:]]
     answered = {m.call_id: m.data for m in messages if m.kind == "response"}
     assert answered == {call_id: call_id * 300 for call_id in IDS[:50]}
 
 
-async def test_a_subclass_may_have_a_timeout_of_its_own() -> None:
+async def test_subclass_may_define_its_own_timeout() -> None:
     class Impatient(UnaryClient):
         async def call(self, *args: Any, timeout: float | None = 10.0) -> bytes:
             return await super().call(*args, timeout=timeout)
@@ -858,7 +863,7 @@ async def test_a_subclass_may_have_a_timeout_of_its_own() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with Client(fake.control_maddr) as client:
             client.unary = Impatient(client.unary.daemon_connector)
-            assert await ask(client) == b"data"
+            assert await call_echo(client) == b"data"
             assert await client.unary.call(FAKE_PEER, "echo", b"more") == b"more"
 
 
@@ -866,7 +871,7 @@ async def test_a_subclass_may_have_a_timeout_of_its_own() -> None:
 
 
 def one_call(call: bytes, answers: list[Message]) -> Script:
-    """Makes a call once there is a handler, and notes the answer."""
+    """Makes a call once a handler is registered, and records the reply."""
 
     def run(connection: Connection) -> None:
         connection.upgrade()
@@ -878,7 +883,7 @@ def one_call(call: bytes, answers: list[Message]) -> Script:
     return run
 
 
-async def test_a_call_for_a_protocol_without_a_handler_is_answered_with_an_error() -> None:
+async def test_call_without_a_handler_is_answered_with_an_error() -> None:
     answers: list[Message] = []
     with FakeDaemon(one_call(incoming(CALL_ID, "other", b"data"), answers)) as fake:
         async with Client(fake.control_maddr) as client:
@@ -887,12 +892,12 @@ async def test_a_call_for_a_protocol_without_a_handler_is_answered_with_an_error
             assert (answers[0].kind, answers[0].call_id) == ("error", CALL_ID)
             assert b"other" in answers[0].data
             assert client.unary.unanswered_calls == 0
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
-async def test_a_call_for_what_is_no_text_is_answered_with_an_error_and_disturbs_nobody() -> None:
-    """The protocol in a call is the caller's word: Go passes on whatever bytes there are."""
+async def test_call_with_a_protocol_that_is_not_utf8_is_answered_with_an_error() -> None:
+    """The caller chooses the protocol's bytes, and Go forwards them unchecked."""
     call = field(1, PEER) + field(2, b"\xff\xfe") + field(3, b"data")
     answers: list[Message] = []
     with FakeDaemon(one_call(field(1, CALL_ID) + field(3, call), answers)) as fake:
@@ -900,11 +905,11 @@ async def test_a_call_for_what_is_no_text_is_answered_with_an_error_and_disturbs
             await client.add_unary_handler("echo", echo)
             await until(lambda: answers)
             assert (answers[0].kind, answers[0].call_id) == ("error", CALL_ID)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
-async def test_a_cancelled_handler_sends_nothing() -> None:
+async def test_cancelled_handler_sends_nothing() -> None:
     answers: list[Message] = []
     entered, sent = [], threading.Event()
 
@@ -914,7 +919,7 @@ async def test_a_cancelled_handler_sends_nothing() -> None:
         for call_id in IDS[:3]:
             connection.send(frame(incoming(call_id, "handler", call_id)))
         sent.wait(PATIENCE)
-        # The first is cancelled, and again; another that is unknown; the others are not.
+        # Cancel the first call twice and an unknown one; leave the other two running.
         for call_id in (IDS[0], IDS[0], IDS[9]):
             connection.send(frame(cancellation(call_id)))
         answers.append(connection.read_message())
@@ -941,12 +946,12 @@ async def test_a_cancelled_handler_sends_nothing() -> None:
             await until(lambda: client.unary.unanswered_calls == 2)
             opened.set()
             await until(lambda: len(answers) == 2)
-            await works(client)
+            await assert_usable(client)
     assert {m.call_id: m.data for m in answers} == {i: i for i in IDS[1:3]}
     assert all(message.kind == "response" for message in answers)
 
 
-async def test_a_handler_may_ask_its_own_daemon() -> None:
+async def test_handler_may_make_calls() -> None:
     answers: list[Message] = []
 
     def script(connection: Connection) -> None:
@@ -969,12 +974,12 @@ async def test_a_handler_may_ask_its_own_daemon() -> None:
 
 
 class Flood:
-    """A daemon that has more incoming calls than anybody can hold."""
+    """A daemon that forwards more calls than a client can hold."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
         self.sent = 0
-        #: Whether the client has stopped reading.
+        #: Set once the client has stopped reading.
         self.blocked = threading.Event()
         self.answers: dict[bytes, Message] = {}
 
@@ -1010,16 +1015,14 @@ class Flood:
 
 
 def resident() -> int:
-    """How much memory this process has, in bytes."""
+    """Returns the resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
     ("count", "size"), [(20_000, 4), (400, 1 << 20)], ids=["many small", "large"]
 )
-async def test_a_flood_of_calls_is_held_back_and_nothing_of_it_is_lost(
-    count: int, size: int
-) -> None:
+async def test_flood_of_calls_is_held_back_and_loses_no_call(count: int, size: int) -> None:
     flood = Flood(count, size)
     go_on = anyio.Event()
     entered = []
@@ -1049,8 +1052,8 @@ async def test_a_flood_of_calls_is_held_back_and_nothing_of_it_is_lost(
     ]
 
 
-async def test_a_flood_does_not_keep_ones_own_call_from_its_answer() -> None:
-    """Where an answer is awaited there must be read on: what is too much is refused."""
+async def test_flood_of_calls_does_not_delay_an_outgoing_call() -> None:
+    """While a reply is pending the client keeps reading, and refuses excess calls as busy."""
     count = 20_000
     kinds: list[str] = []
 
@@ -1082,7 +1085,7 @@ async def test_a_flood_does_not_keep_ones_own_call_from_its_answer() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("handler", handler)
-            assert await ask(client, timeout=25) == b"answer"
+            assert await call_echo(client, timeout=25) == b"answer"
             assert client.unary.unanswered_calls < count
             go_on.set()
             await until(lambda: len(kinds) == count)
@@ -1090,7 +1093,7 @@ async def test_a_flood_does_not_keep_ones_own_call_from_its_answer() -> None:
     assert set(kinds) == {"error", "response"}
 
 
-async def test_callers_are_held_back_by_a_daemon_that_does_not_read() -> None:
+async def test_calls_wait_while_the_daemon_does_not_read() -> None:
     read_on = threading.Event()
     answered = []
 
@@ -1110,26 +1113,26 @@ async def test_callers_are_held_back_by_a_daemon_that_does_not_read() -> None:
             before = resident()
             async with anyio.create_task_group() as tasks:
                 for _ in range(300):
-                    tasks.start_soon(ask, client, data)
+                    tasks.start_soon(call_echo, client, data)
                 await until(lambda: client.unary.pending_calls)
-                await anyio.sleep(0.3)  # nothing says that nothing more is going to be taken
+                await anyio.sleep(0.3)  # the client signals nothing when it stops accepting
                 assert resident() - before < 128 << 20
-                # And it can still be cancelled, or be out of time.
+                # A waiting call can still be cancelled or time out.
                 with pytest.raises(ControlTimeout):
-                    await ask(client, data, timeout=0.1)
+                    await call_echo(client, data, timeout=0.1)
                 tasks.cancel_scope.cancel()
             assert client.unary.pending_calls == 0
             read_on.set()
-            # Whatever was half written was finished: the daemon reads whole messages.
+            # A message partly written is completed first, so that the daemon reads whole messages.
             data = b"x" + data
-            results = await all_of(ask(client, data, timeout=20) for _ in range(20))
+            results = await all_of(call_echo(client, data, timeout=20) for _ in range(20))
             assert all(result == data for result in results)
             assert fake.accepted == 1
             assert answered.count(b"x") == 20
             assert answered.count(b"\0") < 300
 
 
-async def test_a_call_that_gives_up_its_turn_leaves_it_to_the_next() -> None:
+async def test_call_that_stops_waiting_passes_its_turn_to_the_next() -> None:
     read_on = threading.Event()
 
     def deaf(connection: Connection) -> None:
@@ -1142,11 +1145,11 @@ async def test_a_call_that_gives_up_its_turn_leaves_it_to_the_next() -> None:
         async with Client(fake.control_maddr) as client:
 
             async def call(size: int) -> None:
-                results.append(len(await ask(client, bytes(size), timeout=20)))
+                results.append(len(await call_echo(client, bytes(size), timeout=20)))
 
             async def too_large() -> None:
                 with pytest.raises(MessageTooLarge):
-                    await ask(client, bytes(5 << 20), timeout=20)
+                    await call_echo(client, bytes(5 << 20), timeout=20)
                 results.append(-1)
 
             await client.unary.open()
@@ -1168,7 +1171,7 @@ async def test_a_call_that_gives_up_its_turn_leaves_it_to_the_next() -> None:
             assert fake.accepted == 1
 
 
-async def test_a_daemon_that_does_not_read_and_dies_fails_all_callers() -> None:
+async def test_daemon_that_dies_without_reading_fails_all_calls() -> None:
     die = threading.Event()
 
     def deaf(connection: Connection) -> None:
@@ -1178,52 +1181,52 @@ async def test_a_daemon_that_does_not_read_and_dies_fails_all_callers() -> None:
     with FakeDaemon(first(deaf)) as fake:
         async with Client(fake.control_maddr) as client:
             await client.unary.open()
-            pending: list[Awaitable[Any]] = [ask(client, bytes(1 << 20)) for _ in range(50)]
+            pending: list[Awaitable[Any]] = [call_echo(client, bytes(1 << 20)) for _ in range(50)]
 
             async def kill() -> None:
                 await until(lambda: client.unary.pending_calls)
                 die.set()
 
             *errors, _ = await all_of([*pending, kill()])
-            # Those that could not have been sent may have been sent to the next daemon.
+            # Calls that were certainly not sent may have been sent to the next daemon instead.
             assert all(isinstance(error, (ConnectionLost, bytes)) for error in errors)
             assert any(isinstance(error, ConnectionLost) for error in errors)
-            await works(client)
+            await assert_usable(client)
 
 
 # --- call ids, forked processes ---
 
 
-async def test_call_ids_are_unique_over_clients_and_forks(anyio_backend: Any) -> None:
-    """Daemons tell the calls of all their clients, and of other peers, apart by them."""
+async def test_call_ids_are_unique_across_clients_and_forks(anyio_backend: Any) -> None:
+    """Daemons tell calls of all their clients, and of other peers, apart by call id."""
     with FakeDaemon(unary_echo) as fake:
 
         async def calls() -> None:
             async with Client(fake.control_maddr) as client:
                 asked = [b"%d" % number for number in range(50)]
-                assert await all_of(ask(client, data) for data in asked) == asked
+                assert await all_of(call_echo(client, data) for data in asked) == asked
 
         async with Client(fake.control_maddr) as client:
-            await works(client)
+            await assert_usable(client)
             for _ in range(4):
                 await in_child(lambda: run_in_thread(anyio_backend, calls))
             await calls()
-            await works(client)
-            await works(client)
+            await assert_usable(client)
+            await assert_usable(client)
         ids = [Message.decode(r).call_id for r in fake.requests if r != UPGRADE]
     assert len(ids) == len(set(ids)) == 3 + 5 * 50
 
 
-async def test_a_client_of_the_parent_is_refused_in_the_child(anyio_backend: Any) -> None:
+async def test_client_of_the_parent_is_refused_in_a_forked_child(anyio_backend: Any) -> None:
     with FakeDaemon(unary_echo) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("echo", echo)
-            await works(client)
+            await assert_usable(client)
 
             async def use() -> None:
                 calls: list[Callable[[], Awaitable[Any]]] = [
-                    lambda: ask(client),
-                    lambda: ask(client, timeout=5),
+                    lambda: call_echo(client),
+                    lambda: call_echo(client, timeout=5),
                     lambda: client.add_unary_handler("another", echo),
                     lambda: client.remove_unary_handler("echo"),
                     client.unary.open,
@@ -1232,17 +1235,17 @@ async def test_a_client_of_the_parent_is_refused_in_the_child(anyio_backend: Any
                     with pytest.raises(ForkedClientError, match=f"process {os.getppid()} .*new"):
                         await call()
                 with pytest.raises(ForkedClientError) as error:
-                    await ask(client)
+                    await call_echo(client)
                 assert (error.value.request, error.value.peer_id) == ("CALL_UNARY", FAKE_PEER)
                 assert error.value.protocol == "echo"
 
             await in_child(lambda: run_in_thread(anyio_backend, use))
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
 @pytest.mark.parametrize("how", ["unary.close", "client.close", "garbage"])
-async def test_a_child_that_lets_go_of_it_does_not_disturb_a_pending_call(
+async def test_dropping_the_client_in_a_forked_child_leaves_pending_calls_alone(
     how: str, anyio_backend: Any
 ) -> None:
     go_on = threading.Event()
@@ -1271,7 +1274,7 @@ async def test_a_child_that_lets_go_of_it_does_not_disturb_a_pending_call(
         async with clients[0] as client:
             await client.add_unary_handler("handler", handler)
 
-            def let_go() -> None:
+            def drop_client() -> None:
                 nonlocal client
                 if how == "unary.close":
                     client.unary.close()
@@ -1285,18 +1288,18 @@ async def test_a_child_that_lets_go_of_it_does_not_disturb_a_pending_call(
             results = []
 
             async def call() -> None:
-                results.append(await ask(client))
+                results.append(await call_echo(client))
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(call)
                 await until(lambda: entered)
-                await in_child(let_go)
+                await in_child(drop_client)
                 assert client.unary.pending_calls == client.unary.unanswered_calls == 1
                 go_on.set()
             opened.set()
             assert results == [b"data"]
             await until(lambda: client.unary.unanswered_calls == 0)
-            await works(client)
+            await assert_usable(client)
             assert fake.accepted == 1
 
 
@@ -1307,7 +1310,7 @@ async def test_a_child_that_lets_go_of_it_does_not_disturb_a_pending_call(
         for backend, rounds in zip(BACKENDS, (1000, 100, 100), strict=True)
     ],
 )
-def test_forks_that_use_it_and_exit_leak_nothing(backend: Any, rounds: int) -> None:
+def test_forks_that_use_the_parents_daemon_leak_nothing(backend: Any, rounds: int) -> None:
     async def main() -> None:
         with DaemonProcess() as here, DaemonProcess() as there:
             here.keep()
@@ -1335,7 +1338,7 @@ def test_forks_that_use_it_and_exit_leak_nothing(backend: Any, rounds: int) -> N
                 for number in range(rounds):
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(parent, number)
-                        await anyio.lowlevel.checkpoint()  # so that a call is pending
+                        await anyio.lowlevel.checkpoint()  # leaves a call pending
                         await in_child(lambda: run_in_thread(backend, child))
                     if number == rounds // 10:
                         before = resident()

@@ -1,5 +1,5 @@
-"""The life of unary handlers: registered and taken back half-way, cancelled before they begin, held
-back, failing in strange ways; and what is left of them."""
+"""The lifecycle of unary handlers: cancelled registrations, early cancellation, back-pressure,
+errors that are hard to send; and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FAKE_PEER = PeerID(PEER)
 IDS = [bytes([number]) * 16 for number in range(1, 100)]
 
 
-async def ask(client: Client, data: bytes = b"data") -> bytes:
+async def call_echo(client: Client, data: bytes = b"data") -> bytes:
     return await client.call_unary(FAKE_PEER, "echo", data, timeout=10)
 
 
@@ -57,13 +57,13 @@ async def echo(data: bytes, peer_id: PeerID) -> bytes:
     return data
 
 
-def work(client: Client) -> int:
-    """How many handlers the client remembers."""
+def held_calls(client: Client) -> int:
+    """Returns the number of incoming calls for which the client holds a handler."""
     return sum(len(link._work) for link in client.unary._links.values())
 
 
-def served(connection: Connection) -> None:
-    """Upgrades, and acknowledges a handler."""
+def accept_handler(connection: Connection) -> None:
+    """Accepts the upgrade and one handler."""
     connection.upgrade()
     connection.send(frame(acknowledgement(connection.read_message().call_id)))
 
@@ -72,7 +72,7 @@ class Registry:
     """A daemon's table of handlers, which outlives its connections.
 
     Args:
-        before: Called with the kind and name of each request before it is answered.
+        before: Called with kind and protocol of each request, before it is answered.
     """
 
     def __init__(self, before: Callable[[str, str], object] = lambda kind, name: None) -> None:
@@ -99,7 +99,7 @@ class Registry:
 # --- registering ---
 
 
-async def test_a_cancelled_registration_is_undone_and_the_name_free_again() -> None:
+async def test_cancelled_registration_is_undone() -> None:
     gate = threading.Event()
     registry = Registry(lambda kind, name: gate.wait(PATIENCE))
 
@@ -123,7 +123,7 @@ async def test_a_cancelled_registration_is_undone_and_the_name_free_again() -> N
             assert fake.accepted == 1
 
 
-async def test_a_cancelled_removal_is_a_removal_all_the_same() -> None:
+async def test_cancelled_removal_still_removes_the_handler() -> None:
     gate = threading.Event()
     registry = Registry(lambda kind, name: kind == "remove" and gate.wait(PATIENCE))
 
@@ -144,7 +144,7 @@ async def test_a_cancelled_removal_is_a_removal_all_the_same() -> None:
             assert registry.names == {"echo"}
 
 
-async def test_a_removal_waits_for_the_reconnection_that_registers_it() -> None:
+async def test_removal_waits_for_the_reconnect_that_registers_the_handler() -> None:
     gate, asked = threading.Event(), threading.Event()
 
     def before(kind: str, name: str) -> None:
@@ -175,13 +175,13 @@ async def test_a_removal_waits_for_the_reconnection_that_registers_it() -> None:
             assert registry.names == set(client.unary.handlers) == {"two"}
 
 
-async def test_a_name_that_another_client_took_meanwhile_is_given_up() -> None:
+async def test_reconnect_drops_a_handler_whose_protocol_another_client_took() -> None:
     registry = Registry()
     registry.names.add("echo")
 
     def script(connection: Connection) -> None:
         if connection.number == 1:
-            served(connection)
+            accept_handler(connection)
             return
         connection.upgrade()
         registry.serve(connection)
@@ -201,7 +201,7 @@ async def test_a_name_that_another_client_took_meanwhile_is_given_up() -> None:
 # --- closing ---
 
 
-async def test_closing_ends_those_who_wait_for_room_or_for_the_connection() -> None:
+async def test_close_fails_calls_waiting_for_back_pressure_or_the_connection() -> None:
     upgraded, over = threading.Event(), threading.Event()
 
     def script(connection: Connection) -> None:
@@ -218,8 +218,8 @@ async def test_closing_ends_those_who_wait_for_room_or_for_the_connection() -> N
             results: list[Any] = []
 
             async def calls(client: Client = client, results: list[Any] = results) -> None:
-                ask_much = (ask(client, bytes(1 << 20)) for _ in range(20))
-                results.extend(await all_of(ask_much))
+                large_calls = (call_echo(client, bytes(1 << 20)) for _ in range(20))
+                results.extend(await all_of(large_calls))
 
             async with anyio.create_task_group() as tasks:
                 if wait:
@@ -234,9 +234,9 @@ async def test_closing_ends_those_who_wait_for_room_or_for_the_connection() -> N
         over.set()
 
 
-async def test_what_came_behind_a_call_that_closed_the_client_is_not_begun() -> None:
+async def test_calls_after_one_that_closed_the_client_are_not_started() -> None:
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         connection.send(b"".join(frame(incoming(i, "slow", b"")) for i in IDS[:3]))
         connection.wait_closed()
 
@@ -265,12 +265,12 @@ async def test_what_came_behind_a_call_that_closed_the_client_is_not_begun() -> 
         await client.close()
 
 
-# --- cancelled and failing ---
+# --- cancelled and failing handlers ---
 
 
-async def test_a_handler_that_was_cancelled_before_it_began_leaves_nothing() -> None:
+async def test_handler_cancelled_before_it_started_leaves_nothing_behind() -> None:
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         both = (frame(incoming(i, "slow", b"")) + frame(cancellation(i)) for i in IDS)
         connection.send(b"".join(both))
         serve_echo(connection)
@@ -282,14 +282,14 @@ async def test_a_handler_that_was_cancelled_before_it_began_leaves_nothing() -> 
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("slow", slow)
-            assert await ask(client) == b"data"
+            assert await call_echo(client) == b"data"
             await until(lambda: client.unary.unanswered_calls == 0)
-            assert work(client) == 0
+            assert held_calls(client) == 0
 
 
-async def test_a_cancelled_handler_takes_its_place_until_it_has_ended() -> None:
+async def test_cancelled_handler_counts_until_it_has_ended() -> None:
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         for i in IDS:
             connection.send(frame(incoming(i, "slow", b"")))
         entered.wait(PATIENCE)
@@ -316,10 +316,10 @@ async def test_a_cancelled_handler_takes_its_place_until_it_has_ended() -> None:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("slow", slow)
             await until(entered.is_set)
-            assert await ask(client) == b"data"
-            assert client.unary.unanswered_calls == work(client) == len(IDS)
+            assert await call_echo(client) == b"data"
+            assert client.unary.unanswered_calls == held_calls(client) == len(IDS)
             let_go.set()
-            await until(lambda: client.unary.unanswered_calls == work(client) == 0)
+            await until(lambda: client.unary.unanswered_calls == held_calls(client) == 0)
 
 
 class Unprintable(Exception):
@@ -327,11 +327,11 @@ class Unprintable(Exception):
         return "lone \udcff"
 
 
-async def test_a_repr_that_cannot_be_sent_is_sent_escaped() -> None:
+async def test_repr_that_is_not_utf8_is_sent_escaped() -> None:
     answers = []
 
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         connection.send(frame(incoming(IDS[0], "fails", b"")))
         answers.append(connection.read_request())
 
@@ -346,11 +346,11 @@ async def test_a_repr_that_cannot_be_sent_is_sent_escaped() -> None:
             await until(lambda: client.unary.unanswered_calls == 0)
 
 
-async def test_a_long_error_is_cut_to_the_message_limit() -> None:
+async def test_long_error_is_truncated_to_the_message_limit() -> None:
     answers = []
 
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         connection.send(frame(incoming(IDS[0], "fails", b"")))
         answers.append(connection.read_request())
 
@@ -364,11 +364,11 @@ async def test_a_long_error_is_cut_to_the_message_limit() -> None:
             assert 900 < len(answers[0]) <= 1000
 
 
-def test_a_handler_that_fails_while_it_is_cancelled_does_not_end_a_trio_run() -> None:
+def test_handler_failing_during_cancellation_does_not_crash_trio() -> None:
     ready = threading.Event()
 
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         connection.send(frame(incoming(IDS[0], "nursery", b"")))
         ready.wait(PATIENCE)
         connection.send(frame(cancellation(IDS[0])))
@@ -393,24 +393,24 @@ def test_a_handler_that_fails_while_it_is_cancelled_does_not_end_a_trio_run() ->
             async with Client(fake.control_maddr) as client:
                 await client.add_unary_handler("nursery", handler)
                 await until(lambda: ready.is_set() and client.unary.unanswered_calls == 0)
-                assert await ask(client) == b"data"
+                assert await call_echo(client) == b"data"
 
     trio.run(main)
 
 
-# --- held back ---
+# --- back-pressure ---
 
 
-async def test_a_client_that_holds_back_its_callers_sees_cancels_and_the_end() -> None:
+async def test_client_that_holds_back_its_callers_still_sees_cancels_and_eof() -> None:
     flooded, ended = threading.Event(), threading.Event()
     refused = []
 
     def script(connection: Connection) -> None:
-        served(connection)
+        accept_handler(connection)
         sender = threading.Thread(target=flood, args=(connection,))
         sender.start()
         while not ended.is_set():
-            refused.append(connection.read_message())  # the flood ends only if we are read
+            refused.append(connection.read_message())  # keep reading, or the flood would block
             if len(refused) > 100:
                 flooded.set()
         sender.join()
@@ -448,10 +448,10 @@ async def test_a_client_that_holds_back_its_callers_sees_cancels_and_the_end() -
     assert b"busy" in refused[0].data
 
 
-# --- ours ---
+# --- outgoing calls ---
 
 
-async def test_a_call_that_the_daemon_cancels_fails() -> None:
+async def test_call_cancelled_by_the_daemon_fails() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         connection.send(frame(cancellation(connection.read_message().call_id)))
@@ -460,11 +460,11 @@ async def test_a_call_that_the_daemon_cancels_fails() -> None:
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(DaemonRefused, match="cancelled"):
-                await ask(client)
-            assert await ask(client) == b"data"
+                await call_echo(client)
+            assert await call_echo(client) == b"data"
 
 
-async def test_a_reply_that_came_before_the_end_is_not_lost_by_writing() -> None:
+async def test_failed_write_does_not_lose_a_reply_already_received() -> None:
     replied = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -481,12 +481,12 @@ async def test_a_reply_that_came_before_the_end_is_not_lost_by_writing() -> None
             results = []
 
             async def first() -> None:
-                results.append(await ask(client))
+                results.append(await call_echo(client))
 
             async def second() -> None:
-                # The loop is kept from reading, so that this one's write comes first.
+                # Block the loop from reading, so that this call's write comes first.
                 replied.wait(PATIENCE)
-                results.append(await ask(client, b"second"))
+                results.append(await call_echo(client, b"second"))
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(first)
@@ -495,7 +495,7 @@ async def test_a_reply_that_came_before_the_end_is_not_lost_by_writing() -> None
             assert sorted(results) == [b"arrived", b"second"]
 
 
-async def test_data_whose_finalizer_uses_the_client_is_no_trouble() -> None:
+async def test_data_may_have_a_finalizer_that_uses_the_client() -> None:
     go = threading.Event()
     finalized = []
 
@@ -512,16 +512,16 @@ async def test_data_whose_finalizer_uses_the_client_is_no_trouble() -> None:
         async with Client(fake.control_maddr) as client:
             await client.unary.open()
             with anyio.move_on_after(0.1):
-                await all_of(ask(client, Data(1 << 20)) for _ in range(3))
+                await all_of(call_echo(client, Data(1 << 20)) for _ in range(3))
             go.set()
-            assert await ask(client) == b"data"
+            assert await call_echo(client) == b"data"
             gc.collect()
             assert len(finalized) == 3
 
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
-async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> None:
-    """Not on trio, whose events come once, to whichever process asks first."""
+async def test_event_loop_running_in_a_forked_child_leaves_replies_to_the_parent() -> None:
+    """Not on trio, where the kernel reports each event to only one of the processes."""
     go = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -536,7 +536,7 @@ async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> No
             results = []
 
             async def call() -> None:
-                results.append(await ask(client))
+                results.append(await call_echo(client))
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(call)
@@ -551,7 +551,7 @@ async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> No
                     os.write(write_end, b"took it" if results else b"left it")
                     os._exit(0)
                 go.set()
-                # The parent's loop stands still, so that the child has the first chance.
+                # The parent's loop is blocked here, so the child gets the first chance to read.
                 report = os.read(read_end, 100)
                 os.waitpid(pid, 0)
                 os.close(read_end)
@@ -561,7 +561,7 @@ async def test_a_forked_loop_that_runs_on_leaves_the_reply_to_the_parent() -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_a_call_that_outlives_its_loop_ends_quietly(backend: Any) -> None:
+def test_call_that_outlives_its_loop_ends_quietly(backend: Any) -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         connection.wait_closed()
@@ -581,7 +581,7 @@ def test_a_call_that_outlives_its_loop_ends_quietly(backend: Any) -> None:
         assert client.unary.pending_calls == 0
 
 
-def test_runs_of_trio_that_are_over_are_forgotten() -> None:
+def test_finished_trio_runs_are_forgotten() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         connection.read_message()
@@ -591,7 +591,7 @@ def test_runs_of_trio_that_are_over_are_forgotten() -> None:
 
         async def main() -> None:
             with pytest.raises(ConnectionLost):
-                await ask(client)
+                await call_echo(client)
 
         for _ in range(5):
             trio.run(main)
@@ -599,16 +599,16 @@ def test_runs_of_trio_that_are_over_are_forgotten() -> None:
         client.unary.close()
 
 
-def test_a_trio_guest_of_an_asyncio_loop_has_a_connection_of_its_own() -> None:
+def test_trio_guest_run_has_its_own_connection() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
         with FakeDaemon(unary_echo) as fake:
             client = Client(fake.control_maddr)
-            assert await ask(client, b"host") == b"host"
+            assert await call_echo(client, b"host") == b"host"
 
             async def guest() -> bytes:
-                reply = await ask(client, b"guest")
+                reply = await call_echo(client, b"guest")
                 await client.close()
                 return reply
 
@@ -626,13 +626,13 @@ def test_a_trio_guest_of_an_asyncio_loop_has_a_connection_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_closing_in_a_forked_child_touches_nothing(backend: Any) -> None:
+def test_close_in_a_forked_child_leaves_the_parent_alone(backend: Any) -> None:
     async def main() -> None:
         with FakeDaemon(unary_echo) as fake:
             async with Client(fake.control_maddr) as client:
-                assert await ask(client) == b"data"
+                assert await call_echo(client) == b"data"
                 await in_child(client.unary.close)
-                assert await ask(client) == b"data"
+                assert await call_echo(client) == b"data"
                 assert fake.accepted == 1
 
     anyio.run(main, backend=backend[0], backend_options=backend[1])

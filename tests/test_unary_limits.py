@@ -1,4 +1,4 @@
-"""Limits of unary calls: messages that are too large, calls that are too many, limits set later."""
+"""Limits of unary calls: large messages, many calls, limits changed while running."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 MIB = 1 << 20
 FAKE_PEER = PeerID(PEER)
-#: What the large daemons take, in bytes.
+#: Message limit of the daemons of the fixture ``large``, in bytes.
 LARGE = 64 * MIB
-#: A limit that is set on clients, and the largest message that they take then, in bytes.
+#: A message limit set on clients, and the largest message they then accept, in bytes.
 LIMIT, INCOMING = 1000, 1000 + (64 << 10)
-#: Ids of incoming calls.
+#: Call ids of incoming calls.
 IDS = [bytes([number]) * 16 for number in range(1, 100)]
 
 on_asyncio = pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
@@ -64,15 +64,15 @@ def limited(fake: FakeDaemon) -> Client:
     return Client(fake.control_maddr, persistent_conn_max_msg_size=LIMIT)
 
 
-async def ask(client: Client, data: bytes) -> bytes:
+async def call_echo(client: Client, data: bytes) -> bytes:
     return await client.call_unary(FAKE_PEER, "echo", data, timeout=10)
 
 
-# --- messages that are too large ---
+# --- messages over the limit ---
 
 
 @pytest.mark.parametrize("kind", [reply, handler_error, daemon_error])
-async def test_an_answer_over_the_limit_fails_its_call_alone(
+async def test_reply_over_the_limit_fails_only_its_call(
     kind: Callable[[bytes, bytes], bytes],
 ) -> None:
     sizes = []
@@ -91,18 +91,18 @@ async def test_an_answer_over_the_limit_fails_its_call_alone(
 
     with FakeDaemon(script) as fake:
         async with limited(fake) as client:
-            answers = await all_of(ask(client, data) for data in (b"a", b"b", b"c"))
+            answers = await all_of(call_echo(client, data) for data in (b"a", b"b", b"c"))
             assert (answers[0], answers[2]) == (b"A", b"C")
             error = answers[1]
             assert isinstance(error, MessageTooLarge) and isinstance(error, ControlFailure)
             assert (error.size, error.limit, error.received) == (sizes[0], INCOMING, True)
             assert str(sizes[0]) in str(error) and str(INCOMING) in str(error)
             assert (error.peer_id, error.protocol) == (FAKE_PEER, "echo")
-            assert await ask(client, b"next") == b"next"
+            assert await call_echo(client, b"next") == b"next"
             assert fake.accepted == 1
 
 
-async def test_a_call_over_the_limit_is_answered_with_its_size_and_the_limit() -> None:
+async def test_call_over_the_limit_is_answered_with_its_size_and_the_limit() -> None:
     answers: list[Any] = []
     oversized = incoming(IDS[0], "echo", bytes(300_000))
 
@@ -141,8 +141,8 @@ async def test_finds_the_call_id_behind_a_payload_over_the_limit(trickled: int) 
     with FakeDaemon(script) as fake:
         async with limited(fake) as client:
             with pytest.raises(MessageTooLarge):
-                await ask(client, b"")
-            assert await ask(client, b"next") == b"next"
+                await call_echo(client, b"")
+            assert await call_echo(client, b"next") == b"next"
             assert fake.accepted == 1
 
 
@@ -159,15 +159,15 @@ async def test_skips_a_message_over_the_limit_without_a_call_id(
 
     with FakeDaemon(script) as fake:
         async with limited(fake) as client:
-            assert await ask(client, b"first") == b"first"
-            assert await ask(client, b"next") == b"next"
+            assert await call_echo(client, b"first") == b"first"
+            assert await call_echo(client, b"next") == b"next"
             assert fake.accepted == 1
     lines = [r.getMessage() for r in caplog.records if "without a call id" in r.getMessage()]
     assert len(lines) == 3
     assert str(INCOMING) in lines[0] and "200000" in lines[1]
 
 
-async def test_a_message_over_the_limit_is_not_stored() -> None:
+async def test_message_over_the_limit_is_not_stored() -> None:
     size = 512 * MIB
 
     def script(connection: Connection) -> None:
@@ -189,10 +189,10 @@ async def test_a_message_over_the_limit_is_not_stored() -> None:
             with pytest.raises(MessageTooLarge, match=str(size)[:4]):
                 await client.call_unary(FAKE_PEER, "echo", b"")
             assert resident() - before < 32 * MIB
-            assert await ask(client, b"next") == b"next"
+            assert await call_echo(client, b"next") == b"next"
 
 
-async def test_a_registration_with_an_answer_over_the_limit_fails_alone() -> None:
+async def test_reply_over_the_limit_fails_only_its_registration() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         connection.send(frame(daemon_error(connection.read_message().call_id, bytes(300_000))))
@@ -207,11 +207,11 @@ async def test_a_registration_with_an_answer_over_the_limit_fails_alone() -> Non
             assert fake.accepted == 1
 
 
-async def test_a_request_over_the_limit_says_that_it_was_not_sent() -> None:
+async def test_error_for_a_request_over_the_limit_says_that_it_was_not_sent() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with limited(fake) as client:
             with pytest.raises(MessageTooLarge) as caught:
-                await ask(client, bytes(LIMIT))
+                await call_echo(client, bytes(LIMIT))
             assert caught.value.size is not None and caught.value.size > LIMIT
             assert (caught.value.limit, caught.value.received) == (LIMIT, False)
 
@@ -231,7 +231,7 @@ async def test_a_request_over_the_limit_says_that_it_was_not_sent() -> None:
         ("renamed -persistentConnMaxMsgSize=67108864", LARGE),
         ("p2pd -listen=/unix/tmp/x", 4 * MIB),
         ("p2pd-linux-amd64", 4 * MIB),
-        # Go stops at the first argument that is no flag.
+        # Go stops parsing at the first argument that is not a flag.
         ("p2pd -b foo -persistentConnMaxMsgSize=67108864", 4 * MIB),
         ("p2pd -- -persistentConnMaxMsgSize=67108864", 4 * MIB),
         ("p2pd -id=-persistentConnMaxMsgSize=67108864", 4 * MIB),
@@ -252,7 +252,7 @@ def test_reads_the_limit_from_a_command_line(command: str, limit: int | None) ->
 
 @pytest.fixture(scope="module")
 def large() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two connected daemons that take 64 MiB, the second on TCP."""
+    """Two connected daemons that accept messages up to 64 MiB, the second on TCP."""
     options = "-persistentConnMaxMsgSize", str(LARGE)
     with DaemonProcess(*options) as first, DaemonProcess(*options, transport="tcp") as second:
         first.keep()
@@ -266,7 +266,7 @@ def large() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
         yield first, second
 
 
-async def test_a_client_that_asks_for_no_limit_takes_the_daemons(
+async def test_client_without_a_limit_adopts_the_daemons(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, second = large
@@ -284,7 +284,7 @@ async def test_a_client_that_asks_for_no_limit_takes_the_daemons(
         assert await replica.call_unary(second.peer_id, "large", data, timeout=30) == data
 
 
-async def test_a_client_keeps_an_explicit_limit(
+async def test_client_keeps_an_explicit_limit(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, second = large
@@ -313,12 +313,12 @@ async def test_a_client_keeps_an_explicit_limit(
         )
         assert isinstance(answers[0], MessageTooLarge) and answers[0].received
         assert small.unary.connected
-        # Set now, it acts on the next.
+        # A new limit applies to the next message.
         small.unary.max_incoming_size = LARGE
         assert await small.call_unary(second.peer_id, "grow", b"", timeout=30) == bytes(8 * MIB)
 
 
-async def test_an_ordinary_daemons_limit_is_found_too(large: Any) -> None:
+async def test_default_limit_of_a_daemon_is_detected(large: Any) -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client:
             await client.unary.open()
@@ -326,7 +326,7 @@ async def test_an_ordinary_daemons_limit_is_found_too(large: Any) -> None:
 
 
 @on_asyncio
-async def test_hivemind_replicas_take_the_daemons_limit(
+async def test_hivemind_replicas_adopt_the_daemons_limit(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, second = large
@@ -334,7 +334,7 @@ async def test_hivemind_replicas_take_the_daemons_limit(
     creator = await HivemindClient.create(
         second.control_maddr, second.listen_maddr(), persistent_conn_max_msg_size=LARGE
     )
-    # By TCP, the daemon's process is unknown, but its creator was given the limit.
+    # Over TCP the daemon's process is unknown, but ``creator`` was given the limit.
     other = await HivemindClient.create(second.control_maddr, second.listen_maddr())
     try:
         for client in (replica, creator, other):
@@ -351,7 +351,7 @@ async def test_hivemind_replicas_take_the_daemons_limit(
             client.close()
 
 
-async def test_forked_processes_know_the_limit_of_a_creator() -> None:
+async def test_forked_processes_know_a_remembered_limit() -> None:
     maddr = "/ip4/127.0.0.1/tcp/9"
     daemon_limit.remember(maddr, LARGE)
 
@@ -363,7 +363,7 @@ async def test_forked_processes_know_the_limit_of_a_creator() -> None:
     await in_child(check)
 
 
-def test_the_limits_of_creators_are_bounded() -> None:
+def test_table_of_remembered_limits_is_bounded() -> None:
     for number in range(3000):
         daemon_limit.remember(f"/unix/tmp/{number}", number + 1)
     assert len(daemon_limit._told) <= 1024
@@ -374,7 +374,7 @@ def test_the_limits_of_creators_are_bounded() -> None:
 
 
 @on_asyncio
-async def test_the_hivemind_layer_takes_messages_of_any_size() -> None:
+async def test_hivemind_layer_accepts_messages_of_any_size() -> None:
     sizes = []
     data = bytes(40 * MIB)
 
@@ -399,18 +399,18 @@ async def test_the_hivemind_layer_takes_messages_of_any_size() -> None:
             await until(lambda: sizes == [len(data)])
             answer = await client.call_unary_handler(FAKE_PEER, "echo", b"")
             assert len(answer) == len(data)
-            # Sent messages are still limited: the daemon would close the connection.
+            # Outgoing messages are still limited, since the daemon would close the connection.
             with pytest.raises(ControlFailure):
                 await client.call_unary_handler(FAKE_PEER, "echo", data)
         finally:
             client.close()
 
 
-# --- limits that are set later ---
+# --- limits changed while running ---
 
 
 @on_asyncio
-async def test_the_limit_of_a_hivemind_client_acts_when_it_is_set_later(
+async def test_limit_of_a_hivemind_client_can_be_changed_later(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, _ = large
@@ -429,7 +429,7 @@ async def test_the_limit_of_a_hivemind_client_acts_when_it_is_set_later(
                 assert control.persistent_conn_max_msg_size == LARGE
             answer = await faked.call_unary_handler(FAKE_PEER, "echo", bytes(5 * MIB))
             assert answer == bytes(5 * MIB)
-            # This one's peer is unknown, but the daemon took the call.
+            # This daemon does not know the peer, but it accepted the size of the call.
             with pytest.raises(ControlFailure) as caught:
                 await client.call_unary_handler(FAKE_PEER, "echo", bytes(5 * MIB))
             assert "limit" not in str(caught.value)
@@ -441,19 +441,19 @@ async def test_the_limit_of_a_hivemind_client_acts_when_it_is_set_later(
             faked.close()
 
 
-async def test_the_limit_of_a_client_acts_when_it_is_set_later() -> None:
+async def test_limit_of_a_client_can_be_changed_later() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with limited(fake) as client:
             with pytest.raises(MessageTooLarge):
-                await ask(client, bytes(2000))
+                await call_echo(client, bytes(2000))
             client.unary.max_message_size = 200_000
-            assert await ask(client, bytes(150_000)) == bytes(150_000)
+            assert await call_echo(client, bytes(150_000)) == bytes(150_000)
             client.unary.max_message_size = None
             assert client.unary.max_message_size == 4 * MIB
-            assert await ask(client, bytes(2 * MIB)) == bytes(2 * MIB)
+            assert await call_echo(client, bytes(2 * MIB)) == bytes(2 * MIB)
             client.unary.max_message_size = LIMIT
             with pytest.raises(MessageTooLarge):
-                await ask(client, bytes(2000))
+                await call_echo(client, bytes(2000))
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ async def test_the_limit_of_a_client_acts_when_it_is_set_later() -> None:
         ("hold", float("nan")),
     ],
 )
-async def test_an_invalid_limit_is_refused(name: str, value: Any) -> None:
+async def test_invalid_limit_is_refused(name: str, value: Any) -> None:
     connector = DaemonConnector("/unix/tmp/nowhere.sock")
     with pytest.raises(ValueError, match=name):
         UnaryClient(connector, **{name: value})
@@ -478,23 +478,23 @@ async def test_an_invalid_limit_is_refused(name: str, value: Any) -> None:
     assert getattr(unary, name) == before
 
 
-async def test_another_connector_is_used_for_the_next_connection() -> None:
+async def test_new_connector_is_used_for_the_next_connection() -> None:
     with FakeDaemon(unary_echo) as one, FakeDaemon(unary_echo) as two:
         async with Client(one.control_maddr) as client:
-            assert await ask(client, b"1") == b"1"
+            assert await call_echo(client, b"1") == b"1"
             client.unary.daemon_connector = DaemonConnector(two.control_maddr)
-            assert await ask(client, b"2") == b"2"
+            assert await call_echo(client, b"2") == b"2"
             assert (one.accepted, two.accepted) == (1, 0)
             client.unary.close()
-            assert await ask(client, b"3") == b"3"
+            assert await call_echo(client, b"3") == b"3"
             assert (one.accepted, two.accepted) == (1, 1)
 
 
-# --- calls that are too many ---
+# --- many calls at once ---
 
 
 class Crowd:
-    """A daemon that sends many calls of one size at once, and keeps the answers."""
+    """A daemon that sends many calls of one size at once and records the replies."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
@@ -528,13 +528,13 @@ class Crowd:
 
 
 @on_asyncio
-async def test_the_hivemind_layer_serves_sixty_long_calls_of_two_mebibytes() -> None:
+async def test_hivemind_layer_serves_sixty_large_calls_at_once() -> None:
     crowd = Crowd(60, 2 * MIB)
     with FakeDaemon(crowd.script) as fake:
         client = await HivemindClient.create(fake.control_maddr, "/unix/tmp/unused.sock")
         try:
             await client.add_unary_handler("handler", crowd.handler)
-            # All are in progress at once: none waits for another, however long that takes.
+            # All run at once; none waits until another has ended.
             await until(lambda: len(crowd.entered) == crowd.count)
             crowd.go_on.set()
             await until(lambda: len(crowd.answers) == crowd.count)
@@ -543,7 +543,7 @@ async def test_the_hivemind_layer_serves_sixty_long_calls_of_two_mebibytes() -> 
             client.close()
 
 
-async def test_the_bounds_of_a_client_can_be_lifted_while_calls_are_held_back() -> None:
+async def test_bounds_can_be_lifted_while_calls_are_held_back() -> None:
     crowd = Crowd(60, 2 * MIB)
     with FakeDaemon(crowd.script) as fake:
         async with Client(fake.control_maddr, hold=None) as client:
@@ -557,8 +557,8 @@ async def test_the_bounds_of_a_client_can_be_lifted_while_calls_are_held_back() 
 
 
 @pytest.mark.parametrize("later", [False, True])
-async def test_calls_over_the_bound_are_refused_after_the_hold(later: bool) -> None:
-    # Larger than what one read takes, so that the bound is seen.
+async def test_calls_over_the_bound_are_refused_after_hold_seconds(later: bool) -> None:
+    # Larger than one read, so that the client notices the bound between the calls.
     crowd = Crowd(6, 100_000)
     options: dict[str, Any] = {"max_unanswered": 2, "hold": 0.0}
     with FakeDaemon(crowd.script) as fake:
@@ -578,7 +578,7 @@ async def test_calls_over_the_bound_are_refused_after_the_hold(later: bool) -> N
 
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:1], indirect=True)
-async def test_no_timer_runs_for_output_that_the_daemon_does_not_read(
+async def test_unread_output_starts_no_timer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended = threading.Event()
@@ -616,7 +616,7 @@ async def test_no_timer_runs_for_output_that_the_daemon_does_not_read(
 
 
 @on_asyncio
-async def test_the_hivemind_layer_can_be_given_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hivemind_layer_accepts_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(**options: Any) -> int:
         crowd = Crowd(6, 100_000)
         with FakeDaemon(crowd.script) as fake:
@@ -653,7 +653,7 @@ def answering(answer: bytes) -> Callable[[bytes, Any], Awaitable[bytes]]:
 
 
 @on_asyncio
-async def test_hiveminds_table_of_unary_handlers_is_read_at_each_call(
+async def test_hiveminds_handler_table_is_read_at_each_call(
     large: tuple[DaemonProcess, DaemonProcess],
 ) -> None:
     first, second = large
@@ -663,41 +663,41 @@ async def test_hiveminds_table_of_unary_handlers_is_read_at_each_call(
     try:
         here, _ = await client.identify()
 
-        async def ask(proto: str = "x") -> bytes:
+        async def call(proto: str = "x") -> bytes:
             return await asyncio.wait_for(caller.call_unary_handler(here, proto, b""), 10)
 
         await eventually(lambda: client.add_unary_handler("x", answering(b"1")))
-        assert await ask() == b"1"
+        assert await call() == b"1"
         control.unary_handlers["x"] = answering(b"2")
-        assert await ask() == b"2"
+        assert await call() == b"2"
         del control.unary_handlers["x"]
         with pytest.raises(P2PHandlerError, match="no handler"):
-            await ask()
+            await call()
         with pytest.raises(ControlFailure, match="not registered"):
             await client.remove_unary_handler("x")
         control.unary_handlers["x"] = answering(b"3")
-        assert await ask() == b"3"
+        assert await call() == b"3"
         with pytest.raises(ControlFailure, match="already registered"):
             await client.add_unary_handler("x", answering(b"no"))
         assert control.unary_handlers.pop("x") is not None
         await client.add_unary_handler("x", answering(b"4"))
-        assert await ask() == b"4"
+        assert await call() == b"4"
         table = {"x": answering(b"5")}
         control.unary_handlers = table
         assert control.unary_handlers is table
-        assert await ask() == b"5"
+        assert await call() == b"5"
         table["x"] = answering(b"6")
-        assert await ask() == b"6"
+        assert await call() == b"6"
         await client.remove_unary_handler("x")
         assert table == {}
         with pytest.raises(ControlFailure):
-            await ask()
+            await call()
     finally:
         client.close()
         caller.close()
 
 
-async def test_the_handlers_of_a_client_cannot_be_changed_in_passing() -> None:
+async def test_handler_table_of_a_client_is_read_only() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("echo", echo)
@@ -710,7 +710,7 @@ async def test_the_handlers_of_a_client_cannot_be_changed_in_passing() -> None:
 
 
 @on_asyncio
-async def test_handlers_taken_out_of_hiveminds_table_are_not_registered_again() -> None:
+async def test_reconnect_skips_handlers_removed_from_hiveminds_table() -> None:
     names: list[list[str]] = [[], []]
 
     def script(connection: Connection) -> None:
