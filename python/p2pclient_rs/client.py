@@ -140,8 +140,7 @@ class Client:
 
     async def identify(self, *, timeout: float | None = None) -> Identity:
         """The daemon's peer id and addresses: unpacks as ``(peer_id, addrs)``."""
-        identity: Identity = await self.control.identify(timeout=timeout)
-        return identity
+        return await self.control.identify(timeout=timeout)
 
     async def connect(
         self,
@@ -242,15 +241,13 @@ class Client:
     ) -> PeerInfo:
         """The addresses that a peer is known to have (JavaScript daemon); see
         ``PeerstoreClient.get_peer_info``."""
-        info: PeerInfo = await self.peerstore.get_peer_info(peer_id, timeout=timeout)
-        return info
+        return await self.peerstore.get_peer_info(peer_id, timeout=timeout)
 
     # --- DHT ---
 
     async def dht_find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
         """The addresses of a peer."""
-        info: PeerInfo = await self.dht.find_peer(peer_id, timeout=timeout)
-        return info
+        return await self.dht.find_peer(peer_id, timeout=timeout)
 
     async def dht_find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
@@ -274,8 +271,7 @@ class Client:
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> PublicKey:
         """The public key of a peer."""
-        key: PublicKey = await self.dht.get_public_key(peer_id, timeout=timeout)
-        return key
+        return await self.dht.get_public_key(peer_id, timeout=timeout)
 
     async def dht_get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
         """The best value found for a key."""

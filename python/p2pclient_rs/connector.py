@@ -81,29 +81,30 @@ MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | Su
 
 
 class Types:
-    """What requests return. A dialect overrides these to give the types of its ecosystem."""
+    """What requests return. An API compatibility layer overrides these to return the types of its
+    ecosystem, and declares the methods of its clients accordingly."""
 
-    def multiaddr(self, addr: Multiaddr) -> Any:
+    def multiaddr(self, addr: Multiaddr) -> Multiaddr:
         """A multiaddr, wherever one is returned by itself."""
         return addr
 
-    def peer_info(self, info: PeerInfo) -> Any:
+    def peer_info(self, info: PeerInfo) -> PeerInfo:
         """An entry of ``list_peers`` and of the DHT's answers."""
         return info
 
-    def stream_info(self, info: StreamInfo) -> Any:
+    def stream_info(self, info: StreamInfo) -> StreamInfo:
         """What is said of a stream, opened or inbound."""
         return info
 
-    def public_key(self, key: PublicKey) -> Any:
+    def public_key(self, key: PublicKey) -> PublicKey:
         """The answer to ``dht_get_public_key``."""
         return key
 
-    def identity(self, identity: Identity) -> Any:
+    def identity(self, identity: Identity) -> Identity:
         """The answer to ``identify``."""
         return identity
 
-    def peer_id(self, peer_id: PeerID) -> Any:
+    def peer_id(self, peer_id: PeerID) -> PeerID:
         """The caller that a unary handler is told. What is returned is kept for the next call."""
         return peer_id
 
@@ -239,7 +240,7 @@ class DaemonConnector:
     ) -> None:
         if control_maddr is None:
             control_maddr = DEFAULT_CONTROL_MADDR
-        self.types = types if types is not None else Types()
+        self.types: Types = types if types is not None else Types()
         self._maddr, self._shown_maddr = self._parse(control_maddr)
         self._max_connections = max_connections
         self._max_idle = max_idle
@@ -254,7 +255,7 @@ class DaemonConnector:
         return f"<{type(self).__name__} {self._maddr}>"
 
     @property
-    def control_maddr(self) -> Any:
+    def control_maddr(self) -> Multiaddr:
         """The daemon's control address. Requests made after setting it go to the new address.
 
         The idle connections to the former address are closed. Requests in flight end as they would;
@@ -266,13 +267,13 @@ class DaemonConnector:
         return self._shown_maddr
 
     @control_maddr.setter
-    def control_maddr(self, control_maddr: Any) -> None:
+    def control_maddr(self, control_maddr: MultiaddrLike) -> None:
         maddr, self._shown_maddr = self._parse(control_maddr)
         if maddr != self._maddr:
             self._maddr = maddr
             self.close()
 
-    def _parse(self, control_maddr: Any) -> tuple[Multiaddr, Any]:
+    def _parse(self, control_maddr: MultiaddrLike) -> tuple[Multiaddr, Multiaddr]:
         """A control address, and how the attribute shows it."""
         maddr = Multiaddr(control_maddr)
         return maddr, self.types.multiaddr(maddr)
@@ -280,12 +281,12 @@ class DaemonConnector:
     async def request(
         self,
         name: str,
-        request: Request,
+        request: Request[T],
         *,
         timeout: float | None = None,
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
-    ) -> Any:
+    ) -> T:
         """Sends a request and returns what the daemon answered.
 
         Args:
@@ -308,32 +309,25 @@ class DaemonConnector:
         self,
         stream_type: type[S],
         name: str,
-        request: Request,
+        request: Request[T],
         *,
         timeout: float | None = None,
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
-    ) -> tuple[Any, S]:
+    ) -> tuple[T, S]:
         """As ``request``, for one whose success makes its connection a stream."""
         work = self._exchange(request)
-        answer, connection = await self.described(work, name, timeout, peer_id, protocol)
-        stream = stream_type(connection.raw.take_stream(), connection.watch)
-        if answer is not None:
-            try:
-                stream.info = self.types.stream_info(answer)
-            except BaseException:
-                stream.abort()
-                raise
-        return stream.info, stream
+        reply, connection = await self.described(work, name, timeout, peer_id, protocol)
+        return reply, stream_type(connection.raw.take_stream(), connection.watch)
 
     async def request_peerstore(
         self,
         name: str,
-        request: Request,
+        request: Request[T],
         *,
         timeout: float | None = None,
         peer_id: PeerIDLike | None = None,
-    ) -> Any:
+    ) -> T:
         """As ``request``, for those that only the JavaScript daemon has.
 
         Raises:
@@ -341,7 +335,7 @@ class DaemonConnector:
         """
         return await self.described(self._peerstore(request), name, timeout, peer_id)
 
-    async def _peerstore(self, request: Request) -> Any:
+    async def _peerstore(self, request: Request[T]) -> T:
         # hivemind's daemon would take it for another request, and could end from that.
         try:
             await self._exchange(Request.peerstore_is_there())
@@ -470,7 +464,7 @@ class DaemonConnector:
         for pool in pools:
             pool.close()
 
-    async def _answer(self, request: Request) -> Any:
+    async def _answer(self, request: Request[T]) -> T:
         retry = True
         pool = self._recent  # of trio it is none
         if request.is_query and pool is not None:
@@ -502,7 +496,7 @@ class DaemonConnector:
                     del answer  # which has the exception, whose traceback has this frame
         return (await self._exchange(request, retry))[0]
 
-    async def _exchange(self, request: Request, retry: bool = True) -> tuple[Any, _Connection]:
+    async def _exchange(self, request: Request[T], retry: bool = True) -> tuple[T, _Connection]:
         """The answer, and the connection, which is open only if it became a stream. ``retry`` if it
         may be sent again on another connection."""
         self.check_fork()

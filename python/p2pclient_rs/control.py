@@ -8,19 +8,22 @@ import functools
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.abc import TaskGroup
 
 from p2pclient_rs._native import (
+    Identity,
     Multiaddr,
+    PeerInfo,
     RawListener,
     RawStream,
     Request,
+    StreamInfo,
     decode_stream_info,
     endpoint,
 )
@@ -73,7 +76,7 @@ _REPLACING = 5.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 _IDENTIFY = Request.identify()
@@ -107,7 +110,7 @@ class ControlClient:
     #: Whether a handler takes the place of another one of this client.
     _replaces_handlers = True
     #: Receives this client's log lines.
-    logger = logger
+    logger: logging.Logger = logger
     #: Whether handlers are cancelled that outlive their peers.
     _lingers = True
     #: Whether tasks that the client started itself are being cancelled.
@@ -118,8 +121,8 @@ class ControlClient:
     ) -> None:
         self.daemon_connector = daemon_connector
         #: The address asked for, and the one listened at, if that is another.
-        self._wanted_maddr: Any = None
-        self._bound_maddr: Any = None
+        self._wanted_maddr: Multiaddr | None = None
+        self._bound_maddr: Multiaddr | None = None
         self._private: PrivateSocket | None = None
         self.listen_maddr = listen_maddr
         #: The handlers of inbound streams, by protocol.
@@ -144,7 +147,7 @@ class ControlClient:
         self._refusals = Refusals()
 
     @property
-    def listen_maddr(self) -> Any:
+    def listen_maddr(self) -> Multiaddr:
         """Where the daemon is to connect to for inbound streams.
 
         Setting it while this client listens affects the handlers registered from then on; the
@@ -165,15 +168,15 @@ class ControlClient:
         return self._show(Multiaddr(f"/unix{self._private.path}"))
 
     @listen_maddr.setter
-    def listen_maddr(self, listen_maddr: Any) -> None:
+    def listen_maddr(self, listen_maddr: MultiaddrLike | None) -> None:
         self._wanted_maddr = None if listen_maddr is None else self._parse(listen_maddr)
         self._bound_maddr = None
 
-    def _parse(self, listen_maddr: Any) -> Any:
+    def _parse(self, listen_maddr: MultiaddrLike) -> Multiaddr:
         """A listen address as the attribute shows it."""
         return self._show(Multiaddr(listen_maddr))
 
-    def _show(self, maddr: Multiaddr) -> Any:
+    def _show(self, maddr: Multiaddr) -> Multiaddr:
         return self.daemon_connector.types.multiaddr(maddr)
 
     @property
@@ -183,7 +186,7 @@ class ControlClient:
 
     # --- peers ---
 
-    async def identify(self, *, timeout: float | None = None) -> Any:
+    async def identify(self, *, timeout: float | None = None) -> Identity:
         """IDENTIFY: the daemon's ``Identity``, which unpacks as ``(peer_id, addrs)``."""
         connector = self.daemon_connector
         identity = await connector.request("IDENTIFY", _IDENTIFY, timeout=timeout)
@@ -211,7 +214,7 @@ class ControlClient:
             "DISCONNECT", Request.disconnect(peer_id), timeout=timeout, peer_id=peer_id
         )
 
-    async def list_peers(self, *, timeout: float | None = None) -> tuple[Any, ...]:
+    async def list_peers(self, *, timeout: float | None = None) -> tuple[PeerInfo, ...]:
         """LIST_PEERS: a ``PeerInfo`` for each connection; a peer can have several."""
         infos = await self.daemon_connector.request(
             "LIST_PEERS", Request.list_peers(), timeout=timeout
@@ -222,7 +225,7 @@ class ControlClient:
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
-    ) -> OpenedStream[Any]:
+    ) -> OpenedStream[StreamInfo]:
         """STREAM_OPEN: opens a stream to a peer.
 
         Args:
@@ -238,7 +241,7 @@ class ControlClient:
         """
         if isinstance(protocols, str):
             raise TypeError("protocols is a sequence of protocol ids, not a string")
-        opened = await self.daemon_connector.request_stream(
+        info, stream = await self.daemon_connector.request_stream(
             Stream,
             "STREAM_OPEN",
             Request.stream_open(peer_id, list(protocols), timeout),
@@ -246,8 +249,13 @@ class ControlClient:
             peer_id=peer_id,
             protocol=", ".join(protocols),
         )
-        # As ``OpenedStream(*opened)``, at less cost.
-        return tuple.__new__(OpenedStream, opened)
+        try:
+            stream.info = info = self.daemon_connector.types.stream_info(info)
+        except BaseException:
+            stream.abort()
+            raise
+        # As ``OpenedStream(info, stream)``, at less cost.
+        return tuple.__new__(OpenedStream, (info, stream))
 
     async def stream_handler(
         self,
@@ -597,7 +605,7 @@ class ControlClient:
         if background is not None:
             await background.aclose()
 
-    async def _bind(self, maddr: Multiaddr) -> tuple[RawListener, Any]:
+    async def _bind(self, maddr: Multiaddr) -> tuple[RawListener, Multiaddr]:
         for attempt, address in enumerate(addresses := await resolve(maddr), 1):
             try:
                 listener = RawListener(address)
@@ -733,7 +741,9 @@ class ControlClient:
                 del self._half_open[scope]
         raise DispatchFailure("the daemon does not say what it is")
 
-    async def _handle(self, handler: Any, info: Any, stream: Stream) -> None:
+    async def _handle(
+        self, handler: Callable[..., Awaitable[object]], info: StreamInfo, stream: Stream
+    ) -> None:
         registration = self._options.get(info.proto)
         if registration is None or registration.handler is not handler:
             # It was put into ``handlers`` directly.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from p2pclient_rs._native import PeerID, PublicKey, Request
+from p2pclient_rs._native import PeerID, PeerInfo, PublicKey, Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.exceptions import ProtocolViolation
 
@@ -26,7 +24,7 @@ class DHTClient:
     def __init__(self, daemon_connector: DaemonConnector) -> None:
         self.daemon_connector = daemon_connector
 
-    async def find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
+    async def find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
         """FIND_PEER: the ``PeerInfo`` of a peer."""
         info = await self.daemon_connector.request(
             "DHT FIND_PEER",
@@ -38,7 +36,7 @@ class DHTClient:
 
     async def find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
-    ) -> tuple[Any, ...]:
+    ) -> tuple[PeerInfo, ...]:
         """FIND_PEERS_CONNECTED_TO_PEER: a ``PeerInfo`` of each. Today's Go daemons refuse it as
         not supported."""
         infos = await self.daemon_connector.request(
@@ -51,7 +49,7 @@ class DHTClient:
 
     async def find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
-    ) -> tuple[Any, ...]:
+    ) -> tuple[PeerInfo, ...]:
         """FIND_PROVIDERS: a ``PeerInfo`` of each provider of a content.
 
         Args:
@@ -69,12 +67,13 @@ class DHTClient:
         self, key: bytes, *, timeout: float | None = None
     ) -> tuple[PeerID, ...]:
         """GET_CLOSEST_PEERS: the peers closest to a key."""
-        peers: tuple[PeerID, ...] = await self.daemon_connector.request(
+        return await self.daemon_connector.request(
             "DHT GET_CLOSEST_PEERS", Request.dht_get_closest_peers(key, timeout), timeout=timeout
         )
-        return peers
 
-    async def get_public_key(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
+    async def get_public_key(
+        self, peer_id: PeerIDLike, *, timeout: float | None = None
+    ) -> PublicKey:
         """GET_PUBLIC_KEY: the ``PublicKey`` of a peer."""
         name = "DHT GET_PUBLIC_KEY"
         serialized = await self.daemon_connector.request(
@@ -92,17 +91,15 @@ class DHTClient:
 
     async def get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
         """GET_VALUE: the best value found for a key."""
-        value: bytes = await self.daemon_connector.request(
+        return await self.daemon_connector.request(
             "DHT GET_VALUE", Request.dht_get_value(key, timeout), timeout=timeout
         )
-        return value
 
     async def search_value(self, key: bytes, *, timeout: float | None = None) -> tuple[bytes, ...]:
         """SEARCH_VALUE: the values found for a key, each better than the one before."""
-        values: tuple[bytes, ...] = await self.daemon_connector.request(
+        return await self.daemon_connector.request(
             "DHT SEARCH_VALUE", Request.dht_search_value(key, timeout), timeout=timeout
         )
-        return values
 
     async def put_value(self, key: bytes, value: bytes, *, timeout: float | None = None) -> None:
         """PUT_VALUE: stores a record, which the daemons validate: only ``/pk/…`` and ``/ipns/…``

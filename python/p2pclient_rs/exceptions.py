@@ -36,7 +36,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
     from p2pclient_rs._native import PeerID
+
+    class _Context(TypedDict, total=False):
+        """The keyword arguments of ``ControlFailure``."""
+
+        request: str | None
+        peer_id: PeerID | None
+        protocol: str | None
+        daemon_message: str | None
+
 
 __all__ = [
     "ConnectionLost",
@@ -59,7 +72,7 @@ __all__ = [
 class P2PDaemonError(Exception):
     """The base of every exception this package defines, but ``P2PHandlerError``."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return rebuild, parts(self)
 
 
@@ -216,8 +229,8 @@ def parts(error: Exception) -> tuple[Any, ...]:
 def rebuild(
     kind: type[Exception],
     also: tuple[type[Exception], ...],
-    args: tuple[Any, ...],
-    fields: tuple[Any, ...],
+    args: tuple[object, ...],
+    fields: tuple[object, ...],
     attributes: dict[str, Any],
 ) -> Exception:
     """An exception from its ``parts``."""
@@ -263,7 +276,10 @@ class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
     unexecuted: bool = False
     mid_answer: bool = False
 
-    def __init__(self, message: str = "", **context: Any) -> None:
+    errno: int | None
+    strerror: str | None
+
+    def __init__(self, message: str = "", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
         self.errno, self.strerror = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
 
@@ -271,7 +287,10 @@ class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
 class ControlTimeout(ControlFailure, TimeoutError):
     """The daemon did not answer in time: the request may have been carried out."""
 
-    def __init__(self, message: str = "", **context: Any) -> None:
+    errno: int | None
+    strerror: str | None
+
+    def __init__(self, message: str = "", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
         self.errno, self.strerror = errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)
 

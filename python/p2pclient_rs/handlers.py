@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import anyio
 
+from p2pclient_rs._native import StreamInfo
 from p2pclient_rs.loops import current_loop
 from p2pclient_rs.streams import Stream
 
@@ -19,7 +20,7 @@ __all__ = ["DEFAULT_LINGER", "HandlerOptions", "Lingering", "StreamHandler", "ta
 #: A handler of inbound streams, called in a task of its own: with the ``StreamInfo`` and the
 #: stream, or with the stream alone.
 StreamHandler: TypeAlias = (
-    Callable[[Any, Stream], Awaitable[object]] | Callable[[Stream], Awaitable[object]]
+    Callable[[StreamInfo, Stream], Awaitable[object]] | Callable[[Stream], Awaitable[object]]
 )
 
 #: How long a handler may leave a stream unused after its peer has closed it, in seconds.
@@ -44,7 +45,7 @@ _MUCH_AHEAD = 64 << 10
 _PATIENCE = 0.5
 
 #: The logger for everything that happens to inbound streams.
-logger = logging.getLogger("p2pclient_rs.control")
+logger: logging.Logger = logging.getLogger("p2pclient_rs.control")
 
 
 class HandlerOptions(NamedTuple):
@@ -115,7 +116,7 @@ class _Run:
     def __init__(
         self,
         stream: Stream,
-        info: Any,
+        info: StreamInfo,
         linger: float,
         cancel: Callable[[], object],
         ahead: _ReadingAhead,
@@ -262,7 +263,11 @@ class Lingering:
         self._planned = math.inf
 
     async def run(
-        self, handle: Callable[[], Awaitable[object]], stream: Stream, info: Any, linger: float
+        self,
+        handle: Callable[[], Awaitable[object]],
+        stream: Stream,
+        info: StreamInfo,
+        linger: float,
     ) -> None:
         """Calls and awaits ``handle``. If it outlives its peer for too long, cancels it and aborts
         the stream."""
@@ -280,7 +285,11 @@ class Lingering:
             stream.abort()
 
     async def _run_in_asyncio(
-        self, handle: Callable[[], Awaitable[object]], stream: Stream, info: Any, linger: float
+        self,
+        handle: Callable[[], Awaitable[object]],
+        stream: Stream,
+        info: StreamInfo,
+        linger: float,
     ) -> None:
         # Without a scope: anyio keeps a task that is in one, even if its loop is closed.
         task = asyncio.current_task()
@@ -301,7 +310,9 @@ class Lingering:
         finally:
             self._remove(run)
 
-    def _add(self, stream: Stream, info: Any, linger: float, cancel: Callable[[], object]) -> _Run:
+    def _add(
+        self, stream: Stream, info: StreamInfo, linger: float, cancel: Callable[[], object]
+    ) -> _Run:
         run = _Run(stream, info, linger, cancel, self._ahead)
         self._runs.add(run)
         if run.due < self._planned:

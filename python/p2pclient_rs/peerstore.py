@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from p2pclient_rs._native import Request
+from p2pclient_rs._native import PeerInfo, Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 
 __all__ = ["PeerstoreClient"]
@@ -31,15 +29,14 @@ class PeerstoreClient:
         jsp2pd 0.10.2 crashes when it is asked about a peer it has not heard of, which shows as
         ``ConnectionLost``.
         """
-        protocols: tuple[str, ...] = await self.daemon_connector.request_peerstore(
+        return await self.daemon_connector.request_peerstore(
             "PEERSTORE GET_PROTOCOLS",
             Request.peerstore_get_protocols(peer_id),
             timeout=timeout,
             peer_id=peer_id,
         )
-        return protocols
 
-    async def get_peer_info(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> Any:
+    async def get_peer_info(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
         """GET_PEER_INFO: the ``PeerInfo`` of a peer, with the addresses that are known. jsp2pd
         0.10.2 refuses it as not implemented, which is ``NotSupported``."""
         info = await self.daemon_connector.request_peerstore(

@@ -23,17 +23,15 @@ class PubSubClient:
 
     async def get_topics(self, *, timeout: float | None = None) -> tuple[str, ...]:
         """GET_TOPICS: the topics that the daemon is subscribed to."""
-        topics: tuple[str, ...] = await self.daemon_connector.request(
+        return await self.daemon_connector.request(
             "PUBSUB GET_TOPICS", Request.pubsub_get_topics(), timeout=timeout
         )
-        return topics
 
     async def list_peers(self, topic: str, *, timeout: float | None = None) -> tuple[PeerID, ...]:
         """LIST_PEERS: the peers known to be subscribed to a topic."""
-        peers: tuple[PeerID, ...] = await self.daemon_connector.request(
+        return await self.daemon_connector.request(
             "PUBSUB LIST_PEERS", Request.pubsub_list_peers(topic), timeout=timeout
         )
-        return peers
 
     async def publish(self, topic: str, data: bytes, *, timeout: float | None = None) -> None:
         """PUBLISH: sends data to the subscribers of a topic."""

@@ -70,12 +70,13 @@ class Stream(ByteStream):
     Closed by garbage collection like a file, if it comes to that.
     """
 
-    def __init__(self, raw: RawStream, watch: Watch, info: Any = None) -> None:
+    def __init__(self, raw: RawStream, watch: Watch, info: StreamInfo | None = None) -> None:
         self._raw = raw
         self._watch = watch
         self._readable = watch.readable
-        #: The StreamInfo of a stream to a peer.
-        self.info = info
+        #: The peer, its address and the protocol. None if the stream leads to no peer, as a
+        #: subscription and a bare control connection do; the type is that of all others.
+        self.info: StreamInfo = info  # type: ignore[assignment]
         self._pid = os.getpid()
         self._reading = False
         self._sending = False

@@ -64,7 +64,7 @@ MAX_PROTOBUF_SIZE = 2**31 - 1
 
 #: What is called for an incoming call, in a task of its own, with the request and the caller's
 #: peer id. What it returns is the reply.
-UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable["Buffer"]]
+UnaryHandler: TypeAlias = Callable[[bytes, PeerID], Awaitable["Buffer"]]
 
 #: How long the opening of the connection may take, in seconds, whoever waits for it.
 _OPENING = 30.0
@@ -79,7 +79,7 @@ _PAUSES = 0.05, 5.0
 #: How many callers are remembered as the objects that handlers get.
 _MAX_PEERS = 4096
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class UnaryClient:

@@ -147,7 +147,9 @@ class _Types(connector.Types):
     def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:
         return StreamInfo(self.peer_id(info.peer_id), self.multiaddr(info.addr), info.proto)
 
-    def identity(self, identity: p2pclient_rs.Identity) -> tuple[PeerID, tuple[Multiaddr, ...]]:
+    def identity(  # type: ignore[override]
+        self, identity: p2pclient_rs.Identity
+    ) -> tuple[PeerID, tuple[Multiaddr, ...]]:
         return self.peer_id(identity.peer_id), tuple(map(self.multiaddr, identity.addrs))
 
     def error(self, error: Exception) -> Exception:

@@ -1,8 +1,8 @@
 """The daemon's control socket: where it is, what its answers become, and who is listening."""
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anyio.abc import TaskGroup
 from multiaddr import Multiaddr, protocols
@@ -18,6 +18,8 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
 from p2pclient_rs.compat.p2pclient.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from p2pclient_rs.handlers import DEFAULT_LINGER
+from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.streams import Stream
 
 __all__ = [
@@ -37,7 +39,7 @@ __all__ = [
     "write_pbmsg",
 ]
 
-StreamHandler = Callable[[StreamInfo, Stream], Awaitable[None]]
+StreamHandler: TypeAlias = Callable[[StreamInfo, Stream], Awaitable[None]]
 
 _CONN_PROTOCOLS = frozenset(
     getattr(protocols, name) for name in ("P_IP4", "P_IP6", "P_DNS", "P_DNS4", "P_DNS6", "P_UNIX")
@@ -69,16 +71,20 @@ class _EcosystemTypes(connector.Types):
     def multiaddr(self, addr: p2pclient_rs.Multiaddr) -> Multiaddr:
         return Multiaddr(addr.to_bytes())
 
-    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfoLibP2P:
+    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfoLibP2P:  # type: ignore[override]
         return PeerInfoLibP2P(info.peer_id, map(self.multiaddr, info.addrs))
 
-    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:
+    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:  # type: ignore[override]
         return StreamInfo(info.peer_id, self.multiaddr(info.addr), info.proto)
 
-    def public_key(self, key: p2pclient_rs.PublicKey) -> crypto_pb2.PublicKey:
+    def public_key(  # type: ignore[override]
+        self, key: p2pclient_rs.PublicKey
+    ) -> crypto_pb2.PublicKey:
         return crypto_pb2.PublicKey.FromString(key.serialize())
 
-    def identity(self, identity: p2pclient_rs.Identity) -> tuple[ID, tuple[Multiaddr, ...]]:
+    def identity(  # type: ignore[override]
+        self, identity: p2pclient_rs.Identity
+    ) -> tuple[ID, tuple[Multiaddr, ...]]:
         return identity.peer_id, tuple(map(self.multiaddr, identity.addrs))
 
 
@@ -90,7 +96,7 @@ class DaemonConnector(connector.DaemonConnector):
     """
 
     #: Receives a line for each new connection, as in p2pclient.
-    logger = logging.getLogger("p2pclient.DaemonConnector")
+    logger: logging.Logger = logging.getLogger("p2pclient.DaemonConnector")
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
         maddr = config.control_maddr_str if control_maddr is None else control_maddr
@@ -115,7 +121,8 @@ class ControlClient(control.ControlClient):
     """
 
     #: Receives this client's log lines, as in p2pclient.
-    logger = logging.getLogger("p2pclient.ControlClient")
+    logger: logging.Logger = logging.getLogger("p2pclient.ControlClient")
+    handlers: dict[str, StreamHandler]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -138,3 +145,28 @@ class ControlClient(control.ControlClient):
     def task_group(self) -> TaskGroup | None:
         """The task group of the handlers within a ``listen()`` block; None outside of one."""
         return self._task_group
+
+    if TYPE_CHECKING:
+        # The connector's types say what these return.
+
+        async def identify(  # type: ignore[override]
+            self, *, timeout: float | None = None
+        ) -> tuple[ID, tuple[Multiaddr, ...]]: ...
+
+        async def list_peers(  # type: ignore[override]
+            self, *, timeout: float | None = None
+        ) -> tuple[PeerInfoLibP2P, ...]: ...
+
+        async def stream_open(  # type: ignore[override]
+            self, peer_id: ID, protocols: Sequence[str], *, timeout: float | None = None
+        ) -> OpenedStream[StreamInfo]: ...
+
+        async def stream_handler(  # type: ignore[override]
+            self,
+            proto: str,
+            handler_cb: StreamHandler,
+            *,
+            balanced: bool = False,
+            linger: float | None = DEFAULT_LINGER,
+            timeout: float | None = None,
+        ) -> None: ...

@@ -14,6 +14,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2 as c
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.compat.p2pclient.pubsub import PubSubClient
+from p2pclient_rs.handlers import DEFAULT_LINGER
 from p2pclient_rs.unary import UnaryClient
 
 __all__ = [
@@ -40,6 +41,7 @@ class Client(client.Client):
     """
 
     control: ControlClient
+    dht: DHTClient
 
     def __init__(
         self,
@@ -68,6 +70,16 @@ class Client(client.Client):
         async def stream_open(  # type: ignore[override]
             self, peer_id: ID, protocols: Sequence[str], *, timeout: float | None = None
         ) -> OpenedStream[StreamInfo]: ...
+
+        async def stream_handler(  # type: ignore[override]
+            self,
+            proto: str,
+            handler_cb: StreamHandler,
+            *,
+            balanced: bool = False,
+            linger: float | None = DEFAULT_LINGER,
+            timeout: float | None = None,
+        ) -> None: ...
 
         async def dht_find_peer(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None
