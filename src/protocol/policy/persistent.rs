@@ -1,0 +1,834 @@
+//! Lifecycle of a client's persistent connection: when it is opened, which handlers are registered
+//! on it, and which operations wait for that.
+//!
+//! [`Lifecycle`] is a state machine without I/O. A driver reports events through its methods, takes
+//! [`Action`]s from [`Lifecycle::poll`] until there are none, and calls [`Lifecycle::time`] at
+//! [`Lifecycle::deadline`].
+//!
+//! - All operations that need a connection share one attempt to open it.
+//! - A lost connection is replaced by the next operation, and, while there are handlers, by attempts
+//!   with exponential backoff. A connection is ready when all handlers are registered on it again.
+//! - Changes of one name follow one another, because the daemon does not keep the order of requests.
+//! - A registration is sent a second time only if the first was not sent, and only once.
+
+use super::backoff::Backoff;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+/// Time in which a connection must be opened, with all handlers registered.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Time in which the daemon notices that the previous connection is lost. Until then it refuses to
+/// register that connection's handlers on another one.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Pauses between attempts to register a handler that the daemon refuses for that reason.
+const REGISTER_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(50));
+
+/// Pauses between attempts to replace a lost connection.
+const OPEN_BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+
+/// A connection that lasted this long resets the backoff.
+const STABLE: Duration = Duration::from_secs(1);
+
+/// Identifies a connection from the attempt to open it until it is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectionId(pub u64);
+
+/// Request to the driver.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action<T, E> {
+    /// Open a connection, and report [`Lifecycle::opened`] or [`Lifecycle::open_failed`].
+    Open(ConnectionId),
+    /// Stop opening the connection. No report is expected any more.
+    CancelOpen(ConnectionId),
+    /// Close the connection, and do not use it any more.
+    Close,
+    /// The connection can be used for calls.
+    Ready,
+    /// Give the calls for `name` to the handler that was added with `token`.
+    Serve {
+        /// Name of the handler.
+        name: String,
+        /// Token of [`Lifecycle::add`].
+        token: T,
+    },
+    /// Drop the handler of this name.
+    Forget(String),
+    /// Send a request to register the handler, and report [`Lifecycle::registered`].
+    Register {
+        /// Name of the handler.
+        name: String,
+        /// Whether several clients may serve the name.
+        balanced: bool,
+    },
+    /// Send a request to unregister the handler, and report [`Lifecycle::unregistered`].
+    Unregister(String),
+    /// Tell the user that a handler was dropped: another client has taken its name.
+    Report {
+        /// Name of the handler.
+        name: String,
+        /// The daemon's refusal.
+        error: E,
+    },
+    /// Complete these operations.
+    Complete {
+        /// Tokens of the operations.
+        tokens: Vec<T>,
+        /// Their result.
+        outcome: Result<(), Failure<E>>,
+    },
+}
+
+/// Reason why an operation failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure<E> {
+    /// An error that the driver reported.
+    Driver(E),
+    /// This client serves the name.
+    AlreadyRegistered,
+    /// This client does not serve the name.
+    NotRegistered,
+    /// The connection could not be opened within this time.
+    TimedOut(Duration),
+    /// The client was closed.
+    Closed,
+}
+
+/// Outcome of a request to register a handler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registration<E> {
+    /// The daemon acknowledged it.
+    Accepted,
+    /// The daemon refused it.
+    Refused(E),
+    /// The connection was lost before the whole request was sent.
+    Unsent(E),
+    /// There is no valid reply: the daemon may have carried it out.
+    Failed(E),
+}
+
+/// Timeouts of a [`Lifecycle`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Timing {
+    /// Time in which a connection must be opened, with all handlers registered. Default: 30 s.
+    pub open_timeout: Duration,
+    /// Pauses between attempts to replace a lost connection. Default: from 50 ms to 5 s.
+    pub backoff: Backoff,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Timing {
+            open_timeout: OPEN_TIMEOUT,
+            backoff: OPEN_BACKOFF,
+        }
+    }
+}
+
+/// Lifecycle of a persistent connection and of its handlers. See the [module](self).
+///
+/// `T` identifies an operation; the driver uses each value for one operation only. Each operation is
+/// completed exactly once by [`Action::Complete`], unless it is [cancelled](Self::cancel) before.
+/// `E` is the driver's error.
+///
+/// ```
+/// use p2pd_protocol::policy::persistent::{Action, Lifecycle, Registration, Timing};
+/// use std::time::Instant;
+///
+/// let (mut lifecycle, now) = (Lifecycle::<u32, String>::new(Timing::default(), 0), Instant::now());
+/// lifecycle.add(1, "echo", false, now);
+/// let Some(Action::Open(id)) = lifecycle.poll() else { panic!() };
+/// // … the driver opens the connection …
+/// assert!(lifecycle.opened(id, now));
+/// assert_eq!(lifecycle.poll(), Some(Action::Ready));
+/// assert_eq!(lifecycle.poll(), Some(Action::Serve { name: "echo".into(), token: 1 }));
+/// assert_eq!(lifecycle.poll(), Some(Action::Register { name: "echo".into(), balanced: false }));
+/// // … the daemon acknowledges the registration …
+/// lifecycle.registered(id, "echo", Registration::Accepted, now);
+/// assert_eq!(lifecycle.poll(), Some(Action::Complete { tokens: vec![1], outcome: Ok(()) }));
+/// ```
+#[derive(Debug)]
+pub struct Lifecycle<T, E> {
+    timing: Timing,
+    random: u64,
+    phase: Phase,
+    last_id: u64,
+    /// When to replace a lost connection.
+    retry_at: Option<Instant>,
+    /// Operations that wait for the connection.
+    waiting: Vec<T>,
+    names: BTreeMap<String, Name<T>>,
+    actions: VecDeque<Action<T, E>>,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Disconnected,
+    Opening {
+        id: ConnectionId,
+        deadline: Instant,
+    },
+    /// Open, but handlers of the previous connection are not registered yet.
+    Registering {
+        id: ConnectionId,
+        deadline: Instant,
+        /// Until then a refusal may be about the previous connection's handler.
+        forget_deadline: Instant,
+        backoff: Backoff,
+        retry_at: Option<Instant>,
+    },
+    Open {
+        id: ConnectionId,
+        since: Instant,
+    },
+    Closed,
+}
+
+/// A name of which the client serves, or is about to serve, the handler.
+#[derive(Debug)]
+struct Name<T> {
+    /// The handler that is served, until the daemon acknowledged its removal.
+    handler: Option<Handler<T>>,
+    /// Whether the daemon has the handler registered.
+    registered: bool,
+    /// The request that the daemon has not answered.
+    in_flight: Option<Request<T>>,
+    /// What follows, in order.
+    queue: VecDeque<Change<T>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Handler<T> {
+    token: T,
+    balanced: bool,
+}
+
+#[derive(Debug)]
+enum Request<T> {
+    Register(Addition<T>),
+    RegisterAgain,
+    /// The caller gave up: to be undone once the daemon has answered.
+    RegisterAbandoned,
+    Unregister(Option<T>),
+}
+
+#[derive(Debug)]
+enum Change<T> {
+    Add(Addition<T>),
+    /// A cancelled removal has no token.
+    Remove(Option<T>),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Addition<T> {
+    token: T,
+    balanced: bool,
+    /// It was tried on a connection to which it could not be sent.
+    retried: bool,
+}
+
+impl<T> Default for Name<T> {
+    fn default() -> Self {
+        Name {
+            handler: None,
+            registered: false,
+            in_flight: None,
+            queue: VecDeque::new(),
+        }
+    }
+}
+
+impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
+    /// Starts without a connection. `random` is a random number, used for jitter.
+    pub fn new(timing: Timing, random: u64) -> Self {
+        Lifecycle {
+            timing,
+            random,
+            phase: Phase::Disconnected,
+            last_id: 0,
+            retry_at: None,
+            waiting: Vec::new(),
+            names: BTreeMap::new(),
+            actions: VecDeque::new(),
+        }
+    }
+
+    // --- operations ---
+
+    /// Waits for the connection, and opens it if there is none.
+    pub fn connect(&mut self, token: T, now: Instant) {
+        match self.phase {
+            Phase::Closed => self.complete(token, Err(Failure::Closed)),
+            Phase::Open { .. } => self.complete(token, Ok(())),
+            _ => {
+                self.waiting.push(token);
+                self.want_connection(now);
+            }
+        }
+    }
+
+    /// Adds a handler, once changes of its name that were requested before are done.
+    pub fn add(&mut self, token: T, name: &str, balanced: bool, now: Instant) {
+        if matches!(self.phase, Phase::Closed) {
+            return self.complete(token, Err(Failure::Closed));
+        }
+        let entry = self.names.entry(name.to_owned()).or_default();
+        entry.queue.push_back(Change::Add(Addition {
+            token,
+            balanced,
+            retried: false,
+        }));
+        self.advance(name, now);
+    }
+
+    /// Removes a handler, once changes of its name that were requested before are done. It serves
+    /// the calls that come before the daemon has acknowledged its removal.
+    pub fn remove(&mut self, token: T, name: &str, now: Instant) {
+        let entry = self.names.entry(name.to_owned()).or_default();
+        entry.queue.push_back(Change::Remove(Some(token)));
+        self.advance(name, now);
+        self.finish_registering(now);
+    }
+
+    /// Cancels an operation, which is not completed any more. Undoes the addition of a handler, also
+    /// if it is complete. A cancelled removal is carried out, and drops the handler now.
+    pub fn cancel(&mut self, token: T, now: Instant) {
+        if let Some(place) = self.waiting.iter().position(|waiting| *waiting == token) {
+            self.waiting.remove(place);
+            return;
+        }
+        let mut names = self.names.iter_mut();
+        let Some((name, entry)) = names.find(|(_, entry)| entry.concerns(token)) else {
+            return;
+        };
+        let name = name.clone();
+        entry.queue.retain_mut(|change| match change {
+            Change::Add(addition) => addition.token != token,
+            Change::Remove(removal) => {
+                if *removal == Some(token) {
+                    *removal = None;
+                }
+                true
+            }
+        });
+        let mut drops = entry.handler.is_some_and(|handler| handler.token == token);
+        if let Some(Request::Unregister(removal)) = &mut entry.in_flight {
+            if *removal == Some(token) {
+                *removal = None;
+                drops = true;
+            }
+        }
+        if drops {
+            self.drop_handler(&name, now);
+        }
+        self.advance(&name, now);
+    }
+
+    /// Drops a handler now, and unregisters it in the background. One that is still being added stays.
+    pub fn withdraw(&mut self, name: &str, now: Instant) {
+        let in_flight = self.names.get(name).map(|entry| &entry.in_flight);
+        if !matches!(in_flight, Some(Some(Request::Register(_)))) {
+            self.drop_handler(name, now);
+        }
+    }
+
+    /// Closes the connection, fails all operations and drops all handlers. Nothing can be opened
+    /// afterwards.
+    pub fn close(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::Closed) {
+            Phase::Opening { id, .. } => self.actions.push_back(Action::CancelOpen(id)),
+            Phase::Registering { .. } | Phase::Open { .. } => self.actions.push_back(Action::Close),
+            Phase::Disconnected | Phase::Closed => {}
+        }
+        self.retry_at = None;
+        let mut failed = std::mem::take(&mut self.waiting);
+        self.disconnect_names(&mut failed);
+        for (name, entry) in std::mem::take(&mut self.names) {
+            if entry.handler.is_some() {
+                self.actions.push_back(Action::Forget(name));
+            }
+            for change in entry.queue {
+                match change {
+                    Change::Add(addition) => failed.push(addition.token),
+                    Change::Remove(Some(token)) => self.complete(token, Ok(())),
+                    Change::Remove(None) => {}
+                }
+            }
+        }
+        self.complete_all(failed, Err(Failure::Closed));
+    }
+
+    // --- reports of the driver ---
+
+    /// The connection is open. Returns false if it is not wanted any more: the driver closes it.
+    pub fn opened(&mut self, id: ConnectionId, now: Instant) -> bool {
+        let deadline = match self.phase {
+            Phase::Opening {
+                id: expected,
+                deadline,
+            } if expected == id => deadline,
+            _ => return false,
+        };
+        self.phase = Phase::Registering {
+            id,
+            deadline,
+            forget_deadline: now + FORGET_TIMEOUT,
+            backoff: REGISTER_BACKOFF,
+            retry_at: None,
+        };
+        self.register_again();
+        self.finish_registering(now);
+        true
+    }
+
+    /// The connection could not be opened.
+    pub fn open_failed(&mut self, id: ConnectionId, error: E, now: Instant) {
+        if matches!(self.phase, Phase::Opening { id: expected, .. } if expected == id) {
+            self.fail_opening(Failure::Driver(error), now);
+        }
+    }
+
+    /// The connection is lost. Reports about a connection that was lost or closed are ignored.
+    pub fn lost(&mut self, id: ConnectionId, error: E, now: Instant) {
+        match self.phase {
+            Phase::Opening { id: current, .. } | Phase::Registering { id: current, .. }
+                if current == id =>
+            {
+                self.fail_opening(Failure::Driver(error), now);
+            }
+            Phase::Open { id: current, since } if current == id => {
+                if now.saturating_duration_since(since) >= STABLE {
+                    self.timing.backoff.reset();
+                }
+                self.phase = Phase::Disconnected;
+                let mut failed = Vec::new();
+                self.disconnect_names(&mut failed);
+                self.complete_all(failed, Err(Failure::Driver(error)));
+                self.schedule_retry(now);
+                self.advance_all(now);
+            }
+            _ => {}
+        }
+    }
+
+    /// The outcome of [`Action::Register`].
+    pub fn registered(
+        &mut self,
+        id: ConnectionId,
+        name: &str,
+        outcome: Registration<E>,
+        now: Instant,
+    ) {
+        if self.connection() != Some(id) {
+            return;
+        }
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        match (entry.in_flight.take(), outcome) {
+            (request, Registration::Unsent(error)) => {
+                match request {
+                    Some(Request::Register(addition)) if !addition.retried => {
+                        self.try_again(name, addition);
+                    }
+                    request => entry.in_flight = request,
+                }
+                // Nothing else can be sent on it either.
+                self.actions.push_back(Action::Close);
+                return self.lost(id, error, now);
+            }
+            (Some(Request::Register(addition)), outcome) => self.added(name, addition, outcome),
+            (Some(Request::RegisterAgain), outcome) => self.registered_again(name, outcome, now),
+            (Some(Request::RegisterAbandoned), outcome) => {
+                if let Registration::Accepted = outcome {
+                    entry.registered = true;
+                    self.drop_handler(name, now);
+                }
+            }
+            (request, _) => entry.in_flight = request,
+        }
+        self.advance(name, now);
+        self.finish_registering(now);
+    }
+
+    /// [`Action::Unregister`] was carried out, or the daemon refused it: it does not know the handler.
+    pub fn unregistered(&mut self, id: ConnectionId, name: &str, now: Instant) {
+        if self.connection() != Some(id) {
+            return;
+        }
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        let Some(Request::Unregister(token)) = &entry.in_flight else {
+            return;
+        };
+        let token = *token;
+        entry.in_flight = None;
+        entry.registered = false;
+        self.removed(name, token);
+        self.advance(name, now);
+        self.finish_registering(now);
+    }
+
+    /// The [deadline](Self::deadline) may have passed.
+    pub fn time(&mut self, now: Instant) {
+        match &mut self.phase {
+            Phase::Opening { id, deadline } if *deadline <= now => {
+                self.actions.push_back(Action::CancelOpen(*id));
+                self.fail_opening(Failure::TimedOut(self.timing.open_timeout), now);
+            }
+            Phase::Registering { deadline, .. } if *deadline <= now => {
+                self.actions.push_back(Action::Close);
+                self.fail_opening(Failure::TimedOut(self.timing.open_timeout), now);
+            }
+            Phase::Registering { retry_at, .. } if retry_at.is_some_and(|at| at <= now) => {
+                *retry_at = None;
+                self.register_again();
+            }
+            Phase::Disconnected if self.retry_at.is_some_and(|at| at <= now) => {
+                if self.serves() {
+                    self.want_connection(now);
+                } else {
+                    self.retry_at = None;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    // --- what the driver asks ---
+
+    /// The next action.
+    pub fn poll(&mut self) -> Option<Action<T, E>> {
+        self.actions.pop_front()
+    }
+
+    /// When the driver calls [`time`](Self::time).
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Opening { deadline, .. } => Some(deadline),
+            Phase::Registering {
+                deadline, retry_at, ..
+            } => Some(retry_at.map_or(deadline, |at| at.min(deadline))),
+            Phase::Disconnected => self.retry_at,
+            Phase::Open { .. } | Phase::Closed => None,
+        }
+    }
+
+    /// Whether there are handlers.
+    pub fn serves(&self) -> bool {
+        self.names.values().any(|entry| entry.handler.is_some())
+    }
+
+    /// Names of the handlers.
+    pub fn handlers(&self) -> impl Iterator<Item = &str> {
+        let names = self.names.iter();
+        names
+            .filter(|(_, entry)| entry.handler.is_some())
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// Whether a connection is being opened.
+    pub fn is_opening(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Opening { .. } | Phase::Registering { .. }
+        )
+    }
+
+    // --- within ---
+
+    /// The connection on which requests are in flight.
+    fn connection(&self) -> Option<ConnectionId> {
+        match self.phase {
+            Phase::Registering { id, .. } | Phase::Open { id, .. } => Some(id),
+            _ => None,
+        }
+    }
+
+    fn want_connection(&mut self, now: Instant) {
+        if let Phase::Disconnected = self.phase {
+            self.last_id += 1;
+            let id = ConnectionId(self.last_id);
+            self.phase = Phase::Opening {
+                id,
+                deadline: now + self.timing.open_timeout,
+            };
+            self.actions.push_back(Action::Open(id));
+        }
+    }
+
+    fn schedule_retry(&mut self, now: Instant) {
+        if !self.serves() {
+            self.retry_at = None;
+        } else if self.retry_at.is_none_or(|at| at <= now) {
+            // Knuth's linear congruential generator; its upper bits are the better ones.
+            self.random = self
+                .random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let pause = self.timing.backoff.next(self.random >> 33);
+            self.retry_at = Some(now + pause);
+        }
+    }
+
+    fn fail_opening(&mut self, failure: Failure<E>, now: Instant) {
+        self.phase = Phase::Disconnected;
+        let mut failed = std::mem::take(&mut self.waiting);
+        self.disconnect_names(&mut failed);
+        for entry in self.names.values_mut() {
+            entry.queue.retain(|change| match change {
+                Change::Add(addition) => {
+                    failed.push(addition.token);
+                    false
+                }
+                Change::Remove(_) => true,
+            });
+        }
+        self.complete_all(failed, Err(failure));
+        self.schedule_retry(now);
+        self.advance_all(now);
+    }
+
+    /// Ends the requests that are in flight on a lost connection. Adds to `failed` the operations that
+    /// fail with it.
+    fn disconnect_names(&mut self, failed: &mut Vec<T>) {
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        for name in names {
+            let Some(entry) = self.names.get_mut(&name) else {
+                continue;
+            };
+            entry.registered = false;
+            match entry.in_flight.take() {
+                Some(Request::Register(addition)) => {
+                    failed.push(addition.token);
+                    entry.handler = None;
+                    self.actions.push_back(Action::Forget(name));
+                }
+                // The daemon forgets the handlers of a lost connection.
+                Some(Request::Unregister(token)) => self.removed(&name, token),
+                Some(Request::RegisterAgain | Request::RegisterAbandoned) | None => {}
+            }
+        }
+    }
+
+    /// The daemon does not know the handler any more.
+    fn removed(&mut self, name: &str, token: Option<T>) {
+        let entry = self.names.get_mut(name);
+        if entry.is_some_and(|entry| entry.handler.take().is_some()) {
+            self.actions.push_back(Action::Forget(name.to_owned()));
+        }
+        if let Some(token) = token {
+            self.complete(token, Ok(()));
+        }
+    }
+
+    fn drop_handler(&mut self, name: &str, now: Instant) {
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        if entry.handler.take().is_some() {
+            self.actions.push_back(Action::Forget(name.to_owned()));
+        }
+        match &mut entry.in_flight {
+            Some(request @ (Request::Register(_) | Request::RegisterAgain)) => {
+                *request = Request::RegisterAbandoned;
+            }
+            Some(Request::Unregister(_) | Request::RegisterAbandoned) => {}
+            None if entry.registered => {
+                entry.in_flight = Some(Request::Unregister(None));
+                self.actions.push_back(Action::Unregister(name.to_owned()));
+            }
+            None => {}
+        }
+        self.advance(name, now);
+        self.finish_registering(now);
+    }
+
+    fn added(&mut self, name: &str, addition: Addition<T>, outcome: Registration<E>) {
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        let outcome = match outcome {
+            Registration::Accepted => {
+                entry.registered = true;
+                Ok(())
+            }
+            Registration::Refused(error)
+            | Registration::Failed(error)
+            | Registration::Unsent(error) => {
+                entry.handler = None;
+                self.actions.push_back(Action::Forget(name.to_owned()));
+                Err(Failure::Driver(error))
+            }
+        };
+        self.complete(addition.token, outcome);
+    }
+
+    /// Adds the handler on the next connection.
+    fn try_again(&mut self, name: &str, addition: Addition<T>) {
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        entry.handler = None;
+        entry.queue.push_front(Change::Add(Addition {
+            retried: true,
+            ..addition
+        }));
+        self.actions.push_back(Action::Forget(name.to_owned()));
+    }
+
+    fn registered_again(&mut self, name: &str, outcome: Registration<E>, now: Instant) {
+        let Some(entry) = self.names.get_mut(name) else {
+            return;
+        };
+        match outcome {
+            Registration::Accepted => entry.registered = true,
+            Registration::Refused(error) => {
+                if let Phase::Registering {
+                    forget_deadline,
+                    backoff,
+                    retry_at,
+                    ..
+                } = &mut self.phase
+                {
+                    if now < *forget_deadline {
+                        retry_at.get_or_insert_with(|| now + backoff.next(0));
+                        return;
+                    }
+                }
+                // The other handlers are of use without this one.
+                entry.handler = None;
+                let name = name.to_owned();
+                self.actions.push_back(Action::Report {
+                    name: name.clone(),
+                    error,
+                });
+                self.actions.push_back(Action::Forget(name));
+            }
+            Registration::Unsent(error) | Registration::Failed(error) => {
+                self.actions.push_back(Action::Close);
+                self.fail_opening(Failure::Driver(error), now);
+            }
+        }
+    }
+
+    /// Registers the handlers that the daemon does not have on this connection.
+    fn register_again(&mut self) {
+        for (name, entry) in &mut self.names {
+            let Some(handler) = &entry.handler else {
+                continue;
+            };
+            if !entry.registered && entry.in_flight.is_none() {
+                entry.in_flight = Some(Request::RegisterAgain);
+                self.actions.push_back(Action::Register {
+                    name: name.clone(),
+                    balanced: handler.balanced,
+                });
+            }
+        }
+    }
+
+    /// Makes the connection ready if all handlers are registered.
+    fn finish_registering(&mut self, now: Instant) {
+        let Phase::Registering { id, .. } = self.phase else {
+            return;
+        };
+        let is_missing = |entry: &Name<T>| entry.handler.is_some() && !entry.registered;
+        if self.names.values().any(is_missing) {
+            return;
+        }
+        self.phase = Phase::Open { id, since: now };
+        self.retry_at = None;
+        self.actions.push_back(Action::Ready);
+        let waiting = std::mem::take(&mut self.waiting);
+        self.complete_all(waiting, Ok(()));
+        self.advance_all(now);
+    }
+
+    fn advance_all(&mut self, now: Instant) {
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        for name in names {
+            self.advance(&name, now);
+        }
+    }
+
+    /// Carries out the changes of a name that need not wait.
+    fn advance(&mut self, name: &str, now: Instant) {
+        loop {
+            let Some(entry) = self.names.get_mut(name) else {
+                return;
+            };
+            if entry.in_flight.is_some() {
+                return;
+            }
+            match entry.queue.pop_front() {
+                Some(Change::Add(addition)) if entry.handler.is_some() => {
+                    self.complete(addition.token, Err(Failure::AlreadyRegistered));
+                }
+                Some(Change::Add(addition)) if matches!(self.phase, Phase::Open { .. }) => {
+                    let Addition {
+                        token, balanced, ..
+                    } = addition;
+                    entry.handler = Some(Handler { token, balanced });
+                    entry.in_flight = Some(Request::Register(addition));
+                    // Before the request: the first call can arrive before its acknowledgement.
+                    let name = name.to_owned();
+                    self.actions.push_back(Action::Serve {
+                        name: name.clone(),
+                        token,
+                    });
+                    self.actions.push_back(Action::Register { name, balanced });
+                }
+                Some(addition @ Change::Add(_)) => {
+                    entry.queue.push_front(addition);
+                    return self.want_connection(now);
+                }
+                Some(Change::Remove(token)) if entry.handler.is_none() => {
+                    if let Some(token) = token {
+                        self.complete(token, Err(Failure::NotRegistered));
+                    }
+                }
+                Some(Change::Remove(token)) if entry.registered => {
+                    entry.in_flight = Some(Request::Unregister(token));
+                    self.actions.push_back(Action::Unregister(name.to_owned()));
+                }
+                Some(Change::Remove(token)) => self.removed(name, token),
+                None => {
+                    if entry.handler.is_none() && !entry.registered {
+                        self.names.remove(name);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn complete(&mut self, token: T, outcome: Result<(), Failure<E>>) {
+        self.complete_all(vec![token], outcome);
+    }
+
+    fn complete_all(&mut self, tokens: Vec<T>, outcome: Result<(), Failure<E>>) {
+        if !tokens.is_empty() {
+            self.actions.push_back(Action::Complete { tokens, outcome });
+        }
+    }
+}
+
+impl<T: Copy + PartialEq> Name<T> {
+    /// Whether an operation of this token changes, or has added, the handler.
+    fn concerns(&self, token: T) -> bool {
+        let queued = |change: &Change<T>| match change {
+            Change::Add(addition) => addition.token == token,
+            Change::Remove(removal) => *removal == Some(token),
+        };
+        let in_flight = matches!(self.in_flight, Some(Request::Unregister(Some(t))) if t == token);
+        let added = self.handler.is_some_and(|handler| handler.token == token);
+        added || in_flight || self.queue.iter().any(queued)
+    }
+}
+
+#[cfg(test)]
+mod tests;
