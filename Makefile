@@ -18,7 +18,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml \
 	$(shell find src proto python -type f ! -name '*.so' ! -name '*.pyc')
 
 .PHONY: demo examples test test-rust test-python test-daemons test-go test-js compatibility \
-	test-p2pclient test-hivemind hivemind-env test-debug deny lint package platforms \
+	test-p2pclient test-hivemind hivemind-env test-debug test-newest deny lint package platforms \
 	bench bench-rust instructions soak wheel fmt clean
 
 demo: $(VENV)/.wheel
@@ -61,6 +61,11 @@ test-go: $(VENV)/.wheel
 # jsp2pd can end whenever one of its clients closes a connection, which fails whichever test is next.
 test-js: $(VENV)/.wheel
 	$(BIN)/python -m pytest --daemon=js --reruns 2 $(PYTEST_ARGS)
+
+# The Python tests on CPython 3.14 and 3.15 of Debian unstable. Not in CI: the first run installs Debian into the
+# cache folder. Needs root and debootstrap. NEWEST_ARGS="3.15 -- -k fork" selects a version and tests.
+test-newest:
+	sh tests/newest/run.sh $(NEWEST_ARGS)
 
 # docs/compatibility.md, from the table in tests/daemons/features.py.
 compatibility:
