@@ -1,4 +1,4 @@
-"""Clients and coroutines that the garbage collector or the event loop ends: they print nothing."""
+"""Clients and coroutines ended by the garbage collector or the event loop print nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import DaemonProcess, new_directory
 
 TESTS = Path(__file__).parent
 
-#: Ways in which the listening task of a client ends.
+#: Ways in which a client's listening task can end.
 ENDS = {
     "collected while the loop runs": "drop",
     "left to asyncio.run": "run",
@@ -25,7 +25,7 @@ ENDS = {
     "left to the interpreter": "interpreter",
 }
 
-#: As hivemind's P2P has its client listen, and forgets both.
+#: Listens and drops client and task, as hivemind's P2P does.
 PROGRAM = """
 import asyncio, gc, os, sys
 client_kind, end, control_maddr, listen_maddr = sys.argv[1:5]
@@ -58,7 +58,7 @@ async def main():
     listening = asyncio.get_running_loop().create_future()
     client, control = await make()
     task = asyncio.create_task(listen(client))
-    task._log_destroy_pending = False  # asyncio tells of this one, whatever the client is
+    task._log_destroy_pending = False  # asyncio would warn about this task itself
     await listening
     await control.stream_handler(f"stream {os.getpid()}", handler)
     await control.add_unary_handler(f"unary {os.getpid()}", handler)
@@ -92,7 +92,7 @@ gc.collect()
 
 
 def run(program: str, *arguments: str, path: str = "") -> str:
-    """What a program writes, and its exit status if that is not 0."""
+    """Returns the output of a program, with its exit status if that is not 0."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
@@ -114,7 +114,7 @@ def daemon() -> Iterator[DaemonProcess]:
 @pytest.mark.needs("unary")
 @pytest.mark.parametrize("kind", ["own", "hivemind"])
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_a_listening_client_that_is_forgotten_prints_nothing(
+def test_dropped_listening_client_prints_nothing(
     daemon: DaemonProcess, kind: str, end: str
 ) -> None:
     assert run(PROGRAM, kind, end, daemon.control_maddr, daemon.listen_maddr()) == ""
@@ -122,14 +122,14 @@ def test_a_listening_client_that_is_forgotten_prints_nothing(
 
 @pytest.mark.needs("unary")
 @pytest.mark.parametrize("end", ["drop", "run", "fork"])
-def test_hiveminds_own_client_prints_nothing_either(daemon: DaemonProcess, end: str) -> None:
+def test_dropped_client_of_real_hivemind_prints_nothing(daemon: DaemonProcess, end: str) -> None:
     path = str(hivemind_tree.make(new_directory()))
     maddrs = daemon.control_maddr, daemon.listen_maddr()
     assert run(PROGRAM, "original", end, *maddrs, path=path) == ""
     Path(maddrs[1].removeprefix("/unix")).unlink(missing_ok=True)
 
 
-#: Every request, to a daemon that does not answer, is forgotten with its task and its loop.
+#: Drops each kind of request, with its task and loop, while the daemon does not answer.
 WAITING = """
 import asyncio, gc, sys
 from p2pclient_rs import Client
@@ -164,7 +164,7 @@ async def main(number):
     return task
 
 import warnings
-warnings.simplefilter("ignore")  # of the coroutines that were not begun
+warnings.simplefilter("ignore")  # about coroutines never awaited
 for number in range(14):
     for close in (False, True):
         loop = asyncio.new_event_loop()
@@ -178,7 +178,7 @@ for number in range(14):
 
 
 @pytest.mark.independent
-def test_requests_that_are_forgotten_with_their_loop_print_nothing() -> None:
+def test_requests_dropped_with_their_loop_print_nothing() -> None:
     def mute(connection: Connection) -> None:
         connection.wait_closed()
 

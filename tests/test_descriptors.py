@@ -1,4 +1,4 @@
-"""The numbers of descriptors after they were closed, when they may be other files'."""
+"""Closed descriptors: their numbers may already belong to other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def echo(connection: Connection) -> None:
 
 @asynccontextmanager
 async def echoing() -> AsyncIterator[Stream]:
-    """A stream whose other end sends back what comes. No other thread opens descriptors."""
+    """A stream to an echo peer. Only this thread opens descriptors."""
     path = f"{new_directory()}/s"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -67,7 +67,7 @@ async def close_it(stream: Stream, how: str) -> None:
 
 @contextmanager
 def taking(fd: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A pair of sockets, the first of which has the number ``fd``, which is free."""
+    """Gives the free number ``fd`` to the first of a pair of sockets."""
     near, far = socket.socketpair()
     if far.fileno() == fd:
         near, far = far, near
@@ -82,13 +82,13 @@ def taking(fd: int) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.mark.parametrize("how", ["close", "aclose", "abort", "raw"])
-async def test_a_closed_stream_has_no_descriptor_and_gives_none_away(how: str) -> None:
+async def test_closed_stream_exposes_no_descriptor(how: str) -> None:
     async with echoing() as stream:
         attributes = stream.extra_attributes
         fd = stream._raw.fileno()
         assert os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
         await close_it(stream, how)
-        with taking(fd):  # so that the number is another socket's
+        with taking(fd):  # the number is now another socket's
             assert stream._raw.fileno() == -1
             assert stream.get_extra_info("socket") is None
             assert stream.get_extra_info("socket", 5) == 5
@@ -107,7 +107,7 @@ async def test_a_closed_stream_has_no_descriptor_and_gives_none_away(how: str) -
                     attempt()
 
 
-async def test_a_duplicate_is_closed_with_its_stream_and_is_not_inherited() -> None:
+async def test_duplicate_is_not_inheritable_and_closed_with_its_stream() -> None:
     async with echoing() as stream:
         sock = stream.get_extra_info("socket")
         assert sock.fileno() != stream._raw.fileno()
@@ -117,7 +117,7 @@ async def test_a_duplicate_is_closed_with_its_stream_and_is_not_inherited() -> N
         assert sock.fileno() == -1
 
 
-async def test_a_duplicate_is_never_of_another_file_while_a_stream_is_being_closed() -> None:
+async def test_duplicate_during_close_is_never_of_another_file() -> None:
     wrong: list[str] = []
     for _ in range(50):
         with FakeDaemon(echo) as fake:
@@ -147,7 +147,7 @@ async def test_a_duplicate_is_never_of_another_file_while_a_stream_is_being_clos
     assert wrong == []
 
 
-async def test_connections_and_listeners_have_no_descriptor_once_they_are_closed_or_taken() -> None:
+async def test_closed_or_taken_connections_and_closed_listeners_have_no_descriptor() -> None:
     def answer(connection: Connection) -> None:
         connection.answer(IDENTITY)
         echo(connection)
@@ -177,8 +177,8 @@ async def test_connections_and_listeners_have_no_descriptor_once_they_are_closed
     assert listener.fileno() == -1
 
 
-async def watched_again(stream: Stream, taken: socket.socket, far: socket.socket) -> None:
-    """Checks that what ``stream`` does leaves a watch over the same number alone."""
+async def assert_watch_unaffected(stream: Stream, taken: socket.socket, far: socket.socket) -> None:
+    """Asserts that nothing done through ``stream`` affects a watch on the reused number."""
     old: Watch = stream._watch
     new = watch(taken.fileno())
     came: list[str] = []
@@ -192,7 +192,7 @@ async def watched_again(stream: Stream, taken: socket.socket, far: socket.socket
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        # None of these is about the file that has the number now.
+        # None of these may affect the file that has the number now.
         old.close()
         old.flush_later(stream._raw, stream)
         for wait_for in (old.readable, old.writable, lambda: old.drained(0)):
@@ -211,24 +211,24 @@ async def watched_again(stream: Stream, taken: socket.socket, far: socket.socket
 
 
 @pytest.mark.parametrize("how", ["close", "aclose", "abort"])
-async def test_the_watch_of_a_closed_stream_leaves_the_next_file_of_its_number_alone(
+async def test_watch_of_a_closed_stream_leaves_the_reused_number_alone(
     how: str,
 ) -> None:
     async with echoing() as stream:
         await stream.send(b"a")
-        assert await stream.readexactly(1) == b"a"  # so that the loop has watched it
+        assert await stream.readexactly(1) == b"a"  # registers the descriptor with the loop
         fd = stream._raw.fileno()
         await close_it(stream, how)
         with taking(fd) as (taken, far):
-            await watched_again(stream, taken, far)
+            await assert_watch_unaffected(stream, taken, far)
 
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:1], indirect=True)
-async def test_a_watch_that_is_closed_while_a_wait_begins_registers_nothing(
+async def test_watch_closed_while_a_wait_begins_registers_nothing(
     anyio_backend: Any,
 ) -> None:
     class Future(asyncio.Future[None]):
-        """One that closes the watch when it is asked whether it is done."""
+        """Closes the watch when asked whether it is done."""
 
         def done(self) -> bool:
             if super().done():
@@ -253,7 +253,7 @@ async def test_a_watch_that_is_closed_while_a_wait_begins_registers_nothing(
             await first
 
 
-async def test_frames_still_come_whole_after_the_number_was_used_again() -> None:
+async def test_stream_on_a_reused_number_receives_whole_frames() -> None:
     async with echoing() as first:
         fd = first._raw.fileno()
         await first.aclose()

@@ -1,4 +1,4 @@
-"""The exceptions: what they carry, how they read, and that they survive pickling."""
+"""Exceptions: their attributes, texts, base classes and pickling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def example(kind: type[P2PDaemonError]) -> P2PDaemonError:
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_pickling_keeps_everything(kind: type[P2PDaemonError]) -> None:
+def test_pickling_preserves_all_attributes(kind: type[P2PDaemonError]) -> None:
     error = example(kind)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -48,7 +48,7 @@ def test_pickling_keeps_everything(kind: type[P2PDaemonError]) -> None:
     assert str(copy) == str(error)
 
 
-def test_a_control_failure_says_what_it_was_about_and_what_the_daemon_said() -> None:
+def test_control_failure_text_names_the_request_and_the_daemons_message() -> None:
     text = str(example(DaemonRefused))
     assert text == f"failed: no dial (request CONNECT, peer {PEER}, protocol /x/1)"
     assert str(ControlFailure("failed")) == "failed"
@@ -56,7 +56,7 @@ def test_a_control_failure_says_what_it_was_about_and_what_the_daemon_said() -> 
     assert str(ControlFailure("CONNECT failed", request="CONNECT")) == "CONNECT failed"
 
 
-def test_a_start_error_shows_cause_command_and_output() -> None:
+def test_start_error_text_shows_cause_command_and_output() -> None:
     assert str(example(DaemonStartError)) == (
         "failed: why\n  command: p2pd -b\n  last output:\n    a\n    b"
     )
@@ -70,7 +70,7 @@ def test_a_start_error_shows_cause_command_and_output() -> None:
     ("number", "builtin"),
     [(errno.ENOENT, FileNotFoundError), (errno.EACCES, PermissionError), (errno.EMFILE, OSError)],
 )
-def test_a_start_error_of_the_system_is_of_its_builtin_class_too(
+def test_start_error_with_an_errno_is_also_the_builtin_class(
     number: int, builtin: type[OSError]
 ) -> None:
     kind = DaemonStartError._of_errno(number)
@@ -84,7 +84,7 @@ def test_a_start_error_of_the_system_is_of_its_builtin_class_too(
     assert not isinstance(DaemonStartError("failed"), OSError)
 
 
-def test_the_builtin_kinds_catch_ours() -> None:
+def test_builtin_classes_catch_the_exceptions() -> None:
     assert issubclass(DaemonUnreachable, ConnectionError)
     assert issubclass(ConnectionLost, ConnectionError)
     assert issubclass(ControlTimeout, TimeoutError)

@@ -35,18 +35,18 @@ async def echo(info: StreamInfo, stream: Stream) -> None:
 
 
 async def opened(pair: Pair) -> Stream:
-    """A stream that echoes."""
+    """Opens a stream to an echo handler."""
     await pair.bob.stream_handler("/echo", echo)
     _, stream = await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/echo"])
     return stream
 
 
-async def echoes(stream: Stream, data: bytes) -> None:
+async def assert_echoes(stream: Stream, data: bytes) -> None:
     await stream.send(data)
     assert await stream.readexactly(len(data)) == data
 
 
-async def test_a_client_of_the_parent_is_refused_in_the_child(
+async def test_client_of_the_parent_is_refused_in_a_forked_child(
     pair: Pair, anyio_backend: Any
 ) -> None:
     client = pair.alice
@@ -76,11 +76,11 @@ async def test_a_client_of_the_parent_is_refused_in_the_child(
 
     async with stream:
         await in_child(lambda: run_in_thread(anyio_backend, use))
-        await echoes(stream, b"the parent's")
+        await assert_echoes(stream, b"the parent's")
         assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
 
 
-async def test_a_new_client_works_in_the_child(pair: Pair, anyio_backend: Any) -> None:
+async def test_new_client_works_in_a_forked_child(pair: Pair, anyio_backend: Any) -> None:
     await pair.alice.identify()
     await pair.bob.stream_handler("/echo", echo)
 
@@ -89,14 +89,14 @@ async def test_a_new_client_works_in_the_child(pair: Pair, anyio_backend: Any) -
             assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
             _, stream = await client.stream_open(pair.bob_daemon.peer_id, ["/echo"])
             async with stream:
-                await echoes(stream, b"the child's")
+                await assert_echoes(stream, b"the child's")
 
     await in_child(lambda: run_in_thread(anyio_backend, use))
     assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
 
 
 @pytest.mark.needs("pubsub_own")
-async def test_closing_in_the_child_disturbs_nothing_of_the_parent(
+async def test_close_in_a_forked_child_leaves_the_parent_alone(
     pair: Pair, anyio_backend: Any
 ) -> None:
     async def close_all() -> None:
@@ -108,27 +108,27 @@ async def test_closing_in_the_child_disturbs_nothing_of_the_parent(
     stream = await opened(pair)
     subscription = await pair.alice.pubsub_subscribe("forked")
     async with stream, subscription:
-        await pair.alice.identify()  # so that there is an idle connection, too
+        await pair.alice.identify()  # leaves an idle connection in the pool
         await in_child(lambda: run_in_thread(anyio_backend, close_all))
-        await still_works(pair, stream, subscription)
+        await assert_parent_works(pair, stream, subscription)
 
 
-async def still_works(pair: Pair, stream: Stream, subscription: Any) -> None:
-    """Asserts that nothing in the parent was disturbed."""
-    await echoes(stream, b"ping")
+async def assert_parent_works(pair: Pair, stream: Stream, subscription: Any) -> None:
+    """Asserts that everything in the parent still works."""
+    await assert_echoes(stream, b"ping")
     await pair.alice.pubsub_publish("forked", b"message")
     assert (await subscription.receive_message()).data == b"message"
     assert (await pair.alice.identify()).peer_id == pair.alice_daemon.peer_id
     async with await opened(pair) as another:
-        await echoes(another, b"another")
+        await assert_echoes(another, b"another")
 
 
 @pytest.mark.needs("pubsub_own")
 @pytest.mark.parametrize("how", ["abort", "close", "connector.close"])
-async def test_what_a_child_does_without_a_loop_disturbs_no_task_that_waits_in_the_parent(
+async def test_closing_without_a_loop_in_a_forked_child_leaves_waiting_tasks_alone(
     pair: Pair, how: str
 ) -> None:
-    """In the child, the parent's loop looks as if it was running."""
+    """To the child, the parent's loop appears to be running."""
     received = []
 
     async def wait_for_data() -> None:
@@ -156,15 +156,15 @@ async def test_what_a_child_does_without_a_loop_disturbs_no_task_that_waits_in_t
             await stream.send(b"ping")
             await pair.alice.pubsub_publish("forked", b"message")
         assert sorted(received) == [b"message", b"ping"]
-        await still_works(pair, stream, subscription)
+        await assert_parent_works(pair, stream, subscription)
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_garbage_collected_in_the_child_stays_open_in_the_parent(pair: Pair) -> None:
+async def test_stream_collected_in_a_forked_child_stays_open_in_the_parent(pair: Pair) -> None:
     streams = [await opened(pair)]
     with anyio.move_on_after(0.01):
-        await streams[0].receive()  # so that the loop watches it
-    await anyio.lowlevel.checkpoint()  # until then the loop holds the cancellation's traceback
+        await streams[0].receive()  # registers the descriptor with the loop
+    await anyio.lowlevel.checkpoint()  # the loop drops the cancellation's traceback
     number = streams[0]._raw.fileno()
 
     def forget() -> None:
@@ -175,10 +175,12 @@ async def test_garbage_collected_in_the_child_stays_open_in_the_parent(pair: Pai
     await in_child(forget)
     (stream,) = streams
     async with stream:
-        await echoes(stream, b"still open")
+        await assert_echoes(stream, b"still open")
 
 
-async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend: Any) -> None:
+async def test_close_in_a_forked_child_leaves_a_pending_call_of_the_parent_alone(
+    anyio_backend: Any,
+) -> None:
     release = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -207,11 +209,11 @@ async def test_a_call_pending_in_the_parent_ends_as_it_would_have(anyio_backend:
             assert len(answers) == len(fake.requests) == 3
             assert fake.accepted == 3
             await client.identify()
-            assert fake.accepted == 3  # its connections were kept
+            assert fake.accepted == 3  # the connections were kept
 
 
 @pytest.mark.needs("stream_handler_again")
-async def test_the_parents_listener_goes_on_when_the_child_leaves_it(
+async def test_listener_of_the_parent_survives_close_in_a_forked_child(
     pair: Pair, anyio_backend: Any
 ) -> None:
     async def close() -> None:
@@ -219,10 +221,10 @@ async def test_the_parents_listener_goes_on_when_the_child_leaves_it(
 
     await in_child(lambda: run_in_thread(anyio_backend, close))
     async with await opened(pair) as stream:
-        await echoes(stream, b"still listening")
+        await assert_echoes(stream, b"still listening")
 
 
-def test_descriptors_are_not_passed_on_to_programs(bare_daemon: DaemonProcess) -> None:
+def test_descriptors_are_not_inheritable(bare_daemon: DaemonProcess) -> None:
     async def main() -> None:
         async with bare_daemon.client() as client, client.listen():
             await client.identify()

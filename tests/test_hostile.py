@@ -1,7 +1,7 @@
-"""Every call of the client against every way in which a daemon, or a peer, can misbehave.
+"""Every client call against every way in which a daemon or a peer can misbehave.
 
-Each call has an exception that says what happened, within its time, leaves nothing behind, and does
-not disturb the next one.
+Each call raises the exception that names the fault, within its timeout, leaves nothing open, and
+does not affect the next call.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ FAKE_PEER = PeerID(PEER)
 INFO = field(1, PEER) + field(2, ADDR)
 KEY = field(1, 99) + field(2, b"a key of a kind that is not known")
 BEGIN, END = OK + field(5, dht(0)), dht(2)
-#: How long a call may take that fails at once, in seconds.
+#: Seconds within which a call must fail if it can fail at once.
 SOON = 5.0
 
 
 async def echo(request: bytes, peer_id: PeerID) -> bytes:
-    """A unary handler."""
+    """A unary handler that returns its input."""
     return request
 
 
 async def ignore(info: StreamInfo, stream: Stream) -> None:
-    """A stream handler."""
+    """A stream handler that does nothing."""
 
 
 # --- the calls ---
@@ -80,34 +80,34 @@ async def ignore(info: StreamInfo, stream: Stream) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """A call, and the messages with which a daemon answers it."""
+    """A client call, and the messages with which a daemon answers it."""
 
     request: str
     make: Callable[[Client, float], Awaitable[Any]]
     answer: tuple[bytes, ...] = (OK,)
-    #: Answers that lack what must be there.
+    #: Replies in which a required part is missing.
     lacking: tuple[tuple[bytes, ...], ...] = ()
-    #: What it gives.
+    #: Whether the call's result is the expected one.
     gives: Callable[[Any], bool] = having(default=lambda result: result is None)
 
     @property
     def valid(self) -> bytes:
-        """The answer as it goes over the wire."""
+        """The reply as sent over the wire."""
         return b"".join(map(frame, self.answer))
 
     @property
     def means_unknown(self) -> bool:
-        """Whether a daemon that closes the connection says that it does not know the request."""
+        """Whether closing the connection is how a daemon rejects this request as unknown."""
         return self.request in ("REMOVE_STREAM_HANDLER", "PERSISTENT_CONN_UPGRADE")
 
 
 def one(value: bytes) -> bytes:
-    """The answer to a DHT query with one result."""
+    """The reply to a DHT query with one result."""
     return OK + field(5, value)
 
 
 def many(*values: bytes) -> tuple[bytes, ...]:
-    """The answer to a DHT query with any number of results."""
+    """The reply to a DHT query with a list of results."""
     return (BEGIN, *values, END)
 
 
@@ -242,16 +242,16 @@ class UnaryCall:
     """A call on the persistent connection."""
 
     request: str
-    #: The kind of its message.
+    #: Kind of its message.
     kind: str
     make: Callable[[Client, float], Awaitable[Any]]
     answer: Callable[[bytes], bytes]
     result: bytes | None = None
-    #: Whether the loss of the connection does what it asks for: the daemon forgets its handlers.
+    #: Whether losing the connection has the effect of the call: the daemon drops its handlers.
     done_by_loss: bool = False
 
     def framed(self, call_id: bytes) -> bytes:
-        """The answer as it goes over the wire."""
+        """The reply as sent over the wire."""
         return frame(self.answer(call_id))
 
 
@@ -279,8 +279,8 @@ UNARY_CALLS = [
 ]
 
 
-async def let_go(result: Any) -> None:
-    """Closes what a call opened."""
+async def close_result(result: Any) -> None:
+    """Closes what a call has opened."""
     for opened in result if isinstance(result, tuple) else (result,):
         if isinstance(opened, Stream):
             await opened.aclose()
@@ -288,7 +288,7 @@ async def let_go(result: Any) -> None:
 
 @asynccontextmanager
 async def hostile(transport: str = "unix") -> AsyncIterator[tuple[Client, Plan, FakeDaemon]]:
-    """A client of a daemon with a plan, which must leave no descriptor and no connection."""
+    """A client of a planned daemon; checks that no descriptor or connection is left open."""
     before = open_descriptors()
     plan = Plan()
     with FakeDaemon(plan, transport) as fake:
@@ -298,23 +298,23 @@ async def hostile(transport: str = "unix") -> AsyncIterator[tuple[Client, Plan, 
     assert open_descriptors() == before
 
 
-async def works(client: Client) -> None:
-    """Asserts that the next call succeeds."""
+async def assert_usable(client: Client) -> None:
+    """Asserts that an IDENTIFY succeeds."""
     assert (await client.identify(timeout=PATIENCE)).peer_id == FAKE_PEER
 
 
 async def fails(
     call: Call | UnaryCall, client: Client, expected: type[Exception], timeout: float = PATIENCE
 ) -> None:
-    """Asserts that a call fails, with exactly this exception, in its time."""
+    """Asserts that a call fails with exactly this exception, in time."""
     start = time.monotonic()
     try:
-        await let_go(await call.make(client, timeout))
+        await close_result(await call.make(client, timeout))
         if isinstance(call, UnaryCall) and call.done_by_loss and expected is not ControlTimeout:
             assert client.unary.handlers == {}
             return
     except ControlFailure as error:
-        # By name: one that carries what the system said is of a subclass of that name.
+        # By name: errors with an errno are of a subclass with the same name.
         assert type(error).__name__ == expected.__name__, f"{call.request}: {error!r}"
         assert error.request == call.request, f"{call.request}: {error!r}"
         assert str(error), call.request
@@ -328,16 +328,16 @@ async def fails(
 
 @dataclass(frozen=True)
 class Fault:
-    """What comes in the place of an answer."""
+    """What a daemon sends instead of a reply."""
 
-    #: What is sent, given the answer.
+    #: Bytes to send, given the valid reply.
     data: Callable[[bytes], bytes]
     expected: type[Exception]
-    #: Whether the daemon closes the connection then.
+    #: Whether the daemon then closes the connection.
     close: bool = False
 
     def answer(self, valid: bytes | Callable[[bytes], bytes]) -> Answer:
-        """For a plan, given the answer, or what makes it of a call id."""
+        """The step of a plan, given the valid reply or a function from call id to reply."""
 
         def answer(connection: Connection, call_id: bytes) -> bool | None:
             connection.send(self.data(valid if isinstance(valid, bytes) else valid(call_id)))
@@ -347,12 +347,12 @@ class Fault:
 
 
 def sends(data: bytes, close: bool = False) -> Answer:
-    """Sends this, and closes the connection or does not."""
+    """Sends ``data``; then closes the connection if ``close``."""
     return Fault(lambda valid: valid, ControlFailure, close).answer(data)
 
 
 FAULTS = {
-    "the end": Fault(lambda valid: b"", ConnectionLost, close=True),
+    "EOF": Fault(lambda valid: b"", ConnectionLost, close=True),
     "a length cut short": Fault(lambda valid: b"\x80", ConnectionLost, close=True),
     "an answer cut short": Fault(lambda valid: valid[:-1], ConnectionLost, close=True),
     "a huge answer cut short": Fault(
@@ -378,8 +378,8 @@ FAULTS = {
 
 faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 
-#: On a persistent connection a message over the limit is skipped, for which the rest of it must
-#: come, unless protobuf cannot have such a message.
+#: A persistent connection skips a message over the limit, so it waits for the rest of it; only a
+#: length that protobuf does not allow fails at once.
 UNARY_FAULTS = FAULTS | {
     "a length just over the limit": Fault(
         lambda valid: varint((4 << 20) + (64 << 10) + 1), ControlTimeout
@@ -390,21 +390,21 @@ unary_faults = pytest.mark.parametrize("fault", UNARY_FAULTS.values(), ids=UNARY
 
 
 @faults
-async def test_every_call_against(fault: Fault) -> None:
+async def test_every_call_fails_on(fault: Fault) -> None:
     async with hostile() as (client, plan, _):
         for call in CALLS:
             plan.next("request", fault.answer(call.valid))
             timeout = 0.05 if fault.expected is ControlTimeout else PATIENCE
-            # What has begun to answer knows the request.
-            unknown = call.means_unknown and fault is FAULTS["the end"]
+            # A daemon that has begun a reply knows the request.
+            unknown = call.means_unknown and fault is FAULTS["EOF"]
             await fails(call, client, NotSupported if unknown else fault.expected, timeout)
             assert plan.carried_out, call.request
-            await works(client)
+            await assert_usable(client)
             client.unary.close()
 
 
 @unary_faults
-async def test_every_unary_call_against(fault: Fault) -> None:
+async def test_every_unary_call_fails_on(fault: Fault) -> None:
     async with hostile() as (client, plan, _):
         for call in UNARY_CALLS:
             await client.add_unary_handler("echo", echo, timeout=PATIENCE)
@@ -413,34 +413,34 @@ async def test_every_unary_call_against(fault: Fault) -> None:
             await fails(call, client, fault.expected, timeout)
             assert plan.carried_out, call.request
             if fault.expected is ControlTimeout:
-                # The rest of it may still come, and does not.
+                # The connection still waits for the rest of the message.
                 client.unary.close()
             assert await client.call_unary(FAKE_PEER, "echo", b"next", timeout=SOON) == b"next"
             assert client.unary.pending_calls == 0
-            await works(client)
+            await assert_usable(client)
             client.unary.close()
 
 
-async def test_every_call_against_an_answer_without_what_must_be_there() -> None:
+async def test_every_call_fails_on_a_reply_without_a_required_part() -> None:
     async with hostile() as (client, plan, _):
         for call in CALLS:
             for lacking in ((call.answer[0].removeprefix(OK),), *call.lacking):
                 data = b"".join(map(frame, lacking))
                 plan.next("request", sends(data))
                 await fails(call, client, ProtocolViolation)
-                await works(client)
+                await assert_usable(client)
 
 
-async def test_every_call_against_an_unknown_type_of_answer() -> None:
+async def test_every_call_fails_on_an_unknown_type_of_reply() -> None:
     async with hostile() as (client, plan, _):
         for call in CALLS:
             data = frame(field(1, 7) + call.answer[0].removeprefix(OK))
             plan.next("request", sends(data))
             await fails(call, client, ProtocolViolation)
-            await works(client)
+            await assert_usable(client)
 
 
-async def test_every_call_against_a_refusal() -> None:
+async def test_every_call_raises_daemon_refused_on_a_refusal() -> None:
     def refuses(connection: Connection, _: bytes) -> bool:
         connection.send(frame(ERROR))
         return False
@@ -450,19 +450,19 @@ async def test_every_call_against_a_refusal() -> None:
             plan.next("request", refuses)
             refused = NotSupported if call.request == "PERSISTENT_CONN_UPGRADE" else DaemonRefused
             await fails(call, client, refused)
-            await works(client)
-        # One for queries, and one for the rest.
+            await assert_usable(client)
+        # One connection for queries, one for all else.
         assert fake.accepted <= 2, "a refusal leaves the connection usable"
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-async def test_every_call_against_every_beginning_of_its_answer(transport: str) -> None:
+async def test_every_call_fails_on_a_reply_cut_off_anywhere(transport: str) -> None:
     async with hostile(transport) as (client, plan, _):
         for call in CALLS:
             for size in range(1, len(call.valid)):
                 plan.next("request", sends(call.valid[:size], close=True))
                 await fails(call, client, ConnectionLost)
-        await works(client)
+        await assert_usable(client)
         for unary_call in UNARY_CALLS:
             for size in range(len(unary_call.framed(bytes(16)))):
                 await client.add_unary_handler("echo", echo, timeout=PATIENCE)
@@ -472,7 +472,7 @@ async def test_every_call_against_every_beginning_of_its_answer(transport: str) 
                 client.unary.close()
 
 
-# --- what is no fault ---
+# --- unusual but valid replies ---
 
 
 def send_trickling(connection: Connection, data: bytes) -> None:
@@ -492,7 +492,7 @@ GOOD: dict[str, tuple[Callable[[Connection, bytes], None], bytes]] = {
 
 
 @pytest.mark.parametrize(("send", "more"), GOOD.values(), ids=GOOD)
-async def test_every_call_takes(send: Callable[[Connection, bytes], None], more: bytes) -> None:
+async def test_every_call_accepts(send: Callable[[Connection, bytes], None], more: bytes) -> None:
     async with hostile() as (client, plan, fake):
         for call in CALLS:
             data = b"".join(frame(message + more) for message in call.answer)
@@ -504,13 +504,13 @@ async def test_every_call_takes(send: Callable[[Connection, bytes], None], more:
             plan.next("request", answer)
             result = await call.make(client, PATIENCE)
             assert call.gives(result), f"{call.request}: {result!r}"
-            await let_go(result)
-            await works(client)
+            await close_result(result)
+            await assert_usable(client)
         await client.add_unary_handler("echo", echo)
         for unary_call in UNARY_CALLS:
 
             def reply_so(connection: Connection, i: bytes, c: UnaryCall = unary_call) -> bool:
-                # Answers to nobody, and to somebody twice.
+                # Replies with unknown call ids, and the valid reply twice.
                 strange = frame(reply(bytes(16), b"?") + more) + frame(acknowledgement(b"1" * 16))
                 good = frame(c.answer(i) + more)
                 send(connection, strange + good + good)
@@ -526,27 +526,27 @@ async def test_every_call_takes(send: Callable[[Connection, bytes], None], more:
 
 
 def without(message: bytes, *numbers: int) -> bytes:
-    """An incoming call that lacks some of its fields."""
+    """An incoming call without some of its fields."""
     call = [field(1, PEER), field(2, b"echo"), field(3, b"data")]
     kept = b"".join(part for number, part in enumerate(call, 1) if number not in numbers)
     return field(1, message) + field(3, kept)
 
 
 CALLER = b"c" * 16
-#: A peer's nonsense, which its daemon passes on: it is refused, and nobody else suffers.
+#: Invalid calls of a peer, forwarded by the daemon. Each is refused and affects nothing else.
 BAD_CALLS = {
     "no peer": without(CALLER, 1),
     "no protocol": without(CALLER, 2),
     "no data": without(CALLER, 3),
     "nothing": without(CALLER, 1, 2, 3),
     "no message": field(1, CALLER) + field(3, b"\xff"),
-    "a protocol that nobody serves": incoming(CALLER, "other", b"data"),
-    "a protocol that is no text": field(1, CALLER)
+    "a protocol without a handler": incoming(CALLER, "other", b"data"),
+    "a protocol that is not UTF-8": field(1, CALLER)
     + field(3, field(1, PEER) + field(2, b"\xff\xfe") + field(3, b"data")),
 }
 
 
-async def test_a_bad_incoming_call_is_refused_and_the_next_one_served() -> None:
+async def test_invalid_incoming_call_is_refused_and_the_next_one_served() -> None:
     answers: list[Message] = []
 
     def calls(connection: Connection, call_id: bytes) -> bool:
@@ -555,7 +555,7 @@ async def test_a_bad_incoming_call_is_refused_and_the_next_one_served() -> None:
             connection.send(frame(bad))
             answers.append(connection.read_message())
             good = bytes([number]) * 16
-            # With what the other side may know more than this one.
+            # Unknown fields, as of a newer peer.
             connection.trickle(frame(incoming(good, "echo", b"good") + UNKNOWN))
             answers.append(connection.read_message())
         return True
@@ -574,9 +574,9 @@ async def test_a_bad_incoming_call_is_refused_and_the_next_one_served() -> None:
 
 
 @unary_faults
-async def test_incoming_calls_are_served_after(fault: Fault) -> None:
+async def test_incoming_calls_are_served_after_reconnect_from(fault: Fault) -> None:
     if fault.expected is ControlTimeout:
-        # Nothing came, or not all of it: that is no fault of a connection nobody waits for.
+        # An incomplete message does not break an idle connection, so close it here.
         fault = Fault(fault.data, ConnectionLost, close=True)
     answers: list[Message] = []
 
@@ -595,7 +595,7 @@ async def test_incoming_calls_are_served_after(fault: Fault) -> None:
         plan.next("add", breaks)
         await client.add_unary_handler("echo", echo)
         await until(lambda: plan.carried_out and not client.unary.connected)
-        plan.next("add", calls)  # which is the handler's registration anew
+        plan.next("add", calls)  # the registration on the new connection
         assert await client.call_unary(FAKE_PEER, "echo", b"next", timeout=SOON) == b"next"
         await until(lambda: answers)
         assert client.unary.unanswered_calls == 0
@@ -605,22 +605,22 @@ async def test_incoming_calls_are_served_after(fault: Fault) -> None:
 # --- subscriptions ---
 
 MESSAGE = field(1, PEER) + field(2, b"data") + field(3, b"1") + field(4, b"topic")
-#: What comes in the place of a message, whether the subscription ends then, and what is raised.
+#: What arrives instead of a message, whether the daemon then closes, and the exception raised.
 BAD_MESSAGES: dict[str, tuple[bytes, bool, type[Exception]]] = {
-    "the end": (b"", True, anyio.EndOfStream),
+    "EOF": (b"", True, anyio.EndOfStream),
     "a length cut short": (b"\x80", True, ConnectionLost),
     "a message cut short": (frame(MESSAGE)[:-1], True, ConnectionLost),
     "garbage": (b"\x05hello", False, ProtocolViolation),
     "a length of eleven bytes": (b"\x80" * 10 + b"\x01", False, ProtocolViolation),
     "a length of 2^63": (varint(1 << 63), False, ProtocolViolation),
     "a length just over the limit": (varint((4 << 20) + (64 << 10) + 1), False, ProtocolViolation),
-    "a topic that is no text": (frame(field(4, b"\xff")), False, ProtocolViolation),
+    "a topic that is not UTF-8": (frame(field(4, b"\xff")), False, ProtocolViolation),
     "a message of another type": (frame(IDENTITY), False, ProtocolViolation),
 }
 
 
 def subscribed(then: Callable[[Connection], object]) -> Answer:
-    """Answers SUBSCRIBE, and goes on."""
+    """Answers SUBSCRIBE with a first message, and continues with ``then``."""
 
     def answer(connection: Connection, _: bytes) -> None:
         connection.send(frame(OK) + frame(MESSAGE))
@@ -630,7 +630,7 @@ def subscribed(then: Callable[[Connection], object]) -> Answer:
 
 
 @pytest.mark.parametrize(("data", "end", "expected"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-async def test_a_subscription_against(data: bytes, end: bool, expected: type[Exception]) -> None:
+async def test_subscription_fails_on(data: bytes, end: bool, expected: type[Exception]) -> None:
     def then(connection: Connection) -> None:
         connection.send(data)
         if not end:
@@ -642,10 +642,10 @@ async def test_a_subscription_against(data: bytes, end: bool, expected: type[Exc
             assert (await subscription.receive_message()).data == b"data"
             with anyio.fail_after(SOON), pytest.raises(expected):
                 await subscription.receive_message()
-        await works(client)
+        await assert_usable(client)
 
 
-async def test_a_subscription_takes_unknown_fields_one_byte_at_a_time_and_many_at_once() -> None:
+async def test_subscription_accepts_unknown_fields_and_any_chunking() -> None:
     def then(connection: Connection) -> None:
         connection.trickle(frame(MESSAGE + UNKNOWN) + frame(b""))
         connection.send(frame(MESSAGE) * 1000)
@@ -659,11 +659,11 @@ async def test_a_subscription_takes_unknown_fields_one_byte_at_a_time_and_many_a
         assert messages[0] == messages[1] == messages[-1]
 
 
-# --- the peer at the other end of a stream ---
+# --- misbehaving peers on a stream ---
 
 
 def opened(then: Callable[[Connection], object]) -> Answer:
-    """Answers STREAM_OPEN, and goes on as the peer."""
+    """Answers STREAM_OPEN, and continues with ``then`` as the peer."""
 
     def answer(connection: Connection, _: bytes) -> None:
         connection.send(frame(STREAM_OPENED) + b"ahead")
@@ -672,7 +672,7 @@ def opened(then: Callable[[Connection], object]) -> Answer:
     return answer
 
 
-async def test_a_stream_whose_peer_closes_at_once_gives_what_was_sent_and_the_end() -> None:
+async def test_stream_closed_by_the_peer_yields_its_data_and_then_eof() -> None:
     async with hostile() as (client, plan, _):
         plan.next("request", opened(lambda _: None))
         _, stream = await client.stream_open(FAKE_PEER, ["/echo"], timeout=PATIENCE)
@@ -685,10 +685,10 @@ async def test_a_stream_whose_peer_closes_at_once_gives_what_was_sent_and_the_en
                 with pytest.raises(anyio.BrokenResourceError):
                     while True:
                         await stream.send(bytes(65536))
-        await works(client)
+        await assert_usable(client)
 
 
-async def test_a_stream_whose_peer_resets_it_is_broken() -> None:
+async def test_stream_reset_by_the_peer_raises_broken_resource_error() -> None:
     def resets(connection: Connection) -> None:
         connection.wait_readable()
         connection.reset()
@@ -702,10 +702,10 @@ async def test_a_stream_whose_peer_resets_it_is_broken() -> None:
             with anyio.fail_after(SOON), pytest.raises(anyio.BrokenResourceError):
                 while True:
                     await stream.receive()
-        await works(client)
+        await assert_usable(client)
 
 
-async def test_a_stream_whose_peer_never_says_anything_can_be_given_up() -> None:
+async def test_read_from_a_silent_peer_can_be_cancelled() -> None:
     async with hostile() as (client, plan, _):
         plan.next("request", opened(lambda c: c.wait_closed()))
         _, stream = await client.stream_open(FAKE_PEER, ["/echo"], timeout=PATIENCE)
@@ -715,11 +715,11 @@ async def test_a_stream_whose_peer_never_says_anything_can_be_given_up() -> None
                 with anyio.move_on_after(0.02) as scope:
                     await read()
                 assert scope.cancelled_caught
-        await works(client)
+        await assert_usable(client)
 
 
 @pytest.mark.parametrize("kind", ["stream", "subscription"])
-async def test_an_endless_sender_is_held_back_by_a_slow_reader(kind: str) -> None:
+async def test_endless_sender_is_held_back_by_a_slow_reader(kind: str) -> None:
     total = 100 << 20
     message = frame(field(2, bytes(100_000))) if kind == "subscription" else bytes(100_000)
     count = total // len(message)
@@ -762,18 +762,18 @@ async def test_an_endless_sender_is_held_back_by_a_slow_reader(kind: str) -> Non
                 most = max(most, sent[0] - received)
             with pytest.raises(anyio.EndOfStream):
                 await stream.receive()
-        await works(client)
+        await assert_usable(client)
     assert sent[0] == count * len(message)
-    # The sockets' buffers and ours.
+    # Only the buffers of the sockets and of the client are filled.
     assert most < 2 << 20
 
 
-# --- strangers at the listener ---
+# --- invalid connections to the listener ---
 
 
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[Client, Callable[[], socket.socket], list[bytes]]]:
-    """A client that listens, a way to connect as the daemon does, and what its handler reads."""
+    """A listening client, a function that connects like the daemon, and what the handler read."""
     got: list[bytes] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -800,7 +800,7 @@ async def listening() -> AsyncIterator[tuple[Client, Callable[[], socket.socket]
     assert open_descriptors() == before
 
 
-async def is_served(connect: Callable[[], socket.socket], got: list[bytes]) -> None:
+async def assert_served(connect: Callable[[], socket.socket], got: list[bytes]) -> None:
     """Asserts that a stream reaches its handler."""
     got.clear()
     good = connect()
@@ -812,7 +812,7 @@ async def is_served(connect: Callable[[], socket.socket], got: list[bytes]) -> N
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether the other side of a non-blocking socket has closed it."""
+    """Whether the peer of a non-blocking socket has closed it."""
     try:
         return sock.recv(100) == b""
     except BlockingIOError:
@@ -832,12 +832,12 @@ BAD_HEADS = {
     "no peer": frame(field(2, ADDR) + field(3, b"/echo")),
     "no address": frame(field(1, PEER) + field(3, b"/echo")),
     "no protocol": frame(INFO),
-    "a protocol that is no text": frame(INFO + field(3, b"\xff")),
-    "a protocol that nobody serves": frame(INFO + field(3, b"/other")),
+    "a protocol that is not UTF-8": frame(INFO + field(3, b"\xff")),
+    "a protocol without a handler": frame(INFO + field(3, b"/other")),
 }
 
 
-async def test_every_bad_head_of_an_inbound_stream_and_every_beginning_of_a_good_one() -> None:
+async def test_listener_closes_streams_with_an_invalid_or_incomplete_header() -> None:
     head = frame(STREAM_INFO)
     async with listening() as (_, connect, got):
         for bad in BAD_HEADS.values():
@@ -850,10 +850,10 @@ async def test_every_bad_head_of_an_inbound_stream_and_every_beginning_of_a_good
             stranger.shutdown(socket.SHUT_WR)
             await until(lambda: is_closed(stranger))  # noqa: B023
         assert got == []
-        await is_served(connect, got)
+        await assert_served(connect, got)
 
 
-async def test_a_head_may_have_unknown_fields_and_come_one_byte_at_a_time() -> None:
+async def test_header_may_have_unknown_fields_and_arrive_one_byte_at_a_time() -> None:
     async with listening() as (_, connect, got):
         good = connect()
         for byte in frame(STREAM_INFO + UNKNOWN) + b"data":
@@ -863,7 +863,7 @@ async def test_a_head_may_have_unknown_fields_and_come_one_byte_at_a_time() -> N
         await until(lambda: got == [b"data"])
 
 
-async def test_half_open_inbound_streams_are_few_and_do_not_last_once_they_have_begun(
+async def test_half_open_inbound_streams_are_bounded_in_number_and_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control, "_MAX_HALF_OPEN", 5)
@@ -873,9 +873,9 @@ async def test_half_open_inbound_streams_are_few_and_do_not_last_once_they_have_
         silent = [connect() for _ in range(20)]
         for stranger in silent[::2]:
             stranger.sendall(frame(STREAM_INFO)[:5])
-        # The oldest make room, for the one that is meant seriously too.
-        await is_served(connect, got)
+        # The oldest are closed in favour of new ones.
+        await assert_served(connect, got)
         assert sum(map(is_closed, silent)) >= 20 - 7
-        # Those who say nothing at all may stay, for a daemon can: jsp2pd does.
+        # Connections that have sent nothing may stay, since jsp2pd connects early.
         await until(lambda: all(map(is_closed, silent[::2])), within=SOON)
-        await is_served(connect, got)
+        await assert_served(connect, got)

@@ -1,4 +1,4 @@
-"""Exceptions are created when no lock is held: what runs then may use the same object."""
+"""No lock is held while an exception is created, since code run then may use the same object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from p2pclient_rs._native import (
     Request,
 )
 
-#: How long a case may take, in seconds. One that waits for its own lock never ends.
+#: Time limit for all cases, in seconds. A case that waits for its own lock never ends.
 PATIENCE = 60
 
 #: Called while an exception is created, if set.
@@ -38,7 +38,7 @@ reentered = 0
 def reenter_now() -> None:
     global reenter, reentered
     if (function := reenter) is not None:
-        reenter = None  # an exception in it is not to come back here
+        reenter = None  # exceptions raised in it must not recurse
         reentered += 1
         with suppress(Exception):
             function()
@@ -46,7 +46,7 @@ def reenter_now() -> None:
 
 
 class Garbage:
-    """A cycle, whose collection comes back as well."""
+    """A reference cycle whose collection calls ``reenter``, too."""
 
     def __init__(self) -> None:
         self.me = self
@@ -57,7 +57,7 @@ class Garbage:
 
 @contextmanager
 def hooks() -> Iterator[None]:
-    """Has ``reenter`` called whenever an exception that the extension knows is created."""
+    """Calls ``reenter`` whenever an exception of the extension module is created."""
     classes: list[Any] = [
         anyio.BrokenResourceError,
         anyio.ClosedResourceError,
@@ -88,7 +88,7 @@ def hooks() -> Iterator[None]:
 
 
 def stream() -> tuple[RawStream, socket.socket]:
-    """A stream, and the socket at its other end."""
+    """Returns a stream and the socket of its peer."""
     path = f"{new_directory()}/s"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
@@ -111,7 +111,7 @@ def connection() -> tuple[ControlConnection, socket.socket]:
 
 
 def use_stream(raw: RawStream) -> Callable[[], object]:
-    """Everything that takes the lock of a stream."""
+    """Returns a function that takes the lock of a stream in every possible way."""
 
     def use() -> None:
         for attempt in (
@@ -248,7 +248,7 @@ def listeners() -> Iterator[tuple[str, Callable[[], object], Callable[[], object
 
 
 def run() -> None:
-    """Runs every case, and prints its name first: the last one printed is the one that hangs."""
+    """Runs every case. Prints its name first, so that a case that hangs is the last one named."""
     global reenter
     gc.collect()
     gc.set_threshold(1)
@@ -262,17 +262,17 @@ def run() -> None:
                 try:
                     operation()
                 except Exception as error:
-                    # Some exceptions are only created when they are looked at.
+                    # Some exceptions are created lazily, when looked at.
                     assert str(error)
                 else:
                     raise AssertionError("no exception")
                 finally:
                     reenter = None
-                assert reentered > before, "nothing came back"
+                assert reentered > before, "reenter was not called"
     print("done", flush=True)
 
 
-def test_what_runs_while_an_exception_is_created_may_use_the_object() -> None:
+def test_code_run_while_an_exception_is_created_may_use_the_object() -> None:
     completed = subprocess.run(
         [sys.executable, __file__],
         cwd=Path(__file__).parent,

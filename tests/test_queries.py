@@ -1,5 +1,5 @@
-"""Queries, which follow each other on one connection: what each is told, and what becomes of the
-others when one fails, is given up or loses the connection."""
+"""Pipelined queries: each gets its own reply, and one that fails, is cancelled or loses the
+connection does not fail the others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from p2pclient_rs import (
     ProtocolViolation,
 )
 
-# Trio's tasks have a connection each.
+# On trio every query has its own connection.
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.independent,
@@ -55,12 +55,12 @@ pytestmark = [
 
 FAKE_PEER = PeerID(PEER)
 
-#: Response's field for pubsub.
+#: Number of the field ``pubsub`` in Response.
 PUBSUB = 7
 
 
 def topic_of(request: bytes) -> bytes | None:
-    """The topic that a PUBSUB LIST_PEERS is about."""
+    """The topic of a PUBSUB LIST_PEERS request."""
     query = decode(request).get(8)
     topic = decode(query)[2] if isinstance(query, bytes) else None
     assert not isinstance(topic, int)
@@ -68,13 +68,13 @@ def topic_of(request: bytes) -> bytes | None:
 
 
 def answer_to(request: bytes) -> bytes:
-    """Peers whose id is the topic's name, or an identity."""
+    """The reply to PUBSUB LIST_PEERS is a peer whose id is the topic; to others, an identity."""
     topic = topic_of(request)
     return IDENTITY if topic is None else OK + field(PUBSUB, field(2, topic))
 
 
-async def pipelined(client: Client) -> None:
-    """Has the client's queries share its only connection from now on."""
+async def enter_pipeline(client: Client) -> None:
+    """Makes the client's queries share its only connection from now on."""
     for _ in range(2):
         assert (await client.identify(timeout=10)).peer_id == FAKE_PEER
 
@@ -83,27 +83,27 @@ async def pipelined(client: Client) -> None:
 async def pipeline(
     script: Script, transport: str = "unix"
 ) -> AsyncIterator[tuple[Client, FakeDaemon]]:
-    """A client of such a daemon whose queries share its only connection."""
+    """A client of a scripted daemon, whose queries share its only connection."""
     with FakeDaemon(script, transport) as fake:
         async with Client(fake.control_maddr) as client:
-            await pipelined(client)
+            await enter_pipeline(client)
             yield client, fake
 
 
-async def asks(client: Client, number: int) -> None:
-    """Asks what only one answer is right for."""
+async def assert_own_reply(client: Client, number: int) -> None:
+    """Sends a query to which only one reply is right."""
     topic = f"topic {number}"
     assert await client.pubsub_list_peers(topic) == (PeerID(topic.encode()),)
 
 
 class Held:
-    """Answers at first; then what comes on a connection when so many requests have come."""
+    """Answers two requests, and then holds replies until ``count`` requests have arrived."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.requests: list[bytes] = []
         self.complete = threading.Event()
-        #: Set unless it is to stop reading first.
+        #: Cleared to stop reading first.
         self.go = threading.Event()
         self.go.set()
 
@@ -118,14 +118,14 @@ class Held:
 
 
 @pytest.fixture
-async def left_open() -> AsyncIterator[None]:
-    """Afterwards no more descriptors are open than before."""
+async def no_descriptor_left() -> AsyncIterator[None]:
+    """Checks that the test leaves no descriptor open."""
     before = len(open_descriptors())
     yield
     await until(lambda: len(open_descriptors()) <= before)
 
 
-async def test_queries_at_once_are_all_sent_before_the_first_is_answered_each_by_its_own() -> None:
+async def test_concurrent_queries_are_pipelined_and_get_their_own_replies() -> None:
     held = Held(200)
 
     def script(connection: Connection) -> None:
@@ -136,19 +136,19 @@ async def test_queries_at_once_are_all_sent_before_the_first_is_answered_each_by
     async with pipeline(script) as (client, fake):
         async with anyio.create_task_group() as tasks:
             for number in range(200):
-                tasks.start_soon(asks, client, number)
+                tasks.start_soon(assert_own_reply, client, number)
         assert fake.accepted == 1
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-async def test_whoever_is_woken_asks_again_and_gets_its_own_answers(transport: str) -> None:
+async def test_woken_tasks_send_further_queries_and_get_their_own_replies(transport: str) -> None:
     def script(connection: Connection) -> None:
         while True:
             connection.send(frame(answer_to(connection.read_request())))
 
     async def ask_often(start: int) -> None:
         for number in range(start, start + 50):
-            await asks(client, number)
+            await assert_own_reply(client, number)
 
     async with pipeline(script, transport) as (client, fake):
         async with anyio.create_task_group() as tasks:
@@ -158,7 +158,7 @@ async def test_whoever_is_woken_asks_again_and_gets_its_own_answers(transport: s
         assert len(fake.requests) == 2 + 3200
 
 
-async def test_what_changes_something_never_follows_a_query() -> None:
+async def test_requests_with_side_effects_are_never_pipelined() -> None:
     held = Held(1)
 
     def script(connection: Connection) -> None:
@@ -179,7 +179,7 @@ async def test_what_changes_something_never_follows_a_query() -> None:
         assert fake.accepted == 2
 
 
-async def test_a_refusal_is_for_the_one_who_asked() -> None:
+async def test_refusal_fails_only_its_query() -> None:
     held = Held(3)
 
     def script(connection: Connection) -> None:
@@ -196,7 +196,7 @@ async def test_a_refusal_is_for_the_one_who_asked() -> None:
         assert fake.accepted == 1
 
 
-async def test_one_that_is_given_up_keeps_its_place_and_nobody_is_to_wait_behind_it() -> None:
+async def test_cancelled_query_keeps_its_place_and_new_ones_use_another_connection() -> None:
     held = Held(3)
 
     def script(connection: Connection) -> None:
@@ -204,35 +204,35 @@ async def test_one_that_is_given_up_keeps_its_place_and_nobody_is_to_wait_behind
             while True:
                 connection.send(frame(answer_to(connection.read_request())))
         requests = held.read(connection)
-        given_up.wait()
+        was_cancelled.wait()
         for request in requests:
             connection.send(frame(answer_to(request)))
         closed.append(connection.wait_closed())
 
-    given_up = threading.Event()
+    was_cancelled = threading.Event()
     closed: list[bytes] = []
     async with pipeline(script) as (client, fake):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(asks, client, 1)
+            tasks.start_soon(assert_own_reply, client, 1)
             await anyio.lowlevel.checkpoint()
             impatient = anyio.create_task_group()
             async with impatient:
-                impatient.start_soon(asks, client, 2)
+                impatient.start_soon(assert_own_reply, client, 2)
                 await anyio.lowlevel.checkpoint()
-                tasks.start_soon(asks, client, 3)
+                tasks.start_soon(assert_own_reply, client, 3)
                 await until(held.complete.is_set)
                 impatient.cancel_scope.cancel()
             with anyio.fail_after(10):
-                await asks(client, 4)
+                await assert_own_reply(client, 4)
             assert fake.accepted == 2
-            given_up.set()
-        # When the last of the others is answered, nothing is to come on it any more.
+            was_cancelled.set()
+        # Once the remaining queries are answered, nothing more is sent on this connection.
         await until(lambda: closed == [b""])
-        await asks(client, 5)
+        await assert_own_reply(client, 5)
         assert fake.accepted == 2
 
 
-async def test_a_connection_on_which_all_gave_up_is_closed_at_once() -> None:
+async def test_connection_whose_queries_all_timed_out_is_closed_at_once() -> None:
     held = Held(5)
 
     def script(connection: Connection) -> None:
@@ -245,11 +245,11 @@ async def test_a_connection_on_which_all_gave_up_is_closed_at_once() -> None:
         errors = await all_of(client.identify(timeout=0.2) for _ in range(5))
         assert [type(error) for error in errors] == [ControlTimeout] * 5
         await until(lambda: fake.open == 0)
-        await pipelined(client)
+        await enter_pipeline(client)
 
 
-@pytest.mark.parametrize("partly", [False, True], ids=["before an answer", "in an answer"])
-async def test_a_lost_connection_fails_the_query_it_was_at_and_the_rest_are_asked_again(
+@pytest.mark.parametrize("partly", [False, True], ids=["before a reply", "in a reply"])
+async def test_lost_connection_fails_the_current_query_and_retries_the_rest(
     partly: bool,
 ) -> None:
     held = Held(100)
@@ -265,7 +265,7 @@ async def test_a_lost_connection_fails_the_query_it_was_at_and_the_rest_are_aske
             connection.send(frame(answer_to(requests[30]))[:-1])
 
     async with pipeline(script) as (client, fake):
-        results = await all_of(asks(client, number) for number in range(100))
+        results = await all_of(assert_own_reply(client, number) for number in range(100))
         lost = results.pop(30)
         assert isinstance(lost, ConnectionLost) and lost.mid_answer is partly
         assert results == [None] * 99
@@ -273,7 +273,7 @@ async def test_a_lost_connection_fails_the_query_it_was_at_and_the_rest_are_aske
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
-async def test_a_connection_lost_in_the_moment_of_use_is_replaced_if_nothing_was_read_of_it(
+async def test_query_is_retried_on_a_lost_connection_only_if_unread(
     read: bool,
 ) -> None:
     def script(connection: Connection) -> None:
@@ -289,17 +289,17 @@ async def test_a_connection_lost_in_the_moment_of_use_is_replaced_if_nothing_was
     async with pipeline(script) as (client, fake):
         (result,) = await all_of([client.identify()])
         assert isinstance(result, ConnectionLost) is read
-        await pipelined(client)
+        await enter_pipeline(client)
         assert fake.accepted == 2
 
 
-async def test_queries_that_could_not_be_written_are_all_asked_again() -> None:
+async def test_queries_that_could_not_be_written_are_all_retried() -> None:
     def deaf(connection: Connection) -> None:
         if connection.number > 1:
             return honest(connection)
         connection.answer(IDENTITY)
         connection.answer(IDENTITY)
-        connection.socket.shutdown(socket.SHUT_RD)  # a unix peer's write fails, its read does not
+        connection.socket.shutdown(socket.SHUT_RD)  # the client's write fails, its read does not
         stopped.set()
         poll = select.poll()
         poll.register(connection.socket, select.POLLHUP)
@@ -312,7 +312,7 @@ async def test_queries_that_could_not_be_written_are_all_asked_again() -> None:
         assert [identity.peer_id for identity in results] == [FAKE_PEER] * 20  # type: ignore[union-attr]
 
 
-async def test_a_daemon_that_is_gone_is_an_error_for_each_who_waits(left_open: None) -> None:
+async def test_daemon_that_is_gone_fails_every_waiting_query(no_descriptor_left: None) -> None:
     held = Held(20)
 
     def script(connection: Connection) -> None:
@@ -321,18 +321,18 @@ async def test_a_daemon_that_is_gone_is_an_error_for_each_who_waits(left_open: N
 
     with FakeDaemon(script) as fake:
         client = Client(fake.control_maddr)
-        await pipelined(client)
+        await enter_pipeline(client)
         tasks = [asyncio.ensure_future(client.identify()) for _ in range(20)]
         await until(held.complete.is_set)
     errors = await asyncio.gather(*tasks, return_exceptions=True)
-    # Some may have been let in by the daemon that was about to end.
+    # The stopping daemon may still have accepted some of the retries.
     assert all(isinstance(error, (DaemonUnreachable, ConnectionLost)) for error in errors)
     assert len({id(error) for error in errors}) == 20
     assert {getattr(error, "request", None) for error in errors} == {"IDENTIFY"}
     await client.close()
 
 
-async def test_an_answer_that_is_none_fails_its_query_and_the_rest_are_asked_again() -> None:
+async def test_invalid_reply_fails_its_query_and_the_rest_are_retried() -> None:
     held = Held(3)
 
     def script(connection: Connection) -> None:
@@ -346,11 +346,11 @@ async def test_an_answer_that_is_none_fails_its_query_and_the_rest_are_asked_aga
         answered, failed, again = await all_of(client.identify() for _ in range(3))
         assert isinstance(failed, ProtocolViolation)
         assert answered == again != failed
-        await pipelined(client)
+        await enter_pipeline(client)
         assert fake.accepted == 2
 
 
-async def test_what_comes_unasked_is_nobodys_answer() -> None:
+async def test_unsolicited_data_is_not_taken_for_a_reply() -> None:
     sent = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -363,12 +363,12 @@ async def test_what_comes_unasked_is_nobodys_answer() -> None:
         connection.wait_closed()
 
     async with pipeline(script) as (client, fake):
-        sent.wait()  # and the loop cannot see it before the next is asked
-        await pipelined(client)
+        sent.wait()  # blocks the loop, which cannot read it before the next query
+        await enter_pipeline(client)
         assert fake.accepted == 2
 
 
-async def test_more_than_a_connection_may_have_go_other_ways() -> None:
+async def test_queries_over_the_limit_of_a_connection_use_others() -> None:
     held = Held(1024)
 
     def script(connection: Connection) -> None:
@@ -382,11 +382,11 @@ async def test_more_than_a_connection_may_have_go_other_ways() -> None:
     async with pipeline(script) as (client, fake):
         async with anyio.create_task_group() as tasks:
             for number in range(1500):
-                tasks.start_soon(asks, client, number)
+                tasks.start_soon(assert_own_reply, client, number)
         assert 1 < fake.accepted <= 9
 
 
-async def test_a_daemon_that_does_not_read_holds_nothing_up_but_its_queries() -> None:
+async def test_daemon_that_does_not_read_does_not_block_the_loop() -> None:
     names = [f"{number}" * 100_000 for number in range(10)]
     held = Held(10)
     held.go.clear()
@@ -399,14 +399,14 @@ async def test_a_daemon_that_does_not_read_holds_nothing_up_but_its_queries() ->
     async with pipeline(script) as (client, fake):
         tasks = [asyncio.ensure_future(client.pubsub_list_peers(name)) for name in names]
         for _ in range(20):
-            await asyncio.sleep(0)  # the loop goes on
+            await asyncio.sleep(0)  # the loop is not blocked
         assert not any(task.done() for task in tasks)
         held.go.set()
         answers = await asyncio.gather(*tasks)
         assert answers == [(PeerID(name[-4:].encode()),) for name in names]
 
 
-async def test_closing_lets_queries_in_flight_finish_and_keeps_no_connection() -> None:
+async def test_close_lets_queries_in_flight_finish_and_keeps_no_connection() -> None:
     held = Held(10)
 
     def script(connection: Connection) -> None:
@@ -418,37 +418,37 @@ async def test_closing_lets_queries_in_flight_finish_and_keeps_no_connection() -
     go = threading.Event()
     with FakeDaemon(script) as fake:
         client = Client(fake.control_maddr)
-        await pipelined(client)
+        await enter_pipeline(client)
         async with anyio.create_task_group() as tasks:
             for number in range(10):
-                tasks.start_soon(asks, client, number)
+                tasks.start_soon(assert_own_reply, client, number)
             await until(held.complete.is_set)
             await client.close()
             go.set()
         await until(lambda: fake.open == 0)
 
 
-async def test_a_client_that_is_dropped_closes_its_connection(left_open: None) -> None:
+async def test_dropped_client_closes_its_connection(no_descriptor_left: None) -> None:
     with FakeDaemon(honest) as fake:
         client = Client(fake.control_maddr)
-        await pipelined(client)
-        await pipelined(client)
+        await enter_pipeline(client)
+        await enter_pipeline(client)
         del client
         gc.collect()
         await until(lambda: fake.open == 0)
 
 
-async def test_a_client_that_is_dropped_in_another_thread_closes_its_connection() -> None:
+async def test_client_dropped_in_another_thread_closes_its_connection() -> None:
     with FakeDaemon(honest) as fake:
         holds = [Client(fake.control_maddr)]
-        await pipelined(holds[0])
+        await enter_pipeline(holds[0])
         await anyio.to_thread.run_sync(holds.clear)
         gc.collect()
         await until(lambda: fake.open == 0)
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["idle", "with queries under way"])
-def test_a_loop_that_ends_takes_its_connection_with_it(anyio_backend: Any, waiting: bool) -> None:
+@pytest.mark.parametrize("waiting", [False, True], ids=["idle", "with pending queries"])
+def test_connection_is_closed_with_its_event_loop(anyio_backend: Any, waiting: bool) -> None:
     def new_loop() -> asyncio.AbstractEventLoop:
         uv = anyio_backend[1]["use_uvloop"]
         return uvloop.new_event_loop() if uv else asyncio.new_event_loop()
@@ -462,7 +462,7 @@ def test_a_loop_that_ends_takes_its_connection_with_it(anyio_backend: Any, waiti
         connection.wait_closed()
 
     async def leaves(client: Client) -> None:
-        await pipelined(client)
+        await enter_pipeline(client)
         if waiting:
             tasks = [asyncio.ensure_future(client.identify()) for _ in range(3)]
             await until(held.complete.is_set)
@@ -474,7 +474,7 @@ def test_a_loop_that_ends_takes_its_connection_with_it(anyio_backend: Any, waiti
 
     with FakeDaemon(script) as fake:
         client = Client(fake.control_maddr)
-        for run in (leaves, pipelined, Client.close, closed):
+        for run in (leaves, enter_pipeline, Client.close, closed):
             loop = new_loop()
             loop.run_until_complete(run(client))
             for task in asyncio.all_tasks(loop):
@@ -482,7 +482,7 @@ def test_a_loop_that_ends_takes_its_connection_with_it(anyio_backend: Any, waiti
             loop.close()
 
 
-async def test_connections_of_those_who_gave_up_are_bounded() -> None:
+async def test_connections_of_cancelled_queries_are_bounded() -> None:
     def deaf_after(count: int) -> Script:
         def script(connection: Connection) -> None:
             for _ in range(count):
@@ -491,12 +491,12 @@ async def test_connections_of_those_who_gave_up_are_bounded() -> None:
 
         return script
 
-    # Each has an answer for whoever makes it idle, and never one for those who share it.
+    # Each connection answers once, which makes it idle, and then never again.
     with FakeDaemon(deaf_after(1)) as fake:
         async with Client(fake.control_maddr) as client, anyio.create_task_group() as tasks:
             for _ in range(20):
                 with anyio.move_on_after(0.05):
-                    await client.identify()  # makes an idle connection, if it may
+                    await client.identify()  # leaves an idle connection if one may be opened
                 tasks.start_soon(client.identify)
                 with anyio.move_on_after(0.05):
                     await client.identify()
@@ -505,7 +505,7 @@ async def test_connections_of_those_who_gave_up_are_bounded() -> None:
         await until(lambda: fake.open == 0)
 
 
-def test_what_was_idle_is_refused_in_a_forked_child_as_the_clients(anyio_backend: Any) -> None:
+def test_pipeline_of_the_parent_is_refused_in_a_forked_child(anyio_backend: Any) -> None:
     with FakeDaemon(honest) as fake:
         loop = asyncio.new_event_loop()
         client = Client(fake.control_maddr)

@@ -1,5 +1,5 @@
-"""Event loops, threads and the interpreter at their ends; what is left to the garbage collector;
-what the daemon's bytes may cost; what is private. See docs/reliability.md."""
+"""Shutdown of event loops, threads and the interpreter; garbage collection; memory limits; private
+sockets. See docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -53,11 +53,13 @@ LOOPS = ["asyncio", "uvloop", "trio"]
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python, in which the modules of the tests can be imported."""
+    """Runs Python with the tests' modules on its path."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = "ignore:p2pclient_rs was built without optimisation:RuntimeWarning"
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": quiet}
-    environment.pop("PYTHONASYNCIODEBUG", None)  # whose words are for a slow machine
+    environment.pop(
+        "PYTHONASYNCIODEBUG", None
+    )  # its warnings about slow callbacks depend on the machine
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -71,19 +73,19 @@ def program(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return python("-c", textwrap.dedent(code), *arguments)
 
 
-# --- the interpreter's end ---
+# --- interpreter shutdown ---
 
 #: Request types of the control protocol.
 IDENTIFY, STREAM_OPEN, STREAM_HANDLER, DHT, PUBSUB, PERSISTENT = 0, 2, 3, 4, 8, 9
 
 
-def anything(connection: Connection) -> None:
-    """A daemon at which everything can be opened, and which then does nothing more."""
+def accept_everything(connection: Connection) -> None:
+    """A daemon at which everything can be opened and that then sends nothing more."""
     while True:
         request = decode(connection.read_request())
         kind = request[1]
         if kind == DHT:
-            continue  # for ever
+            continue  # never answered
         if kind == PERSISTENT:
             connection.send(frame(OK))
             added = connection.read_message()
@@ -103,7 +105,7 @@ def anything(connection: Connection) -> None:
             assert isinstance(handler, bytes)
             address = decode(handler)[1]
             assert isinstance(address, bytes)
-            knock(address[3:].decode())  # after the code of /unix and the length
+            knock(address[3:].decode())  # skips the multiaddr code of /unix and the length
         else:
             connection.send(frame(OK))
             if kind == PUBSUB:
@@ -112,7 +114,7 @@ def anything(connection: Connection) -> None:
 
 
 def hold(connection: Connection) -> None:
-    """Reads nothing, until the other side is gone."""
+    """Reads nothing until the client closes the connection."""
     import select
 
     poll = select.poll()
@@ -121,7 +123,7 @@ def hold(connection: Connection) -> None:
 
 
 def knock(path: str) -> None:
-    """Opens an inbound stream, which is left to itself."""
+    """Opens an inbound stream and leaves it open."""
     inbound = socket.socket(socket.AF_UNIX)
     inbound.connect("/" + path.lstrip("/"))
     info = STREAM_INFO.replace(b"/echo", b"/served").replace(b"\x1a\x05", b"\x1a\x07")
@@ -134,7 +136,7 @@ knocking: list[socket.socket] = []
 
 @pytest.fixture
 def openable() -> Iterator[FakeDaemon]:
-    with FakeDaemon(anything) as daemon:
+    with FakeDaemon(accept_everything) as daemon:
         yield daemon
         while knocking:
             knocking.pop().close()
@@ -145,18 +147,16 @@ HOWS = ["return", "forget", "exit", "raise", "thread", "stop"]
 
 @pytest.mark.parametrize(
     ("loop", "how"),
-    # A run of trio cannot be left in the middle.
+    # trio.run cannot be abandoned midway.
     [(loop, how) for loop in LOOPS for how in HOWS if (loop, how) != ("trio", "stop")],
 )
-def test_the_interpreters_end_with_everything_open_is_silent(
-    loop: str, how: str, openable: FakeDaemon
-) -> None:
+def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: FakeDaemon) -> None:
     listen = f"/unix{new_directory() / 'l'}"
     ended = python(HERE / "open_end.py", openable.control_maddr, listen, loop, how)
     words = ended.stdout.split()
     assert words[:3] == ["idle", "unary", "streams"], ended.stderr
     if how == "raise":
-        # Nothing but what was raised.
+        # Only the exception raised on purpose.
         assert ended.stderr.startswith("Traceback") and ended.stderr.count("Traceback") == 1
         assert ended.stderr.endswith("KeyError: 'meant'\n")
         assert ended.returncode == 1
@@ -165,7 +165,9 @@ def test_the_interpreters_end_with_everything_open_is_silent(
     assert ended.returncode == {"exit": 3}.get(how, 0)
     if how in ("return", "forget", "thread"):
         assert words[3:] == ["tasks"]
-    Path(listen.removeprefix("/unix")).unlink(missing_ok=True)  # of a thread nobody ended
+    Path(listen.removeprefix("/unix")).unlink(
+        missing_ok=True
+    )  # left by a thread that was never stopped
 
 
 LATE = """
@@ -178,7 +180,7 @@ closed.close()
 class Loop:
     create_future = closed.create_future
     def add_reader(self, *_):
-        # Called from Rust: without the interpreter, while it comes to its end.
+        # Called from Rust; another thread holds the interpreter while it shuts down.
         entered.set()
         time.sleep({nap})
         print("woke", flush=True)
@@ -194,15 +196,15 @@ entered.wait()
 """
 
 
-def test_a_thread_on_its_way_through_rust_does_not_abort_the_process_at_its_end() -> None:
-    # Before Python 3.14 a thread that comes back when the interpreter has ended is unwound,
-    # which nothing can be through Rust.
+def test_thread_inside_rust_does_not_abort_the_process_at_exit() -> None:
+    # Before Python 3.14 a thread that wants the GIL after shutdown has begun is unwound, and
+    # unwinding through Rust aborts the process.
     ended = program(LATE.format(nap=0.2))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "woke\n"
 
 
-def test_what_is_done_at_the_interpreters_end_can_still_use_a_thread_of_ours() -> None:
+def test_exit_handler_may_wait_for_a_thread_inside_rust() -> None:
     code = LATE.format(nap=0) + "entered.clear(); _the_end_is_near(); assert entered.wait(10)"
     ended = program(code)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -237,7 +239,7 @@ assert started.wait(20)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_the_interpreters_end_with_a_busy_loop_in_another_thread_is_silent(loop: str) -> None:
+def test_exit_with_a_busy_loop_in_another_thread_is_silent(loop: str) -> None:
     def echo(connection: Connection) -> None:
         connection.upgrade()
         while True:
@@ -252,7 +254,7 @@ def test_the_interpreters_end_with_a_busy_loop_in_another_thread_is_silent(loop:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_daemon_that_is_open_at_the_interpreters_end_is_ended_silently(loop: str) -> None:
+def test_daemon_still_running_at_exit_is_stopped_silently(loop: str) -> None:
     code = """
         import sys
         import anyio
@@ -291,11 +293,11 @@ def test_free_threaded_python_is_refused_with_the_reason() -> None:
     )
 
 
-def test_a_subinterpreter_is_refused_and_the_main_one_goes_on() -> None:
+def test_subinterpreter_is_refused_and_the_main_one_keeps_working() -> None:
     code = """
         import p2pclient_rs
         try:
-            import _interpreters as interpreters  # from Python 3.13 on
+            import _interpreters as interpreters  # new in Python 3.13
         except ImportError:
             import _xxsubinterpreters as interpreters
         inner = interpreters.create()
@@ -318,24 +320,24 @@ def test_a_subinterpreter_is_refused_and_the_main_one_goes_on() -> None:
     assert works == "True"
 
 
-def test_nothing_is_built_to_abort_on_a_panic() -> None:
-    # The extension module does not compile so, either.
+def test_no_profile_aborts_on_panic() -> None:
+    # The extension module also refuses to compile with panic = "abort".
     manifest = (HERE.parent / "Cargo.toml").read_text()
     assert "[profile.release]" in manifest
     assert not re.search(r"^\s*panic\s*=", manifest, re.MULTILINE)
     for source in HERE.parent.glob("src/python/**/*.rs"):
-        # Rust that others call: what panics there cannot unwind, and ends the process. That of
-        # pid.rs sets a number to 0.
+        # Rust called from C: a panic there cannot unwind and ends the process. The function of
+        # pid.rs only sets a number to 0.
         called = re.findall(r'extern "[^"]*"\s+fn (\w+)', source.read_text())
         assert called == (["forget"] if source.name == "pid.rs" else []), source
 
 
-# --- what is left to the garbage collector ---
+# --- garbage collection ---
 
 
 def unclosed(control: str, *, unsent: int = 0) -> Callable[[], Any]:
-    """Opens all that has a descriptor and is not a task's; in cycles, as the worst case. asyncio
-    keeps a stream with something unsent."""
+    """Opens one of everything that has a descriptor and no task, in reference cycles. asyncio keeps
+    a stream with unsent data alive."""
 
     async def open_all() -> list[Any]:
         client = Client(control)
@@ -351,7 +353,7 @@ def unclosed(control: str, *, unsent: int = 0) -> Callable[[], Any]:
         _, stream = await client.stream_open(PEER, ["/echo"])
         stream.write(bytes(unsent))
         with anyio.move_on_after(0.01):
-            await stream.receive()  # so that the loop watches it
+            await stream.receive()  # registers the descriptor with the loop
         subscription = await client.pubsub_subscribe("topic")
         raw = await DaemonConnector(control).open_connection()
         everything: list[Any] = [client, stream, subscription, raw]
@@ -363,7 +365,7 @@ def unclosed(control: str, *, unsent: int = 0) -> Callable[[], Any]:
 
 
 @pytest.mark.anyio
-async def test_what_is_left_to_the_collector_in_cycles_closes_its_descriptors(
+async def test_objects_collected_in_cycles_close_their_descriptors(
     openable: FakeDaemon,
 ) -> None:
     before = open_descriptors()
@@ -372,13 +374,13 @@ async def test_what_is_left_to_the_collector_in_cycles_closes_its_descriptors(
     await until(lambda: len(open_descriptors()) == len(before) + 2 * 4)
     del everything
     gc.collect()
-    # The other ends are this process's, too.
+    # The peers' descriptors are in this process too.
     await until(lambda: len(open_descriptors()) <= len(before))
 
 
 @pytest.mark.parametrize("cycles", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_left_to_the_collector_after_its_loop_closes_its_descriptors(
+def test_objects_collected_after_their_loop_close_their_descriptors(
     backend: Any, cycles: bool, openable: FakeDaemon
 ) -> None:
     before = open_descriptors()
@@ -397,7 +399,7 @@ def test_what_is_left_to_the_collector_after_its_loop_closes_its_descriptors(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tasks_that_are_left_with_their_loop_close_their_descriptors(
+def test_cancelled_calls_close_their_descriptors_after_their_loop(
     backend: Any, openable: FakeDaemon
 ) -> None:
     async def main() -> None:
@@ -415,8 +417,8 @@ def test_tasks_that_are_left_with_their_loop_close_their_descriptors(
     anyio.run(lambda: until(lambda: openable.open == 0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])  # trio leaves no task
-def test_tasks_that_wait_when_their_loop_is_given_up_close_their_descriptors(
+@pytest.mark.parametrize("backend", BACKENDS[:2])  # trio leaves no tasks behind
+def test_waiting_tasks_of_an_abandoned_loop_close_their_descriptors(
     backend: Any, openable: FakeDaemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> list[asyncio.Task[bytes]]:
@@ -427,8 +429,8 @@ def test_tasks_that_wait_when_their_loop_is_given_up_close_their_descriptors(
         await until(lambda: all(stream._reading for stream in streams))
         return reading
 
-    caplog.set_level(logging.CRITICAL, "asyncio")  # which complains about such tasks
-    for _ in range(3):  # whatever the first leaves behind is used again by the next
+    caplog.set_level(logging.CRITICAL, "asyncio")  # it warns about pending tasks
+    for _ in range(3):  # a later round reuses descriptors leaked by an earlier one
         loop = uvloop.new_event_loop() if backend[1]["use_uvloop"] else asyncio.new_event_loop()
         left = [weakref.ref(task) for task in loop.run_until_complete(main())]
         loop.close()
@@ -438,7 +440,7 @@ def test_tasks_that_wait_when_their_loop_is_given_up_close_their_descriptors(
     anyio.run(lambda: until(lambda: openable.open == 0))
 
 
-# --- what is private ---
+# --- private sockets ---
 
 
 @pytest.fixture
@@ -454,7 +456,7 @@ def mode(path: Path) -> int:
 
 @pytest.mark.anyio
 @pytest.mark.usefixtures("no_umask")
-async def test_sockets_are_for_their_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+async def test_sockets_are_private_whatever_the_umask(tmp_path: Path) -> None:
     async with Daemon() as daemon, daemon.client() as client, client.listen():
         listening = Path(str(client.control.listen_maddr).removeprefix("/unix"))
         control = Path(str(daemon.control_maddr).removeprefix("/unix"))
@@ -467,7 +469,7 @@ async def test_sockets_are_for_their_user_alone_whatever_the_umask(tmp_path: Pat
         assert mode(path) == 0o600
 
 
-# --- what the daemon's bytes may cost ---
+# --- memory limits ---
 
 ANNOUNCES = """
 import resource, sys
@@ -495,7 +497,7 @@ anyio.run(main)
 
 
 @pytest.mark.parametrize("sent", [0, 100_000])
-def test_a_reply_that_is_announced_and_does_not_come_takes_no_memory(sent: int) -> None:
+def test_declared_length_alone_allocates_no_memory(sent: int) -> None:
     with FakeDaemon(announcing(200 << 20, sent)) as daemon:
         ended = program(ANNOUNCES.format(limit="", timeout=0.5), daemon.control_maddr)
     assert ended.stderr == ""
@@ -503,7 +505,7 @@ def test_a_reply_that_is_announced_and_does_not_come_takes_no_memory(sent: int) 
     assert kind == "ControlTimeout" and int(grown) < 16  # MiB
 
 
-def test_a_reply_for_which_there_is_no_memory_fails_its_call_alone() -> None:
+def test_reply_too_large_for_memory_fails_only_its_call() -> None:
     limit = "resource.setrlimit(resource.RLIMIT_AS, (size() * 1024 + (64 << 20),) * 2)"
     with FakeDaemon(announcing(200 << 20, 200 << 20)) as daemon:
         ended = program(ANNOUNCES.format(limit=limit, timeout=20), daemon.control_maddr)
@@ -513,7 +515,7 @@ def test_a_reply_for_which_there_is_no_memory_fails_its_call_alone() -> None:
 
 
 def announcing(size: int, sent: int) -> Callable[[Connection], None]:
-    """Answers a call with the beginning of a reply of that size."""
+    """A daemon that answers a call with the first ``sent`` bytes of a reply of ``size`` bytes."""
 
     def script(connection: Connection) -> None:
         connection.upgrade()
@@ -527,7 +529,7 @@ def announcing(size: int, sent: int) -> Callable[[Connection], None]:
 
 
 @pytest.mark.anyio
-async def test_an_endless_row_of_empty_results_is_an_error_and_lets_others_run() -> None:
+async def test_endless_empty_dht_results_raise_protocol_violation() -> None:
     def endless(connection: Connection) -> None:
         if connection.read_request() == b"":
             return
@@ -541,16 +543,16 @@ async def test_an_endless_row_of_empty_results_is_an_error_and_lets_others_run()
                 await client.dht_search_value(b"key")
 
 
-# --- nothing received is run ---
+# --- received bytes are never executed ---
 
-#: What makes objects or runs code of bytes.
+#: Modules that create objects or run code from bytes.
 UNSAFE = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "ctypes", "code"}
 CALLS = {"eval", "exec", "compile", "__import__"}
-#: Where the package runs a program, as `python` would: the user's own, named on the command line.
+#: Runs the user's own program, named on the command line.
 RUNS_PROGRAMS = "__main__.py"
 
 
-def test_nothing_received_is_unpickled_or_evaluated() -> None:
+def test_package_never_unpickles_or_evaluates() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 30
     for file in files:
@@ -565,10 +567,10 @@ def test_nothing_received_is_unpickled_or_evaluated() -> None:
                 assert node.func.id not in CALLS or file.name == RUNS_PROGRAMS, where
 
 
-# --- the promises ---
+# --- the documents ---
 
 
-def test_every_test_that_the_documents_name_is_there() -> None:
+def test_every_test_named_in_the_docs_exists() -> None:
     root = HERE.parent
     tests: dict[str, set[str]] = {}
     for file in [*HERE.rglob("*.py"), *HERE.glob("*.rs"), *root.glob("src/**/*.rs")]:
@@ -578,7 +580,7 @@ def test_every_test_that_the_documents_name_is_there() -> None:
     for document in sorted(root.glob("docs/*.md")):
         where = ""
         for match in re.finditer(r"`([\w/]+\.(?:py|rs))?::(\w+)`", document.read_text()):
-            # Without a file it is that of the one before.
+            # A name without a file refers to the file of the previous one.
             where = match[1] or where
             there = tests.get(where, set()) | tests.get(f"tests/{where}", set())
             assert match[2] in there, f"{document.name} names {match[0]}"

@@ -1,4 +1,4 @@
-"""How tasks on asyncio and uvloop are woken by what came: where the loop says so, as themselves."""
+"""Waking tasks in place on asyncio and uvloop: order, contexts, cancellation, interrupts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 class Batches:
-    """A daemon that answers calls with their data, so many in one write, when it is told to."""
+    """A daemon that collects a batch of calls, and echoes them in one write on ``answer()``."""
 
     def __init__(self, *sizes: int) -> None:
         self._sizes = sizes
@@ -95,21 +95,21 @@ async def client_of(batches: Batches) -> AsyncIterator[Client]:
             yield client
 
 
-async def ask(client: Client, data: bytes = b"data") -> bytes:
+async def call_echo(client: Client, data: bytes = b"data") -> bytes:
     return await client.call_unary(FAKE_PEER, "echo", data)
 
 
-async def test_tasks_go_on_in_the_order_of_their_replies_each_in_its_own_context() -> None:
+async def test_tasks_resume_in_the_order_of_replies_each_in_its_own_context() -> None:
     number: ContextVar[int] = ContextVar("number")
-    went_on: list[int] = []
+    resumed: list[int] = []
 
     async def one(n: int) -> None:
         number.set(n)
         task = asyncio.current_task()
         for _ in range(2):
-            assert await ask(client, b"%d" % n) == b"%d" % n
+            assert await call_echo(client, b"%d" % n) == b"%d" % n
             assert asyncio.current_task() is task and number.get() == n
-            went_on.append(n)
+            resumed.append(n)
 
     batches = Batches(10, 10)
     async with client_of(batches) as client:
@@ -117,21 +117,21 @@ async def test_tasks_go_on_in_the_order_of_their_replies_each_in_its_own_context
         for turn in (1, 2):
             await until(lambda: batches.arrived == 10 * turn)  # noqa: B023
             batches.answer()
-            await until(lambda: len(went_on) == 10 * turn)  # noqa: B023
+            await until(lambda: len(resumed) == 10 * turn)  # noqa: B023
         await asyncio.gather(*tasks)
-    assert went_on == 2 * list(range(10))
+    assert resumed == 2 * list(range(10))
 
 
-async def test_a_task_that_was_woken_cancels_one_whose_reply_came_with_its_own() -> None:
+async def test_woken_task_may_cancel_another_of_the_same_batch() -> None:
     async def first() -> bytes:
-        data = await ask(client, b"first")
+        data = await call_echo(client, b"first")
         second.cancel("by the first")
         return data
 
     batches = Batches(2, 1)
     async with client_of(batches) as client:
         cancels = asyncio.ensure_future(first())
-        second = asyncio.ensure_future(ask(client, b"second"))
+        second = asyncio.ensure_future(call_echo(client, b"second"))
         await until(lambda: batches.arrived == 2)
         batches.answer()
         assert await cancels == b"first"
@@ -139,28 +139,28 @@ async def test_a_task_that_was_woken_cancels_one_whose_reply_came_with_its_own()
             await second
         assert client.unary.pending_calls == 0
         batches.answer()
-        assert await ask(client, b"next") == b"next"
+        assert await call_echo(client, b"next") == b"next"
 
 
-async def test_a_task_that_was_woken_closes_the_client_and_the_others_have_their_replies() -> None:
+async def test_woken_task_may_close_the_client_and_the_batch_is_still_delivered() -> None:
     async def closes() -> bytes:
-        data = await ask(client, b"closes")
+        data = await call_echo(client, b"closes")
         client.unary.close()
         return data
 
     batches = Batches(3)
     async with client_of(batches) as client:
         others = [asyncio.ensure_future(closes())]
-        others += [asyncio.ensure_future(ask(client, b"%d" % n)) for n in range(2)]
+        others += [asyncio.ensure_future(call_echo(client, b"%d" % n)) for n in range(2)]
         await until(lambda: batches.arrived == 3)
         batches.answer()
         assert await asyncio.gather(*others) == [b"closes", b"0", b"1"]
 
 
-async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_from_their_replies(
+async def test_woken_task_that_stops_the_loop_does_not_lose_the_other_replies(
     anyio_backend: Any,
 ) -> None:
-    """As in a program: the loop ends, and another run of it goes on."""
+    """The exception stops the loop, and a second run of the loop continues."""
 
     class Ended(KeyboardInterrupt):
         pass
@@ -169,7 +169,7 @@ async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_fro
     results: list[Any] = []
 
     async def ends() -> None:
-        await ask(client, b"ends")
+        await call_echo(client, b"ends")
         raise Ended
 
     async def begin() -> Client:
@@ -182,7 +182,7 @@ async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_fro
         loop: asyncio.AbstractEventLoop = LOOPS[anyio_backend[1]["use_uvloop"]]()
         client = loop.run_until_complete(begin())
         first = loop.create_task(ends())
-        second = loop.create_task(ask(client, b"second"))
+        second = loop.create_task(call_echo(client, b"second"))
 
         async def both() -> None:
             await until(lambda: batches.arrived == 2)
@@ -202,16 +202,16 @@ async def test_what_a_woken_task_ends_the_loop_with_does_not_keep_the_others_fro
     assert results[0] == b"second" and isinstance(results[1], Ended)
 
 
-async def test_a_turn_is_the_woken_tasks_in_its_thread_and_ends_when_they_wait_again() -> None:
-    def elsewhere(ask: Any) -> bool:
+async def test_in_turn_is_true_only_for_the_woken_task_in_its_thread() -> None:
+    def elsewhere(function: Any) -> bool:
         answers: list[bool] = []
-        thread = threading.Thread(target=lambda: answers.append(ask()))
+        thread = threading.Thread(target=lambda: answers.append(function()))
         thread.start()
         thread.join()
         return answers[0]
 
     async def woken() -> tuple[bool, bool]:
-        await ask(client)
+        await call_echo(client)
         return connection.in_turn, elsewhere(lambda: connection.in_turn)
 
     batches = Batches(1)
@@ -236,14 +236,14 @@ async def main():
         await client.unary.open()
         _, stream = await client.stream_open(peer, ["/echo"])
         for turn in range(3):
-            for ask in (
+            for operation in (
                 lambda: client.identify(),
                 lambda: client.call_unary(peer, "echo", b"data"),
                 lambda: stream.readexactly(1),
             ):
                 await stream.send(b"x")
-                await ask()  # the loop calls what wakes this task, which runs the loop
-                nested = asyncio.wait_for(ask(), {patience})
+                await operation()  # this task is woken in place, and now runs the loop itself
+                nested = asyncio.wait_for(operation(), {patience})
                 asyncio.get_running_loop().run_until_complete(nested)
         stream.close()
 
@@ -251,7 +251,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_task_that_was_woken_can_run_the_loop_within_itself_as_notebooks_do() -> None:
+async def test_woken_task_may_run_a_nested_loop_as_notebooks_do() -> None:
     def script(connection: Connection) -> None:
         while not (request := connection.read_request()).startswith(field(1, 2)):  # STREAM_OPEN
             connection.send(frame(OK if request == UPGRADE else IDENTITY))
@@ -268,11 +268,11 @@ async def test_a_task_that_was_woken_can_run_the_loop_within_itself_as_notebooks
 
 
 class Interrupted(KeyboardInterrupt):
-    """What a signal's handler raises, wherever it finds the program."""
+    """Raised as if by a signal handler."""
 
 
 class InterruptedLoop(asyncio.SelectorEventLoop):
-    """Raises when it is looked up, as asyncio's function for the current task does it."""
+    """Raises ``Interrupted`` when hashed, which asyncio does to look up the current task."""
 
     interrupts = False
 
@@ -291,8 +291,8 @@ def interrupted_loop() -> Iterator[InterruptedLoop]:
         loop.close()
 
 
-def is_interrupted(loop: InterruptedLoop, connection: Any) -> None:
-    """Has that be read, in vain."""
+def on_readable_interrupted(loop: InterruptedLoop, connection: Any) -> None:
+    """Runs the connection's callback, and interrupts it before any task is woken."""
     loop.interrupts = True
     try:
         with pytest.raises(Interrupted):
@@ -301,19 +301,19 @@ def is_interrupted(loop: InterruptedLoop, connection: Any) -> None:
         loop.interrupts = False
 
 
-looked_up = pytest.mark.skipif(sys.version_info >= (3, 14), reason="no loop is looked up there")
+looked_up = pytest.mark.skipif(sys.version_info >= (3, 14), reason="the loop is not hashed")
 
 
 @looked_up
-def test_an_interrupt_before_anybody_is_woken_loses_no_reply() -> None:
+def test_interrupt_before_any_task_is_woken_loses_no_reply() -> None:
     async def program() -> tuple[bytes, bytes]:
         async with client_of(batches) as client:
-            asked = asyncio.gather(ask(client, b"one"), ask(client, b"other"))
+            asked = asyncio.gather(call_echo(client, b"one"), call_echo(client, b"other"))
             await until(lambda: batches.arrived == 2)
             connection = client.unary._recent.current  # type: ignore[union-attr]
             batches.answer()
-            assert batches.sent.acquire(timeout=PATIENCE)  # and the loop has not read it
-            is_interrupted(loop, connection)
+            assert batches.sent.acquire(timeout=PATIENCE)  # sent, but not yet read by the loop
+            on_readable_interrupted(loop, connection)
             return await asyncio.wait_for(asked, PATIENCE)
 
     batches = Batches(2)
@@ -322,7 +322,7 @@ def test_an_interrupt_before_anybody_is_woken_loses_no_reply() -> None:
 
 
 @looked_up
-def test_an_interrupt_before_anybody_is_woken_gives_nobody_anothers_answer() -> None:
+def test_interrupt_before_any_task_is_woken_mixes_up_no_replies() -> None:
     def script(connection: Connection) -> None:
         connection.answer(IDENTITY)
         connection.read_request()
@@ -338,8 +338,8 @@ def test_an_interrupt_before_anybody_is_woken_gives_nobody_anothers_answer() -> 
             tasks = [asyncio.ensure_future(client.identify()) for _ in range(2)]
             await until(lambda: len(fake.requests) == 3)
             connection = client.control.daemon_connector._recent.pipeline  # type: ignore[union-attr]
-            assert sent.acquire(timeout=PATIENCE)  # and the loop has not read it
-            is_interrupted(loop, connection)
+            assert sent.acquire(timeout=PATIENCE)  # sent, but not yet read by the loop
+            on_readable_interrupted(loop, connection)
             assert (await asyncio.wait_for(tasks[0], PATIENCE)).peer_id == FAKE_PEER
             with pytest.raises(DaemonRefused):
                 await asyncio.wait_for(tasks[1], PATIENCE)
@@ -351,11 +351,11 @@ def test_an_interrupt_before_anybody_is_woken_gives_nobody_anothers_answer() -> 
 
 
 class Interrupting:
-    """Of a connection or its readiness: gives what is to be done, and is interrupted after that,
-    and before it settles."""
+    """A connection or readiness that returns one task to wake, and raises ``Interrupted`` right
+    after that and before its first flush."""
 
-    def __init__(self, went_on: list[object]) -> None:
-        self._work = copy_context(), went_on.append, self
+    def __init__(self, resumed: list[object]) -> None:
+        self._work = copy_context(), resumed.append, self
         self.settled: list[bool] = []
 
     def take(self, work: list[Any]) -> None:
@@ -371,17 +371,17 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("run", [pump, _wake_reader, _wake_writer])
-async def test_an_interrupt_between_reading_and_waking_leaves_nobody_asleep(run: Any) -> None:
-    went_on: list[object] = []
-    connection = Interrupting(went_on)
+async def test_interrupt_between_reading_and_waking_still_wakes_the_task(run: Any) -> None:
+    resumed: list[object] = []
+    connection = Interrupting(resumed)
     with pytest.raises(Interrupted):
         run(connection)
-    assert went_on == [connection]
+    assert resumed == [connection]
     if run is pump:
         assert connection.settled == [True, True]
 
 
-async def test_futures_that_hide_their_callbacks_wake_their_tasks_themselves() -> None:
+async def test_futures_that_hide_their_callbacks_wake_their_tasks_the_ordinary_way() -> None:
     class Shy(asyncio.Future[Any]):
         @property
         def _callbacks(self) -> Any:
@@ -396,7 +396,7 @@ async def test_futures_that_hide_their_callbacks_wake_their_tasks_themselves() -
             await client.unary.open()
             for _ in range(3):
                 assert (await client.identify(timeout=PATIENCE)).peer_id == FAKE_PEER
-                assert await ask(client, b"data") == b"data"
+                assert await call_echo(client, b"data") == b"data"
 
     def script(connection: Connection) -> None:
         if connection.number == 1:
@@ -421,11 +421,11 @@ async def test_futures_that_hide_their_callbacks_wake_their_tasks_themselves() -
             await anyio.to_thread.run_sync(run)
 
 
-async def test_what_a_loop_calls_within_a_task_wakes_the_others_when_that_is_possible() -> None:
-    """As nest_asyncio has it: the callback finds a task running, and no other may be entered."""
+async def test_nested_callback_defers_waking_until_no_task_is_running() -> None:
+    """With nest_asyncio the callback can run inside a task, and must not enter another one."""
     batches = Batches(1)
     async with client_of(batches) as client:
-        asked = asyncio.ensure_future(ask(client, b"nested"))
+        asked = asyncio.ensure_future(call_echo(client, b"nested"))
         await until(lambda: batches.arrived == 1)
         batches.answer()
         connection = client.unary._recent.current  # type: ignore[union-attr]
@@ -436,12 +436,12 @@ async def test_what_a_loop_calls_within_a_task_wakes_the_others_when_that_is_pos
         assert await asked == b"nested"
 
 
-async def test_tasks_written_in_python_are_woken_as_well() -> None:
+async def test_tasks_implemented_in_python_are_woken() -> None:
     loop = asyncio.get_running_loop()
     kind: Any = asyncio.tasks._PyTask  # type: ignore[attr-defined]
     batches = Batches(3, 1)
     async with client_of(batches) as client:
-        tasks = [kind(ask(client, b"%d" % n), loop=loop) for n in range(3)]
+        tasks = [kind(call_echo(client, b"%d" % n), loop=loop) for n in range(3)]
         await until(lambda: batches.arrived == 3)
         tasks[1].cancel()
         batches.answer()
@@ -449,11 +449,11 @@ async def test_tasks_written_in_python_are_woken_as_well() -> None:
             await tasks[1]
         assert [await tasks[0], await tasks[2]] == [b"0", b"2"]
         batches.answer()
-        assert await ask(client, b"next") == b"next"
+        assert await call_echo(client, b"next") == b"next"
 
 
 async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
-    """An exception has the frames that it passed, and none of them may have it."""
+    """A traceback holds the frames it passed, so no such frame may hold the exception."""
 
     def script(connection: Connection) -> None:
         request = connection.read_request()
@@ -478,9 +478,9 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
     async def fail() -> None:
         for _ in range(100):
             with pytest.raises(P2PHandlerError):
-                await ask(client)
+                await call_echo(client)
             with pytest.raises(DaemonRefused):
-                await ask(client)
+                await call_echo(client)
             with pytest.raises(DaemonRefused):
                 await client.identify()
             with pytest.raises(DaemonUnreachable):
@@ -512,8 +512,10 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
 
 
 @asynccontextmanager
-async def waited_in_vain(dropped: Callable[[AsyncioWatch], object]) -> AsyncIterator[Any]:
-    """A watch, on which somebody was cancelled; ``dropped`` runs when that is forgotten."""
+async def cancelled_waiter(
+    dropped: Callable[[AsyncioWatch], object],
+) -> AsyncIterator[Any]:
+    """A watch with a cancelled waiter; ``dropped`` runs when the cancellation is collected."""
 
     class Reason:
         def __del__(self) -> None:
@@ -535,9 +537,9 @@ async def waited_in_vain(dropped: Callable[[AsyncioWatch], object]) -> AsyncIter
         watch.close()
 
 
-async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None:
+async def test_watch_may_be_used_while_a_cancelled_waiter_is_dropped() -> None:
     again: list[Any] = []
-    async with waited_in_vain(lambda watch: again.append(watch.readable())) as (watch, far):
+    async with cancelled_waiter(lambda watch: again.append(watch.readable())) as (watch, far):
         waits = watch.readable()
         assert len(again) == 1
         far.send(b"x")
@@ -545,14 +547,14 @@ async def test_who_waited_in_vain_is_dropped_where_a_watch_may_be_used() -> None
         await again[0]
 
 
-async def test_who_begins_to_wait_as_the_watch_is_closed_waits_no_more() -> None:
-    async with waited_in_vain(lambda watch: watch.close()) as (watch, _):
+async def test_wait_on_a_watch_closed_meanwhile_ends_at_once() -> None:
+    async with cancelled_waiter(lambda watch: watch.close()) as (watch, _):
         with anyio.fail_after(PATIENCE):
             await watch.readable()
 
 
 class Settled:
-    """Of a persistent connection, what is done last: whether at once."""
+    """The flush of a persistent connection; records whether it was immediate."""
 
     def __init__(self) -> None:
         self.now: list[bool] = []
@@ -561,15 +563,15 @@ class Settled:
         self.now.append(now)
 
 
-async def test_what_is_sent_waits_for_those_who_go_on_later() -> None:
+async def test_flush_is_deferred_if_tasks_or_handlers_still_have_to_run() -> None:
     connection: Any = Settled()
     carry_out(connection, [(copy_context(), lambda _: None, None)])
-    carry_out(connection, [])  # all were woken in another way, as on trio
-    carry_out(connection, [(None, lambda: None, ())])  # a handler is at work
+    carry_out(connection, [])  # woken the ordinary way, as on trio
+    carry_out(connection, [(None, lambda: None, ())])  # a handler was started
     assert connection.now == [True, False, False]
 
 
-async def test_what_ends_the_loop_is_raised_whatever_else_is() -> None:
+async def test_exception_that_stops_the_loop_takes_precedence() -> None:
     def fails() -> None:
         raise ValueError
 
