@@ -8,7 +8,7 @@ use p2pd_protocol::pb::p2pd::{
     self, dht_response, persistent_connection_response as response_to_call, response,
 };
 use p2pd_protocol::{
-    framing, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, PeerId, Persistent,
+    framing, ClientExchange, EncodedRequest, Event, Limits, Multiaddr, PeerId, PersistentClient,
     UnaryEvent, UnaryLimits,
 };
 use prost::Message;
@@ -98,7 +98,7 @@ fn exchange(exchange: &mut ClientExchange, request: &EncodedRequest, answer: &[u
         match black_box(event) {
             Event::Value(_) => {}
             Event::Reply(_) | Event::End => return count,
-            Event::Refused(words) => panic!("{words}"),
+            other => panic!("{other:?}"),
         }
     }
     panic!("the answer is not whole");
@@ -214,7 +214,7 @@ fn unary() -> Vec<Operation> {
 /// The payload of the call is no part of what is encoded; that of the reply is received.
 fn call(size: usize) -> Box<dyn FnMut()> {
     let remote = peer(1);
-    let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut connection = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let result = p2pd::call_unary_response::Result::Response(vec![7; size].into());
     let reply = incoming(response_to_call::Message::CallUnaryResponse(
@@ -236,7 +236,7 @@ fn call(size: usize) -> Box<dyn FnMut()> {
 
 /// Likewise, the other way round.
 fn serve(size: usize) -> Box<dyn FnMut()> {
-    let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut connection = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let call = incoming(response_to_call::Message::RequestHandling(
         p2pd::CallUnaryRequest {
@@ -265,12 +265,12 @@ fn incoming(message: response_to_call::Message) -> p2pd::PersistentConnectionRes
 
 /// Reads one message as a driver does: some at a time, and a large payload straight into its place.
 fn receive(
-    connection: &mut Persistent<(), Vec<u8>>,
+    connection: &mut PersistentClient<(), Vec<u8>>,
     mut message: &[u8],
 ) -> UnaryEvent<(), Vec<u8>> {
     loop {
         let mut input = &[][..];
-        if let Some(room) = connection.payload_room() {
+        if let Some(room) = connection.payload_buffer() {
             let (payload, rest) = message.split_at(room.len().min(message.len()));
             room[..payload.len()].copy_from_slice(payload);
             connection.payload_filled(payload.len());

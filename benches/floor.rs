@@ -16,7 +16,7 @@ use mock_daemon::{
     UNARY_ECHO, UNARY_LOAD,
 };
 use p2pd_protocol::command::{control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _};
-use p2pd_protocol::{Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::{Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
 use std::io::{self, BufRead, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -199,7 +199,7 @@ impl Contender {
     fn load(&self, load: &str) -> Duration {
         let mut floor = Floor::connect(&self.control);
         floor.first(&Upgrade.encoded());
-        let mut core = Persistent::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
+        let mut core = PersistentClient::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
         let mut out = bytes::BytesMut::new();
         let peer = self.peer_id.as_bytes();
         core.call(peer, UNARY_LOAD, load.len(), (), Instant::now(), &mut out)

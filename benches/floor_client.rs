@@ -5,7 +5,7 @@
 use crate::mock_daemon::Socket;
 use bytes::BytesMut;
 use p2pd_protocol::command::{streams::StreamOpen, unary::Upgrade, Typed as _};
-use p2pd_protocol::{EncodedRequest, Multiaddr, PeerId, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::{EncodedRequest, Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
 use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread;
@@ -119,7 +119,7 @@ impl Calls {
         let mut floor = Floor::connect(control);
         floor.first(&Upgrade.encoded());
         let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
-        let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+        let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
         let (mut batch, mut ids) = (Vec::new(), Vec::new());
         for _ in 0..count {
             let mut head = BytesMut::new();
@@ -200,7 +200,7 @@ impl Calls {
 pub fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
     floor.first(&Upgrade.encoded());
     floor.room.resize(CHUNK, 0);
-    let mut core = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let asked = core.add_handler(protocol, false, (), &mut out);
     asked.expect("it is small enough");
@@ -208,7 +208,7 @@ pub fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
         write(&floor.socket, &out);
         out.clear();
         let mut input = &[][..];
-        let read = match core.payload_room() {
+        let read = match core.payload_buffer() {
             Some(room) => {
                 let read = (&floor.socket).read(room).unwrap_or(0);
                 core.payload_filled(read);

@@ -227,10 +227,7 @@ fn serve(mut socket: &Socket, shared: &Shared) -> Result<(), Failure> {
     use connmgr::Command as ConnManager;
     use control::Command as Control;
     use streams::Command as Streams;
-    let mut exchange = ServerExchange::new(Limits {
-        max_frame: MAX_FRAME,
-        ..Limits::default()
-    });
+    let mut exchange = ServerExchange::new(Limits::default().with_max_frame(MAX_FRAME));
     let mut input = Input::default();
     loop {
         let command = match exchange.poll() {
@@ -791,7 +788,7 @@ impl Server<'_> {
                 token: Token::Call(caller, id),
                 error,
             } => self.update(&caller, |state| state.reply_error(&id, &error)),
-            ServerEvent::BrokenReply {
+            ServerEvent::InvalidReply {
                 token: Token::Call(caller, id),
                 error,
             } => self.update(&caller, |state| state.refuse(&id, &error.to_string())),
@@ -803,7 +800,7 @@ impl Server<'_> {
                 token: Token::Load(load, ..),
                 ..
             }
-            | ServerEvent::BrokenReply {
+            | ServerEvent::InvalidReply {
                 token: Token::Load(load, ..),
                 ..
             } => load.go_on(false, self),

@@ -289,10 +289,7 @@ async fn a_request_that_was_read_is_not_sent_again() {
 #[tokio::test]
 async fn a_request_over_the_limit_is_not_sent_and_the_connection_is_good() {
     let daemon = FakeDaemon::new();
-    let limits = Limits {
-        max_frame: 1000,
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_max_frame(1000);
     let client = Client::builder(daemon.control()).limits(limits).build();
     let client = client.unwrap();
     let mut connection = works_anew(&client, &daemon).await;
@@ -963,10 +960,7 @@ async fn the_timeout_of_a_query_is_for_all_of_it() {
 #[tokio::test]
 async fn a_query_with_too_many_results_is_ended() {
     let daemon = FakeDaemon::new();
-    let limits = Limits {
-        max_answer: 150,
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_max_answer(150);
     let client = Client::builder(daemon.control()).limits(limits).build();
     let (results, mut connection) = querying(&client.unwrap(), &daemon).await;
     for _ in 0..3 {

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 use p2pd_protocol::command::{control, dht, pubsub, Typed};
 use p2pd_protocol::{ClientExchange, EncodedRequest, FrameDecoder, Limits};
-use p2pd_protocol::{Persistent, UnaryLimits};
+use p2pd_protocol::{PersistentClient, UnaryLimits};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Instant;
@@ -112,7 +112,8 @@ fn what_is_announced_and_does_not_come_takes_no_memory() {
 fn a_payload_that_is_announced_takes_memory_as_it_comes() {
     for announced in ANNOUNCED {
         for sent in SENT.into_iter().filter(|sent| *sent < announced) {
-            let mut connection = Persistent::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+            let mut connection =
+                PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
             let mut out = BytesMut::new();
             let now = Instant::now();
             let id = connection.call(b"", "", 0, (), now, &mut out).unwrap();
@@ -140,8 +141,8 @@ fn a_payload_that_is_announced_takes_memory_as_it_comes() {
 }
 
 /// A connection that waits for the answer to its first call, whose id is always the same.
-fn connection_like(id: &[u8; 16]) -> Persistent<(), Vec<u8>> {
-    let mut connection = Persistent::new([7; 32], UnaryLimits::default());
+fn connection_like(id: &[u8; 16]) -> PersistentClient<(), Vec<u8>> {
+    let mut connection = PersistentClient::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let same = connection.call(b"", "", 0, (), Instant::now(), &mut out);
     assert_eq!(same.as_ref(), Ok(id));

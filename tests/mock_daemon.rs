@@ -10,7 +10,7 @@ use mock_daemon::{MockDaemon, Socket, UNARY_ECHO, UNARY_LOAD};
 use p2pd_protocol::command::{dht, unary::Upgrade, EncodedRequest, Typed as _};
 use p2pd_protocol::unary::CallId;
 use p2pd_protocol::{ClientExchange, Event, Limits};
-use p2pd_protocol::{Multiaddr, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::{Multiaddr, PersistentClient, UnaryEvent, UnaryLimits};
 use std::io::{Read as _, Write as _};
 use std::sync::mpsc;
 use std::thread;
@@ -45,7 +45,7 @@ impl Daemon {
         assert!(matches!(ask(&socket, &Upgrade.encoded()), Event::Reply(_)));
         Client {
             socket,
-            core: Persistent::new([7; 32], UnaryLimits::default()),
+            core: PersistentClient::new([7; 32], UnaryLimits::default()),
             out: BytesMut::new(),
             input: Vec::new(),
         }
@@ -80,7 +80,7 @@ fn ask(mut socket: &Socket, request: &EncodedRequest) -> Event {
 /// A blocking client, which does not read while it writes.
 struct Client {
     socket: Socket,
-    core: Persistent<u32, Vec<u8>>,
+    core: PersistentClient<u32, Vec<u8>>,
     out: BytesMut,
     input: Vec<u8>,
 }

@@ -978,10 +978,7 @@ async fn a_registration_that_is_given_up_is_undone_and_the_name_free() {
 #[tokio::test]
 async fn a_request_over_the_limit_is_not_sent() {
     let daemon = FakeDaemon::new();
-    let limits = UnaryLimits {
-        max_message: 1000,
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default().with_max_message(1000);
     let client = Client::builder(daemon.control())
         .unary_limits(limits)
         .build();
@@ -1015,10 +1012,7 @@ async fn an_answer_over_the_limit_fails_its_call_alone() {
     });
     for oversized in [reply(large), handler_error, refusal] {
         let daemon = FakeDaemon::new();
-        let limits = UnaryLimits {
-            max_incoming: Some(1000),
-            ..UnaryLimits::default()
-        };
+        let limits = UnaryLimits::default().with_max_incoming(1000);
         let client = limited(&daemon, limits);
         let (failed, replied, mut connection) =
             join!(call(&client, "first"), call(&client, "second"), async {
@@ -1054,10 +1048,7 @@ async fn an_answer_over_the_limit_fails_its_call_alone() {
 #[tokio::test]
 async fn a_call_over_the_limit_is_answered_with_its_size_and_the_limit() {
     let daemon = FakeDaemon::new();
-    let limits = UnaryLimits {
-        max_incoming: Some(1000),
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default().with_max_incoming(1000);
     let client = limited(&daemon, limits);
     let (client, mut connection) = serve(client, &daemon, "served", async |call: UnaryCall| {
         Ok(call.payload)
@@ -1090,10 +1081,7 @@ async fn a_call_over_the_limit_is_answered_with_its_size_and_the_limit() {
 #[tokio::test]
 async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
     let daemon = FakeDaemon::new();
-    let limits = UnaryLimits {
-        max_incoming: Some(1000),
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default().with_max_incoming(1000);
     let client = limited(&daemon, limits);
     let (replied, mut connection) = join!(call(&client, "hello"), async {
         let mut connection = Persistent::accept(&daemon).await;
@@ -1154,20 +1142,15 @@ async fn refused_of_sixty(limits: UnaryLimits) -> usize {
 
 #[tokio::test]
 async fn without_bounds_all_calls_are_served_at_once() {
-    let limits = UnaryLimits {
-        max_unanswered: usize::MAX,
-        max_unanswered_bytes: usize::MAX,
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default()
+        .with_max_unanswered(usize::MAX)
+        .with_max_unanswered_bytes(usize::MAX);
     assert_eq!(refused_of_sixty(limits).await, 0);
 }
 
 #[tokio::test]
 async fn calls_over_the_bound_are_refused_after_the_hold() {
-    let limits = UnaryLimits {
-        hold: Some(Duration::ZERO),
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default().with_hold(Duration::ZERO);
     // 32 of them are 64 MiB.
     assert_eq!(refused_of_sixty(limits).await, 28);
 }

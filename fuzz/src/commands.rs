@@ -43,10 +43,7 @@ pub fn commands(data: &[u8]) {
     let &[seed, limit, ref bytes @ ..] = data else {
         return;
     };
-    let limits = Limits {
-        max_frame: 128 + usize::from(limit) * 64,
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_max_frame(128 + usize::from(limit) * 64);
     let run = |bytes: &[u8], seed| bounded(bytes.len(), 160, || run(limits, bytes, seed));
     let outcome = run(bytes, 255);
     for seed in [0, seed] {

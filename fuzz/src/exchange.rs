@@ -146,10 +146,9 @@ pub fn exchange(data: &[u8]) {
     };
     let command = command(kind);
     let request = command.encoded();
-    let limits = Limits {
-        max_frame: 128 + usize::from(limit) * 64,
-        max_answer: usize::from(limit) * 64,
-    };
+    let limits = Limits::default()
+        .with_max_frame(128 + usize::from(limit) * 64)
+        .with_max_answer(usize::from(limit) * 64);
     let run = |bytes: &[u8], seed| bounded(bytes.len(), 96, || run(&request, limits, bytes, seed));
     let outcome = run(bytes, 255);
     for seed in [0, seed] {
@@ -176,10 +175,9 @@ pub fn exchange(data: &[u8]) {
         }
         let mut again = encode(&command, &outcome.events);
         // What the daemon says is written in one way here, which may take more bytes than its own.
-        let limits = Limits {
-            max_frame: limits.max_frame + 256,
-            max_answer: 2 * limits.max_answer + 256,
-        };
+        let limits = Limits::default()
+            .with_max_frame(limits.max_frame + 256)
+            .with_max_answer(2 * limits.max_answer + 256);
         again.extend_from_slice(&outcome.rest);
         if outcome.end.is_ok() {
             assert_eq!(self::run(&request, limits, &again, 255), outcome);
@@ -200,6 +198,7 @@ fn encode(command: &Command, events: &[Event]) -> Vec<u8> {
             // A query's only value is its whole answer.
             Event::End if server.state() == State::Ready => continue,
             Event::End => server.end(),
+            other => panic!("{other:?}"),
         };
         out.extend_from_slice(&frames.expect("it answers the request"));
     }

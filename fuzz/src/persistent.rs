@@ -7,7 +7,7 @@ use p2pd_protocol::pb::p2pd::{
     self, call_unary_response::Result as Outcome, persistent_connection_response::Message,
 };
 use p2pd_protocol::unary::{CallId, Payload};
-use p2pd_protocol::{Error, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::{Error, PersistentClient, UnaryEvent, UnaryLimits};
 use prost::Message as _;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -70,12 +70,10 @@ pub fn persistent(data: &[u8]) {
         return;
     };
     let max_message = [300, 20_000, 300_000][usize::from(limits % 3)];
-    let limits = UnaryLimits {
-        max_message,
-        max_unanswered: 2 + usize::from(limits / 3 % 8),
-        max_unanswered_bytes: 100_000,
-        ..UnaryLimits::default()
-    };
+    let limits = UnaryLimits::default()
+        .with_max_message(max_message)
+        .with_max_unanswered(2 + usize::from(limits / 3 % 8))
+        .with_max_unanswered_bytes(100_000);
     let run = |seed, in_place| {
         let feeding = Feeding { seed, in_place };
         let ((log, bytes), peak) = measured(|| Run::new(limits, feeding, script).finish());
@@ -101,7 +99,7 @@ enum Asked {
 }
 
 struct Run<'a> {
-    connection: Persistent<u32, Room>,
+    connection: PersistentClient<u32, Room>,
     limits: UnaryLimits,
     feeding: Feeding,
     script: &'a [u8],
@@ -121,7 +119,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(limits: UnaryLimits, feeding: Feeding, script: &'a [u8]) -> Self {
         Self {
-            connection: Persistent::new([7; 32], limits),
+            connection: PersistentClient::new([7; 32], limits),
             limits,
             feeding,
             script,
@@ -241,7 +239,7 @@ impl<'a> Run<'a> {
                 let passed = u64::from(self.byte()) * 4;
                 self.elapsed += Duration::from_millis(passed);
                 let now = self.now();
-                self.connection.remind(now, &mut self.out);
+                self.connection.repeat_cancels(now, &mut self.out);
             }
             7 => {
                 let (id, len) = (self.id(), usize::from(self.byte()) * 100);
@@ -259,11 +257,11 @@ impl<'a> Run<'a> {
                 self.connection.reply_error(&id, &words, &mut self.out);
             }
             9 => {
-                self.connection.leave("bye", &mut self.out);
+                self.connection.shut_down("bye", &mut self.out);
                 self.serving.clear();
-                assert!(!self.connection.has_cancelled());
+                assert!(!self.connection.has_unconfirmed_cancels());
             }
-            10 => self.connection.press_on(),
+            10 => self.connection.stop_back_pressure(),
             11 => {
                 let bytes = self.bytes();
                 self.feed(bytes)?;
@@ -355,7 +353,7 @@ impl<'a> Run<'a> {
             },
         ) {
             if self.feeding.in_place {
-                if let Some(room) = self.connection.payload_room() {
+                if let Some(room) = self.connection.payload_buffer() {
                     assert!(!room.is_empty());
                     let count = room.len().min(input.len());
                     room[..count].copy_from_slice(&input[..count]);
@@ -382,7 +380,7 @@ impl<'a> Run<'a> {
                 assert!(answered(token) == Asked::Call);
             }
             UnaryEvent::Acknowledged { token } => assert!(answered(token) == Asked::Registration),
-            UnaryEvent::Refused { token, .. } | UnaryEvent::Broken { token, .. } => {
+            UnaryEvent::Refused { token, .. } | UnaryEvent::InvalidReply { token, .. } => {
                 answered(token);
             }
             UnaryEvent::Call { id, payload, .. } => {
@@ -392,7 +390,7 @@ impl<'a> Run<'a> {
                 let call = self.serving.get_mut(id).expect("it is at work");
                 assert!(!std::mem::replace(&mut call.1, true));
             }
-            UnaryEvent::Unserved { id, reason } => {
+            UnaryEvent::Rejected { id, reason } => {
                 self.connection.refuse(id, reason, &mut self.out);
             }
             UnaryEvent::Oversized { token, error } => {
@@ -437,7 +435,7 @@ pub fn script(bytes: &[&[u8]]) -> Vec<u8> {
 
 /// The messages of a persistent connection, one of each kind, for calls that its first ones are.
 pub fn samples() -> Vec<Bytes> {
-    let mut connection = Persistent::<u32, Vec<u8>>::new([7; 32], UnaryLimits::default());
+    let mut connection = PersistentClient::<u32, Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let id = connection.call(b"peer", "echo", 200, 1, Instant::now(), &mut out);
     let id = Bytes::copy_from_slice(&id.expect("it is small"));

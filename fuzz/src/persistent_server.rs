@@ -31,7 +31,7 @@ fn run(
     for piece in pieces(bytes, seed) {
         let mut input = piece;
         if in_place {
-            if let Some(room) = server.payload_room() {
+            if let Some(room) = server.payload_buffer() {
                 let count = room.len().min(input.len());
                 room[..count].copy_from_slice(&input[..count]);
                 server.payload_filled(count);
@@ -56,7 +56,7 @@ fn run(
                 ServerEvent::Cancelled { id } => assert!(under_way.remove(id)),
                 ServerEvent::Reply { token, .. }
                 | ServerEvent::HandlerFailed { token, .. }
-                | ServerEvent::BrokenReply { token, .. } => assert!(handled.remove(token)),
+                | ServerEvent::InvalidReply { token, .. } => assert!(handled.remove(token)),
                 ServerEvent::AddHandler { id, .. } | ServerEvent::RemoveHandler { id, .. } => {
                     server.acknowledge(id, &mut out);
                 }
@@ -94,10 +94,10 @@ pub fn persistent_server(data: &[u8]) {
 
 /// The messages of a client, one of each kind, for a server's two calls.
 pub fn samples() -> Vec<Vec<u8>> {
-    use p2pd_protocol::{Persistent, UnaryLimits};
+    use p2pd_protocol::{PersistentClient, UnaryLimits};
     use std::time::{Duration, Instant};
     let mut server = PersistentServer::<u32, Vec<u8>>::new([7; 32], ServerLimits::default());
-    let mut client = Persistent::<u32, Vec<u8>>::new([8; 32], UnaryLimits::default());
+    let mut client = PersistentClient::<u32, Vec<u8>>::new([8; 32], UnaryLimits::default());
     let (mut given, mut out, now) = (BytesMut::new(), BytesMut::new(), Instant::now());
     let ids = [0, 1].map(|token| {
         let id = server.handle(b"caller", "echo", 0, token, &mut given);

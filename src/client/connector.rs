@@ -132,6 +132,7 @@ impl Connector {
                 Event::Reply(reply) => return Ok((typed::<R>(Some(reply))?, lease)),
                 Event::End => return Ok((typed::<R>(value)?, lease)),
                 Event::Refused(words) => return Err(Error::refused(words)),
+                other => return Err(other.unexpected().into()),
             }
             event = poll_fn(|cx| lease.poll_event(cx)).await?;
         }

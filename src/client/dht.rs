@@ -209,6 +209,7 @@ impl<T> Results<T> {
                 return Poll::Ready(None);
             }
             Poll::Ready(Ok(Event::Refused(words))) => Err(Error::refused(words)),
+            Poll::Ready(Ok(other)) => Err(other.unexpected().into()),
             Poll::Ready(Err(error)) => Err(error),
             Poll::Pending => {
                 let Some(limit) = self.timeout else {

@@ -256,7 +256,7 @@ impl Error {
                 message: Some(message),
                 context,
             },
-            Refusal::Other => Self::Refused { message, context },
+            _ => Self::Refused { message, context },
         }
     }
 

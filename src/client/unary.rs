@@ -8,7 +8,7 @@ use super::socket::Socket;
 use super::{lock, runtime_ended, Client};
 use bytes::Bytes;
 use link::{Driver, Link};
-use p2pd_protocol::{PeerId, Persistent, UnaryLimits};
+use p2pd_protocol::{PeerId, PersistentClient, UnaryLimits};
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
@@ -434,7 +434,7 @@ impl Unary {
     async fn begin(self: Arc<Self>, socket: Socket, ahead: Bytes) -> Result<Arc<Link>, Error> {
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|error| Error::lost(error, true))?;
-        let link = Arc::new(Link::new(socket, Persistent::new(seed, self.limits)));
+        let link = Arc::new(Link::new(socket, PersistentClient::new(seed, self.limits)));
         let ending = Ending(Some(Arc::clone(&link)));
         let driver = Driver::new(Arc::clone(&link), Arc::downgrade(&self));
         tokio::spawn(driver.run(ahead));

@@ -6,6 +6,7 @@
 /// A failed exchange. After any of these but [`Error::NotReady`], [`Error::RequestTooLarge`] and
 /// [`Error::ReplyTooLarge`] the connection is of no more use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A length prefix over the limit; nothing was allocated for it.
     #[error("the daemon announced a message of {declared} bytes; the limit is {limit}")]
@@ -100,6 +101,7 @@ pub enum Fault {
 
 /// What a daemon means by the words in which it refuses a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Refusal {
     /// It cannot do this at all.
     NotSupported,

@@ -4,13 +4,21 @@ use super::Error;
 use bytes::{Buf, Bytes, BytesMut};
 use unsigned_varint::decode;
 
-/// What a connection will take, in bytes.
+/// Limits of a control connection.
+///
+/// ```
+/// use p2pd_protocol::Limits;
+///
+/// let limits = Limits::default().with_max_frame(1 << 20);
+/// assert_eq!(limits.max_answer, 64 << 20);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
-    /// The largest message, either way. Default: 4 MiB, which is what the Go daemons take, and
-    /// 64 KiB for what surrounds a payload of that size.
+    /// Largest message in either direction, in bytes. Default: 4 MiB, the limit of the Go daemons,
+    /// and 64 KiB for the fields around a payload of that size.
     pub max_frame: usize,
-    /// The most that all the results of one DHT query may come to. Default: 64 MiB.
+    /// Largest total size of the results of one DHT query, in bytes. Default: 64 MiB.
     pub max_answer: usize,
 }
 
@@ -20,6 +28,22 @@ impl Default for Limits {
             max_frame: (4 << 20) + (64 << 10),
             max_answer: 64 << 20,
         }
+    }
+}
+
+impl Limits {
+    /// Sets [`max_frame`](Self::max_frame), in bytes.
+    #[must_use]
+    pub fn with_max_frame(mut self, bytes: usize) -> Self {
+        self.max_frame = bytes;
+        self
+    }
+
+    /// Sets [`max_answer`](Self::max_answer), in bytes.
+    #[must_use]
+    pub fn with_max_answer(mut self, bytes: usize) -> Self {
+        self.max_answer = bytes;
+        self
     }
 }
 

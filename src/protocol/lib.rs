@@ -54,4 +54,4 @@ pub use output::Output;
 pub use types::multiaddr::{self, Multiaddr};
 pub use types::peer_id::{self, PeerId};
 pub use types::public_key::{self, PublicKey};
-pub use unary::{Persistent, UnaryEvent, UnaryLimits};
+pub use unary::{PersistentClient, UnaryEvent, UnaryLimits};

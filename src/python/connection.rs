@@ -307,6 +307,7 @@ impl Inner {
                         }
                     }));
                 }
+                Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
                 None if budget == 0 => return Ok(None),
                 None => match self.read()? {
                     Some(count) => budget = budget.saturating_sub(count),

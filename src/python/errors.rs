@@ -205,6 +205,6 @@ pub fn refusal_kind(words: &str) -> Option<&'static str> {
     match protocol::error::Refusal::of(words) {
         protocol::error::Refusal::NotSupported => Some("not supported"),
         protocol::error::Refusal::TimedOut => Some("timed out"),
-        protocol::error::Refusal::Other => None,
+        _ => None,
     }
 }

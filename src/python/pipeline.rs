@@ -282,6 +282,7 @@ impl Pipeline {
                 Event::Reply(reply) | Event::Value(reply) => answer::to_python(py, reply),
                 Event::Refused(words) => Err(errors::refused(py, &words)),
                 Event::End => Ok(py.None().into_bound(py)),
+                other => Err(errors::from_core(other.unexpected())),
             };
             hand_over(work, tell(waiter.bind(py), answer.map(Bound::unbind), here));
         }

@@ -13,7 +13,7 @@ use super::socket::{with_scratch, Socket};
 use super::waiter::{hand_over, tell, waiter, Turn, Work};
 use bytes::BytesMut;
 use p2pd_protocol::unary::{self, CallId, Payload};
-use p2pd_protocol::{Error, Output, Persistent, UnaryEvent, UnaryLimits};
+use p2pd_protocol::{Error, Output, PersistentClient, UnaryEvent, UnaryLimits};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList};
@@ -48,7 +48,7 @@ pub struct PersistentConnection {
 struct Inner {
     /// `None` once lost or closed.
     socket: Option<Socket>,
-    core: Persistent<Token, PyPayload>,
+    core: PersistentClient<Token, PyPayload>,
     /// Holds bytes objects, not of subclasses: to drop one runs no Python.
     output: Output<PyBackedBytes>,
     /// Where the head of a frame is made.
@@ -107,14 +107,13 @@ pub struct Limits(
 impl From<Limits> for UnaryLimits {
     fn from(limits: Limits) -> Self {
         let Limits(max_message, max_incoming, max_unanswered, max_unanswered_bytes, hold) = limits;
-        UnaryLimits {
-            max_message,
-            max_incoming,
-            max_unanswered: max_unanswered.unwrap_or(usize::MAX),
-            max_unanswered_bytes: max_unanswered_bytes.unwrap_or(usize::MAX),
+        UnaryLimits::default()
+            .with_max_message(max_message)
+            .with_max_incoming(max_incoming)
+            .with_max_unanswered(max_unanswered.unwrap_or(usize::MAX))
+            .with_max_unanswered_bytes(max_unanswered_bytes.unwrap_or(usize::MAX))
             // A hold that a Duration cannot express never ends.
-            hold: hold.and_then(|hold| Duration::try_from_secs_f64(hold).ok()),
-        }
+            .with_hold(hold.and_then(|hold| Duration::try_from_secs_f64(hold).ok()))
     }
 }
 
@@ -177,7 +176,7 @@ impl PersistentConnection {
             turn: Turn::default(),
             inner: Mutex::new(Inner {
                 socket: Some(socket),
-                core: Persistent::new(seed, limits),
+                core: PersistentClient::new(seed, limits),
                 output: Output::keeping(unary::KEPT_OUTPUT),
                 head: BytesMut::new(),
                 corked: false,
@@ -401,7 +400,8 @@ impl PersistentConnection {
         // handlers be at work for nobody. What the socket does not take at once cannot be helped.
         let _ = Self::change(slf, |inner| {
             inner.corked = false;
-            inner.send_head(|core, head| core.leave("the handler's client was closed", head))?;
+            inner
+                .send_head(|core, head| core.shut_down("the handler's client was closed", head))?;
             inner.flush()
         });
         Self::lose(slf, Loss::Closed)
@@ -446,7 +446,7 @@ impl PersistentConnection {
         Self::change(slf, |inner| {
             inner.pressing = false;
             if inner.hold_left() == Some(Duration::ZERO) {
-                inner.core.press_on();
+                inner.core.stop_back_pressure();
                 // Output that cannot be sent may still keep it from reading.
                 inner.paused = Some(Instant::now());
             }
@@ -457,7 +457,7 @@ impl PersistentConnection {
     fn _remind(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::change(slf, |inner| {
             inner.reminding = false;
-            inner.send_head(|core, head| core.remind(Instant::now(), head))
+            inner.send_head(|core, head| core.repeat_cancels(Instant::now(), head))
         })
     }
 
@@ -601,7 +601,7 @@ impl PersistentConnection {
             Event::Refused { token, error } => {
                 return tell(token.bind(py), Err(errors::refused(py, &error)), here);
             }
-            Event::Broken { token, error } => {
+            Event::InvalidReply { token, error } => {
                 let words = format!("the peer's daemon sent no reply: {error}");
                 let error = errors::made::<ProtocolViolation>(py, &words);
                 return tell(token.bind(py), Err(error), here);
@@ -613,7 +613,7 @@ impl PersistentConnection {
                 let arguments = (slf, error.to_string()).into_pyobject(py)?;
                 (intern!(py, "on_skipped"), arguments)
             }
-            Event::Unserved { id, reason } => {
+            Event::Rejected { id, reason } => {
                 Self::change(slf, |inner| {
                     inner.send_head(|core, head| core.refuse(&id, &reason, head))
                 })?;
@@ -713,7 +713,7 @@ impl PersistentConnection {
         if chores.remove_writer {
             reactor.call_method1(intern!(py, "remove_writer"), (fd,))?;
         }
-        let remind_later = chores.remind_later.then_some(unary::REMIND);
+        let remind_later = chores.remind_later.then_some(unary::CANCEL_INTERVAL);
         for (after, callback) in [
             (chores.press_on_later, intern!(py, "_press_on")),
             (remind_later, intern!(py, "_remind")),
@@ -734,7 +734,7 @@ impl Inner {
     /// Sends what `encode` makes, if anything, which has no payload.
     fn send_head(
         &mut self,
-        encode: impl FnOnce(&mut Persistent<Token, PyPayload>, &mut BytesMut),
+        encode: impl FnOnce(&mut PersistentClient<Token, PyPayload>, &mut BytesMut),
     ) -> io::Result<()> {
         self.head.clear();
         encode(&mut self.core, &mut self.head);
@@ -777,17 +777,25 @@ impl Inner {
 
     /// Reads what is there, within the bounds of a turn.
     fn read(&mut self, events: &mut Vec<Event>) -> Result<(), Loss> {
-        let mut budget = unary::TURN;
+        let mut budget = unary::READ_BUDGET;
         with_scratch(|scratch| loop {
             let Some(socket) = &self.socket else {
                 return Ok(());
             };
-            let (room, wanted, read) = match self.core.payload_room() {
+            let (room, wanted, read) = match self.core.payload_buffer() {
                 Some(room) => {
-                    let (len, behind) = (room.len(), &mut scratch[..unary::BEHIND]);
-                    (len, len + unary::BEHIND, socket.read_both(room, behind)?)
+                    let (len, behind) = (room.len(), &mut scratch[..unary::LOOK_AHEAD]);
+                    (
+                        len,
+                        len + unary::LOOK_AHEAD,
+                        socket.read_both(room, behind)?,
+                    )
                 }
-                None => (0, unary::READ, socket.read(&mut scratch[..unary::READ])?),
+                None => (
+                    0,
+                    unary::READ_SIZE,
+                    socket.read(&mut scratch[..unary::READ_SIZE])?,
+                ),
             };
             let Some(count) = read else {
                 return Ok(());
@@ -845,7 +853,7 @@ impl Inner {
             chores.press_on_later = self.hold_left();
             self.pressing = chores.press_on_later.is_some();
         }
-        if !self.reminding && self.core.has_cancelled() {
+        if !self.reminding && self.core.has_unconfirmed_cancels() {
             self.reminding = true;
             chores.remind_later = true;
         }

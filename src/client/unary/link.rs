@@ -9,7 +9,7 @@ use crate::socket::Socket;
 use crate::{lock, runtime_ended};
 use bytes::{Bytes, BytesMut};
 use p2pd_protocol::unary::{self, CallId};
-use p2pd_protocol::{self as protocol, Output, PeerId, Persistent, UnaryEvent};
+use p2pd_protocol::{self as protocol, Output, PeerId, PersistentClient, UnaryEvent};
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -20,7 +20,7 @@ use tokio::time::{sleep_until, Instant};
 
 type Token = oneshot::Sender<Result<Bytes, Error>>;
 type Event = UnaryEvent<Token, Vec<u8>>;
-type Core = Persistent<Token, Vec<u8>>;
+type Core = PersistentClient<Token, Vec<u8>>;
 
 /// A persistent connection.
 pub struct Link {
@@ -189,7 +189,7 @@ impl Link {
     /// take now is sent if there is time.
     pub fn leave(&self) {
         lock(&self.inner).corked = false;
-        self.tell_head(|core, head| core.leave("the handler's client was closed", head));
+        self.tell_head(|core, head| core.shut_down("the handler's client was closed", head));
         self.flush();
     }
 
@@ -287,7 +287,7 @@ impl Inner {
             end: self.is_gone(),
             input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
             room: !self.output.is_empty() && !self.corked,
-            reminder: self.core.has_cancelled(),
+            reminder: self.core.has_unconfirmed_cancels(),
             press: !self.core.wants_input(),
         }
     }
@@ -337,18 +337,18 @@ impl Inner {
         scratch: &mut [u8],
         events: &mut Vec<Event>,
     ) -> Result<bool, Error> {
-        let mut budget = unary::TURN;
+        let mut budget = unary::READ_BUDGET;
         loop {
-            let (room, wanted, count) = match self.core.payload_room() {
+            let (room, wanted, count) = match self.core.payload_buffer() {
                 Some(room) => {
-                    let behind = &mut scratch[..unary::BEHIND];
+                    let behind = &mut scratch[..unary::LOOK_AHEAD];
                     let (len, wanted) = (room.len(), room.len() + behind.len());
                     let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(behind)];
                     (len, wanted, read(&mut pieces))
                 }
                 None => {
                     let mut pieces = [IoSliceMut::new(scratch)];
-                    (0, unary::READ, read(&mut pieces))
+                    (0, unary::READ_SIZE, read(&mut pieces))
                 }
             };
             let count = match unless_blocked(count) {
@@ -407,7 +407,7 @@ impl Driver {
     }
 
     pub async fn run(self, ahead: Bytes) {
-        let mut scratch = vec![0; unary::READ];
+        let mut scratch = vec![0; unary::READ_SIZE];
         let mut events = Vec::new();
         let outcome = lock(&self.link.inner).poll(&ahead, &mut events);
         let mut outcome = outcome.map(|()| false);
@@ -445,12 +445,12 @@ impl Driver {
                 }
                 () = at(timers.remind) => {
                     timers.remind = None;
-                    self.link.tell_head(|core, head| core.remind(Instant::now().into_std(), head));
+                    self.link.tell_head(|core, head| core.repeat_cancels(Instant::now().into_std(), head));
                     Ok(false)
                 }
                 () = at(timers.press) => {
                     timers.press = None;
-                    lock(&self.link.inner).core.press_on();
+                    lock(&self.link.inner).core.stop_back_pressure();
                     Ok(false)
                 }
             };
@@ -521,7 +521,7 @@ impl Driver {
                     answer(token, Err(failed));
                 }
                 UnaryEvent::Refused { token, error } => answer(token, Err(Error::refused(error))),
-                UnaryEvent::Broken { token, error } => answer(token, Err(error.into())),
+                UnaryEvent::InvalidReply { token, error } => answer(token, Err(error.into())),
                 UnaryEvent::Call {
                     id,
                     peer,
@@ -534,7 +534,7 @@ impl Driver {
                         task.abort();
                     }
                 }
-                UnaryEvent::Unserved { id, reason } => self
+                UnaryEvent::Rejected { id, reason } => self
                     .link
                     .tell_head(|core, head| core.refuse(&id, &reason, head)),
                 UnaryEvent::Oversized { token, error } => answer(token, Err(error.into())),
@@ -649,7 +649,7 @@ struct Timers {
 impl Timers {
     fn set(&mut self, awaited: Awaited) {
         if awaited.reminder && self.remind.is_none() {
-            self.remind = Some(Instant::now() + unary::REMIND);
+            self.remind = Some(Instant::now() + unary::CANCEL_INTERVAL);
         }
         if !awaited.press {
             self.press = None;

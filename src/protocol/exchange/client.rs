@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 
 /// What the bytes received amount to.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Event {
     /// One value of the answer to a query. More may follow, and then [`Event::End`].
     Value(Reply),
@@ -29,6 +30,13 @@ pub enum Event {
     End,
     /// The daemon refused the request, in these words.
     Refused(String),
+}
+
+impl Event {
+    /// The error of a driver that does not expect this event.
+    pub fn unexpected(&self) -> Error {
+        Error::Unexpected(format!("{self:?}"))
+    }
 }
 
 /// How the awaited answer is read.

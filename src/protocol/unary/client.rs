@@ -3,10 +3,10 @@
 use super::wire::{
     call_len, check_size, empty_reply, head_len, put_call, put_cancel, put_handler_error,
     put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
-    Head, IdHasher, Message, Payload, Reader, ADD_HANDLER, BROKEN_CALL, CALL, CANCEL,
+    Head, IdHasher, Message, Payload, Reader, ADD_HANDLER, CALL, CANCEL, INVALID_CALL,
     REMOVE_HANDLER,
 };
-use super::{HOLD, REMIND, SETTLE};
+use super::{CANCEL_DELAY, CANCEL_INTERVAL, HOLD};
 use crate::fields::Fields;
 use crate::pb::p2pd;
 use crate::Error;
@@ -27,8 +27,18 @@ const MAX_CANCELLED: usize = 64 * 1024;
 /// checks what a peer sent before it replaces our peer id with the caller's.
 const INCOMING_ALLOWANCE: usize = 64 << 10;
 
-/// Limits of a persistent connection. [`Persistent::set_limits`] changes them at any time.
+/// Limits of a persistent connection. [`PersistentClient::set_limits`] changes them at any time.
+///
+/// ```
+/// use p2pd_protocol::UnaryLimits;
+///
+/// // Messages of up to 16 MiB, and at most 100 incoming calls at once.
+/// let limits = UnaryLimits::default()
+///     .with_max_message(16 << 20)
+///     .with_max_unanswered(100);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct UnaryLimits {
     /// Largest message to send, without its length prefix, in bytes. The daemon closes the
     /// connection on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
@@ -61,6 +71,41 @@ impl Default for UnaryLimits {
 }
 
 impl UnaryLimits {
+    /// Sets [`max_message`](Self::max_message), in bytes.
+    #[must_use]
+    pub fn with_max_message(mut self, bytes: usize) -> Self {
+        self.max_message = bytes;
+        self
+    }
+
+    /// Sets [`max_incoming`](Self::max_incoming), in bytes.
+    #[must_use]
+    pub fn with_max_incoming(mut self, bytes: impl Into<Option<usize>>) -> Self {
+        self.max_incoming = bytes.into();
+        self
+    }
+
+    /// Sets [`max_unanswered`](Self::max_unanswered), a number of calls.
+    #[must_use]
+    pub fn with_max_unanswered(mut self, calls: usize) -> Self {
+        self.max_unanswered = calls;
+        self
+    }
+
+    /// Sets [`max_unanswered_bytes`](Self::max_unanswered_bytes).
+    #[must_use]
+    pub fn with_max_unanswered_bytes(mut self, bytes: usize) -> Self {
+        self.max_unanswered_bytes = bytes;
+        self
+    }
+
+    /// Sets [`hold`](Self::hold).
+    #[must_use]
+    pub fn with_hold(mut self, hold: impl Into<Option<Duration>>) -> Self {
+        self.hold = hold.into();
+        self
+    }
+
     /// Largest message taken, in bytes.
     fn incoming(&self) -> usize {
         let default = self.max_message.saturating_add(INCOMING_ALLOWANCE);
@@ -68,7 +113,9 @@ impl UnaryLimits {
     }
 }
 
-/// What came of the bytes received. `T` is the driver's token of a call, `P` a payload.
+/// What the bytes received amount to. `T` is the driver's token of a call, `P` a payload.
+///
+/// The enum is exhaustive on purpose: a driver that ignores a new event would leave a caller waiting.
 #[derive(Debug, PartialEq, Eq)]
 pub enum UnaryEvent<T, P> {
     /// The reply to a call.
@@ -98,7 +145,7 @@ pub enum UnaryEvent<T, P> {
         error: String,
     },
     /// The answer is none. The connection is good still: it is the peer that sent it.
-    Broken {
+    InvalidReply {
         /// The call.
         token: T,
         /// What is wrong with it.
@@ -121,8 +168,8 @@ pub enum UnaryEvent<T, P> {
         /// The call.
         id: CallId,
     },
-    /// A peer calls, and is to be [refused](Persistent::refuse).
-    Unserved {
+    /// A peer calls, and is to be [refused](PersistentClient::refuse).
+    Rejected {
         /// The call.
         id: CallId,
         /// Why.
@@ -172,7 +219,7 @@ impl Cancelled {
     fn tell(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) {
         if self.due <= now {
             put_cancel(out, id);
-            self.due = now + REMIND * (1 << self.told);
+            self.due = now + CANCEL_INTERVAL * (1 << self.told);
             self.told += 1;
         }
     }
@@ -181,11 +228,11 @@ impl Cancelled {
 /// A persistent connection: frames out, bytes in, events out.
 ///
 /// ```
-/// use p2pd_protocol::{Persistent, UnaryEvent, UnaryLimits};
+/// use p2pd_protocol::{PersistentClient, UnaryEvent, UnaryLimits};
 /// use bytes::BytesMut;
 /// use std::time::Instant;
 ///
-/// let mut connection = Persistent::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
+/// let mut connection = PersistentClient::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
 /// let mut out = BytesMut::new();
 /// let id = connection.call(b"peer", "echo", 2, "my call", Instant::now(), &mut out)?;
 /// out.extend_from_slice(b"hi"); // the payload goes right behind the head
@@ -198,7 +245,7 @@ impl Cancelled {
 /// # Ok::<(), p2pd_protocol::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct Persistent<T, P> {
+pub struct PersistentClient<T, P> {
     limits: UnaryLimits,
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
@@ -212,7 +259,7 @@ pub struct Persistent<T, P> {
     reader: Reader<P>,
 }
 
-impl<T, P: Payload> Persistent<T, P> {
+impl<T, P: Payload> PersistentClient<T, P> {
     /// A connection that was just upgraded. `seed` is random and used for no other.
     pub fn new(seed: [u8; 32], limits: UnaryLimits) -> Self {
         Self {
@@ -291,11 +338,11 @@ impl<T, P: Payload> Persistent<T, P> {
     }
 
     /// Gives up waiting for an answer. If it was a call, the daemon is told, now or
-    /// [later](Self::has_cancelled). `None` if the answer came before.
+    /// [later](Self::has_unconfirmed_cancels). `None` if the answer came before.
     pub fn cancel(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
         if let Some(called) = pending.called {
-            let due = called + SETTLE;
+            let due = called + CANCEL_DELAY;
             let mut cancelled = Cancelled { due, told: 0 };
             cancelled.tell(id, now, out);
             if self.cancelled.len() < MAX_CANCELLED {
@@ -311,13 +358,13 @@ impl<T, P: Payload> Persistent<T, P> {
     }
 
     /// Whether there are cancelled calls of which the daemon has not said that it knows.
-    pub fn has_cancelled(&self) -> bool {
+    pub fn has_unconfirmed_cancels(&self) -> bool {
         !self.cancelled.is_empty()
     }
 
-    /// To be called every [`REMIND`] while [`has_cancelled`](Self::has_cancelled): cancels what was
+    /// To be called every [`CANCEL_INTERVAL`] while [`has_unconfirmed_cancels`](Self::has_unconfirmed_cancels): cancels what was
     /// too young for it, and again what the daemon may not have understood.
-    pub fn remind(&mut self, now: Instant, out: &mut BytesMut) {
+    pub fn repeat_cancels(&mut self, now: Instant, out: &mut BytesMut) {
         self.cancelled.retain(|id, cancelled| {
             cancelled.tell(id, now, out);
             cancelled.told < MAX_TOLD
@@ -355,7 +402,7 @@ impl<T, P: Payload> Persistent<T, P> {
     /// Says good-bye: replies to all calls at work with an error, and tells of all of ours that
     /// nobody waits any more, however young: there is no later. Those that wait stay
     /// [pending](Self::take_pending).
-    pub fn leave(&mut self, error: &str, out: &mut BytesMut) {
+    pub fn shut_down(&mut self, error: &str, out: &mut BytesMut) {
         let unanswered = std::mem::take(&mut self.unanswered);
         for (id, _) in unanswered.iter().filter(|(_, call)| !call.cancelled) {
             self.put_error(out, id, error);
@@ -399,11 +446,11 @@ impl<T, P: Payload> Persistent<T, P> {
 
     /// The rest of the room for the payload being received, which the driver may read into
     /// directly. [`payload_filled`](Self::payload_filled) must follow.
-    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
-        self.reader.payload_room()
+    pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
+        self.reader.payload_buffer()
     }
 
-    /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
+    /// Notes that `count` bytes were read into [`payload_buffer`](Self::payload_buffer).
     pub fn payload_filled(&mut self, count: usize) {
         self.reader.payload_filled(count);
     }
@@ -423,7 +470,7 @@ impl<T, P: Payload> Persistent<T, P> {
 
     /// Input was not wanted for long enough. From now on it is: calls over the limit are refused,
     /// for the sake of what comes behind them, as cancels, or the end.
-    pub fn press_on(&mut self) {
+    pub fn stop_back_pressure(&mut self) {
         self.pressed = self.exceeds(1);
     }
 
@@ -517,7 +564,7 @@ impl<T, P: Payload> Persistent<T, P> {
         let Pending { token, called } = self.pending.remove(id)?;
         if called.is_none() {
             let error = Error::Unexpected("a reply to what is no call".to_owned());
-            return Some(UnaryEvent::Broken { token, error });
+            return Some(UnaryEvent::InvalidReply { token, error });
         }
         Some(event(token))
     }
@@ -525,14 +572,14 @@ impl<T, P: Payload> Persistent<T, P> {
     /// As `came`, for all messages that are no calls and no replies.
     fn rarely(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
         match message {
-            Message::BrokenCall { id } => {
-                let reason = Cow::Borrowed(BROKEN_CALL);
-                Some(UnaryEvent::Unserved { id, reason })
+            Message::InvalidCall { id } => {
+                let reason = Cow::Borrowed(INVALID_CALL);
+                Some(UnaryEvent::Rejected { id, reason })
             }
             Message::HandlerError { id, error } => {
                 self.replied(&id, |token| UnaryEvent::HandlerFailed { token, error })
             }
-            Message::EmptyReply { id } => self.replied(&id, |token| UnaryEvent::Broken {
+            Message::EmptyReply { id } => self.replied(&id, |token| UnaryEvent::InvalidReply {
                 token,
                 error: empty_reply(),
             }),
@@ -575,7 +622,7 @@ impl<T, P: Payload> Persistent<T, P> {
         };
         if field == Some(u64::from(CALL)) {
             let reason = Cow::Owned(why_skipped(&error));
-            return Some(UnaryEvent::Unserved { id, reason });
+            return Some(UnaryEvent::Rejected { id, reason });
         }
         if field == Some(u64::from(CANCEL)) {
             return self.cancel_came(id);
@@ -613,7 +660,7 @@ impl<T, P: Payload> Persistent<T, P> {
                 message: "PersistentConnectionResponse",
                 field: "callUnaryResponse",
             };
-            UnaryEvent::Broken { token, error }
+            UnaryEvent::InvalidReply { token, error }
         } else {
             UnaryEvent::Acknowledged { token }
         })
@@ -630,11 +677,11 @@ impl<T, P: Payload> Persistent<T, P> {
     ) -> UnaryEvent<T, P> {
         if self.exceeds(if self.pressed { 1 } else { 4 }) {
             let reason = Cow::Borrowed("busy: too many calls at once");
-            return UnaryEvent::Unserved { id, reason };
+            return UnaryEvent::Rejected { id, reason };
         }
         if self.unanswered.contains_key(&id) {
             let reason = Cow::Borrowed("a call with the same id is at work");
-            return UnaryEvent::Unserved { id, reason };
+            return UnaryEvent::Rejected { id, reason };
         }
         let call = Incoming {
             size,

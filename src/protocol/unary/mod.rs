@@ -10,20 +10,20 @@ pub mod server;
 mod skip;
 mod wire;
 
-pub use client::{Persistent, UnaryEvent, UnaryLimits};
+pub use client::{PersistentClient, UnaryEvent, UnaryLimits};
 pub use wire::{CallId, Payload, Receiving, MAX_PROTOBUF};
 
 use std::time::Duration;
 
 /// How much one read takes that is not into a payload's own place, in bytes.
-pub const READ: usize = 64 * 1024;
+pub const READ_SIZE: usize = 64 * 1024;
 
 /// What is read behind a payload in the same system call, so that the next head comes with it, and
 /// enough of a payload of 64 KiB, or of twice that, for room to be made for it.
-pub const BEHIND: usize = 8 * 1024;
+pub const LOOK_AHEAD: usize = 8 * 1024;
 
 /// How much is read before others get a turn, in bytes.
-pub const TURN: usize = 1024 * 1024;
+pub const READ_BUDGET: usize = 1024 * 1024;
 
 /// While more than this waits to be sent, in bytes, callers wait, …
 pub const HIGH_WATER: usize = 1024 * 1024;
@@ -43,7 +43,7 @@ pub const HOLD: Duration = Duration::from_secs(5);
 
 /// How old a call is, at the least, when the daemon is told to cancel it: hivemind's crashes on a
 /// cancel that it takes while it begins the call (it writes a reply that is nil).
-pub const SETTLE: Duration = Duration::from_millis(20);
+pub const CANCEL_DELAY: Duration = Duration::from_millis(20);
 
 /// How often what is to be said of cancelled calls is.
-pub const REMIND: Duration = Duration::from_millis(50);
+pub const CANCEL_INTERVAL: Duration = Duration::from_millis(50);

@@ -3,7 +3,7 @@
 use super::wire::{
     call_len, check_size, cut, empty_reply, head_len, put_call, put_cancel, put_handler_error,
     put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
-    Head, IdHasher, Message, Payload, Reader, Receiving, ADD_HANDLER, BROKEN_CALL, CALL, CANCEL,
+    Head, IdHasher, Message, Payload, Reader, Receiving, ADD_HANDLER, CALL, CANCEL, INVALID_CALL,
     REMOVE_HANDLER,
 };
 use crate::pb::p2pd;
@@ -37,6 +37,29 @@ impl Default for ServerLimits {
             max_calls: 64 * 1024,
             max_call_bytes: 1 << 30,
         }
+    }
+}
+
+impl ServerLimits {
+    /// Sets [`max_message`](Self::max_message), in bytes.
+    #[must_use]
+    pub fn with_max_message(mut self, bytes: usize) -> Self {
+        self.max_message = bytes;
+        self
+    }
+
+    /// Sets [`max_calls`](Self::max_calls).
+    #[must_use]
+    pub fn with_max_calls(mut self, calls: usize) -> Self {
+        self.max_calls = calls;
+        self
+    }
+
+    /// Sets [`max_call_bytes`](Self::max_call_bytes).
+    #[must_use]
+    pub fn with_max_call_bytes(mut self, bytes: usize) -> Self {
+        self.max_call_bytes = bytes;
+        self
     }
 }
 
@@ -94,7 +117,7 @@ pub enum ServerEvent<T, P> {
         error: String,
     },
     /// The client's reply is invalid or too large. Only this call fails.
-    BrokenReply {
+    InvalidReply {
         /// The call that the client was given.
         token: T,
         /// What is wrong with it.
@@ -144,11 +167,11 @@ pub enum Offered<'a, 't, T> {
 /// ```
 /// use bytes::BytesMut;
 /// use p2pd_protocol::unary::server::{PersistentServer, ServerEvent, ServerLimits};
-/// use p2pd_protocol::{Persistent, UnaryEvent, UnaryLimits};
+/// use p2pd_protocol::{PersistentClient, UnaryEvent, UnaryLimits};
 /// use std::time::Instant;
 ///
 /// let mut server = PersistentServer::<(), Vec<u8>>::new([1; 32], ServerLimits::default());
-/// let mut client = Persistent::<&str, Vec<u8>>::new([2; 32], UnaryLimits::default());
+/// let mut client = PersistentClient::<&str, Vec<u8>>::new([2; 32], UnaryLimits::default());
 ///
 /// let mut out = BytesMut::new();
 /// client.call(b"peer", "echo", 2, "my call", Instant::now(), &mut out)?;
@@ -337,11 +360,11 @@ impl<T, P: Payload> PersistentServer<T, P> {
 
     /// The rest of the room for the payload being received, which the driver may read into
     /// directly. [`payload_filled`](Self::payload_filled) must follow.
-    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
-        self.reader.payload_room()
+    pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
+        self.reader.payload_buffer()
     }
 
-    /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
+    /// Notes that `count` bytes were read into [`payload_buffer`](Self::payload_buffer).
     pub fn payload_filled(&mut self, count: usize) {
         self.reader.payload_filled(count);
     }
@@ -413,7 +436,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 payload,
                 size,
             } => Some(self.called(id, peer, protocol, payload, size)),
-            Message::BrokenCall { id } => Some(self.reject(id, BROKEN_CALL)),
+            Message::InvalidCall { id } => Some(self.reject(id, INVALID_CALL)),
             Message::Reply { id, payload } => {
                 let token = self.handled.remove(&id);
                 token.map(|token| ServerEvent::Reply { token, payload })
@@ -425,7 +448,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
             Message::EmptyReply { id } => {
                 let error = empty_reply();
                 let token = self.handled.remove(&id);
-                token.map(|token| ServerEvent::BrokenReply { token, error })
+                token.map(|token| ServerEvent::InvalidReply { token, error })
             }
             Message::UnwantedReply { .. } => None,
             Message::Other { id, field, content } => self.other(id, field, content)?,
@@ -512,7 +535,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
     ) -> Option<ServerEvent<T, P>> {
         if field == Some(u64::from(Direction::ToDaemon.reply())) {
             let token = self.handled.remove(&id)?;
-            return Some(ServerEvent::BrokenReply { token, error });
+            return Some(ServerEvent::InvalidReply { token, error });
         }
         if field == Some(u64::from(CANCEL)) {
             return self.finish(&id).then_some(ServerEvent::Cancelled { id });

@@ -43,8 +43,8 @@ pub(super) const REMOVE_HANDLER: u32 = 6;
 /// The field of a cancel, in both directions.
 pub(super) const CANCEL: u32 = 5;
 
-/// Why a [`Message::BrokenCall`] is refused.
-pub(super) const BROKEN_CALL: &str = "the call has no peer, protocol or data";
+/// Why a [`Message::InvalidCall`] is refused.
+pub(super) const INVALID_CALL: &str = "the call has no peer, protocol or data";
 
 /// The error of a [`Message::EmptyReply`].
 pub(super) fn empty_reply() -> Error {
@@ -152,7 +152,7 @@ pub(super) enum Message<P> {
         size: usize,
     },
     /// A call without a peer, a protocol or data. A peer wrote it, so only that call fails.
-    BrokenCall { id: CallId },
+    InvalidCall { id: CallId },
     /// What a handler returned.
     Reply { id: CallId, payload: P },
     /// A handler's error.
@@ -362,14 +362,14 @@ impl<P: Payload> Reader<P> {
 
     /// The rest of the room for the payload being received, which the driver may read into
     /// directly. [`payload_filled`](Self::payload_filled) must follow.
-    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
+    pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
         match &mut self.body {
             Body::Payload(receiving) => Some(receiving.room()),
             _ => None,
         }
     }
 
-    /// Notes that `count` bytes were read into [`payload_room`](Self::payload_room).
+    /// Notes that `count` bytes were read into [`payload_buffer`](Self::payload_buffer).
     pub fn payload_filled(&mut self, count: usize) {
         if let Body::Payload(receiving) = &mut self.body {
             receiving.filled(count);
@@ -532,7 +532,7 @@ fn read_call<P: Payload>(id: CallId, mut fields: Fields<'_>) -> Message<P> {
         }
     }
     let (Some(peer), Some(protocol), Some(data)) = (peer, protocol, data) else {
-        return Message::BrokenCall { id };
+        return Message::InvalidCall { id };
     };
     Message::Call {
         id,

@@ -7,12 +7,12 @@ use super::p2pd::{
 use super::*;
 use crate::framing::encode_frame;
 use crate::unary::wire::{put_field, scan, Head, Scan, DIRECT, KEPT_BUFFER};
-use crate::unary::{MAX_PROTOBUF, READ};
+use crate::unary::{MAX_PROTOBUF, READ_SIZE};
 use proptest::prelude::*;
 use prost::encoding::{encode_varint, WireType};
 use std::sync::OnceLock;
 
-type Connection = Persistent<u32, Vec<u8>>;
+type Connection = PersistentClient<u32, Vec<u8>>;
 type Event = UnaryEvent<u32, Vec<u8>>;
 
 /// When all calls are made.
@@ -23,11 +23,11 @@ fn now() -> Instant {
 
 /// When they are old enough to be cancelled at once.
 fn later() -> Instant {
-    now() + SETTLE
+    now() + CANCEL_DELAY
 }
 
 fn connection(limits: UnaryLimits) -> Connection {
-    Persistent::new([1; 32], limits)
+    PersistentClient::new([1; 32], limits)
 }
 
 fn response(id: CallId, message: Option<response::Message>) -> Vec<u8> {
@@ -70,7 +70,7 @@ fn feed(connection: &mut Connection, bytes: &[u8], sizes: &[usize]) -> Result<Ve
         let (piece, tail) = rest.split_at((*size).min(rest.len()));
         rest = tail;
         let mut input = piece;
-        if let Some(room) = connection.payload_room() {
+        if let Some(room) = connection.payload_buffer() {
             let count = room.len().min(input.len());
             room[..count].copy_from_slice(&input[..count]);
             connection.payload_filled(count);
@@ -249,7 +249,10 @@ fn a_call_that_is_only_acknowledged_is_broken_and_the_connection_is_not() {
     let mut bytes = response(id, None);
     bytes.extend(response(added, None));
     let events = feed(&mut connection, &bytes, &[1000]).unwrap();
-    assert!(matches!(events[0], UnaryEvent::Broken { token: 1, .. }));
+    assert!(matches!(
+        events[0],
+        UnaryEvent::InvalidReply { token: 1, .. }
+    ));
     assert_eq!(events[1], UnaryEvent::Acknowledged { token: 2 });
 }
 
@@ -288,7 +291,7 @@ fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
     connection.add_handler("x", false, 2, &mut out).unwrap();
     feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
     out.clear();
-    connection.leave("gone", &mut out);
+    connection.shut_down("gone", &mut out);
     let messages = sent(out);
     let ids: Vec<_> = messages.iter().map(|m| m.call_id.as_deref()).collect();
     assert_eq!(ids, [Some(&[5; 16][..]), Some(&mine[..])]);
@@ -309,7 +312,7 @@ fn a_cancelled_call_is_at_work_until_its_handler_has_ended() {
     let cancel = response([5; 16], Some(response::Message::Cancel(p2pd::Cancel {})));
     let bytes = [call([5; 16], b"ping"), cancel, call([5; 16], b"again")].concat();
     let events = feed(&mut connection, &bytes, &[1000]).unwrap();
-    assert!(matches!(events[2], UnaryEvent::Unserved { .. }));
+    assert!(matches!(events[2], UnaryEvent::Rejected { .. }));
     assert_eq!(connection.unanswered(), 1);
     assert!(!connection.wants_input());
     connection.reply_error(&[5; 16], "cancelled", &mut BytesMut::new());
@@ -358,7 +361,10 @@ fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
         let events = feed(&mut connection, &bytes, &[1000]).unwrap();
         let payload = b"reply".to_vec();
         assert_eq!(events[0], UnaryEvent::Reply { token: 1, payload });
-        assert!(matches!(events[1], UnaryEvent::Broken { token: 2, .. }));
+        assert!(matches!(
+            events[1],
+            UnaryEvent::InvalidReply { token: 2, .. }
+        ));
         let UnaryEvent::Call {
             protocol, payload, ..
         } = &events[2]
@@ -369,7 +375,7 @@ fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
             (protocol.as_str(), &payload[..]),
             ("\u{fffd}", &b"data"[..])
         );
-        assert!(matches!(events[3], UnaryEvent::Unserved { id, .. } if id == [8; 16]));
+        assert!(matches!(events[3], UnaryEvent::Rejected { id, .. } if id == [8; 16]));
     }
 }
 
@@ -392,14 +398,14 @@ fn calls_over_the_limit_are_refused_once_they_were_held_back_for_long() {
         ..UnaryLimits::default()
     };
     let mut connection = connection(limits);
-    connection.press_on();
+    connection.stop_back_pressure();
     let bytes = [call([1; 16], b""), call([2; 16], b"")].concat();
     feed(&mut connection, &bytes, &[1000]).unwrap();
     assert!(!connection.wants_input());
-    connection.press_on();
+    connection.stop_back_pressure();
     assert!(connection.wants_input());
     let events = feed(&mut connection, &call([3; 16], b""), &[1000]).unwrap();
-    assert!(matches!(events[..], [UnaryEvent::Unserved { .. }]));
+    assert!(matches!(events[..], [UnaryEvent::Rejected { .. }]));
     for id in 1..=2u8 {
         connection.reply_error(&[id; 16], "no", &mut BytesMut::new());
     }
@@ -413,19 +419,19 @@ fn the_daemon_is_reminded_less_and_less_of_what_it_has_not_confirmed_to_be_cance
     let mut out = BytesMut::new();
     let lost = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     let known = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
-    assert!(!connection.has_cancelled());
+    assert!(!connection.has_unconfirmed_cancels());
     connection.cancel(&lost, later(), &mut out);
     connection.cancel(&known, later(), &mut out);
     let cancelled = response(known, Some(response::Message::Cancel(p2pd::Cancel {})));
     assert_eq!(feed(&mut connection, &cancelled, &[1000]).unwrap(), []);
     out.clear();
-    connection.remind(later(), &mut out);
+    connection.repeat_cancels(later(), &mut out);
     assert!(out.is_empty(), "too soon");
     let mut when = Vec::new();
     let mut ticks = 0;
-    while connection.has_cancelled() {
+    while connection.has_unconfirmed_cancels() {
         ticks += 1;
-        connection.remind(later() + REMIND * ticks, &mut out);
+        connection.repeat_cancels(later() + CANCEL_INTERVAL * ticks, &mut out);
         let reminders = sent(out.split());
         if let [reminder] = &reminders[..] {
             assert_eq!(reminder.call_id.as_deref(), Some(&lost[..]));
@@ -447,13 +453,13 @@ fn a_call_that_was_just_made_is_cancelled_when_it_is_old_enough() {
     for (id, token) in [(young, 1), (answered, 2)] {
         assert_eq!(connection.cancel(&id, now(), &mut out), Some(token));
     }
-    connection.remind(now(), &mut out);
+    connection.repeat_cancels(now(), &mut out);
     assert!(out.is_empty(), "too soon");
     assert_eq!(
         feed(&mut connection, &reply(answered, b"yes"), &[1000]),
         Ok(vec![])
     );
-    connection.remind(later(), &mut out);
+    connection.repeat_cancels(later(), &mut out);
     let cancels = sent(out);
     assert_eq!(cancels.len(), 1);
     assert_eq!(cancels[0].call_id.as_deref(), Some(&young[..]));
@@ -466,11 +472,11 @@ fn who_leaves_cancels_what_the_daemon_was_to_be_told_later() {
     let young = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     connection.cancel(&young, now(), &mut out);
     out.clear();
-    connection.leave("gone", &mut out);
+    connection.shut_down("gone", &mut out);
     let cancels = sent(out);
     assert_eq!(cancels.len(), 1);
     assert_eq!(cancels[0].call_id.as_deref(), Some(&young[..]));
-    assert!(!connection.has_cancelled());
+    assert!(!connection.has_unconfirmed_cancels());
 }
 
 #[test]
@@ -482,10 +488,10 @@ fn a_large_late_reply_ends_the_reminders_in_whatever_pieces_it_comes() {
             .call(b"peer", "echo", 0, 1, now(), &mut out)
             .unwrap();
         connection.cancel(&id, later(), &mut out);
-        assert!(connection.has_cancelled());
+        assert!(connection.has_unconfirmed_cancels());
         let events = feed(&mut connection, &reply(id, &[7; DIRECT]), &[size]).unwrap();
         assert_eq!(events, []);
-        assert!(!connection.has_cancelled());
+        assert!(!connection.has_unconfirmed_cancels());
     }
 }
 
@@ -555,7 +561,7 @@ fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
     let events = feed(&mut connection, &call([9; 16], b""), &[1000]).unwrap();
     let reason = "busy: too many calls at once".into();
     let id9 = [9; 16];
-    assert_eq!(events, [UnaryEvent::Unserved { id: id9, reason }]);
+    assert_eq!(events, [UnaryEvent::Rejected { id: id9, reason }]);
     connection.cancel(&id, later(), &mut out);
     for id in 0..7u8 {
         assert!(!connection.wants_input());
@@ -587,7 +593,7 @@ fn a_second_call_with_an_id_that_is_at_work_is_refused() {
     let reason = "a call with the same id is at work".into();
     assert_eq!(
         events[1],
-        UnaryEvent::Unserved {
+        UnaryEvent::Rejected {
             id: [1; 16],
             reason
         }
@@ -679,7 +685,7 @@ fn a_call_over_the_limit_is_refused_with_its_size_and_the_limit() {
     let size = size_of(&oversized, 2);
     let bytes = [oversized, call([6; 16], b"ping")].concat();
     let events = feed(&mut connection, &bytes, &[300]).unwrap();
-    let [UnaryEvent::Unserved { id, reason }, UnaryEvent::Call { .. }] = &events[..] else {
+    let [UnaryEvent::Rejected { id, reason }, UnaryEvent::Call { .. }] = &events[..] else {
         panic!("{events:?}")
     };
     assert_eq!(*id, [5; 16]);
@@ -788,7 +794,7 @@ fn a_late_answer_over_the_limit_confirms_a_cancel() {
     connection.cancel(&id, later(), &mut out);
     let events = feed(&mut connection, &reply(id, &[0; 5000]), &[999]).unwrap();
     assert_eq!(events, []);
-    assert!(!connection.has_cancelled());
+    assert!(!connection.has_unconfirmed_cancels());
 }
 
 #[test]
@@ -820,7 +826,7 @@ fn a_frame_over_the_limit_is_not_stored() {
     let megabyte = vec![0x12; 1 << 20];
     for _ in 1..64 {
         assert_eq!(connection.poll(&mut &megabyte[..]), Ok(None));
-        assert!(connection.payload_room().is_none());
+        assert!(connection.payload_buffer().is_none());
         assert!(connection.reader.buffer.capacity() < KEPT_BUFFER);
     }
     assert_eq!(
@@ -844,7 +850,7 @@ fn the_buffer_of_a_large_frame_is_not_kept() {
     // The second is laid out in another way, so that all of it is buffered.
     let unusual = frame_of(&[(2, b""), (99, &payload), (1, &[5; 16])]);
     for frame in [call([5; 16], &payload), unusual] {
-        feed(&mut connection, &frame, &[READ]).unwrap();
+        feed(&mut connection, &frame, &[READ_SIZE]).unwrap();
         assert!(connection.reader.buffer.is_empty());
         assert!(connection.reader.buffer.capacity() <= 2 * KEPT_BUFFER);
     }
@@ -889,7 +895,7 @@ impl Payload for NoRoom {
 
 #[test]
 fn a_reply_for_which_there_is_no_memory_fails_its_call_alone() {
-    let mut connection = Persistent::<u32, NoRoom>::new([1; 32], UnaryLimits::default());
+    let mut connection = PersistentClient::<u32, NoRoom>::new([1; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let large = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     let small = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
@@ -931,7 +937,7 @@ fn limits_that_are_set_later_act_on_the_next_message() {
     assert_eq!(feed(&mut connection, &oversized[..50], &[50]), Ok(vec![]));
     connection.set_limits(open);
     let events = feed(&mut connection, &oversized[50..], &[50]).unwrap();
-    assert!(matches!(events[..], [UnaryEvent::Unserved { .. }]));
+    assert!(matches!(events[..], [UnaryEvent::Rejected { .. }]));
     connection
         .call(b"p", "x", 2000, 2, now(), &mut out)
         .unwrap();
@@ -944,7 +950,7 @@ fn limits_that_are_set_later_act_on_the_next_message() {
         ..open
     });
     assert!(!connection.wants_input());
-    connection.press_on();
+    connection.stop_back_pressure();
     assert!(connection.wants_input());
     connection.set_limits(open);
     let events = feed(&mut connection, &call([6; 16], b""), &[50]).unwrap();

@@ -2,13 +2,13 @@
 
 use super::*;
 use crate::framing::encode_frame;
-use crate::{Persistent, UnaryEvent, UnaryLimits};
+use crate::{PersistentClient, UnaryEvent, UnaryLimits};
 use p2pd::persistent_connection_request::Message as ToDaemon;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
 
 type Server = PersistentServer<u32, Vec<u8>>;
-type Client = Persistent<u32, Vec<u8>>;
+type Client = PersistentClient<u32, Vec<u8>>;
 type Event = ServerEvent<u32, Vec<u8>>;
 
 fn server() -> Server {
@@ -16,7 +16,7 @@ fn server() -> Server {
 }
 
 fn client() -> Client {
-    Persistent::new([2; 32], UnaryLimits::default())
+    PersistentClient::new([2; 32], UnaryLimits::default())
 }
 
 /// Feeds the server in pieces of these sizes, in turn, some of it as a driver reads payloads.
@@ -27,7 +27,7 @@ fn feed(server: &mut Server, bytes: &[u8], sizes: &[usize]) -> Result<Vec<Event>
         let size = (*sizes.next().unwrap()).min(rest.len());
         let (mut piece, tail) = rest.split_at(size);
         rest = tail;
-        if let Some(room) = server.payload_room() {
+        if let Some(room) = server.payload_buffer() {
             let count = room.len().min(piece.len());
             room[..count].copy_from_slice(&piece[..count]);
             piece = &piece[count..];
@@ -322,7 +322,7 @@ fn an_oversized_message_fails_its_call_alone() {
     };
     let bytes = request(id, Some(ToDaemon::UnaryResponse(reply)));
     let events = feed(&mut server, &bytes, &[100]).unwrap();
-    assert!(matches!(events[..], [Event::BrokenReply { token: 5, .. }]));
+    assert!(matches!(events[..], [Event::InvalidReply { token: 5, .. }]));
     call(&mut server, [2; 16], b"");
     let mut out = BytesMut::new();
     assert!(!server.reply(&[2; 16], 2000, &mut out));
