@@ -1,5 +1,5 @@
-"""Public attributes that are set after creation: each that the originals read at each use acts, or
-refuses to be set. The originals' sources say which there are."""
+"""Public attributes set after creation. Each attribute that the original packages read on each use
+takes effect, or cannot be set. The list is derived from the originals' source."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ Proof: TypeAlias = "Callable[[Layer], Awaitable[None]]"
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons that outlive their clients."""
+    """Two daemons that keep running when their clients leave."""
     with DaemonProcess("-dhtServer") as one, DaemonProcess("-dhtServer") as other:
         for daemon in (one, other):
             daemon.keep()
         yield one, other
 
 
-# --- the attributes that there are ---
+# --- the attributes of the originals ---
 
 
 def attributes(*sources: str) -> set[str]:
-    """The public attributes that classes assign, as ``Class.attribute``."""
+    """Names of the public attributes that classes assign, as ``Class.attribute``."""
     found = set()
     for source in sources:
         for cls in ast.parse(source).body:
@@ -89,11 +89,11 @@ def of_hivemind() -> set[str]:
     return attributes(*((bindings / f"{name}.py").read_text() for name in ("control", "p2pclient")))
 
 
-# --- what each does ---
+# --- the effect of each attribute ---
 
 
 class Layer:
-    """One of the APIs, with two daemons to be a client of."""
+    """One of the three APIs, with two daemons."""
 
     def __init__(self, two: tuple[DaemonProcess, DaemonProcess]) -> None:
         self.one, self.other = two
@@ -101,7 +101,7 @@ class Layer:
         self.listen = f"/unix{new_directory()}/listen.sock"
 
     async def client(self) -> Any:
-        """A client of the first daemon."""
+        """Returns a client of the first daemon."""
         raise NotImplementedError
 
     def maddr(self, text: str) -> Any:
@@ -191,7 +191,7 @@ async def control_maddr(layer: Layer) -> None:
 
 
 async def requests_in_flight(layer: Layer) -> None:
-    """Those made before the address is set are answered by the former daemon."""
+    """Requests in flight when the address is set are answered by either daemon."""
     client = await layer.client()
     await client.identify()
     peers: list[str] = []
@@ -227,7 +227,7 @@ async def listen_maddr(layer: Layer) -> None:
     async with client.listen():
         dial(first).close()
         await client.stream_handler("attributes", layer.handler(b"hello"))
-        # Registrations from now on name this one.
+        # Applies to later registrations.
         client.control.listen_maddr = layer.maddr(second)
         assert client.control.listen_maddr == layer.maddr(second)
         dial(first).close()
@@ -264,7 +264,7 @@ def dial(listen: str) -> socket.socket:
 
 
 async def greeting(layer: Layer) -> bytes:
-    """What a handler says to a stream of ``/echo``."""
+    """What the handler sends on a new stream of ``/echo``."""
     with dial(layer.listen) as connection:
         connection.sendall(frame(STREAM_INFO))
         connection.setblocking(False)
@@ -276,7 +276,7 @@ async def greeting(layer: Layer) -> bytes:
 
 
 def part(name: str) -> Proof:
-    """One part of a client is replaced by that of another client."""
+    """Replaces one sub-client of a client."""
 
     async def proof(layer: Layer) -> None:
         client = await layer.client()
@@ -296,7 +296,7 @@ def part(name: str) -> Proof:
 
 
 def connector_of(name: str, call: str, *arguments: object) -> Proof:
-    """The connector of one part of a client is replaced."""
+    """Replaces the connector of one sub-client."""
 
     async def proof(layer: Layer) -> None:
         client = await layer.client()
@@ -332,16 +332,16 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def a_logger() -> tuple[logging.Logger, list[str]]:
+def recording_logger() -> tuple[logging.Logger, list[str]]:
     lines = Lines()
-    logger = logging.Logger("one of a program", logging.DEBUG)
+    logger = logging.Logger("of the program", logging.DEBUG)
     logger.addHandler(lines)
     return logger, lines.lines
 
 
 async def connectors_logger(layer: Layer) -> None:
     client = await layer.client()
-    client.control.daemon_connector.logger, lines = a_logger()
+    client.control.daemon_connector.logger, lines = recording_logger()
     await client.identify()
     assert any("opens connection to" in line for line in lines)
     await layer.close(client)
@@ -349,7 +349,7 @@ async def connectors_logger(layer: Layer) -> None:
 
 async def controls_logger(layer: Layer) -> None:
     client = await layer.client()
-    client.control.logger, lines = a_logger()
+    client.control.logger, lines = recording_logger()
     async with client.listen():
         assert await greeting(layer) == b""
     assert any("no handler for the protocol" in line for line in lines)
@@ -370,7 +370,7 @@ def of_config(name: str, shown: str) -> Proof:
 
 
 def default(cls: type, name: str) -> Proof:
-    """A class attribute with an address that is used where none is given."""
+    """Changes a class attribute that holds a default address."""
 
     async def proof(layer: Layer) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -399,8 +399,8 @@ async def proto_code(layer: Layer) -> None:
         connector.proto_code = 400
 
 
-async def the_next_persistent_connection(layer: Layer) -> None:
-    """One that is open stays; a new one goes to the daemon that is set."""
+async def new_persistent_connection(layer: Layer) -> None:
+    """An open connection stays; a new one goes to the daemon that is set."""
     client = await layer.client()
     here = await layer.peer_of(client)
 
@@ -409,7 +409,7 @@ async def the_next_persistent_connection(layer: Layer) -> None:
 
     await client.add_unary_handler("attributes", handler)
     client.control.daemon_connector.control_maddr = layer.maddr(layer.other.control_maddr)
-    # Its registration is at the first daemon still.
+    # The handler is still registered with the first daemon.
     assert await layer.peer_of(client) != here
     await client.remove_unary_handler("attributes")
     await layer.close(client)
@@ -420,7 +420,9 @@ async def the_next_persistent_connection(layer: Layer) -> None:
     await client.add_unary_handler("attributes", handler)
     client.control.daemon_connector.control_maddr = layer.maddr(layer.one.control_maddr)
     taken = await layer.client()
-    await taken.add_unary_handler("attributes", handler)  # which the other daemon has, not this
+    await taken.add_unary_handler(
+        "attributes", handler
+    )  # registered with the other daemon, free here
     for each in (client, taken):
         await each.remove_unary_handler("attributes")
         await layer.close(each)
@@ -460,7 +462,7 @@ OF_P2PCLIENT: dict[str, Proof] = {
     "config.control_maddr_str": of_config("control_maddr_str", "daemon_connector.control_maddr"),
     "config.listen_maddr_str": of_config("listen_maddr_str", "listen_maddr"),
 }
-#: Those of unary calls are looked at with those.
+#: Covered by the tests of unary calls.
 UNARY = {"ControlClient.persistent_conn_max_msg_size", "ControlClient.unary_handlers"}
 OF_HIVEMIND: dict[str, Proof] = {
     **OF_ALL,
@@ -485,33 +487,35 @@ OF_OURS: dict[str, Proof] = {
 
 
 @pytest.mark.parametrize("name", OF_OURS)
-async def test_of_our_own(name: str, two: tuple[DaemonProcess, DaemonProcess]) -> None:
+async def test_attribute_of_the_client(name: str, two: tuple[DaemonProcess, DaemonProcess]) -> None:
     await OF_OURS[name](Own(two))
 
 
-def test_each_of_p2pclients_is_in_the_table() -> None:
+def test_table_has_every_attribute_of_p2pclient() -> None:
     assert set(OF_P2PCLIENT) == of_p2pclient()
 
 
 @pytest.mark.parametrize("name", OF_P2PCLIENT)
-async def test_of_p2pclients(name: str, two: tuple[DaemonProcess, DaemonProcess]) -> None:
+async def test_attribute_of_the_p2pclient_layer(
+    name: str, two: tuple[DaemonProcess, DaemonProcess]
+) -> None:
     await OF_P2PCLIENT[name](P2P(two))
 
 
-def test_each_of_hiveminds_is_in_the_table() -> None:
+def test_table_has_every_attribute_of_hivemind() -> None:
     assert set(OF_HIVEMIND) | UNARY == of_hivemind()
 
 
 @pytest.mark.parametrize("name", [*OF_HIVEMIND, "the next persistent connection"])
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
-async def test_of_hiveminds(
+async def test_attribute_of_the_hivemind_layer(
     name: str, two: tuple[DaemonProcess, DaemonProcess], anyio_backend: Any
 ) -> None:
-    proof = OF_HIVEMIND.get(name, the_next_persistent_connection)
+    proof = OF_HIVEMIND.get(name, new_persistent_connection)
     await proof(Hivemind(two))
 
 
-async def test_an_invalid_address_is_refused_and_nothing_is_changed() -> None:
+async def test_invalid_address_is_refused_and_changes_nothing() -> None:
     connector = p2pclient_rs.connector.DaemonConnector("/ip4/127.0.0.1/tcp/4001")
     with pytest.raises(InvalidMultiaddr):
         connector.control_maddr = "/no/such"

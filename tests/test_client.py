@@ -1,4 +1,4 @@
-"""Every request against real daemons: connections, the DHT, the connection manager, pubsub."""
+"""Every request against real daemons: control, the DHT, the connection manager, pubsub."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.anyio
 
 
 class HasBytes:
-    """Another library's peer id or multiaddr."""
+    """A peer id or multiaddr of another library."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -55,7 +55,7 @@ class HasBytes:
 
 
 def greeter(name: bytes) -> Callable[[Any, Stream], Awaitable[None]]:
-    """A handler that sends ``name`` and closes the stream."""
+    """Returns a stream handler that sends ``name`` and closes the stream."""
 
     async def greet(info: Any, stream: Stream) -> None:
         async with stream:
@@ -65,7 +65,7 @@ def greeter(name: bytes) -> Callable[[Any, Stream], Awaitable[None]]:
 
 
 async def greeting(client: Client, peer_id: PeerID, protocol: str) -> bytes:
-    """What a greeter at a peer sends."""
+    """Opens a stream and returns what the greeter sends."""
     _, stream = await client.stream_open(peer_id, [protocol])
     async with stream:
         return await stream.read()
@@ -73,7 +73,7 @@ async def greeting(client: Client, peer_id: PeerID, protocol: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def plain_daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons that connect to nobody by themselves, as those with a DHT do."""
+    """Two daemons without a DHT, which therefore connect to nobody by themselves."""
     with (
         DaemonProcess(transport=transport) as first,
         DaemonProcess(transport=transport) as second,
@@ -81,8 +81,8 @@ def plain_daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess
         yield first, second
 
 
-async def part(near: Client, far: Client, far_daemon: DaemonProcess) -> None:
-    """Disconnects two clients' daemons."""
+async def disconnect_and_wait(near: Client, far: Client, far_daemon: DaemonProcess) -> None:
+    """Disconnects the daemons of two clients, and waits until both list no peers."""
 
     async def parted() -> None:
         await near.disconnect(far_daemon.peer_id)
@@ -91,10 +91,12 @@ async def part(near: Client, far: Client, far_daemon: DaemonProcess) -> None:
     await eventually(parted)
 
 
-# --- control: who is who ---
+# --- control: identity ---
 
 
-async def test_identify_gives_the_peer_id_and_addresses_that_the_daemon_printed(pair: Pair) -> None:
+async def test_identify_returns_the_peer_id_and_addresses_that_the_daemon_printed(
+    pair: Pair,
+) -> None:
     identity = await pair.alice.identify()
     peer_id, addrs = identity
     assert isinstance(identity, Identity)
@@ -112,7 +114,7 @@ async def test_identify_gives_the_peer_id_and_addresses_that_the_daemon_printed(
         ("unix", "/ip4/127.0.0.1/tcp/0"),
     ],
 )
-async def test_control_and_listen_addresses_can_be_of_any_kind(control: str, listen: str) -> None:
+async def test_control_and_listen_addresses_of_every_kind_work(control: str, listen: str) -> None:
     with DaemonProcess(transport=control) as one, DaemonProcess() as other:
         kind = listen.split("/")[1].replace("dns4", "ip4")
         async with Client(one.control_maddr, listen) as near, other.client() as far, near.listen():
@@ -125,7 +127,7 @@ async def test_control_and_listen_addresses_can_be_of_any_kind(control: str, lis
         assert str(near.control.listen_maddr) == listen
 
 
-async def test_addresses_are_taken_in_every_form(bare_daemon: DaemonProcess) -> None:
+async def test_addresses_are_accepted_in_every_form(bare_daemon: DaemonProcess) -> None:
     text = bare_daemon.control_maddr
     for form in (text, Multiaddr(text), Multiaddr(text).to_bytes(), py_multiaddr.Multiaddr(text)):
         async with Client(form, form) as client:
@@ -133,7 +135,7 @@ async def test_addresses_are_taken_in_every_form(bare_daemon: DaemonProcess) -> 
             assert client.control.listen_maddr == Multiaddr(text)
 
 
-async def test_the_default_addresses_are_that_of_p2pd_and_a_private_one() -> None:
+async def test_default_addresses_are_p2pds_and_a_private_socket() -> None:
     client = Client()
     assert str(client.control.daemon_connector.control_maddr) == "/unix/tmp/p2pd.sock"
     assert str(client.control.listen_maddr).endswith("/listen.sock")
@@ -141,7 +143,7 @@ async def test_the_default_addresses_are_that_of_p2pd_and_a_private_one() -> Non
     assert repr(client) == "<Client /unix/tmp/p2pd.sock>"
 
 
-async def test_queries_at_once_are_each_given_their_own_answer(pair: Pair) -> None:
+async def test_concurrent_queries_get_their_own_replies(pair: Pair) -> None:
     alice, answers = pair.alice, dict[int, Any]()
     identity, topics = await alice.identify(), await alice.pubsub_get_topics()
 
@@ -167,7 +169,7 @@ async def test_connected_peers_list_each_other(
 ) -> None:
     local, remote = plain_daemons
     async with local.client() as near, remote.client() as far:
-        await part(near, far, remote)
+        await disconnect_and_wait(near, far, remote)
         await near.connect(remote.peer_id, remote.addrs)
         (info,) = await near.list_peers()
         assert isinstance(info, PeerInfo)
@@ -177,7 +179,7 @@ async def test_connected_peers_list_each_other(
             assert [info.peer_id for info in await far.list_peers()] == [local.peer_id]
 
         await eventually(listed)
-        await near.connect(remote.peer_id, remote.addrs)  # again
+        await near.connect(remote.peer_id, remote.addrs)  # connecting again is harmless
         assert await near.list_peers() == (info,)
 
 
@@ -193,7 +195,7 @@ PEER_ID_FORMS: dict[str, Callable[[PeerID], Any]] = {
 
 @pytest.mark.needs("disconnect")
 @pytest.mark.parametrize("form", PEER_ID_FORMS.values(), ids=PEER_ID_FORMS)
-async def test_connect_and_disconnect_take_peer_ids_and_addresses_in_every_form(
+async def test_connect_and_disconnect_accept_peer_ids_and_addresses_in_every_form(
     plain_daemons: tuple[DaemonProcess, DaemonProcess], form: Callable[[PeerID], Any]
 ) -> None:
     local, remote = plain_daemons
@@ -208,20 +210,20 @@ async def test_connect_and_disconnect_take_peer_ids_and_addresses_in_every_form(
             [py_multiaddr.Multiaddr(str(addr))],
             ["/ip4/127.0.0.1/tcp/1", str(addr)],
         ):
-            await part(near, far, remote)
+            await disconnect_and_wait(near, far, remote)
             await near.connect(peer_id, addrs)
             assert [info.peer_id for info in await near.list_peers()] == [remote.peer_id]
             await near.disconnect(peer_id)
             assert await near.list_peers() == ()
 
 
-async def test_connecting_with_no_address_works_to_a_peer_connected_already(pair: Pair) -> None:
+async def test_connect_without_addresses_requires_a_connected_peer(pair: Pair) -> None:
     await pair.alice.connect(pair.bob_daemon.peer_id, [])
     with pytest.raises(DaemonRefused):
         await pair.alice.connect(unknown_peer(), [])
 
 
-async def test_connecting_to_another_peer_than_is_there_is_refused(pair: Pair) -> None:
+async def test_connect_is_refused_if_another_peer_answers(pair: Pair) -> None:
     stranger = unknown_peer()
     with pytest.raises(DaemonRefused) as error:
         await pair.alice.connect(stranger, pair.bob_daemon.addrs)
@@ -230,12 +232,12 @@ async def test_connecting_to_another_peer_than_is_there_is_refused(pair: Pair) -
     assert (refused.request, refused.peer_id, refused.protocol) == ("CONNECT", stranger, None)
     assert refused.daemon_message is not None
     assert re.search("peer id mismatch|Peer ID doesn't match", refused.daemon_message)
-    for part in ("CONNECT", str(stranger), refused.daemon_message):
-        assert part in str(refused)
+    for disconnect_and_wait in ("CONNECT", str(stranger), refused.daemon_message):
+        assert disconnect_and_wait in str(refused)
 
 
 @pytest.mark.parametrize("addr", ["/ip4/127.0.0.1/tcp/1", "/unix/tmp/nowhere", "/ip4/127.0.0.1"])
-async def test_connecting_to_an_unusable_address_is_refused(pair: Pair, addr: str) -> None:
+async def test_connect_to_an_unusable_address_is_refused(pair: Pair, addr: str) -> None:
     with pytest.raises(DaemonRefused) as error:
         await pair.alice.connect(unknown_peer(), [addr])
     assert error.value.request == "CONNECT"
@@ -244,14 +246,14 @@ async def test_connecting_to_an_unusable_address_is_refused(pair: Pair, addr: st
 
 
 @pytest.mark.needs("disconnect")
-async def test_disconnecting_from_a_peer_not_connected_is_no_error(pair: Pair) -> None:
+async def test_disconnect_from_an_unconnected_peer_succeeds(pair: Pair) -> None:
     before = await pair.alice.list_peers()
     await pair.alice.disconnect(unknown_peer())
     assert set(before) <= set(await pair.alice.list_peers())
 
 
 @pytest.mark.needs("disconnect")
-async def test_what_the_daemon_cannot_read_as_a_peer_id_it_refuses(pair: Pair) -> None:
+async def test_peer_id_invalid_to_the_daemon_is_refused(pair: Pair) -> None:
     with pytest.raises(DaemonRefused, match="buffer") as error:
         await pair.alice.disconnect(b"\x01\x02")
     assert error.value.peer_id == PeerID(b"\x01\x02")
@@ -260,8 +262,8 @@ async def test_what_the_daemon_cannot_read_as_a_peer_id_it_refuses(pair: Pair) -
 # --- control: streams and handlers ---
 
 
-async def test_stream_open_agrees_on_the_first_protocol_that_the_peer_speaks(pair: Pair) -> None:
-    # The daemon prefers what it remembers that the peer speaks: names that it cannot know yet.
+async def test_stream_open_selects_the_first_protocol_that_the_peer_speaks(pair: Pair) -> None:
+    # The daemon prefers protocols it knows from the peer, so use names it cannot know yet.
     first, second, third = (f"/{os.urandom(4).hex()}" for _ in range(3))
     for name in (second, third):
         await pair.bob.stream_handler(name, greeter(name.encode()))
@@ -269,14 +271,14 @@ async def test_stream_open_agrees_on_the_first_protocol_that_the_peer_speaks(pai
     info, stream = await pair.alice.stream_open(peer_id, (first, second, third))
     async with stream:
         assert isinstance(info, StreamInfo)
-        addr = str(info.addr).removesuffix(f"/p2p/{peer_id}")  # which the JavaScript daemon adds
+        addr = str(info.addr).removesuffix(f"/p2p/{peer_id}")  # jsp2pd adds the peer id
         assert (info.peer_id, addr) == (peer_id, str(pair.bob_daemon.addrs[0]))
         assert info.proto == second
         assert stream.info is info
         assert await stream.read() == second.encode()
 
 
-async def test_a_handler_is_told_who_opened_the_stream(pair: Pair) -> None:
+async def test_handler_receives_peer_and_protocol_of_the_stream(pair: Pair) -> None:
     seen: list[StreamInfo] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -289,7 +291,7 @@ async def test_a_handler_is_told_who_opened_the_stream(pair: Pair) -> None:
     assert str(seen[0].addr).startswith("/ip4/127.0.0.1/tcp/")
 
 
-async def test_a_protocol_that_the_peer_does_not_speak_is_refused(pair: Pair) -> None:
+async def test_protocol_unknown_to_the_peer_is_refused(pair: Pair) -> None:
     peer_id = pair.bob_daemon.peer_id
     with pytest.raises(DaemonRefused) as error:
         await pair.alice.stream_open(peer_id, ["/nobody", "/speaks"])
@@ -302,21 +304,21 @@ async def test_a_protocol_that_the_peer_does_not_speak_is_refused(pair: Pair) ->
         await pair.alice.stream_open(peer_id, [])
 
 
-async def test_a_stream_to_an_unknown_peer_is_refused(pair: Pair) -> None:
+async def test_stream_to_an_unknown_peer_is_refused(pair: Pair) -> None:
     stranger = unknown_peer()
     with pytest.raises(DaemonRefused, match="protocol /greet") as error:
         await pair.alice.stream_open(stranger, ["/greet"], timeout=10)
     assert (error.value.peer_id, error.value.protocol) == (stranger, "/greet")
 
 
-async def test_one_protocol_in_place_of_a_sequence_is_a_type_error(pair: Pair) -> None:
+async def test_single_protocol_instead_of_a_sequence_raises_type_error(pair: Pair) -> None:
     with pytest.raises(TypeError, match="protocols is a sequence"):
         await pair.alice.stream_open(pair.bob_daemon.peer_id, "/greet")
     with pytest.raises(TypeError):
         await pair.alice.stream_open(pair.bob_daemon.peer_id, [b"/greet"])  # type: ignore[list-item]
 
 
-async def test_registering_again_replaces_the_handler(pair: Pair) -> None:
+async def test_registering_a_protocol_again_replaces_the_handler(pair: Pair) -> None:
     await pair.bob.stream_handler("/again", greeter(b"old"))
     assert await greeting(pair.alice, pair.bob_daemon.peer_id, "/again") == b"old"
     await pair.bob.stream_handler("/again", greeter(b"new"))
@@ -324,7 +326,7 @@ async def test_registering_again_replaces_the_handler(pair: Pair) -> None:
 
 
 @pytest.mark.needs("handler_taken")
-async def test_a_protocol_that_another_client_serves_is_refused(pair: Pair) -> None:
+async def test_protocol_of_another_client_is_refused(pair: Pair) -> None:
     await pair.bob.stream_handler("/taken", greeter(b"first"))
     async with pair.bob_daemon.client() as other, other.listen():
         with pytest.raises(DaemonRefused) as error:
@@ -336,7 +338,7 @@ async def test_a_protocol_that_another_client_serves_is_refused(pair: Pair) -> N
 
 
 @pytest.mark.needs("balanced")
-async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> None:
+async def test_balanced_handlers_of_two_clients_are_served_round_robin(pair: Pair) -> None:
     async with pair.bob_daemon.client() as other, other.listen():
         await pair.bob.stream_handler("/shared", greeter(b"one"), balanced=True)
         await other.stream_handler("/shared", greeter(b"two"), balanced=True)
@@ -350,7 +352,7 @@ async def test_balanced_handlers_of_two_clients_serve_in_turn(pair: Pair) -> Non
 
 
 @pytest.mark.needs("remove_stream_handler")
-async def test_a_removed_handler_is_not_found_any_more(pair: Pair) -> None:
+async def test_removed_handler_is_no_longer_found(pair: Pair) -> None:
     alice, bob, peer_id = pair.alice, pair.bob, pair.bob_daemon.peer_id
     await bob.stream_handler("/passing", greeter(b"here"))
     assert await greeting(alice, peer_id, "/passing") == b"here"
@@ -358,7 +360,7 @@ async def test_a_removed_handler_is_not_found_any_more(pair: Pair) -> None:
     assert "/passing" not in bob.control.handlers
 
     try:
-        # Until its daemon hears of the removal, it opens the stream in good faith.
+        # Until alice's daemon learns of the removal, it opens the stream without asking.
         assert await greeting(alice, peer_id, "/passing") == b""
     except (DaemonRefused, anyio.BrokenResourceError):
         pass
@@ -368,9 +370,9 @@ async def test_a_removed_handler_is_not_found_any_more(pair: Pair) -> None:
 
 
 @pytest.mark.needs("remove_stream_handler")
-async def test_leaving_listen_takes_the_handlers_back(pair: Pair) -> None:
+async def test_leaving_listen_removes_the_handlers(pair: Pair) -> None:
     async with pair.bob_daemon.client() as client:
-        for _ in range(2):  # refused the second time if the first had been left
+        for _ in range(2):  # the second registration fails if the first is left
             async with client.listen():
                 await client.stream_handler("/for-a-while", greeter(b"hello"))
                 assert (
@@ -383,7 +385,7 @@ async def test_leaving_listen_takes_the_handlers_back(pair: Pair) -> None:
 
 
 @pytest.mark.needs("dht_values", "dht_public_key")
-async def test_a_public_key_record_put_by_one_is_got_by_the_other(dht_pair: Pair) -> None:
+async def test_public_key_record_put_by_one_peer_is_found_by_another(dht_pair: Pair) -> None:
     alice, bob, peer_id = dht_pair.alice, dht_pair.bob, dht_pair.alice_daemon.peer_id
     key = await bob.dht_get_public_key(peer_id)
     assert key.peer_id == peer_id
@@ -396,7 +398,7 @@ async def test_a_public_key_record_put_by_one_is_got_by_the_other(dht_pair: Pair
 
 
 @pytest.mark.needs("dht_values", "dht_search_value")
-async def test_a_value_that_is_not_there_is_refused_or_empty(dht_pair: Pair) -> None:
+async def test_missing_value_is_refused_or_empty(dht_pair: Pair) -> None:
     name = b"/pk/" + unknown_peer().to_bytes()
     with pytest.raises(DaemonRefused) as error:
         await dht_pair.alice.dht_get_value(name)
@@ -417,7 +419,7 @@ async def test_only_valid_records_can_be_put(dht_pair: Pair) -> None:
 
 
 @pytest.mark.needs("dht_no_providers")
-async def test_a_provider_is_found(dht_pair: Pair) -> None:
+async def test_provider_is_found(dht_pair: Pair) -> None:
     cid = b"\x01\x55\x12\x20" + hashlib.sha256(os.urandom(8)).digest()
     assert await dht_pair.bob.dht_find_providers(cid, 5) == ()
     await dht_pair.alice.dht_provide(cid)
@@ -431,7 +433,7 @@ async def test_a_provider_is_found(dht_pair: Pair) -> None:
 
 
 @pytest.mark.needs("dht_bad_cid")
-async def test_what_is_no_cid_is_refused(dht_pair: Pair) -> None:
+async def test_invalid_cid_is_refused(dht_pair: Pair) -> None:
     for name, call in (
         ("DHT PROVIDE", lambda: dht_pair.alice.dht_provide(b"no cid")),
         ("DHT FIND_PROVIDERS", lambda: dht_pair.alice.dht_find_providers(b"no cid", 1)),
@@ -447,7 +449,7 @@ async def test_closest_peers_are_peer_ids(dht_pair: Pair) -> None:
     assert {type(peer) for peer in peers} == {PeerID}
 
 
-async def test_find_peer_gives_addresses(dht_pair: Pair) -> None:
+async def test_find_peer_returns_addresses(dht_pair: Pair) -> None:
     remote = dht_pair.bob_daemon
     info = await dht_pair.alice.dht_find_peer(remote.peer_id)
     assert info == PeerInfo(remote.peer_id, remote.addrs)
@@ -458,14 +460,16 @@ async def test_find_peer_gives_addresses(dht_pair: Pair) -> None:
 
 
 @pytest.mark.needs("dht_no_public_key")
-async def test_get_public_key_of_a_peer_whose_id_hashes_it_can_fail(dht_pair: Pair) -> None:
+async def test_get_public_key_fails_if_the_peer_id_is_a_hash_of_an_unknown_key(
+    dht_pair: Pair,
+) -> None:
     hashed = PeerID(b"\x12\x20" + os.urandom(32))
     with pytest.raises(DaemonRefused) as error:
         await dht_pair.alice.dht_get_public_key(hashed, timeout=10)
     assert (error.value.request, error.value.peer_id) == ("DHT GET_PUBLIC_KEY", hashed)
 
 
-async def test_peers_connected_to_a_peer_are_not_supported_by_todays_daemons(
+async def test_find_peers_connected_to_peer_is_not_supported(
     dht_pair: Pair,
 ) -> None:
     peer_id = dht_pair.bob_daemon.peer_id
@@ -505,12 +509,12 @@ async def test_peers_can_be_tagged_and_untagged(pair: Pair) -> None:
         await pair.alice.connmgr_tag_peer(peer, "friend", 7)
         await pair.alice.connmgr_untag_peer(peer, "friend")
         await pair.alice.connmgr_untag_peer(peer, "friend")
-    await pair.alice.connmgr_trim()  # of nothing, that far below the low-water mark
+    await pair.alice.connmgr_trim()  # trims nothing below the low-water mark
     assert pair.bob_daemon.peer_id in [info.peer_id for info in await pair.alice.list_peers()]
 
 
 @pytest.mark.needs("connmgr")
-async def test_trimming_keeps_the_peer_with_the_most_weight() -> None:
+async def test_trim_keeps_the_peer_with_the_highest_weight() -> None:
     options = ("-connManager", "-connLo", "1", "-connHi", "50", "-connGrace", "0s")
     with (
         DaemonProcess(*options) as hub,
@@ -534,7 +538,7 @@ async def test_trimming_keeps_the_peer_with_the_most_weight() -> None:
             await eventually(trimmed)
 
 
-async def test_a_tag_that_the_protocol_cannot_carry_is_refused_here(pair: Pair) -> None:
+async def test_tag_that_cannot_be_encoded_is_refused_by_the_client(pair: Pair) -> None:
     with pytest.raises(OverflowError):
         await pair.alice.connmgr_tag_peer(unknown_peer(), "tag", 1 << 63)
     with pytest.raises(TypeError):
@@ -546,11 +550,11 @@ async def test_a_tag_that_the_protocol_cannot_carry_is_refused_here(pair: Pair) 
 
 @pytest.fixture
 def topic() -> str:
-    """A name that no other test has used on the shared daemons."""
+    """A topic that no other test has used on the shared daemons."""
     return f"topic-{os.urandom(4).hex()}"
 
 
-async def knows_a_subscriber(client: Client, topic: str) -> tuple[PeerID, ...]:
+async def wait_for_subscribers(client: Client, topic: str) -> tuple[PeerID, ...]:
     async def known() -> tuple[PeerID, ...]:
         peers = await client.pubsub_list_peers(topic)
         assert peers
@@ -560,7 +564,7 @@ async def knows_a_subscriber(client: Client, topic: str) -> tuple[PeerID, ...]:
 
 
 async def first_message(subscription: Subscription, data: bytes) -> PubsubMessage:
-    """The first message with that data."""
+    """Returns the first message with this data."""
     while (message := await subscription.receive_message()).data != data:
         pass
     return message
@@ -574,8 +578,8 @@ async def test_messages_reach_the_subscribers_of_both_daemons(pair: Pair, topic:
         await pair.bob.pubsub_subscribe(topic) as far,
     ):
         assert topic in await pair.alice.pubsub_get_topics()
-        assert await knows_a_subscriber(pair.alice, topic) == (pair.bob_daemon.peer_id,)
-        # A daemon that is subscribed itself sends to its mesh, in which the other is after a while.
+        assert await wait_for_subscribers(pair.alice, topic) == (pair.bob_daemon.peer_id,)
+        # A subscribed daemon sends to its gossip mesh, which the other daemon joins after a while.
         heard = False
         while not heard:
             await pair.alice.pubsub_publish(topic, b"anybody there?")
@@ -593,11 +597,11 @@ async def test_messages_reach_the_subscribers_of_both_daemons(pair: Pair, topic:
 
 
 @pytest.mark.needs("pubsub_list_peers")
-async def test_a_subscription_is_an_async_iterator_of_messages(pair: Pair, topic: str) -> None:
+async def test_subscription_is_an_async_iterator_of_messages(pair: Pair, topic: str) -> None:
     sent = [b"%d" % number for number in range(20)]
     received = []
     async with await pair.bob.pubsub_subscribe(topic) as subscription:
-        await knows_a_subscriber(pair.alice, topic)
+        await wait_for_subscribers(pair.alice, topic)
         for data in sent:
             await pair.alice.pubsub_publish(topic, data)
         async for message in subscription:
@@ -608,7 +612,7 @@ async def test_a_subscription_is_an_async_iterator_of_messages(pair: Pair, topic
 
 
 @pytest.mark.needs("pubsub_own")
-async def test_a_subscription_carries_the_daemons_own_frames(pair: Pair, topic: str) -> None:
+async def test_subscription_can_be_read_as_raw_frames(pair: Pair, topic: str) -> None:
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
         await pair.alice.pubsub_publish(topic, b"framed")
         message = await subscription.receive_frame()
@@ -617,7 +621,9 @@ async def test_a_subscription_carries_the_daemons_own_frames(pair: Pair, topic: 
         assert message.startswith(b"\x0a" + bytes([len(peer_id)]) + peer_id + b"\x12\x06framed")
         assert b"\x22" + bytes([len(topic)]) + topic.encode() in message
         await pair.alice.pubsub_publish(topic, b"raw")
-        length = (await subscription.readexactly(2))[0]  # less than 256 bytes: two of varint
+        length = (await subscription.readexactly(2))[
+            0
+        ]  # a varint of two bytes, as the message has 128 to 255
         assert length & 0x80
         assert b"\x12\x03raw" in await subscription.receive()
 
@@ -625,7 +631,7 @@ async def test_a_subscription_carries_the_daemons_own_frames(pair: Pair, topic: 
 @pytest.mark.needs("pubsub_unsubscribe", "pubsub_list_peers")
 async def test_closing_a_subscription_unsubscribes(pair: Pair, topic: str) -> None:
     subscription = await pair.bob.pubsub_subscribe(topic)
-    await knows_a_subscriber(pair.alice, topic)
+    await wait_for_subscribers(pair.alice, topic)
     await subscription.aclose()
 
     async def unsubscribed() -> None:
@@ -638,7 +644,7 @@ async def test_closing_a_subscription_unsubscribes(pair: Pair, topic: str) -> No
 
 
 @pytest.mark.needs("pubsub_own")
-async def test_a_message_of_a_mebibyte_arrives(pair: Pair, topic: str) -> None:
+async def test_message_of_one_mebibyte_arrives(pair: Pair, topic: str) -> None:
     data = os.urandom(1 << 20)
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
         await pair.alice.pubsub_publish(topic, data)
@@ -646,18 +652,18 @@ async def test_a_message_of_a_mebibyte_arrives(pair: Pair, topic: str) -> None:
 
 
 @pytest.mark.needs("pubsub_list_peers")
-async def test_a_message_of_a_mebibyte_with_its_envelope_reaches_other_daemons(
+async def test_message_of_one_mebibyte_with_its_envelope_reaches_other_daemons(
     pair: Pair, topic: str
 ) -> None:
-    data = os.urandom((1 << 20) - 1024)  # gossipsub takes no more than a mebibyte in all
+    data = os.urandom((1 << 20) - 1024)  # gossipsub's limit is 1 MiB in all
     async with await pair.bob.pubsub_subscribe(topic) as subscription:
-        await knows_a_subscriber(pair.alice, topic)
+        await wait_for_subscribers(pair.alice, topic)
         await pair.alice.pubsub_publish(topic, data)
         assert (await subscription.receive_message()).data == data
 
 
 @pytest.mark.needs("pubsub_own")
-async def test_an_empty_message_and_a_topic_in_any_script(pair: Pair) -> None:
+async def test_empty_messages_and_non_ascii_topics_work(pair: Pair) -> None:
     name = f"Thema – 主题 {os.urandom(4).hex()}"
     async with await pair.alice.pubsub_subscribe(name) as subscription:
         assert name in await pair.alice.pubsub_get_topics()
@@ -667,7 +673,7 @@ async def test_an_empty_message_and_a_topic_in_any_script(pair: Pair) -> None:
 
 
 @pytest.mark.needs("pubsub_own")
-async def test_a_subscription_whose_wait_is_cancelled_loses_nothing(pair: Pair, topic: str) -> None:
+async def test_cancelled_receive_message_loses_no_message(pair: Pair, topic: str) -> None:
     async with await pair.alice.pubsub_subscribe(topic) as subscription:
         with anyio.move_on_after(0.05) as scope:
             await subscription.receive_message()
@@ -690,10 +696,10 @@ async def test_without_pubsub_every_request_is_not_supported(bare_daemon: Daemon
             assert error.value.request == f"PUBSUB {name}"
 
 
-# --- what is wrong with the arguments shows at once ---
+# --- invalid arguments ---
 
 
-async def test_malformed_peer_ids_are_refused_without_asking_the_daemon() -> None:
+async def test_malformed_peer_ids_are_refused_without_a_request() -> None:
     client = Client(f"/unix{new_directory()}/nobody.sock")
     calls: list[Callable[[Any], Awaitable[Any]]] = [
         lambda peer: client.connect(peer, []),
@@ -716,7 +722,7 @@ async def test_malformed_peer_ids_are_refused_without_asking_the_daemon() -> Non
                 await call(wrong_type)
 
 
-async def test_malformed_addresses_are_refused_without_asking_the_daemon() -> None:
+async def test_malformed_addresses_are_refused_without_a_request() -> None:
     client = Client(f"/unix{new_directory()}/nobody.sock")
     for wrong in ("", "127.0.0.1:80", "/ip4/1.2.3", "/nonsense/1", b"\xff"):
         with pytest.raises(InvalidMultiaddr):
@@ -731,7 +737,7 @@ async def test_malformed_addresses_are_refused_without_asking_the_daemon() -> No
 @pytest.mark.parametrize(
     "addr", ["/ip4/127.0.0.1", "/ip4/127.0.0.1/udp/5", "/tcp/80", "/ip4/127.0.0.1/tcp/1/ws"]
 )
-async def test_an_address_that_is_no_socket_is_named_when_it_is_used(addr: str) -> None:
+async def test_address_that_is_not_a_socket_is_named_on_use(addr: str) -> None:
     with pytest.raises(InvalidMultiaddr, match=addr):
         await Client(addr).identify()
     with pytest.raises(InvalidMultiaddr, match=addr):
@@ -739,11 +745,11 @@ async def test_an_address_that_is_no_socket_is_named_when_it_is_used(addr: str) 
             pass
 
 
-# --- time ---
+# --- timeouts ---
 
 
 class BlackHole:
-    """A listener that never says anything, so that connecting a peer to it hangs."""
+    """A listener that never sends anything, so that connecting a peer to it hangs."""
 
     def __init__(self, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -752,7 +758,7 @@ class BlackHole:
         self.addr = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}"
 
     def connections(self) -> int:
-        """How many were made to it so far."""
+        """Returns how many connections it has accepted."""
         with suppress(BlockingIOError):
             while True:
                 self._accepted.append(self._listener.accept()[0])
@@ -771,21 +777,19 @@ def black_hole() -> Iterator[BlackHole]:
         hole.close()
 
 
-async def test_a_call_ends_in_its_time_and_the_next_one_works(
-    pair: Pair, black_hole: BlackHole
-) -> None:
+async def test_call_times_out_and_the_next_one_works(pair: Pair, black_hole: BlackHole) -> None:
     stranger = unknown_peer()
     start = time.monotonic()
     with pytest.raises(ControlTimeout) as error:
         await pair.alice.connect(stranger, [black_hole.addr], timeout=0.3)
-    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop counts in milliseconds
+    assert 0.29 <= time.monotonic() - start < 1.3  # uvloop's timers round to milliseconds
     assert (error.value.request, error.value.peer_id) == ("CONNECT", stranger)
     assert isinstance(error.value, TimeoutError)
     assert str(error.value) == f"no answer within 0.3 s (request CONNECT, peer {stranger})"
     assert (await pair.alice.identify(timeout=5)).peer_id == pair.alice_daemon.peer_id
 
 
-async def test_slow_calls_do_not_hold_up_others(pair: Pair, black_hole: BlackHole) -> None:
+async def test_slow_calls_do_not_delay_others(pair: Pair, black_hole: BlackHole) -> None:
     async def hang() -> None:
         with pytest.raises(ControlTimeout):
             await pair.alice.connect(unknown_peer(), [black_hole.addr], timeout=1.0)
@@ -799,15 +803,15 @@ async def test_slow_calls_do_not_hold_up_others(pair: Pair, black_hole: BlackHol
             assert time.monotonic() - start < 0.5
 
 
-async def test_a_timeout_with_time_to_spare_changes_nothing(pair: Pair) -> None:
+async def test_timeout_that_is_not_reached_has_no_effect(pair: Pair) -> None:
     for timeout in (5, 5.5, float("inf")):
         await pair.alice.connect(pair.bob_daemon.peer_id, pair.bob_daemon.addrs, timeout=timeout)
 
 
-# --- the daemon comes and goes ---
+# --- missing, dying and restarted daemons ---
 
 
-async def test_no_daemon_is_daemon_unreachable() -> None:
+async def test_missing_daemon_raises_daemon_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     for addr in (f"/unix{new_directory()}/nobody.sock", f"/ip4/127.0.0.1/tcp/{port}"):
@@ -825,13 +829,13 @@ async def test_no_daemon_is_daemon_unreachable() -> None:
             await DaemonConnector(addr).open_connection()
 
 
-async def test_a_host_that_does_not_exist_is_daemon_unreachable() -> None:
+async def test_unknown_host_raises_daemon_unreachable() -> None:
     with pytest.raises(DaemonUnreachable, match="/dns4/nowhere.invalid/tcp/1"):
         await Client("/dns4/nowhere.invalid/tcp/1").identify(timeout=20)
 
 
 @pytest.mark.parametrize("transport_of_daemon", ["unix", "tcp"])
-async def test_a_killed_daemon_ends_every_pending_call_at_once(
+async def test_killed_daemon_fails_every_pending_call_at_once(
     transport_of_daemon: str, black_hole: BlackHole
 ) -> None:
     ended = []
@@ -864,7 +868,7 @@ async def test_a_killed_daemon_ends_every_pending_call_at_once(
                 await client.identify()
 
 
-async def test_a_daemon_restarted_at_the_same_address_is_used_as_if_nothing_had_been(
+async def test_daemon_restarted_at_its_address_is_used_transparently(
     transport: str,
 ) -> None:
     first = DaemonProcess(transport=transport)

@@ -1,6 +1,6 @@
-"""The daemon manager: against the real p2pd, and against scripts that misbehave.
+"""The daemon manager, against the real p2pd and against scripts that misbehave.
 
-The binary comes from the variable P2PD_PATH, which must be set.
+The environment variable P2PD_PATH must name the binary.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from p2pclient_rs.exceptions import (
     DaemonUnreachable,
 )
 
-# What the Go daemons print and take.
+# Their output and options differ from jsp2pd's.
 pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
 
 Backend: TypeAlias = tuple[str, dict[str, Any]]
 
-# p2pd's own end on SIGTERM races with that of its signal handler.
+# p2pd may exit by itself on SIGTERM before its signal handler sets the status.
 ENDED_ITSELF = (0, 128 + signal.SIGTERM)
 UNREACHABLE = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
@@ -65,9 +65,11 @@ def p2pd() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p2pd: Path) -> Iterator[None]:
-    """Has the private directories made in one place, and looks after each test what is left."""
-    # Not in tmp_path, whose own path is long.
+def assert_nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p2pd: Path
+) -> Iterator[None]:
+    """Puts all private directories in one place; checks after each test that nothing is left."""
+    # Not in tmp_path, whose path is too long for a socket.
     home = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     try:
@@ -80,7 +82,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p2pd: Path)
 
 
 def children() -> list[str]:
-    """The command lines of this process's children that are alive or unreaped."""
+    """Command lines of this process's children that run or are unreaped."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids]
 
@@ -90,18 +92,18 @@ def is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"  # an orphan's zombie is for init to reap
+    return state not in "ZX"  # init reaps the zombie of an orphan
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 15) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
 def links(pid: int | None) -> list[str]:
-    """What the file descriptors of a process are."""
+    """What the open descriptors of a process refer to."""
     found = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -138,10 +140,10 @@ def unused_port() -> int:
         return port
 
 
-# --- a daemon that starts ---
+# --- starting ---
 
 
-async def test_it_starts_answers_and_leaves_nothing(p2pd: Path) -> None:
+async def test_daemon_starts_answers_and_leaves_nothing_behind(p2pd: Path) -> None:
     daemon = Daemon(stop_timeout=60)
     assert not daemon.running and daemon.pid is None and daemon.command == []
     async with daemon as entered:
@@ -164,14 +166,14 @@ async def test_it_starts_answers_and_leaves_nothing(p2pd: Path) -> None:
     assert f"Peer ID: {daemon.peer_id}" in daemon.logs
 
 
-async def test_only_its_user_can_reach_it() -> None:
+async def test_only_its_user_can_reach_the_daemon() -> None:
     async with Daemon() as daemon:
         directory = directory_of(daemon)
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         assert (directory / "control.sock").stat().st_mode & 0o077 == 0
 
 
-async def test_stop_can_be_repeated_and_start_too() -> None:
+async def test_stop_is_idempotent_and_start_can_be_repeated() -> None:
     daemon = Daemon()
     await daemon.stop()
     await daemon.start()
@@ -184,7 +186,7 @@ async def test_stop_can_be_repeated_and_start_too() -> None:
         assert daemon.running and daemon.peer_id != first
 
 
-async def test_no_file_descriptor_is_left(tmp_path: Path) -> None:
+async def test_no_descriptor_is_leaked(tmp_path: Path) -> None:
     silent = Daemon(script(tmp_path / "p2pd", "exit 1"))
     counts = []
     for _ in range(3):
@@ -196,7 +198,7 @@ async def test_no_file_descriptor_is_left(tmp_path: Path) -> None:
     assert counts[1] == counts[2]
 
 
-async def test_what_needs_a_start_says_so() -> None:
+async def test_attributes_before_start_raise_runtime_error() -> None:
     daemon = Daemon()
     for ask in (
         lambda: daemon.peer_id,
@@ -210,7 +212,7 @@ async def test_what_needs_a_start_says_so() -> None:
     assert repr(daemon) == "<Daemon not running>"
 
 
-async def test_each_client_listens_on_a_socket_of_its_own() -> None:
+async def test_each_client_listens_on_its_own_socket() -> None:
     async with Daemon() as daemon:
         one, other = daemon.client(), daemon.client()
         async with one.listen(), other.listen():
@@ -232,18 +234,18 @@ async def test_control_over_tcp(port: str) -> None:
             assert (await client.identify()).peer_id == daemon.peer_id
 
 
-async def test_a_control_socket_of_ones_own_is_removed_too(tmp_path: Path) -> None:
+async def test_control_socket_at_a_given_path_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     async with Daemon(control_maddr=Multiaddr(f"/unix{path}")) as daemon:
         assert path.is_socket()
         pid = daemon.pid
         assert pid is not None
-        # It cannot remove it itself then.
+        # Killed, the daemon cannot remove the socket itself.
         os.kill(pid, signal.SIGKILL)
     assert not path.exists()
 
 
-async def test_its_end_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:
+async def test_stop_keeps_the_control_socket_of_a_successor(tmp_path: Path) -> None:
     control = f"/unix{tmp_path}/c.sock"
     first = await Daemon(control_maddr=control).start()
     os.kill(first.pid or 0, signal.SIGKILL)
@@ -255,7 +257,7 @@ async def test_its_end_leaves_the_socket_of_its_successor(tmp_path: Path) -> Non
             assert (await client.identify()).peer_id == second.peer_id
 
 
-async def test_a_socket_left_behind_does_not_keep_it_out(tmp_path: Path) -> None:
+async def test_stale_control_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(path))
@@ -265,7 +267,7 @@ async def test_a_socket_left_behind_does_not_keep_it_out(tmp_path: Path) -> None
         assert daemon.running
 
 
-async def test_a_long_temporary_directory_is_avoided(
+async def test_temporary_directory_too_long_for_sockets_is_avoided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
@@ -274,7 +276,7 @@ async def test_a_long_temporary_directory_is_avoided(
     assert not directory_of(daemon).exists()
 
 
-async def test_identity_file(tmp_path: Path) -> None:
+async def test_identity_file_determines_the_peer_id(tmp_path: Path) -> None:
     async with Daemon(identity=write_key(tmp_path / "key")) as daemon:
         assert daemon.peer_id == PeerID(b"\x00\x24\x08\x01\x12\x20" + bytes.fromhex(PUBLIC))
 
@@ -282,14 +284,14 @@ async def test_identity_file(tmp_path: Path) -> None:
 async def test_bootstrap_peers_are_connected() -> None:
     async with Daemon(dht="server") as first:
         peer = f"{first.addrs[0]}/p2p/{first.peer_id}"
-        # One that cannot be reached does no harm.
+        # An unreachable one among them does no harm.
         async with Daemon(dht="server", bootstrap_peers=[UNREACHABLE, peer]) as second:
             async with first.client() as one, second.client() as other:
                 assert [p.peer_id for p in await other.list_peers()] == [first.peer_id]
                 assert [p.peer_id for p in await one.list_peers()] == [second.peer_id]
 
 
-async def test_nobody_is_contacted_unasked() -> None:
+async def test_no_peer_is_contacted_by_default() -> None:
     async with Daemon(dht="server", relay=True, pubsub=True, connmgr=True) as daemon:
         assert "-b" not in daemon.command
         async with daemon.client() as client:
@@ -297,7 +299,7 @@ async def test_nobody_is_contacted_unasked() -> None:
         inodes = {link[8:-1] for link in links(daemon.pid) if link.startswith("socket:")}
         table = Path(f"/proc/{daemon.pid}/net/tcp").read_text().splitlines()[1:]
         remotes = [row.split()[2] for row in table if row.split()[9] in inodes]
-        assert set(remotes) == {"00000000:0000"}  # it listens, and that is all
+        assert set(remotes) == {"00000000:0000"}  # only listening sockets
 
 
 async def test_options_reach_the_daemon() -> None:
@@ -306,7 +308,7 @@ async def test_options_reach_the_daemon() -> None:
         "relay": False,
         "pubsub": "floodsub",
         "connmgr": (1, 2, 1.5),
-        # The second is an address of this machine on Linux only, unless it was given it.
+        # 127.0.0.2 is a local address on Linux without configuration.
         "host_addrs": [Multiaddr("/ip4/127.0.0.1/tcp/0"), "/ip4/127.0.0.2/tcp/0"],
         "announce_addrs": ["/ip4/192.0.2.1/tcp/4001"],
         "extra_args": ["-muxer=yamux"],
@@ -331,7 +333,7 @@ async def test_options_reach_the_daemon() -> None:
         ]
 
 
-async def test_a_quiet_daemon_is_ready_when_it_answers() -> None:
+async def test_daemon_without_output_is_ready_once_it_answers() -> None:
     async with Daemon(control_maddr="/ip4/127.0.0.1/tcp/0", extra_args=["-q"]) as daemon:
         assert daemon.logs == []
         assert daemon.peer_id.to_base58()
@@ -358,27 +360,27 @@ async def test_a_quiet_daemon_is_ready_when_it_answers() -> None:
         ({"restart": -1}, "restart cannot be -1 deaths"),
     ],
 )
-def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Daemon(**options)
 
 
 @pytest.mark.parametrize("option", ["start_timeout", "stop_timeout"])
-def test_a_timeout_is_a_number(option: str) -> None:
+def test_timeout_that_is_not_a_number_raises_type_error(option: str) -> None:
     options: dict[str, Any] = {option: None}
     with pytest.raises(TypeError, match=f"{option} is a number of seconds, not None"):
         Daemon(**options)
 
 
-async def test_a_single_address_is_not_taken_for_letters() -> None:
+async def test_single_address_is_not_iterated_as_characters() -> None:
     async with Daemon(host_addrs="/ip4/127.0.0.1/tcp/0") as daemon:
         assert "-hostAddrs=/ip4/127.0.0.1/tcp/0" in daemon.command
 
 
-# --- a daemon that does not ---
+# --- failed starts ---
 
 
-async def test_an_exit_is_told_at_once_with_status_and_last_lines(tmp_path: Path) -> None:
+async def test_exit_is_reported_at_once_with_status_and_last_lines(tmp_path: Path) -> None:
     body = "for i in $(seq 30); do echo line $i; done; echo worst >&2; exit 3"
     fake = script(tmp_path / "p2pd", body)
     begun = time.monotonic()
@@ -392,7 +394,7 @@ async def test_an_exit_is_told_at_once_with_status_and_last_lines(tmp_path: Path
     assert "worst" in str(error) and f"-listen=/unix/{tempfile.tempdir}"[:12] in str(error)
 
 
-async def test_an_endless_line_is_cut_in_the_error(tmp_path: Path) -> None:
+async def test_long_line_is_truncated_in_the_error(tmp_path: Path) -> None:
     body = "head -c 1000000 /dev/zero | tr '\\0' x; exit 3"
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(script(tmp_path / "p2pd", body)).start()
@@ -400,13 +402,13 @@ async def test_an_endless_line_is_cut_in_the_error(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 2000
 
 
-async def test_a_signal_is_named(tmp_path: Path) -> None:
+async def test_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(DaemonStartError, match="killed by SIGSEGV .* printed nothing") as caught:
         await Daemon(script(tmp_path / "p2pd", "kill -SEGV $$")).start()
     assert caught.value.returncode == -signal.SIGSEGV
 
 
-async def test_silence_ends_in_a_timeout(tmp_path: Path) -> None:
+async def test_silent_daemon_times_out(tmp_path: Path) -> None:
     daemon = Daemon(script(tmp_path / "p2pd", "exec sleep 1000"), start_timeout=0.2)
     with pytest.raises(DaemonStartError, match=r"not ready in 0\.2 seconds and printed") as caught:
         await daemon.start()
@@ -417,7 +419,7 @@ async def test_silence_ends_in_a_timeout(tmp_path: Path) -> None:
     assert not daemon.running
 
 
-async def test_a_daemon_that_takes_requests_and_never_answers_is_given_up(tmp_path: Path) -> None:
+async def test_daemon_that_accepts_but_never_answers_times_out(tmp_path: Path) -> None:
     body = """
         import socket, sys
         path = next(a for a in sys.argv if a.startswith("-listen=")).partition("/unix")[2]
@@ -432,7 +434,7 @@ async def test_a_daemon_that_takes_requests_and_never_answers_is_given_up(tmp_pa
     assert daemon.returncode == -signal.SIGKILL
 
 
-# In the words of the daemons themselves.
+# Actual messages of the daemons.
 @pytest.mark.parametrize(
     ("status", "words", "cause"),
     [
@@ -448,7 +450,7 @@ async def test_a_daemon_that_takes_requests_and_never_answers_is_given_up(tmp_pa
         ),
     ],
 )
-async def test_a_daemon_older_than_its_options_names_them(
+async def test_option_unknown_to_an_older_daemon_is_named(
     tmp_path: Path, status: int, words: str, cause: str
 ) -> None:
     (tmp_path / "words").write_text(words)
@@ -468,14 +470,14 @@ async def test_a_daemon_older_than_its_options_names_them(
         ({"relay": False}, "jsp2pd has no option for switching the relay off .-relay=false"),
     ],
 )
-async def test_what_jsp2pd_would_ignore_is_refused(
+async def test_options_that_jsp2pd_would_ignore_are_refused(
     tmp_path: Path, options: dict[str, Any], flag: str
 ) -> None:
     with pytest.raises(ValueError, match=flag):
         await Daemon(script(tmp_path / "jsp2pd", "exit 1"), **options).start()
 
 
-async def test_jsp2pd_has_started_when_it_says_so(tmp_path: Path) -> None:
+async def test_jsp2pd_is_ready_once_it_reports_it(tmp_path: Path) -> None:
     body = """
         import socket, sys
         path = next(a for a in sys.argv if a.startswith("--listen=")).partition("/unix")[2]
@@ -497,7 +499,7 @@ async def test_jsp2pd_has_started_when_it_says_so(tmp_path: Path) -> None:
         assert daemon.peer_id == PeerID(b"\x12\x20" + bytes(32))
 
 
-async def test_a_wrong_flag_is_named() -> None:
+async def test_unknown_flag_is_named() -> None:
     with pytest.raises(DaemonStartError, match="status 2 .*no option -nonsense") as caught:
         await Daemon(extra_args=["-nonsense"]).start()
     assert caught.value.cause == "this daemon has no option -nonsense"
@@ -505,7 +507,7 @@ async def test_a_wrong_flag_is_named() -> None:
 
 
 @pytest.mark.parametrize("where", ["control_maddr", "host_addrs"])
-async def test_a_port_taken_is_named(where: str) -> None:
+async def test_port_in_use_is_named(where: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
         address = f"/ip4/{host}/tcp/{port}"
@@ -517,7 +519,7 @@ async def test_a_port_taken_is_named(where: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-async def test_a_socket_path_that_something_else_has_is_named(kind: str, tmp_path: Path) -> None:
+async def test_socket_path_in_use_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     path.touch() if kind == "file" else path.mkdir()
     with pytest.raises(DaemonStartError) as caught:
@@ -526,7 +528,7 @@ async def test_a_socket_path_that_something_else_has_is_named(kind: str, tmp_pat
     assert path.is_file() if kind == "file" else path.is_dir()
 
 
-async def test_a_socket_path_without_its_directory_is_named(tmp_path: Path) -> None:
+async def test_missing_directory_of_the_socket_is_named(tmp_path: Path) -> None:
     path = tmp_path / "missing/c.sock"
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(control_maddr=f"/unix{path}").start()
@@ -534,7 +536,7 @@ async def test_a_socket_path_without_its_directory_is_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-async def test_another_daemon_at_the_address_is_not_taken_for_it(kind: str, tmp_path: Path) -> None:
+async def test_another_daemon_at_the_control_address_is_detected(kind: str, tmp_path: Path) -> None:
     wanted = f"/unix{tmp_path}/c.sock" if kind == "unix" else "/ip4/127.0.0.1/tcp/0"
     async with Daemon(control_maddr=wanted) as first:
         second = Daemon(control_maddr=first.control_maddr)
@@ -544,7 +546,7 @@ async def test_another_daemon_at_the_address_is_not_taken_for_it(kind: str, tmp_
             assert (await client.identify()).peer_id == first.peer_id
 
 
-async def test_the_answer_of_another_peer_is_not_believed(tmp_path: Path, p2pd: Path) -> None:
+async def test_reply_of_another_peer_is_detected(tmp_path: Path, p2pd: Path) -> None:
     body = f'echo "Peer ID: 12D3KooWother"\nexec {p2pd} -q "$@"'
     daemon = Daemon(script(tmp_path / "p2pd", body), start_timeout=3)
     with pytest.raises(DaemonStartError, match="another daemon, 12D3.*, answers in its place"):
@@ -560,7 +562,7 @@ async def test_unreachable_bootstrap_peers_are_named_with_the_reason() -> None:
     assert "connection refused" in cause and "\n" not in cause
 
 
-async def test_a_bootstrap_peer_that_is_another_peer_is_named() -> None:
+async def test_bootstrap_peer_with_another_id_is_named() -> None:
     async with Daemon() as other:
         peer = f"{other.addrs[0]}/p2p/{PeerID(UNREACHABLE.rpartition('/')[2])}"
         with pytest.raises(DaemonStartError) as caught:
@@ -570,15 +572,15 @@ async def test_a_bootstrap_peer_that_is_another_peer_is_named() -> None:
         assert f"remote key matches {other.peer_id}" in cause
 
 
-async def test_an_unreachable_bootstrap_peer_among_others_is_not_fatal() -> None:
+async def test_one_unreachable_bootstrap_peer_is_not_fatal() -> None:
     async with Daemon() as other:
         peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
         async with Daemon(bootstrap_peers=[UNREACHABLE, peer]) as daemon, daemon.client() as client:
             assert other.peer_id in [info.peer_id for info in await client.list_peers()]
 
 
-async def test_it_is_not_ready_before_its_bootstrap_peers_are_reached(tmp_path: Path) -> None:
-    # As upstream's daemon does: it answers, tries to bootstrap, and gives up.
+async def test_daemon_is_not_ready_before_a_bootstrap_peer_is_reached(tmp_path: Path) -> None:
+    # Upstream's daemon answers first, then tries to bootstrap, and exits.
     body = """
         import socket, sys
         path = next(a for a in sys.argv if a.startswith("-listen=")).partition("/unix")[2]
@@ -599,7 +601,7 @@ async def test_it_is_not_ready_before_its_bootstrap_peers_are_reached(tmp_path: 
     assert caught.value.returncode == 1
 
 
-async def test_an_identity_file_that_cannot_be_written_will_do(tmp_path: Path) -> None:
+async def test_read_only_identity_file_is_accepted(tmp_path: Path) -> None:
     key = write_key(tmp_path / "key")
     key.chmod(0o400)
     tmp_path.chmod(0o500)
@@ -612,7 +614,7 @@ async def test_an_identity_file_that_cannot_be_written_will_do(tmp_path: Path) -
     assert key.read_bytes() == before
 
 
-async def test_an_identity_that_is_a_directory_is_named(tmp_path: Path) -> None:
+async def test_identity_that_is_a_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(identity=tmp_path).start()
     assert caught.value.cause == f"cannot read the identity file {tmp_path}: is a directory"
@@ -622,7 +624,7 @@ async def test_an_identity_that_is_a_directory_is_named(tmp_path: Path) -> None:
     ("content", "cause"),
     [(None, "cannot read the identity file"), (b"secret", "holds no private key of libp2p")],
 )
-async def test_a_bad_identity_is_named(tmp_path: Path, content: bytes | None, cause: str) -> None:
+async def test_invalid_identity_is_named(tmp_path: Path, content: bytes | None, cause: str) -> None:
     key = tmp_path / "key"
     if content is not None:
         key.write_bytes(content)
@@ -638,7 +640,7 @@ async def test_a_bad_identity_is_named(tmp_path: Path, content: bytes | None, ca
         (b"#!/no/such/interpreter\n", "No such file or directory"),
     ],
 )
-async def test_a_binary_that_cannot_run_is_explained(
+async def test_binary_that_cannot_run_is_explained(
     tmp_path: Path, content: bytes, cause: str
 ) -> None:
     fake = tmp_path / "p2pd"
@@ -651,7 +653,7 @@ async def test_a_binary_that_cannot_run_is_explained(
     assert not daemon.running
 
 
-# --- what the operating system refuses ---
+# --- errors of the operating system ---
 
 
 @pytest.mark.parametrize(
@@ -662,7 +664,7 @@ async def test_a_binary_that_cannot_run_is_explained(
         ("/sys", PermissionError, "Operation not permitted|Permission denied"),
     ],
 )
-async def test_a_missing_temporary_directory_is_named(
+async def test_missing_temporary_directory_is_named(
     parent: str, builtin: type[OSError], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", parent)
@@ -680,7 +682,7 @@ async def test_a_missing_temporary_directory_is_named(
     assert not daemon.running and daemon.pid is None
 
 
-async def test_no_temporary_directory_at_all_is_a_start_error(
+async def test_lack_of_any_temporary_directory_is_a_start_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse() -> str:
@@ -693,7 +695,7 @@ async def test_no_temporary_directory_at_all_is_a_start_error(
     assert "TMPDIR" in str(caught.value)
 
 
-async def test_a_binary_that_vanishes_after_it_was_found_is_named(
+async def test_binary_that_vanishes_after_discovery_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gone = tmp_path / "p2pd"
@@ -705,7 +707,7 @@ async def test_a_binary_that_vanishes_after_it_was_found_is_named(
     assert error.cause == f"cannot execute {gone}: No such file or directory"
 
 
-def test_a_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+def test_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "exit 1")
     process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
     Path(process.log).mkdir()
@@ -717,7 +719,7 @@ def test_a_log_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     process.destroy()
 
 
-async def test_a_missing_interpreter_is_not_reported_as_a_missing_binary(tmp_path: Path) -> None:
+async def test_missing_interpreter_is_not_reported_as_a_missing_binary(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "", "/no/such/interpreter")
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(fake).start()
@@ -726,7 +728,7 @@ async def test_a_missing_interpreter_is_not_reported_as_a_missing_binary(tmp_pat
     assert "statically linked" in (caught.value.hint or "")
 
 
-#: Starts a daemon under a limit, and says how that went.
+#: Starts a daemon under a resource limit and reports the outcome as JSON.
 LIMITED = """
 import json, os, resource, sys, tempfile
 import anyio, anyio._backends._asyncio, concurrent.futures.thread, importlib.util
@@ -759,7 +761,7 @@ def limited(body: str, **environment: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
-def test_having_no_descriptors_left_is_named_wherever_it_happens() -> None:
+def test_lack_of_descriptors_is_named_at_every_step() -> None:
     reports = limited("""
         async def main():
             await start()
@@ -776,12 +778,12 @@ def test_having_no_descriptors_left_is_named_wherever_it_happens() -> None:
     for report in refused:
         assert report["cause"].startswith("cannot ") and "Too many open files" in report["cause"]
         assert "ulimit -n" in report["hint"] and "OSError" in report["kind"]
-    # Some of what needs a descriptor comes after the daemon was run: its client's connection.
+    # The client's connection also needs a descriptor, after the daemon was spawned.
     others = [report for report in reports if report["errno"] not in (0, 24)]
     assert all("open files" in report["text"] for report in others)
 
 
-def test_having_no_descriptors_left_is_not_taken_for_having_no_temporary_directory() -> None:
+def test_lack_of_descriptors_is_not_reported_as_a_missing_temporary_directory() -> None:
     (report,) = limited("""
         async def main():
             assert tempfile.tempdir is None
@@ -801,7 +803,7 @@ def test_having_no_descriptors_left_is_not_taken_for_having_no_temporary_directo
     assert "ulimit -n" in report["hint"]
 
 
-def test_a_process_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_failed_fork_is_named(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "exit 1")
     tmp_path.chmod(0o755)
     home = Path(str(tempfile.tempdir)) / "home"
@@ -815,7 +817,7 @@ def test_a_process_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         p2pclient_rs.daemon._find_binary = lambda wanted: binary
         async def main():
             if os.geteuid() == 0:
-                os.setuid(65534)  # root has no such limit
+                os.setuid(65534)  # the limit does not apply to root
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             await start()
 
@@ -829,12 +831,12 @@ def test_a_process_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     home.rmdir()
 
 
-def test_a_file_that_cannot_be_written_is_named() -> None:
+def test_identity_file_that_cannot_be_written_is_named() -> None:
     (report,) = limited("""
         async def main():
             tempfile.gettempdir()
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-            await start(restart=True)  # which needs an identity file
+            await start(restart=True)  # needs an identity file
 
         anyio.run(main)
     """)
@@ -842,7 +844,7 @@ def test_a_file_that_cannot_be_written_is_named() -> None:
     assert report["cause"].startswith(f"cannot write the identity file {tempfile.tempdir}/p2pd-")
 
 
-def test_a_log_that_cannot_be_written_does_not_hold_up_the_daemon(tmp_path: Path) -> None:
+def test_log_that_cannot_be_written_does_not_block_the_daemon(tmp_path: Path) -> None:
     body = "head -c 3000000 /dev/zero | tr '\\0' x; exit 3"
     fake = script(tmp_path / "p2pd", body)
     (report,) = limited(f"""
@@ -857,21 +859,21 @@ def test_a_log_that_cannot_be_written_does_not_hold_up_the_daemon(tmp_path: Path
     assert "[3000000 bytes of output could not be stored: File too large" in report["text"]
 
 
-# --- its output is bounded ---
+# --- the log is bounded ---
 
-#: Two files of a MiB; nothing else in the directory is large.
+#: Two log files of 1 MiB each; nothing else in the directory is large.
 BOUND = (2 << 20) + 4096
 
 
-class Watched:
-    """Measures, while this block runs, the size of all private directories."""
+class PeakSize:
+    """Measures the peak size of all private directories while the block runs."""
 
     def __init__(self) -> None:
         self.largest = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> Watched:
+    def __enter__(self) -> PeakSize:
         self._thread.start()
         return self
 
@@ -893,12 +895,12 @@ ENDLESS_LINE = "head -c 104857600 /dev/zero | tr '\\0' x; echo"
 
 
 @pytest.mark.parametrize("noise", [SHORT_LINES, ENDLESS_LINE], ids=["lines", "line"])
-async def test_100_mib_of_output_stay_within_the_bound(
+async def test_log_of_100_mib_of_output_stays_within_the_bound(
     noise: str, tmp_path: Path, p2pd: Path
 ) -> None:
     end = "for i in $(seq 100); do echo last $i; done"
     fake = script(tmp_path / "p2pd", f'{noise}\n{end}\nexec {p2pd} "$@"')
-    with Watched() as watched:
+    with PeakSize() as watched:
         async with Daemon(fake, start_timeout=60) as daemon:
             logs = daemon.logs
     assert 1 << 20 < watched.largest <= BOUND
@@ -907,33 +909,35 @@ async def test_100_mib_of_output_stay_within_the_bound(
     assert sum(len(line) + 1 for line in daemon.logs) <= (1 << 20) + 1
 
 
-async def test_restarts_stay_within_the_bound(tmp_path: Path, p2pd: Path) -> None:
+async def test_log_stays_within_the_bound_over_restarts(tmp_path: Path, p2pd: Path) -> None:
     noise = "yes 'a short line' | head -c 1500000; echo"
     fake = script(tmp_path / "p2pd", f'{noise}; echo "run $$"\nexec {p2pd} "$@"')
-    with Watched() as watched:
+    with PeakSize() as watched:
         async with Daemon(fake, restart=True) as daemon:
             for _ in range(4):
                 pid = daemon.pid
                 os.kill(pid or 0, signal.SIGKILL)
-                await another_run(daemon, pid)
+                await wait_for_restart(daemon, pid)
                 assert f"run {daemon.pid}" in daemon.logs
     assert 1 << 20 < watched.largest <= BOUND
 
 
-async def test_a_blocked_event_loop_does_not_hold_up_the_daemon(tmp_path: Path, p2pd: Path) -> None:
+async def test_blocked_event_loop_does_not_block_the_daemons_output(
+    tmp_path: Path, p2pd: Path
+) -> None:
     flag = tmp_path / "flag"
     noise = "yes 'a short line' | head -c 10000000"
     fake = script(tmp_path / "p2pd", f'({noise}; touch {flag}) &\nexec {p2pd} "$@"')
-    keeping_the_lock = ctypes.PyDLL(None)
+    libc_holding_the_gil = ctypes.PyDLL(None)
     async with Daemon(fake) as daemon:
         deadline = time.monotonic() + 20
         while not flag.exists():
             assert time.monotonic() < deadline
-            keeping_the_lock.usleep(20_000)
+            libc_holding_the_gil.usleep(20_000)
         assert daemon.running
 
 
-async def test_output_is_complete_when_the_daemon_dies(tmp_path: Path) -> None:
+async def test_log_is_complete_when_the_daemon_dies(tmp_path: Path) -> None:
     body = "seq 100000\necho the last line\nkill -KILL $$"
     daemon = Daemon(script(tmp_path / "p2pd", body))
     with pytest.raises(DaemonStartError, match="killed by SIGKILL") as caught:
@@ -942,7 +946,7 @@ async def test_output_is_complete_when_the_daemon_dies(tmp_path: Path) -> None:
     assert daemon.logs == [str(i) for i in range(1, 100001)] + ["the last line"]
 
 
-def test_a_forked_child_reads_the_output(anyio_backend: Backend) -> None:
+def test_forked_child_can_read_the_log(anyio_backend: Backend) -> None:
     then = """
     if (pid := os.fork()) == 0:
         found = [line for line in daemon.logs if line == f"Peer ID: {daemon.peer_id}"]
@@ -955,7 +959,7 @@ def test_a_forked_child_reads_the_output(anyio_backend: Backend) -> None:
     assert not program.left()
 
 
-def test_forks_while_another_thread_uses_the_daemon_do_not_hang(anyio_backend: Backend) -> None:
+def test_fork_while_another_thread_uses_the_daemon_does_not_hang(anyio_backend: Backend) -> None:
     then = """
     import threading
     over = threading.Event()
@@ -982,8 +986,8 @@ def test_forks_while_another_thread_uses_the_daemon_do_not_hang(anyio_backend: B
     assert not program.left()
 
 
-def test_no_thread_of_ours_is_there_at_a_fork(anyio_backend: Backend, tmp_path: Path) -> None:
-    # CPython warns of a fork with threads from 3.12 on. Hooks run in the reverse order.
+def test_log_thread_is_stopped_during_a_fork(anyio_backend: Backend, tmp_path: Path) -> None:
+    # CPython warns about a fork with threads since 3.12. Fork hooks run in reverse order.
     first = """
 seen = []
 os.register_at_fork(before=lambda: seen.append(len(os.listdir("/proc/self/task"))))
@@ -1010,8 +1014,8 @@ os.register_at_fork(before=lambda: seen.append(len(os.listdir("/proc/self/task")
     assert not program.left()
 
 
-def test_a_daemon_collected_at_a_fork_does_not_hang_it(anyio_backend: Backend) -> None:
-    # Hooks run in the reverse order.
+def test_daemon_collected_during_a_fork_does_not_hang_it(anyio_backend: Backend) -> None:
+    # Fork hooks run in reverse order.
     first = "import gc\nos.register_at_fork(before=gc.collect)\n"
     then = """
     gc.disable()
@@ -1029,7 +1033,7 @@ def test_a_daemon_collected_at_a_fork_does_not_hang_it(anyio_backend: Backend) -
     assert not program.left()
 
 
-def test_a_module_imported_at_a_fork_can_be_used(anyio_backend: Backend) -> None:
+def test_module_imported_during_a_fork_can_be_used(anyio_backend: Backend) -> None:
     first = """
 def import_it():
     import p2pclient_rs.daemon
@@ -1043,7 +1047,7 @@ os.waitpid(child, 0)
     assert not program.left()
 
 
-def test_an_interrupted_fork_leaves_the_daemon_usable(anyio_backend: Backend) -> None:
+def test_interrupted_fork_leaves_the_daemon_usable(anyio_backend: Backend) -> None:
     then = """
     class Interrupted(Exception):
         pass
@@ -1072,7 +1076,7 @@ def test_an_interrupted_fork_leaves_the_daemon_usable(anyio_backend: Backend) ->
     assert not program.left()
 
 
-async def test_cancelling_the_start_kills_it(tmp_path: Path) -> None:
+async def test_cancelling_the_start_kills_the_daemon(tmp_path: Path) -> None:
     daemon = Daemon(script(tmp_path / "p2pd", "exec sleep 1000"))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.start)
@@ -1086,7 +1090,7 @@ async def test_cancelling_the_start_kills_it(tmp_path: Path) -> None:
     assert not directory_of(daemon).exists()
 
 
-async def test_a_start_can_be_tried_again(tmp_path: Path, p2pd: Path) -> None:
+async def test_failed_start_can_be_repeated(tmp_path: Path, p2pd: Path) -> None:
     flag = tmp_path / "flag"
     body = f'[ -e {flag} ] || exit 1\nexec {p2pd} "$@"'
     daemon = Daemon(script(tmp_path / "p2pd", body))
@@ -1097,10 +1101,10 @@ async def test_a_start_can_be_tried_again(tmp_path: Path, p2pd: Path) -> None:
         assert daemon.running
 
 
-# --- which binary ---
+# --- finding the binary ---
 
 
-async def test_an_argument_that_is_missing_is_not_replaced() -> None:
+async def test_missing_binary_argument_is_not_replaced_by_a_search() -> None:
     with pytest.raises(DaemonNotFound) as caught:
         await Daemon("/no/such/p2pd").start()
     assert caught.value.looked_at == ["argument: /no/such/p2pd does not exist"]
@@ -1110,7 +1114,9 @@ async def test_an_argument_that_is_missing_is_not_replaced() -> None:
     assert "correct the path" in (caught.value.hint or "")
 
 
-async def test_not_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_file_that_is_not_executable_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "p2pd").write_text("")
     monkeypatch.setenv("P2PD_PATH", str(tmp_path / "p2pd"))
     with pytest.raises(DaemonNotFound) as caught:
@@ -1120,7 +1126,7 @@ async def test_not_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def hivemind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed hivemind without its binary, and no other place to find one."""
+    """An installed hivemind without its binary, in an environment with no other p2pd."""
     (tmp_path / "hivemind/hivemind_cli").mkdir(parents=True)
     (tmp_path / "hivemind/__init__.py").write_text("raise AssertionError('imported')")
     (tmp_path / "bin").mkdir()
@@ -1130,7 +1136,7 @@ def hivemind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hivemind/hivemind_cli/p2pd"
 
 
-async def test_everything_looked_at_is_told(hivemind: Path, tmp_path: Path) -> None:
+async def test_every_place_searched_is_listed(hivemind: Path, tmp_path: Path) -> None:
     with pytest.raises(DaemonNotFound) as caught:
         await Daemon().start()
     assert caught.value.looked_at == [
@@ -1142,7 +1148,7 @@ async def test_everything_looked_at_is_told(hivemind: Path, tmp_path: Path) -> N
     assert "P2PD_PATH" in hint and "pip install hivemind" in hint
 
 
-async def test_a_failed_search_for_hivemind_is_reported(
+async def test_failed_search_for_hivemind_is_reported(
     hivemind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:
@@ -1155,7 +1161,7 @@ async def test_a_failed_search_for_hivemind_is_reported(
     assert last.startswith("hivemind: cannot be looked for: ") and "open files" in last
 
 
-async def test_the_binary_of_hivemind_is_found_without_importing_it(
+async def test_hiveminds_binary_is_found_without_importing_hivemind(
     hivemind: Path, p2pd: Path
 ) -> None:
     hivemind.symlink_to(p2pd)
@@ -1171,17 +1177,17 @@ async def test_path_comes_before_hivemind(hivemind: Path, p2pd: Path, tmp_path: 
         assert daemon.command[0] == str(tmp_path / "bin/p2pd")
 
 
-# --- the end of it ---
+# --- stopping ---
 
 
 @pytest.fixture
 def stubborn(tmp_path: Path, p2pd: Path) -> Path:
-    """A wrapper that survives SIGTERM, and so is there still when its p2pd has ended."""
+    """A wrapper that ignores SIGTERM and so outlives its p2pd."""
     body = f'trap : TERM\n{p2pd} "$@" &\necho $! > {tmp_path}/pid\nwhile :; do sleep 1; done'
     return script(tmp_path / "p2pd", body)
 
 
-async def test_what_does_not_end_is_killed(stubborn: Path) -> None:
+async def test_daemon_that_ignores_sigterm_is_killed(stubborn: Path) -> None:
     async with Daemon(stubborn, stop_timeout=0.2) as daemon:
         pid = daemon.pid
         assert pid is not None
@@ -1189,7 +1195,7 @@ async def test_what_does_not_end_is_killed(stubborn: Path) -> None:
     assert not is_alive(pid)
 
 
-async def test_a_wrapped_daemon_ends_with_its_wrapper(tmp_path: Path, p2pd: Path) -> None:
+async def test_wrapped_daemon_ends_with_its_wrapper(tmp_path: Path, p2pd: Path) -> None:
     body = f'{p2pd} "$@" &\necho $! > {tmp_path}/pid\nwait'
     async with Daemon(script(tmp_path / "p2pd", body)) as daemon:
         wrapped = int((tmp_path / "pid").read_text())
@@ -1210,7 +1216,7 @@ async def test_cancellation_does_not_interrupt_stop() -> None:
 
 
 class Stalls:
-    """The longest time for which the event loop did nothing else, in seconds."""
+    """Records the longest time for which the event loop was blocked, in seconds."""
 
     def __init__(self) -> None:
         self.longest = 0.0
@@ -1225,9 +1231,10 @@ class Stalls:
 
 
 @pytest.fixture
-def leaving(tmp_path: Path) -> Iterator[Path]:
-    """A daemon that ignores SIGTERM, and leaves behind a process that serves its control socket
-    and another, in its group, that is never reaped. With the file `mute` it does not answer."""
+def leaves_a_process(tmp_path: Path) -> Iterator[Path]:
+    """A daemon that ignores SIGTERM. It leaves behind a process that serves its control socket,
+    and one in its process group that is never reaped. While the file `mute` exists it does not
+    answer."""
     body = f"""
         import contextlib, os, signal, socket, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1263,25 +1270,27 @@ def leaving(tmp_path: Path) -> Iterator[Path]:
     os.kill(left, signal.SIGKILL)
 
 
-async def test_stopping_does_not_block_the_event_loop(leaving: Path, tmp_path: Path) -> None:
+async def test_stop_does_not_block_the_event_loop(leaves_a_process: Path, tmp_path: Path) -> None:
     stalls = Stalls()
-    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0.2)
+    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0.2)
     await daemon.start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stalls.watch)
         begun = time.monotonic()
         await daemon.stop()
-        assert time.monotonic() - begun > 0.6  # it did wait for the process left behind
+        assert time.monotonic() - begun > 0.6  # stop waited for the process left behind
         await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
     assert daemon.returncode == -signal.SIGKILL
 
 
-async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_path: Path) -> None:
+async def test_failed_start_does_not_block_the_event_loop(
+    leaves_a_process: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mute").touch()
     stalls = Stalls()
-    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", start_timeout=0.5)
+    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", start_timeout=0.5)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stalls.watch)
         begun = time.monotonic()
@@ -1293,10 +1302,10 @@ async def test_a_failed_start_does_not_block_the_event_loop(leaving: Path, tmp_p
     assert stalls.longest < 0.25
 
 
-async def test_much_output_of_a_failed_start_does_not_block_the_event_loop(tmp_path: Path) -> None:
+async def test_large_output_of_a_failed_start_does_not_block_the_event_loop(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "yes | head -c 1000000; exit 3")
     longest: list[float] = []
-    for _ in range(5):  # on a busy machine, others hold it up as well
+    for _ in range(5):  # other processes can delay the loop too
         stalls = Stalls()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stalls.watch)
@@ -1308,8 +1317,10 @@ async def test_much_output_of_a_failed_start_does_not_block_the_event_loop(tmp_p
     assert min(longest) < 0.05, longest
 
 
-async def test_every_task_that_stops_it_waits_for_the_end(leaving: Path, tmp_path: Path) -> None:
-    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0)
+async def test_every_concurrent_stop_waits_for_the_end(
+    leaves_a_process: Path, tmp_path: Path
+) -> None:
+    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0)
     await daemon.start()
     janitor = daemon._process.janitor_pid  # type: ignore[union-attr]
     ended: list[bool] = []
@@ -1333,7 +1344,7 @@ def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
     process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
     process.spawn()
     directory = Path(process.log).parent
-    # So that one step of its end takes long.
+    # Makes the removal of the directory slow.
     for number in range(20_000):
         (directory / str(number)).touch()
     ending = threading.Thread(target=process.destroy)
@@ -1362,12 +1373,12 @@ def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_it_ends_though_its_stop_is_cancelled_again_and_again(
-    leaving: Path, tmp_path: Path
+async def test_repeatedly_cancelled_stop_still_kills_the_daemon(
+    leaves_a_process: Path, tmp_path: Path
 ) -> None:
     import asyncio
 
-    daemon = Daemon(leaving, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=60)
+    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=60)
     await daemon.start()
     stopping = asyncio.ensure_future(daemon.stop())
     while not stopping.done():
@@ -1379,7 +1390,7 @@ async def test_it_ends_though_its_stop_is_cancelled_again_and_again(
     assert not Path(daemon._process.log).parent.exists()  # type: ignore[union-attr]
 
 
-async def test_it_ends_though_its_stop_is_abandoned(stubborn: Path) -> None:
+async def test_abandoned_stop_still_kills_the_daemon(stubborn: Path) -> None:
     daemon = await Daemon(stubborn, stop_timeout=60).start()
     stopping = daemon.stop()
     stopping.send(None)
@@ -1389,7 +1400,7 @@ async def test_it_ends_though_its_stop_is_abandoned(stubborn: Path) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_asyncios_own_cancellation_kills_instead(stubborn: Path) -> None:
+async def test_asyncio_cancellation_of_stop_kills_the_daemon(stubborn: Path) -> None:
     import asyncio
 
     daemon = await Daemon(stubborn, stop_timeout=60).start()
@@ -1402,7 +1413,7 @@ async def test_asyncios_own_cancellation_kills_instead(stubborn: Path) -> None:
     assert not directory_of(daemon).exists()
 
 
-async def test_a_daemon_that_dies_is_noticed_and_cleared_up() -> None:
+async def test_death_of_the_daemon_is_noticed_and_cleaned_up() -> None:
     async with Daemon() as daemon:
         pid = daemon.pid
         assert pid is not None
@@ -1425,18 +1436,18 @@ async def suspend(pid: int) -> None:
     await until(lambda: stat_of.read_text().rpartition(")")[2].split()[0] == "T")
 
 
-async def test_a_daemon_that_was_suspended_is_killed() -> None:
+async def test_suspended_daemon_is_killed() -> None:
     async with Daemon(stop_timeout=0.2) as daemon:
         await suspend(daemon.pid or 0)
     assert daemon.returncode == -signal.SIGKILL
 
 
-async def test_when_it_dies_calls_under_way_fail_and_wait_returns() -> None:
+async def test_death_of_the_daemon_fails_calls_in_flight_and_ends_wait() -> None:
     failures: list[Exception] = []
     statuses: list[int] = []
 
     async def call(client: Client) -> None:
-        # What the daemon had not read is sent again, in vain.
+        # Requests that the daemon had not read are retried, and find no daemon.
         with pytest.raises((ConnectionLost, DaemonUnreachable)) as caught:
             await client.identify()
         failures.append(caught.value)
@@ -1446,7 +1457,7 @@ async def test_when_it_dies_calls_under_way_fail_and_wait_returns() -> None:
 
     async with Daemon() as daemon, daemon.client() as client:
         pid = daemon.pid or 0
-        await suspend(pid)  # so that it answers none of them
+        await suspend(pid)  # keeps it from answering
         with anyio.fail_after(15):
             async with anyio.create_task_group() as tasks:
                 for _ in range(3):
@@ -1460,7 +1471,7 @@ async def test_when_it_dies_calls_under_way_fail_and_wait_returns() -> None:
         assert await daemon.wait() == -signal.SIGKILL
 
 
-async def test_wait_returns_when_it_was_stopped_and_needs_a_start() -> None:
+async def test_wait_requires_a_start_and_returns_after_stop() -> None:
     daemon = Daemon(stop_timeout=60)
     with pytest.raises(RuntimeError, match="not been started"):
         await daemon.wait()
@@ -1474,7 +1485,7 @@ async def test_wait_returns_when_it_was_stopped_and_needs_a_start() -> None:
     assert await daemon.wait() == daemon.returncode
 
 
-async def test_wait_does_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wait_works_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int) -> int:
         raise OSError(38, "Function not implemented")
 
@@ -1484,7 +1495,7 @@ async def test_wait_does_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None
         assert await daemon.wait() == -signal.SIGKILL
 
 
-async def test_two_tasks_may_stop_it() -> None:
+async def test_two_tasks_may_stop_the_daemon() -> None:
     daemon = await Daemon(stop_timeout=60).start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.stop)
@@ -1492,7 +1503,7 @@ async def test_two_tasks_may_stop_it() -> None:
     assert daemon.returncode in ENDED_ITSELF
 
 
-async def test_a_forgotten_daemon_is_killed_with_a_warning() -> None:
+async def test_garbage_collected_daemon_is_killed_with_a_warning() -> None:
     daemon = await Daemon().start()
     pid, directory = daemon.pid, directory_of(daemon)
     assert pid is not None
@@ -1502,11 +1513,11 @@ async def test_a_forgotten_daemon_is_killed_with_a_warning() -> None:
     assert not is_alive(pid) and not directory.exists()
 
 
-# --- started again ---
+# --- restarting ---
 
 
-async def another_run(daemon: Daemon, pid: int | None) -> None:
-    """Waits until a process other than that one answers."""
+async def wait_for_restart(daemon: Daemon, pid: int | None) -> None:
+    """Waits until a process other than ``pid`` answers."""
     with anyio.fail_after(20):
         while True:
             if daemon.pid not in (None, pid):
@@ -1517,7 +1528,7 @@ async def another_run(daemon: Daemon, pid: int | None) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_it_is_not_started_again_unasked(caplog: pytest.LogCaptureFixture) -> None:
+async def test_daemon_is_not_restarted_by_default(caplog: pytest.LogCaptureFixture) -> None:
     async with Daemon() as daemon:
         os.kill(daemon.pid or 0, signal.SIGKILL)
         await daemon.wait()
@@ -1526,7 +1537,7 @@ async def test_it_is_not_started_again_unasked(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("identity", ["temporary", "file"])
-async def test_a_daemon_that_dies_is_started_again_as_the_same_peer(
+async def test_daemon_is_restarted_as_the_same_peer(
     identity: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "p2pclient_rs.daemon")
@@ -1542,8 +1553,8 @@ async def test_a_daemon_that_dies_is_started_again_as_the_same_peer(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait)
             os.kill(pid or 0, signal.SIGKILL)
-            await another_run(daemon, pid)
-            # The same client, and the same peer at the same addresses.
+            await wait_for_restart(daemon, pid)
+            # The same client reaches the same peer at the same addresses.
             assert await client.identify() == before == (daemon.peer_id, daemon.addrs)
             assert daemon.command == command and directory_of(daemon) == directory
             assert daemon.running and daemon.returncode is None and not statuses
@@ -1555,7 +1566,7 @@ async def test_a_daemon_that_dies_is_started_again_as_the_same_peer(
     assert len([line for line in daemon.logs if line.startswith("Peer ID: ")]) == 2
 
 
-async def test_its_temporary_identity_is_private_and_goes_with_it() -> None:
+async def test_temporary_identity_is_private_and_removed_with_the_daemon() -> None:
     async with Daemon(restart=True) as daemon:
         (key,) = directory_of(daemon).glob("*.key")
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
@@ -1564,17 +1575,17 @@ async def test_its_temporary_identity_is_private_and_goes_with_it() -> None:
         assert daemon.peer_id != peer_id
 
 
-async def test_the_socket_that_it_left_does_not_keep_it_out(tmp_path: Path) -> None:
+async def test_restart_replaces_the_control_socket_left_behind(tmp_path: Path) -> None:
     control = f"/unix{tmp_path}/c.sock"
     async with Daemon(restart=True, control_maddr=control) as daemon:
         pid = daemon.pid
         os.kill(pid or 0, signal.SIGKILL)
-        await another_run(daemon, pid)
+        await wait_for_restart(daemon, pid)
     assert not (tmp_path / "c.sock").exists()
 
 
 @pytest.mark.needs("unary")
-async def test_the_handlers_of_its_clients_come_back_with_it() -> None:
+async def test_handlers_are_registered_again_after_a_restart() -> None:
     async def greet(info: StreamInfo, stream: Stream) -> None:
         await stream.send(b"hello")
         await stream.aclose()
@@ -1594,10 +1605,10 @@ async def test_the_handlers_of_its_clients_come_back_with_it() -> None:
         await server.add_unary_handler("echo", echo)
         pid = daemon.pid
         os.kill(pid or 0, signal.SIGKILL)
-        await another_run(daemon, pid)
+        await wait_for_restart(daemon, pid)
         await caller.connect(daemon.peer_id, daemon.addrs)
 
-        # With no call of the server's.
+        # The server makes no call that would reconnect.
         async def greeted(protocol: str) -> bool:
             try:
                 _, stream = await caller.stream_open(daemon.peer_id, [protocol])
@@ -1620,7 +1631,7 @@ async def test_the_handlers_of_its_clients_come_back_with_it() -> None:
 
 @pytest.fixture
 def mortal(tmp_path: Path, p2pd: Path) -> Path:
-    """A p2pd that can be started until the file `broken` is there, and counts its starts."""
+    """A p2pd that fails to start once the file `broken` exists, and records its starts."""
     body = f"""
         echo run >> {tmp_path}/runs
         if [ -e {tmp_path}/broken ]; then echo too bad; exit 3; fi
@@ -1629,7 +1640,7 @@ def mortal(tmp_path: Path, p2pd: Path) -> Path:
     return script(tmp_path / "p2pd", body)
 
 
-async def test_it_is_given_up_after_so_many_quick_deaths(
+async def test_supervisor_gives_up_after_repeated_quick_deaths(
     mortal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Daemon(mortal, restart=3) as daemon:
@@ -1649,7 +1660,7 @@ async def test_it_is_given_up_after_so_many_quick_deaths(
         assert daemon.failure is None
 
 
-async def test_a_restart_that_hangs_is_a_death(tmp_path: Path, p2pd: Path) -> None:
+async def test_restart_that_hangs_counts_as_a_death(tmp_path: Path, p2pd: Path) -> None:
     body = f'[ -e {tmp_path}/hang ] && exec sleep 1000\nexec {p2pd} "$@"'
     daemon = Daemon(script(tmp_path / "p2pd", body), restart=2, start_timeout=10)
     async with daemon:
@@ -1661,7 +1672,7 @@ async def test_a_restart_that_hangs_is_a_death(tmp_path: Path, p2pd: Path) -> No
         assert "not ready in 0.2 seconds and printed nothing" in str(daemon.failure)
 
 
-async def test_a_first_start_that_fails_is_not_repeated(mortal: Path, tmp_path: Path) -> None:
+async def test_failed_first_start_is_not_retried(mortal: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     daemon = Daemon(mortal, restart=True)
     with pytest.raises(DaemonStartError, match="status 3"):
@@ -1669,9 +1680,7 @@ async def test_a_first_start_that_fails_is_not_repeated(mortal: Path, tmp_path: 
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
-async def test_it_can_be_stopped_while_it_is_being_started_again(
-    mortal: Path, tmp_path: Path
-) -> None:
+async def test_daemon_can_be_stopped_during_restarts(mortal: Path, tmp_path: Path) -> None:
     async with Daemon(mortal, restart=100) as daemon:
         (tmp_path / "broken").touch()
         os.kill(daemon.pid or 0, signal.SIGKILL)
@@ -1681,12 +1690,12 @@ async def test_it_can_be_stopped_while_it_is_being_started_again(
         await daemon.stop()
         assert time.monotonic() - begun < 3
         count = len(runs.read_text().splitlines())
-        await anyio.sleep(1)  # in which it would have been started again
+        await anyio.sleep(1)  # long enough for another restart
         assert len(runs.read_text().splitlines()) == count
     assert daemon.failure is None
 
 
-async def test_a_forgotten_daemon_is_not_started_again() -> None:
+async def test_garbage_collected_daemon_is_not_restarted() -> None:
     daemon = await Daemon(restart=True).start()
     pid, directory = daemon.pid, directory_of(daemon)
     with pytest.warns(ResourceWarning, match=f"daemon {pid} was not stopped"):
@@ -1698,7 +1707,7 @@ async def test_a_forgotten_daemon_is_not_started_again() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_no_task_is_left_of_what_looked_after_it() -> None:
+async def test_stop_leaves_no_supervisor_tasks() -> None:
     import asyncio
 
     before = asyncio.all_tasks()
@@ -1710,7 +1719,7 @@ async def test_no_task_is_left_of_what_looked_after_it() -> None:
 # --- bootstrap peers in the background ---
 
 
-async def test_it_starts_without_its_bootstrap_peers_and_says_why(
+async def test_daemon_starts_without_its_bootstrap_peers_and_logs_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     daemon = Daemon(bootstrap_peers=[UNREACHABLE], bootstrap="background")
@@ -1724,7 +1733,7 @@ async def test_it_starts_without_its_bootstrap_peers_and_says_why(
 
 
 class Hasty:
-    """A schedule with no pauses to speak of."""
+    """A reconnection schedule with almost no delay."""
 
     TIMEOUT = 30.0
 
@@ -1735,13 +1744,13 @@ class Hasty:
         return 0.02, True
 
 
-async def connected_to(client: Client, peer_id: PeerID) -> None:
+async def wait_connected(client: Client, peer_id: PeerID) -> None:
     with anyio.fail_after(25):
         while peer_id not in [info.peer_id for info in await client.list_peers()]:
             await anyio.sleep(0.01)
 
 
-async def test_bootstrap_peers_are_connected_again_when_they_are_lost(
+async def test_lost_bootstrap_peers_are_reconnected(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(p2pclient_rs.daemon, "Reconnection", Hasty)
@@ -1750,19 +1759,19 @@ async def test_bootstrap_peers_are_connected_again_when_they_are_lost(
         options: dict[str, Any] = {"bootstrap": "background", "restart": True}
         async with Daemon(bootstrap_peers=[UNREACHABLE, peer], **options) as daemon:
             async with daemon.client() as client:
-                await connected_to(client, other.peer_id)
+                await wait_connected(client, other.peer_id)
                 await client.disconnect(other.peer_id)
-                await connected_to(client, other.peer_id)
-                # Also by another process of the same daemon.
+                await wait_connected(client, other.peer_id)
+                # After a restart of the daemon as well.
                 pid = daemon.pid
                 os.kill(pid or 0, signal.SIGKILL)
-                await another_run(daemon, pid)
-                await connected_to(client, other.peer_id)
+                await wait_for_restart(daemon, pid)
+                await wait_connected(client, other.peer_id)
     assert not [m for m in caplog.messages if peer in m]
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_bootstrap_peer_that_comes_later_is_connected(tmp_path: Path) -> None:
+async def test_bootstrap_peer_that_starts_later_is_connected(tmp_path: Path) -> None:
     port = unused_tcp_port()
     options: dict[str, Any] = {
         "identity": write_key(tmp_path / "key"),
@@ -1772,10 +1781,10 @@ async def test_a_bootstrap_peer_that_comes_later_is_connected(tmp_path: Path) ->
         peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
     daemon = Daemon(bootstrap_peers=[peer], bootstrap="background")
     async with daemon, daemon.client() as client, Daemon(**options):
-        await connected_to(client, other.peer_id)
+        await wait_connected(client, other.peer_id)
 
 
-# --- the end of the process that started it ---
+# --- the parent process ends ---
 
 PROGRAM = """
 import atexit, gc, json, os, signal, sys, warnings
@@ -1829,7 +1838,7 @@ class Program:
         self.process.stdin.flush()
 
     def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
-        """Signals it, or lets it end; returns its status and what it printed."""
+        """Sends the signal, or lets the process finish; returns its status and output."""
         if number is not None:
             self.process.send_signal(number)
         try:
@@ -1844,14 +1853,14 @@ class Program:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_parent_leaves_no_orphan(anyio_backend: Backend, number: signal.Signals) -> None:
+def test_killed_parent_leaves_no_orphan(anyio_backend: Backend, number: signal.Signals) -> None:
     program = Program(anyio_backend, FOREVER)
     status, _ = program.end(number)
     assert status == -number
     eventually(lambda: not program.left(), 5)
 
 
-#: Has the daemon die, and waits until it has been started again.
+#: Kills the daemon and waits for its restart.
 DIE = """
     first = daemon.pid
     os.kill(first, signal.SIGKILL)
@@ -1861,7 +1870,7 @@ DIE = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_daemon_that_was_started_again_is_no_orphan(
+def test_killed_parent_leaves_no_orphan_after_a_restart(
     anyio_backend: Backend, number: signal.Signals
 ) -> None:
     program = Program(anyio_backend, FOREVER, options=", restart=True", before=DIE)
@@ -1871,7 +1880,7 @@ def test_a_daemon_that_was_started_again_is_no_orphan(
 
 # --- without a shell ---
 
-#: The kind of janitor for where there is no shell, whether there is one or not.
+#: Forces the watchdog that is used where there is no shell.
 FORKED = """
 import functools, p2pclient_rs.daemon
 p2pclient_rs.daemon.DaemonProcess = functools.partial(
@@ -1881,7 +1890,7 @@ p2pclient_rs.daemon.DaemonProcess = functools.partial(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_forked_janitor_clears_up_after_a_killed_parent(
+def test_forked_watchdog_cleans_up_after_a_killed_parent(
     anyio_backend: Backend, number: signal.Signals
 ) -> None:
     program = Program(anyio_backend, FOREVER, setup=FORKED)
@@ -1891,13 +1900,13 @@ def test_forked_janitor_clears_up_after_a_killed_parent(
     eventually(lambda: not program.left(), 5)
 
 
-def test_forked_janitor_clears_up_after_a_restart(anyio_backend: Backend) -> None:
+def test_forked_watchdog_cleans_up_after_a_restart(anyio_backend: Backend) -> None:
     program = Program(anyio_backend, FOREVER, ", restart=True", DIE, setup=FORKED)
     program.end(signal.SIGKILL)
     eventually(lambda: not program.left(), 5)
 
 
-def test_forked_janitor_kills_what_ignores_sigterm_and_removes_subdirectories(
+def test_forked_watchdog_kills_the_group_and_removes_subdirectories(
     anyio_backend: Backend, stubborn: Path
 ) -> None:
     make = """
@@ -1912,8 +1921,8 @@ def test_forked_janitor_kills_what_ignores_sigterm_and_removes_subdirectories(
     assert Path("/tmp").is_dir()
 
 
-def test_forked_janitor_holds_no_memory_of_its_parent(anyio_backend: Backend) -> None:
-    # Each page is the parent's alone again once the child has let go of it.
+def test_forked_watchdog_releases_its_parents_memory(anyio_backend: Backend) -> None:
+    # The parent's pages are no longer shared once the child has unmapped them.
     setup = FORKED + "\nmemory = bytearray(os.urandom(1 << 20) * 100)\n"
     program = Program(anyio_backend, FOREVER, setup=setup)
     statm = Path(f"/proc/{program.janitor}/statm")
@@ -1923,7 +1932,7 @@ def test_forked_janitor_holds_no_memory_of_its_parent(anyio_backend: Backend) ->
     eventually(lambda: not program.left(), 5)
 
 
-def test_forked_janitor_has_no_file_but_its_pipe(anyio_backend: Backend) -> None:
+def test_forked_watchdog_keeps_only_its_pipe_open(anyio_backend: Backend) -> None:
     program = Program(anyio_backend, FOREVER, setup=FORKED)
     eventually(lambda: len(links(program.janitor)) == 1)
     assert links(program.janitor)[0].startswith("pipe:")
@@ -1931,32 +1940,32 @@ def test_forked_janitor_has_no_file_but_its_pipe(anyio_backend: Backend) -> None
     eventually(lambda: not program.left(), 5)
 
 
-# The JavaScript daemon needs a whole node.
+# jsp2pd would need a whole node installation.
 @pytest.mark.daemons("hivemind", "go")
-@pytest.mark.skipif(os.geteuid() != 0, reason="chroot is for root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot requires root")
 @pytest.mark.parametrize("has", ["nothing", "shell"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_daemon_starts_and_ends_in_a_container_without(
+def test_daemon_starts_and_stops_in_a_container_without(
     anyio_backend: Backend, number: signal.Signals, has: str, p2pd: Path
 ) -> None:
-    """A file system with p2pd, libraries and /dev/null only; or with a shell too, but no `rm`."""
+    """The container has p2pd, its libraries and /dev/null; with a shell in it, still no `rm`."""
     root = Path(str(tempfile.tempdir)) / "root"
     for name in ("dev", "tmp", "bin", "proc/self"):
         (root / name).mkdir(parents=True)
-    # hivemind's p2pd is packed, and unpacks itself from there.
+    # hivemind's p2pd is a packed executable, which unpacks itself from /proc/self/exe.
     (root / "proc/self/exe").symlink_to("/bin/p2pd")
     os.mknod(root / "dev/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     shutil.copy(p2pd, root / "bin/p2pd")
     if has == "shell":
         shutil.copy("/bin/sh", root / "bin/sh")
     for file in (root / "bin").iterdir():
-        # It fails for a program that is linked statically.
+        # ldd fails for a statically linked program.
         libraries = subprocess.run(["ldd", str(file)], capture_output=True, text=True)
         for word in libraries.stdout.split():
             if word.startswith("/"):
                 (root / word[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(word, root / word[1:])
-    # Later imports would find no files.
+    # Import everything first: there are no modules in the container.
     setup = f"""
 import asyncio, concurrent.futures.thread, encodings.idna, ipaddress, stringprep, tempfile
 import importlib.util, uvloop, trio, anyio._backends._asyncio, anyio._backends._trio
@@ -1975,20 +1984,20 @@ os.environ["P2PD_PATH"] = "/bin/p2pd"
         shutil.rmtree(root)
 
 
-def test_ctrl_c_reaches_the_parent_which_stops_it(anyio_backend: Backend) -> None:
+def test_parent_stops_the_daemon_on_ctrl_c(anyio_backend: Backend) -> None:
     program = Program(anyio_backend, FOREVER)
     assert program.end(signal.SIGINT)[0] != 0
     assert not program.left()
 
 
 @pytest.mark.parametrize("then", ["return", "sys.exit(3)", "1 / 0"])
-def test_at_the_interpreters_end_it_is_killed(anyio_backend: Backend, then: str) -> None:
+def test_daemon_is_killed_at_interpreter_exit(anyio_backend: Backend, then: str) -> None:
     program = Program(anyio_backend, f"globals()['kept'] = daemon; {then}")
     program.end()
     assert not program.left()
 
 
-def test_a_forked_child_leaves_it_alone(anyio_backend: Backend) -> None:
+def test_forked_child_leaves_the_daemon_alone(anyio_backend: Backend) -> None:
     then = """
     if (pid := os.fork()) == 0:
         try:
@@ -2013,8 +2022,8 @@ def test_a_forked_child_leaves_it_alone(anyio_backend: Backend) -> None:
     assert not program.left()
 
 
-def test_finalizers_at_the_end_of_a_forked_child_leave_it_alone(anyio_backend: Backend) -> None:
-    # Not with sys.exit(): a child that unwinds trio's loop breaks its parent's.
+def test_exit_handlers_in_a_forked_child_leave_the_daemon_alone(anyio_backend: Backend) -> None:
+    # Not with sys.exit(): unwinding trio's loop in the child breaks the parent's.
     then = """
     if (pid := os.fork()) == 0:
         atexit._run_exitfuncs()
@@ -2028,7 +2037,7 @@ def test_finalizers_at_the_end_of_a_forked_child_leave_it_alone(anyio_backend: B
     assert not program.left()
 
 
-def test_a_forked_child_does_not_keep_it_alive(anyio_backend: Backend) -> None:
+def test_forked_child_does_not_keep_the_daemon_alive(anyio_backend: Backend) -> None:
     then = """
     ready, written = os.pipe()
     if os.fork() == 0:
@@ -2046,20 +2055,20 @@ def test_a_forked_child_does_not_keep_it_alive(anyio_backend: Backend) -> None:
     assert program.process.stdout.readline() == b"forked\n"
     program.process.kill()
     program.process.wait()
-    # The child is alive until its standard input ends.
+    # The child lives until its standard input is closed.
     eventually(lambda: not program.left())
     program.process.stdin.close()
     program.process.stdout.close()
 
 
-def test_an_unused_port_is_none_that_the_system_gives_away() -> None:
+def test_unused_port_is_below_the_ephemeral_range() -> None:
     ports = {unused_tcp_port(host) for host in ("127.0.0.1", "::1") for _ in range(50)}
     assert len(ports) > 90
     assert all(20_000 <= port < 32_000 for port in ports)
     with pytest.raises(OSError):
-        unused_tcp_port("192.0.2.1")  # not of this machine
+        unused_tcp_port("192.0.2.1")  # not a local address
 
 
-def test_an_unused_port_of_a_name() -> None:
+def test_unused_port_accepts_a_host_name() -> None:
     assert 20_000 <= unused_tcp_port("localhost") < 32_000
     assert 20_000 <= unused_tcp_port(host="localhost") < 32_000

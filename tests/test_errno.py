@@ -1,4 +1,4 @@
-"""Failed requests as built-in exceptions: their class, errno and file name, and that these survive
+"""Failed requests as built-in exceptions: class, errno and file name, and that all of these survive
 copying and pickling."""
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ async def failure_of(call: Awaitable[object]) -> OSError:
     return caught.value
 
 
-def survives(error: Any) -> None:
-    """Asserts that a copy of it and a pickled one are the same in every respect."""
+def assert_survives_copies(error: Any) -> None:
+    """Asserts that a copied and a pickled error equal the original in every respect."""
     for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert type(again) is type(error)
         for name in ("errno", "strerror", "filename", "args", "__dict__"):
@@ -63,7 +63,7 @@ def stale_socket() -> Iterator[str]:
     os.unlink(path)
 
 
-def is_unreachable(error: OSError, kind: type[OSError], number: int, path: str | None) -> None:
+def assert_unreachable(error: OSError, kind: type[OSError], number: int, path: str | None) -> None:
     assert isinstance(error, DaemonUnreachable) and isinstance(error, kind)
     assert isinstance(error, ConnectionError)
     assert (error.errno, error.filename) == (number, path)
@@ -76,31 +76,31 @@ def is_unreachable(error: OSError, kind: type[OSError], number: int, path: str |
     printed = traceback.format_exception_only(error)
     assert printed[-1].startswith("p2pclient_rs.exceptions.DaemonUnreachable: no connection")
     assert repr(error).startswith("DaemonUnreachable(")
-    survives(error)
+    assert_survives_copies(error)
 
 
-async def test_no_socket_file_is_file_not_found() -> None:
+async def test_missing_socket_file_raises_file_not_found() -> None:
     path = str(new_directory() / "none.sock")
     error = await failure_of(Client(f"/unix{path}").identify())
-    is_unreachable(error, FileNotFoundError, errno.ENOENT, path)
+    assert_unreachable(error, FileNotFoundError, errno.ENOENT, path)
     assert "p2pclient_rs.Daemon()" in str(error) and "control_maddr" in str(error)
 
 
-async def test_a_stale_socket_file_is_connection_refused(stale_socket: str) -> None:
+async def test_stale_socket_file_raises_connection_refused(stale_socket: str) -> None:
     error = await failure_of(Client(f"/unix{stale_socket}").identify())
-    is_unreachable(error, ConnectionRefusedError, errno.ECONNREFUSED, stale_socket)
+    assert_unreachable(error, ConnectionRefusedError, errno.ECONNREFUSED, stale_socket)
     assert "start the daemon again" in str(error)
 
 
-async def test_a_closed_port_is_connection_refused() -> None:
+async def test_closed_port_raises_connection_refused() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         client = Client(f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}")
         error = await failure_of(client.identify())
-    is_unreachable(error, ConnectionRefusedError, errno.ECONNREFUSED, None)
+    assert_unreachable(error, ConnectionRefusedError, errno.ECONNREFUSED, None)
 
 
-async def test_what_a_retry_loop_of_the_field_catches_is_caught() -> None:
+async def test_usual_retry_loop_catches_the_errors() -> None:
     tries = 0
     client = Client(f"/unix{new_directory()}/none.sock")
     while True:
@@ -113,19 +113,19 @@ async def test_what_a_retry_loop_of_the_field_catches_is_caught() -> None:
     assert tries == 3
 
 
-async def test_a_path_through_a_file_is_not_a_directory() -> None:
+async def test_socket_path_through_a_file_raises_not_a_directory() -> None:
     file = new_directory() / "file"
     file.touch()
     error = await failure_of(Client(f"/unix{file}/control.sock").identify())
-    is_unreachable(error, NotADirectoryError, errno.ENOTDIR, f"{file}/control.sock")
+    assert_unreachable(error, NotADirectoryError, errno.ENOTDIR, f"{file}/control.sock")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-def test_a_socket_of_another_user_is_a_permission_error() -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to become another user")
+def test_socket_of_another_user_raises_permission_error() -> None:
     code = """if True:
         import asyncio, os, sys
         from p2pclient_rs import Client, DaemonUnreachable
-        import anyio._backends._asyncio  # unreadable for the other user
+        import anyio._backends._asyncio  # the other user cannot read its file
         os.setuid(65534)
         try:
             asyncio.run(Client(f"/unix{sys.argv[1]}").identify())
@@ -145,21 +145,21 @@ def test_a_socket_of_another_user_is_a_permission_error() -> None:
     assert output.split() == [str(errno.EACCES), str(path), "True"]
 
 
-async def test_a_name_that_does_not_resolve_is_a_gaierror() -> None:
+async def test_unresolvable_name_raises_gaierror() -> None:
     with pytest.raises(socket.gaierror) as caught:
         await Client("/dns4/no-such-host.invalid/tcp/4001").identify()
     error = caught.value
     assert error.errno in (socket.EAI_NONAME, socket.EAI_AGAIN)
-    is_unreachable(error, socket.gaierror, error.errno, None)
+    assert_unreachable(error, socket.gaierror, error.errno, None)
 
 
-def test_no_descriptors_is_an_os_error_with_its_number() -> None:
+def test_lack_of_descriptors_raises_os_error_with_errno() -> None:
     with FakeDaemon(lambda connection: None) as fake:
 
         async def main() -> OSError:
             client = Client(fake.control_maddr)
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            # None is free below the lowest one that is.
+            # No descriptor is free below the lowest free one.
             lowest = os.dup(0)
             os.close(lowest)
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
@@ -169,21 +169,21 @@ def test_no_descriptors_is_an_os_error_with_its_number() -> None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
         error = asyncio.run(main())
-    is_unreachable(error, OSError, errno.EMFILE, None)
+    assert_unreachable(error, OSError, errno.EMFILE, None)
 
 
 # --- lost connections ---
 
 
-def is_lost(error: OSError, kind: type[OSError], number: int) -> None:
+def assert_lost(error: OSError, kind: type[OSError], number: int) -> None:
     assert isinstance(error, ConnectionLost) and isinstance(error, kind)
     assert (error.errno, error.strerror) == (number, os.strerror(number))
     assert type(error).__name__ == "ConnectionLost"
-    survives(error)
+    assert_survives_copies(error)
 
 
 @pytest.mark.parametrize("answer", [b"", frame(IDENTITY)[:-1]])
-async def test_an_end_of_the_connection_is_a_reset_and_an_end_of_file(answer: bytes) -> None:
+async def test_eof_on_the_connection_raises_connection_reset_and_eof_error(answer: bytes) -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(answer)
@@ -191,12 +191,12 @@ async def test_an_end_of_the_connection_is_a_reset_and_an_end_of_file(answer: by
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             error = await failure_of(client.identify())
-    is_lost(error, ConnectionResetError, errno.ECONNRESET)
+    assert_lost(error, ConnectionResetError, errno.ECONNRESET)
     assert isinstance(error, EOFError)
     assert isinstance(error, ConnectionLost) and error.mid_answer is bool(answer)
 
 
-async def test_a_reset_of_the_connection_is_a_connection_reset_error() -> None:
+async def test_connection_reset_raises_connection_reset_error() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.reset()
@@ -204,12 +204,12 @@ async def test_a_reset_of_the_connection_is_a_connection_reset_error() -> None:
     with FakeDaemon(script, "tcp") as fake:
         async with Client(fake.control_maddr) as client:
             error = await failure_of(client.connect(PEER, []))
-    is_lost(error, ConnectionResetError, errno.ECONNRESET)
+    assert_lost(error, ConnectionResetError, errno.ECONNRESET)
     assert not isinstance(error, (BrokenPipeError, ConnectionAbortedError))
     assert isinstance(error.__cause__, ConnectionResetError)
 
 
-async def test_pending_unary_calls_of_a_lost_or_closed_connection_are_reset() -> None:
+async def test_pending_unary_calls_raise_connection_reset_on_loss_and_close() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()
         while connection.read_message().data != b"end":
@@ -218,7 +218,7 @@ async def test_pending_unary_calls_of_a_lost_or_closed_connection_are_reset() ->
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             error = await failure_of(client.call_unary(PEER, "p", b"end"))
-            is_lost(error, ConnectionResetError, errno.ECONNRESET)
+            assert_lost(error, ConnectionResetError, errno.ECONNRESET)
             assert isinstance(error, EOFError)
 
             failures: list[OSError] = []
@@ -231,10 +231,10 @@ async def test_pending_unary_calls_of_a_lost_or_closed_connection_are_reset() ->
                 while client.unary.pending_calls == 0:
                     await anyio.sleep(0)
                 client.unary.close()
-    is_lost(failures[0], ConnectionResetError, errno.ECONNRESET)
+    assert_lost(failures[0], ConnectionResetError, errno.ECONNRESET)
 
 
-async def test_all_callers_waiting_for_an_unreachable_daemon_get_the_errno() -> None:
+async def test_every_call_waiting_for_an_unreachable_daemon_gets_the_errno() -> None:
     client = Client(f"/unix{new_directory()}/none.sock")
     errors: list[OSError] = []
 
@@ -252,7 +252,7 @@ async def test_all_callers_waiting_for_an_unreachable_daemon_get_the_errno() -> 
     client.unary.close()
 
 
-async def test_a_timeout_has_the_number_of_one() -> None:
+async def test_timeout_has_errno_etimedout() -> None:
     def silent(connection: Connection) -> None:
         connection.wait_closed()
 
@@ -261,7 +261,7 @@ async def test_a_timeout_has_the_number_of_one() -> None:
             error = await failure_of(client.identify(timeout=0.05))
     assert isinstance(error, ControlTimeout) and isinstance(error, TimeoutError)
     assert (error.errno, error.strerror) == (errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-    survives(error)
+    assert_survives_copies(error)
 
 
 # --- the classes ---
@@ -279,7 +279,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("number", "kind"), NUMBERS)
 @pytest.mark.parametrize("ours", [ConnectionLost, DaemonUnreachable])
-def test_the_class_follows_the_number(
+def test_class_follows_the_errno(
     number: int, kind: type[OSError], ours: type[ControlFailure]
 ) -> None:
     error: Any = from_os_error(ours, "it failed", OSError(number, "in its words"), "/a/path")
@@ -288,15 +288,15 @@ def test_the_class_follows_the_number(
     assert str(error) == "it failed"
     assert type(from_os_error(ours, "again", OSError(number, ""))) is type(error)
     vars(error).update(request="CONNECT", peer_id=PEER, extra=["of a program"])
-    survives(error)
+    assert_survives_copies(error)
 
 
-def test_one_that_is_a_built_in_class_already_needs_no_other() -> None:
+def test_exception_with_the_builtin_base_is_not_combined_again() -> None:
     assert combined(ConnectionLost, (OSError, ConnectionError)) is ConnectionLost
     assert exceptions.connection_lost("lost").errno == errno.ECONNRESET
 
 
-def test_a_pickled_error_is_read_by_a_process_that_never_had_one() -> None:
+def test_pickled_error_loads_in_a_new_process() -> None:
     errors = [
         from_os_error(DaemonUnreachable, "one", FileNotFoundError(2, "no such", "/x")),
         exceptions.connection_lost("two"),
@@ -360,7 +360,7 @@ print("done")
 """
 
 
-def test_hiveminds_classes_are_built_in_ones_too(tmp_path: Path) -> None:
+def test_exceptions_of_the_hivemind_layer_are_builtin_exceptions_too(tmp_path: Path) -> None:
     import hivemind_tree
 
     tree = hivemind_tree.make(tmp_path)
@@ -370,21 +370,21 @@ def test_hiveminds_classes_are_built_in_ones_too(tmp_path: Path) -> None:
     assert output == "done\n"
 
 
-async def test_p2pclients_client_raises_them() -> None:
+async def test_exceptions_of_the_p2pclient_layer_are_builtin_exceptions_too() -> None:
     from multiaddr import Multiaddr
 
     from p2pclient_rs.compat.p2pclient import Client as P2PClient, ControlFailure as TheirFailure
 
     path = str(new_directory() / "none.sock")
     error = await failure_of(P2PClient(Multiaddr(f"/unix{path}")).identify())
-    is_unreachable(error, FileNotFoundError, errno.ENOENT, path)
+    assert_unreachable(error, FileNotFoundError, errno.ENOENT, path)
     assert isinstance(error, TheirFailure)
 
 
 # --- listening ---
 
 
-async def test_an_address_in_use_is_one_with_a_hint() -> None:
+async def test_listen_on_an_address_in_use_gives_a_hint() -> None:
     path = new_directory() / "listen.sock"
     first, second = (Client(listen_maddr=f"/unix{path}") for _ in range(2))
     async with first.listen():

@@ -1,4 +1,4 @@
-"""The guide's programs, whole and as a reader pastes them: each is run as a program of its own."""
+"""Whole programs as a reader of the guide would paste them, each run in its own process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 pytestmark = [pytest.mark.daemons("hivemind"), pytest.mark.independent]
 
-#: By name: the program and its output.
+#: Title → (program, expected output).
 PROGRAMS: dict[str, tuple[str, str]] = {
-    "a daemon and who it is": (
+    "a daemon and its identity": (
         """
         import asyncio
         from p2pclient_rs import Daemon
@@ -67,7 +67,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         """,
         "True\nb'HELLO'\n",
     ),
-    "the same with blocks": (
+    "the same with context managers": (
         """
         import asyncio
         from p2pclient_rs import Daemon
@@ -92,7 +92,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         """,
         "/shout\nb'HI'\n",
     ),
-    "a handler that asks who calls": (
+    "a handler that looks at its caller": (
         """
         import asyncio
         from p2pclient_rs import Daemon
@@ -129,7 +129,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
             b = await Daemon(dht="server").start()
             alice, bob = a.client(), b.client()
             await alice.connect(b.peer_id, b.addrs)
-            while True:  # until the routing tables have each other
+            while True:  # until both are in each other's routing table
                 try:
                     peer = await alice.dht_find_peer(b.peer_id)
                     await alice.dht_get_closest_peers(b"anything")
@@ -201,7 +201,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         """,
         "b'144'\n",
     ),
-    "a retry until the daemon is there": (
+    "retrying until the daemon is reachable": (
         """
         import asyncio, tempfile
         from p2pclient_rs import Client, Daemon
@@ -278,10 +278,10 @@ def run(program: str, loop: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_it_runs_as_it_stands(name: str, loop: str) -> None:
+def test_program_runs_unchanged(name: str, loop: str) -> None:
     program, output = PROGRAMS[name]
     ran = run(program, loop)
     assert (ran.stdout, ran.returncode) == (output, 0), ran.stderr
-    # asyncio's debug mode names callbacks that take long. That can be the machine.
+    # asyncio's debug mode warns about slow callbacks, which a loaded machine can cause.
     said = [line for line in ran.stderr.splitlines() if not line.startswith("Executing <")]
     assert said == []

@@ -1,7 +1,7 @@
-"""Peers of different kinds: streams both ways, who each is to the other, the DHT and pubsub.
+"""Peers on different kinds of daemon: streams in both directions, peer ids, the DHT and pubsub.
 
-With ``--daemon=go`` these are upstream Go and hivemind's, with ``--daemon=js`` JavaScript's and the
-other two. See daemons/features.py for what does not work between them.
+``--daemon=go`` pairs upstream Go with hivemind's daemon, ``--daemon=js`` JavaScript with both.
+daemons/features.py lists what does not work between them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MIB = 1 << 20
 
 
 def pairs(*, connect: bool) -> list[tuple[str, str]]:
-    """The kind that the tests are run on with itself and with those before it, both ways: those
-    that can be connected, or those that cannot."""
+    """Pairs of the tested kind with itself and with the kinds before it, in both orders: those that
+    can connect, or those that cannot."""
     kinds = list(DAEMONS)
     kind = support.DEFAULT_KIND
     others = kinds[: kinds.index(kind)]
@@ -44,7 +44,7 @@ def anyio_backend() -> Any:
 
 @dataclass
 class Ends:
-    """Two clients of two daemons, the first of which is to ask the second's."""
+    """Clients of two daemons, ``near`` and ``far``."""
 
     near: Client
     far: Client
@@ -52,19 +52,19 @@ class Ends:
     far_daemon: DaemonProcess
 
     def both_ways(self) -> tuple[tuple[Client, Client, DaemonProcess], ...]:
-        """Who asks, who serves, and the daemon of that one."""
+        """Caller, server and the server's daemon, in both directions."""
         return (
             (self.near, self.far, self.far_daemon),
             (self.far, self.near, self.near_daemon),
         )
 
     def entry(self, feature: str) -> Any:
-        """What the table says of a feature between the two."""
+        """What the feature table says about a feature between the two kinds."""
         return between(self.near_daemon.kind, self.far_daemon.kind, feature)
 
 
 def started(kind: str, peer: str) -> DaemonProcess:
-    """A daemon of a kind, with the muxer that a peer of the other has."""
+    """Starts a daemon with a muxer that its peer's kind supports."""
     muxer = ["-muxer", "mplex"] if (kind, peer) == ("go", "js") else []
     daemon = DaemonProcess("-dhtServer", "-pubsub", *muxer, kind=kind)
     daemon.keep()
@@ -96,7 +96,7 @@ def unused() -> str:
     return f"/{os.urandom(4).hex()}"
 
 
-async def test_each_sees_the_other_as_who_it_is(ends: Ends) -> None:
+async def test_peers_see_each_others_peer_ids(ends: Ends) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             callers.append((info.peer_id, info.proto))
@@ -116,7 +116,7 @@ async def test_each_sees_the_other_as_who_it_is(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, MIB], ids=["1 byte", "64 KiB", "1 MiB"])
-async def test_payloads_go_both_ways_at_once_unharmed(ends: Ends, size: int) -> None:
+async def test_payloads_in_both_directions_at_once_arrive_intact(ends: Ends, size: int) -> None:
     theirs, ours = os.urandom(size), os.urandom(size)
     received = []
 
@@ -128,7 +128,7 @@ async def test_payloads_go_both_ways_at_once_unharmed(ends: Ends, size: int) -> 
     async def handler(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             await talk(stream, theirs, size)
-            await stream.read()  # until the caller has all of it
+            await stream.read()  # waits until the caller has received everything
 
     proto = unused()
     for asks, serves, daemon in ends.both_ways():
@@ -141,7 +141,7 @@ async def test_payloads_go_both_ways_at_once_unharmed(ends: Ends, size: int) -> 
         assert sorted(received) == sorted([ours, theirs])
 
 
-async def test_after_send_eof_the_other_has_everything_and_the_end(ends: Ends) -> None:
+async def test_peer_receives_everything_and_eof_after_send_eof(ends: Ends) -> None:
     async def handler(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             received.append(await stream.read())
@@ -160,7 +160,7 @@ async def test_after_send_eof_the_other_has_everything_and_the_end(ends: Ends) -
         assert received == [data]
 
 
-async def test_a_provider_is_found_by_a_peer_of_another_kind(ends: Ends) -> None:
+async def test_provider_is_found_by_another_kind_of_daemon(ends: Ends) -> None:
     async def found() -> None:
         cid = b"\x01\x55\x12\x20" + hashlib.sha256(os.urandom(8)).digest()
         await ends.near.dht_provide(cid)
@@ -170,7 +170,7 @@ async def test_a_provider_is_found_by_a_peer_of_another_kind(ends: Ends) -> None
     await eventually(found)
 
 
-async def test_the_public_key_of_a_peer_of_another_kind(ends: Ends) -> None:
+async def test_public_key_is_returned_by_another_kind_of_daemon(ends: Ends) -> None:
     entry = ends.entry("dht_public_key")
     if entry.state is State.SUPPORTED:
         key = await ends.near.dht_get_public_key(ends.far_daemon.peer_id)
@@ -183,7 +183,7 @@ async def test_the_public_key_of_a_peer_of_another_kind(ends: Ends) -> None:
         assert (await ends.near.identify()).peer_id == ends.near_daemon.peer_id
 
 
-async def test_a_message_reaches_a_subscriber_of_another_kind(ends: Ends) -> None:
+async def test_pubsub_message_reaches_another_kind_of_daemon(ends: Ends) -> None:
     topic = unused()
     async with await ends.far.pubsub_subscribe(topic) as subscription:
         message = None
@@ -197,7 +197,7 @@ async def test_a_message_reaches_a_subscriber_of_another_kind(ends: Ends) -> Non
 
 @pytest.mark.daemons("js")
 @pytest.mark.parametrize(("near", "far"), pairs(connect=False))
-async def test_peers_without_a_muxer_in_common_are_refused_at_once(near: str, far: str) -> None:
+async def test_connect_without_a_common_muxer_is_refused_at_once(near: str, far: str) -> None:
     entry = between(near, far, "connect")
     with started(near, far) as here, started(far, near) as there:
         async with here.client() as client:

@@ -1,4 +1,4 @@
-"""The value types: against py-multiaddr, base58 and py-multihash, and as the incumbents behave."""
+"""The value types, compared with py-multiaddr, base58, py-multihash and the original packages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPEC_CID = "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe"
 
 
 class HasBytes:
-    """What another library's peer id or multiaddr looks like from outside."""
+    """A peer id or multiaddr of another library."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -63,7 +63,7 @@ ForeignID.__name__ = "ID"
     "given",
     [RSA, RSA_BYTES, bytearray(RSA_BYTES), memoryview(RSA_BYTES), HasBytes(RSA_BYTES), PeerID(RSA)],
 )
-def test_peer_id_is_made_of_anything_that_has_its_bytes(given: Any) -> None:
+def test_peer_id_accepts_every_form_of_its_bytes(given: Any) -> None:
     peer = PeerID(given)
     assert peer.to_bytes() == bytes(peer) == RSA_BYTES
     assert str(peer) == peer.to_base58() == peer.to_string() == peer.pretty() == RSA
@@ -71,14 +71,14 @@ def test_peer_id_is_made_of_anything_that_has_its_bytes(given: Any) -> None:
     assert ID is PeerID
 
 
-def test_peer_id_texts() -> None:
+def test_peer_id_converts_to_and_from_base58_and_cid() -> None:
     peer = PeerID.from_base58(SPEC)
     assert peer.to_cid() == SPEC_CID
     assert PeerID.from_string(SPEC_CID) == PeerID.from_string(SPEC) == PeerID(SPEC_CID) == peer
     assert PeerID(ED25519).to_bytes() == base58.b58decode(ED25519)
 
 
-def test_any_bytes_make_a_peer_id_as_in_the_incumbents() -> None:
+def test_peer_id_accepts_arbitrary_bytes_as_the_originals_do() -> None:
     for data in (b"", b"abc", bytes(40), b"\xff" * 40):
         peer = PeerID(data)
         assert peer == PeerID.from_bytes(data)
@@ -100,23 +100,21 @@ def test_any_bytes_make_a_peer_id_as_in_the_incumbents() -> None:
     ],
 )
 @pytest.mark.parametrize("make", [PeerID, PeerID.from_base58, PeerID.from_string])
-def test_text_that_is_no_peer_id_is_refused_with_the_reason(
-    make: Any, text: str, reason: str
-) -> None:
+def test_invalid_peer_id_text_is_refused_with_the_reason(make: Any, text: str, reason: str) -> None:
     with pytest.raises(InvalidPeerID, match=reason) as error:
         make(text)
     assert isinstance(error.value, ValueError)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, ["Qm"], object()])
-def test_peer_id_of_a_wrong_type_is_a_type_error(wrong: Any) -> None:
+def test_peer_id_of_a_wrong_type_raises_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match="expected a peer id, not <class"):
         PeerID(wrong)
     with pytest.raises(TypeError):
         PeerID.from_bytes(wrong)
 
 
-def test_errors_of_to_bytes_come_through() -> None:
+def test_errors_of_to_bytes_propagate() -> None:
     class Broken:
         def to_bytes(self) -> bytes:
             raise ZeroDivisionError
@@ -128,7 +126,7 @@ def test_errors_of_to_bytes_come_through() -> None:
             make(HasBytes("text"))  # type: ignore[arg-type]
 
 
-def test_peer_id_equals_its_texts_its_bytes_and_its_like_elsewhere() -> None:
+def test_peer_id_equals_its_texts_its_bytes_and_foreign_peer_ids() -> None:
     peer = PeerID(SPEC)
     data = base58.b58decode(SPEC)
     for same in (SPEC, SPEC_CID, data, ForeignID(data), PeerID(data)):
@@ -138,19 +136,19 @@ def test_peer_id_equals_its_texts_its_bytes_and_its_like_elsewhere() -> None:
     for other in (RSA, "nonsense", RSA_BYTES, ForeignID(RSA_BYTES), PeerID(RSA), None, 1):
         assert peer != other
         assert not peer == other
-    # Having bytes is not enough.
+    # A to_bytes method alone does not make an equal.
     assert peer != HasBytes(data)
     assert peer.__eq__(1) is NotImplemented
 
 
-def test_peer_id_hashes_as_its_bytes() -> None:
+def test_peer_id_hashes_like_its_bytes() -> None:
     peer = PeerID(RSA)
     assert hash(peer) == hash(RSA_BYTES)
     assert {peer: 1}[RSA_BYTES] == {RSA_BYTES: 1}[peer] == 1  # type: ignore[index]
 
 
-def test_peer_ids_order_by_their_base58_text() -> None:
-    # By bytes it would be the other way round: these differ in length.
+def test_peer_ids_are_ordered_by_base58_text() -> None:
+    # Their lengths differ, so their order as bytes is the opposite.
     low, high = PeerID(ED25519), PeerID(RSA)
     assert low < high and low <= high and high > low and high >= low and low <= PeerID(low)
     peers = [PeerID(bytes([i, 7 * i % 256, 3]) * (1 + i % 3)) for i in range(60)]
@@ -185,7 +183,7 @@ def test_from_pubkey_inlines_short_keys_and_hashes_long_ones(length: int, inline
         PeerID.from_pubkey(7)  # type: ignore[arg-type]
 
 
-def test_class_methods_of_a_subclass_make_the_subclass() -> None:
+def test_class_methods_of_a_subclass_return_the_subclass() -> None:
     class MyID(PeerID):
         pass
 
@@ -233,7 +231,7 @@ def test_multiaddr_agrees_with_py_multiaddr(text: str) -> None:
     assert Multiaddr.join(*ours.split()) == ours
 
 
-def test_the_path_of_unix_is_stored_as_go_does_and_taken_as_py_multiaddr_does() -> None:
+def test_unix_path_is_encoded_like_go_and_also_decoded_like_py_multiaddr() -> None:
     ours, theirs = Multiaddr("/unix/tmp/p2pd.sock"), py_multiaddr.Multiaddr("/unix/tmp/p2pd.sock")
     assert ours.to_bytes() == b"\x90\x03\x0e/tmp/p2pd.sock"
     assert theirs.to_bytes() == b"\x90\x03\x0dtmp/p2pd.sock"
@@ -267,19 +265,19 @@ def test_the_path_of_unix_is_stored_as_go_does_and_taken_as_py_multiaddr_does() 
         (HasBytes(b"\x80"), "malformed"),
     ],
 )
-def test_what_is_no_multiaddr_is_refused_with_the_reason(given: Any, reason: str) -> None:
+def test_invalid_multiaddr_is_refused_with_the_reason(given: Any, reason: str) -> None:
     with pytest.raises(InvalidMultiaddr, match=reason) as error:
         Multiaddr(given)
     assert isinstance(error.value, ValueError)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, ["/ip4/1.2.3.4"], object()])
-def test_multiaddr_of_a_wrong_type_is_a_type_error(wrong: Any) -> None:
+def test_multiaddr_of_a_wrong_type_raises_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match="expected a multiaddr, not <class"):
         Multiaddr(wrong)
 
 
-def test_an_address_with_a_protocol_unknown_here_is_kept() -> None:
+def test_multiaddr_with_an_unknown_protocol_is_preserved() -> None:
     data = b"\x04\x01\x02\x03\x04\xff\xff\x03abc"
     addr = Multiaddr(data)
     assert addr.to_bytes() == data
@@ -312,7 +310,7 @@ def test_encapsulate_and_decapsulate() -> None:
     )
     assert whole.decapsulate(peer) == base
     assert whole.decapsulate("/tcp/5") == Multiaddr("/ip4/1.2.3.4")
-    # The last one; and whole components only, where py-multiaddr compares text.
+    # Removes from the last match on, and matches whole components; py-multiaddr matches text.
     assert str(Multiaddr("/tcp/1/tcp/2/tcp/1").decapsulate("/tcp/1")) == "/tcp/1/tcp/2"
     for absent in ("/tcp/6", "/ip4/1.2.3.4/tcp/6", "/ip4/1.2.3.4/tcp/5/ws"):
         with pytest.raises(ValueError, match="is not in"):
@@ -340,7 +338,7 @@ def test_protocols_compare_and_print() -> None:
     assert isinstance(tcp, Protocol)
 
 
-# --- what requests return ---
+# --- results of requests ---
 
 ADDR = Multiaddr("/ip4/1.2.3.4/tcp/5")
 
@@ -349,7 +347,7 @@ ADDR = Multiaddr("/ip4/1.2.3.4/tcp/5")
 @pytest.mark.parametrize(
     "addr", [str(ADDR), ADDR.to_bytes(), ADDR, py_multiaddr.Multiaddr(ADDR.to_bytes())]
 )
-def test_peer_info_and_stream_info_take_what_has_the_bytes(peer: Any, addr: Any) -> None:
+def test_peer_info_and_stream_info_accept_every_form_of_their_bytes(peer: Any, addr: Any) -> None:
     info = PeerInfo(peer, [addr])
     assert (info.peer_id, info.addrs) == (PeerID(RSA), [ADDR])
     assert info == PeerInfo(RSA, (ADDR,)) and hash(info) == hash(PeerInfo(RSA, (ADDR,)))
@@ -364,7 +362,7 @@ def test_peer_info_and_stream_info_take_what_has_the_bytes(peer: Any, addr: Any)
     assert repr(stream) == f"<StreamInfo peer_id={RSA} addr={ADDR} proto=/echo/1.0.0>"
 
 
-def test_infos_refuse_what_is_none() -> None:
+def test_peer_info_and_stream_info_refuse_invalid_arguments() -> None:
     with pytest.raises(InvalidPeerID):
         PeerInfo("nobody", [])
     with pytest.raises(InvalidMultiaddr):
@@ -377,13 +375,13 @@ def test_infos_refuse_what_is_none() -> None:
         StreamInfo(RSA, ADDR, 5)  # type: ignore[arg-type]
 
 
-def test_the_addrs_of_a_peer_info_cannot_be_changed_through_the_list() -> None:
+def test_addrs_of_a_peer_info_is_a_copy() -> None:
     info = PeerInfo(RSA, [ADDR])
     info.addrs.clear()
     assert info.addrs == [ADDR]
 
 
-def test_identity_is_the_pair_and_has_names() -> None:
+def test_identity_is_a_named_pair() -> None:
     identity = Identity(PeerID(RSA), (ADDR,))
     peer_id, addrs = identity
     assert (peer_id, addrs) == (PeerID(RSA), (ADDR,))
@@ -396,7 +394,7 @@ def test_identity_is_the_pair_and_has_names() -> None:
     )
 
 
-def test_public_key_agrees_with_the_protobuf_of_libp2p() -> None:
+def test_public_key_agrees_with_libp2ps_protobuf() -> None:
     key = PublicKey(1, b"\x05\x06")
     assert key.serialize() == key.SerializeToString() == bytes(key) == b"\x08\x01\x12\x02\x05\x06"
     assert PublicKey.from_bytes(key.serialize()) == key != PublicKey(0, b"\x05\x06")
@@ -413,7 +411,7 @@ def test_public_key_agrees_with_the_protobuf_of_libp2p() -> None:
         PublicKey(1, "text")  # type: ignore[arg-type]
 
 
-def test_pubsub_message() -> None:
+def test_pubsub_message_has_all_fields() -> None:
     message = PubsubMessage(RSA, b"data", b"\x00\x01", ["a", "b"], b"sig", b"key")
     assert message.peer_id == RSA
     assert getattr(message, "from") == RSA_BYTES
@@ -428,7 +426,7 @@ def test_pubsub_message() -> None:
         assert anonymous.form  # type: ignore[attr-defined]
 
 
-# --- all of them ---
+# --- all value types ---
 
 VALUES = [
     PeerID(RSA),
@@ -458,7 +456,7 @@ def test_values_are_immutable(value: Any) -> None:
             setattr(value, name, 1)
 
 
-def test_public_names_say_where_they_are_from_and_what_they_take() -> None:
+def test_public_types_have_module_and_signature() -> None:
     for cls in (
         PeerID,
         Multiaddr,
