@@ -99,35 +99,6 @@ pub enum Fault {
     Connection,
 }
 
-/// What a daemon means by the words in which it refuses a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// It cannot do this at all.
-    NotSupported,
-    /// The time that the request gave it is up.
-    TimedOut,
-    /// Anything else.
-    Other,
-}
-
-impl Refusal {
-    /// What these words mean.
-    pub fn of(words: &str) -> Self {
-        match words {
-            // The last three are the JS daemon's. It cannot read what it has another meaning for.
-            "not supported"
-            | "DHT not enabled"
-            | "PubSub not enabled"
-            | "ERR_INVALID_MESSAGE"
-            | "ERR_INVALID_REQUEST_TYPE"
-            | "ERR_NOT_IMPLEMENTED" => Self::NotSupported,
-            _ if words.ends_with("context deadline exceeded") => Self::TimedOut,
-            _ => Self::Other,
-        }
-    }
-}
-
 impl Error {
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {

@@ -2,7 +2,17 @@
 //! I/O. The time and random numbers are arguments.
 //!
 //! - [`backoff`]: pauses before something is tried again.
+//! - [`inbound`]: limits on inbound streams that have no header yet, and on log lines about them.
 //! - [`persistent`]: the lifecycle of a persistent connection and its handlers.
+//! - [`pool`]: which control connection a request uses, and how many requests may run at once.
+//! - [`refusal`]: what the daemon means by refusing a request.
+//! - [`registration`]: how a stream handler is registered where the daemon may have it already.
+//! - [`retry`]: when a request is sent again.
 
 pub mod backoff;
+pub mod inbound;
 pub mod persistent;
+pub mod pool;
+pub mod refusal;
+pub mod registration;
+pub mod retry;

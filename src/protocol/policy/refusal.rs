@@ -1,0 +1,77 @@
+//! What the daemon means by refusing a request.
+
+/// The class of a refusal, by the daemon's error message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The daemon lacks this feature, or was started without it.
+    NotSupported,
+    /// The timeout in the request has expired.
+    TimedOut,
+    /// A client has registered a handler for this protocol. It may be the same client.
+    AlreadyRegistered,
+    /// Anything else.
+    Other,
+}
+
+impl Refusal {
+    /// Classifies an error message.
+    ///
+    /// ```
+    /// use p2pd_protocol::policy::refusal::Refusal;
+    ///
+    /// assert_eq!(Refusal::of("DHT not enabled"), Refusal::NotSupported);
+    /// assert_eq!(Refusal::of("failed to dial"), Refusal::Other);
+    /// ```
+    pub fn of(message: &str) -> Self {
+        match message {
+            // The last three are the JavaScript daemon's errors for a message of another flavour.
+            "not supported"
+            | "DHT not enabled"
+            | "PubSub not enabled"
+            | "ERR_INVALID_MESSAGE"
+            | "ERR_INVALID_REQUEST_TYPE"
+            | "ERR_NOT_IMPLEMENTED" => Self::NotSupported,
+            _ if message.ends_with("context deadline exceeded") => Self::TimedOut,
+            _ if message.ends_with("already set") => Self::AlreadyRegistered,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// The message for a request on which the daemon closed the connection although it still answers
+/// others. Daemons do so when they do not know the request.
+pub const UNKNOWN_REQUEST: &str =
+    "the daemon closed the connection, as it does on a request it does not know";
+
+/// Whether a lost connection may mean that the daemon does not know the request. Send IDENTIFY to
+/// find out: if the daemon answers, the request is not supported.
+pub fn may_be_unknown_request(reply_begun: bool) -> bool {
+    !reply_begun
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classifies_the_messages_of_all_flavours() {
+        let cases = [
+            ("not supported", Refusal::NotSupported),
+            ("PubSub not enabled", Refusal::NotSupported),
+            ("ERR_INVALID_REQUEST_TYPE", Refusal::NotSupported),
+            ("routing: context deadline exceeded", Refusal::TimedOut),
+            (
+                "handler for protocol /echo already set",
+                Refusal::AlreadyRegistered,
+            ),
+            ("failed to dial: no addresses", Refusal::Other),
+            // Only the whole message counts.
+            ("the peer says: not supported", Refusal::Other),
+            ("", Refusal::Other),
+        ];
+        for (message, refusal) in cases {
+            assert_eq!(Refusal::of(message), refusal, "{message:?}");
+        }
+    }
+}
