@@ -12,7 +12,7 @@ use p2pd_protocol::pb::p2pd::request::Type;
 use p2pd_protocol::Multiaddr;
 use std::io::ErrorKind;
 use std::sync::{Mutex, MutexGuard};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::join;
 use tokio::net::UnixStream;
 
@@ -142,6 +142,26 @@ async fn says_after_a_second_how_many_lines_were_withheld() {
     let withheld = format!("(and {} more since the last such line)", sent - 2);
     assert_eq!(lines_with(&withheld), 1, "{sent} were sent: {:?}", lines());
     assert_eq!(client.listener_stats().no_handler, sent);
+}
+
+#[tokio::test]
+async fn makes_room_by_closing_the_oldest_connections_without_a_header() {
+    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let daemon = FakeDaemon::new();
+    let (client, mut incoming, _control) = listening(&daemon, "/here").await;
+    let mut silent = Vec::new();
+    // 256, one for the handler, and two too many.
+    for _ in 0..259 {
+        silent.push(dial(&client).await);
+    }
+    let mut good = Connection::new(dial(&client).await);
+    good.answer(stream_info("/here")).await;
+    assert!(within("the stream", incoming.next()).await.is_some());
+    let mut byte = [0];
+    let end = within("the end", silent[0].read(&mut byte)).await;
+    assert_eq!(end.unwrap(), 0);
+    let still_open = silent[258].try_read(&mut byte).unwrap_err();
+    assert_eq!(still_open.kind(), ErrorKind::WouldBlock);
 }
 
 #[tokio::test]

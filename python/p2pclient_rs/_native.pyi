@@ -784,7 +784,9 @@ def _the_end_is_near() -> None:
     """Says that the interpreter is about to end: waits until no other thread is on its way through
     Rust into Python, which would end the process, and has those held up that come later."""
 
-def refusal_kind(words: str) -> Literal["not supported", "timed out"] | None:
+def refusal_kind(
+    message: str,
+) -> Literal["not supported", "timed out", "already registered"] | None:
     """What a daemon means by refusing a request in these words."""
 
 # --- schema ---

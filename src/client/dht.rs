@@ -1,6 +1,6 @@
 //! DHT queries; those that can have many results give them as they come.
 
-use super::connector::{typed, Lease};
+use super::pool::{typed, PooledConnection};
 use super::{Client, Context, Error};
 use bytes::Bytes;
 use futures_core::Stream;
@@ -139,9 +139,9 @@ impl Client {
     }
 
     fn query<Q: Typed>(&self, about: Context, query: Q) -> Results<Q::Output> {
-        let connector = self.connector().clone();
+        let pool = self.pool().clone();
         let request = query.encoded();
-        let starting = async move { connector.start(&request).await };
+        let starting = async move { pool.start(&request).await };
         Results {
             stage: Stage::Starting(Box::pin(starting)),
             about,
@@ -175,11 +175,11 @@ pub struct Results<T> {
     deadline: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
-type Starting = Pin<Box<dyn Future<Output = Result<(Lease, Event), Error>> + Send>>;
+type Starting = Pin<Box<dyn Future<Output = Result<(PooledConnection, Event), Error>> + Send>>;
 
 enum Stage {
     Starting(Starting),
-    Running(Box<Lease>),
+    Running(Box<PooledConnection>),
     Ended,
 }
 
@@ -231,13 +231,13 @@ impl<T> Results<T> {
     fn poll_event(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<Event, Error>> {
         match &mut self.stage {
             Stage::Starting(starting) => {
-                let (mut lease, event) = ready!(starting.as_mut().poll(cx))?;
+                let (mut pooled, event) = ready!(starting.as_mut().poll(cx))?;
                 // The next query may depend on what is done with these results.
-                lease.give_up_turn();
-                self.stage = Stage::Running(Box::new(lease));
+                pooled.release_permit();
+                self.stage = Stage::Running(Box::new(pooled));
                 Poll::Ready(Ok(event))
             }
-            Stage::Running(lease) => lease.poll_event(cx),
+            Stage::Running(pooled) => pooled.poll_event(cx),
             Stage::Ended => Poll::Ready(Ok(Event::End)),
         }
     }

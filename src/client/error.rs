@@ -1,7 +1,7 @@
 //! What a request can fail with: who failed, at what, and in whose words.
 
-use p2pd_protocol::error::Refusal;
 use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::policy::refusal::Refusal;
 use p2pd_protocol::{self as protocol, Multiaddr, PeerId};
 use std::fmt;
 use std::io;
@@ -285,7 +285,7 @@ impl Error {
         }
     }
 
-    pub(super) fn is_unexecuted(&self) -> bool {
+    pub(super) fn is_unsent(&self) -> bool {
         matches!(
             self,
             Self::ConnectionLost {

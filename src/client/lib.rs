@@ -1,7 +1,7 @@
 //! The client for tokio: everything that can be asked of a daemon.
 //!
 //! - [`Client`]: cheap to clone, shared between tasks. Each family of requests is a file with its
-//!   methods: `control`, `streams`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
+//!   methods: `control`, `stream`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
 //! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: what they return that goes on.
 //! - [`Error`]: what they fail with.
 //!
@@ -18,29 +18,35 @@
 //! # Ok(()) }
 //! ```
 
-mod connector;
 mod connmgr;
 mod control;
 mod dht;
 mod error;
+mod handlers;
+mod incoming;
+mod listener;
 mod peerstore;
+mod pool;
 mod pubsub;
 mod socket;
-mod streams;
+mod stream;
 mod unary;
 
 pub use dht::Results;
 pub use error::{Context, Error};
+pub use incoming::IncomingStreams;
+pub use listener::ListenerStats;
 pub use pubsub::Subscription;
-pub use streams::{IncomingStreams, ListenerStats, Stream};
+pub use stream::Stream;
 pub use unary::UnaryCall;
 
 pub use p2pd_protocol::Identity;
 
-use connector::Connector;
 use p2pd_protocol::command::Typed;
 use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::policy::pool::MAX_SLOW_REQUESTS;
 use p2pd_protocol::{Limits, Multiaddr, UnaryLimits};
+use pool::Pool;
 use std::fmt;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -70,8 +76,8 @@ pub struct Client {
 
 /// What the clones of a client share.
 struct Shared {
-    connector: Arc<Connector>,
-    inbound: streams::Inbound,
+    pool: Arc<Pool>,
+    inbound: listener::Inbound,
     unary: Arc<unary::Unary>,
 }
 
@@ -141,7 +147,7 @@ impl Client {
             listen: None,
             limits: Limits::default(),
             unary_limits: UnaryLimits::default(),
-            max_connections: 64,
+            max_connections: MAX_SLOW_REQUESTS,
         }
     }
 
@@ -171,7 +177,7 @@ impl Client {
 
     /// The daemon's control address.
     pub fn control_maddr(&self) -> &Multiaddr {
-        self.connector().control_maddr()
+        self.pool().control_maddr()
     }
 
     #[doc(hidden)]
@@ -182,25 +188,33 @@ impl Client {
         }
     }
 
-    fn connector(&self) -> &Arc<Connector> {
-        &self.shared.connector
+    fn pool(&self) -> &Arc<Pool> {
+        &self.shared.pool
     }
 
     /// Sends a request and returns its reply, or its only value.
     async fn request<R: Typed>(&self, about: Context, request: R) -> Result<R::Output, Error> {
         self.within(about, async {
-            let (reply, _) = self.connector().request(&request).await?;
+            let (reply, _) = self.pool().request(&request).await?;
             Ok(reply)
         })
         .await
     }
 
+    /// Returns the result of `work`, or a timeout. An error says what the request was about.
     async fn within<T>(
         &self,
         about: Context,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        connector::within(self.timeout, about, work).await
+        let outcome = match self.timeout {
+            None => work.await,
+            Some(limit) => match tokio::time::timeout(limit, work).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(Error::timeout(limit)),
+            },
+        };
+        outcome.map_err(|error| error.about(&about))
     }
 }
 
@@ -239,14 +253,14 @@ impl ClientBuilder {
     /// # Errors
     /// [`Error::Address`]: an address is none of a unix or TCP socket.
     pub fn build(self) -> Result<Client, Error> {
-        let connector = Connector::new(self.control, self.limits, self.max_connections)?;
-        let connector = Arc::new(connector);
+        let pool = Pool::new(self.control, self.limits, self.max_connections)?;
+        let pool = Arc::new(pool);
         let listen = self.listen.map(|addr| addr.endpoint()).transpose()?;
         Ok(Client {
             shared: Arc::new(Shared {
-                inbound: streams::Inbound::new(listen),
-                unary: Arc::new(unary::Unary::new(Arc::clone(&connector), self.unary_limits)),
-                connector,
+                inbound: listener::Inbound::new(listen),
+                unary: Arc::new(unary::Unary::new(Arc::clone(&pool), self.unary_limits)),
+                pool,
             }),
             timeout: None,
         })

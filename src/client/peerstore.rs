@@ -36,10 +36,10 @@ impl Client {
         request: R,
     ) -> Result<R::Output, Error> {
         self.within(about, async {
-            let connector = self.connector();
-            match connector.request(&Probe).await {
-                Err(Error::NotSupported { .. }) => Ok(connector.request(&request).await?.0),
-                Err(error) => Err(connector.unknown_request(error).await),
+            let pool = self.pool();
+            match pool.request(&Probe).await {
+                Err(Error::NotSupported { .. }) => Ok(pool.request(&request).await?.0),
+                Err(error) => Err(pool.unknown_request(error).await),
                 Ok(_) => Err(Error::not_supported("the daemon has no peerstore")),
             }
         })

@@ -64,10 +64,10 @@ impl Client {
             topic: topic.into(),
         };
         let about = Context::new("PUBSUB SUBSCRIBE");
-        let limits = self.connector().limits();
+        let limits = self.pool().limits();
         self.within(about.clone(), async {
-            let ((), lease) = self.connector().request(&request).await?;
-            let (socket, ahead) = lease.into_socket();
+            let ((), pooled) = self.pool().request(&request).await?;
+            let (socket, ahead) = pooled.into_socket();
             let mut decoder = FrameDecoder::new(limits.max_frame);
             decoder.extend(&ahead);
             Ok(Subscription {

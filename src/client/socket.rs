@@ -1,6 +1,7 @@
 //! A connection to the daemon or from it: a unix socket or, anywhere, TCP.
 
 use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::policy::retry::Transport;
 use socket2::{SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
 use std::net::{Shutdown, SocketAddr};
@@ -76,8 +77,12 @@ impl Socket {
         matches!(blocked, Err(error) if error.kind() == ErrorKind::WouldBlock)
     }
 
-    pub fn is_unix(&self) -> bool {
-        !matches!(self, Self::Tcp(_))
+    pub fn transport(&self) -> Transport {
+        match self {
+            Self::Tcp(_) => Transport::Tcp,
+            #[cfg(unix)]
+            Self::Unix(_) => Transport::Unix,
+        }
     }
 
     /// Reads what there is. Tokio's own would not do: it asks the operating system only where the
@@ -191,14 +196,6 @@ async fn resolve(host: &Host, port: u16) -> io::Result<Vec<SocketAddr>> {
             _ => true,
         })
         .collect())
-}
-
-/// Whether that is the other side having closed.
-pub fn is_disconnect(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted
-    )
 }
 
 impl AsyncRead for Socket {

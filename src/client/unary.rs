@@ -2,8 +2,8 @@
 
 mod link;
 
-use super::connector::Connector;
 use super::error::{Context, Error};
+use super::pool::Pool;
 use super::socket::Socket;
 use super::{lock, runtime_ended, Client};
 use bytes::Bytes;
@@ -168,7 +168,7 @@ impl Client {
     ///
     /// [`IncomingStreams`]: super::IncomingStreams
     pub async fn close(&self) {
-        self.connector().close_idle();
+        self.pool().close_idle();
         self.unary().close().await;
     }
 
@@ -188,7 +188,7 @@ struct Handler {
 
 /// The persistent connection of a client, if it is open, and what is served on it.
 pub struct Unary {
-    connector: Arc<Connector>,
+    pool: Arc<Pool>,
     limits: UnaryLimits,
     handlers: Mutex<HashMap<String, Arc<Handler>>>,
     state: Mutex<State>,
@@ -227,9 +227,9 @@ impl State {
 }
 
 impl Unary {
-    pub fn new(connector: Arc<Connector>, limits: UnaryLimits) -> Self {
+    pub fn new(pool: Arc<Pool>, limits: UnaryLimits) -> Self {
         Self {
-            connector,
+            pool,
             limits,
             handlers: Mutex::default(),
             state: Mutex::default(),
@@ -259,7 +259,7 @@ impl Unary {
             });
             match asked {
                 // The daemon may be there again, and cannot have seen this call.
-                Err(error) if error.is_unexecuted() && !retried => retried = true,
+                Err(error) if error.is_unsent() && !retried => retried = true,
                 asked => break asked?,
             }
         };
@@ -332,7 +332,7 @@ impl Unary {
                 });
             };
             self.forget_handler(&protocol);
-            if retried || !error.is_unexecuted() {
+            if retried || !error.is_unsent() {
                 return Err(error);
             }
             retried = true;
@@ -399,7 +399,7 @@ impl Unary {
         let (done, outcome) = watch::channel(None);
         let opening = open(
             Arc::downgrade(self),
-            Arc::clone(&self.connector),
+            Arc::clone(&self.pool),
             state.closed,
             done,
         );
@@ -534,12 +534,12 @@ impl Drop for Unary {
 /// Opens a connection, and tells whoever waits for it.
 async fn open(
     unary: Weak<Unary>,
-    connector: Arc<Connector>,
+    pool: Arc<Pool>,
     closed_before: u64,
     done: watch::Sender<Option<Result<Arc<Link>, Error>>>,
 ) {
     let opening = async {
-        let (socket, ahead) = connector.upgrade().await?;
+        let (socket, ahead) = pool.upgrade().await?;
         match unary.upgrade() {
             Some(unary) => unary.begin(socket, ahead).await,
             None => Err(closed()),

@@ -1,6 +1,7 @@
 //! Errors of the protocol and of sockets as the package's Python exceptions.
 
 use p2pd_protocol as protocol;
+use p2pd_protocol::policy::refusal::Refusal;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -199,12 +200,13 @@ pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
     )))
 }
 
-/// What a daemon means by refusing in these words: "not supported", "timed out", or None.
+/// The class of a refusal: "not supported", "timed out", "already registered", or None.
 #[pyfunction]
-pub fn refusal_kind(words: &str) -> Option<&'static str> {
-    match protocol::error::Refusal::of(words) {
-        protocol::error::Refusal::NotSupported => Some("not supported"),
-        protocol::error::Refusal::TimedOut => Some("timed out"),
+pub fn refusal_kind(message: &str) -> Option<&'static str> {
+    match Refusal::of(message) {
+        Refusal::NotSupported => Some("not supported"),
+        Refusal::TimedOut => Some("timed out"),
+        Refusal::AlreadyRegistered => Some("already registered"),
         _ => None,
     }
 }

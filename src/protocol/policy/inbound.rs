@@ -37,14 +37,33 @@ pub enum Admission {
 }
 
 /// The accepted connections that have no complete header yet.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct HalfOpen {
+    max: usize,
+    patience: Duration,
     /// By number, so the oldest comes first: when each was accepted.
     since: BTreeMap<u64, Duration>,
     accepted: u64,
 }
 
+impl Default for HalfOpen {
+    /// With [`MAX_HALF_OPEN`] and [`HALF_OPEN_PATIENCE`].
+    fn default() -> Self {
+        Self::new(MAX_HALF_OPEN, HALF_OPEN_PATIENCE)
+    }
+}
+
 impl HalfOpen {
+    /// With other limits than the default ones.
+    pub fn new(max: usize, patience: Duration) -> Self {
+        Self {
+            max,
+            patience,
+            since: BTreeMap::new(),
+            accepted: 0,
+        }
+    }
+
     /// Notes a connection accepted at `now`. Returns its number.
     pub fn enter(&mut self, now: Duration) -> u64 {
         let number = self.accepted;
@@ -63,12 +82,12 @@ impl HalfOpen {
     /// # Arguments
     /// `handlers`: the number of registered handlers.
     pub fn admission(&self, handlers: usize, now: Duration) -> Admission {
-        if self.since.len() <= MAX_HALF_OPEN + handlers {
+        if self.since.len() <= self.max + handlers {
             return Admission::Accept;
         }
         match self.since.first_key_value() {
             None => Admission::Accept,
-            Some((number, since)) => match (*since + HALF_OPEN_PATIENCE).checked_sub(now) {
+            Some((number, since)) => match (*since + self.patience).checked_sub(now) {
                 Some(wait) if !wait.is_zero() => Admission::Wait(wait),
                 _ => Admission::Close(*number),
             },

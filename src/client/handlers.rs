@@ -1,0 +1,140 @@
+//! The handlers of inbound streams: which protocols this client serves, and who takes their streams.
+
+use super::lock;
+use super::stream::Stream;
+use super::Error;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use tokio::sync::{mpsc, Notify};
+
+/// How many streams of a protocol may wait to be taken. Further ones are refused: if they waited in
+/// the socket instead, they would hold up the streams of other protocols.
+pub const MAX_WAITING: usize = 256;
+
+/// The handlers of a client, by protocol.
+#[derive(Debug, Default)]
+pub struct Handlers {
+    by_protocol: Mutex<HashMap<String, Entry>>,
+    entered: AtomicU64,
+    /// Notified when a name may have become free.
+    left: Notify,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Distinguishes this entry from earlier and later ones of the same name.
+    number: u64,
+    balanced: bool,
+    sender: mpsc::Sender<Stream>,
+    /// Dangling once the caller has dropped the handler. The name is then about to become free.
+    wanted: Weak<()>,
+}
+
+/// A protocol name, taken until this is dropped. That happens when the daemon has removed the
+/// registration, or cannot be told to.
+#[derive(Debug)]
+pub struct Name {
+    handlers: Arc<Handlers>,
+    protocol: String,
+    number: u64,
+}
+
+impl Handlers {
+    /// Takes a name. If its handler was dropped, waits until the daemon has removed that.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyRegistered`] if its handler is still in use.
+    pub async fn enter(
+        self: &Arc<Self>,
+        protocol: String,
+        balanced: bool,
+        wanted: Weak<()>,
+    ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
+        loop {
+            let left = self.left.notified();
+            {
+                let mut handlers = lock(&self.by_protocol);
+                match handlers.get(&protocol) {
+                    None => {
+                        let (sender, receiver) = mpsc::channel(MAX_WAITING);
+                        let number = self.entered.fetch_add(1, Ordering::Relaxed);
+                        let entry = Entry {
+                            number,
+                            balanced,
+                            sender,
+                            wanted,
+                        };
+                        handlers.insert(protocol.clone(), entry);
+                        let name = Name {
+                            handlers: Arc::clone(self),
+                            protocol,
+                            number,
+                        };
+                        return Ok((name, receiver));
+                    }
+                    Some(entry) if entry.wanted.strong_count() > 0 => {
+                        let context = Box::default();
+                        return Err(Error::AlreadyRegistered { context });
+                    }
+                    Some(_) => {}
+                }
+            }
+            left.await;
+        }
+    }
+
+    /// Removes all handlers.
+    pub fn clear(&self) {
+        let all = std::mem::take(&mut *lock(&self.by_protocol));
+        drop(all);
+        self.left.notify_waiters();
+    }
+
+    /// The protocols, and whether each is balanced.
+    pub fn all(&self) -> Vec<(String, bool)> {
+        let handlers = lock(&self.by_protocol);
+        let pairs = handlers.iter();
+        pairs
+            .map(|(protocol, entry)| (protocol.clone(), entry.balanced))
+            .collect()
+    }
+
+    /// The number of protocols.
+    pub fn len(&self) -> usize {
+        lock(&self.by_protocol).len()
+    }
+
+    /// Where the streams of a protocol are sent.
+    pub fn get(&self, protocol: &str) -> Option<mpsc::Sender<Stream>> {
+        let handlers = lock(&self.by_protocol);
+        handlers.get(protocol).map(|entry| entry.sender.clone())
+    }
+}
+
+impl Name {
+    /// The protocol.
+    pub fn protocol(&self) -> &str {
+        &self.protocol
+    }
+
+    /// Whether the name is still this one's. When the runtime ends, all names become free, and
+    /// another handler may take this one.
+    pub fn is_taken(&self) -> bool {
+        let handlers = lock(&self.handlers.by_protocol);
+        let entry = handlers.get(&self.protocol);
+        entry.is_some_and(|entry| entry.number == self.number)
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        if self.is_taken() {
+            // Nothing else removes an entry with this number. Dropped outside the lock, as it may
+            // hold the last reference to streams.
+            let entry = lock(&self.handlers.by_protocol).remove(&self.protocol);
+            drop(entry);
+        }
+        self.handlers.left.notify_waiters();
+    }
+}

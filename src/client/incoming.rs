@@ -1,0 +1,318 @@
+//! Inbound streams: registers their handlers at the daemon, and gives the streams to the program.
+
+use super::handlers::Name;
+use super::listener::ListenerStats;
+use super::stream::Stream;
+use super::{runtime_ended, Client, Context, Error};
+use p2pd_protocol::command::streams::{RemoveStreamHandler, StreamHandler};
+use p2pd_protocol::policy::refusal::Refusal;
+use p2pd_protocol::policy::registration::{Action, Ending, Former, Record, Registering, Reply};
+use p2pd_protocol::Multiaddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{self, Poll};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+/// How long the daemon may take to reply to a request that no caller waits for any more.
+const DETACHED_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Client {
+    /// STREAM_HANDLER: takes the inbound streams of a protocol, until the returned value is dropped.
+    /// With `balanced`, several clients may serve the protocol in turn (hivemind's daemon; others
+    /// ignore it).
+    ///
+    /// The first handler makes the client listen, in a task on the current tokio runtime.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyRegistered`] if this client serves the protocol, [`Error::Refused`] if another
+    /// one does (hivemind's daemon), [`Error::Listen`] if the client cannot listen.
+    pub async fn stream_handler(
+        &self,
+        protocol: impl Into<String>,
+        balanced: bool,
+    ) -> Result<IncomingStreams, Error> {
+        let protocol = protocol.into();
+        let about = Context::new("STREAM_HANDLER").protocol(&protocol);
+        self.within(about, self.register(protocol, balanced)).await
+    }
+
+    /// Registers all handlers of this client, of streams and of unary calls, at a daemon that was
+    /// restarted. A `P2PDaemon` does this itself when it restarts the daemon.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if another client has taken a protocol, after all others were registered.
+    /// Any other error ends this at once.
+    pub async fn register_again(&self) -> Result<(), Error> {
+        let handlers = self.shared.inbound.handlers.all();
+        let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
+        let mut refused = None;
+        for (protocol, balanced) in handlers {
+            let Some(addr) = &addr else { break };
+            let about = Context::new("STREAM_HANDLER").protocol(&protocol);
+            let work = self.register_one_again(addr, &protocol, balanced);
+            match self.within(about, work).await {
+                Ok(()) => {}
+                Err(error @ Error::Refused { .. }) => {
+                    log::error!("the handler of {protocol:?} is lost: {error}");
+                    refused.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if !self.unary_handlers().is_empty() {
+            self.open_unary().await?;
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Registers a handler at a daemon that may have it already, or have one of another client.
+    async fn register_one_again(
+        &self,
+        addr: &Multiaddr,
+        protocol: &str,
+        balanced: bool,
+    ) -> Result<(), Error> {
+        let former = Former {
+            balanced,
+            unchanged: true,
+            witnessed: false,
+        };
+        let mut registering = Registering::new(balanced, Some(former), true);
+        let mut action = registering.first();
+        let mut first_error = None;
+        loop {
+            let outcome = match action {
+                Action::Register { balanced } => {
+                    let request = register_request(addr, protocol, balanced);
+                    self.pool().request(&request).await.map(drop)
+                }
+                Action::Remove { .. } => {
+                    let about = Context::new("REMOVE_STREAM_HANDLER").protocol(protocol);
+                    let request = remove_request(addr, protocol);
+                    let outcome = self.pool().request(&request).await.map(drop);
+                    outcome.map_err(|error| error.about(&about))
+                }
+                // The policy asks for a probe only if there is a witness.
+                Action::Probe | Action::End(_) => Ok(()),
+            };
+            let next = registering.next(reply(&outcome));
+            match (next, outcome) {
+                (Action::End(Ending::Registered), _) => return Ok(()),
+                (Action::End(Ending::LastError), outcome) => return outcome,
+                (Action::End(Ending::FirstError), outcome) => {
+                    return first_error.map_or(outcome, Err);
+                }
+                (_, Err(error)) if matches!(action, Action::Register { .. }) => {
+                    first_error.get_or_insert(error);
+                }
+                _ => {}
+            }
+            action = next;
+        }
+    }
+
+    /// The numbers of accepted and refused inbound streams since this client was made.
+    pub fn listener_stats(&self) -> ListenerStats {
+        self.shared.inbound.stats()
+    }
+
+    /// Where the daemon connects to for inbound streams; `None` before the first handler.
+    pub fn listen_maddr(&self) -> Option<Multiaddr> {
+        self.shared.inbound.addr()
+    }
+
+    /// Registers a handler in a task of its own. If the caller gives up, the task still waits for
+    /// the daemon's reply, and then removes the handler. A removal that is sent sooner could
+    /// overtake the registration.
+    async fn register(&self, protocol: String, balanced: bool) -> Result<IncomingStreams, Error> {
+        let (mut caller, outcome) = oneshot::channel();
+        let client = self.clone();
+        let wanted = Arc::new(());
+        let still_wanted = Arc::downgrade(&wanted);
+        tokio::spawn(async move {
+            let inbound = &client.shared.inbound;
+            // Nothing has to be undone before the request is sent.
+            let ready = tokio::select! {
+                biased;
+                () = caller.closed() => return,
+                ready = async {
+                    let addr = inbound.listen(client.pool()).await?;
+                    let handlers = &inbound.handlers;
+                    Ok((addr, handlers.enter(protocol, balanced, still_wanted).await?))
+                } => ready,
+            };
+            let registered = match ready {
+                Ok((addr, entered)) => client.try_register(addr, entered, balanced).await,
+                Err(error) => Err(error),
+            };
+            // If the caller has given up, this drops the handler, which removes it.
+            drop(caller.send(registered));
+        });
+        let mut incoming = outcome.await.unwrap_or_else(|_| Err(runtime_ended()))?;
+        incoming._wanted = Some(wanted);
+        Ok(incoming)
+    }
+
+    async fn try_register(
+        &self,
+        addr: Multiaddr,
+        (name, streams): (Name, mpsc::Receiver<Stream>),
+        balanced: bool,
+    ) -> Result<IncomingStreams, Error> {
+        let request = register_request(&addr, name.protocol(), balanced);
+        let mut handler = IncomingStreams {
+            streams,
+            registration: Some(Registration {
+                client: self.clone(),
+                addr,
+                runtime: Handle::current(),
+                name,
+            }),
+            _wanted: None,
+        };
+        // The policy needs no second request for a name that is new to this client.
+        let mut registering = Registering::new(balanced, None, true);
+        registering.first();
+        let outcome = timeout(DETACHED_TIMEOUT, self.pool().request(&request)).await;
+        let outcome = outcome.unwrap_or_else(|_| Err(Error::timeout(DETACHED_TIMEOUT)));
+        let outcome = outcome.map(drop);
+        registering.next(reply(&outcome));
+        if registering.record() == Record::Former {
+            // The daemon has no registration to remove.
+            handler.registration = None;
+        }
+        outcome.map(|()| handler)
+    }
+}
+
+fn register_request(addr: &Multiaddr, protocol: &str, balanced: bool) -> StreamHandler {
+    StreamHandler {
+        addr: addr.clone(),
+        protocols: vec![protocol.to_owned()],
+        balanced,
+    }
+}
+
+fn remove_request(addr: &Multiaddr, protocol: &str) -> RemoveStreamHandler {
+    RemoveStreamHandler {
+        addr: addr.clone(),
+        protocols: vec![protocol.to_owned()],
+    }
+}
+
+/// What the policy needs to know of the daemon's reply.
+fn reply(outcome: &Result<(), Error>) -> Reply {
+    match outcome {
+        Ok(()) => Reply::Done,
+        Err(Error::Refused { message, .. }) => match Refusal::of(message) {
+            Refusal::AlreadyRegistered => Reply::Taken,
+            _ => Reply::Refused,
+        },
+        Err(Error::NotSupported { .. }) => Reply::Refused,
+        Err(Error::Unreachable { .. }) => Reply::Unreachable,
+        Err(_) => Reply::Lost,
+    }
+}
+
+/// The inbound streams of a protocol: a futures `Stream` of [`Stream`]s. Dropping it removes the
+/// handler.
+///
+/// Up to 256 streams wait here to be taken; while they do, further ones are closed at once. It holds
+/// a clone of its client.
+///
+/// ```no_run
+/// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
+/// let mut incoming = client.stream_handler("/echo/1", false).await?;
+/// while let Some(mut stream) = incoming.next().await {
+///     tokio::spawn(async move {
+///         let (mut reader, mut writer) = tokio::io::split(&mut stream);
+///         tokio::io::copy(&mut reader, &mut writer).await
+///     });
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+#[must_use = "dropping it removes the handler"]
+pub struct IncomingStreams {
+    streams: mpsc::Receiver<Stream>,
+    /// `None` once the removal has begun.
+    registration: Option<Registration>,
+    /// Keeps the name taken.
+    _wanted: Option<Arc<()>>,
+}
+
+/// A handler that the daemon has, or may have.
+#[derive(Debug)]
+struct Registration {
+    client: Client,
+    addr: Multiaddr,
+    runtime: Handle,
+    name: Name,
+}
+
+impl IncomingStreams {
+    /// The next stream; `None` if the tokio runtime that accepted them has ended.
+    pub async fn next(&mut self) -> Option<Stream> {
+        self.streams.recv().await
+    }
+
+    /// REMOVE_STREAM_HANDLER: removes the handler, as dropping this does, and waits for the daemon's
+    /// reply.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] if the daemon is not hivemind's. Such a daemon goes on offering the
+    /// protocol to its peers, but this client refuses their streams.
+    pub async fn close(mut self) -> Result<(), Error> {
+        let Some(registration) = self.registration.take() else {
+            return Ok(());
+        };
+        // In a task, so that it completes if the caller gives up.
+        let removing = tokio::spawn(registration.remove());
+        removing.await.unwrap_or_else(|_| Err(runtime_ended()))
+    }
+}
+
+impl futures_core::Stream for IncomingStreams {
+    type Item = Stream;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Option<Stream>> {
+        self.get_mut().streams.poll_recv(cx)
+    }
+}
+
+impl Drop for IncomingStreams {
+    fn drop(&mut self) {
+        if let Some(registration) = self.registration.take() {
+            // The runtime of the registration may have ended.
+            let runtime = Handle::try_current().unwrap_or_else(|_| registration.runtime.clone());
+            runtime.spawn(async move {
+                // No caller waits for the outcome.
+                let _ = registration.remove().await;
+            });
+        }
+    }
+}
+
+impl Registration {
+    async fn remove(self) -> Result<(), Error> {
+        let Self {
+            client, addr, name, ..
+        } = self;
+        let about = Context::new("REMOVE_STREAM_HANDLER").protocol(name.protocol());
+        if !name.is_taken() {
+            return Ok(());
+        }
+        let request = remove_request(&addr, name.protocol());
+        let work = async {
+            match client.pool().request(&request).await {
+                Ok(_) => Ok(()),
+                Err(error) => Err(client.pool().unknown_request(error).await),
+            }
+        };
+        let limit = client.timeout().unwrap_or(DETACHED_TIMEOUT);
+        client.with_timeout(limit).within(about, work).await
+    }
+}

@@ -1,0 +1,135 @@
+//! Streams to and from peers.
+
+use super::socket::Socket;
+use super::{Client, Context, Error};
+use bytes::{Buf, Bytes};
+use p2pd_protocol::command::streams::StreamOpen;
+use p2pd_protocol::{PeerId, StreamInfo};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{self, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// A stream to a peer, through the daemon: tokio's [`AsyncRead`] and [`AsyncWrite`].
+///
+/// Dropping it closes it; data written before reaches the peer. The Go daemons end both directions
+/// when one is shut down, so data that the peer sends after a
+/// [`shutdown`](tokio::io::AsyncWriteExt::shutdown) is lost. Mark the end of a message in its
+/// protocol instead, for example by sending its length first.
+///
+/// ```no_run
+/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+///
+/// # async fn example(client: p2pd_client::Client, peer: p2pd_protocol::PeerId) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut stream = client.stream_open(&peer, ["/echo/1"]).await?;
+/// stream.write_all(b"hello").await?;
+/// let mut answer = [0; 5];
+/// stream.read_exact(&mut answer).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Stream {
+    socket: Socket,
+    /// Look-ahead data: the stream's first bytes, if they arrived together with the header.
+    ahead: Bytes,
+    info: StreamInfo,
+}
+
+impl Client {
+    /// STREAM_OPEN: opens a stream to a peer for the first of `protocols` that it speaks.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the peer cannot be reached or speaks none of the protocols.
+    pub async fn stream_open<S: Into<String>>(
+        &self,
+        peer: &PeerId,
+        protocols: impl IntoIterator<Item = S>,
+    ) -> Result<Stream, Error> {
+        let protocols: Vec<String> = protocols.into_iter().map(Into::into).collect();
+        let about = Context::new("STREAM_OPEN").peer(peer);
+        let about = about.protocol(protocols.join(", "));
+        let request = StreamOpen {
+            peer: peer.clone(),
+            protocols,
+            timeout: self.timeout,
+        };
+        self.within(about, async {
+            let (info, pooled) = self.pool().request(&request).await?;
+            let (socket, ahead) = pooled.into_socket();
+            Ok(Stream::new(socket, ahead, info))
+        })
+        .await
+    }
+}
+
+impl Stream {
+    pub(super) fn new(socket: Socket, ahead: Bytes, info: StreamInfo) -> Self {
+        Self {
+            socket,
+            ahead,
+            info,
+        }
+    }
+
+    /// The remote peer, its address, and the protocol agreed on.
+    pub fn info(&self) -> &StreamInfo {
+        &self.info
+    }
+
+    /// Serves the read from look-ahead data; returns whether it did.
+    fn take_ahead(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
+        let count = self.ahead.len().min(buffer.remaining());
+        buffer.put_slice(&self.ahead[..count]);
+        self.ahead.advance(count);
+        count > 0
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.socket.drain();
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.take_ahead(buffer) {
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.socket).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
