@@ -9,19 +9,11 @@ The modules import each other by relative names only: `p2pclient_rs.compat.hivem
 the same files a second time for a copy of hivemind under another name.
 """
 
-import importlib
+from .original import import_bindings
 
-from p2pclient_rs.compat.hivemind_copies import package_of
-
-#: The package whose bindings these modules stand in for.
-PACKAGE = package_of(__name__)
-
-try:
-    # All of hivemind, before any module here asks for a part of it. If it is what imports this
-    # package, that part is there already.
-    importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.datastructures")
-except ImportError:
-    pass
+# Imports all of hivemind before a module here imports a part of it. If hivemind is importing this
+# package, that part is loaded already.
+import_bindings("datastructures")
 
 from .datastructures import PeerID, PeerInfo  # noqa: E402
 from .p2pclient import Client  # noqa: E402

@@ -23,6 +23,11 @@ import anyio
 import p2pclient_rs
 from p2pclient_rs import connector, control, daemon_limit
 from p2pclient_rs._native import RawListener, RawStream
+from p2pclient_rs.compat.values import (
+    CONNECTION_PROTOCOLS as SUPPORT_CONN_PROTOCOLS,
+    ConvertedTypes,
+    connection_protocol,
+)
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.listening import Start
 from p2pclient_rs.loops import reactor
@@ -77,8 +82,6 @@ StreamHandler: TypeAlias = Callable[
 TUnaryHandler: TypeAlias = Callable[[bytes, PeerID], Awaitable[bytes]]
 CallID = UUID
 
-#: The codes of the ways to a socket, in a multiaddr: ip4, ip6, dns, dns4, dns6 and unix.
-SUPPORT_CONN_PROTOCOLS = (4, 41, 53, 54, 55, 400)
 SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
 
 #: The largest message of a unary call unless told otherwise, in bytes.
@@ -109,22 +112,21 @@ logger = logging.getLogger(__name__)
 
 
 def parse_conn_protocol(maddr: Multiaddr) -> int:
-    """The protocol that says how a control or listen address is reached.
+    """Finds the protocol by which a control or listen address is reached.
 
     Returns:
         The code of its one protocol out of ``SUPPORT_CONN_PROTOCOLS``.
 
     Raises:
-        ValueError: It has none of them, or several.
+        ValueError: The address has none of them, or several.
     """
-    found = {protocol.code for protocol in maddr.protocols()}.intersection(SUPPORT_CONN_PROTOCOLS)
-    if len(found) != 1:
+    code = connection_protocol(maddr)
+    if code is None:
         raise ValueError(
             f"connection protocol should be only one protocol out of {SUPPORTED_PROTOS}, "
             f"maddr={maddr}"
         )
-    (code,) = found
-    return int(code)
+    return code
 
 
 @lru_cache(_MAX_PEER_IDS)
@@ -132,25 +134,14 @@ def _peer_id(peer: bytes) -> PeerID:
     return PeerID(peer)
 
 
-class _Types(connector.Types):
-    """hivemind's, where this package has types of its own."""
+class _Types(ConvertedTypes):
+    """Converts what requests return, and what they raise, into hivemind's types."""
 
-    def multiaddr(self, addr: p2pclient_rs.Multiaddr) -> Multiaddr:
-        return Multiaddr(addr.to_bytes())
+    def __init__(self) -> None:
+        super().__init__(Multiaddr, PeerInfo, StreamInfo)
 
     def peer_id(self, peer_id: p2pclient_rs.PeerID) -> PeerID:
         return _peer_id(peer_id.to_bytes())
-
-    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfo:
-        return PeerInfo(self.peer_id(info.peer_id), [self.multiaddr(addr) for addr in info.addrs])
-
-    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:
-        return StreamInfo(self.peer_id(info.peer_id), self.multiaddr(info.addr), info.proto)
-
-    def identity(  # type: ignore[override]
-        self, identity: p2pclient_rs.Identity
-    ) -> tuple[PeerID, tuple[Multiaddr, ...]]:
-        return self.peer_id(identity.peer_id), tuple(map(self.multiaddr, identity.addrs))
 
     def error(self, error: Exception) -> Exception:
         peer_id = getattr(error, "peer_id", None)
@@ -221,6 +212,18 @@ class DaemonConnector(connector.DaemonConnector):
         name = "PERSISTENT_CONN_UPGRADE"
         connection = await self.described(self._upgrade(name), name, None)
         return reader_and_writer(Stream(connection.raw.take_stream(), connection.watch))
+
+
+def _unary_setting(name: str, meaning: str) -> Any:
+    """Makes an attribute of ``ControlClient`` that reads and sets one of its ``UnaryClient``."""
+
+    def read(client: ControlClient) -> Any:
+        return getattr(client._unary, name)
+
+    def change(client: ControlClient, value: Any) -> None:
+        setattr(client._unary, name, value)
+
+    return property(read, change, doc=meaning)
 
 
 class ControlClient(control.ControlClient):
@@ -394,41 +397,18 @@ class ControlClient(control.ControlClient):
         self._unary_handlers = handlers
         self._unary._use_table(handlers)  # type: ignore[arg-type]
 
-    @property
-    def persistent_conn_max_msg_size(self) -> int:
-        """The largest message of a unary call to send, in bytes."""
-        return self._unary.max_message_size
-
-    @persistent_conn_max_msg_size.setter
-    def persistent_conn_max_msg_size(self, size: int | None) -> None:
-        self._unary.max_message_size = size
-
-    @property
-    def max_unanswered(self) -> int | None:
-        """How many calls of peers may be in progress before no more are read."""
-        return self._unary.max_unanswered
-
-    @max_unanswered.setter
-    def max_unanswered(self, count: int | None) -> None:
-        self._unary.max_unanswered = count
-
-    @property
-    def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls in progress may have."""
-        return self._unary.max_unanswered_bytes
-
-    @max_unanswered_bytes.setter
-    def max_unanswered_bytes(self, size: int | None) -> None:
-        self._unary.max_unanswered_bytes = size
-
-    @property
-    def hold(self) -> float | None:
-        """How long reading may pause because of these two, in seconds."""
-        return self._unary.hold
-
-    @hold.setter
-    def hold(self, seconds: float | None) -> None:
-        self._unary.hold = seconds
+    persistent_conn_max_msg_size: int = _unary_setting(
+        "max_message_size", "The size of the largest message of a unary call to send, in bytes."
+    )
+    max_unanswered: int | None = _unary_setting(
+        "max_unanswered", "How many calls of peers may be in progress before no more are read."
+    )
+    max_unanswered_bytes: int | None = _unary_setting(
+        "max_unanswered_bytes", "How many bytes the payloads of calls in progress may have."
+    )
+    hold: float | None = _unary_setting(
+        "hold", "How long reading may pause because of these two, in seconds."
+    )
 
     async def add_unary_handler(
         self, proto: str, handler: TUnaryHandler, balanced: bool = False

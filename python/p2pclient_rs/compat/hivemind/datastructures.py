@@ -1,10 +1,11 @@
 """What the dialect takes and returns: hivemind's classes, or this package's without it."""
 
-import hashlib
-import importlib
 from typing import TYPE_CHECKING
 
-from . import PACKAGE
+from p2pclient_rs import _native
+from p2pclient_rs.compat.values import sha256_digest
+
+from .original import import_bindings
 
 if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.datastructures import (
@@ -14,16 +15,8 @@ if TYPE_CHECKING:
         StreamInfo,
     )
 else:
-    try:
-        _types = importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.datastructures")
-    except ImportError:
-        from p2pclient_rs import _native as _types
+    _types = import_bindings("datastructures") or _native
     Multiaddr, PeerID = _types.Multiaddr, _types.PeerID
     PeerInfo, StreamInfo = _types.PeerInfo, _types.StreamInfo
 
 __all__ = ["Multiaddr", "PeerID", "PeerInfo", "StreamInfo", "sha256_digest"]
-
-
-def sha256_digest(data: str | bytes) -> bytes:
-    """The SHA-256 of some bytes, or of a text in UTF-8."""
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()

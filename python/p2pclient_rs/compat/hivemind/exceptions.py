@@ -7,14 +7,13 @@ does to pass them between its processes, and read again where there is no hivemi
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from p2pclient_rs import exceptions
 from p2pclient_rs.compat import hivemind_copies
 
-from . import PACKAGE
 from .datastructures import PeerID
+from .original import PACKAGE, import_bindings
 
 if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.utils import (
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
         P2PHandlerError,
     )
 else:
-    try:
-        _theirs = importlib.import_module(f"{PACKAGE}.p2p.p2p_daemon_bindings.utils")
-    except ImportError:
-        _theirs = exceptions
+    _theirs = import_bindings("utils") or exceptions
     ControlFailure, DispatchFailure = _theirs.ControlFailure, _theirs.DispatchFailure
     P2PDaemonError, P2PHandlerError = _theirs.P2PDaemonError, _theirs.P2PHandlerError
 

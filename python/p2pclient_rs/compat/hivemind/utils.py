@@ -5,6 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from p2pclient_rs.compat.framing import (
+    DEFAULT_MAX_BITS,
+    encode_message,
+    encode_varint,
+    read_message,
+    read_varint,
+)
 from p2pclient_rs.exceptions import DaemonRefused
 
 from .exceptions import (
@@ -28,24 +35,6 @@ __all__ = [
     "write_unsigned_varint",
 ]
 
-DEFAULT_MAX_BITS = 64
-
-#: The most that protobuf can read, in bytes.
-_MAX_MESSAGE_BYTES = 2**31 - 1
-
-
-def _varint(integer: int, max_bits: int = DEFAULT_MAX_BITS) -> bytes:
-    if integer < 0:
-        raise ValueError(f"negative integer: {integer}")
-    if integer >= 1 << max_bits:
-        raise ValueError(f"integer too large: {integer}")
-    encoded = bytearray()
-    while integer > 0x7F:
-        encoded.append(integer & 0x7F | 0x80)
-        integer >>= 7
-    encoded.append(integer)
-    return bytes(encoded)
-
 
 async def write_unsigned_varint(
     stream: asyncio.StreamWriter, integer: int, max_bits: int = DEFAULT_MAX_BITS
@@ -55,7 +44,7 @@ async def write_unsigned_varint(
     Raises:
         ValueError: ``integer`` is negative or takes more than ``max_bits`` bits.
     """
-    stream.write(_varint(integer, max_bits))
+    stream.write(encode_varint(integer, max_bits))
     await stream.drain()
 
 
@@ -68,15 +57,7 @@ async def read_unsigned_varint(
         ValueError: It takes more than ``max_bits`` bits.
         asyncio.IncompleteReadError: The stream ended before.
     """
-    result = shift = 0
-    while True:
-        (byte,) = await stream.readexactly(1)
-        result |= (byte & 0x7F) << shift
-        shift += 7
-        if result >= 1 << max_bits or shift > max_bits + 7:
-            raise ValueError(f"Varint overflowed: {result}")
-        if byte < 0x80:
-            return result
+    return await read_varint(stream.readexactly, max_bits)
 
 
 def raise_if_failed(response: Any) -> None:
@@ -91,8 +72,7 @@ def raise_if_failed(response: Any) -> None:
 
 async def write_pbmsg(stream: asyncio.StreamWriter, pbmsg: Any) -> None:
     """Writes a protobuf message and, before it, its length, in one piece."""
-    message = pbmsg.SerializeToString()
-    stream.write(_varint(len(message)) + message)
+    stream.write(encode_message(pbmsg))
     await stream.drain()
 
 
@@ -104,7 +84,4 @@ async def read_pbmsg_safe(stream: asyncio.StreamReader, pbmsg: Any) -> None:
         asyncio.IncompleteReadError: The stream ended before.
         google.protobuf.message.DecodeError: It is not such a message.
     """
-    length = await read_unsigned_varint(stream)
-    if length > _MAX_MESSAGE_BYTES:
-        raise ValueError(f"a message of {length} bytes")
-    pbmsg.ParseFromString(await stream.readexactly(length))
+    await read_message(stream.readexactly, pbmsg)

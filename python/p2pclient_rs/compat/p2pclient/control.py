@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anyio.abc import TaskGroup
-from multiaddr import Multiaddr, protocols
+from multiaddr import Multiaddr
 
 import p2pclient_rs
 from p2pclient_rs import connector, control
@@ -18,6 +18,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
 from p2pclient_rs.compat.p2pclient.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from p2pclient_rs.compat.values import ConvertedTypes, connection_protocol
 from p2pclient_rs.handlers import DEFAULT_LINGER
 from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.streams import Stream
@@ -41,13 +42,9 @@ __all__ = [
 
 StreamHandler: TypeAlias = Callable[[StreamInfo, Stream], Awaitable[None]]
 
-_CONN_PROTOCOLS = frozenset(
-    getattr(protocols, name) for name in ("P_IP4", "P_IP6", "P_DNS", "P_DNS4", "P_DNS6", "P_UNIX")
-)
-
 
 def parse_conn_protocol(maddr: Multiaddr) -> int:
-    """The protocol that says how a control or listen address is reached.
+    """Finds the protocol by which a control or listen address is reached.
 
     Args:
         maddr: The address.
@@ -56,36 +53,24 @@ def parse_conn_protocol(maddr: Multiaddr) -> int:
         The code of its one protocol out of ip4, ip6, dns, dns4, dns6 and unix.
 
     Raises:
-        ValueError: It has none of them, or several.
+        ValueError: The address has none of them, or several.
     """
-    found = _CONN_PROTOCOLS.intersection(protocol.code for protocol in maddr.protocols())
-    if len(found) != 1:
+    code = connection_protocol(maddr)
+    if code is None:
         raise ValueError(f"neither a TCP nor a unix socket's address: {maddr}")
-    (code,) = found
-    return int(code)
+    return code
 
 
-class _EcosystemTypes(connector.Types):
-    """What p2pclient returns where this package has types of its own."""
+class _Types(ConvertedTypes):
+    """Converts what requests return into p2pclient's types."""
 
-    def multiaddr(self, addr: p2pclient_rs.Multiaddr) -> Multiaddr:
-        return Multiaddr(addr.to_bytes())
-
-    def peer_info(self, info: p2pclient_rs.PeerInfo) -> PeerInfoLibP2P:  # type: ignore[override]
-        return PeerInfoLibP2P(info.peer_id, map(self.multiaddr, info.addrs))
-
-    def stream_info(self, info: p2pclient_rs.StreamInfo) -> StreamInfo:  # type: ignore[override]
-        return StreamInfo(info.peer_id, self.multiaddr(info.addr), info.proto)
+    def __init__(self) -> None:
+        super().__init__(Multiaddr, PeerInfoLibP2P, StreamInfo)
 
     def public_key(  # type: ignore[override]
         self, key: p2pclient_rs.PublicKey
     ) -> crypto_pb2.PublicKey:
         return crypto_pb2.PublicKey.FromString(key.serialize())
-
-    def identity(  # type: ignore[override]
-        self, identity: p2pclient_rs.Identity
-    ) -> tuple[ID, tuple[Multiaddr, ...]]:
-        return identity.peer_id, tuple(map(self.multiaddr, identity.addrs))
 
 
 class DaemonConnector(connector.DaemonConnector):
@@ -100,7 +85,7 @@ class DaemonConnector(connector.DaemonConnector):
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
         maddr = config.control_maddr_str if control_maddr is None else control_maddr
-        super().__init__(maddr, types=_EcosystemTypes())
+        super().__init__(maddr, types=_Types())
 
     def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
         # As it is, since of /unix there are two binary forms: Go's has the path's leading slash.

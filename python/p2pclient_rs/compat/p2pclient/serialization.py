@@ -7,9 +7,12 @@ A stream may be one of anyio's, or have only the methods of anyio 1 that p2pclie
 ``receive_exactly`` and ``send_all``.
 """
 
+from functools import partial
 from typing import Any, Protocol
 
 import anyio
+
+from p2pclient_rs.compat.framing import DEFAULT_MAX_BITS, encode_varint, read_varint
 
 __all__ = [
     "DEFAULT_MAX_BITS",
@@ -17,8 +20,6 @@ __all__ = [
     "receive_exactly",
     "write_unsigned_varint",
 ]
-
-DEFAULT_MAX_BITS = 64
 
 
 class Receiver(Protocol):
@@ -68,24 +69,6 @@ def _anyio_1(stream: object) -> Any:
     return stream
 
 
-def encode_unsigned_varint(integer: int, max_bits: int = DEFAULT_MAX_BITS) -> bytes:
-    """The bytes of an unsigned varint.
-
-    Raises:
-        ValueError: The number is negative, or has more than ``max_bits`` bits.
-    """
-    if integer < 0:
-        raise ValueError(f"negative integer: {integer}")
-    if integer.bit_length() > max_bits:
-        raise ValueError(f"integer too large: {integer} has more than {max_bits} bits")
-    encoded = bytearray()
-    while integer > 0x7F:
-        encoded.append(0x80 | integer & 0x7F)
-        integer >>= 7
-    encoded.append(integer)
-    return bytes(encoded)
-
-
 async def write_unsigned_varint(
     stream: Sender, integer: int, max_bits: int = DEFAULT_MAX_BITS
 ) -> None:
@@ -94,7 +77,7 @@ async def write_unsigned_varint(
     Raises:
         ValueError: It is negative, or has more than ``max_bits`` bits.
     """
-    await send(stream, encode_unsigned_varint(integer, max_bits))
+    await send(stream, encode_varint(integer, max_bits))
 
 
 async def read_unsigned_varint(stream: Receiver, max_bits: int = DEFAULT_MAX_BITS) -> int:
@@ -104,12 +87,4 @@ async def read_unsigned_varint(stream: Receiver, max_bits: int = DEFAULT_MAX_BIT
         ValueError: It has more than ``max_bits`` bits.
         anyio.IncompleteRead: The stream ended before.
     """
-    result = shift = 0
-    while True:
-        (byte,) = await receive_exactly(stream, 1)
-        result |= (byte & 0x7F) << shift
-        shift += 7
-        if result.bit_length() > max_bits or (byte & 0x80 and shift >= max_bits):
-            raise ValueError(f"varint overflowed: it has more than {max_bits} bits")
-        if not byte & 0x80:
-            return result
+    return await read_varint(partial(receive_exactly, stream), max_bits)

@@ -1,13 +1,15 @@
 """Messages on a stream, and a free port."""
 
+from functools import partial
+
 from google.protobuf.message import Message as PBMessage
 
+from p2pclient_rs.compat.framing import MAX_MESSAGE_BYTES, encode_message, read_message
 from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
 from p2pclient_rs.compat.p2pclient.serialization import (
     Receiver,
     Sender,
-    encode_unsigned_varint,
     read_unsigned_varint,
     receive_exactly,
     send,
@@ -29,10 +31,6 @@ __all__ = [
     "write_unsigned_varint",
 ]
 
-# The most that protobuf can read. Programs use these functions for messages of their own, for
-# which the daemon's limit of 4 MiB would be too low.
-_MAX_MESSAGE_BYTES = 2**31 - 1
-
 
 def raise_if_failed(response: p2pd_pb.Response) -> None:
     """Raises `ControlFailure`, with the daemon's words, if it answered with an error."""
@@ -46,12 +44,11 @@ async def write_pbmsg(stream: Sender, pbmsg: PBMessage) -> None:
     Raises:
         google.protobuf.message.EncodeError: A required field is not set.
     """
-    message = pbmsg.SerializeToString()
-    await send(stream, encode_unsigned_varint(len(message)) + message)
+    await send(stream, encode_message(pbmsg))
 
 
 async def read_pbmsg_safe(
-    stream: Receiver, pbmsg: PBMessage, *, max_bytes: int = _MAX_MESSAGE_BYTES
+    stream: Receiver, pbmsg: PBMessage, *, max_bytes: int = MAX_MESSAGE_BYTES
 ) -> None:
     """Reads a message that has its length before it.
 
@@ -65,10 +62,7 @@ async def read_pbmsg_safe(
         anyio.IncompleteRead: The stream ended before.
         google.protobuf.message.DecodeError: It is not such a message.
     """
-    length = await read_unsigned_varint(stream)
-    if length > max_bytes:
-        raise ValueError(f"a message of {length} bytes: more than {max_bytes}")
-    pbmsg.ParseFromString(await receive_exactly(stream, length))
+    await read_message(partial(receive_exactly, stream), pbmsg, max_bytes)
 
 
 def get_unused_tcp_port() -> int:

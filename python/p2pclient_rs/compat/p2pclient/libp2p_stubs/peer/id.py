@@ -1,9 +1,8 @@
 """Peer ids. `ID` is this package's `PeerID`."""
 
-import hashlib
-
 from p2pclient_rs import PeerID as ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.keys import PublicKey
+from p2pclient_rs.compat.values import sha256_digest
 
 __all__ = [
     "ENABLE_INLINING",
@@ -34,8 +33,3 @@ class IdentityHash:
     def digest(self) -> bytes:
         """All data so far."""
         return bytes(self._digest)
-
-
-def sha256_digest(data: str | bytes) -> bytes:
-    """The SHA-256 of some bytes, or of a text's UTF-8."""
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
