@@ -18,8 +18,6 @@ from typing import (
 
 from typing_extensions import Buffer, Self, disjoint_base
 
-from p2pclient_rs.exceptions import DaemonStartError
-
 __all__ = [
     "DEBUG_BUILD",
     "ControlConnection",
@@ -743,17 +741,17 @@ class DaemonProcess:
 
     def not_ready(
         self, timeout: float, obstacle: str | None, reasons: list[tuple[str, str]] = ...
-    ) -> DaemonStartError:
-        """The error of a daemon that ended, or was not ready in this many seconds, its last answer
-        being none because of this obstacle. `reasons` says why which bootstrap peer could not be
-        reached."""
+    ) -> Exception:
+        """The DaemonStartError of a daemon that ended, or was not ready in this many seconds, its
+        last answer being none because of this obstacle. `reasons` says why which bootstrap peer
+        could not be reached."""
 
     @property
     def unconnected(self) -> bool:
         """Whether it ended since it reached none of its bootstrap peers."""
 
-    def died(self) -> DaemonStartError:
-        """The error of a daemon that was ready, and died."""
+    def died(self) -> Exception:
+        """The DaemonStartError of a daemon that was ready, and died."""
 
 @final
 class Restarts:

@@ -397,6 +397,7 @@ class _Keeper:
             lived = await self._live()
             while restarts is not None and not process.ended:
                 failure = process.died()
+                assert isinstance(failure, DaemonStartError)
                 while (pause := restarts.died(lived)) is not None:
                     logger.warning("%s; it is started again in %.1f s", _brief(failure), pause)
                     await anyio.sleep(pause)
