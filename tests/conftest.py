@@ -1,4 +1,4 @@
-"""Event loops, daemons and connected clients for the tests, and the check that nothing is left."""
+"""Fixtures: event loops, daemons, connected clients, and checks that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ import uvloop
 from daemons.features import FEATURES, State
 from support import (
     BACKENDS,
-    LAST_WORDS,
+    CRASH_REPORTS,
     DaemonProcess,
+    check_running,
     child_processes,
     eventually,
     open_descriptors,
     remove_directories,
     revive,
-    still_there,
 )
 
 from p2pclient_rs import Client
 
-#: How many tests were deselected, by why: see daemons/features.py.
+#: Number of deselected tests by reason: see daemons/features.py.
 _DESELECTED = pytest.StashKey[Counter[str]]()
 
-#: How long an async test may take, in seconds: none hangs for ever.
+#: Time limit of an async test, in seconds.
 LIMIT = 30.0
 
 
@@ -46,36 +46,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--daemon",
         choices=list(get_daemon.KINDS),
         default="hivemind",
-        help="which kind of daemon to test on",
+        help="kind of daemon to test on",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
-        "needs(*features): what the daemon must have (daemons/features.py); deselected where not",
-        "daemons(*kinds): the kinds of daemon that it is about, where not all",
-        "independent: involves no real daemon, or one of its own choice: run with hivemind's only",
+        "needs(*features): runs only if the daemon has these features (daemons/features.py)",
+        "daemons(*kinds): runs only on these kinds of daemon",
+        "independent: runs once, with hivemind's daemon; uses none, or chooses its own",
     ):
         config.addinivalue_line("markers", marker)
     support.DEFAULT_KIND = config.getoption("daemon")
     binaries = {kind: str(get_daemon.fetch(kind)) for kind in {"hivemind", support.DEFAULT_KIND}}
-    # Of what starts daemons without a DaemonProcess.
+    # For tests that start daemons without a DaemonProcess.
     os.environ["P2PD_PATH"] = binaries[support.DEFAULT_KIND]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    lacking = {item: _lacks(item) for item in items}
-    if deselected := [item for item in items if lacking[item]]:
+    reasons = {item: _deselect_reason(item) for item in items}
+    if deselected := [item for item in items if reasons[item]]:
         config.hook.pytest_deselected(items=deselected)
-        config.stash[_DESELECTED] = Counter(lacking[item] for item in deselected)
-        items[:] = [item for item in items if not lacking[item]]
+        config.stash[_DESELECTED] = Counter(reasons[item] for item in deselected)
+        items[:] = [item for item in items if not reasons[item]]
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.obj = _limited(item.obj)
 
 
-def _lacks(item: pytest.Item) -> str:
-    """Why a test is not for the daemon that is tested on, if it is not."""
+def _deselect_reason(item: pytest.Item) -> str:
+    """Returns why a test does not apply to the tested daemon, or an empty string."""
     if support.DEFAULT_KIND != "hivemind" and item.get_closest_marker("independent"):
         return "independent of the daemon: run with hivemind's"
     for marker in item.iter_markers("daemons"):
@@ -94,9 +94,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"deselected on the {support.DEFAULT_KIND} daemon")
         for reason, count in sorted(deselected.items()):
             terminalreporter.line(f"{count:5} {reason}")
-    if LAST_WORDS:
+    if CRASH_REPORTS:
         terminalreporter.section("daemons that ended by themselves")
-    for words in LAST_WORDS:
+    for words in CRASH_REPORTS:
         terminalreporter.line(words)
 
 
@@ -115,7 +115,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 def _threads() -> set[str]:
-    # Trio keeps idle worker threads for a while; while one works it has another name.
+    # Trio keeps idle worker threads for a while; busy ones are named differently.
     return {t.name for t in threading.enumerate() if not t.name.startswith("Trio thread")}
 
 
@@ -125,9 +125,9 @@ def _pending_tasks() -> list[object]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """Fails a module that leaves a descriptor, thread, task, process or socket file behind."""
-    uvloop.new_event_loop().close()  # the first loop opens a pipe that the process keeps
+def fails_on_leaks() -> Iterator[None]:
+    """Fails a module that leaks a descriptor, thread, task, process or socket file."""
+    uvloop.new_event_loop().close()  # the first uvloop opens a pipe that stays open
     gc.collect()
     before = open_descriptors(), _threads(), child_processes()
     yield
@@ -141,9 +141,9 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 async def _no_task_left(anyio_backend: Any) -> AsyncIterator[None]:
-    """The runner cancels what is left when it ends, so that must be looked at before."""
+    """Fails a test that leaves a task; checked before the test runner cancels it."""
     if anyio_backend[0] == "trio":
-        yield  # whose tasks cannot outlive the block they were started in
+        yield  # trio's tasks cannot outlive their nursery
         return
     yield
     tasks = [task for task in asyncio.all_tasks() if "coro=<TestRunner." not in repr(task)]
@@ -151,35 +151,35 @@ async def _no_task_left(anyio_backend: Any) -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_goes_wrong_unseen(
+def fails_on_logged_errors(
     request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> Iterator[None]:
-    """Fails a test that leaves a task, or an exception that the event loop could only log."""
+    """Fails a test that leaves a task, or makes asyncio log a warning or error."""
     if "anyio_backend" in request.fixturenames:
         request.getfixturevalue("_no_task_left")
     yield
     records = caplog.get_records("call") + caplog.get_records("setup")
     seen = [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.WARNING]
-    # In asyncio's debug mode a callback that takes long is told, too: that can be the machine.
-    assert [words for words in seen if not words.startswith("Executing <")] == []
+    # asyncio's debug mode also logs slow callbacks, which a loaded machine can cause.
+    assert [message for message in seen if not message.startswith("Executing <")] == []
 
 
 # --- daemons ---
 
-#: Everything that can be switched on.
+#: Options that switch on every optional service.
 FULL = ("-dhtServer", "-pubsub", "-connManager")
 
 
 @pytest.fixture(scope="module", params=["unix", "tcp"])
 def transport(request: pytest.FixtureRequest) -> str:
-    """What control sockets and listeners are."""
+    """Kind of address of control sockets and listeners."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
 def daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons with everything switched on, which a module's tests share."""
+    """Two daemons with every service switched on, shared by a module's tests."""
     with (
         DaemonProcess(*FULL, transport=transport) as first,
         DaemonProcess(*FULL, transport=transport) as second,
@@ -189,14 +189,14 @@ def daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
 
 @pytest.fixture(scope="module")
 def bare_daemon() -> Iterator[DaemonProcess]:
-    """A daemon with nothing switched on."""
+    """A daemon with no optional service."""
     with DaemonProcess() as daemon:
         yield daemon
 
 
 @dataclass
 class Pair:
-    """Two listening clients of two daemons that are connected to each other."""
+    """Listening clients of two connected daemons."""
 
     alice: Client
     bob: Client
@@ -211,12 +211,12 @@ async def pair(daemons: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pa
     async with first.client() as alice, second.client() as bob, alice.listen(), bob.listen():
         await alice.connect(second.peer_id, second.addrs)
         yield Pair(alice, bob, first, second)
-    await still_there(*daemons)
+    await check_running(*daemons)
 
 
 @pytest.fixture
 async def dht_pair(pair: Pair) -> Pair:
-    """The same, once each has the other in its routing table."""
+    """A pair whose daemons are in each other's DHT routing tables."""
     await eventually(lambda: pair.alice.dht_get_closest_peers(b"anything"))
     await eventually(lambda: pair.bob.dht_get_closest_peers(b"anything"))
     return pair

@@ -1,4 +1,4 @@
-"""What tests and benches fetch from PyPI: pinned, checked, and kept in the user's cache folder."""
+"""Pinned downloads from PyPI for tests and benches, kept in the user's cache directory."""
 
 import hashlib
 import os
@@ -14,20 +14,21 @@ HIVEMIND_SHA256 = "acb8f0cf2cdb085259feb1c0a092c530f1953287cbfa4a1ab5e14e8c65359
 
 
 def cache_dir() -> Path:
-    """Where it is kept."""
+    """The cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "p2pclient-rs"
 
 
 @contextmanager
 def download(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """A distribution, checked, in a temporary folder of the cache: what is moved from there into
-    place is there whole or not at all, should two fetch at once.
+    """Downloads a distribution into a temporary folder of the cache and checks it.
+
+    Move files from there into place: renaming is atomic, so concurrent downloads do no harm.
 
     Args:
-        requirement: Name and version, as ``"p2pclient==0.3.0"``.
-        sha256: Of the file.
-        options: For ``pip download``.
+        requirement: Name and version, for example ``"p2pclient==0.3.0"``.
+        sha256: Checksum of the file.
+        options: Options for ``pip download``.
     """
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
@@ -42,8 +43,8 @@ def download(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
 
 @contextmanager
 def hivemind_wheel() -> Iterator[Path]:
-    """hivemind's, with its bindings and its daemon: as ``download``."""
-    # For this platform whatever the interpreter: the wheel has no code of its own for it.
+    """Downloads hivemind's wheel, which has its bindings and its daemon."""
+    # The same platform for every interpreter: the wheel has no compiled Python code.
     options = ("--only-binary=:all:", "--platform=manylinux2014_x86_64")
     with download(f"hivemind=={HIVEMIND_VERSION}", HIVEMIND_SHA256, *options) as wheel:
         yield wheel

@@ -1,4 +1,4 @@
-"""A daemon that does as a script says: one function, run in a thread for each connection."""
+"""A scripted daemon: one function per connection, each run in a thread."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import TypeAlias
 
 from support import new_directory
 
-#: How long anything may take before a test fails, in seconds.
+#: Time limit of every wait, in seconds.
 PATIENCE = 20.0
 
 
 def varint(number: int) -> bytes:
-    """An unsigned varint."""
+    """Encodes an unsigned varint."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -27,18 +27,18 @@ def varint(number: int) -> bytes:
 
 
 def field(number: int, value: int | bytes) -> bytes:
-    """A field of a protobuf message."""
+    """Encodes a field of a protobuf message."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def frame(message: bytes) -> bytes:
-    """A message as it goes over the wire."""
+    """Prefixes a message with its length, as sent over the wire."""
     return varint(len(message)) + message
 
 
-#: Fields of every wire type that no version of the protocol has.
+#: Unknown fields of every wire type.
 UNKNOWN = (
     field(1000, 7)
     + field(1001, b"new")
@@ -55,59 +55,59 @@ ADDR = b"\x04\x7f\x00\x00\x01\x06\x0f\xa1"  # /ip4/127.0.0.1/tcp/4001
 OK = field(1, 0)
 ERROR = field(1, 1) + field(2, field(1, b"no such luck"))
 IDENTITY = OK + field(4, field(1, PEER) + field(2, ADDR))
-#: A request of a type that there is not, and what jsp2pd says to it, which has a peerstore.
-PEERSTORE_IS_THERE = field(1, 2**31 - 1)
+#: The client probes for a peerstore with an unknown request type; jsp2pd, which has one, replies:
+PEERSTORE_PROBE = field(1, 2**31 - 1)
 NO_SUCH_REQUEST = field(1, 1) + field(2, field(1, b"ERR_INVALID_REQUEST_TYPE"))
 STREAM_INFO = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
 STREAM_OPENED = OK + field(3, STREAM_INFO)
 
 
 def dht(kind: int, **fields: bytes) -> bytes:
-    """A DHTResponse: BEGIN 0, VALUE 1, END 2."""
+    """Encodes a DHTResponse: BEGIN is 0, VALUE 1, END 2."""
     numbers = {"peer": 2, "value": 3}
     return field(1, kind) + b"".join(field(numbers[name], v) for name, v in fields.items())
 
 
 # --- the persistent connection ---
 
-# With a field that is nothing to whoever knows the request, and keeps jsp2pd from crashing.
+# Its extra field, which servers that know the request ignore, keeps jsp2pd from crashing.
 UPGRADE = field(1, 9) + field(9, field(1, b"\x78\x00"))
 
 
 def acknowledgement(call_id: bytes) -> bytes:
-    """A PersistentConnectionResponse that says a handler was added or removed."""
+    """Encodes a PersistentConnectionResponse that acknowledges adding or removing a handler."""
     return field(1, call_id)
 
 
 def reply(call_id: bytes, data: bytes) -> bytes:
-    """One with the result of a call."""
+    """Encodes the result of a call."""
     return field(1, call_id) + field(2, field(1, data))
 
 
 def handler_error(call_id: bytes, text: bytes) -> bytes:
-    """One with the error of a remote handler."""
+    """Encodes the error of a remote handler."""
     return field(1, call_id) + field(2, field(2, text))
 
 
 def incoming(call_id: bytes, proto: str, data: bytes, peer: bytes = PEER) -> bytes:
-    """One with a call of another peer."""
+    """Encodes a call of another peer."""
     call = field(1, peer) + field(2, proto.encode()) + field(3, data)
     return field(1, call_id) + field(3, call)
 
 
 def daemon_error(call_id: bytes, text: bytes) -> bytes:
-    """One with an error of the daemon itself."""
+    """Encodes an error of the daemon itself."""
     return field(1, call_id) + field(4, field(1, text))
 
 
 def cancellation(call_id: bytes) -> bytes:
-    """One that says that the caller is gone."""
+    """Encodes a Cancel message: the caller is gone."""
     return field(1, call_id) + field(5, b"")
 
 
 @dataclass
 class Message:
-    """A PersistentConnectionRequest, read."""
+    """A decoded PersistentConnectionRequest."""
 
     call_id: bytes
     #: "add", "call", "response", "error", "cancel" or "remove".
@@ -122,7 +122,7 @@ class Message:
         fields = decode(message)
         call_id = fields.pop(1)
         assert isinstance(call_id, bytes) and len(call_id) == 16
-        ((number, content),) = fields.items()  # there must be one
+        ((number, content),) = fields.items()  # exactly one
         assert isinstance(content, bytes)
         inner = decode(content)
 
@@ -147,7 +147,7 @@ class Message:
 
 
 def decode(message: bytes) -> dict[int, int | bytes]:
-    """The fields of a protobuf message that has each at most once."""
+    """Decodes a protobuf message in which each field occurs at most once."""
     fields: dict[int, int | bytes] = {}
     position = 0
 
@@ -180,16 +180,16 @@ class Gone(Exception):
 
 
 class Connection:
-    """A client's connection, seen from the daemon."""
+    """A client's connection, from the daemon's side."""
 
     def __init__(self, number: int, sock: socket.socket, requests: list[bytes]) -> None:
-        #: 1 for the first that was accepted.
+        #: 1 for the first connection.
         self.number = number
         self.socket = sock
         self._requests = requests
 
     def read(self, count: int) -> bytes:
-        """That many bytes."""
+        """Reads exactly ``count`` bytes."""
         data = bytearray()
         while len(data) < count:
             part = self.socket.recv(count - len(data))
@@ -199,7 +199,7 @@ class Connection:
         return bytes(data)
 
     def read_request(self) -> bytes:
-        """The next request, which is noted."""
+        """Reads the next request and records it."""
         length, shift = 0, 0
         while True:
             byte = self.read(1)[0]
@@ -212,29 +212,32 @@ class Connection:
         return request
 
     def wait_readable(self) -> None:
-        """Waits until something came, without reading it."""
+        """Waits until data has arrived, without reading it."""
         assert select.select([self.socket], [], [], PATIENCE)[0]
 
     def wait_writable(self) -> None:
-        """Waits until some of what was sent was read."""
+        """Waits until the client has read some of the data sent."""
         assert select.select([], [self.socket], [], PATIENCE)[1]
 
     def send(self, data: bytes) -> None:
-        """Sends bytes as they are."""
+        """Sends raw bytes."""
         self.socket.sendall(data)
 
     def answer(self, message: bytes) -> None:
-        """Reads a request and answers it."""
+        """Reads a request and sends ``message`` as the response."""
         self.read_request()
         self.send(frame(message))
 
     def upgrade(self) -> None:
-        """Makes it a persistent connection, as the client is to ask for first."""
-        assert self.read_request() in (UPGRADE, field(1, 9))  # hivemind's bindings ask plainly
+        """Accepts the upgrade to a persistent connection, which must be the next request."""
+        assert self.read_request() in (
+            UPGRADE,
+            field(1, 9),
+        )  # the second form is of hivemind's bindings
         self.send(frame(OK))
 
     def read_message(self) -> Message:
-        """The next request on a persistent connection."""
+        """Reads the next request on a persistent connection."""
         return Message.decode(self.read_request())
 
     def trickle(self, data: bytes) -> None:
@@ -243,14 +246,14 @@ class Connection:
             self.send(bytes([byte]))
 
     def wait_closed(self) -> bytes:
-        """What else the client sends before it closes the connection."""
+        """Reads until the client closes the connection; returns what it sent."""
         data = b""
         while part := self.socket.recv(1 << 16):
             data += part
         return data
 
     def reset(self) -> None:
-        """Closes so that a TCP client sees a reset."""
+        """Closes the connection so that a TCP client sees a reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -259,19 +262,19 @@ Script: TypeAlias = Callable[[Connection], None]
 
 
 def honest(connection: Connection) -> None:
-    """Answers every request as IDENTIFY."""
+    """Answers every request like IDENTIFY."""
     while True:
         connection.answer(IDENTITY)
 
 
 def unary_echo(connection: Connection) -> None:
-    """A persistent connection on which every call has its data for a result."""
+    """Accepts the upgrade, and echoes every call."""
     connection.upgrade()
     serve_echo(connection)
 
 
 def serve_echo(connection: Connection) -> None:
-    """The rest of it."""
+    """Echoes calls and acknowledges handlers on a persistent connection."""
     while True:
         message = connection.read_message()
         if message.kind == "call":
@@ -280,29 +283,32 @@ def serve_echo(connection: Connection) -> None:
             connection.send(frame(acknowledgement(message.call_id)))
 
 
-Fault: TypeAlias = Callable[[Connection, bytes], "bool | None"]
+Answer: TypeAlias = Callable[[Connection, bytes], "bool | None"]
 
 
 class Plan:
-    """A script that answers as a well-behaved daemon does, but for the next request of a kind.
+    """A script that behaves correctly except for the next request of one kind.
 
-    Requests are all one kind, and the messages of a persistent connection those of ``Message``.
+    The kind of a control request is "request"; on a persistent connection it is ``Message.kind``.
     """
 
     def __init__(self) -> None:
-        self._next: tuple[str, Fault] | None = None
+        self._next: tuple[str, Answer] | None = None
 
-    def next(self, kind: str, fault: Fault) -> None:
-        """Has the next one answered by ``fault``, with its call id, if it has one. The connection
-        ends if that gives None, and goes on otherwise: after UPGRADE as what it was if False."""
+    def next(self, kind: str, fault: Answer) -> None:
+        """Answers the next request of ``kind`` by ``fault``, called with the call id, if any.
+
+        The connection is closed if that returns None. Otherwise it continues: after UPGRADE as a
+        persistent connection if true, as a control connection if false.
+        """
         self._next = (kind, fault)
 
     @property
-    def carried_out(self) -> bool:
-        """Whether that one came."""
+    def used(self) -> bool:
+        """Whether the planned request has arrived."""
         return self._next is None
 
-    def _planned(self, kind: str) -> Fault | None:
+    def _planned(self, kind: str) -> Answer | None:
         if self._next is None or self._next[0] != kind:
             return None
         (_, fault), self._next = self._next, None
@@ -311,13 +317,13 @@ class Plan:
     def __call__(self, connection: Connection) -> None:
         while True:
             request = connection.read_request()
-            if request == PEERSTORE_IS_THERE:
+            if request == PEERSTORE_PROBE:
                 connection.send(frame(NO_SUCH_REQUEST))
             elif fault := self._planned("request"):
-                goes_on = fault(connection, b"")
-                if goes_on is None:
+                keep_open = fault(connection, b"")
+                if keep_open is None:
                     return
-                if goes_on and request == UPGRADE:
+                if keep_open and request == UPGRADE:
                     break
             elif request == UPGRADE:
                 connection.send(frame(OK))
@@ -336,20 +342,20 @@ class Plan:
 
 
 class FakeDaemon:
-    """Listens while its context lasts; what goes wrong in a script comes out of the context.
+    """Listens until the end of the block, and raises there what a script has raised.
 
     Args:
-        script: What to do on a connection, which is closed when it returns. The end of the
-            connection ends it too.
+        script: Serves one connection, which is closed when the script returns. The script also
+            ends when the client closes the connection.
         transport: "unix" or "tcp".
     """
 
     def __init__(self, script: Script, transport: str = "unix") -> None:
         self._script = script
         self.transport = transport
-        #: The requests read so far, on whichever connection.
+        #: Requests read so far, on all connections.
         self.requests: list[bytes] = []
-        #: How many connections were accepted, and how many of them are open.
+        #: Number of connections accepted so far, and of those still open.
         self.accepted = self.open = 0
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
@@ -378,7 +384,7 @@ class FakeDaemon:
                 try:
                     sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
-                    pass  # it is closed on the other side
+                    pass  # the client has closed it
         while self._threads:
             self._threads.pop().join(PATIENCE)
         if self.transport == "unix":

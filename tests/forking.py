@@ -1,4 +1,4 @@
-"""Forked children of a test: what they do, and what went wrong in them."""
+"""Runs code in forked children, and reports their failures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from typing import Any
 import anyio
 from support import until
 
-#: How long a child may take, in seconds.
+#: Time limit of a child, in seconds.
 CHILD_LIMIT = 20
 
 
 async def in_child(work: Callable[[], None]) -> None:
-    """Runs ``work`` in a forked child, and fails with its traceback if it fails there."""
+    """Runs ``work`` in a forked child; fails with the child's traceback if it raises."""
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads, from 3.12 on
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns about a fork with threads
         pid = os.fork()
     if pid == 0:
         status, report = 1, ""
@@ -52,7 +54,7 @@ async def in_child(work: Callable[[], None]) -> None:
 
 
 def run_in_thread(backend: Any, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs an event loop in a new thread of the child: that of the parent is still in this one."""
+    """Runs an event loop in a new thread, as the parent's loop occupies this one in a child."""
     errors: list[BaseException] = []
 
     def target() -> None:

@@ -1,8 +1,8 @@
-"""Prints the path of a daemon to test on, which is fetched and built if it is not there yet.
+"""Prints the path of a daemon to test on. Downloads or builds it first if necessary.
 
     python tests/get_daemon.py hivemind|go|js
 
-Go's and npm's own clients do the work, from the versions and checksums committed in ``daemons/``.
+Uses Go's and npm's own clients, with the versions and checksums committed in ``daemons/``.
 """
 
 import functools
@@ -19,13 +19,13 @@ from downloads import cache_dir
 
 _PINS = Path(__file__).parent / "daemons"
 
-#: The kinds of daemon, each with the variable that names a binary of the user's own.
+#: Kinds of daemon, with the environment variable that can name another binary.
 KINDS = {"hivemind": "P2PD_PATH", "go": "GO_P2PD_PATH", "js": "JSP2PD_PATH"}
 
 
 @functools.cache
 def fetch(kind: str) -> Path:
-    """The executable of a daemon: the one the environment names, else the pinned one."""
+    """Returns the executable of a daemon: from the environment variable, or else the pinned one."""
     if own := os.environ.get(KINDS[kind]):
         if not os.access(own, os.X_OK) or not os.path.isfile(own):
             raise SystemExit(f"{KINDS[kind]} must name an executable file, not {own!r}")
@@ -34,31 +34,31 @@ def fetch(kind: str) -> Path:
 
 
 def _go() -> Path:
-    """Upstream's p2pd, built as a requirement of an empty module: the checksums hold for it and
-    for all that it is made of, as they do not with ``go install …@version``."""
+    """Builds upstream's p2pd as a requirement of an empty module. Unlike ``go install …@version``,
+    this checks the checksums of the daemon and of all its dependencies."""
     package = "github.com/libp2p/go-libp2p-daemon/p2pd"
     build = ["go", "build", "-mod=readonly", "-o", "p2pd", package]
-    return _made("go-p2pd-0.9.2", "go", ["go.mod", "go.sum", "tools.go"], build) / "p2pd"
+    return _build("go-p2pd-0.9.2", "go", ["go.mod", "go.sum", "tools.go"], build) / "p2pd"
 
 
 def _js() -> Path:
-    """jsp2pd with what it needs, and without what its packages would run at installation."""
-    _tool("node")  # which runs it, too
+    """Installs jsp2pd and its dependencies, without running their install scripts."""
+    _tool("node")  # also needed to run it
     install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-    made = _made("jsp2pd-0.10.2", "js", ["package.json", "package-lock.json"], install)
+    made = _build("jsp2pd-0.10.2", "js", ["package.json", "package-lock.json"], install)
     return made / "node_modules" / ".bin" / "jsp2pd"
 
 
-def _made(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
-    """The folder that a command made a daemon in, from the files that pin it: another one once
-    any of them has changed."""
+def _build(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
+    """Returns the folder in which ``command`` has built a daemon from its pins. The folder's name
+    has a hash of the pins, so changed pins give a new build."""
     contents = [(_PINS / kind / pin).read_bytes() for pin in pins]
     kept = cache_dir() / f"{name}-{hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
     if kept.exists():
         return kept
     program = _tool(command[0])
     cache_dir().mkdir(parents=True, exist_ok=True)
-    # What is moved from there into place is there whole or not at all, should two fetch at once.
+    # Built in a temporary folder and then renamed, so that concurrent builds do no harm.
     with tempfile.TemporaryDirectory(dir=cache_dir()) as temporary:
         folder = Path(temporary) / "made"
         folder.mkdir()
@@ -77,7 +77,7 @@ def _made(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
         try:
             folder.rename(kept)
         except OSError:
-            if not kept.exists():  # else another was quicker
+            if not kept.exists():  # another build was faster
                 raise
     return kept
 

@@ -1,4 +1,4 @@
-"""Prints the path of p2pclient 0.3.0's source distribution, whose tests ours are measured by."""
+"""Prints the path of the source distribution of p2pclient 0.3.0, for the sake of its test suite."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SHA256 = "98ccfd75642de9d0c532f1d1f06aec0c63d115c0f3341a0f488185a6e928a087"
 
 
 def fetch() -> Path:
-    """The archive."""
+    """Returns the path of the archive, downloaded if necessary."""
     kept = cache_dir() / NAME
     if not kept.exists():
         with download("p2pclient==0.3.0", SHA256, "--no-binary=:all:") as archive:

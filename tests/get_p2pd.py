@@ -1,6 +1,6 @@
-"""Prints the path of a real p2pd: the Go daemon out of hivemind's wheel on PyPI.
+"""Prints the path of hivemind's p2pd, a Go daemon taken from hivemind's wheel on PyPI.
 
-Only the binary is kept.
+Keeps the binary only.
 """
 
 import zipfile
@@ -12,7 +12,7 @@ MEMBER = "hivemind/hivemind_cli/p2pd"
 
 
 def fetch() -> Path:
-    """The binary."""
+    """Returns the path of the binary, downloaded if necessary."""
     binary = cache_dir() / f"hivemind-{HIVEMIND_VERSION}" / "p2pd"
     if not binary.exists():
         binary.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The Python side of python_peer.rs: serves, and does what it is told, a JSON object a line.
+"""The Python peer of python_peer.rs: runs handlers, and executes commands from standard input.
 
 Usage: python_peer.py CONTROL_MADDR LISTEN_MADDR
 
-A command is ``{"id": …, "do": …, …}``; what comes of it is printed as ``[id, result]``, in which an
-exception is the list of its class and its words. What happens unasked is printed as a string.
+Each line of input is a JSON object ``{"id": …, "do": …, …}``. The reply is a line ``[id, result]``;
+an exception is reported as a list of its class and message. Events are printed as a JSON string.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def say(thing: object) -> None:
 
 
 def pattern(size: int, seed: int) -> bytes:
-    """Bytes that are easy to tell from others, as in common/mod.rs."""
+    """A recognisable sequence of bytes, the same as in common/mod.rs."""
     return bytes((place * 31 + seed) >> 3 & 0xFF for place in range(size))
 
 
@@ -55,14 +55,14 @@ async def say_python(data: bytes, caller: PeerID) -> bytes:
 
 
 class Peer:
-    """What the commands do, by their names."""
+    """The commands, as methods of the same name."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self, name: str) -> bool:
-        """Serves everything there is, under names of one's own."""
+        """Registers all handlers, under protocols that contain ``name``."""
         await self.client.stream_handler(f"/python/{name}", stream_echo)
         for handler in (unary_echo, fail, endless, say_python):
             await self.client.add_unary_handler(
@@ -71,7 +71,7 @@ class Peer:
         return True
 
     async def stream(self, peer: str, protocol: str, size: int) -> bool:
-        """Whether what is sent to an echo comes back."""
+        """Sends data over a stream to an echo handler; returns whether it came back unchanged."""
         payload = pattern(size, 1)
         _, stream = await self.client.stream_open(peer, [protocol])
         async with stream:
@@ -81,7 +81,7 @@ class Peer:
         return received == payload
 
     async def echo(self, peer: str, handler: str, size: int) -> bool:
-        """Whether what an echo is called with comes back."""
+        """Calls an echo handler; returns whether the reply is right."""
         payload = pattern(size, 2)
         return await self.client.call_unary(peer, handler, payload) == payload
 
@@ -95,7 +95,7 @@ class Peer:
         await self.client.pubsub_publish(topic, text.encode())
 
     async def hear(self, topic: str, text: str) -> str:
-        """Subscribes until that is published; by whom."""
+        """Subscribes until ``text`` is published; returns the publisher."""
         async with await self.client.pubsub_subscribe(topic) as subscription:
             say("subscribed")
             async for message in subscription:
@@ -103,7 +103,7 @@ class Peer:
                     return str(message.peer_id)
         raise EOFError("the subscription has ended")
 
-    async def carry_out(self, number: int, do: Callable[..., Awaitable[Any]], **how: Any) -> None:
+    async def execute(self, number: int, do: Callable[..., Awaitable[Any]], **how: Any) -> None:
         try:
             result = await do(**how)
         except asyncio.CancelledError:
@@ -123,7 +123,7 @@ async def main() -> None:
         while line := await commands.readline():
             command = json.loads(line)
             number, do = command.pop("id"), getattr(peer, command.pop("do"))
-            peer.tasks[number] = asyncio.create_task(peer.carry_out(number, do, **command))
+            peer.tasks[number] = asyncio.create_task(peer.execute(number, do, **command))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: real daemons, temporary directories and waiting for what has no event."""
+"""Shared by the tests: real daemons, temporary directories, and waiting by polling."""
 
 from __future__ import annotations
 
@@ -25,41 +25,40 @@ from p2pclient_rs.daemon import unused_tcp_port
 
 T = TypeVar("T")
 
-#: The event loops: parameters for ``anyio.run`` and for anyio's pytest plugin.
+#: Event loops, as parameters for ``anyio.run`` and for anyio's pytest plugin.
 BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
     pytest.param(("trio", {}), id="trio"),
 ]
 
-#: The kind of daemon that a ``DaemonProcess`` is: conftest sets what ``--daemon`` says.
+#: Default kind of a ``DaemonProcess``; set by conftest from ``--daemon``.
 DEFAULT_KIND = "hivemind"
 
-#: What the JavaScript daemon calls the options of the others. It cannot be had without a DHT, and
-#: has no connection manager that could be asked for anything.
+#: jsp2pd's equivalents of p2pd options. Its DHT is always on, and it has no connection manager.
 _JS_OPTIONS = {"-dhtServer": [], "-connManager": [], "-pubsub": ["--pubsub"]}
 
-#: Every directory the tests made: conftest looks for forgotten sockets there.
+#: Every directory the tests have created; conftest checks them for leftover sockets.
 DIRECTORIES: list[Path] = []
 
-#: Of the daemons that ended before they were told to: conftest reports them.
-LAST_WORDS: list[str] = []
+#: Output of daemons that ended unexpectedly; reported by conftest.
+CRASH_REPORTS: list[str] = []
 
 
 def new_directory() -> Path:
-    """A directory whose path is short enough for unix sockets, which conftest removes."""
+    """Creates a directory with a path short enough for unix sockets; conftest removes it."""
     directory = Path(tempfile.mkdtemp(prefix="p2p-"))
     DIRECTORIES.append(directory)
     return directory
 
 
 def unknown_peer() -> PeerID:
-    """The id of a peer that nobody has heard of, with an Ed25519 key."""
+    """Returns the id of a peer that does not exist, with an Ed25519 key."""
     return PeerID(b"\x00\x24\x08\x01\x12\x20" + os.urandom(32))
 
 
 async def eventually(check: Callable[[], Awaitable[T]], within: float = 15.0) -> T:
-    """The result of ``check`` once it neither fails an assertion nor is refused by the daemon."""
+    """Repeats ``check`` until it raises no AssertionError or DaemonRefused; returns its result."""
     deadline = time.monotonic() + within
     while True:
         try:
@@ -71,7 +70,7 @@ async def eventually(check: Callable[[], Awaitable[T]], within: float = 15.0) ->
 
 
 async def all_of(calls: Iterable[Awaitable[T]]) -> list[T | Exception]:
-    """The results of awaiting all at once, in their order, or the exceptions."""
+    """Awaits all calls at once; returns their results or exceptions, in order."""
     results: dict[int, T | Exception] = {}
 
     async def note(number: int, call: Awaitable[T]) -> None:
@@ -96,14 +95,14 @@ async def until(condition: Callable[[], object], within: float = 15.0) -> None:
 
 
 class DaemonProcess:
-    """A daemon, started and stopped.
+    """Starts a daemon, and stops it at the end of the block.
 
     Args:
-        options: Command line options of p2pd, as ``"-dhtServer"``.
-        transport: What its control socket is, and what its clients listen at: "unix", "tcp",
-            "ip6" or "dns4".
-        control_maddr: Its control address, if it is to be a certain one.
-        kind: "hivemind", "go" or "js"; by default the one that the tests are run on.
+        options: Command line options of p2pd, for example ``"-dhtServer"``.
+        transport: Kind of address of its control socket and of its clients' listeners: "unix",
+            "tcp", "ip6" or "dns4".
+        control_maddr: Control address; by default a new one.
+        kind: "hivemind", "go" or "js"; by default the tested kind.
     """
 
     def __init__(
@@ -120,10 +119,10 @@ class DaemonProcess:
         self._options = options
         self._clients = 0
         self._kept: socket.socket | None = None
-        self._launch()
+        self._spawn()
 
-    def _launch(self) -> None:
-        # The daemon resolves no names.
+    def _spawn(self) -> None:
+        # The daemon does not resolve names.
         listen = self.control_maddr.replace("/dns4/localhost", "/ip4/127.0.0.1")
         command = [str(get_daemon.fetch(self.kind)), "--listen", listen]
         command += ["--hostAddrs", "/ip4/127.0.0.1/tcp/0"]
@@ -139,10 +138,10 @@ class DaemonProcess:
         self.peer_id, self.addrs = self._identify()
 
     def restart(self) -> None:
-        """Starts it anew at its address, as another peer, when it has ended."""
+        """Starts an ended daemon again at its address, as another peer."""
         kept = self._kept is not None
         self.stop()
-        self._launch()
+        self._spawn()
         if kept:
             self.keep()
 
@@ -155,7 +154,7 @@ class DaemonProcess:
         return f"{host}/tcp/{unused_tcp_port()}"
 
     def _wait_for_banner(self) -> None:
-        """Reads what it prints once it can be talked to."""
+        """Reads the output until the daemon reports that it is ready."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith((b"Peer Addrs:", b"daemon has started")):
@@ -165,7 +164,7 @@ class DaemonProcess:
         pytest.fail(f"the {self.kind} daemon did not start:\n{log}")
 
     def _identify(self) -> tuple[PeerID, list[Multiaddr]]:
-        """What it says of itself, asked without the client that is to be tested."""
+        """Sends IDENTIFY over a plain socket, without the client under test."""
         with self._dial() as connection, connection.makefile("rb") as answers:
             connection.sendall(b"\x02\x08\x00")  # Request{IDENTIFY}
             length = 0
@@ -187,7 +186,7 @@ class DaemonProcess:
         return socket.create_connection((host, int(port)))
 
     def listen_maddr(self) -> str:
-        """A new address for a client to listen at."""
+        """Returns a new listen address for a client."""
         if self.transport == "unix":
             self._clients += 1
             return f"/unix{self.directory}/client{self._clients}.sock"
@@ -195,32 +194,32 @@ class DaemonProcess:
         return f"{hosts[self.transport]}/tcp/0"
 
     def client(self) -> Client:
-        """A new client of it."""
+        """Returns a new client of the daemon."""
         return Client(self.control_maddr, self.listen_maddr())
 
     def keep(self) -> None:
-        """Has it outlive its last client: hivemind's ends when no persistent connection is left."""
+        """Keeps the daemon alive: hivemind's exits when its last persistent connection closes."""
         if self.kind == "hivemind":
             self._kept = self._dial()
             self._kept.sendall(b"\x02\x08\x09")  # Request{PERSISTENT_CONN_UPGRADE}
             assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
 
-    def ended_of_a_race(self) -> bool:
-        """Whether it has ended of what it is known to end of now and then."""
+    def ended_by_known_race(self) -> bool:
+        """Whether the daemon has ended because of a known race condition of its own."""
         words = (self.directory / "log").read_text(errors="replace")
         return self.kind in RACES and re.search(RACES[self.kind], words[-2000:]) is not None
 
     def kill(self) -> None:
-        """Ends it at once, as a crash would."""
+        """Kills the daemon, like a crash."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        """Ends it and removes the socket file, which a killed daemon leaves."""
+        """Stops the daemon and removes the socket file, which a killed daemon leaves behind."""
         if (code := self.process.poll()) is not None and code not in (0, -9):
-            # A test may have meant it to; where not, this is all there is to see.
+            # Some tests do this on purpose; for others this is the only trace of it.
             log = (self.directory / "log").read_text(errors="replace")
-            LAST_WORDS.append(f"{self.directory} ended with {code} and said:\n{log[:8000]}")
+            CRASH_REPORTS.append(f"{self.directory} ended with {code} and said:\n{log[:8000]}")
         self.kill()
         if self._kept is not None:
             self._kept.close()
@@ -237,24 +236,24 @@ class DaemonProcess:
         self.stop()
 
 
-async def still_there(*daemons: DaemonProcess) -> None:
-    """After a test: fails if one of the daemons has ended, which is there again for the next."""
+async def check_running(*daemons: DaemonProcess) -> None:
+    """Fails a test after which a daemon has ended, and starts the daemon again."""
     if any(daemon.kind in RACES for daemon in daemons):
-        await anyio.sleep(0.2)  # in which what is to end of a client that is gone does so
+        await anyio.sleep(0.2)  # time for a daemon to end because of a closed client
     revive(*daemons)
 
 
 def revive(*daemons: DaemonProcess) -> None:
-    """Starts those that have ended anew; fails if that was of more than a race."""
+    """Restarts ended daemons; fails unless they ended because of a known race."""
     ended = [daemon for daemon in daemons if daemon.process.poll() is not None]
-    expected = [daemon.ended_of_a_race() for daemon in ended]
+    expected = [daemon.ended_by_known_race() for daemon in ended]
     for daemon in ended:
         daemon.restart()
     assert all(expected), "the daemon has ended: see below"
 
 
 def remove_directories() -> list[Path]:
-    """Removes every directory the tests made; returns the socket files that were in them."""
+    """Removes every directory of the tests; returns the socket files that were in them."""
     sockets = [
         path for directory in DIRECTORIES for path in directory.rglob("*") if path.is_socket()
     ]
@@ -264,16 +263,16 @@ def remove_directories() -> list[Path]:
 
 
 def open_descriptors() -> list[str]:
-    """What this process has open, one entry for each descriptor."""
+    """What the descriptors of this process refer to."""
     targets = []
     for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the one that listdir used
+        with suppress(FileNotFoundError):  # the descriptor that listdir used
             targets.append(os.readlink(f"/proc/self/fd/{fd}"))
     return sorted(targets)
 
 
 def child_processes() -> set[int]:
-    """The ids of this process's children."""
+    """Process ids of this process's children."""
     children = set()
     for entry in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -18,7 +18,7 @@ import get_daemon
 import pytest
 import support
 from daemons.features import DOCUMENT, FEATURES, State, render
-from support import DaemonProcess, eventually, revive, still_there, unknown_peer, until
+from support import DaemonProcess, check_running, eventually, revive, unknown_peer, until
 
 import p2pclient_rs
 from p2pclient_rs import (
@@ -531,7 +531,7 @@ async def test_the_daemon_does_what_the_table_says(
         for daemon in ended:
             daemon.restart()
         assert (await client.identify()).peer_id == near.peer_id
-    await still_there(*fleet)
+    await check_running(*fleet)
     if entry.state is State.SUPPORTED and outcome is not None:
         raise outcome
     if entry.state is not State.SUPPORTED:

@@ -26,9 +26,9 @@ from fake_daemon import (
     STREAM_INFO,
     STREAM_OPENED,
     UNKNOWN,
+    Answer,
     Connection,
     FakeDaemon,
-    Fault as Answer,
     Message,
     Plan,
     acknowledgement,
@@ -398,7 +398,7 @@ async def test_every_call_fails_on(fault: Fault) -> None:
             # A daemon that has begun a reply knows the request.
             unknown = call.means_unknown and fault is FAULTS["EOF"]
             await fails(call, client, NotSupported if unknown else fault.expected, timeout)
-            assert plan.carried_out, call.request
+            assert plan.used, call.request
             await assert_usable(client)
             client.unary.close()
 
@@ -411,7 +411,7 @@ async def test_every_unary_call_fails_on(fault: Fault) -> None:
             plan.next(call.kind, fault.answer(call.framed))
             timeout = 0.05 if fault.expected is ControlTimeout else PATIENCE
             await fails(call, client, fault.expected, timeout)
-            assert plan.carried_out, call.request
+            assert plan.used, call.request
             if fault.expected is ControlTimeout:
                 # The connection still waits for the rest of the message.
                 client.unary.close()
@@ -594,7 +594,7 @@ async def test_incoming_calls_are_served_after_reconnect_from(fault: Fault) -> N
     async with hostile() as (client, plan, fake):
         plan.next("add", breaks)
         await client.add_unary_handler("echo", echo)
-        await until(lambda: plan.carried_out and not client.unary.connected)
+        await until(lambda: plan.used and not client.unary.connected)
         plan.next("add", calls)  # the registration on the new connection
         assert await client.call_unary(FAKE_PEER, "echo", b"next", timeout=SOON) == b"next"
         await until(lambda: answers)

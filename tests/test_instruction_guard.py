@@ -1,4 +1,4 @@
-"""The guard of benches/instructions: what it makes of counts that have changed, and of callgrind's
+"""The guard of benches/instructions: comparing counts with a record, and reading callgrind
 files."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def with_unary(ours: int, total: int = 60_000) -> Record:
     return dataclasses.replace(RECORDED, counts={**RECORDED.counts, "unary": Count(ours, total)})
 
 
-def test_what_has_not_changed_passes_without_a_word() -> None:
+def test_unchanged_counts_pass_without_notes() -> None:
     result = compare(RECORDED, RECORDED)
     assert not result.failures and not result.notes
     assert len(result.table) == 5
@@ -45,7 +45,7 @@ def test_growth_by_4_percent_passes() -> None:
     assert not compare(RECORDED, with_unary(2080, 62_400)).failures
 
 
-def test_growth_outside_of_our_code_fails_too() -> None:
+def test_growth_outside_of_the_extension_module_fails_too() -> None:
     assert compare(RECORDED, with_unary(2000, 63_600)).failures == ["unary, all: +6.0%"]
 
 
@@ -56,13 +56,13 @@ def test_shrinkage_is_reported_and_passes() -> None:
     assert any("--update" in note for note in result.notes)
 
 
-def test_a_scenario_that_is_only_recorded_or_only_counted_fails() -> None:
+def test_scenario_missing_in_the_record_or_the_run_fails() -> None:
     less = dataclasses.replace(RECORDED, counts={"identify": RECORDED.counts["identify"]})
     assert compare(RECORDED, less).failures == ["unary is recorded and was not counted"]
     assert compare(less, RECORDED).failures == ["unary is not recorded"]
 
 
-def test_another_compiler_may_make_it_10_percent_more_and_is_named() -> None:
+def test_growth_by_10_percent_passes_with_another_compiler() -> None:
     other = dataclasses.replace(with_unary(2180), build="rustc 1.99.0 for cpython-311")
     result = compare(RECORDED, other)
     assert not result.failures
@@ -70,7 +70,7 @@ def test_another_compiler_may_make_it_10_percent_more_and_is_named() -> None:
     assert compare(RECORDED, dataclasses.replace(other, counts=with_unary(2220).counts)).failures
 
 
-def test_totals_are_not_compared_with_those_of_another_interpreter() -> None:
+def test_totals_are_not_compared_across_interpreters() -> None:
     elsewhere = {**RECORDED.surroundings, "interpreter": "3.12.0 def"}
     result = compare(
         RECORDED, dataclasses.replace(with_unary(2000, 90_000), surroundings=elsewhere)
@@ -81,19 +81,19 @@ def test_totals_are_not_compared_with_those_of_another_interpreter() -> None:
     assert compare(RECORDED, grown).failures == ["unary, ours: +6.0%"]
 
 
-def test_a_record_is_read_as_it_was_saved(tmp_path: Path) -> None:
+def test_record_survives_saving_and_loading(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     RECORDED.save(file)
     assert Record.load(file) == RECORDED
 
 
-def test_every_scenario_of_the_record_has_a_count_of_each_kind() -> None:
+def test_every_recorded_scenario_has_both_counts() -> None:
     recorded = Record.load(COUNTS)
     assert recorded.counts
     assert all(0 < count.ours < count.all for count in recorded.counts.values())
 
 
-def test_the_instructions_of_callees_are_counted_once_and_where_they_are() -> None:
+def test_instructions_of_callees_count_once_for_their_own_object() -> None:
     profile = """\
 # callgrind format
 positions: line

@@ -17,7 +17,7 @@ import anyio
 import pytest
 import support
 from daemons.features import DAEMONS, State, between
-from support import DaemonProcess, eventually, revive, still_there, until
+from support import DaemonProcess, check_running, eventually, revive, until
 
 import p2pclient_rs
 from p2pclient_rs import Client, DaemonRefused, PeerID, Stream, StreamInfo
@@ -89,7 +89,7 @@ async def ends(daemon_pair: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterato
         await stack.enter_async_context(far.listen())
         await near.connect(second.peer_id, second.addrs)
         yield Ends(near, far, first, second)
-    await still_there(first, second)
+    await check_running(first, second)
 
 
 def unused() -> str:

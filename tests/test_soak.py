@@ -1,5 +1,5 @@
-"""The soak scenarios of benches/soak, each at a small scale, and that they notice what they are
-for: a corrupted payload, one carried out twice or by nobody, a leak, growth, a stall."""
+"""The soak scenarios of benches/soak at a small scale, and that they detect what they should:
+corrupted, repeated and unserved payloads, a leak, growth, a stall."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs("unary")
 
 SOAK = Path(__file__).parents[1] / "benches" / "soak"
 
-#: The event loop that each is run on here; the full runs use them all.
+#: Event loop of each scenario in this test; the full runs use all loops.
 SCENARIOS = {
     "dying_peers": "asyncio",
     "restarts": "uvloop",
@@ -45,7 +45,7 @@ Run = tuple[int, dict[str, Any], str]
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
-    """All of them under way, a few at a time, since most of them wait most of the time."""
+    """Starts all runs, four at a time, since they mostly wait."""
     directory = new_directory()
 
     def run(name: str, *arguments: str) -> Run:
@@ -58,14 +58,14 @@ def runs() -> Iterator[dict[str, Future[Run]]]:
         return ended.returncode, report, ended.stdout + ended.stderr
 
     with ThreadPoolExecutor(4) as pool:
-        under_way = {s: pool.submit(run, s, s, "--loop", loop) for s, loop in SCENARIOS.items()}
+        started = {s: pool.submit(run, s, s, "--loop", loop) for s, loop in SCENARIOS.items()}
         harm = [f"--break={harm}" for harm in SABOTAGE]
-        under_way["sabotage"] = pool.submit(run, "sabotage", "unary_calls", *harm)
-        yield under_way
+        started["sabotage"] = pool.submit(run, "sabotage", "unary_calls", *harm)
+        yield started
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_promise_is_kept_at_a_small_scale(
+def test_every_guarantee_holds_at_a_small_scale(
     scenario: str, runs: dict[str, Future[Run]]
 ) -> None:
     code, report, output = runs[scenario].result()
@@ -76,7 +76,7 @@ def test_every_promise_is_kept_at_a_small_scale(
     assert report["peers"]
 
 
-def test_what_is_wrong_is_noticed(runs: dict[str, Future[Run]]) -> None:
+def test_sabotage_is_detected(runs: dict[str, Future[Run]]) -> None:
     code, report, output = runs["sabotage"].result()
     assert code == 1, output
     for harm, words in SABOTAGE.items():
@@ -84,6 +84,6 @@ def test_what_is_wrong_is_noticed(runs: dict[str, Future[Run]]) -> None:
     assert len(report["broken"]) == len(SABOTAGE), output
 
 
-def test_every_scenario_is_run_here() -> None:
+def test_every_scenario_is_covered() -> None:
     modules = {path.stem for path in SOAK.glob("*.py") if "async def run(soak" in path.read_text()}
     assert modules == set(SCENARIOS)

@@ -1,8 +1,8 @@
-"""What each kind of daemon can do, and what it says where it cannot: the one place for it.
+"""The features of each kind of daemon, and the error where one is missing.
 
-``test_compatibility.py`` holds every entry against the daemons, both ways; ``needs`` marks the
-tests of a feature; ``python -m daemons.features``, in this folder's parent, prints the table that
-is ``docs/compatibility.md``.
+``test_compatibility.py`` checks every entry against the daemons, in both directions. The marker
+``needs`` selects tests by feature. ``python -m daemons.features``, run in ``tests/``, prints
+``docs/compatibility.md``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-#: The kinds of daemon, by what the tests call them.
+#: Kind of daemon, as named in the tests → title.
 DAEMONS = {
     "hivemind": "hivemind's p2pd 0.5 (hivemind 1.1.12)",
     "go": "upstream Go p2pd 0.9.2",
@@ -30,15 +30,15 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One daemon and one feature.
+    """One feature of one daemon.
 
     Attributes:
-        state: Whether it has it.
-        error: What is raised where it has not: a class of ours, or ``Differs``, with which the
-            tests say that there is no error but another outcome.
-        words: A pattern that the error matches.
-        why: What is behind it, in a line.
-        ends: Whether the daemon ends of it; None if it may.
+        state: Whether the daemon has the feature.
+        error: Exception raised where it does not; ``Differs`` if the daemon reports no error but
+            behaves differently.
+        words: Pattern that the error's text matches.
+        why: The cause, in one line.
+        ends: Whether the daemon's process ends because of it; None if it may.
     """
 
     state: State
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Feature:
-    """What a program may want of a daemon."""
+    """Something that a program may want of a daemon."""
 
     what: str
     hivemind: Entry
@@ -58,7 +58,7 @@ class Feature:
     js: Entry
 
     def of(self, daemon: str) -> Entry:
-        """The entry of a kind of daemon."""
+        """Returns the entry of a kind of daemon."""
         entry: Entry = getattr(self, daemon)
         return entry
 
@@ -79,7 +79,7 @@ _UNKNOWN_TO_GO = _absent(
 )
 _UNKNOWN_TO_JS = _absent("NotSupported", "ERR_INVALID_REQUEST_TYPE", "has no such request")
 _HALF_CLOSE = _broken(
-    "Differs", "the answer did not come", "closes both directions when one of them ends"
+    "Differs", "the answer did not come", "closes both directions when either of them ends"
 )
 
 
@@ -87,18 +87,18 @@ def _crashes(why: str) -> Entry:
     return _broken("ConnectionLost", "", why, ends=True)
 
 
-#: What a daemon says that has ended of a race which is its own, and which no test can be held
-#: against: jsp2pd of writing to a connection that its client has just closed.
+#: Output of a daemon that has ended because of a race condition of its own, for which no test can
+#: be blamed. jsp2pd ends when it writes to a connection that its client has just closed.
 RACES = {"js": "EPIPE|ECONNRESET|ERR_STREAM_DESTROYED"}
 
-#: By the name that ``pytest.mark.needs`` takes.
+#: Name of the feature, as in ``pytest.mark.needs`` → entries.
 FEATURES = {
     "manager": Feature("started by `Daemon`", YES, YES, YES),
     # --- peers ---
     "connect": Feature("CONNECT, IDENTIFY", YES, YES, YES),
     "list_peers": Feature("LIST_PEERS", YES, YES, YES),
     "list_peers_always": Feature(
-        "LIST_PEERS though a peer could not be connected to",
+        "LIST_PEERS after a failed connection to a peer",
         YES,
         YES,
         _crashes("crashes when it knows a peer that is not connected"),
@@ -106,56 +106,56 @@ FEATURES = {
     "disconnect": Feature("DISCONNECT", YES, YES, _UNKNOWN_TO_JS),
     # --- streams ---
     "stream_open": Feature("STREAM_OPEN", YES, YES, YES),
-    "stream_handler": Feature("STREAM_HANDLER: an inbound stream", YES, YES, YES),
+    "stream_handler": Feature("STREAM_HANDLER: the first inbound stream", YES, YES, YES),
     "stream_handler_again": Feature(
-        "STREAM_HANDLER: every further inbound stream",
+        "STREAM_HANDLER: further inbound streams",
         YES,
         YES,
         _broken(
             "Differs",
             "the stream ended",
-            "connects to the client once, at the registration, and can hand over one stream on "
-            "that: register again for the next",
+            "connects to the client once, at the registration, and can pass on one stream over "
+            "that connection: register again for the next",
             ends=None,
         ),
     ),
     "many_streams": Feature(
-        "200 streams of a protocol and peer at once",
+        "200 concurrent streams of one protocol to one peer",
         YES,
-        _broken("Differs", "streams were reset", "serves some 75 at once, and resets the others"),
-        _broken("Differs", "streams were reset", "hands over one for each registration", ends=None),
+        _broken("Differs", "streams were reset", "serves about 75 at once and resets the others"),
+        _broken("Differs", "streams were reset", "passes on one per registration", ends=None),
     ),
     "backpressure": Feature(
-        "a writer is held back when nobody reads",
+        "back-pressure: a writer waits while its peer does not read",
         YES,
         YES,
-        _broken("Differs", "all was taken", "takes 20 MiB and more into its memory"),
+        _broken("Differs", "all was taken", "buffers 20 MiB and more"),
     ),
-    "half_close": Feature("reading on after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
+    "half_close": Feature("reading after `send_eof`", _HALF_CLOSE, _HALF_CLOSE, _HALF_CLOSE),
     "handler_taken": Feature(
-        "a protocol that another client serves is refused",
+        "a protocol with another client's handler is refused",
         YES,
-        _absent("Differs", "the other serves it now", "the last registration holds"),
-        _absent("Differs", "the other serves it now", "the last registration holds"),
+        _absent("Differs", "the other serves it now", "the last registration wins"),
+        _absent("Differs", "the other serves it now", "the last registration wins"),
     ),
     "balanced": Feature(
-        "`balanced` handlers serve in turn",
+        "`balanced` handlers are served round-robin",
         YES,
-        _absent("Differs", "one serves alone", "the last registration holds"),
-        _absent("Differs", "one serves alone", "the last registration holds"),
+        _absent("Differs", "one serves alone", "the last registration wins"),
+        _absent("Differs", "one serves alone", "the last registration wins"),
     ),
     "remove_stream_handler": Feature(
         "REMOVE_STREAM_HANDLER",
         YES,
         _UNKNOWN_TO_GO,
-        _absent("NotSupported", "ERR_INVALID_MESSAGE", "takes its field for a peerstore request"),
+        _absent("NotSupported", "ERR_INVALID_MESSAGE", "mistakes it for a peerstore request"),
     ),
     # --- unary calls ---
     "unary": Feature(
         "unary calls, over a persistent connection",
         YES,
         _UNKNOWN_TO_GO,
-        _absent("NotSupported", "ERR_NOT_IMPLEMENTED", "takes it for a peerstore request"),
+        _absent("NotSupported", "ERR_NOT_IMPLEMENTED", "mistakes it for a peerstore request"),
     ),
     # --- DHT ---
     "dht_off": Feature(
@@ -167,47 +167,47 @@ FEATURES = {
     "dht_find_peer": Feature("DHT FIND_PEER", YES, YES, YES),
     "dht_find_peers_connected_to_peer": Feature(
         "DHT FIND_PEERS_CONNECTED_TO_PEER",
-        _absent("NotSupported", "not supported", "its libp2p has given it up"),
-        _absent("NotSupported", "not supported", "its libp2p has given it up"),
+        _absent("NotSupported", "not supported", "removed from its libp2p"),
+        _absent("NotSupported", "not supported", "removed from its libp2p"),
         _UNKNOWN_TO_JS,
     ),
     "dht_closest_peers": Feature("DHT GET_CLOSEST_PEERS", YES, YES, YES),
     "dht_providers": Feature("DHT PROVIDE, FIND_PROVIDERS", YES, YES, YES),
     "dht_no_providers": Feature(
-        "DHT FIND_PROVIDERS of what nobody provides: none",
+        "DHT FIND_PROVIDERS without providers returns none",
         YES,
         YES,
-        _broken("DaemonRefused", "not found", "answers an error instead"),
+        _broken("DaemonRefused", "not found", "replies with an error instead"),
     ),
     "dht_values": Feature(
         "DHT PUT_VALUE, GET_VALUE",
         YES,
         YES,
-        _broken("DaemonRefused", "Not found", "takes the value, and does not find it again"),
+        _broken("DaemonRefused", "Not found", "accepts the value but does not find it again"),
     ),
     "dht_validation": Feature(
-        "DHT PUT_VALUE refuses what is no record",
+        "DHT PUT_VALUE refuses invalid records",
         YES,
         YES,
-        _broken("Differs", "it was taken", "takes anything, and does not find it again"),
+        _broken("Differs", "it was taken", "accepts anything but does not find it again"),
     ),
     "dht_search_value": Feature("DHT SEARCH_VALUE", YES, YES, _UNKNOWN_TO_JS),
     "dht_public_key": Feature("DHT GET_PUBLIC_KEY", YES, YES, YES),
     "dht_no_public_key": Feature(
-        "DHT GET_PUBLIC_KEY of a peer that is not found is refused",
+        "DHT GET_PUBLIC_KEY of an unknown peer is refused",
         YES,
         YES,
-        _crashes("crashes where there is none"),
+        _crashes("crashes if there is none"),
     ),
     "dht_bad_cid": Feature(
-        "DHT PROVIDE of what is no CID is refused", YES, YES, _crashes("crashes on it")
+        "DHT PROVIDE of an invalid CID is refused", YES, YES, _crashes("crashes on it")
     ),
     # --- connection manager ---
     "connmgr": Feature("CONNMANAGER TAG_PEER, UNTAG_PEER, TRIM", YES, YES, _UNKNOWN_TO_JS),
     # --- pubsub ---
     "pubsub": Feature("PUBSUB SUBSCRIBE, PUBLISH, GET_TOPICS", YES, YES, YES),
     "pubsub_own": Feature(
-        "a subscription has what its own daemon publishes",
+        "a subscription receives what its own daemon publishes",
         YES,
         YES,
         _broken("Differs", "nothing came", "its router does not emit its own messages"),
@@ -227,7 +227,7 @@ FEATURES = {
         "PEERSTORE GET_PROTOCOLS", _UNKNOWN_TO_GO, _UNKNOWN_TO_GO, YES
     ),
     "peerstore_unknown": Feature(
-        "PEERSTORE GET_PROTOCOLS of a peer it has not heard of is refused",
+        "PEERSTORE GET_PROTOCOLS of an unknown peer is refused",
         _UNKNOWN_TO_GO,
         _UNKNOWN_TO_GO,
         _crashes("crashes on it"),
@@ -236,21 +236,21 @@ FEATURES = {
         "PEERSTORE GET_PEER_INFO",
         _UNKNOWN_TO_GO,
         _UNKNOWN_TO_GO,
-        _absent("NotSupported", "ERR_NOT_IMPLEMENTED", "has not implemented it"),
+        _absent("NotSupported", "ERR_NOT_IMPLEMENTED", "not implemented"),
     ),
 }
 
-_NO_MUXER = "one has yamux alone and the other mplex alone"
+_NO_MUXER = "one supports only yamux, the other only mplex"
 
-#: What one kind of daemon can do with a peer of another, as (who asks, the peer): what is not here
-#: is as between two of the kind that asks. Upstream Go's p2pd has one muxer at a time: yamux, as
+#: Entries between different kinds of daemon, as (caller, peer), where they differ from those
+#: between two daemons of the caller's kind. Upstream Go's p2pd has one muxer at a time: yamux, as
 #: hivemind's, or mplex (``-muxer mplex``), as JavaScript's.
 PAIRS: dict[tuple[str, str], dict[str, Entry]] = {
     ("hivemind", "js"): {
         "connect": _absent("DaemonRefused", "failed to negotiate stream multiplexer", _NO_MUXER),
     },
     ("js", "go"): {
-        "dht_public_key": _crashes("crashes on the record that a Go peer has"),
+        "dht_public_key": _crashes("crashes on the record of a Go peer"),
     },
     ("js", "hivemind"): {
         "connect": _absent("DaemonRefused", "protocol selection failed", _NO_MUXER),
@@ -259,7 +259,7 @@ PAIRS: dict[tuple[str, str], dict[str, Entry]] = {
 
 
 def between(asks: str, peer: str, feature: str) -> Entry:
-    """The entry of a feature between two kinds of daemon."""
+    """Returns the entry of a feature between two kinds of daemon."""
     return PAIRS.get((asks, peer), {}).get(feature) or FEATURES[feature].of(asks)
 
 
@@ -268,29 +268,27 @@ _TEXT = """\
 
 <!-- Written by tests/daemons/features.py: change it there. -->
 
-What the daemons can do, through this library. Every line is held against the daemons themselves
-by `tests/test_compatibility.py`, both ways: what is supported works, and what is not fails with
-the error that is given here, at once, and leaves the client usable. The rest of the test suite runs
-on each of them, but for the tests of what a daemon has not.
+What the daemons can do through this library. `tests/test_compatibility.py` checks every line
+against the daemons: a supported feature works; a missing one fails at once with the error given
+here, and the client stays usable. The rest of the test suite also runs on each daemon, except for
+the tests of missing features.
 
-- **absent**: the daemon does not have it.
-- **broken upstream**: the daemon has it, and it does not work.
-- *ends*: the daemon's process ends of it. What was asked of it raises `ConnectionLost`, and the
-  client works again as soon as the daemon has been started again.
+- **absent**: the daemon does not have the feature. - **broken upstream**: the daemon has the
+feature, but it does not work. - *ends*: the daemon's process ends. The request raises
+`ConnectionLost`; the client works again once the daemon has been restarted.
 
-jsp2pd can end at any time of a client that closes a connection to which it is just writing (a
-stream that the peer still sends to, a call that was cancelled): it does not handle the error,
-`EPIPE` or `ECONNRESET`.
+jsp2pd can end whenever a client closes a connection that it is writing to (a stream that the peer
+still sends to, a cancelled call), because it does not handle the error `EPIPE` or `ECONNRESET`.
 
 """
 
 _PAIRS_TEXT = """
 ## Peers of different kinds
 
-Streams between every two kinds, both ways, are in `tests/test_interop.py`. Two peers must have a
-muxer in common: hivemind's daemon has yamux, JavaScript's mplex, upstream Go's the one that
-`-muxer` says, which is yamux if it says nothing. As it has one at a time, start it with
-`-muxer mplex` to talk to JavaScript's.
+`tests/test_interop.py` checks streams between every two kinds, in both directions. Two peers need a
+common muxer: hivemind's daemon has yamux, JavaScript's mplex, and upstream Go's the one given by
+`-muxer`, by default yamux. It has one at a time; start it with `-muxer mplex` to reach JavaScript
+peers.
 
 """
 
@@ -303,8 +301,8 @@ def _cell(entry: Entry) -> str:
         details.append(f"`{entry.error}`" + (f": “{entry.words}”" if entry.words else ""))
     if entry.ends is not False:
         details.append("*ends*" if entry.ends else "can *end*")
-    told = f" ({'; '.join(details)})" if details else ""
-    return f"**{entry.state.value}**: {entry.why}{told}"
+    suffix = f" ({'; '.join(details)})" if details else ""
+    return f"**{entry.state.value}**: {entry.why}{suffix}"
 
 
 def render() -> str:
@@ -313,7 +311,7 @@ def render() -> str:
     for feature in FEATURES.values():
         cells = (_cell(feature.of(daemon)) for daemon in DAEMONS)
         lines.append(f"| {feature.what} | {' | '.join(cells)} |")
-    lines += [_PAIRS_TEXT + "| who asks | the peer | | |", "| --- " * 4 + "|"]
+    lines += [_PAIRS_TEXT + "| caller | peer | | |", "| --- " * 4 + "|"]
     for (asks, peer), entries in PAIRS.items():
         for name, entry in entries.items():
             names = f"{DAEMONS[asks]} | {DAEMONS[peer]} | {FEATURES[name].what}"
@@ -321,7 +319,7 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Where it is kept.
+#: Where the page is stored.
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 
