@@ -97,7 +97,7 @@ bench: $(BENCH_VENV)/.wheel
 soak: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python benches/soak/run.py $(SOAK_ARGS)
 
-# What the core costs, and the Rust client against a mock daemon. `-- --test` runs each bench once.
+# Cost of the protocol crate alone, and of the Rust client with a mock daemon. `-- --test` runs each bench once.
 bench-rust:
 	cargo bench --locked $(BENCH_ARGS)
 

@@ -195,7 +195,7 @@ impl Calls {
     }
 }
 
-/// Serves calls of a protocol with their data, to the end of the connection: the core on a blocking
+/// Serves calls of a protocol with their data, to the end of the connection: `PersistentClient` on a blocking
 /// socket.
 pub fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
     floor.first(&Upgrade.encoded());

@@ -27,16 +27,16 @@ HERE = Path(__file__).resolve().parent
 COUNTS = HERE / "counts.json"
 
 
-def core(keep: Path | None) -> dict[str, callgrind.Count]:
-    """Of the core, with no Python around it."""
-    command = ["cargo", "bench", "--locked", "--quiet", "--bench=core", "--no-run"]
+def protocol(keep: Path | None) -> dict[str, callgrind.Count]:
+    """Counts of the protocol crate alone, without Python."""
+    command = ["cargo", "bench", "--locked", "--quiet", "--bench=protocol", "--no-run"]
     build = subprocess.run(
         [*command, "--message-format=json"], cwd=HERE, stdout=subprocess.PIPE, check=True
     )
     messages = map(json.loads, build.stdout.splitlines())
     (program,) = {message["executable"] for message in messages if message.get("executable")}
     counts = callgrind.count([program, "--instructions"], program.__eq__, keep)
-    return {f"core: {name}": count for name, count in counts.items()}
+    return {f"protocol: {name}": count for name, count in counts.items()}
 
 
 def client(keep: Path | None) -> dict[str, callgrind.Count]:
@@ -91,7 +91,7 @@ def main() -> None:
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
     where = build(), surroundings()
-    counted = record.Record(*where, {**core(keep), **client(keep)})
+    counted = record.Record(*where, {**protocol(keep), **client(keep)})
 
     if COUNTS.exists():
         comparison = record.compare(record.Record.load(COUNTS), counted)

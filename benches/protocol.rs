@@ -1,4 +1,4 @@
-//! What the core costs: messages to bytes and back, with no socket in between. Timed by criterion;
+//! Cost of the protocol crate: messages to bytes and back, with no socket in between. Timed by criterion;
 //! or, with `--instructions`, run so often under valgrind (benches/instructions).
 
 use bytes::{Bytes, BytesMut};
