@@ -1,5 +1,4 @@
-"""The chart of what run.py measured: times of the bindings and of the blocking client, as
-multiples of ours.
+"""Draws the chart of run.py's numbers: times of the other clients as multiples of ours.
 
 Usage: chart.py JSON_FILE SVG_FILE
 """
@@ -18,12 +17,12 @@ BARS = ((HIVEMIND, "#4c72b0"), (P2PCLIENT, "#dd8452"), (FLOOR, "#8c8c8c"))
 
 
 def draw(numbers: Numbers, machine: Mapping[str, str], file: str) -> bool:
-    """Writes the chart; false if none of its scenarios was measured."""
+    """Writes the chart; returns False if none of its scenarios was measured."""
     titles = {scenario.key: scenario.title for scenario in MOCK}
     shown = [target for target in TARGETS if numbers.values(target.scenario, OURS, target.metric)]
     if not shown:
         return False
-    # The same file for the same numbers, in letters that every viewer has.
+    # Reproducible output, in fonts that every viewer has.
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "p2pclient-rs", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(

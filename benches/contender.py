@@ -1,24 +1,24 @@
-"""One contender of a bench, in a process of its own: does rounds as it is told to, and times them.
+"""One contender of a bench, in its own process: runs and times rounds on command.
 
 Usage: contender.py KIND LOOP CONTROL_MADDR PEER_ID
 
-It says `ready`, then reads lines and answers each with one. A round is answered with a JSON object:
-`wall` and `cpu` in seconds, `peak`, the most memory that was resident, in bytes. COUNT is how many
-operations it has. Where a protocol is not named, it is the mock daemon's.
+Prints `ready`, then reads commands and prints one line for each. The reply to a round is a JSON
+object with `wall` and `cpu` in seconds and `peak`, the peak resident memory in bytes. COUNT is the
+number of operations. The default for PROTO is a protocol of the mock daemon.
   identify COUNT PARALLEL
-  unary COUNT SIZE PARALLEL [PROTO]   calls of an echo
-  handler COUNT SIZE PARALLEL         the mock daemon calls; `wall` is as it saw it
-  stall COUNT SIZE PARALLEL           likewise; `stall`, how late the event loop was at the most
+  unary COUNT SIZE PARALLEL [PROTO]   calls an echo handler
+  handler COUNT SIZE PARALLEL         the mock daemon calls, and measures `wall`
+  stall COUNT SIZE PARALLEL           likewise, with `stall`: the longest delay of the event loop
   stream-open COUNT
   ping-pong COUNT [PROTO]
   readexactly COUNT SIZE
   framed-read COUNT SIZE, framed-write COUNT SIZE
-  framed-echo COUNT SIZE PROTO        messages there and back
-  bulk-read SIZE, bulk-write SIZE     bytes
-  memory COUNT                        idle streams; `memory`, by how much the process grew
-  serve NAME                          answers calls of NAME, and streams of NAME/echo and
-                                      NAME/framed, with what they send; says `ready`
-  cpu                                 the process's CPU time so far, in seconds
+  framed-echo COUNT SIZE PROTO        sends messages and reads them back
+  bulk-read SIZE, bulk-write SIZE     SIZE is in bytes
+  memory COUNT                        opens idle streams; `memory` is the growth of the process
+  serve NAME                          echoes calls of NAME, and streams of NAME/echo and
+                                      NAME/framed; prints `ready`
+  cpu                                 prints the process's CPU time so far, in seconds
 """
 
 import asyncio
@@ -40,16 +40,16 @@ from contenders import Contender, contender
 from faces import BODY, Face
 
 PING = b"p" * 100
-#: What is sent and compared before a scenario is measured for the first time, in bytes.
+#: Size of the data that checks an echo before its first measurement, in bytes.
 SAMPLE = 1 << 20
-#: How often the loop is looked at while it may stall, in seconds.
+#: Interval at which the event loop's delay is measured, in seconds.
 TICK = 0.001
 
 Answer = dict[str, float]
 
 
 class Rounds:
-    """The scenarios, for one contender."""
+    """The scenarios, run by one contender."""
 
     def __init__(self, contender: Contender, stack: AsyncExitStack) -> None:
         self.contender, self.stack = contender, stack
@@ -64,7 +64,7 @@ class Rounds:
         numbers = [int(word) for word in arguments if word.isdecimal()]
         protocol = [word for word in arguments if not word.isdecimal()]
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         method: Callable[..., Awaitable[Answer]] = getattr(self, name.replace("-", "_"))
         result = await method(*numbers, *protocol)
         return json.dumps(result | {"peak": memory("VmHWM")})
@@ -100,7 +100,7 @@ class Rounds:
                     raise SystemExit("the echo is wrong")
 
         async def one() -> None:
-            # No two are alike.
+            # Each payload is different.
             data = next(numbers).to_bytes(8, "big") + random
             if await call(proto, data) != data:
                 raise SystemExit("the echo is wrong")
@@ -111,7 +111,7 @@ class Rounds:
         return await timed(at_once(some, parallel))
 
     async def handler(self, count: int, size: int, parallel: int) -> Answer:
-        """The mock daemon looks at what comes back."""
+        """The mock daemon checks the replies."""
         load = f"{await self.own_handler()} {size} {parallel} {count}".encode()
         seconds = b""
 
@@ -134,7 +134,7 @@ class Rounds:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
             answer = await self.handler(count, size, parallel)
-            await anyio.sleep(2 * TICK)  # for the last of it to be seen
+            await anyio.sleep(2 * TICK)  # records the last delay
             tasks.cancel_scope.cancel()
         return answer | {"stall": late}
 
@@ -194,7 +194,7 @@ class Rounds:
         async def work() -> None:
             await face.send(b"\x01" + size.to_bytes(8, "big"))
             await face.write_bulk(size)
-            await took(face, size)
+            await wait_received(face, size)
 
         answer = await timed(work())
         await face.aclose()
@@ -226,7 +226,7 @@ class Rounds:
             for _ in range(count - 1):
                 await face.send_message(body, b"\x00")
             await face.send_message(body, b"\x01")
-            await took(face, count * size)
+            await wait_received(face, count * size)
 
         answer = await timed(work())
         await face.aclose()
@@ -249,7 +249,7 @@ class Rounds:
         return answer
 
     async def check_stream(self, proto: str) -> None:
-        """Sends a message to an echo, and compares what comes back meanwhile."""
+        """Sends a message to an echo handler while reading it back, and compares the two."""
         if not self.first_time(f"stream {proto}"):
             return
         face = await self.contender.open(proto)
@@ -271,7 +271,7 @@ class Rounds:
             raise SystemExit("the echo is wrong")
         return {"memory": grown}
 
-    # --- the other end ---
+    # --- the server ---
 
     async def serve(self, name: str) -> None:
         contender = self.contender
@@ -301,8 +301,8 @@ async def echo_messages(face: Face) -> None:
         await face.aclose()
 
 
-async def took(face: Face, size: int) -> None:
-    """Waits until the mock daemon has taken so many bytes."""
+async def wait_received(face: Face, size: int) -> None:
+    """Waits until the mock daemon confirms that it has received ``size`` bytes."""
     if int.from_bytes(await face.readexactly(8), "big") != size:
         raise SystemExit("not all of it arrived")
 
@@ -323,7 +323,7 @@ async def timed(work: Awaitable[None]) -> Answer:
 
 
 def memory(field: str) -> int:
-    """A field of the process's status, in bytes."""
+    """Returns a field of /proc/self/status, in bytes."""
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith(f"{field}:"))
     return int(line.split()[1]) << 10
@@ -341,7 +341,7 @@ async def main(kind: str, control: str, peer: str) -> None:
 
 
 if __name__ == "__main__":
-    # Many streams are open at once.
+    # Some scenarios open many streams.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     kind, loop, control, peer = sys.argv[1:]

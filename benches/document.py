@@ -1,7 +1,7 @@
-"""Puts the tables of what run.py measured into Markdown files, between lines such as
-``<!-- targets -->`` and ``<!-- /targets -->``, so that nobody types a number.
+"""Writes the tables of run.py's numbers into Markdown files, between lines such as
+``<!-- targets -->`` and ``<!-- /targets -->``.
 
-Usage: document.py JSON_FILE MARKDOWN_FILE...; run.py does so with the file beside its numbers.
+Usage: document.py JSON_FILE MARKDOWN_FILE...; run.py does this for the file beside its numbers.
 """
 
 import json
@@ -22,7 +22,7 @@ from scenarios import DAEMONS, FRESH, MOCK, Scenario
 
 
 def markdown(table: Table) -> str:
-    """A table; numbers are to the right."""
+    """Renders a table in Markdown, with numbers aligned to the right."""
     header, *rows = table
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
@@ -36,7 +36,7 @@ def _all(numbers: Numbers, scenarios: tuple[Scenario, ...]) -> str:
 
 
 def fill(numbers: Numbers, machine: Mapping[str, str], file: Path) -> None:
-    """Renews what is between the marks, where there are some."""
+    """Replaces the text between each pair of marks in a file."""
     parts = {
         "machine": "\n".join(f"- {what}: {words}" for what, words in machine.items()),
         "summary": markdown(summary_table(numbers, MOCK)),

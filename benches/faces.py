@@ -1,54 +1,54 @@
-"""What the scenarios do with a stream, the way a user of each client would write it.
+"""Adapters: the same stream operations for each client, as its users would write them.
 
-A loop around an operation is in here, so that nothing of the bench is between two of them.
+Loops around an operation are in the adapters, so that the bench adds nothing between operations.
 """
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-#: How much is read and written at a time in bulk, in bytes: what suits all of the clients.
+#: Size of a read or write in bulk, in bytes; suits all clients.
 CHUNK = 256 << 10
-#: What hivemind writes at a time, in bytes.
+#: Size of hivemind's writes, in bytes.
 HIVEMIND_CHUNK = 64 << 10
-#: The byte that the mock daemon's messages are full of, and ours to it.
+#: The byte that fills messages from and to the mock daemon.
 BODY = b"\x07"
 
 
 class Face(Protocol):
-    """A stream."""
+    """A stream of one of the clients."""
 
     async def receive(self) -> bytes:
-        """What is there."""
+        """Returns available bytes; none at EOF."""
 
     async def send(self, data: bytes) -> None:
-        """Sends all of it."""
+        """Sends all of ``data``."""
 
     async def readexactly(self, count: int) -> bytes:
-        """So many bytes."""
+        """Returns exactly ``count`` bytes."""
 
     async def exchange(self, data: bytes, count: int) -> bytes:
-        """Sends that and reads as much, so often; what came last."""
+        """Sends ``data`` and reads as many bytes, ``count`` times; returns the last bytes read."""
 
     async def read_bulk(self, count: int) -> None:
-        """Reads so many bytes at least."""
+        """Reads at least ``count`` bytes."""
 
     async def write_bulk(self, count: int) -> None:
-        """Writes so many bytes, a multiple of CHUNK."""
+        """Writes ``count`` bytes, a multiple of CHUNK."""
 
     async def send_message(self, body: bytes, marker: bytes) -> None:
-        """Sends a message as hivemind frames it."""
+        """Sends a message framed as hivemind does."""
 
     async def receive_message(self) -> bytes:
-        """Receives one."""
+        """Receives a message framed as hivemind does."""
 
     async def aclose(self) -> None:
-        """Closes it."""
+        """Closes the stream."""
 
 
 class AsyncioFace:
-    """asyncio's reader and writer, as hivemind's bindings give them out.
+    """asyncio's reader and writer, as returned by hivemind's bindings.
 
-    Messages are hivemind's ``P2P.send_raw_data`` and ``receive_raw_data``, behind the marker.
+    Messages are framed like ``P2P.send_raw_data`` and ``receive_raw_data``, after the marker.
     """
 
     def __init__(self, reader: Any, writer: Any) -> None:
@@ -107,20 +107,20 @@ class AsyncioFace:
 
 
 async def receive_bulk(stream: Any, count: int) -> None:
-    """Reads so many bytes at least, through anyio's face."""
+    """Reads at least ``count`` bytes from a stream of anyio."""
     while count > 0:
         count -= len(await stream.receive(CHUNK))
 
 
 async def send_bulk(stream: Any, count: int) -> None:
-    """Writes so many bytes through anyio's face."""
+    """Writes ``count`` bytes to a stream of anyio."""
     chunk = BODY * CHUNK
     for _ in range(count // CHUNK):
         await stream.send(chunk)
 
 
 class OurFace(AsyncioFace):
-    """Ours, which has asyncio's methods and anyio's."""
+    """Our stream, which has the methods of asyncio's and of anyio's streams."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream, stream)
@@ -144,7 +144,7 @@ class OurFace(AsyncioFace):
 
 
 class AnyioFace:
-    """anyio's, as p2pclient gives it out, with its own way to read exactly so much."""
+    """anyio's stream, as returned by p2pclient, with its helper for exact reads."""
 
     def __init__(self, stream: Any, exactly: Callable[[Any, int], Awaitable[bytes]]) -> None:
         self.stream, self.exactly = stream, exactly

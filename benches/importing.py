@@ -1,6 +1,6 @@
-"""How long it takes to import a client, in a process of its own: what its user imports.
+"""Measures the import of a client in its own process: the modules that its users import.
 
-Usage: importing.py KIND FOLDER, where the incumbents are unpacked in.
+Usage: importing.py KIND FOLDER, where FOLDER has the unpacked packages of the other clients.
 """
 
 import sys

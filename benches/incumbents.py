@@ -1,6 +1,6 @@
-"""The bindings that are measured against: PyPI p2pclient, and those inside hivemind.
+"""The clients to compare with: PyPI's p2pclient, and hivemind's bindings.
 
-Both are fetched from PyPI into the cache folder and loaded from there, unchanged.
+Downloads them from PyPI into the cache directory, and loads them from there, unchanged.
 """
 
 import sys
@@ -30,8 +30,8 @@ WHEELS: dict[str, Callable[[], AbstractContextManager[Path]]] = {
 
 
 def fetch(name: str) -> Path:
-    """The folder that has the unpacked wheel of that name and version, and nothing that it
-    depends on."""
+    """Returns the folder of an unpacked wheel, downloaded if necessary, without its
+    dependencies."""
     folder = cache_dir() / "incumbents" / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def fetch(name: str) -> Path:
             unpacked = wheel.with_suffix("")
             archive.extractall(unpacked)
             for daemon in unpacked.glob("*/hivemind_cli/p2pd"):
-                daemon.chmod(0o755)  # which unzipping forgets
+                daemon.chmod(0o755)  # zipfile does not set it
             unpacked.rename(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and with."""
+"""Describes the machine and the software of a measurement."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("p2pclient-rs", "anyio", "trio", "uvloop", "protobuf", "multiaddr")
 
 
 def describe() -> dict[str, str]:
-    """It, as lines for people."""
+    """Returns the description, as title → text."""
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
     interpreter += f", {os.path.realpath(sys.executable)}, {platform.python_compiler()}"
     if not os.path.realpath(sys.executable).startswith("/usr/bin/"):

@@ -1,5 +1,5 @@
-"""Runs the scenarios: rounds of all contenders in turn, so that whatever else the machine does
-falls on all of them alike. The order is another each time; the first round is for warming up."""
+"""Runs the scenarios, interleaving the rounds of all contenders so that other load affects them
+alike. The order changes with each round; the first round is a warm-up."""
 
 import json
 import os
@@ -16,23 +16,23 @@ import incumbents
 from scenarios import CONTENDERS, OURS, Contender, Scenario, key
 from worker import EXAMPLES, HERE, Worker
 
-#: By scenario, contender and metric, what the rounds came to: times in seconds for one operation,
-#: memory in bytes.
+#: Scenario → contender → metric → a value for each round. Times are in seconds per operation,
+#: memory is in bytes.
 Results = dict[str, dict[str, dict[str, list[float]]]]
 
-#: How much of a round is done to warm up.
+#: Size of the warm-up, as a fraction of a round.
 WARM_UP = 0.25
 PER_OPERATION = ("wall", "cpu", "server", "daemons")
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured.
+    """How much to measure.
 
     Attributes:
-        rounds: How many are.
-        scale: How many operations a round has, as a part of the full number.
-        warms_up: Whether there is a round before.
+        rounds: Number of measured rounds.
+        scale: Size of a round, as a fraction of the full number of operations.
+        warms_up: Whether to run a warm-up round first.
     """
 
     rounds: int
@@ -43,7 +43,7 @@ class Effort:
 def _order(
     scenarios: Sequence[Scenario], effort: Effort
 ) -> Iterator[tuple[bool, Scenario, int, Contender]]:
-    """Whether it counts, what, how many operations, and who."""
+    """Yields each round: whether it is measured, scenario, number of operations, contender."""
     for number in range(0 if effort.warms_up else 1, effort.rounds + 1):
         for scenario in scenarios:
             if scenario.rounds is not None and number > scenario.rounds:
@@ -54,7 +54,7 @@ def _order(
                 yield number > 0, scenario, count, who[(place + number) % len(who)]
 
 
-def _keep(
+def _record(
     results: Results, scenario: Scenario, contender: Contender, count: int, found: dict[str, float]
 ) -> None:
     metrics = results.setdefault(scenario.key, {}).setdefault(key(contender), {})
@@ -64,7 +64,7 @@ def _keep(
 
 
 def _cores() -> list[int]:
-    """Two to pin processes to, if there are."""
+    """Returns two cores to pin processes to, or fewer if there are not as many."""
     return sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
 
 
@@ -75,7 +75,7 @@ def _pin(process: int, core: int) -> None:
 
 @contextmanager
 def mock_daemon() -> Iterator[tuple[str, str, int]]:
-    """Its control address, its peer id and its process."""
+    """Runs the mock daemon; yields its control address, peer id and process id."""
     with tempfile.TemporaryDirectory() as folder:
         control = f"/unix{folder}/control.sock"
         program = [str(EXAMPLES / "mock_daemon"), control]
@@ -89,11 +89,11 @@ def mock_daemon() -> Iterator[tuple[str, str, int]]:
 
 
 def against_mock(scenarios: Sequence[Scenario], effort: Effort, results: Results) -> None:
-    """With the mock daemon at the other end.
+    """Measures against the mock daemon.
 
-    It has a core of its own, and contenders another one, but where the two take turns: then they
-    share one. Left to the system, who shares one with whom, and so the cost of waking the other,
-    which is several times that of a small operation, would change by the second.
+    The daemon and the contenders are pinned to a core each; where they mostly wait for each other,
+    they share one. Left to the scheduler, the placement would change from second to second, and
+    with it the cost of a wake-up, which is several times that of a small operation.
     """
     cores = _cores()
     with ExitStack() as stack:
@@ -109,16 +109,16 @@ def against_mock(scenarios: Sequence[Scenario], effort: Effort, results: Results
                 _pin(workers[contender].process.pid, cores[not scenario.in_turns])
             found = workers[contender].round(scenario.command, count, *scenario.arguments)
             if counts:
-                _keep(results, scenario, contender, count, found)
+                _record(results, scenario, contender, count, found)
 
 
 def fresh(scenarios: Sequence[Scenario], effort: Effort, results: Results) -> None:
-    """In a new process for each round."""
+    """Measures each round in a new process."""
     with mock_daemon() as (*place, _):
         for counts, scenario, count, contender in _order(scenarios, effort):
             if scenario.command == "import":
                 if contender[1] != OURS[1]:
-                    continue  # the loops are no part of it
+                    continue  # the event loop makes no difference
                 found = _import(contender[0])
             else:
                 worker = Worker(contender, *place)
@@ -126,7 +126,7 @@ def fresh(scenarios: Sequence[Scenario], effort: Effort, results: Results) -> No
                 found["memory"] *= scenario.count / count
                 worker.stop()
             if counts:
-                _keep(results, scenario, contender, count, found)
+                _record(results, scenario, contender, count, found)
 
 
 def _import(kind: str) -> dict[str, float]:
@@ -145,19 +145,18 @@ def through_daemons(
     far: tuple[str, str],
     daemons: Sequence[int],
 ) -> None:
-    """With two real daemons in between, and at the far one a server of the caller's kind: for
-    p2pclient ours.
+    """Measures through two real daemons. The server is of the caller's kind; for p2pclient, ours.
 
     Args:
-        near, far: For callers and servers, the control address of their daemon and the peer id of
-            the other.
-        daemons: The daemons' processes.
+        near, far: For callers and for servers: the control address of their daemon, and the peer
+            id of the other one.
+        daemons: Process ids of the daemons.
     """
     callers: dict[Contender, Worker] = {}
     servers: dict[Contender, Worker] = {}
     with ExitStack() as stack:
         for counts, scenario, count, contender in _order(scenarios, effort):
-            # hivemind's daemon does not know what p2pclient wants of it when that is to serve.
+            # p2pclient cannot register handlers with hivemind's daemon.
             serving = OURS if contender[0] == "p2pclient" else contender
             proto = "-".join(serving)
             if contender not in callers:
@@ -166,31 +165,31 @@ def through_daemons(
             if serving not in servers:
                 servers[serving] = Worker(serving, *far)
                 stack.callback(servers[serving].stop)
-                servers[serving].tell("serve", proto)
+                servers[serving].send("serve", proto)
             words: list[object] = [scenario.command, count, *scenario.arguments]
             if scenario.command != "identify":
                 suffix = {"ping-pong": "/echo", "framed-echo": "/framed"}.get(scenario.command, "")
                 words.append(proto + suffix)
-            # What is compared before the first round is not to count among the others' CPU time.
+            # Keeps the first round's check of the echo out of the measured CPU time.
             if not counts or not effort.warms_up:
                 callers[contender].round(words[0], scenario.parallel, *words[2:])
-            server, daemon = float(servers[serving].tell("cpu")), _cpu(daemons)
+            server, daemon = float(servers[serving].send("cpu")), _cpu(daemons)
             found = callers[contender].round(*words)
             found["daemons"] = _cpu(daemons) - daemon
             if serving == contender and scenario.command != "identify":
-                found["server"] = float(servers[serving].tell("cpu")) - server
+                found["server"] = float(servers[serving].send("cpu")) - server
             if counts:
-                _keep(results, scenario, contender, count, found)
+                _record(results, scenario, contender, count, found)
 
 
 def to_json(measured: object) -> str:
-    """With the values of a metric in one line, so that files can be compared."""
+    """Formats results with one line per metric, so that files can be compared with diff."""
     text = json.dumps(measured, indent=1)
     return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def _cpu(processes: Sequence[int]) -> float:
-    """The CPU time of processes so far, in seconds: of their threads, which Go keeps."""
+    """Returns the total CPU time of processes so far, in seconds. Go keeps its threads."""
     total = 0
     for process in processes:
         for thread in Path(f"/proc/{process}/task").iterdir():

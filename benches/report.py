@@ -1,4 +1,4 @@
-"""The numbers as tables: cells, which are printed here, and made into Markdown by document.py."""
+"""Formats the numbers as tables of text cells, printed by run.py and rendered by document.py."""
 
 import statistics
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ MIB = 1 << 20
 
 
 class Numbers:
-    """What was measured."""
+    """Access to the measured results."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
 
     def values(self, scenario: str, contender: Contender, metric: str) -> list[float]:
-        """Of each round; empty if it was not measured."""
+        """Returns the values of all rounds; none if not measured."""
         return self.results.get(scenario, {}).get(key(contender), {}).get(metric, [])
 
     def median(self, scenario: str, contender: Contender, metric: str) -> float | None:
@@ -40,7 +40,7 @@ class Numbers:
     def ratio(
         self, scenario: str, one: Contender, other: Contender, metric: str
     ) -> tuple[float, float, float] | None:
-        """How many times the other one is: of the medians, and the least and most of a round."""
+        """Returns the ratio of ``other`` to ``one``: of the medians, with the extremes by round."""
         mine, theirs = (self.values(scenario, of, metric) for of in (one, other))
         if not mine or not theirs or not all(mine):
             return None
@@ -49,12 +49,12 @@ class Numbers:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Formats a number with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def times(ratio: tuple[float, float, float] | None, spread: bool = True) -> str:
-    """As ``6.2x (5.9-6.6)``."""
+    """Formats a ratio, for example ``6.2x (5.9-6.6)``."""
     if ratio is None:
         return "-"
     text = f"{ratio[0]:.2f}x" if ratio[0] < 3 else f"{ratio[0]:.1f}x"
@@ -65,7 +65,7 @@ LABELS = {"cpu": "CPU", "server": "server's CPU", "daemons": "daemons' CPU", "pe
 
 
 def scenario_table(numbers: Numbers, scenario: Scenario) -> Table | None:
-    """All contenders of a scenario, each against ours on asyncio; None if nobody was measured."""
+    """All contenders of a scenario, compared with ours on asyncio; None if not measured."""
     unit, factor = scenario.unit
     metrics = [
         metric
@@ -114,7 +114,7 @@ def scenario_table(numbers: Numbers, scenario: Scenario) -> Table | None:
 
 
 def targets_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
-    """What was to be reached, and whether it was, where it was measured."""
+    """The targets, and which of them were reached."""
     known = {scenario.key: scenario for scenario in scenarios}
     header = ["scenario", "ours", "ratio", "the floor's", "at least", "aim"]
     table = [[*header, "x floor", "at most", "reached"]]
@@ -147,7 +147,7 @@ def targets_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
 
 
 def summary_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
-    """Each contender's median, with how many times ours it is."""
+    """The median of each contender, and its ratio to ours."""
     some = [OURS, ("ours", "uvloop"), ("ours", "trio"), HIVEMIND, P2PCLIENT, FLOOR]
     table = [["", *(name(contender) for contender in some)]]
     for scenario in scenarios:
@@ -173,8 +173,8 @@ def _bar(bar: tuple[Contender, float] | None, named: bool) -> str:
 
 
 def split_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
-    """Whose CPU time an operation through two daemons takes: caller's, server's and daemons', of
-    ours and of hivemind's, and how many times ours hivemind's sides take."""
+    """CPU time per operation through two daemons, split by caller, server and daemons, for ours and
+    hivemind's, and hivemind's ratios to ours."""
     parts = ("cpu", "server", "daemons")
     header = ["scenario"]
     for who in ("ours", "hivemind"):
@@ -194,7 +194,7 @@ def split_table(numbers: Numbers, scenarios: Sequence[Scenario]) -> Table:
 
 
 def verdict(numbers: Numbers, target: Target) -> str:
-    """The most that was reached, and whether the floor is near enough."""
+    """Returns the best target reached, and whether the ratio to the floor is low enough."""
 
     def reaches(bar: tuple[Contender, float] | None) -> bool:
         if bar is None:
@@ -213,7 +213,7 @@ def verdict(numbers: Numbers, target: Target) -> str:
 
 
 def show(title: str, table: Table) -> None:
-    """Prints it."""
+    """Prints a table."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"\n{title}")
     for row in table:

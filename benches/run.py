@@ -1,8 +1,7 @@
 """Measures this package against the bindings it replaces, and a blocking Rust client as the floor.
 
-Every contender is a process of its own, and rounds are interleaved. Against the mock daemon what a
-client costs is seen alone; through two real daemons, what a program has of it. docs/performance.md
-says how to read the tables.
+Every contender is its own process, and their rounds are interleaved. The mock daemon shows the cost
+of a client alone, two real daemons what a program gains. docs/performance.md explains the tables.
 
 Usage: run.py [--rounds N] [--quick | --smoke] [--only NAME...] [--json FILE]
 """
@@ -36,7 +35,7 @@ async def through_daemons(
     async with Daemon() as here, Daemon() as there:
         async with here.client() as client, there.client() as server:
             await client.connect(there.peer_id, there.addrs)
-            # Those daemons end with their last persistent connection.
+            # These daemons exit when their last persistent connection closes.
             await client.unary.open()
             await server.unary.open()
             near = str(here.control_maddr), str(there.peer_id)
@@ -51,16 +50,16 @@ async def through_daemons(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, help="how many count (default: 9)")
+    parser.add_argument("--rounds", type=int, help="measured rounds (default: 9)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
-    parser.add_argument("--smoke", action="store_true", help="only that everything works")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="scenarios, or how they begin")
+    parser.add_argument("--smoke", action="store_true", help="only check that everything works")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="scenarios, by name or prefix")
     parser.add_argument(
         "--json",
         metavar="FILE",
         type=Path,
         default=TARGET / "performance.json",
-        help="where the numbers go, and the chart beside them; in docs, the tables there as well",
+        help="file for the numbers; the chart goes beside it; in docs/, the tables are renewed too",
     )
     options = parser.parse_args()
     effort = measure.Effort(options.rounds or 9)
@@ -73,7 +72,7 @@ def main() -> None:
         only = tuple(options.only or ("",))
         return [scenario for scenario in scenarios if scenario.key.startswith(only)]
 
-    # Many streams are open at once.
+    # Some scenarios open many streams.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for wheel in incumbents.WHEELS:
@@ -102,7 +101,7 @@ def main() -> None:
             if table is None:
                 raise SystemExit(f"{scenario.key} was not measured")
             if options.smoke:
-                print(f"{scenario.title}, {title}: all right", flush=True)
+                print(f"{scenario.title}, {title}: ok", flush=True)
             else:
                 show(f"{scenario.title}, {title}", table)
     table = targets_table(numbers, MOCK)

@@ -1,8 +1,8 @@
-"""What is measured, and on whom."""
+"""The scenarios and contenders."""
 
 from dataclasses import dataclass
 
-#: A client and the loop it runs on. The blocking client has none.
+#: Kind of client and event loop. The blocking client has no event loop.
 Contender = tuple[str, str]
 
 OURS: Contender = ("ours", "asyncio")
@@ -25,39 +25,39 @@ _NAMES = {"ours-as-hivemind": "ours as hivemind", "floor": "blocking Rust client
 
 
 def name(contender: Contender) -> str:
-    """What people read."""
+    """Returns the name for people."""
     kind, loop = contender
     return ", ".join(filter(None, (_NAMES.get(kind, kind), loop)))
 
 
 def key(contender: Contender) -> str:
-    """What it is in JSON."""
+    """Returns the name in JSON."""
     return "/".join(filter(None, contender))
 
 
 ALL = frozenset(kind for kind, _ in CONTENDERS)
 CALLERS = ALL - {"p2pclient"}
-#: Those with an event loop.
+#: Contenders with an event loop.
 PYTHON = ALL - {"floor"}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Something that is measured.
+    """One thing to measure.
 
     Attributes:
-        key: Its name in JSON and for ``--only``.
-        title: What people read.
-        command: What contenders are told, with ``count`` and ``arguments``; see contender.py.
-        count: How many operations a round has.
-        arguments: What else is told.
-        kinds: Who can do it.
-        rounds: How many are measured at the most.
-        metrics: What is measured, the most important first.
-        unit: In what times are given, and how many of them are a second.
-        parallel: Of what ``count`` is a multiple.
-        in_turns: Whether the client and the other end mostly wait for each other, as they do where
-            a stream is all there is: its socket holds some 200 KB.
+        key: Name in JSON and for ``--only``.
+        title: Name for people.
+        command: Command for contenders, sent with ``count`` and ``arguments``; see contender.py.
+        count: Number of operations in a round.
+        arguments: Further arguments of the command.
+        kinds: Kinds of contenders that can run it.
+        rounds: Maximum number of measured rounds.
+        metrics: The metrics, the most important first.
+        unit: Unit of times, and its number per second.
+        parallel: ``count`` is a multiple of this.
+        in_turns: Whether client and daemon mostly wait for each other, as on a single stream, whose
+            socket buffers about 200 KB.
     """
 
     key: str
@@ -73,7 +73,7 @@ class Scenario:
     in_turns: bool = False
 
     def scaled(self, scale: float) -> int:
-        """How many operations a smaller round has."""
+        """Returns the number of operations in a scaled round."""
         return max(1, round(self.count * scale) // self.parallel) * self.parallel
 
 
@@ -85,7 +85,7 @@ CHUNK = 256 * KIB
 def _unary(what: str, size: int, parallel: int, count: int) -> Scenario:
     sizes = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
     callers = what == "unary"
-    # The blocking client does not read while it writes, nor does the mock daemon.
+    # Neither the blocking client nor the mock daemon reads while it writes.
     is_blocked = not callers and size * parallel > 128 * KIB
     return Scenario(
         f"{what}-{sizes.replace(' ', '')}-x{parallel}",
@@ -99,7 +99,7 @@ def _unary(what: str, size: int, parallel: int, count: int) -> Scenario:
     )
 
 
-#: With the mock daemon at the other end.
+#: Against the mock daemon.
 MOCK: tuple[Scenario, ...] = (
     Scenario("identify-x1", "identify, one after another", "identify", 3000, (1,), in_turns=True),
     Scenario("identify-x64", "identify, 64 at once", "identify", 6400, (64,), PYTHON, parallel=64),
@@ -192,7 +192,7 @@ MOCK: tuple[Scenario, ...] = (
     ),
 )
 
-#: In a new process each time.
+#: Each in a new process.
 FRESH: tuple[Scenario, ...] = (
     Scenario(
         "import",
@@ -214,7 +214,7 @@ FRESH: tuple[Scenario, ...] = (
     ),
 )
 
-#: With two real daemons in between, and a server like the caller at the other.
+#: Through two real daemons, to a server of the caller's kind.
 DAEMONS: tuple[Scenario, ...] = (
     Scenario("daemons-identify", "identify, one after another", "identify", 500, (1,), PYTHON),
     *(

@@ -1,4 +1,4 @@
-"""What the package is to reach: ours on asyncio, against the mock daemon."""
+"""Performance targets: for ours on asyncio, against the mock daemon."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from scenarios import HIVEMIND, P2PCLIENT, Contender
 
 @dataclass(frozen=True)
 class Target:
-    """A scenario's.
+    """The targets of one scenario.
 
     Attributes:
-        scenario: Its key.
-        least: Whom, and how many times over, ours has to beat.
-        aim: Whom, and how many times over, it is for.
-        floor: How many times the blocking client it may cost.
-        metric: What is compared.
+        scenario: Key of the scenario.
+        least: Minimum speed-up, and over which contender.
+        aim: Desired speed-up, and over which contender.
+        floor: Maximum ratio to the blocking client.
+        metric: The metric to compare.
     """
 
     scenario: str

@@ -1,4 +1,4 @@
-"""The process of a contender, told what to do over a pipe; see contender.py."""
+"""A contender's process, controlled over a pipe; see contender.py."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from scenarios import Contender, name
 
 HERE = Path(__file__).parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent / "target"))
-#: Where the mock daemon and the blocking client are.
+#: Folder of the mock daemon and the blocking client.
 EXAMPLES = TARGET / "release" / "examples"
 
 
 class Worker:
-    """A contender's process.
+    """Runs a contender in its own process.
 
     Args:
-        contender: Which it is.
-        control: The control address of its daemon.
-        peer: The peer that its calls and streams go to.
+        contender: Kind and event loop.
+        control: Control address of its daemon.
+        peer: Peer to which its calls and streams go.
     """
 
     def __init__(self, contender: Contender, control: str, peer: str) -> None:
@@ -34,15 +34,15 @@ class Worker:
         )
         self._answer()
 
-    def tell(self, *words: object) -> str:
-        """What it answers to a line."""
+    def send(self, *words: object) -> str:
+        """Sends a command; returns the reply."""
         assert self.process.stdin is not None
         print(*words, file=self.process.stdin, flush=True)
         return self._answer()
 
     def round(self, *words: object) -> dict[str, float]:
-        """What a round comes to."""
-        result: dict[str, float] = json.loads(self.tell(*words))
+        """Runs a round; returns its results."""
+        result: dict[str, float] = json.loads(self.send(*words))
         return result
 
     def _answer(self) -> str:
@@ -53,7 +53,7 @@ class Worker:
         return answer.strip()
 
     def stop(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -1,7 +1,6 @@
-"""Load and endurance: what is promised, held against real daemons for as long as it takes.
+"""Load and endurance tests: guarantees checked against real daemons over a long time.
 
-``run.py`` runs the scenarios, a module each, every one in a process of its own: that process is
-the caller. It starts the daemons, and the peers (``peer.py``), whose handlers are at the other
-end. ``harness.py`` has what they share, ``meter.py`` what is measured of a process, and
-``payloads.py`` what is sent.
-"""
+``run.py`` runs the scenarios, one module each, in processes of their own. That process is the
+caller: it starts the daemons and the peers (``peer.py``), which run the handlers. ``harness.py`` is
+shared by the scenarios, ``meter.py`` measures a process, and ``payloads.py`` makes the data to
+send."""

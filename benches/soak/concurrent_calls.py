@@ -1,4 +1,4 @@
-"""Ten thousand calls at work at once, in the handlers of three processes; ten rounds of them."""
+"""Ten thousand calls running at once, in the handlers of three processes; ten rounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from soak.harness import Soak
 
 FULL = 10_000
 ROUNDS = 10
-#: A process takes 4096 calls before it lets its peers wait.
+#: A client runs 4096 calls before it applies back-pressure.
 PEERS = 3
 
 
@@ -29,8 +29,8 @@ async def run(soak: Soak) -> None:
                         await anyio.sleep(0.05)
                 held = sum(s["held"] for s in await soak.ask_all("state"))
                 pending = soak.client.unary.pending_calls
-                soak.figures["calls at work at once"] = held
-                soak.promise(held == calls, f"{held} calls were at work at once, and not {calls}")
-                soak.promise(pending == calls, f"{pending} calls were awaited, and not {calls}")
+                soak.figures["calls running at once"] = held
+                soak.promise(held == calls, f"{held} calls ran at once, not {calls}")
+                soak.promise(pending == calls, f"{pending} calls were pending, not {calls}")
                 await soak.ask_all("release")
         soak.promise_deliveries(soak.peers, all_answered=True)

@@ -1,4 +1,4 @@
-"""Two thousand streams open at once, all in use; ten rounds of them."""
+"""Two thousand streams open and in use at once; ten rounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from soak.meter import descriptors
 
 FULL = 2_000
 ROUNDS = 10
-#: On each stream, while all are open.
+#: Frames on each stream, while all streams are open.
 FRAMES = 3
 PROTOCOL = "/soak/frames"
 
@@ -34,12 +34,12 @@ async def run(soak: Soak) -> None:
                 async with streams.pop(number) as stream:
                     await stream.send_eof()
                     left = await stream.read()
-                    soak.promise(not left, f"{len(left)} bytes too many on a stream")
+                    soak.promise(not left, f"{len(left)} extra bytes on a stream")
 
             await soak.workers(many, start)
             soak.figures["streams open at once"] = len(streams)
             open_here = descriptors()
-            soak.promise(open_here >= many, f"{many} streams, and {open_here} descriptors")
+            soak.promise(open_here >= many, f"{many} streams, but {open_here} descriptors")
             await soak.workers(many, use)
             await soak.workers(many, end)
         ended = await soak.count("ended", ROUNDS * many)

@@ -1,9 +1,8 @@
-"""The limit of descriptors reached, by the caller and then by the listener, and released; ten
-times each.
+"""The limit on descriptors reached and released, by the caller and by the listener; ten times each.
 
-While the caller is at its limit each new stream is refused at once, with the system's words, and
-what is open goes on. While the listener is, new streams wait, and are served once there are
-descriptors again.
+While the caller is at its limit, each new stream is refused at once with the system's message, and
+open streams keep working. While the listener is at its limit, new streams wait, and are served once
+descriptors are free again.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from p2pclient_rs import ControlFailure, Stream
 from soak.harness import Soak
 
 FULL = 10
-#: Descriptors that are left when the limit is set.
+#: Free descriptors when the limit is set.
 LEFT = 20
-#: More streams than that.
+#: Streams to open: more than there are descriptors.
 TRIED = 60
 PROTOCOL = "/soak/frames"
 
 
 @contextmanager
 def at_most(more: int) -> Iterator[None]:
-    """Lets this process have so many more descriptors than it has."""
+    """Limits this process to ``more`` descriptors in addition to those it has open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
@@ -41,7 +40,7 @@ def at_most(more: int) -> Iterator[None]:
 
 
 def is_precise(error: BaseException | None) -> bool:
-    """Whether it says, in words and in what caused it, that there are no descriptors."""
+    """Whether text and cause of the error name the lack of descriptors."""
     if "Too many open files" not in str(error):
         return False
     while error is not None:
@@ -57,7 +56,7 @@ async def run(soak: Soak) -> None:
     slowest = 0.0
 
     async def fill() -> list[Stream]:
-        """Opens streams until there are no descriptors, and tries for more in vain."""
+        """Opens streams until there are no descriptors left, and expects the rest to fail."""
         nonlocal slowest
         streams = []
         for _ in range(TRIED):
@@ -66,7 +65,7 @@ async def run(soak: Soak) -> None:
                 stream = await soak.open_frames(PROTOCOL)
             except ControlFailure as error:
                 soak.failed(error)
-                soak.promise(is_precise(error), f"not what happened: {error!r}")
+                soak.promise(is_precise(error), f"imprecise error: {error!r}")
             else:
                 streams.append(stream)
                 await soak.frame(stream, next(numbers))
@@ -82,12 +81,12 @@ async def run(soak: Soak) -> None:
     async def caller() -> None:
         with at_most(LEFT):
             streams = await fill()
-            for stream in streams:  # which are none the worse
+            for stream in streams:  # still usable
                 await soak.frame(stream, next(numbers))
             await soak.call("soak", next(numbers))
             for stream in streams:
                 await end(stream)
-            # What was given back can be had again.
+            # Descriptors given back can be used again.
             again = await fill()
             soak.promise(len(again) >= len(streams) - 2, f"{len(again)} after {len(streams)}")
             for stream in again:
@@ -116,9 +115,9 @@ async def run(soak: Soak) -> None:
             await soak.call("soak", next(numbers))
             used = (await peer.ask("state"))["cpu"] - before
             soak.figures["CPU seconds in a second at the listener's limit"] = used
-            soak.promise(used < 0.5, f"the listener used {used:.2f} s of CPU to wait for one")
+            soak.promise(used < 0.5, f"the waiting listener used {used:.2f} s of CPU")
             await peer.ask("limit", more=None)
-        soak.promise(served == TRIED, f"{served} of {TRIED} streams were served at last")
+        soak.promise(served == TRIED, f"{served} of {TRIED} streams were served in the end")
         for stream in streams:
             await end(stream)
 
@@ -129,7 +128,7 @@ async def run(soak: Soak) -> None:
             await caller()
             await listener()
         soak.figures["slowest refusal, s"] = slowest
-        soak.promise(slowest < 5, f"a stream took {slowest:.1f} s to be had or refused")
+        soak.promise(slowest < 5, f"a stream took {slowest:.1f} s to open or fail")
         soak.promise(bool(soak.report.errors), "the limit was never reached")
         soak.promise_errors("DaemonUnreachable")
         soak.promise_deliveries(soak.peers, all_answered=False)

@@ -1,9 +1,8 @@
-"""Processes of peers killed at random, one a second, under load, for two minutes: of six that
-serve the same handlers in turn, and of two callers.
+"""Peer processes killed at random under load, one per second, for two minutes: of six processes
+that share the handlers, and of two callers.
 
-Each call ends in its reply or in an error that says what happened, and is carried out at most
-once. What a dead caller has asked for does not stay at work.
-"""
+Each call ends in its reply or in an error that names the cause, and is carried out at most once.
+Calls of a dead caller do not keep running."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from soak.harness import FAILURES, STREAM_FAILURES, PeerProcess, Soak
 #: Seconds.
 FULL = 120
 EVERY = 1.0
-#: At full scale; two are as good for a try.
+#: At full scale; two are enough at a small scale.
 HANDLERS = 6
 VICTIMS = 2
 CALLERS = 32
 STREAMS = 8
 PROTOCOL = "/soak/frames"
 MOST = 1_000_000
-#: hivemind's daemon never answers a call that it gave to a handler which was killed.
+#: Call timeout. hivemind's daemon never answers a call given to a handler that was then killed.
 PATIENCE = 3.0
 
 
@@ -38,7 +37,7 @@ async def run(soak: Soak) -> None:
     over = False
     names = itertools.count(handlers)
     deaths = 0
-    ever: list[PeerProcess] = []
+    all_peers: list[PeerProcess] = []
 
     async def call(_: int) -> None:
         while not over:
@@ -59,25 +58,25 @@ async def run(soak: Soak) -> None:
             except (*STREAM_FAILURES, TimeoutError) as error:
                 soak.failed(error)
 
-    async def begin(name: str, daemon: Daemon, expected: int) -> PeerProcess:
+    async def start_peer(name: str, daemon: Daemon, expected: int) -> PeerProcess:
         peer = soak.new_peer(name)
         await peer.start(daemon, expected)
         return peer
 
     async def handler() -> PeerProcess:
-        peer = await begin(f"peer{next(names)}", soak.far, MOST)
+        peer = await start_peer(f"peer{next(names)}", soak.far, MOST)
         await peer.ask("serve", kind="call", proto="soak", balanced=True)
         await peer.ask("serve", kind="echo", proto="victims", balanced=True)
         await peer.ask("serve", kind="frames", proto=PROTOCOL, balanced=True)
         return peer
 
     async def victim() -> PeerProcess:
-        peer = await begin(f"victim{next(names)}", soak.near, 0)
+        peer = await start_peer(f"victim{next(names)}", soak.near, 0)
         await peer.ask("load", peer=str(soak.peer_id), proto="victims")
         return peer
 
     async with soak.ready(peers=handlers, expected=MOST):
-        ever += soak.peers
+        all_peers += soak.peers
         await soak.serve("call", "soak", balanced=True)
         await soak.serve("echo", "victims", balanced=True)
         await soak.serve("frames", PROTOCOL, balanced=True)
@@ -98,24 +97,24 @@ async def run(soak: Soak) -> None:
                         place = choice.randrange(handlers)
                         soak.peers[place].end()
                         soak.peers[place] = await handler()
-                        ever.append(soak.peers[place])
+                        all_peers.append(soak.peers[place])
                 over = True
         finally:
             for peer in victims:
                 peer.end()
-        # hivemind's daemon may have kept a stream handler of the dead: what matters is the calls.
+        # The daemon may have kept a stream handler of a dead peer, so check calls only.
         for _ in range(100):
             try:
                 await soak.call("soak", next(numbers), timeout=5)
             except ControlFailure as error:
-                soak.promise(False, f"a call failed when all was over: {error}")
+                soak.promise(False, f"a call failed afterwards: {error}")
                 break
         with anyio.move_on_after(10):
             while sum(s["unanswered"] for s in await soak.ask_all("state")):
                 await anyio.sleep(0.05)
         unanswered = sum(s["unanswered"] for s in await soak.ask_all("state"))
-        soak.promise(not unanswered, f"{unanswered} handlers are at work for the dead")
-        soak.promise(not soak.client.unary.pending_calls, "calls are still awaited")
+        soak.promise(not unanswered, f"{unanswered} handlers still run for dead callers")
+        soak.promise(not soak.client.unary.pending_calls, "calls are still pending")
         soak.figures["processes killed"] = deaths
         soak.promise_errors(
             "ControlTimeout",
@@ -124,4 +123,4 @@ async def run(soak: Soak) -> None:
             "IncompleteRead",
             "DaemonRefused",
         )
-        soak.promise_deliveries(ever, all_answered=False)
+        soak.promise_deliveries(all_peers, all_answered=False)

@@ -1,7 +1,7 @@
-"""The daemons stopped (SIGSTOP) for two seconds of each four, in turn, under load, for two minutes.
+"""The daemons stopped in turn (SIGSTOP) under load, for two of every four seconds, for two minutes.
 
-Half of the callers give each call half of that: those may run out of time, and nothing else may
-happen. The other half wait, as do the streams, and get all their replies.
+Half of the callers use a timeout of half that time: their calls may time out, and fail in no other
+way. The other callers wait, as do the streams, and get all replies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PATIENT = 32
 IMPATIENT = 32
 STREAMS = 8
 PROTOCOL = "/soak/frames"
-#: More than there will be, as numbers go.
+#: Upper bound of the number of operations.
 MOST = 2_000_000
 
 
@@ -28,7 +28,7 @@ async def run(soak: Soak) -> None:
     seconds = soak.scaled(FULL, 4)
     frozen = min(FROZEN, seconds / 4)
     numbers = itertools.count()
-    given_up = lost = 0
+    timed_out = lost = 0
     over = False
 
     async def patient(_: int) -> None:
@@ -39,13 +39,13 @@ async def run(soak: Soak) -> None:
             lost -= 1
 
     async def impatient(_: int) -> None:
-        nonlocal given_up
+        nonlocal timed_out
         while not over:
             try:
                 await soak.call("soak", next(numbers), timeout=frozen / 2)
             except FAILURES as error:
                 soak.failed(error)
-                given_up += 1
+                timed_out += 1
 
     async def on_stream(_: int) -> None:
         async with await soak.open_frames(PROTOCOL) as stream:
@@ -69,15 +69,15 @@ async def run(soak: Soak) -> None:
                     break
                 await freeze(daemon, frozen)
             over = True
-        # What was given up comes to its end, too.
+        # Handlers of calls that timed out end, too.
         with anyio.move_on_after(10):
             while sum(s["unanswered"] for s in await soak.ask_all("state")):
                 await anyio.sleep(0.05)
         [state] = await soak.ask_all("state")
-        soak.promise(not state["unanswered"], f"{state['unanswered']} handlers are still at work")
-        soak.promise(not soak.client.unary.pending_calls, "calls are still awaited")
+        soak.promise(not state["unanswered"], f"{state['unanswered']} handlers are still running")
+        soak.promise(not soak.client.unary.pending_calls, "calls are still pending")
         soak.report.lost += lost
-        soak.promise(not lost, f"{lost} calls without a limit of time never returned")
-        soak.promise(bool(given_up), "no call ran out of time, as the impatient should have")
+        soak.promise(not lost, f"{lost} calls without a timeout never returned")
+        soak.promise(bool(timed_out), "no call timed out, though some should have")
         soak.promise_errors("ControlTimeout")
         soak.promise_deliveries(soak.peers, all_answered=False)

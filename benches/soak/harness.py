@@ -1,5 +1,5 @@
-"""What the scenarios share: daemons, peers, the tally of what became of each operation, and the
-promises that it is held against."""
+"""Shared by the scenarios: daemons, peers, the outcome of each operation, and the guarantees that
+it is checked against."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from p2pclient_rs.daemon import unused_tcp_port
 from soak import payloads
 from soak.meter import Measured, Meter, resident
 
-#: How much a process may grow after the first tenth of its work, in MiB, …
+#: Maximum growth of a process after the first tenth of its work, in MiB.
 GROWTH = 8.0
-#: … and for how long its event loop may stand still by its own doing, in milliseconds.
+#: Maximum time for which a process may block its own event loop, in milliseconds.
 STALL = 1000.0
 
-#: What a run can be made to do wrong, to see that it is noticed.
+#: Defects that a run can cause on purpose, to check that they are detected.
 SABOTAGE = ("corrupt", "swallow", "repeat", "leak", "grow", "stall")
 
-# The first two key pairs of RFC 8032: a daemon that comes back is the same peer.
+# The first two key pairs of RFC 8032, so that a restarted daemon is the same peer.
 _KEYS = [
     "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
     "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
@@ -52,14 +52,14 @@ _KEYS = [
 
 @dataclass
 class Report:
-    """What came of a scenario."""
+    """The outcome of a scenario."""
 
     scenario: str
     loop: str
     scale: float
     operations: int = 0
     seconds: float = 0.0
-    #: How many operations failed, by kind, and an example of each.
+    #: Number of failed operations by kind, and an example of each kind.
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     lost: int = 0
@@ -67,11 +67,11 @@ class Report:
     repeated: int = 0
     caller: Measured | None = None
     peers: list[dict[str, Any]] = field(default_factory=list)
-    #: The daemons' resident memory at the end, in MiB.
+    #: Resident memory of the daemons at the end, in MiB.
     daemons_rss: list[float] = field(default_factory=list)
-    #: What else a scenario has to say.
+    #: Further figures of the scenario.
     figures: dict[str, float] = field(default_factory=dict)
-    #: The promises that were broken, and how.
+    #: Violated guarantees, as messages.
     broken: list[str] = field(default_factory=list)
 
     def asdict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Report:
 
 
 class PeerProcess:
-    """A process of ``peer.py``."""
+    """A process that runs ``peer.py``."""
 
     def __init__(self, loop: str, directory: Path, name: str, sabotage: set[str]) -> None:
         self.name = name
@@ -111,7 +111,7 @@ class PeerProcess:
         self._asking = anyio.Lock()
 
     async def ask(self, command: str, **arguments: object) -> Any:
-        """What it answers to a command."""
+        """Sends a command; returns the reply."""
         async with self._asking:
             return await anyio.to_thread.run_sync(self._ask, json.dumps([command, arguments]))
 
@@ -124,17 +124,17 @@ class PeerProcess:
         return json.loads(answer)
 
     async def start(self, daemon: Daemon, expected: int = 0) -> None:
-        """Attaches it to a daemon; notes which of so many numbers it sees."""
+        """Connects the process to a daemon, and records which of ``expected`` numbers it sees."""
         listen = f"/unix{self._directory}/{self.name}.sock"
         control = str(daemon.control_maddr)
         await self.ask("start", control=control, listen=listen, expected=expected)
 
     def seen(self) -> bytes:
-        """How often it has seen each number. Also of a process that was killed."""
+        """Returns how often the process has seen each number; works after it was killed, too."""
         return (self._directory / f"{self.name}.seen").read_bytes()
 
     def end(self) -> None:
-        """Kills it."""
+        """Kills the process."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -146,13 +146,13 @@ class PeerProcess:
 
 
 class Soak:
-    """A scenario under way: the caller's side.
+    """A running scenario, from the caller's side.
 
     Attributes:
-        near, far: The caller's daemon and that of the handlers.
-        peer_id: The far daemon's.
-        client: The caller's client.
-        peers: The handlers' processes.
+        near, far: Daemon of the caller, daemon of the handlers.
+        peer_id: Peer id of the far daemon.
+        client: Client of the caller.
+        peers: Processes of the handlers.
     """
 
     near: Daemon
@@ -170,22 +170,22 @@ class Soak:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What else a scenario has to say."""
+        """Further figures of the scenario."""
         return self.report.figures
 
     def scaled(self, full: float, least: int = 1) -> int:
-        """A number of operations at the scale of this run."""
+        """Returns a number of operations, scaled for this run."""
         return max(least, round(full * self.scale))
 
-    # --- what there is ---
+    # --- set-up ---
 
     @asynccontextmanager
     async def ready(self, *, peers: int = 1, expected: int = 0) -> AsyncIterator[None]:
-        """Daemons, peers attached to the far one, and the client, measured until the end of the
-        block; then everything is closed and looked at.
+        """Starts daemons, peers of the far daemon, and the client, and measures until the end of
+        the block. Then closes everything and checks the guarantees.
 
         Args:
-            expected: How many numbered operations there will be at the most.
+            expected: Maximum number of numbered operations.
         """
         self._answered = bytearray(expected)
         async with AsyncExitStack() as stack:
@@ -198,7 +198,7 @@ class Soak:
                 peer = self.new_peer(f"peer{number}")
                 self.peers.append(peer)
                 await peer.start(self.far, expected)
-            # The loop and its threads have what they need.
+            # The event loop and its threads are initialised by now.
             gc.collect()
             self.meter = Meter()
             async with anyio.create_task_group() as tasks:
@@ -213,8 +213,9 @@ class Soak:
                     end = self.meter.sample()
                     self._note_daemons()
                 tasks.cancel_scope.cancel()
-            # hivemind's p2pd ends with its last persistent connection, and with it the thread that
-            # reads its output: the descriptors are counted with a daemon that runs, as before.
+            # hivemind's p2pd exits with its last persistent connection, and the thread that reads
+            # its output ends. Restart it, so that descriptors are counted with a running daemon as
+            # before.
             await self.near.stop()
             await self.near.start()
             gc.collect()
@@ -245,37 +246,38 @@ class Soak:
         await self.client.connect(self.peer_id, self._addrs)
 
     async def serve(self, kind: str, proto: str, *, balanced: bool = False) -> None:
-        """Has every peer serve a protocol."""
+        """Makes every peer serve a protocol."""
         for peer in self.peers:
             await peer.ask("serve", kind=kind, proto=proto, balanced=balanced)
 
     async def ask_all(self, command: str) -> list[Any]:
         return [await peer.ask(command) for peer in self.peers]
 
-    # --- what is done ---
+    # --- operations ---
 
     def done(self) -> None:
-        """Counts an operation; does harm, where that is what the run is for."""
+        """Counts an operation; causes a defect if the run is to."""
         self.meter.operations += 1
         if self.meter.operations == 10 and "leak" in self.sabotage:
             os.dup(0)
         if self.meter.operations % 20 == 0 and "grow" in self.sabotage:
             self._kept.append(os.urandom(1 << 20))
         if self.meter.operations == 100 and "stall" in self.sabotage:
-            # CPU time, and no sleep: that others have the CPU is not held against us.
+            # Uses CPU time instead of sleeping, since waiting for the CPU does not count as a
+            # stall.
             until = time.thread_time() + 1.5 * STALL / 1e3
             while time.thread_time() < until:
                 pass
 
     async def call(self, proto: str, number: int, *, timeout: float | None = None) -> None:
-        """Calls the far peer with a numbered payload, and notes that the reply was right."""
+        """Calls the far peer with a numbered payload, and checks the reply."""
         reply = await self.client.call_unary(
             self.peer_id, proto, payloads.request(number), timeout=timeout
         )
         self.check(number, reply)
 
     async def frame(self, stream: Stream, number: int) -> None:
-        """As ``call``, for a frame over a stream."""
+        """Like ``call``, with a frame over a stream."""
         request = payloads.request(number)
         await stream.send(b"f" + len(request).to_bytes(4, "little") + request)
         length = int.from_bytes(await stream.readexactly(4), "little")
@@ -288,12 +290,13 @@ class Soak:
         self.done()
 
     def check_empty(self, reply: bytes) -> None:
-        """As ``check``, for a call with no payload."""
+        """Like ``check``, for a call without a payload."""
         self.report.corrupted += reply != b""
         self.done()
 
     async def count(self, name: str, expected: int) -> int:
-        """What the peers have counted together, once it is as expected or will not be."""
+        """Returns a counter's sum over all peers, once it has reached ``expected`` or after 15
+        s."""
         with anyio.move_on_after(15):
             while True:
                 counted: int = sum(s["counts"].get(name, 0) for s in await self.ask_all("state"))
@@ -307,42 +310,42 @@ class Soak:
         return stream
 
     def failed(self, error: Exception) -> str:
-        """Counts an operation that failed."""
+        """Counts a failed operation; returns its kind."""
         kind = kind_of(error)
         self.report.errors[kind] += 1
         self.report.examples.setdefault(kind, f"{type(error).__name__}: {error}"[:300])
         return kind
 
     async def workers(self, many: int, work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
-        """Runs so many at once, each with its own number."""
+        """Runs ``many`` tasks at once, each with its own number."""
         async with anyio.create_task_group() as tasks:
             for number in range(many):
                 tasks.start_soon(work, number)
 
-    # --- promises ---
+    # --- guarantees ---
 
     def promise(self, kept: bool, words: str) -> None:
         if not kept:
             self.report.broken.append(words)
 
     def promise_errors(self, *kinds: str, most: int | None = None) -> None:
-        """That nothing but these went wrong, with a text that says what, so often at the most."""
+        """Checks that all errors are of these kinds and have a text, and are at most ``most``."""
         for kind, count in self.report.errors.items():
             if kind.partition(" (")[0] not in kinds:
                 self.promise(False, f"{count} errors of an unexpected kind, {kind}")
             if not self.report.examples[kind].partition(": ")[2]:
-                self.promise(False, f"an error that says nothing, {kind}")
+                self.promise(False, f"an error without a text, {kind}")
         total = self.report.errors.total()
         if most is not None and total > most:
-            self.promise(False, f"{total} operations failed, and not {most} at the most")
+            self.promise(False, f"{total} operations failed, more than {most}")
 
     def promise_deliveries(self, among: list[PeerProcess], *, all_answered: bool) -> None:
-        """That each answered operation was carried out once, and no other more than that: looked
-        at when the work is over.
+        """Checks at the end that each answered operation was carried out exactly once, and every
+        other at most once.
 
         Args:
-            among: The peers that may have done so.
-            all_answered: Whether every operation was to be answered.
+            among: The peers that may have carried them out.
+            all_answered: Whether every operation must have been answered.
         """
         self._deliveries = among, all_answered
 
@@ -352,20 +355,20 @@ class Soak:
             for number, times in enumerate(peer.seen().rstrip(b"\0")):
                 if times:
                     seen[number] = min(seen[number] + times, 255)
-        made_up = sum(
+        unserved = sum(
             1 for number, a in enumerate(answered.rstrip(b"\0")) if a and not seen[number]
         )
         repeated = len(seen) - seen.count(0) - seen.count(1)
         repeated += len(answered) - answered.count(0) - answered.count(1)
         self.report.repeated += repeated
         self.promise(not repeated, f"{repeated} operations were carried out more than once")
-        self.promise(not made_up, f"{made_up} operations were answered by nobody")
+        self.promise(not unserved, f"{unserved} operations were answered by nobody")
         if all_answered:
             self.report.lost += (lost := answered.count(0))
             self.promise(not lost, f"{lost} operations were never answered")
 
     def _judge(self) -> None:
-        """What holds of every scenario."""
+        """Checks the guarantees of every scenario."""
         report = self.report
         if self._deliveries is not None:
             self._judge_deliveries(*self._deliveries)
@@ -391,7 +394,8 @@ class Soak:
 
 
 def kind_of(error: Exception) -> str:
-    """What kind of failure this is, for counting: of a refusal, in some of the daemon's words."""
+    """Returns the kind of a failure, for counting; for a refusal, with part of the daemon's
+    message."""
     kind = type(error).__name__
     if not isinstance(error, DaemonRefused):
         return kind
@@ -399,17 +403,17 @@ def kind_of(error: Exception) -> str:
     for known in ("failed to dial", "stream reset", "protocols not supported"):
         if known in words:
             return f"{kind} ({known})"
-    return kind if words else f"{kind} in no words"
+    return kind if words else f"{kind} without a message"
 
 
-#: Of a call that fails: what the library may raise for it.
+#: Errors that a failed call may raise.
 FAILURES = (ControlFailure, P2PHandlerError)
-#: Of an exchange over a stream.
+#: Errors that a failed exchange over a stream may raise.
 STREAM_FAILURES = (ControlFailure, anyio.BrokenResourceError, anyio.EndOfStream, IncompleteRead)
 
 
 async def freeze(daemon: Daemon, seconds: float) -> None:
-    """Stops a daemon for so long."""
+    """Stops a daemon for a number of seconds."""
     assert daemon.pid is not None
     pid = daemon.pid
     os.kill(pid, signal.SIGSTOP)

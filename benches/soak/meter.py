@@ -1,4 +1,4 @@
-"""What is measured of a process while it works: memory, descriptors, CPU time, stalls."""
+"""Measures a process while it works: memory, descriptors, CPU time, event loop stalls."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _MAX_SAMPLES = 4096
 
 
 def resident(pid: int) -> float:
-    """The resident memory of a process, in MiB."""
+    """Returns the resident memory of a process, in MiB."""
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * _PAGE / MIB
 
 
 def descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd")) - 1  # not the one that this opens
+    """Returns the number of open descriptors of this process."""
+    return len(os.listdir("/proc/self/fd")) - 1  # without the one that listdir opens
 
 
 class _Thread:
-    """What the system says of this thread and its process. The files stay open, for there may come
-    a time when no other can be opened."""
+    """Kernel statistics of this thread and process. The files stay open, since there may be times
+    without a free descriptor."""
 
     def __init__(self) -> None:
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
@@ -40,7 +40,7 @@ class _Thread:
         return int(os.pread(self._statm, 200, 0).split()[1]) * _PAGE / MIB
 
     def waited_for_cpu(self) -> float:
-        """How long the thread was ready to run and was not, in seconds: others had the CPU."""
+        """Returns for how long the thread was runnable but had no CPU, in seconds."""
         return int(os.pread(self._schedstat, 200, 0).split()[1]) / 1e9
 
     def close(self) -> None:
@@ -50,23 +50,23 @@ class _Thread:
 
 @dataclass
 class Measured:
-    """A process from the beginning of its work to the end."""
+    """Measurements of a process, from the start of its work to the end."""
 
     operations: int
     seconds: float
-    #: CPU time of an operation, in microseconds.
+    #: CPU time per operation, in microseconds.
     cpu_us: float
     descriptors_before: int
     descriptors_after: int
-    #: Resident memory in MiB: before, after a tenth of the operations, at the end, and the most.
+    #: Resident memory in MiB: before, after a tenth of the operations, at the end, and the peak.
     rss_before: float
     rss_tenth: float
     rss_end: float
     rss_peak: float
-    #: How it grows after that tenth, in MiB a minute: the slope of a line through all samples.
+    #: Growth after that tenth in MiB per minute: the slope of a regression line.
     rss_slope: float
-    #: The longest time in which the event loop did not come round, in milliseconds, and what is
-    #: left of it (of any) without the time in which others had the CPU.
+    #: Longest delay of the event loop in milliseconds, and the longest one after deducting the time
+    #: in which the thread had no CPU.
     stall_ms: float
     own_stall_ms: float
 
@@ -82,7 +82,7 @@ class Measured:
 
 
 class Meter:
-    """Measures this process, as long as ``run`` is at work in a task."""
+    """Measures this process while ``run`` runs in a task."""
 
     def __init__(self) -> None:
         self.operations = 0
@@ -113,17 +113,17 @@ class Meter:
                     every *= 2
 
     def sample(self) -> float:
-        """Notes the resident memory of now, and returns it."""
+        """Records the current resident memory, and returns it."""
         rss = self._thread.resident()
         self.peak = max(self.peak, rss)
         self._samples.append((time.monotonic(), self.operations, rss))
         return rss
 
     def result(self, end: float) -> Measured:
-        """What was measured, once everything is closed.
+        """Returns the measurements, once everything is closed.
 
         Args:
-            end: The resident memory when the work was done.
+            end: Resident memory at the end of the work.
         """
         self._thread.close()
         seconds = time.monotonic() - self._began
@@ -146,7 +146,7 @@ class Meter:
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
-    """Of the line through the points that fits them best."""
+    """Returns the slope of the regression line."""
     if len(points) < 2:
         return 0.0
     mean_x = sum(x for x, _ in points) / len(points)

@@ -1,22 +1,22 @@
-"""What is sent: payloads that both ends can tell right from wrong, each from its number alone."""
+"""Payloads derived from a number, so that both ends can check every byte."""
 
 from __future__ import annotations
 
 import random
 import struct
 
-#: Of the largest payload, in bytes.
+#: Size of the largest payload, in bytes.
 LARGEST = 64 << 10
 
 _HEAD = struct.Struct("<QI")
 SMALLEST = _HEAD.size
 _BLOCK = random.Random(20231121).randbytes(4 * LARGEST)
-#: Sets replies apart from requests.
+#: Distinguishes replies from requests.
 _REPLY = 1 << 63
 
 
 def size(number: int) -> int:
-    """Mostly small; one in a hundred is of the largest size."""
+    """Returns a payload's size: mostly small, the largest for one in a hundred."""
     mixed = (number * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     share, spread = mixed >> 56, (mixed >> 24) & 0xFFFF
     if share < 180:
@@ -29,17 +29,17 @@ def size(number: int) -> int:
 
 
 def request(number: int) -> bytes:
-    """The payload with a number, below 2**63."""
+    """Returns the request with a number below 2**63."""
     return _payload(number, size(number))
 
 
 def reply(number: int) -> bytes:
-    """What answers it: neither its bytes nor, mostly, its size."""
+    """Returns the reply to a request, with other bytes and mostly another size."""
     return _payload(number | _REPLY, size(number ^ 0x2A5A5A5A))
 
 
 def number_of(data: bytes) -> int | None:
-    """The number of a request, if it is one and every byte of it is right."""
+    """Returns the number of a request, or None unless every byte of it is right."""
     if len(data) < SMALLEST:
         return None
     number, _ = _HEAD.unpack_from(data)
@@ -53,6 +53,6 @@ def _payload(number: int, length: int) -> bytes:
 
 
 def stretch(offset: int, length: int) -> bytes:
-    """Part of an endless stream of bytes."""
+    """Returns a part of an endless sequence of bytes."""
     start = offset % len(_BLOCK)
     return (_BLOCK[start:] + _BLOCK * (length // len(_BLOCK) + 1))[:length]

@@ -1,9 +1,9 @@
-"""The other end: handlers in a process of its own, told what to do over a pipe.
+"""The far end: handlers in their own process, controlled over a pipe.
 
 Usage: peer.py LOOP DIRECTORY NAME [SABOTAGE …]
 
-Reads lines of JSON, ``[command, {argument: value}]``, and answers each with one.
-"""
+Each line of input is a command in JSON, ``[command, {argument: value}]``; each gets one line in
+reply."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from p2pclient_rs import Client, ControlFailure, IncompleteRead, P2PHandlerError
 from soak import payloads
 from soak.meter import Meter
 
-#: The numbers of the operations that befalls what is done wrong here.
+#: Numbers of the operations to sabotage.
 VICTIMS = {"corrupt": 7, "swallow": 8, "repeat": 9}
 
 
 class Peer:
-    """What the process serves, and what it has seen."""
+    """The handlers of this process, and the numbers they have seen."""
 
     def __init__(self, tasks: TaskGroup, directory: str, name: str, sabotage: set[str]) -> None:
         self._tasks = tasks
         self._directory, self._name = directory, name
-        #: What is done wrong, by the number of the operation that it befalls.
+        #: Kind of sabotage, by number of the operation.
         self._sabotage = {VICTIMS[harm]: harm for harm in sabotage if harm in VICTIMS}
         self._meter: Meter
         self._soft = 0
         self._stack = AsyncExitStack()
         self._counts: Counter[str] = Counter()
         self._wrong: list[str] = []
-        #: How often each number was seen, in a file that outlives a killed process.
+        #: How often each number was seen, in a file that survives if the process is killed.
         self._seen: mmap.mmap | None = None
         self._streams: dict[str, Callable[[StreamInfo, Stream], Awaitable[None]]] = {}
         self._held = 0
@@ -54,21 +54,21 @@ class Peer:
         self._attached = anyio.CancelScope()
 
     async def start(self, control: str, listen: str, expected: int) -> None:
-        """Attaches to a daemon."""
+        """Connects to a daemon."""
         if expected:
             with open(Path(self._directory) / f"{self._name}.seen", "wb+") as file:
                 file.truncate(expected)
                 self._seen = mmap.mmap(file.fileno(), expected)
-        # The map keeps a descriptor of its own, which is there to stay.
+        # The map keeps a descriptor open, so count descriptors from here on.
         self._meter = Meter()
         self._tasks.start_soon(self._meter.run)
         self._client = await self._stack.enter_async_context(Client(control, listen))
         await self._stack.enter_async_context(self._client.listen())
         await self._client.unary.open()
-        self._tasks.start_soon(self._serve_again)
+        self._tasks.start_soon(self._register_again)
 
     async def serve(self, kind: str, proto: str, balanced: bool = False) -> None:
-        """Serves a protocol."""
+        """Registers a handler."""
         calls: dict[str, Callable[[bytes, Any], Awaitable[bytes]]] = {
             "call": self._call,
             "held call": self._held_call,
@@ -90,7 +90,7 @@ class Peer:
         await self._client.connect(peer, addrs)
 
     async def load(self, peer: str, proto: str) -> None:
-        """Calls a handler without end, as a caller that is to be killed."""
+        """Calls a handler forever, as a caller that will be killed."""
 
         async def call() -> None:
             number = 0
@@ -114,12 +114,13 @@ class Peer:
         }
 
     async def release(self) -> None:
-        """Lets the held calls go, and holds those to come."""
+        """Releases held calls; later calls are held again."""
         self._release.set()
         self._release = anyio.Event()
 
     async def limit(self, more: int | None) -> None:
-        """Lets the process have so many more descriptors than it has, or as many as before."""
+        """Limits the process to ``more`` descriptors in addition to its own; None restores the
+        limit."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if more is None:
             soft = self._soft
@@ -128,7 +129,7 @@ class Peer:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     async def finish(self) -> dict[str, Any]:
-        """Closes everything; what was measured."""
+        """Closes everything and returns the measurements."""
         end = self._meter.sample()
         state = await self.state()
         self._attached.cancel()
@@ -143,7 +144,7 @@ class Peer:
         if not data:
             self._counts["empty"] += 1
             return b""
-        number = self._note(data)
+        number = self._record(data)
         return self._reply(number)
 
     async def _echo(self, data: bytes, caller: object) -> bytes:
@@ -158,27 +159,27 @@ class Peer:
             self._held -= 1
 
     async def _frames(self, info: StreamInfo, stream: Stream) -> None:
-        """Answers each frame; ends the stream when told so, or when the caller does."""
+        """Answers frames, and ends the stream on the caller's request or after the caller."""
         try:
             async with stream:
                 while (head := await stream.read(1)) == b"f":
                     length = int.from_bytes(await stream.readexactly(4), "little")
-                    number = self._note(await stream.readexactly(length))
+                    number = self._record(await stream.readexactly(length))
                     reply = self._reply(number)
                     await stream.send(len(reply).to_bytes(4, "little") + reply)
                     self._meter.operations += 1
                 if head == b"e":
-                    # The caller has everything: it is for this side to end it.
+                    # The caller has everything and asks this side to end the stream.
                     await stream.send_eof()
                     head = await stream.read()
                 if head:
-                    self._wrong.append(f"{head[:20]!r} where the stream was to end")
+                    self._wrong.append(f"{head[:20]!r} instead of EOF")
                 self._counts["ended"] += 1
         except (anyio.BrokenResourceError, IncompleteRead):
             self._counts["broken"] += 1
 
     async def _slow_reader(self, info: StreamInfo, stream: Stream) -> None:
-        """Reads 1 MiB a second, checks it, and says every second how far it has come."""
+        """Reads 1 MiB per second, checks it, and records how far it has come."""
         offset, began = 0, time.monotonic()
         async with stream:
             try:
@@ -193,7 +194,7 @@ class Peer:
                 self._counts["broken"] += 1
 
     async def _fast_writer(self, info: StreamInfo, stream: Stream) -> None:
-        """Writes as fast as it may, until the caller has gone."""
+        """Writes as fast as it can until the caller leaves."""
         offset = 0
         async with stream:
             try:
@@ -207,7 +208,7 @@ class Peer:
                 pass
 
     async def _slow_writer(self, info: StreamInfo, stream: Stream) -> None:
-        """Writes 100 bytes ten times a second, until the caller has gone."""
+        """Writes 100 bytes ten times a second until the caller leaves."""
         offset = 0
         async with stream:
             try:
@@ -218,11 +219,11 @@ class Peer:
             except anyio.BrokenResourceError:
                 pass
 
-    def _note(self, data: bytes) -> int:
+    def _record(self, data: bytes) -> int:
         number = payloads.number_of(data)
         if number is None:
-            self._wrong.append(f"a request of {len(data)} bytes is none")
-            raise ValueError("a wrong payload")
+            self._wrong.append(f"a request of {len(data)} bytes is malformed")
+            raise ValueError("malformed request")
         if self._seen is not None and number < len(self._seen):
             times = {"swallow": 0, "repeat": 2}.get(self._sabotage.get(number, ""), 1)
             self._seen[number] = min(self._seen[number] + times, 255)
@@ -234,9 +235,9 @@ class Peer:
             return reply[:-1] + bytes([reply[-1] ^ 1])
         return reply
 
-    async def _serve_again(self) -> None:
-        """Registers the handlers of streams when the daemon was started again. Those of calls come
-        back by themselves."""
+    async def _register_again(self) -> None:
+        """Registers stream handlers again after a daemon restart. Unary handlers are registered
+        again automatically."""
         served = True
         with self._attached:
             while True:
@@ -259,7 +260,7 @@ async def main(directory: str, name: str, *sabotage: str) -> None:
             command, arguments = json.loads(line)
             answer = await getattr(peer, command)(**arguments)
             print(json.dumps(answer), flush=True)
-        # Nothing is left to be told, by whoever is gone.
+        # The controlling process is gone; no clean exit is needed.
         os._exit(0)
 
 

@@ -1,9 +1,8 @@
-"""A daemon ended every three seconds under load, and started again as the same peer, for three
-minutes: the caller's and the handlers' in turn, killed and asked to end in turn.
+"""A daemon restarted every three seconds under load, as the same peer, for three minutes.
+Alternates between both daemons, and between SIGKILL and SIGTERM.
 
-Each call ends in its reply or in an error that says what happened, and is carried out at most
-once. Soon after each restart calls are answered again.
-"""
+Each call ends in its reply or in an error that names the cause, and is carried out at most once.
+Calls are answered again soon after each restart."""
 
 from __future__ import annotations
 
@@ -24,9 +23,9 @@ CALLERS = 32
 STREAMS = 8
 PROTOCOL = "/soak/frames"
 MOST = 1_000_000
-#: Within this, calls are answered again after a restart, in seconds.
+#: Time limit for a reply after a restart, in seconds.
 BACK = 15.0
-#: Of a call: a daemon that is killed can leave one unanswered at the other.
+#: Call timeout. A killed daemon can leave a call unanswered at the other daemon.
 PATIENCE = 10.0
 
 
@@ -96,21 +95,21 @@ async def run(soak: Soak) -> None:
                     break
                 await restart(daemon, how)
             over = True
-        # With nobody at them, everything is as it was.
+        # Without further restarts everything works as before.
         for _ in range(100):
             try:
                 await soak.call("soak", next(numbers), timeout=5)
             except ControlFailure as error:
-                soak.promise(False, f"a call failed when all was over: {error}")
+                soak.promise(False, f"a call failed afterwards: {error}")
                 break
         try:
             async with await soak.open_frames(PROTOCOL) as stream:
                 await soak.frame(stream, next(numbers))
         except STREAM_FAILURES as error:
-            soak.promise(False, f"a stream failed when all was over: {error}")
+            soak.promise(False, f"a stream failed afterwards: {error}")
         soak.figures.update({"restarts": restarts, "longest until a reply, s": longest})
         soak.promise(restarts >= 2, f"only {restarts} restarts")
-        soak.promise(not soak.client.unary.pending_calls, "calls are still awaited")
+        soak.promise(not soak.client.unary.pending_calls, "calls are still pending")
         soak.promise_errors(
             "ConnectionLost",
             "DaemonUnreachable",

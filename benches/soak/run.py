@@ -1,8 +1,8 @@
-"""Runs soak scenarios, each in a process of its own, and says what came of them.
+"""Runs soak scenarios, each in its own process, and reports the results.
 
 Usage: run.py [SCENARIO …] [--scale 0.01] [--loop asyncio|uvloop|trio] [--json FILE]
 
-Exits with 1 if a promise was broken, or a scenario did not come to its end in time.
+Exits with 1 if a guarantee was violated or a scenario did not end in time.
 ``--table FILE …`` renders saved reports as a table in Markdown instead.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from soak import harness, peer
 
-#: How long each may take at full scale, in minutes; whatever the scale, one more to start and end.
+#: Time limit of each scenario at full scale, in minutes. One minute is added at any scale.
 SCENARIOS = {
     "unary_calls": 60,
     "streams": 60,
@@ -39,14 +39,14 @@ SCENARIOS = {
 
 
 def in_process(scenario: str, scale: float, loop: str, sabotage: set[str], file: str) -> None:
-    """Runs one here, and writes its report."""
+    """Runs a scenario in this process, and writes its report."""
     soak = harness.Soak(scenario, scale, loop, sabotage)
     peer.run(loop, importlib.import_module(f"soak.{scenario}").run, soak)
     Path(file).write_text(json.dumps(soak.report.asdict()))
 
 
 def in_child(scenario: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs one in a process of its own."""
+    """Runs a scenario in its own process."""
     with tempfile.NamedTemporaryFile("r", prefix="soak-") as file:
         command = [sys.executable, __file__, "--into", file.name, scenario]
         command += ["--scale", str(arguments.scale), "--loop", arguments.loop]
@@ -99,8 +99,8 @@ def measured(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """The reports in Markdown. Where a cell has two figures, they are the caller's and the
-    handlers': of several processes, the worst."""
+    """Renders reports as a table in Markdown. A cell with two figures has the caller's, and the
+    worst one of the handlers'."""
     lines = [
         "| scenario | loop | operations | a second | errors | lost, corrupted, repeated "
         "| descriptors before → after | RSS at 10 % → end, MiB | MiB a minute | longest stall, ms "
@@ -136,17 +136,17 @@ def worst_stall(several: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is everything")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is full scale")
     parser.add_argument("--loop", choices=["asyncio", "uvloop", "trio"], default="asyncio")
     parser.add_argument("--json", metavar="FILE", help="where to write the reports")
-    parser.add_argument("--table", action="store_true", help="the arguments are saved reports")
+    parser.add_argument("--table", action="store_true", help="render saved reports")
     parser.add_argument(
         "--break",
         dest="sabotage",
         choices=harness.SABOTAGE,
         action="append",
         default=[],
-        help="do something wrong, which is to be noticed",
+        help="cause a defect on purpose, which must be detected",
     )
     parser.add_argument("--into", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

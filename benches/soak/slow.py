@@ -1,9 +1,9 @@
-"""A slow reader and a slow writer, on both sides, for two minutes.
+"""A slow reader and slow writers, for two minutes.
 
-Streams: one into a handler that reads 1 MiB a second, with ``send``; one from a handler that
-writes all it can with ``write`` and ``drain``, read here at that pace; and one from a handler that
-writes 1 kB a second. Each byte is checked. What is between writer and reader must not grow
-without end, and the writer must wait.
+One stream is sent to a handler that reads 1 MiB per second, with ``send``. One comes from a handler
+that writes as fast as it can, with ``write`` and ``drain``, and is read at the same rate. One comes
+from a handler that writes 1 kB per second. Every byte is checked. Buffers between writer and reader
+must stay bounded, and the writer must wait.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from soak.meter import MIB
 
 #: Seconds.
 FULL = 120
-#: Of what is written and not read, in bytes: the sockets', the daemons' and the window of yamux.
-BETWEEN = 48 * MIB
+#: Maximum of unread bytes: buffers of sockets and daemons, and yamux's window.
+MAX_UNREAD = 48 * MIB
 PACE = 1 * MIB
 CHUNK = 64 << 10
 
@@ -65,7 +65,7 @@ async def run(soak: Soak) -> None:
                 offset += 250
                 soak.done()
         stream.abort()
-        soak.promise(offset >= seconds * 500, f"only {offset} bytes of the slow writer came")
+        soak.promise(offset >= seconds * 500, f"only {offset} bytes of the slow writer arrived")
 
     async def watch() -> None:
         nonlocal most_between
@@ -97,8 +97,8 @@ async def run(soak: Soak) -> None:
             }
         )
         soak.promise(
-            most_between <= BETWEEN, f"{most_between / MIB:.0f} MiB between writer and reader"
+            most_between <= MAX_UNREAD, f"{most_between / MIB:.0f} MiB between writer and reader"
         )
         read = seconds * PACE
         soak.promise(received >= read / 3, f"only {received} bytes were read in {seconds} s")
-        soak.promise(sent <= read + BETWEEN, "the writer did not wait for the slow reader")
+        soak.promise(sent <= read + MAX_UNREAD, "the writer did not wait for the slow reader")

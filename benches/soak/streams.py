@@ -1,9 +1,8 @@
-"""A hundred thousand streams, 64 at a time: a frame each way, checked, and then its end.
+"""A hundred thousand streams, 64 at a time: a checked frame in each direction, then EOF.
 
-Every other stream is ended by the caller, who says that this is all and reads the end; the rest
-by the handler, once told that the caller has everything. (The Go daemons can cut what was sent
-right before an end.)
-"""
+The caller ends every other stream, with ``send_eof``, and reads up to EOF. The handler ends the
+rest, once told that the caller has received everything. (The Go daemons can cut off data sent right
+before an end.)"""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ async def run(soak: Soak) -> None:
         await soak.serve("frames", PROTOCOL)
         await soak.workers(AT_ONCE, work)
         soak.promise_errors(most=0)
-        soak.promise(not unclean, f"{unclean} streams had more than was sent")
+        soak.promise(not unclean, f"{unclean} streams had extra bytes")
         soak.promise_deliveries(soak.peers, all_answered=True)
         ended = await soak.count("ended", streams)
         soak.promise(ended == streams, f"the handlers saw {ended} of {streams} streams end")

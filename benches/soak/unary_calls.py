@@ -1,4 +1,4 @@
-"""A million unary calls, 64 in flight, of mixed sizes from nothing to 64 KiB."""
+"""A million unary calls, 64 in flight, with payloads of 0 bytes to 64 KiB."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from soak.harness import Soak
 
 FULL = 1_000_000
 IN_FLIGHT = 64
-#: One in so many has no payload, and so no number.
+#: One in this many calls has no payload, and so no number.
 EMPTY = 50
 
 
@@ -25,5 +25,5 @@ async def run(soak: Soak) -> None:
         await soak.workers(IN_FLIGHT, work)
         [state] = await soak.ask_all("state")
         came = state["counts"]["empty"]
-        soak.promise(came == empty, f"{came} empty calls came, and not {empty}")
+        soak.promise(came == empty, f"{came} empty calls arrived, not {empty}")
         soak.promise_deliveries(soak.peers, all_answered=True)

@@ -273,9 +273,10 @@ against the daemons: a supported feature works; a missing one fails at once with
 here, and the client stays usable. The rest of the test suite also runs on each daemon, except for
 the tests of missing features.
 
-- **absent**: the daemon does not have the feature. - **broken upstream**: the daemon has the
-feature, but it does not work. - *ends*: the daemon's process ends. The request raises
-`ConnectionLost`; the client works again once the daemon has been restarted.
+- **absent**: the daemon does not have the feature.
+- **broken upstream**: the daemon has the feature, but it does not work.
+- *ends*: the daemon's process ends. The request raises `ConnectionLost`; the client works again
+  once the daemon has been restarted.
 
 jsp2pd can end whenever a client closes a connection that it is writing to (a stream that the peer
 still sends to, a cancelled call), because it does not handle the error `EPIPE` or `ECONNRESET`.
