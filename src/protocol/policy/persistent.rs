@@ -108,6 +108,19 @@ pub enum Registration<E> {
     Failed(E),
 }
 
+/// Decides whether a request is sent again: only if nothing of it was sent, and only once.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Retry {
+    used: bool,
+}
+
+impl Retry {
+    /// Whether to send the request again after a failure. `unsent`: the daemon cannot have read it.
+    pub fn allows(&mut self, unsent: bool) -> bool {
+        unsent && !std::mem::replace(&mut self.used, true)
+    }
+}
+
 /// Timeouts of a [`Lifecycle`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -225,8 +238,7 @@ enum Change<T> {
 struct Addition<T> {
     token: T,
     balanced: bool,
-    /// It was tried on a connection to which it could not be sent.
-    retried: bool,
+    retry: Retry,
 }
 
 impl<T> Default for Name<T> {
@@ -278,7 +290,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         entry.queue.push_back(Change::Add(Addition {
             token,
             balanced,
-            retried: false,
+            retry: Retry::default(),
         }));
         self.advance(name, now);
     }
@@ -430,7 +442,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         match (entry.in_flight.take(), outcome) {
             (request, Registration::Unsent(error)) => {
                 match request {
-                    Some(Request::Register(addition)) if !addition.retried => {
+                    Some(Request::Register(mut addition)) if addition.retry.allows(true) => {
                         self.try_again(name, addition);
                     }
                     request => entry.in_flight = request,
@@ -530,12 +542,12 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             .map(|(name, _)| name.as_str())
     }
 
-    /// Whether a connection is being opened.
-    pub fn is_opening(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Opening { .. } | Phase::Registering { .. }
-        )
+    /// The connection that the driver is opening.
+    pub fn opening(&self) -> Option<ConnectionId> {
+        match self.phase {
+            Phase::Opening { id, .. } => Some(id),
+            _ => None,
+        }
     }
 
     // --- within ---
@@ -673,10 +685,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             return;
         };
         entry.handler = None;
-        entry.queue.push_front(Change::Add(Addition {
-            retried: true,
-            ..addition
-        }));
+        entry.queue.push_front(Change::Add(addition));
         self.actions.push_back(Action::Forget(name.to_owned()));
     }
 

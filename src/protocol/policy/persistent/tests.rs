@@ -117,7 +117,7 @@ fn all_operations_share_one_attempt_to_open() {
     fixture.machine.connect(2, fixture.now);
     fixture.machine.add(3, "a", false, fixture.now);
     let id = fixture.opening();
-    assert!(fixture.machine.is_opening());
+    assert_eq!(fixture.machine.opening(), Some(id));
     assert!(fixture.machine.opened(id, fixture.now));
     assert_eq!(
         fixture.actions(),
@@ -487,6 +487,14 @@ fn an_unsent_registration_is_tried_once_more() {
         fixture.actions(),
         [Action::Close, forget("a"), failed(&[1], LOST)]
     );
+}
+
+#[test]
+fn a_request_is_retried_only_if_unsent_and_only_once() {
+    let mut retry = Retry::default();
+    assert!(!retry.allows(false));
+    assert!(retry.allows(true));
+    assert!(!retry.allows(true));
 }
 
 #[test]

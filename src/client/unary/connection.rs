@@ -1,0 +1,444 @@
+//! A persistent connection (hivemind's fork): the protocol's state machine and a socket.
+//!
+//! Callers encode their calls and send them, as far as the socket takes them. The
+//! [reader](super::reader) does the rest.
+
+use super::session::closed;
+use crate::error::Error;
+use crate::lock;
+use crate::socket::Socket;
+use bytes::{Bytes, BytesMut};
+use p2pd_protocol::policy::persistent::ConnectionId;
+use p2pd_protocol::unary::{self, CallId};
+use p2pd_protocol::{self as protocol, Output, PersistentClient, UnaryEvent};
+use std::collections::HashMap;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::sync::{oneshot, Notify};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+pub type Event = UnaryEvent<Token, Vec<u8>>;
+pub type Core = PersistentClient<Token, Vec<u8>>;
+
+/// What waits for an answer of the daemon.
+#[derive(Debug)]
+pub enum Token {
+    Call(oneshot::Sender<Result<Bytes, Error>>),
+    /// Registers the handler of this name.
+    Register(String),
+    /// Unregisters the handler of this name.
+    Unregister(String),
+}
+
+/// A persistent connection.
+pub struct Connection {
+    pub id: ConnectionId,
+    pub(super) socket: Socket,
+    pub(super) inner: Mutex<Inner>,
+    /// Wakes the reader for a change that no socket tells it of.
+    pub(super) attention: Notify,
+    /// The output has shrunk, or the connection is lost.
+    room: Notify,
+}
+
+pub(super) struct Inner {
+    pub core: Core,
+    output: Output<Bytes>,
+    /// Buffer for the head of a frame.
+    head: BytesMut,
+    /// Nothing is sent until the reader flushes: the replies to what one read brought go out
+    /// together.
+    pub corked: bool,
+    /// What the reader waits for.
+    pub awaited: Awaited,
+    /// The tasks of incoming calls.
+    pub work: HashMap<CallId, Option<AbortHandle>>,
+    /// Why it cannot be written to. What has arrived is still handed out.
+    pub broken: Option<Error>,
+    /// Why it is lost.
+    pub lost: Option<Error>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Awaited {
+    pub end: bool,
+    pub input: bool,
+    pub room: bool,
+    pub cancel_timer: bool,
+    /// Back-pressure on peers, which a timer stops.
+    pub hold_timer: bool,
+}
+
+impl Connection {
+    pub fn new(id: ConnectionId, socket: Socket, core: Core) -> Self {
+        let inner = Inner {
+            core,
+            output: Output::keeping(unary::KEPT_OUTPUT),
+            head: BytesMut::new(),
+            corked: false,
+            awaited: Awaited::default(),
+            work: HashMap::new(),
+            broken: None,
+            lost: None,
+        };
+        Self {
+            id,
+            socket,
+            inner: Mutex::new(inner),
+            attention: Notify::new(),
+            room: Notify::new(),
+        }
+    }
+
+    /// Waits until the connection is lost.
+    pub async fn lost(&self) -> Error {
+        loop {
+            let room = self.room.notified();
+            if let Some(error) = &lock(&self.inner).lost {
+                return error.clone();
+            }
+            room.await;
+        }
+    }
+
+    /// Waits until there is room for another call.
+    pub async fn room(&self) {
+        loop {
+            let room = self.room.notified();
+            {
+                let inner = lock(&self.inner);
+                if inner.is_gone() || inner.output.len() <= unary::HIGH_WATER {
+                    return;
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Waits until everything is sent.
+    pub async fn flushed(&self) {
+        loop {
+            let room = self.room.notified();
+            {
+                let inner = lock(&self.inner);
+                if inner.is_gone() || inner.output.is_empty() {
+                    return;
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Sends a call. `encode` appends its head to the buffer; `payload` follows.
+    ///
+    /// # Errors
+    /// Nothing of the call was sent.
+    pub fn call(
+        self: &Arc<Self>,
+        payload: &Bytes,
+        encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, protocol::Error>,
+    ) -> Result<PendingCall, Error> {
+        let (sender, reply) = oneshot::channel();
+        let id = self.request(Token::Call(sender), payload, encode)?;
+        Ok(PendingCall {
+            connection: Arc::clone(self),
+            id,
+            reply: Some(reply),
+        })
+    }
+
+    /// Sends a request. `token` is given to the reader with the answer.
+    ///
+    /// # Errors
+    /// Nothing of the request was sent.
+    pub fn request(
+        &self,
+        token: Token,
+        payload: &Bytes,
+        encode: impl FnOnce(&mut Core, Token, &mut BytesMut) -> Result<CallId, protocol::Error>,
+    ) -> Result<CallId, Error> {
+        let mut inner = lock(&self.inner);
+        if inner.is_gone() {
+            return Err(Error::lost("the connection is closed", true));
+        }
+        let Inner { core, head, .. } = &mut *inner;
+        head.clear();
+        let id = encode(core, token, head)?;
+        if let Err(error) = inner.write(&self.socket, payload) {
+            let token = inner.core.forget(&id);
+            self.changed(inner);
+            drop(token);
+            return Err(Error::lost(error, true));
+        }
+        self.changed(inner);
+        Ok(id)
+    }
+
+    /// Replies to an incoming call, unless its caller is gone.
+    pub fn reply(&self, id: &CallId, outcome: Result<Bytes, String>) {
+        let (payload, error) = match outcome {
+            Ok(payload) => (payload, None),
+            Err(error) => (Bytes::new(), Some(error)),
+        };
+        let len = payload.len();
+        self.send(&payload, |inner| {
+            let Inner {
+                core, head, work, ..
+            } = inner;
+            work.remove(id);
+            match error {
+                None => core.reply(id, len, head),
+                Some(error) => {
+                    core.reply_error(id, &error, head);
+                    false
+                }
+            }
+        });
+    }
+
+    /// Sends what `encode` makes, which has no payload.
+    pub fn send_head(&self, encode: impl FnOnce(&mut Core, &mut BytesMut)) {
+        self.send(&Bytes::new(), |inner| {
+            encode(&mut inner.core, &mut inner.head);
+            false
+        });
+    }
+
+    /// Sends what `encode` makes, and `payload` if it returns true.
+    fn send(&self, payload: &Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
+        let mut inner = lock(&self.inner);
+        if inner.is_gone() {
+            return;
+        }
+        inner.head.clear();
+        let sent = if encode(&mut inner) {
+            inner.write(&self.socket, payload)
+        } else {
+            inner.write(&self.socket, &Bytes::new())
+        };
+        // The reader finds the error in `broken`.
+        let _ = sent;
+        self.changed(inner);
+    }
+
+    /// Cancels all calls, in both directions: Go's daemon does not tell peers that a client left.
+    pub fn shut_down(&self) {
+        lock(&self.inner).corked = false;
+        self.send_head(|core, head| core.shut_down("the handler's client was closed", head));
+        self.flush();
+    }
+
+    /// Closes the connection. If it is broken the reader does so, once it has handed out what has
+    /// arrived.
+    pub fn close(&self) {
+        self.shut_down();
+        let is_broken = lock(&self.inner).broken.is_some();
+        if !is_broken {
+            self.lose(&closed());
+        }
+    }
+
+    /// Sends what waits, as far as the socket takes it.
+    pub fn flush(&self) {
+        let mut sent = Vec::new();
+        let mut rest = Output::default();
+        let low = {
+            let mut inner = lock(&self.inner);
+            if let Err(error) = inner.flush(&self.socket, &mut sent) {
+                inner.broken = Some(Error::lost(&error, false));
+                rest = std::mem::take(&mut inner.output);
+            }
+            inner.output.len() <= unary::LOW_WATER
+        };
+        drop((sent, rest));
+        if low {
+            self.room.notify_waiters();
+        }
+    }
+
+    /// Wakes the reader if it has to wait for something else now.
+    fn changed(&self, mut inner: MutexGuard<'_, Inner>) {
+        let wanted = inner.wants();
+        if wanted != inner.awaited {
+            inner.awaited = wanted;
+            drop(inner);
+            self.attention.notify_one();
+        }
+    }
+
+    /// Ends the connection: all calls fail, and all handlers are cancelled.
+    pub fn lose(&self, error: &Error) {
+        let (pending, work, output) = {
+            let mut inner = lock(&self.inner);
+            if inner.lost.is_some() {
+                return;
+            }
+            inner.lost = Some(error.clone());
+            let pending = inner.core.take_pending();
+            let work = std::mem::take(&mut inner.work);
+            (pending, work, std::mem::take(&mut inner.output))
+        };
+        drop(output);
+        // Unread input would reset the connection, and the peer lose what was sent last.
+        self.socket.drain();
+        self.socket.end();
+        for token in pending {
+            // The session learns of the others with the loss.
+            if let Token::Call(caller) = token {
+                complete(caller, Err(error.clone()));
+            }
+        }
+        for task in work.into_values().flatten() {
+            task.abort();
+        }
+        self.attention.notify_one();
+        self.room.notify_waiters();
+    }
+}
+
+/// Gives a caller the outcome. It may have given up.
+pub fn complete(
+    caller: oneshot::Sender<Result<Bytes, Error>>,
+    outcome: Result<Bytes, Error>,
+) {
+    let _ = caller.send(outcome);
+}
+
+/// A call that waits for its reply. Dropping it cancels the call.
+pub struct PendingCall {
+    connection: Arc<Connection>,
+    id: CallId,
+    reply: Option<oneshot::Receiver<Result<Bytes, Error>>>,
+}
+
+impl PendingCall {
+    pub async fn reply(mut self) -> Result<Bytes, Error> {
+        let Some(reply) = &mut self.reply else {
+            return Err(closed());
+        };
+        let outcome = reply.await;
+        self.reply = None;
+        outcome.unwrap_or_else(|_| Err(closed()))
+    }
+}
+
+impl Drop for PendingCall {
+    fn drop(&mut self) {
+        if self.reply.is_some() {
+            // Dropped only when the lock is released.
+            let mut token = None;
+            self.connection.send_head(|core, head| {
+                token = core.cancel(&self.id, Instant::now().into_std(), head)
+            });
+        }
+    }
+}
+
+impl Inner {
+    pub fn is_gone(&self) -> bool {
+        self.broken.is_some() || self.lost.is_some()
+    }
+
+    pub fn wants(&self) -> Awaited {
+        Awaited {
+            end: self.is_gone(),
+            input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
+            room: !self.output.is_empty() && !self.corked,
+            cancel_timer: self.core.has_unconfirmed_cancels(),
+            hold_timer: !self.core.wants_input(),
+        }
+    }
+
+    /// Writes the head that was encoded, if any, and the payload. Queues what the socket does not
+    /// take. After an error nothing can be written any more.
+    fn write(&mut self, socket: &Socket, payload: &Bytes) -> io::Result<()> {
+        if self.head.is_empty() {
+            return Ok(());
+        }
+        let mut sent = 0;
+        if self.output.is_empty() && !self.corked {
+            let pieces = [IoSlice::new(&self.head), IoSlice::new(payload)];
+            match unless_blocked(socket.try_write_vectored(&pieces)) {
+                Ok(count) => sent = count.unwrap_or(0),
+                Err(error) => {
+                    self.broken = Some(Error::lost(&error, false));
+                    return Err(error);
+                }
+            }
+            if sent == self.head.len() + payload.len() {
+                return Ok(());
+            }
+        }
+        let of_head = sent.min(self.head.len());
+        self.output.push_copied(&self.head[of_head..]);
+        self.output.push_shared(payload.clone(), sent - of_head);
+        Ok(())
+    }
+
+    /// Writes what waits, as far as the socket takes it. Adds the written payloads to `sent`, to be
+    /// dropped when the lock is released: their owners may run any code.
+    fn flush(&mut self, socket: &Socket, sent: &mut Vec<Bytes>) -> io::Result<()> {
+        while !self.output.is_empty() && !self.corked {
+            match unless_blocked(socket.try_write_vectored(&self.output.slices()))? {
+                Some(count) => sent.extend(self.output.sent(count)),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, up to the read budget. Returns whether there may be more.
+    pub fn read(
+        &mut self,
+        read: impl Fn(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
+        scratch: &mut [u8],
+        events: &mut Vec<Event>,
+    ) -> Result<bool, Error> {
+        let mut budget = unary::READ_BUDGET;
+        loop {
+            let (room, wanted, count) = match self.core.payload_buffer() {
+                Some(room) => {
+                    let ahead = &mut scratch[..unary::LOOK_AHEAD];
+                    let (len, wanted) = (room.len(), room.len() + ahead.len());
+                    let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(ahead)];
+                    (len, wanted, read(&mut pieces))
+                }
+                None => {
+                    let mut pieces = [IoSliceMut::new(scratch)];
+                    (0, unary::READ_SIZE, read(&mut pieces))
+                }
+            };
+            let count = match unless_blocked(count) {
+                Ok(Some(0)) => return Err(self.core.end_of_file().into()),
+                Ok(Some(count)) => count,
+                Ok(None) => return Ok(false),
+                Err(error) => return Err(Error::lost(error, false)),
+            };
+            self.core.payload_filled(count.min(room));
+            self.poll(&scratch[..count.saturating_sub(room)], events)?;
+            budget = budget.saturating_sub(count);
+            if count < wanted || !self.wants().input {
+                return Ok(false);
+            }
+            if budget == 0 {
+                return Ok(true);
+            }
+        }
+    }
+
+    pub fn poll(&mut self, mut input: &[u8], events: &mut Vec<Event>) -> Result<(), Error> {
+        while let Some(event) = self.core.poll(&mut input)? {
+            events.push(event);
+        }
+        Ok(())
+    }
+}
+
+fn unless_blocked(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
+    match outcome {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,264 @@
+//! The task that reads a persistent connection. It hands replies to their callers, starts a task for
+//! each call of a peer, and sends what did not fit into the socket before.
+
+use super::connection::{complete, Awaited, Connection, Event, Token};
+use super::handler::Reply;
+use super::session::{closed, Session};
+use super::UnaryCall;
+use crate::error::Error;
+use crate::{lock, runtime_ended};
+use bytes::Bytes;
+use p2pd_protocol::unary::{self, CallId};
+use p2pd_protocol::{PeerId, UnaryEvent};
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::time::{sleep_until, Instant};
+
+/// Reads a connection until it is lost.
+pub struct Reader {
+    connection: Arc<Connection>,
+    session: Weak<Session>,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // Does nothing unless the task was dropped with its runtime.
+        self.connection.lose(&runtime_ended());
+        let error = lock(&self.connection.inner).lost.clone();
+        if let (Some(session), Some(error)) = (self.session.upgrade(), error) {
+            session.lost(&self.connection, error);
+        }
+    }
+}
+
+impl Reader {
+    pub fn new(connection: Arc<Connection>, session: Weak<Session>) -> Self {
+        Self {
+            connection,
+            session,
+        }
+    }
+
+    /// Reads until the connection is lost. `ahead` arrived right behind the answer to the upgrade.
+    pub async fn run(self, ahead: Bytes) {
+        let connection = &self.connection;
+        let mut scratch = vec![0; unary::READ_SIZE];
+        let mut events = Vec::new();
+        let outcome = lock(&connection.inner).poll(&ahead, &mut events);
+        let mut outcome = outcome.map(|()| false);
+        let mut timers = Timers::default();
+        loop {
+            self.hand_out(&mut events);
+            match outcome {
+                Err(error) => return connection.lose(&error),
+                // Fairness to other tasks.
+                Ok(true) => tokio::task::yield_now().await,
+                Ok(false) => {}
+            }
+            self.uncork().await;
+            let awaited = {
+                let mut inner = lock(&connection.inner);
+                inner.awaited = inner.wants();
+                timers.hold = inner.core.limits().hold;
+                inner.awaited
+            };
+            if awaited.end {
+                return self.end(&mut scratch, &mut events);
+            }
+            timers.set(awaited);
+            outcome = tokio::select! {
+                biased;
+                () = connection.attention.notified() => Ok(false),
+                ready = connection.socket.readable(), if awaited.input => {
+                    self.read(ready, &mut scratch, &mut events)
+                }
+                ready = connection.socket.writable(), if awaited.room => {
+                    ready.map_err(|error| Error::lost(error, false)).map(|()| {
+                        connection.flush();
+                        false
+                    })
+                }
+                () = at(timers.repeat_cancels) => {
+                    timers.repeat_cancels = None;
+                    let now = Instant::now().into_std();
+                    connection.send_head(|core, head| core.repeat_cancels(now, head));
+                    Ok(false)
+                }
+                () = at(timers.stop_back_pressure) => {
+                    timers.stop_back_pressure = None;
+                    lock(&connection.inner).core.stop_back_pressure();
+                    Ok(false)
+                }
+            };
+        }
+    }
+
+    fn read(
+        &self,
+        ready: io::Result<()>,
+        scratch: &mut [u8],
+        events: &mut Vec<Event>,
+    ) -> Result<bool, Error> {
+        ready.map_err(|error| Error::lost(error, false))?;
+        let outcome = {
+            let mut inner = lock(&self.connection.inner);
+            let socket = &self.connection.socket;
+            let outcome = inner.read(|pieces| socket.try_read_vectored(pieces), scratch, events);
+            // The tasks that several events wake send their messages together.
+            inner.corked = events.len() > 1;
+            outcome
+        };
+        // While there is always input, `writable` is never polled.
+        self.connection.flush();
+        outcome
+    }
+
+    /// Sends what was held back, once the tasks that were woken have run.
+    async fn uncork(&self) {
+        if lock(&self.connection.inner).corked {
+            tokio::task::yield_now().await;
+            lock(&self.connection.inner).corked = false;
+            self.connection.flush();
+        }
+    }
+
+    /// Loses a connection that cannot be written to, once what has arrived is handed out.
+    fn end(&self, scratch: &mut [u8], events: &mut Vec<Event>) {
+        let broken = {
+            let mut inner = lock(&self.connection.inner);
+            if inner.lost.is_some() {
+                return;
+            }
+            // The daemon has closed it, so there is no more than the socket's buffer holds.
+            let socket = &self.connection.socket;
+            for _ in 0..64 {
+                let read = inner.read(|pieces| socket.read_now(pieces), scratch, events);
+                if !matches!(read, Ok(true)) {
+                    break;
+                }
+            }
+            inner.broken.clone()
+        };
+        self.hand_out(events);
+        self.connection.lose(&broken.unwrap_or_else(closed));
+    }
+
+    fn hand_out(&self, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            match event {
+                UnaryEvent::Reply { token, payload } => self.answer(token, Ok(payload.into())),
+                UnaryEvent::Acknowledged { token } => self.answer(token, Ok(Bytes::new())),
+                UnaryEvent::HandlerFailed { token, error } => {
+                    let failed = Error::HandlerFailed {
+                        message: error,
+                        context: Box::default(),
+                    };
+                    self.answer(token, Err(failed));
+                }
+                UnaryEvent::Refused { token, error } => {
+                    self.answer(token, Err(Error::refused(error)));
+                }
+                UnaryEvent::InvalidReply { token, error }
+                | UnaryEvent::Oversized { token, error } => {
+                    self.answer(token, Err(error.into()));
+                }
+                UnaryEvent::Call {
+                    id,
+                    peer,
+                    protocol,
+                    payload,
+                } => self.serve(id, peer, &protocol, payload.into()),
+                UnaryEvent::Cancelled { id } => {
+                    let task = lock(&self.connection.inner).work.remove(&id);
+                    if let Some(Some(task)) = task {
+                        task.abort();
+                    }
+                }
+                UnaryEvent::Rejected { id, reason } => self
+                    .connection
+                    .send_head(|core, head| core.refuse(&id, &reason, head)),
+                UnaryEvent::Skipped { error } => {
+                    log::warn!("skipped a message of the daemon without a call id: {error}");
+                }
+            }
+        }
+    }
+
+    /// Gives the daemon's answer to whoever sent the request.
+    fn answer(&self, token: Token, outcome: Result<Bytes, Error>) {
+        let name = match token {
+            Token::Call(caller) => return complete(caller, outcome),
+            Token::Register(ref name) | Token::Unregister(ref name) => name,
+        };
+        let Some(session) = self.session.upgrade() else {
+            return;
+        };
+        if let Token::Register(_) = token {
+            session.registered(&self.connection, name, outcome.map(drop));
+        } else {
+            session.unregistered(&self.connection, name);
+        }
+    }
+
+    /// Starts a task for a call.
+    fn serve(&self, id: CallId, peer: Bytes, protocol: &str, payload: Bytes) {
+        let reply = Reply::new(Arc::clone(&self.connection), id);
+        let session = self.session.upgrade();
+        let Some(handler) = session.and_then(|session| session.handler(protocol)) else {
+            return reply.send(Err(format!("no handler for the protocol {protocol:?}")));
+        };
+        let peer = PeerId::from_bytes(peer);
+        {
+            let mut inner = lock(&self.connection.inner);
+            if inner.lost.is_some() {
+                drop(inner); // dropping the reply locks it
+                return;
+            }
+            // Entered before the task can end.
+            inner.work.insert(id, None);
+        }
+        // Not under the lock: a runtime that shuts down drops the task at once, and with it the reply.
+        let task = tokio::spawn(async move {
+            let outcome = handler.handle(UnaryCall { peer, payload }).await;
+            reply.send(outcome);
+        });
+        let mut inner = lock(&self.connection.inner);
+        if inner.lost.is_some() {
+            drop(inner);
+            task.abort();
+        } else if let Some(entry) = inner.work.get_mut(&id) {
+            *entry = Some(task.abort_handle());
+        }
+    }
+}
+
+/// Timers of the reader.
+#[derive(Default)]
+struct Timers {
+    repeat_cancels: Option<Instant>,
+    stop_back_pressure: Option<Instant>,
+    /// Longest time of back-pressure.
+    hold: Option<Duration>,
+}
+
+impl Timers {
+    fn set(&mut self, awaited: Awaited) {
+        if awaited.cancel_timer && self.repeat_cancels.is_none() {
+            self.repeat_cancels = Some(Instant::now() + unary::CANCEL_INTERVAL);
+        }
+        if !awaited.hold_timer {
+            self.stop_back_pressure = None;
+        } else if self.stop_back_pressure.is_none() {
+            // A hold that an Instant cannot express never ends.
+            self.stop_back_pressure = self.hold.and_then(|hold| Instant::now().checked_add(hold));
+        }
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}

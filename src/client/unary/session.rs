@@ -1,0 +1,483 @@
+//! A client's persistent connection and handlers, until the client is closed.
+//!
+//! [`Lifecycle`] decides what is done; this carries it out with tokio's tasks and timers.
+
+use super::connection::{Connection, Token};
+use super::handler::Handler;
+use super::reader::Reader;
+use crate::pool::Pool;
+use crate::error::Error;
+use crate::socket::Socket;
+use crate::{lock, runtime_ended};
+use bytes::Bytes;
+use p2pd_protocol::policy::persistent::{
+    Action, ConnectionId, Failure, Lifecycle, Registration, Timing,
+};
+use p2pd_protocol::{PersistentClient, UnaryLimits};
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep_until, timeout, Instant};
+
+/// Time for the last messages to be sent when the client is closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The persistent connection of a client, and the handlers that it serves.
+pub struct Session {
+    pool: Arc<Pool>,
+    limits: UnaryLimits,
+    state: Mutex<State>,
+}
+
+struct State {
+    lifecycle: Lifecycle<u64, Error>,
+    last_token: u64,
+    operations: HashMap<u64, Operation>,
+    handlers: HashMap<String, Arc<Handler>>,
+    connection: Option<Arc<Connection>>,
+    /// Whether the connection can be used for calls.
+    ready: bool,
+    opening: Option<(ConnectionId, AbortHandle)>,
+    timer: Option<(Instant, AbortHandle)>,
+}
+
+/// An operation of the lifecycle.
+struct Operation {
+    done: oneshot::Sender<Result<(), Error>>,
+    /// The handler that it adds.
+    handler: Option<Arc<Handler>>,
+}
+
+/// What must wait until the state is unlocked: it can run other people's code, or come back here.
+#[derive(Default)]
+struct Deferred {
+    open: Option<ConnectionId>,
+    abort: Option<AbortHandle>,
+    close: Vec<Arc<Connection>>,
+    completed: Vec<(Operation, Result<(), Error>)>,
+    dropped: Vec<Arc<Handler>>,
+}
+
+impl Session {
+    pub fn new(pool: Arc<Pool>, limits: UnaryLimits) -> Arc<Self> {
+        let mut random = [0; 8];
+        // Without a random number there is only no jitter.
+        let _ = getrandom::fill(&mut random);
+        let state = State {
+            lifecycle: Lifecycle::new(Timing::default(), u64::from_ne_bytes(random)),
+            last_token: 0,
+            operations: HashMap::new(),
+            handlers: HashMap::new(),
+            connection: None,
+            ready: false,
+            opening: None,
+            timer: None,
+        };
+        Arc::new(Self {
+            pool,
+            limits,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// The connection, if it is open and all handlers are registered.
+    pub fn connection(&self) -> Option<Arc<Connection>> {
+        let state = lock(&self.state);
+        state.connection.clone().filter(|_| state.ready)
+    }
+
+    /// Waits until the connection is open.
+    pub async fn connect(self: &Arc<Self>) -> Result<(), Error> {
+        self.operate(None, |lifecycle, token, now| lifecycle.connect(token, now))
+            .await
+    }
+
+    pub async fn add(self: &Arc<Self>, protocol: &str, handler: Arc<Handler>) -> Result<(), Error> {
+        let balanced = handler.balanced;
+        self.operate(Some(handler), |lifecycle, token, now| {
+            lifecycle.add(token, protocol, balanced, now);
+        })
+        .await
+    }
+
+    pub async fn remove(self: &Arc<Self>, protocol: &str) -> Result<(), Error> {
+        self.operate(None, |lifecycle, token, now| {
+            lifecycle.remove(token, protocol, now);
+        })
+        .await
+    }
+
+    /// The handler for the calls of a name.
+    pub fn handler(&self, protocol: &str) -> Option<Arc<Handler>> {
+        lock(&self.state).handlers.get(protocol).cloned()
+    }
+
+    /// Names of the handlers.
+    pub fn handlers(&self) -> Vec<String> {
+        lock(&self.state).handlers.keys().cloned().collect()
+    }
+
+    /// A connection is lost, or about to be.
+    pub fn lost(self: &Arc<Self>, connection: &Connection, error: Error) {
+        self.drive(|state, now| {
+            if matches!(&state.connection, Some(current) if current.id == connection.id) {
+                state.connection = None;
+                state.ready = false;
+            }
+            state.lifecycle.lost(connection.id, error, now);
+        });
+    }
+
+    /// The daemon has answered a request to register a handler.
+    pub fn registered(
+        self: &Arc<Self>,
+        connection: &Connection,
+        name: &str,
+        outcome: Result<(), Error>,
+    ) {
+        let outcome = match outcome {
+            Ok(()) => Registration::Accepted,
+            Err(error @ Error::Refused { .. }) => Registration::Refused(error),
+            Err(error) => Registration::Failed(error),
+        };
+        self.drive(|state, now| {
+            state
+                .lifecycle
+                .registered(connection.id, name, outcome, now);
+        });
+    }
+
+    /// The daemon has answered a request to unregister a handler.
+    pub fn unregistered(self: &Arc<Self>, connection: &Connection, name: &str) {
+        self.drive(|state, now| state.lifecycle.unregistered(connection.id, name, now));
+    }
+
+    /// Closes the connection, once its last messages are sent, and drops the handlers.
+    pub async fn close(self: &Arc<Self>) {
+        let mut connection = None;
+        self.drive(|state, _| {
+            connection = state.connection.take();
+            state.lifecycle.close();
+        });
+        if let Some(connection) = connection {
+            let guard = CloseGuard(Arc::clone(&connection));
+            connection.shut_down();
+            let _ = timeout(CLOSE_TIMEOUT, connection.flushed()).await;
+            drop(guard);
+        }
+    }
+
+    /// Begins an operation and waits for it. Dropping the future cancels it.
+    async fn operate(
+        self: &Arc<Self>,
+        handler: Option<Arc<Handler>>,
+        begin: impl FnOnce(&mut Lifecycle<u64, Error>, u64, std::time::Instant),
+    ) -> Result<(), Error> {
+        let (done, mut outcome) = oneshot::channel();
+        let mut token = 0;
+        self.drive(|state, now| {
+            state.last_token += 1;
+            token = state.last_token;
+            let operation = Operation { done, handler };
+            state.operations.insert(token, operation);
+            begin(&mut state.lifecycle, token, now);
+        });
+        let mut guard = CancelGuard {
+            session: self,
+            token,
+            finished: false,
+        };
+        let outcome = (&mut outcome).await.unwrap_or_else(|_| Err(closed()));
+        guard.finished = true;
+        outcome
+    }
+
+    /// Changes the state, and carries out what the lifecycle asks for then.
+    fn drive(self: &Arc<Self>, event: impl FnOnce(&mut State, std::time::Instant)) {
+        let mut deferred = Deferred::default();
+        {
+            let mut state = lock(&self.state);
+            event(&mut state, Instant::now().into_std());
+            while let Some(action) = state.lifecycle.poll() {
+                state.carry_out(action, &mut deferred);
+            }
+        }
+        self.set_timer();
+        let Deferred {
+            open,
+            abort,
+            close,
+            completed,
+            dropped,
+        } = deferred;
+        if let Some(task) = abort {
+            task.abort();
+        }
+        for connection in close {
+            connection.close();
+        }
+        for (operation, outcome) in completed {
+            let _ = operation.done.send(outcome);
+        }
+        drop(dropped);
+        if let Some(id) = open {
+            self.open(id);
+        }
+    }
+
+    /// Opens a connection in a task of its own, so that no caller can cancel it: if the daemon has no
+    /// other persistent connection, it would end with this one.
+    fn open(self: &Arc<Self>, id: ConnectionId) {
+        let report = OpeningReport {
+            session: Arc::downgrade(self),
+            id,
+            error: Some(runtime_ended()),
+        };
+        let pool = Arc::clone(&self.pool);
+        let opening = async move {
+            match pool.upgrade().await {
+                Ok((socket, ahead)) => report.succeed(socket, ahead),
+                Err(error) => report.fail(error),
+            }
+        };
+        if let Some(task) = spawn(opening) {
+            let mut state = lock(&self.state);
+            if state.lifecycle.opening() == Some(id) {
+                state.opening = Some((id, task));
+            } else {
+                drop(state);
+                task.abort();
+            }
+        }
+    }
+
+    fn begin(self: &Arc<Self>, id: ConnectionId, socket: Socket, ahead: Bytes) -> Result<(), Error> {
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(|error| Error::lost(error, true))?;
+        let core = PersistentClient::new(seed, self.limits);
+        let connection = Arc::new(Connection::new(id, socket, core));
+        let reader = Reader::new(Arc::clone(&connection), Arc::downgrade(self));
+        let mut is_wanted = false;
+        self.drive(|state, now| {
+            state.opening = None;
+            // The lifecycle's actions need it.
+            let before = state.connection.replace(Arc::clone(&connection));
+            is_wanted = state.lifecycle.opened(id, now);
+            if !is_wanted {
+                state.connection = before;
+            }
+        });
+        if is_wanted {
+            spawn(reader.run(ahead));
+        } else {
+            connection.lose(&closed());
+        }
+        Ok(())
+    }
+
+    /// Sets the timer for the lifecycle's deadline.
+    fn set_timer(self: &Arc<Self>) {
+        let mut state = lock(&self.state);
+        let deadline = state.lifecycle.deadline().map(Instant::from_std);
+        let current = state.timer.as_ref();
+        let current = current.filter(|(_, task)| !task.is_finished());
+        if current.map(|(at, _)| *at) == deadline {
+            return;
+        }
+        let before = state.timer.take();
+        drop(state);
+        if let Some((_, task)) = before {
+            task.abort();
+        }
+        let Some(deadline) = deadline else {
+            return;
+        };
+        let session = Arc::downgrade(self);
+        let task = spawn(async move {
+            sleep_until(deadline).await;
+            if let Some(session) = session.upgrade() {
+                session.drive(|state, now| {
+                    state.timer = None;
+                    state.lifecycle.time(now);
+                });
+            }
+        });
+        lock(&self.state).timer = task.map(|task| (deadline, task));
+    }
+}
+
+impl State {
+    fn carry_out(&mut self, action: Action<u64, Error>, deferred: &mut Deferred) {
+        match action {
+            Action::Open(id) => deferred.open = Some(id),
+            Action::CancelOpen(_) => {
+                deferred.open = None;
+                deferred.abort = self.opening.take().map(|(_, task)| task);
+            }
+            Action::Close => {
+                self.ready = false;
+                deferred.close.extend(self.connection.take());
+            }
+            Action::Ready => self.ready = true,
+            Action::Serve { name, token } => {
+                let handler = self.operations.get(&token).and_then(|it| it.handler.clone());
+                let before = handler.and_then(|handler| self.handlers.insert(name, handler));
+                deferred.dropped.extend(before);
+            }
+            Action::Forget(name) => deferred.dropped.extend(self.handlers.remove(&name)),
+            Action::Register { name, balanced } => self.register(&name, balanced),
+            Action::Unregister(name) => self.unregister(&name),
+            Action::Report { name, error } => {
+                log::error!("the unary handler of {name:?} is lost: {error}");
+            }
+            Action::Complete { tokens, outcome } => {
+                for token in tokens {
+                    if let Some(operation) = self.operations.remove(&token) {
+                        deferred.completed.push((operation, error_of(&outcome)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn register(&mut self, name: &str, balanced: bool) {
+        let Some(connection) = self.connection.clone() else {
+            return;
+        };
+        let token = Token::Register(name.to_owned());
+        let sent = connection.request(token, &Bytes::new(), |core, token, head| {
+            core.add_handler(name, balanced, token, head)
+        });
+        if let Err(error) = sent {
+            let outcome = if error.is_unsent() {
+                Registration::Unsent(error)
+            } else {
+                Registration::Failed(error)
+            };
+            let now = Instant::now().into_std();
+            self.lifecycle.registered(connection.id, name, outcome, now);
+        }
+    }
+
+    fn unregister(&mut self, name: &str) {
+        let Some(connection) = self.connection.clone() else {
+            return;
+        };
+        let token = Token::Unregister(name.to_owned());
+        let sent = connection.request(token, &Bytes::new(), |core, token, head| {
+            core.remove_handler(name, token, head)
+        });
+        if sent.is_err() {
+            let now = Instant::now().into_std();
+            self.lifecycle.unregistered(connection.id, name, now);
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        let (opening, timer) = (state.opening.take(), state.timer.take());
+        let connection = state.connection.take();
+        drop(state);
+        let tasks = [opening.map(|(_, task)| task), timer.map(|(_, task)| task)];
+        for task in tasks.into_iter().flatten() {
+            task.abort();
+        }
+        if let Some(connection) = connection {
+            connection.close();
+        }
+    }
+}
+
+/// Cancels an operation when dropped, unless its caller has learnt of its outcome.
+struct CancelGuard<'a> {
+    session: &'a Arc<Session>,
+    token: u64,
+    finished: bool,
+}
+
+impl Drop for CancelGuard<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            let mut operation = None;
+            self.session.drive(|state, now| {
+                operation = state.operations.remove(&self.token);
+                state.lifecycle.cancel(self.token, now);
+            });
+            drop(operation);
+        }
+    }
+}
+
+/// Tells the lifecycle what became of an attempt to open a connection, also if its task is dropped.
+struct OpeningReport {
+    session: Weak<Session>,
+    id: ConnectionId,
+    error: Option<Error>,
+}
+
+impl OpeningReport {
+    fn succeed(mut self, socket: Socket, ahead: Bytes) {
+        if let Some(session) = self.session.upgrade() {
+            self.error = session.begin(self.id, socket, ahead).err();
+        }
+    }
+
+    fn fail(mut self, error: Error) {
+        self.error = Some(error);
+    }
+}
+
+impl Drop for OpeningReport {
+    fn drop(&mut self) {
+        let (session, error) = (self.session.upgrade(), self.error.take());
+        if let (Some(session), Some(error)) = (session, error) {
+            session.drive(|state, now| {
+                if matches!(state.opening, Some((id, _)) if id == self.id) {
+                    state.opening = None;
+                }
+                state.lifecycle.open_failed(self.id, error, now);
+            });
+        }
+    }
+}
+
+/// Ends a connection when dropped.
+struct CloseGuard(Arc<Connection>);
+
+impl Drop for CloseGuard {
+    fn drop(&mut self) {
+        self.0.lose(&closed());
+    }
+}
+
+/// Runs a future in a task; drops it if there is no runtime.
+fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Option<AbortHandle> {
+    let runtime = Handle::try_current().ok()?;
+    Some(runtime.spawn(future).abort_handle())
+}
+
+fn error_of(outcome: &Result<(), Failure<Error>>) -> Result<(), Error> {
+    Err(match outcome {
+        Ok(()) => return Ok(()),
+        Err(Failure::Driver(error)) => error.clone(),
+        Err(Failure::AlreadyRegistered) => Error::AlreadyRegistered {
+            context: Box::default(),
+        },
+        Err(Failure::NotRegistered) => Error::NotRegistered {
+            context: Box::default(),
+        },
+        Err(Failure::TimedOut(after)) => Error::timeout(*after),
+        Err(Failure::Closed) => closed(),
+    })
+}
+
+/// The error of operations on a client that was closed.
+pub fn closed() -> Error {
+    Error::lost("the client was closed", false)
+}
