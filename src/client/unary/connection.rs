@@ -298,10 +298,7 @@ impl Connection {
 }
 
 /// Gives a caller the outcome. It may have given up.
-pub fn complete(
-    caller: oneshot::Sender<Result<Bytes, Error>>,
-    outcome: Result<Bytes, Error>,
-) {
+pub fn complete(caller: oneshot::Sender<Result<Bytes, Error>>, outcome: Result<Bytes, Error>) {
     let _ = caller.send(outcome);
 }
 

@@ -9,8 +9,8 @@ mod handler;
 mod reader;
 mod session;
 
-use super::pool::Pool;
 use super::error::{Context, Error};
+use super::pool::Pool;
 use super::{lock, Client};
 use bytes::Bytes;
 use handler::Handler;
@@ -144,7 +144,7 @@ impl Client {
     ///
     /// [`IncomingStreams`]: super::IncomingStreams
     pub async fn close(&self) {
-        self.connector().close_idle();
+        self.pool().close_idle();
         self.unary().close().await;
     }
 

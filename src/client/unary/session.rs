@@ -5,8 +5,8 @@
 use super::connection::{Connection, Token};
 use super::handler::Handler;
 use super::reader::Reader;
-use crate::pool::Pool;
 use crate::error::Error;
+use crate::pool::Pool;
 use crate::socket::Socket;
 use crate::{lock, runtime_ended};
 use bytes::Bytes;
@@ -255,7 +255,12 @@ impl Session {
         }
     }
 
-    fn begin(self: &Arc<Self>, id: ConnectionId, socket: Socket, ahead: Bytes) -> Result<(), Error> {
+    fn begin(
+        self: &Arc<Self>,
+        id: ConnectionId,
+        socket: Socket,
+        ahead: Bytes,
+    ) -> Result<(), Error> {
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|error| Error::lost(error, true))?;
         let core = PersistentClient::new(seed, self.limits);
@@ -324,7 +329,10 @@ impl State {
             }
             Action::Ready => self.ready = true,
             Action::Serve { name, token } => {
-                let handler = self.operations.get(&token).and_then(|it| it.handler.clone());
+                let handler = self
+                    .operations
+                    .get(&token)
+                    .and_then(|it| it.handler.clone());
                 let before = handler.and_then(|handler| self.handlers.insert(name, handler));
                 deferred.dropped.extend(before);
             }

@@ -442,8 +442,12 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         match (entry.in_flight.take(), outcome) {
             (request, Registration::Unsent(error)) => {
                 match request {
-                    Some(Request::Register(mut addition)) if addition.retry.allows(true) => {
-                        self.try_again(name, addition);
+                    Some(Request::Register(mut addition)) => {
+                        if addition.retry.allows(true) {
+                            self.try_again(name, addition);
+                        } else {
+                            entry.in_flight = Some(Request::Register(addition));
+                        }
                     }
                     request => entry.in_flight = request,
                 }
