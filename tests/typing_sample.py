@@ -22,6 +22,7 @@ from p2pclient_rs import (
     PeerInfo,
     PublicKey,
     PubsubMessage,
+    Results,
     Stream,
     StreamInfo,
     Subscription,
@@ -78,6 +79,13 @@ async def streams(client: Client, peer: PeerID) -> None:
 async def dht(client: Client, peer: PeerID) -> None:
     assert_type(await client.dht.find_peer(peer), PeerInfo)
     assert_type(await client.dht_find_peer(peer), PeerInfo)
+    assert_type(client.dht.find_providers(b"", 1), Results[PeerInfo])
+    assert_type(client.dht_find_providers(b"", 1), Results[PeerInfo])
+    async for provider in client.dht.find_providers(b"", 1):
+        assert_type(provider, PeerInfo)
+    async with client.dht_get_closest_peers(b"") as closest:
+        async for found in closest:
+            assert_type(found, PeerID)
     assert_type(await client.dht.find_peers_connected_to_peer(peer), tuple[PeerInfo, ...])
     assert_type(await client.dht_find_peers_connected_to_peer(peer), tuple[PeerInfo, ...])
     assert_type(await client.dht.find_providers(b"", 1), tuple[PeerInfo, ...])

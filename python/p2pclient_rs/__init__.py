@@ -50,6 +50,7 @@ from p2pclient_rs.exceptions import (
 from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
+from p2pclient_rs.results import Results
 from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
 from p2pclient_rs.unary import UnaryClient
 
@@ -101,6 +102,7 @@ __all__ = [
     "PubSubClient",
     "PublicKey",
     "PubsubMessage",
+    "Results",
     "Stream",
     "StreamAttribute",
     "StreamInfo",

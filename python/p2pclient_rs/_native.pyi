@@ -424,6 +424,9 @@ class ControlConnection:
     def flush(self) -> bool: ...
     def step(self) -> tuple[Any] | None:
         """Goes on with the exchange as far as the socket allows; (answer,) at its end."""
+    def next_value(self) -> tuple[Any, ...] | None:
+        """Goes on with a DHT query as far as the socket allows, one value at a time. None while
+        the next value is not there, then (value,); () at the end."""
     @property
     def reusable(self) -> bool: ...
     @property

@@ -17,6 +17,7 @@ from p2pclient_rs.listening import Listening
 from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
+from p2pclient_rs.results import Results
 from p2pclient_rs.streams import Subscription
 from p2pclient_rs.unary import (
     DEFAULT_HOLD,
@@ -249,23 +250,21 @@ class Client:
         """The addresses of a peer."""
         return await self.dht.find_peer(peer_id, timeout=timeout)
 
-    async def dht_find_peers_connected_to_peer(
+    def dht_find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
-    ) -> tuple[PeerInfo, ...]:
+    ) -> Results[PeerInfo]:
         """The peers connected to a peer. Today's Go daemons refuse it as not supported."""
-        return await self.dht.find_peers_connected_to_peer(peer_id, timeout=timeout)
+        return self.dht.find_peers_connected_to_peer(peer_id, timeout=timeout)
 
-    async def dht_find_providers(
+    def dht_find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
-    ) -> tuple[PeerInfo, ...]:
+    ) -> Results[PeerInfo]:
         """At most ``count`` providers of the content with a binary CID."""
-        return await self.dht.find_providers(content_id_bytes, count, timeout=timeout)
+        return self.dht.find_providers(content_id_bytes, count, timeout=timeout)
 
-    async def dht_get_closest_peers(
-        self, key: bytes, *, timeout: float | None = None
-    ) -> tuple[PeerID, ...]:
+    def dht_get_closest_peers(self, key: bytes, *, timeout: float | None = None) -> Results[PeerID]:
         """The peers closest to a key."""
-        return await self.dht.get_closest_peers(key, timeout=timeout)
+        return self.dht.get_closest_peers(key, timeout=timeout)
 
     async def dht_get_public_key(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
@@ -277,11 +276,9 @@ class Client:
         """The best value found for a key."""
         return await self.dht.get_value(key, timeout=timeout)
 
-    async def dht_search_value(
-        self, key: bytes, *, timeout: float | None = None
-    ) -> tuple[bytes, ...]:
+    def dht_search_value(self, key: bytes, *, timeout: float | None = None) -> Results[bytes]:
         """The values found for a key, each better than the one before."""
-        return await self.dht.search_value(key, timeout=timeout)
+        return self.dht.search_value(key, timeout=timeout)
 
     async def dht_put_value(
         self, key: bytes, value: bytes, *, timeout: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -113,7 +113,9 @@ class Types:
         return error
 
 
-class _Connection(NamedTuple):
+class Connection(NamedTuple):
+    """A control connection, and the wait of its event loop for it."""
+
     raw: ControlConnection
     watch: Watch
 
@@ -127,7 +129,7 @@ class _Pool:
 
     def __init__(self, max_connections: int, max_idle: int) -> None:
         self._max_idle = max_idle
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
         #: For the queries of asyncio's tasks, once there was a connection to spare.
         self.pipeline: Pipeline | None = None
         #: That one, and those that take no more and are not yet closed.
@@ -135,12 +137,12 @@ class _Pool:
         self._pipeline_watch: Watch | None = None
         #: An idle connection that is kept out of the pool. While it stays open, the daemon has not
         #: been restarted since it took the registrations. The lock guards requests on it.
-        self.witness: _Connection | None = None
+        self.witness: Connection | None = None
         self.witness_lock = anyio.Lock()
         self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
         self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
 
-    def take(self) -> _Connection | None:
+    def take(self) -> Connection | None:
         """An idle connection on which nothing has arrived unasked, as the end would have."""
         while self._idle:
             connection = self._idle.pop()
@@ -166,13 +168,13 @@ class _Pool:
             self._pipeline_watch = connection.watch
         return self.pipeline
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         if connection.raw.reusable and len(self._idle) < self._max_idle:
             self._idle.append(connection)
         else:
             connection.close()
 
-    def take_witness(self) -> _Connection | None:
+    def take_witness(self) -> Connection | None:
         """Returns the witness of a registration that was just made.
 
         The first one is the connection given back last, which carried the registration.
@@ -416,7 +418,7 @@ class DaemonConnector:
         carry_out(persistent, came)
         return persistent
 
-    async def _upgrade(self, name: str) -> _Connection:
+    async def _upgrade(self, name: str) -> Connection:
         try:
             _, connection = await self._exchange(Request.persistent_conn_upgrade())
         except DaemonRefused as error:
@@ -496,9 +498,46 @@ class DaemonConnector:
                     del answer  # which has the exception, whose traceback has this frame
         return (await self._exchange(request, retry))[0]
 
-    async def _exchange(self, request: Request[T], retry: bool = True) -> tuple[T, _Connection]:
-        """The answer, and the connection, which is open only if it became a stream. ``retry`` if it
-        may be sent again on another connection."""
+    async def start_query(
+        self, request: Request[tuple[T, ...]]
+    ) -> tuple[tuple[T, ...], Connection]:
+        """Sends a DHT query and waits for its first result.
+
+        The query no longer counts as a request under way after that, since the caller may need
+        others for what it does with the results.
+
+        Returns:
+            The first result, or an empty tuple if there are none. The connection, on which the
+            others follow: pass it to ``give_back`` after the last one, or close it.
+
+        Raises:
+            ControlFailure: One of its subclasses.
+        """
+        exchange: Any = self._exchange(request, read=_first_result)
+        result, connection = await exchange
+        return result, connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Keeps a connection for the next request, or closes it if it cannot be used again."""
+        self._pool().give_back(connection)
+
+    async def _exchange(
+        self,
+        request: Request[T],
+        retry: bool = True,
+        read: Callable[[Connection], Awaitable[Any]] | None = None,
+    ) -> tuple[T, Connection]:
+        """Sends a request.
+
+        Args:
+            request: The request.
+            retry: Whether it may be sent again on another connection.
+            read: Waits for the reply, or for the first part of it.
+
+        Returns:
+            The reply. The connection, which is open only if it became a stream, or if ``read``
+            has returned a part of the reply.
+        """
         self.check_fork()
         # What comes here often is to go a short way.
         pool = self._recent
@@ -522,8 +561,12 @@ class DaemonConnector:
                         await watch.writable()
                         while not raw.flush():
                             await watch.writable()
-                    answer = await watch.answer(raw)
-                    consumed = raw.consumed
+                    if read is None:
+                        answer = await watch.answer(raw)
+                        consumed = raw.consumed
+                    else:
+                        answer = await read(connection)
+                        consumed = True
                     return answer, connection
                 except ConnectionLost as error:
                     # The daemon closed it meanwhile, perhaps by a restart. Only where it cannot
@@ -553,7 +596,7 @@ class DaemonConnector:
             self._loop, self._recent = loop, pool
         return pool
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         maddr, path = self._maddr, None
         try:
             addresses = await resolve(maddr)
@@ -570,13 +613,13 @@ class DaemonConnector:
                 path = None
             raise _unreachable(error, maddr, path) from error
 
-    async def _connect_to(self, address: str | tuple[str, int]) -> _Connection:
+    async def _connect_to(self, address: str | tuple[str, int]) -> Connection:
         delay = 0.001
         while (raw := ControlConnection.connect(address, max_frame=self._max_message_size)) is None:
             # The daemon's queue of connections is full, and nothing says when it is not.
             await anyio.sleep(delay)
             delay = min(2 * delay, 0.05)
-        connection = _Connection(raw, watch(raw.fileno()))
+        connection = Connection(raw, watch(raw.fileno()))
         try:
             if not raw.connected:
                 await connection.watch.writable()
@@ -657,6 +700,12 @@ class DaemonConnector:
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
         precise.protocol = protocol
         return self.types.error(precise)
+
+
+async def _first_result(connection: Connection) -> tuple[Any, ...]:
+    while (result := connection.raw.next_value()) is None:
+        await connection.watch.readable()
+    return result
 
 
 def _unreachable(error: OSError, maddr: Multiaddr, path: str | None) -> DaemonUnreachable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from p2pclient_rs._native import PeerID, PeerInfo, PublicKey, Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.exceptions import ProtocolViolation
+from p2pclient_rs.results import Results
 
 __all__ = ["DHTClient"]
 
@@ -34,41 +35,44 @@ class DHTClient:
         )
         return self.daemon_connector.types.peer_info(info)
 
-    async def find_peers_connected_to_peer(
+    def find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
-    ) -> tuple[PeerInfo, ...]:
+    ) -> Results[PeerInfo]:
         """FIND_PEERS_CONNECTED_TO_PEER: a ``PeerInfo`` of each. Today's Go daemons refuse it as
         not supported."""
-        infos = await self.daemon_connector.request(
+        return Results(
+            self.daemon_connector,
             "DHT FIND_PEERS_CONNECTED_TO_PEER",
-            Request.dht_find_peers_connected_to_peer(peer_id, timeout),
+            lambda: Request.dht_find_peers_connected_to_peer(peer_id, timeout),
             timeout=timeout,
             peer_id=peer_id,
+            convert=self.daemon_connector.types.peer_info,
         )
-        return tuple(map(self.daemon_connector.types.peer_info, infos))
 
-    async def find_providers(
+    def find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
-    ) -> tuple[PeerInfo, ...]:
+    ) -> Results[PeerInfo]:
         """FIND_PROVIDERS: a ``PeerInfo`` of each provider of a content.
 
         Args:
             content_id_bytes: The content's CID in binary.
             count: How many providers at the most; 0 for the daemon's default.
         """
-        infos = await self.daemon_connector.request(
+        return Results(
+            self.daemon_connector,
             "DHT FIND_PROVIDERS",
-            Request.dht_find_providers(content_id_bytes, count, timeout),
+            lambda: Request.dht_find_providers(content_id_bytes, count, timeout),
             timeout=timeout,
+            convert=self.daemon_connector.types.peer_info,
         )
-        return tuple(map(self.daemon_connector.types.peer_info, infos))
 
-    async def get_closest_peers(
-        self, key: bytes, *, timeout: float | None = None
-    ) -> tuple[PeerID, ...]:
+    def get_closest_peers(self, key: bytes, *, timeout: float | None = None) -> Results[PeerID]:
         """GET_CLOSEST_PEERS: the peers closest to a key."""
-        return await self.daemon_connector.request(
-            "DHT GET_CLOSEST_PEERS", Request.dht_get_closest_peers(key, timeout), timeout=timeout
+        return Results(
+            self.daemon_connector,
+            "DHT GET_CLOSEST_PEERS",
+            lambda: Request.dht_get_closest_peers(key, timeout),
+            timeout=timeout,
         )
 
     async def get_public_key(
@@ -95,10 +99,13 @@ class DHTClient:
             "DHT GET_VALUE", Request.dht_get_value(key, timeout), timeout=timeout
         )
 
-    async def search_value(self, key: bytes, *, timeout: float | None = None) -> tuple[bytes, ...]:
+    def search_value(self, key: bytes, *, timeout: float | None = None) -> Results[bytes]:
         """SEARCH_VALUE: the values found for a key, each better than the one before."""
-        return await self.daemon_connector.request(
-            "DHT SEARCH_VALUE", Request.dht_search_value(key, timeout), timeout=timeout
+        return Results(
+            self.daemon_connector,
+            "DHT SEARCH_VALUE",
+            lambda: Request.dht_search_value(key, timeout),
+            timeout=timeout,
         )
 
     async def put_value(self, key: bytes, value: bytes, *, timeout: float | None = None) -> None:

@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes};
 use p2pd_protocol::command::Answered;
 use p2pd_protocol::{ClientExchange, Error, Event, Limits, Reply, State};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyTuple};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -145,6 +145,19 @@ impl ControlConnection {
     #[pyo3(name = "step")]
     fn py_step(&self, py: Python<'_>) -> PyResult<Option<(Py<PyAny>,)>> {
         Ok(self.step(py)?.map(|answer| (answer,)))
+    }
+
+    /// Goes on with a DHT query as far as the socket allows, one value at a time. `None` while the
+    /// next value is not there, then `(value,)`; `()` at the end.
+    fn next_value<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        Ok(match self.with(Inner::next_value)? {
+            None => None,
+            Some(Outcome::Reply(value)) => {
+                Some((answer::to_python(py, value)?,).into_pyobject(py)?)
+            }
+            Some(Outcome::Values(_)) => Some(PyTuple::empty(py)),
+            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
+        })
     }
 
     /// Whether another request can be sent.
@@ -293,7 +306,7 @@ impl Inner {
         self.flush()?;
         let mut budget = TURN;
         loop {
-            match self.exchange.poll().map_err(ConnectionError::protocol)? {
+            match self.next_event(&mut budget)? {
                 Some(Event::Value(value)) => self.values.push(value),
                 Some(Event::Refused(words)) => return Ok(Some(Outcome::Refused(words))),
                 Some(Event::Reply(reply)) => return Ok(Some(Outcome::Reply(reply))),
@@ -308,11 +321,36 @@ impl Inner {
                     }));
                 }
                 Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
-                None if budget == 0 => return Ok(None),
-                None => match self.read()? {
-                    Some(count) => budget = budget.saturating_sub(count),
-                    None => return Ok(None),
-                },
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next value of a query's answer; no values at its end.
+    fn next_value(&mut self) -> Result<Option<Outcome>, ConnectionError> {
+        let mut budget = TURN;
+        Ok(Some(match self.next_event(&mut budget)? {
+            None => return Ok(None),
+            Some(Event::Value(value)) => Outcome::Reply(value),
+            Some(Event::End) => Outcome::Values(Vec::new()),
+            Some(Event::Refused(words)) => Outcome::Refused(words),
+            Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
+        }))
+    }
+
+    /// The next event, for which up to `budget` bytes are read. `None` if more are needed than the
+    /// socket or the budget has.
+    fn next_event(&mut self, budget: &mut usize) -> Result<Option<Event>, ConnectionError> {
+        loop {
+            if let Some(event) = self.exchange.poll().map_err(ConnectionError::protocol)? {
+                return Ok(Some(event));
+            }
+            if *budget == 0 {
+                return Ok(None);
+            }
+            match self.read()? {
+                Some(count) => *budget = budget.saturating_sub(count),
+                None => return Ok(None),
             }
         }
     }

@@ -10,6 +10,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2 as c
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
 from p2pclient_rs.compat.p2pclient.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from p2pclient_rs.results import Results
 
 __all__ = [
     "ID",
@@ -39,13 +40,13 @@ class DHTClient(dht.DHTClient):
             self, peer_id: ID, *, timeout: float | None = None
         ) -> PeerInfoLibP2P: ...
 
-        async def find_peers_connected_to_peer(  # type: ignore[override]
+        def find_peers_connected_to_peer(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None
-        ) -> tuple[PeerInfoLibP2P, ...]: ...
+        ) -> Results[PeerInfoLibP2P]: ...
 
-        async def find_providers(  # type: ignore[override]
+        def find_providers(  # type: ignore[override]
             self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
-        ) -> tuple[PeerInfoLibP2P, ...]: ...
+        ) -> Results[PeerInfoLibP2P]: ...
 
         async def get_public_key(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None

@@ -15,6 +15,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.compat.p2pclient.pubsub import PubSubClient
 from p2pclient_rs.handlers import DEFAULT_LINGER
+from p2pclient_rs.results import Results
 from p2pclient_rs.unary import UnaryClient
 
 __all__ = [
@@ -85,13 +86,13 @@ class Client(client.Client):
             self, peer_id: ID, *, timeout: float | None = None
         ) -> PeerInfoLibP2P: ...
 
-        async def dht_find_peers_connected_to_peer(  # type: ignore[override]
+        def dht_find_peers_connected_to_peer(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None
-        ) -> tuple[PeerInfoLibP2P, ...]: ...
+        ) -> Results[PeerInfoLibP2P]: ...
 
-        async def dht_find_providers(  # type: ignore[override]
+        def dht_find_providers(  # type: ignore[override]
             self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
-        ) -> tuple[PeerInfoLibP2P, ...]: ...
+        ) -> Results[PeerInfoLibP2P]: ...
 
         async def dht_get_public_key(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None
