@@ -374,6 +374,8 @@ async fn a_provider_is_found() {
     .await;
     assert_eq!(providers.len(), 1);
     assert_eq!(&providers[0].peer_id, pair.alice_daemon.peer_id());
+    let awaited = pair.bob.dht_find_providers(cid.clone(), 5).await.unwrap();
+    assert_eq!(awaited, providers);
 
     let outcome = pair.alice.dht_provide("no cid").await;
     assert_eq!(refused(outcome).0, "DHT PROVIDE");

@@ -28,15 +28,16 @@ mod listener;
 mod peerstore;
 mod pool;
 mod pubsub;
+mod results;
 mod socket;
 mod stream;
 mod unary;
 
-pub use dht::Results;
 pub use error::{Context, Error};
 pub use incoming::IncomingStreams;
 pub use listener::ListenerStats;
 pub use pubsub::Subscription;
+pub use results::Results;
 pub use stream::Stream;
 pub use unary::UnaryCall;
 
