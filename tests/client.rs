@@ -1,5 +1,5 @@
-//! Every call of the client for tokio against a real p2pd of hivemind's, named by P2PD_PATH. (Unary
-//! calls are in `unary.rs`; what only the JS daemon has is in `faults.rs`.)
+//! Every call of the tokio client against hivemind's real p2pd, named by P2PD_PATH. (Unary calls
+//! are in `unary.rs`, requests of jsp2pd only in `faults.rs`.)
 #![cfg(unix)]
 
 mod common;
@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::{join, try_join};
 
-/// What a refused request was about, and the daemon's words.
+/// Returns the request of a refusal and the daemon's message.
 fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (&'static str, String) {
     match outcome {
         Err(Error::Refused { message, context }) => (context.request, message),
@@ -40,7 +40,7 @@ async fn read_all(mut stream: Stream) -> io::Result<String> {
 // --- control ---
 
 #[tokio::test]
-async fn identify_gives_the_peer_id_and_addresses_of_the_daemon() {
+async fn identify_returns_the_daemons_peer_id_and_addresses() {
     let pair = pair().await;
     for (client, daemon) in [
         (&pair.alice, pair.alice_daemon),
@@ -57,7 +57,7 @@ async fn identify_gives_the_peer_id_and_addresses_of_the_daemon() {
 #[tokio::test]
 async fn connected_peers_list_each_other_until_they_disconnect() {
     let _limit = Limit::new();
-    // A DHT would connect them again.
+    // Without a DHT, which would connect them again.
     let (one, other) = try_join!(bare_daemon().spawn(), bare_daemon().spawn()).unwrap();
     let (near, far) = try_join!(one.client(), other.client()).unwrap();
     assert_eq!(near.list_peers().await.unwrap(), []);
@@ -73,7 +73,7 @@ async fn connected_peers_list_each_other_until_they_disconnect() {
         )
     })
     .await;
-    // Being connected already, it needs no address.
+    // A connected peer needs no address.
     near.connect(other.peer_id(), &[]).await.unwrap();
 
     far.disconnect(one.peer_id()).await.unwrap();
@@ -82,7 +82,7 @@ async fn connected_peers_list_each_other_until_they_disconnect() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_connected_to_is_refused_in_the_daemons_words() {
+async fn failed_connect_is_refused_with_the_daemons_message() {
     let pair = pair().await;
     let (nobody, _) = stranger();
     let outcome = pair.alice.connect(&nobody, pair.bob_daemon.addrs()).await;
@@ -98,8 +98,8 @@ async fn what_cannot_be_connected_to_is_refused_in_the_daemons_words() {
 }
 
 #[tokio::test]
-async fn a_call_ends_in_its_time_and_the_next_one_works() {
-    // Takes connections and says nothing.
+async fn call_times_out_and_the_next_one_works() {
+    // Accepts connections and sends nothing.
     let black_hole = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = black_hole.local_addr().unwrap().port();
     let addr: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
@@ -113,7 +113,7 @@ async fn a_call_ends_in_its_time_and_the_next_one_works() {
 }
 
 #[tokio::test]
-async fn a_thousand_requests_at_once_are_all_answered() {
+async fn thousand_concurrent_requests_are_all_answered() {
     let pair = pair().await;
     let calls: Vec<_> = (0..1000)
         .map(|_| {
@@ -128,7 +128,7 @@ async fn a_thousand_requests_at_once_are_all_answered() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_is_gone_is_unreachable() {
+async fn stopped_daemon_is_unreachable() {
     let _limit = Limit::new();
     let daemon = daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();
@@ -138,7 +138,7 @@ async fn a_daemon_that_is_gone_is_unreachable() {
 }
 
 #[tokio::test]
-async fn control_over_tcp_is_the_same() {
+async fn control_connections_work_over_tcp() {
     let _limit = Limit::new();
     let tcp = || daemon().control_maddr("/ip4/127.0.0.1/tcp/0".parse().unwrap());
     let (one, other) = try_join!(tcp().spawn(), tcp().spawn()).unwrap();
@@ -161,7 +161,7 @@ async fn control_over_tcp_is_the_same() {
 // --- streams ---
 
 #[tokio::test]
-async fn large_payloads_arrive_unharmed_in_both_directions() {
+async fn large_payloads_arrive_intact_in_both_directions() {
     let pair = pair().await;
     let payload = pattern(8 << 20, 1);
     for (server, caller, peer) in [
@@ -176,7 +176,7 @@ async fn large_payloads_arrive_unharmed_in_both_directions() {
 }
 
 #[tokio::test]
-async fn many_streams_at_once_do_not_mix() {
+async fn concurrent_streams_are_not_mixed_up() {
     let pair = pair().await;
     let incoming = pair.bob.stream_handler("/many", false).await.unwrap();
     let serving = tokio::spawn(echo_streams(incoming));
@@ -197,14 +197,14 @@ async fn many_streams_at_once_do_not_mix() {
 }
 
 #[tokio::test]
-async fn both_sides_are_told_of_the_peer_and_the_protocol() {
+async fn both_ends_know_peer_and_protocol() {
     let pair = pair().await;
     let mut incoming = pair.bob.stream_handler("/told/2", false).await.unwrap();
     let opening = pair
         .alice
         .stream_open(pair.bob_daemon.peer_id(), ["/told/3", "/told/2"]);
     let mut near = opening.await.unwrap();
-    // The daemon agrees on the protocol with what is sent first.
+    // The daemon negotiates the protocol along with the first data.
     near.write_all(b"hello").await.unwrap();
     let far = within("a stream", incoming.next()).await.unwrap();
     assert_eq!(&near.info().peer_id, pair.bob_daemon.peer_id());
@@ -215,7 +215,7 @@ async fn both_sides_are_told_of_the_peer_and_the_protocol() {
 }
 
 #[tokio::test]
-async fn what_was_written_before_a_shutdown_or_drop_arrives_before_the_end() {
+async fn data_written_before_a_shutdown_or_drop_arrives_before_eof() {
     let pair = pair().await;
     let mut incoming = pair.bob.stream_handler("/ends", false).await.unwrap();
     let text = "to the last byte ".repeat(10_000);
@@ -237,7 +237,7 @@ async fn what_was_written_before_a_shutdown_or_drop_arrives_before_the_end() {
 }
 
 #[tokio::test]
-async fn a_protocol_that_the_peer_does_not_speak_is_refused() {
+async fn protocol_unknown_to_the_peer_is_refused() {
     let pair = pair().await;
     let peer = pair.bob_daemon.peer_id();
     let outcome = pair
@@ -256,7 +256,7 @@ async fn a_protocol_that_the_peer_does_not_speak_is_refused() {
 }
 
 #[tokio::test]
-async fn balanced_handlers_of_two_clients_serve_in_turn() {
+async fn balanced_handlers_of_two_clients_are_served_round_robin() {
     let pair = pair().await;
     let other = pair.bob_daemon.client().await.unwrap();
     let one = pair.bob.stream_handler("/balanced", true).await.unwrap();
@@ -279,7 +279,7 @@ async fn balanced_handlers_of_two_clients_serve_in_turn() {
 }
 
 #[tokio::test]
-async fn a_protocol_that_another_client_serves_is_refused() {
+async fn protocol_of_another_client_is_refused() {
     let pair = pair().await;
     let other = pair.bob_daemon.client().await.unwrap();
     let _incoming = pair.bob.stream_handler("/taken", false).await.unwrap();
@@ -289,7 +289,7 @@ async fn a_protocol_that_another_client_serves_is_refused() {
 }
 
 #[tokio::test]
-async fn a_handler_that_was_taken_back_is_not_found_and_its_name_free() {
+async fn removed_handler_is_not_found_and_its_protocol_is_free() {
     let pair = pair().await;
     let peer = pair.bob_daemon.peer_id();
     for by_drop in [false, true, false] {
@@ -298,14 +298,15 @@ async fn a_handler_that_was_taken_back_is_not_found_and_its_name_free() {
         let serving = tokio::spawn(greet(incoming, "hello"));
         assert_eq!(read_all(stream).await.unwrap(), "hello");
         serving.abort();
-        let _ = serving.await; // which drops the handler
+        let _ = serving.await; // drops the handler
         let incoming = pair.bob.stream_handler("/passing", false).await.unwrap();
         if by_drop {
             drop(incoming);
         } else {
             incoming.close().await.unwrap();
         }
-        // Until its daemon hears of the removal, it opens the stream in good faith, and that ends.
+        // Until alice's daemon learns of the removal, it opens a stream without asking, which then
+        // ends.
         eventually(async || {
             let opened = pair.alice.stream_open(peer, ["/passing"]).await;
             must(matches!(opened, Err(Error::Refused { .. })), "it is opened")
@@ -317,7 +318,7 @@ async fn a_handler_that_was_taken_back_is_not_found_and_its_name_free() {
 // --- the DHT ---
 
 #[tokio::test]
-async fn a_public_key_record_put_by_one_is_got_by_the_other() {
+async fn public_key_record_put_by_one_peer_is_found_by_another() {
     let Pair { alice, bob, .. } = &pair().await;
     let (owner, key) = stranger();
     let name = [b"/pk/", owner.as_bytes()].concat();
@@ -355,7 +356,7 @@ async fn only_valid_records_can_be_put() {
 }
 
 #[tokio::test]
-async fn a_provider_is_found() {
+async fn provider_is_found() {
     let pair = pair().await;
     let (unique, _) = stranger();
     let cid = [&[1, 0x55, 0x12, 0x20][..], &unique.as_bytes()[6..]].concat();
@@ -388,7 +389,7 @@ async fn a_provider_is_found() {
 }
 
 #[tokio::test]
-async fn peers_are_found_and_the_closest_ones_named() {
+async fn find_peer_and_get_closest_peers_return_peers() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let info = pair.alice.dht_find_peer(bob).await.unwrap();
@@ -405,12 +406,12 @@ async fn peers_are_found_and_the_closest_ones_named() {
 }
 
 #[tokio::test]
-async fn a_public_key_is_got_and_is_its_peers() {
+async fn get_public_key_returns_the_key_of_the_peer() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let key = pair.alice.dht_get_public_key(bob).await.unwrap();
     assert_eq!(&key.peer_id(), bob);
-    // Of a peer id that is a hash, nothing is known.
+    // A peer id that is a hash does not contain its key.
     let hashed = PeerId::from_bytes([&[0x12, 0x20][..], &pattern(32, 9)].concat());
     assert_eq!(
         refused(pair.alice.dht_get_public_key(&hashed).await).0,
@@ -419,7 +420,7 @@ async fn a_public_key_is_got_and_is_its_peers() {
 }
 
 #[tokio::test]
-async fn peers_connected_to_a_peer_are_not_supported_by_go() {
+async fn find_peers_connected_to_peer_is_not_supported_by_go() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let mut results = pair.alice.dht_find_peers_connected_to_peer(bob);
@@ -436,8 +437,8 @@ async fn peers_connected_to_a_peer_are_not_supported_by_go() {
 }
 
 #[tokio::test]
-async fn what_a_daemon_was_started_without_is_not_supported() {
-    async fn is_not_supported<T>(call: impl Future<Output = Result<T, Error>>, request: &str) {
+async fn requests_to_disabled_services_are_not_supported() {
+    async fn assert_not_supported<T>(call: impl Future<Output = Result<T, Error>>, request: &str) {
         let error = call.await.err().expect("it is supported");
         assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
         assert_eq!(error.context().unwrap().request, request);
@@ -446,21 +447,21 @@ async fn what_a_daemon_was_started_without_is_not_supported() {
     let bare = bare_daemon().spawn().await.unwrap();
     let client = bare.client().await.unwrap();
     let (peer, _) = stranger();
-    is_not_supported(client.dht_find_peer(&peer), "DHT FIND_PEER").await;
-    is_not_supported(client.dht_get_public_key(&peer), "DHT GET_PUBLIC_KEY").await;
-    is_not_supported(client.dht_get_value("key"), "DHT GET_VALUE").await;
-    is_not_supported(client.dht_put_value("key", "value"), "DHT PUT_VALUE").await;
-    is_not_supported(client.dht_provide("cid"), "DHT PROVIDE").await;
+    assert_not_supported(client.dht_find_peer(&peer), "DHT FIND_PEER").await;
+    assert_not_supported(client.dht_get_public_key(&peer), "DHT GET_PUBLIC_KEY").await;
+    assert_not_supported(client.dht_get_value("key"), "DHT GET_VALUE").await;
+    assert_not_supported(client.dht_put_value("key", "value"), "DHT PUT_VALUE").await;
+    assert_not_supported(client.dht_provide("cid"), "DHT PROVIDE").await;
     let call = client.dht_find_providers("cid", 1).collect_all();
-    is_not_supported(call, "DHT FIND_PROVIDERS").await;
+    assert_not_supported(call, "DHT FIND_PROVIDERS").await;
     let call = client.dht_get_closest_peers("key").collect_all();
-    is_not_supported(call, "DHT GET_CLOSEST_PEERS").await;
+    assert_not_supported(call, "DHT GET_CLOSEST_PEERS").await;
     let call = client.dht_search_value("key").collect_all();
-    is_not_supported(call, "DHT SEARCH_VALUE").await;
-    is_not_supported(client.pubsub_get_topics(), "PUBSUB GET_TOPICS").await;
-    is_not_supported(client.pubsub_list_peers("news"), "PUBSUB LIST_PEERS").await;
-    is_not_supported(client.pubsub_publish("news", "data"), "PUBSUB PUBLISH").await;
-    is_not_supported(client.pubsub_subscribe("news"), "PUBSUB SUBSCRIBE").await;
+    assert_not_supported(call, "DHT SEARCH_VALUE").await;
+    assert_not_supported(client.pubsub_get_topics(), "PUBSUB GET_TOPICS").await;
+    assert_not_supported(client.pubsub_list_peers("news"), "PUBSUB LIST_PEERS").await;
+    assert_not_supported(client.pubsub_publish("news", "data"), "PUBSUB PUBLISH").await;
+    assert_not_supported(client.pubsub_subscribe("news"), "PUBSUB SUBSCRIBE").await;
 }
 
 // --- the connection manager ---
@@ -477,7 +478,7 @@ async fn peers_can_be_tagged_and_untagged() {
         pair.alice.connmgr_untag_peer(peer, "friend").await.unwrap();
         pair.alice.connmgr_untag_peer(peer, "friend").await.unwrap();
     }
-    // Of nothing, that far below the low-water mark.
+    // Trims nothing below the low-water mark.
     pair.alice.connmgr_trim().await.unwrap();
     let peers = pair.alice.list_peers().await.unwrap();
     assert!(peers
@@ -486,7 +487,7 @@ async fn peers_can_be_tagged_and_untagged() {
 }
 
 #[tokio::test]
-async fn trimming_keeps_the_peer_with_the_most_weight() {
+async fn trim_keeps_the_peer_with_the_highest_weight() {
     let _limit = Limit::new();
     let manager = ConnectionManager::Limits {
         low: 1,
@@ -579,7 +580,7 @@ async fn closing_or_dropping_a_subscription_unsubscribes() {
 }
 
 #[tokio::test]
-async fn a_subscription_ends_with_its_daemon() {
+async fn subscription_ends_with_its_daemon() {
     let _limit = Limit::new();
     let daemon = daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();

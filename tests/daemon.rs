@@ -1,6 +1,6 @@
-//! The daemon manager for tokio: against a real p2pd, and against scripts that misbehave.
+//! The daemon manager for tokio, against the real p2pd and against scripts that misbehave.
 //!
-//! The binary comes from the variable P2PD_PATH, which must be set.
+//! The environment variable P2PD_PATH must name the binary.
 #![cfg(unix)]
 
 use futures_util::StreamExt as _;
@@ -39,13 +39,13 @@ fn daemon() -> P2PDaemonBuilder {
     P2PDaemon::builder().binary(p2pd())
 }
 
-/// One that has the time it needs to end itself.
+/// A daemon with enough time to exit by itself.
 fn patient() -> P2PDaemonBuilder {
     daemon().stop_timeout(Duration::from_secs(60))
 }
 
-/// An executable script. Another process writes it: while this one had it open for writing, a fork
-/// elsewhere would have it open too, and it could not be executed.
+/// Writes an executable script. Another process writes it: a file open for writing here could be
+/// inherited by a concurrent fork, and then could not be executed.
 fn script(directory: &TempDir, body: &str) -> PathBuf {
     let path = directory.path().join("p2pd");
     let write = Command::new("/bin/sh")
@@ -69,7 +69,7 @@ fn bytes(hex: &str) -> Vec<u8> {
     (0..hex.len()).step_by(2).map(digits).collect()
 }
 
-/// An identity file.
+/// Writes an identity file.
 fn write_key(directory: &TempDir) -> PathBuf {
     let file = directory.path().join("key");
     let key = [b"\x08\x01\x12\x40".to_vec(), bytes(PRIVATE), bytes(PUBLIC)];
@@ -81,14 +81,14 @@ fn addr(text: &str) -> Multiaddr {
     text.parse().unwrap()
 }
 
-/// The daemon's private directory, out of its command line.
+/// Returns the daemon's private directory, taken from its command line.
 fn directory_of(command: &[String]) -> PathBuf {
     let control = command[1].strip_prefix("-listen=/unix").unwrap();
     Path::new(control).parent().unwrap().into()
 }
 
-/// Asserts that no process, the janitor included, and no file is left of a private directory.
-fn nothing_is_left_of(directory: &Path) {
+/// Asserts that no process, including the watchdog, and no file of a private directory is left.
+fn assert_nothing_left_of(directory: &Path) {
     let processes = Command::new("ps").args(["-ax", "-o", "command="]).output();
     let processes = String::from_utf8_lossy(&processes.unwrap().stdout).into_owned();
     let directory = directory.to_str().unwrap();
@@ -120,7 +120,7 @@ async fn suspend(pid: Pid) {
     .await;
 }
 
-/// Has what should be quick fail rather than hang.
+/// Fails instead of hanging if something quick takes too long.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
     let limit = Duration::from_secs(60);
     timeout(limit, future).await.expect("it takes too long")
@@ -137,12 +137,12 @@ async fn until(condition: impl Fn() -> bool) {
     }
 }
 
-/// The error of a start that must fail, after which nothing is left.
+/// Returns the error of a start that must fail, and checks that nothing is left.
 async fn failed(builder: P2PDaemonBuilder) -> StartError {
     match builder.spawn().await {
         Err(DaemonError::Start(error)) => {
             if error.command[1].starts_with("-listen=/unix") {
-                nothing_is_left_of(&directory_of(&error.command));
+                assert_nothing_left_of(&directory_of(&error.command));
             }
             error
         }
@@ -150,10 +150,10 @@ async fn failed(builder: P2PDaemonBuilder) -> StartError {
     }
 }
 
-// --- a daemon that starts ---
+// --- starting ---
 
 #[tokio::test]
-async fn it_starts_answers_and_leaves_nothing() {
+async fn daemon_starts_answers_and_leaves_nothing_behind() {
     let daemon = patient().spawn().await.unwrap();
     let command = daemon.command();
     assert!(daemon.pid().is_some());
@@ -183,9 +183,9 @@ async fn it_starts_answers_and_leaves_nothing() {
     assert_eq!(identity.addrs, daemon.addrs());
 
     let status = daemon.shutdown().await;
-    nothing_is_left_of(&directory);
+    assert_nothing_left_of(&directory);
     assert_eq!(daemon.pid(), None);
-    // It ends itself, with status 0 or 143, as it happens.
+    // It exits by itself, with status 0 or 143.
     assert_eq!(status.signal(), None);
     assert_eq!(soon(daemon.wait()).await, status);
     assert!(daemon.output().contains("Peer ID: "));
@@ -204,7 +204,7 @@ async fn options_reach_the_daemon() {
             high: 2,
             grace: Duration::from_millis(1500),
         })
-        // The second is an address of this machine on Linux only, unless it was given it.
+        // 127.0.0.2 is a local address on Linux without configuration.
         .host_addrs([addr("/ip4/127.0.0.1/tcp/0"), addr("/ip4/127.0.0.2/tcp/0")])
         .announce_addrs([addr("/ip4/192.0.2.1/tcp/4001")])
         .extra_args(["-muxer=yamux"])
@@ -231,7 +231,7 @@ async fn options_reach_the_daemon() {
 }
 
 #[tokio::test]
-async fn what_is_true_is_switched_on_and_what_is_false_is_not() {
+async fn boolean_options_switch_services_on_and_off() {
     let on = daemon().dht(true).relay(true).pubsub(true);
     let on = on.connection_manager(true).spawn().await.unwrap();
     let flags = ["-dht", "-relay=true", "-pubsub", "-connManager"];
@@ -242,7 +242,7 @@ async fn what_is_true_is_switched_on_and_what_is_false_is_not() {
 }
 
 #[tokio::test]
-async fn the_identity_file_is_the_peer_id() {
+async fn identity_file_determines_the_peer_id() {
     let directory = TempDir::new().unwrap();
     let file = write_key(&directory);
     let daemon = daemon().identity(file).spawn().await.unwrap();
@@ -260,13 +260,13 @@ async fn control_over_tcp() {
 }
 
 #[tokio::test]
-async fn a_control_socket_of_ones_own_is_for_ones_own_and_removed_too() {
+async fn control_socket_at_a_given_path_is_private_and_removed() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("c.sock");
     let wanted = addr(&format!("/unix{}", path.display()));
     let daemon = daemon().control_maddr(wanted).spawn().await.unwrap();
     assert_eq!(path.metadata().unwrap().permissions().mode() & 0o077, 0);
-    // It cannot remove it itself then.
+    // Killed, the daemon cannot remove the socket itself.
     kill_process(pid_of(&daemon), Signal::KILL).unwrap();
     daemon.shutdown().await;
     assert!(!path.exists());
@@ -276,7 +276,7 @@ async fn a_control_socket_of_ones_own_is_for_ones_own_and_removed_too() {
 async fn bootstrap_peers_are_connected() {
     let first = daemon().dht(Dht::Server).spawn().await.unwrap();
     let mut peers = first.peer_addrs();
-    peers.push(addr(UNREACHABLE)); // which does no harm
+    peers.push(addr(UNREACHABLE)); // unreachable, which does no harm
     let second = daemon().dht(Dht::Server).bootstrap_peers(peers);
     let second = second.spawn().await.unwrap();
     let connected = second.client().await.unwrap().list_peers().await.unwrap();
@@ -285,7 +285,7 @@ async fn bootstrap_peers_are_connected() {
 }
 
 #[tokio::test]
-async fn a_start_and_a_daemon_can_be_given_to_other_tasks() {
+async fn start_and_daemon_can_move_between_tasks() {
     let daemon = tokio::spawn(daemon().spawn()).await.unwrap().unwrap();
     let directory = directory_of(&daemon.command());
     let waiting = tokio::spawn(async move { daemon.wait().await });
@@ -293,13 +293,13 @@ async fn a_start_and_a_daemon_can_be_given_to_other_tasks() {
     assert!(directory.exists());
     waiting.abort();
     assert!(soon(waiting).await.unwrap_err().is_cancelled());
-    nothing_is_left_of(&directory);
+    assert_nothing_left_of(&directory);
 }
 
-// --- a daemon that does not ---
+// --- failed starts ---
 
 #[tokio::test]
-async fn a_missing_binary_is_named() {
+async fn missing_binary_is_named() {
     let error = P2PDaemon::builder().binary("/no/such/p2pd").spawn().await;
     match error {
         Err(DaemonError::NotFound(error)) => {
@@ -310,7 +310,7 @@ async fn a_missing_binary_is_named() {
 }
 
 #[tokio::test]
-async fn a_binary_that_is_not_executable_is_named() {
+async fn binary_that_is_not_executable_is_named() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("p2pd");
     fs::write(&path, "").unwrap();
@@ -324,7 +324,7 @@ async fn a_binary_that_is_not_executable_is_named() {
 }
 
 #[tokio::test]
-async fn wrong_options_are_refused() {
+async fn invalid_options_are_refused() {
     let limits = ConnectionManager::Limits {
         low: 3,
         high: 2,
@@ -354,7 +354,7 @@ async fn wrong_options_are_refused() {
 }
 
 #[tokio::test]
-async fn a_wrong_flag_is_named() {
+async fn unknown_flag_is_named() {
     let error = failed(daemon().extra_args(["-nonsense"])).await;
     assert_eq!(error.status, Some(2));
     assert_eq!(error.cause.unwrap(), "this daemon has no option -nonsense");
@@ -362,7 +362,7 @@ async fn a_wrong_flag_is_named() {
 }
 
 #[tokio::test]
-async fn a_port_taken_is_named() {
+async fn port_in_use_is_named() {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = server.local_addr().unwrap();
     let maddr = addr(&format!("/ip4/{}/tcp/{}", taken.ip(), taken.port()));
@@ -376,7 +376,7 @@ async fn a_port_taken_is_named() {
 }
 
 #[tokio::test]
-async fn another_daemon_at_the_address_is_not_taken_for_it() {
+async fn another_daemon_at_the_control_address_is_detected() {
     let first = daemon().spawn().await.unwrap();
     let second = daemon().control_maddr(first.control_maddr().clone());
     let Err(error) = second.spawn().await else {
@@ -396,7 +396,7 @@ async fn unreachable_bootstrap_peers_are_named() {
 }
 
 #[tokio::test]
-async fn a_bootstrap_peer_that_is_another_peer_is_named() {
+async fn bootstrap_peer_with_another_id_is_named() {
     let other = daemon().spawn().await.unwrap();
     let (_, peer_id) = UNREACHABLE.rsplit_once('/').unwrap();
     let peer = addr(&format!("{}/p2p/{peer_id}", other.addrs()[0]));
@@ -410,11 +410,11 @@ async fn a_bootstrap_peer_that_is_another_peer_is_named() {
 }
 
 #[tokio::test]
-async fn a_binary_for_another_platform_is_named() {
+async fn binary_for_another_platform_is_named() {
     let directory = TempDir::new().unwrap();
     let binary = script(&directory, "");
     fs::write(&binary, b"\x7fELF of another machine").unwrap();
-    // While another test is between fork and exec, the file is open for writing there.
+    // A concurrent test between fork and exec holds the file open for writing.
     let error = loop {
         let error = failed(P2PDaemon::builder().binary(&binary)).await;
         if !error.to_string().contains("Text file busy") {
@@ -429,7 +429,7 @@ async fn a_binary_for_another_platform_is_named() {
 }
 
 #[tokio::test]
-async fn a_daemon_older_than_its_options_names_them() {
+async fn option_unknown_to_an_older_daemon_is_named() {
     let directory = TempDir::new().unwrap();
     let body = "echo 'flag provided but not defined: -dhtServer' >&2
         printf 'Usage of p2pd:\\n  -b\\n' >&2; exit 2";
@@ -439,7 +439,7 @@ async fn a_daemon_older_than_its_options_names_them() {
 }
 
 #[tokio::test]
-async fn what_jsp2pd_would_ignore_is_refused() {
+async fn options_that_jsp2pd_would_ignore_are_refused() {
     let directory = TempDir::new().unwrap();
     let binary = directory.path().join("jsp2pd");
     fs::rename(script(&directory, "exit 1"), &binary).unwrap();
@@ -460,7 +460,7 @@ async fn what_jsp2pd_would_ignore_is_refused() {
 }
 
 #[tokio::test]
-async fn a_socket_path_that_something_else_has_is_named() {
+async fn socket_path_in_use_is_named() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("c.sock");
     fs::write(&path, "").unwrap();
@@ -472,7 +472,7 @@ async fn a_socket_path_that_something_else_has_is_named() {
 }
 
 #[tokio::test]
-async fn a_socket_left_behind_does_not_keep_it_out() {
+async fn stale_control_socket_is_replaced() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("c.sock");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
@@ -482,7 +482,7 @@ async fn a_socket_left_behind_does_not_keep_it_out() {
 }
 
 #[tokio::test]
-async fn an_identity_file_that_cannot_be_written_will_do() {
+async fn read_only_identity_file_is_accepted() {
     let directory = TempDir::new().unwrap();
     let file = write_key(&directory);
     fs::set_permissions(&file, fs::Permissions::from_mode(0o400)).unwrap();
@@ -493,9 +493,9 @@ async fn an_identity_file_that_cannot_be_written_will_do() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_takes_requests_and_never_answers_is_given_up() {
+async fn daemon_that_accepts_but_never_answers_times_out() {
     let directory = TempDir::new().unwrap();
-    // Its socket is a real one's, which did not run any more when it came to its place.
+    // The socket of a real daemon, stopped before it was moved into place.
     let body = format!(
         "path=${{1#-listen=/unix}}; shift\n{} -listen=/unix$path.new \"$@\" > /dev/null &\n\
          until [ -S \"$path.new\" ]; do sleep 0.01; done\n\
@@ -513,7 +513,7 @@ async fn a_daemon_that_takes_requests_and_never_answers_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_bad_identity_is_named() {
+async fn invalid_identity_is_named() {
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("key");
     let error = failed(daemon().identity(&file)).await;
@@ -526,7 +526,7 @@ async fn a_bad_identity_is_named() {
 }
 
 #[tokio::test]
-async fn an_exit_is_told_at_once_with_status_and_last_lines() {
+async fn exit_is_reported_at_once_with_status_and_last_lines() {
     let directory = TempDir::new().unwrap();
     let body = "for i in $(seq 30); do echo line $i; done; echo worst >&2; exit 3";
     let begun = Instant::now();
@@ -544,7 +544,7 @@ async fn an_exit_is_told_at_once_with_status_and_last_lines() {
 }
 
 #[tokio::test]
-async fn silence_ends_in_a_timeout() {
+async fn silent_daemon_times_out() {
     let directory = TempDir::new().unwrap();
     let silent = P2PDaemon::builder().binary(script(&directory, "exec sleep 1000"));
     let error = failed(silent.start_timeout(Duration::from_millis(200))).await;
@@ -555,7 +555,7 @@ async fn silence_ends_in_a_timeout() {
 }
 
 #[tokio::test]
-async fn the_answer_of_another_peer_is_not_believed() {
+async fn reply_of_another_peer_is_detected() {
     let directory = TempDir::new().unwrap();
     let p2pd = p2pd();
     let body = format!(
@@ -569,7 +569,7 @@ async fn the_answer_of_another_peer_is_not_believed() {
 }
 
 #[tokio::test]
-async fn dropping_the_start_leaves_nothing() {
+async fn dropped_start_leaves_nothing_behind() {
     let directory = TempDir::new().unwrap();
     let told = directory.path().join("told");
     let body = format!(
@@ -584,13 +584,13 @@ async fn dropping_the_start_leaves_nothing() {
     let arguments = fs::read_to_string(&told).unwrap();
     let arguments = arguments.split(' ').map(str::to_owned);
     let command: Vec<_> = ["p2pd".to_owned()].into_iter().chain(arguments).collect();
-    nothing_is_left_of(&directory_of(&command));
+    assert_nothing_left_of(&directory_of(&command));
 }
 
-// --- the end of it ---
+// --- stopping ---
 
 #[tokio::test]
-async fn its_end_leaves_the_socket_of_its_successor() {
+async fn drop_keeps_the_control_socket_of_a_successor() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("c.sock");
     let wanted = addr(&format!("/unix{}", path.display()));
@@ -598,16 +598,16 @@ async fn its_end_leaves_the_socket_of_its_successor() {
     let mut daemon = start().await.unwrap();
     kill_process(pid_of(&daemon), Signal::KILL).unwrap();
     soon(daemon.wait()).await;
-    daemon = start().await.unwrap(); // the first is dropped after this one has started
+    daemon = start().await.unwrap(); // drops the first, after the second has started
     daemon.client().await.unwrap();
 }
 
-/// In a process of its own: the test starts itself.
+/// Runs in its own process: the test starts itself.
 #[tokio::test]
 #[allow(unsafe_code)]
-async fn its_end_is_seen_though_somebody_took_the_place_of_tokios_handler() {
+async fn exit_is_noticed_even_if_tokios_signal_handler_was_replaced() {
     const IN_CHILD: &str = "P2PCLIENT_RS_TEST_SIGCHLD";
-    let name = "its_end_is_seen_though_somebody_took_the_place_of_tokios_handler";
+    let name = "exit_is_noticed_even_if_tokios_signal_handler_was_replaced";
     if std::env::var_os(IN_CHILD).is_none() {
         let test = std::env::current_exe().unwrap();
         let mut test = Command::new(test);
@@ -616,7 +616,7 @@ async fn its_end_is_seen_though_somebody_took_the_place_of_tokios_handler() {
         return;
     }
     let daemon = daemon().spawn().await.unwrap();
-    // SAFETY: no handler is run any more.
+    // SAFETY: the default action runs no handler.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     let waiting = async { soon(daemon.wait()).await };
     let (status, ()) = tokio::join!(waiting, async {
@@ -626,7 +626,7 @@ async fn its_end_is_seen_though_somebody_took_the_place_of_tokios_handler() {
 }
 
 #[tokio::test]
-async fn every_task_that_waits_is_told_of_its_end() {
+async fn every_waiting_task_gets_the_exit_status() {
     let daemon = Arc::new(daemon().spawn().await.unwrap());
     let waiting: Vec<_> = (0..3)
         .map(|_| {
@@ -643,24 +643,24 @@ async fn every_task_that_waits_is_told_of_its_end() {
 }
 
 #[tokio::test]
-async fn when_it_dies_calls_under_way_fail() {
+async fn death_of_the_daemon_fails_calls_in_flight() {
     let daemon = daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();
     let pid = pid_of(&daemon);
-    suspend(pid).await; // so that it answers none of them
+    suspend(pid).await; // keeps it from answering
     let calls: Vec<_> = (0..3)
         .map(|_| {
             let client = client.clone();
             tokio::spawn(async move { client.identify().await })
         })
         .collect();
-    // Until they have been sent.
+    // Time for the requests to be sent.
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(calls.iter().all(|call| !call.is_finished()));
     kill_process(pid, Signal::KILL).unwrap();
     assert_eq!(soon(daemon.wait()).await.signal(), Some(9));
     for call in calls {
-        // What the daemon had not read is sent again, in vain.
+        // Requests that the daemon had not read are retried, and find no daemon.
         let error = soon(call).await.unwrap().unwrap_err();
         let failed = matches!(
             error,
@@ -671,27 +671,27 @@ async fn when_it_dies_calls_under_way_fail() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_was_suspended_is_killed() {
+async fn suspended_daemon_is_killed() {
     let daemon = daemon().stop_timeout(Duration::from_millis(200));
     let daemon = daemon.spawn().await.unwrap();
     let private = directory_of(&daemon.command());
     suspend(pid_of(&daemon)).await;
     assert_eq!(daemon.shutdown().await.signal(), Some(9));
-    nothing_is_left_of(&private);
+    assert_nothing_left_of(&private);
 }
 
-/// The test starts itself, as the process that is to be killed: by SIGKILL, and as Ctrl-C does.
+/// The test starts itself as the process to be killed, by SIGKILL and by SIGINT, as Ctrl-C does.
 #[tokio::test]
-async fn no_orphan_is_left_when_this_process_is_killed() {
+async fn killed_parent_leaves_no_orphan() {
     const IN_CHILD: &str = "P2PCLIENT_RS_TEST_ORPHAN";
-    let name = "no_orphan_is_left_when_this_process_is_killed";
+    let name = "killed_parent_leaves_no_orphan";
     if std::env::var_os(IN_CHILD).is_some() {
         let daemon = daemon().restart(5).spawn().await.unwrap();
-        let first = another_run(&daemon, None).await;
+        let first = wait_for_restart(&daemon, None).await;
         kill_process(first, Signal::KILL).unwrap();
-        let second = another_run(&daemon, Some(first)).await;
+        let second = wait_for_restart(&daemon, Some(first)).await;
         let second = second.as_raw_nonzero();
-        // Not by the default action: a shell's background jobs are started to ignore this signal.
+        // Not the default action: background jobs of a shell ignore this signal.
         let mut interrupt = signal(SignalKind::interrupt()).unwrap();
         println!("\n{second} {}", directory_of(&daemon.command()).display());
         interrupt.recv().await;
@@ -714,12 +714,12 @@ async fn no_orphan_is_left_when_this_process_is_killed() {
         let gone = || test_kill_process(pid).is_err() && !Path::new(directory).exists();
         until(gone).await;
         assert!(begun.elapsed() < Duration::from_secs(5));
-        nothing_is_left_of(Path::new(directory));
+        assert_nothing_left_of(Path::new(directory));
     }
 }
 
 #[tokio::test]
-async fn what_does_not_end_is_killed() {
+async fn daemon_that_ignores_sigterm_is_killed() {
     let directory = TempDir::new().unwrap();
     let p2pd = p2pd();
     let body = format!(
@@ -731,31 +731,31 @@ async fn what_does_not_end_is_killed() {
     let daemon = stubborn.spawn().await.unwrap();
     let private = directory_of(&daemon.command());
     assert_eq!(daemon.shutdown().await.signal(), Some(9));
-    nothing_is_left_of(&private);
+    assert_nothing_left_of(&private);
 }
 
 #[tokio::test]
-async fn several_tasks_may_stop_it() {
+async fn several_tasks_may_stop_the_daemon() {
     let daemon = patient().spawn().await.unwrap();
     let (one, other) = tokio::join!(daemon.shutdown(), daemon.shutdown());
-    // p2pd answers before it handles SIGTERM, so that it may end by that signal, too.
+    // p2pd answers before it handles SIGTERM, so it may also be killed by that signal.
     assert_ne!(one.signal(), Some(libc::SIGKILL));
     assert_eq!(one, other);
 }
 
 #[tokio::test]
-async fn dropping_it_kills_it() {
+async fn dropped_daemon_is_killed() {
     let daemon = daemon().spawn().await.unwrap();
     let private = directory_of(&daemon.command());
     let mut logs = daemon.logs();
     assert!(logs.next().await.is_some());
-    drop(daemon); // though the logs live on
-    nothing_is_left_of(&private);
+    drop(daemon); // though its logs are still in use
+    assert_nothing_left_of(&private);
     soon(async { while logs.next().await.is_some() {} }).await;
 }
 
 #[test]
-fn dropping_it_kills_it_when_the_runtime_is_gone() {
+fn daemon_dropped_after_its_runtime_is_killed() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -765,11 +765,11 @@ fn dropping_it_kills_it_when_the_runtime_is_gone() {
     drop(runtime);
     assert!(daemon.pid().is_some());
     drop(daemon);
-    nothing_is_left_of(&private);
+    assert_nothing_left_of(&private);
 }
 
-/// A daemon that ignores SIGTERM, answers with `answer` or not at all, and leaves behind a process
-/// that serves its control socket and another one, in its group, that is never reaped.
+/// A daemon that ignores SIGTERM, and answers requests if `answers`. It leaves behind a process
+/// that serves its control socket, and one in its process group that is never reaped.
 fn leaving(directory: &TempDir, answers: bool) -> PathBuf {
     let python = std::env::var("P2PCLIENT_PYTHON").unwrap_or_else(|_| "python3".into());
     let program = format!(
@@ -808,8 +808,7 @@ time.sleep(60)
     script(directory, &body)
 }
 
-/// Awaits a future; returns its result and the longest time for which the event loop stood still
-/// meanwhile.
+/// Awaits a future; returns its result and the longest time for which the event loop was blocked.
 async fn longest_stall<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let longest = Arc::new(Mutex::new(Duration::ZERO));
     let watching = tokio::spawn({
@@ -834,7 +833,7 @@ async fn longest_stall<T>(work: impl Future<Output = T>) -> (T, Duration) {
 const STALL: Duration = Duration::from_millis(300);
 
 #[tokio::test]
-async fn shutting_down_does_not_block_the_runtime() {
+async fn shutdown_does_not_block_the_runtime() {
     let directory = TempDir::new().unwrap();
     let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
     let daemon = P2PDaemon::builder()
@@ -847,12 +846,12 @@ async fn shutting_down_does_not_block_the_runtime() {
     let begun = Instant::now();
     let (status, stall) = longest_stall(daemon.shutdown()).await;
     assert_eq!(status.signal(), Some(9));
-    assert!(begun.elapsed() > Duration::from_millis(500)); // it did wait for the process left behind
+    assert!(begun.elapsed() > Duration::from_millis(500)); // shutdown waited for the process left behind
     assert!(stall < STALL, "{stall:?}");
 }
 
 #[tokio::test]
-async fn a_failed_start_does_not_block_the_runtime() {
+async fn failed_start_does_not_block_the_runtime() {
     let directory = TempDir::new().unwrap();
     let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
     let start = P2PDaemon::builder()
@@ -868,7 +867,7 @@ async fn a_failed_start_does_not_block_the_runtime() {
 }
 
 #[tokio::test]
-async fn dropping_it_does_not_block_the_runtime_for_long() {
+async fn drop_does_not_block_the_runtime_for_long() {
     let directory = TempDir::new().unwrap();
     let control = addr(&format!("/unix{}/c.sock", directory.path().display()));
     let daemon = P2PDaemon::builder()
@@ -877,13 +876,13 @@ async fn dropping_it_does_not_block_the_runtime_for_long() {
         .spawn()
         .await
         .unwrap();
-    // On the command line of the janitor, too.
+    // The watchdog's command line contains the socket.
     let socket = format!("{}/c.sock", directory.path().display());
     let janitors = || {
         let listed = Command::new("ps").args(["-ax", "-o", "command="]).output();
         let listed = String::from_utf8_lossy(&listed.unwrap().stdout).into_owned();
         let ours = |line: &&str| line.contains("p2pd-janitor") && line.contains(&socket);
-        // Its script has several lines.
+        // Counts one line of its multi-line script.
         listed.lines().filter(ours).count()
     };
     assert_eq!(janitors(), 1);
@@ -893,7 +892,7 @@ async fn dropping_it_does_not_block_the_runtime_for_long() {
 }
 
 #[tokio::test]
-async fn a_long_log_is_bounded_and_its_end_is_followed() {
+async fn long_log_is_bounded_and_its_end_is_kept() {
     let directory = TempDir::new().unwrap();
     let noise = "yes 'a short line' | head -c 20000000; echo; echo the last line";
     let body = format!("{noise}\nexec {} \"$@\"", p2pd().display());
@@ -910,10 +909,10 @@ async fn a_long_log_is_bounded_and_its_end_is_followed() {
     while soon(logs.next()).await.unwrap() != "the last line" {}
 }
 
-// --- started again ---
+// --- restarting ---
 
-/// Waits until a process other than that one answers.
-async fn another_run(daemon: &P2PDaemon, before: Option<Pid>) -> Pid {
+/// Waits until a process other than `before` answers; returns its number.
+async fn wait_for_restart(daemon: &P2PDaemon, before: Option<Pid>) -> Pid {
     soon(async {
         loop {
             let pid = daemon.pid().and_then(|pid| Pid::from_raw(pid as i32));
@@ -928,7 +927,7 @@ async fn another_run(daemon: &P2PDaemon, before: Option<Pid>) -> Pid {
 }
 
 #[tokio::test]
-async fn it_is_not_started_again_unasked() {
+async fn daemon_is_not_restarted_by_default() {
     let daemon = daemon().spawn().await.unwrap();
     kill_process(pid_of(&daemon), Signal::KILL).unwrap();
     soon(daemon.wait()).await;
@@ -936,7 +935,7 @@ async fn it_is_not_started_again_unasked() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_dies_is_started_again_as_the_same_peer() {
+async fn daemon_is_restarted_as_the_same_peer() {
     let directory = TempDir::new().unwrap();
     for builder in [
         patient().restart(5),
@@ -952,16 +951,16 @@ async fn a_daemon_that_dies_is_started_again_as_the_same_peer() {
         });
         let mut logs = daemon.logs();
         kill_process(pid, Signal::KILL).unwrap();
-        another_run(&daemon, Some(pid)).await;
-        // The same client, and the same peer at the same addresses.
+        wait_for_restart(&daemon, Some(pid)).await;
+        // The same client reaches the same peer at the same addresses.
         assert_eq!(client.identify().await.unwrap(), before);
         assert_eq!(daemon.command(), command);
         assert!(!waiting.is_finished());
         let status = daemon.shutdown().await;
         assert_eq!(soon(waiting).await.unwrap(), status);
         assert!(daemon.failure().is_none());
-        nothing_is_left_of(&directory_of(&command));
-        // The logs go on over both lives.
+        assert_nothing_left_of(&directory_of(&command));
+        // The logs span both processes.
         let mut started = 0;
         while let Some(line) = soon(logs.next()).await {
             started += usize::from(line.starts_with("Peer ID: "));
@@ -971,7 +970,7 @@ async fn a_daemon_that_dies_is_started_again_as_the_same_peer() {
 }
 
 #[tokio::test]
-async fn the_handlers_of_its_clients_come_back_with_it() {
+async fn handlers_are_registered_again_after_a_restart() {
     let daemon_again = daemon().restart(5).spawn().await.unwrap();
     let other = daemon().spawn().await.unwrap();
     let server = daemon_again.client().await.unwrap();
@@ -988,11 +987,11 @@ async fn the_handlers_of_its_clients_come_back_with_it() {
     server.add_unary_handler("echo", false, echo).await.unwrap();
     let pid = pid_of(&daemon_again);
     kill_process(pid, Signal::KILL).unwrap();
-    another_run(&daemon_again, Some(pid)).await;
+    wait_for_restart(&daemon_again, Some(pid)).await;
     let (peer, addrs) = (daemon_again.peer_id(), daemon_again.addrs());
     caller.connect(peer, addrs).await.unwrap();
 
-    // With no call of the server's.
+    // The server makes no call that would reconnect.
     let greeted = |protocol: &'static str| {
         let caller = &caller;
         async move {
@@ -1014,7 +1013,7 @@ async fn the_handlers_of_its_clients_come_back_with_it() {
     .await;
 }
 
-/// A p2pd that can be started until the file `broken` is there, and counts its starts.
+/// A p2pd that fails to start once the file `broken` exists, and records its starts.
 fn mortal(directory: &TempDir) -> PathBuf {
     let home = directory.path().display();
     let p2pd = p2pd();
@@ -1032,7 +1031,7 @@ fn runs(directory: &TempDir) -> usize {
 }
 
 #[tokio::test]
-async fn it_is_given_up_after_so_many_quick_deaths() {
+async fn supervisor_gives_up_after_repeated_quick_deaths() {
     let directory = TempDir::new().unwrap();
     let daemon = P2PDaemon::builder().binary(mortal(&directory)).restart(3);
     let daemon = daemon.spawn().await.unwrap();
@@ -1049,7 +1048,7 @@ async fn it_is_given_up_after_so_many_quick_deaths() {
 }
 
 #[tokio::test]
-async fn a_first_start_that_fails_is_not_repeated() {
+async fn failed_first_start_is_not_retried() {
     let directory = TempDir::new().unwrap();
     fs::write(directory.path().join("broken"), "").unwrap();
     let daemon = P2PDaemon::builder().binary(mortal(&directory)).restart(3);
@@ -1058,7 +1057,7 @@ async fn a_first_start_that_fails_is_not_repeated() {
 }
 
 #[tokio::test]
-async fn it_can_be_stopped_or_dropped_while_it_is_being_started_again() {
+async fn daemon_can_be_stopped_or_dropped_during_restarts() {
     for drop_it in [false, true] {
         let directory = TempDir::new().unwrap();
         let daemon = P2PDaemon::builder().binary(mortal(&directory));
@@ -1073,9 +1072,9 @@ async fn it_can_be_stopped_or_dropped_while_it_is_being_started_again() {
             soon(daemon.shutdown()).await;
             assert!(daemon.failure().is_none());
         }
-        nothing_is_left_of(&private);
+        assert_nothing_left_of(&private);
         let count = runs(&directory);
-        // In which it would have been started again.
+        // Long enough for another restart.
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(runs(&directory), count);
     }
@@ -1084,7 +1083,7 @@ async fn it_can_be_stopped_or_dropped_while_it_is_being_started_again() {
 // --- bootstrap peers in the background ---
 
 #[tokio::test]
-async fn bootstrap_peers_in_the_background_may_come_later_and_come_back() {
+async fn background_bootstrap_connects_late_and_lost_peers() {
     let directory = TempDir::new().unwrap();
     let key = write_key(&directory);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
@@ -1112,20 +1111,20 @@ async fn bootstrap_peers_in_the_background_may_come_later_and_come_back() {
         }
     };
     soon(connected()).await;
-    // Also to another process of the same daemon.
+    // After a restart of the daemon as well.
     let pid = pid_of(&background);
     kill_process(pid, Signal::KILL).unwrap();
-    another_run(&background, Some(pid)).await;
+    wait_for_restart(&background, Some(pid)).await;
     soon(connected()).await;
     let private = directory_of(&background.command());
     background.shutdown().await;
-    nothing_is_left_of(&private);
+    assert_nothing_left_of(&private);
 }
 
-// --- its output ---
+// --- output ---
 
 #[tokio::test]
-async fn logs_have_every_line_from_the_beginning_and_end_with_the_daemon() {
+async fn logs_yield_every_line_and_end_with_the_daemon() {
     let directory = TempDir::new().unwrap();
     let p2pd = p2pd();
     let body = format!(
@@ -1149,7 +1148,7 @@ async fn logs_have_every_line_from_the_beginning_and_end_with_the_daemon() {
     let followed = soon(following).await.unwrap();
     assert_eq!(followed[followed.len() - 2..], ["bye", "end"]);
     assert!(followed.contains(&format!("Peer ID: {}", daemon.peer_id())));
-    // From the beginning, also of what is left when its files are gone.
+    // Logs start from the first line, even after the files were removed.
     let again: Vec<_> = soon(daemon.logs().collect()).await;
     assert_eq!(again, followed);
     let rest: Vec<_> = soon(logs.collect()).await;
@@ -1157,7 +1156,7 @@ async fn logs_have_every_line_from_the_beginning_and_end_with_the_daemon() {
 }
 
 #[tokio::test]
-async fn a_piece_of_a_line_ends_between_characters_and_loses_none() {
+async fn long_lines_are_split_between_characters() {
     let directory = TempDir::new().unwrap();
     let p2pd = p2pd();
     let many = "head -c 65535 /dev/zero | tr '\\0' x";
@@ -1175,7 +1174,7 @@ async fn a_piece_of_a_line_ends_between_characters_and_loses_none() {
 }
 
 #[tokio::test]
-async fn a_long_log_lets_other_tasks_run() {
+async fn long_log_does_not_starve_other_tasks() {
     let directory = TempDir::new().unwrap();
     let body = format!("seq 3000\nexec {} \"$@\"", p2pd().display());
     let chatty = P2PDaemon::builder().binary(script(&directory, &body));

@@ -1,5 +1,5 @@
-//! The client for tokio against a daemon that does as the test says: faults of control connections,
-//! of streams, queries and subscriptions. (Those of unary calls are in `unary.rs`.)
+//! The tokio client against a scripted fake daemon: faults of control connections, streams, queries
+//! and subscriptions. (Faults of unary calls are in `unary.rs`.)
 #![cfg(unix)]
 
 mod common;
@@ -23,14 +23,14 @@ use tokio::{join, select};
 
 const SOON: Duration = Duration::from_millis(50);
 
-/// A call goes through, on this connection.
-async fn works(client: &Client, connection: &mut Connection) {
+/// Asserts that a call succeeds on this connection.
+async fn assert_usable(client: &Client, connection: &mut Connection) {
     let (identity, ()) = join!(client.identify(), connection.identifies());
     assert_eq!(identity.unwrap().peer_id, peer());
 }
 
-/// A call goes through, on a new connection.
-async fn works_anew(client: &Client, daemon: &FakeDaemon) -> Connection {
+/// Asserts that a call succeeds on a new connection; returns the connection.
+async fn assert_usable_anew(client: &Client, daemon: &FakeDaemon) -> Connection {
     let (identity, connection) = join!(client.identify(), async {
         let mut connection = daemon.accept().await;
         connection.identifies().await;
@@ -40,8 +40,8 @@ async fn works_anew(client: &Client, daemon: &FakeDaemon) -> Connection {
     connection
 }
 
-/// The connection on which somebody asks, once the request has come.
-async fn asked(daemon: &FakeDaemon) -> Connection {
+/// Accepts a connection and reads its first request.
+async fn accept_request(daemon: &FakeDaemon) -> Connection {
     let mut connection = daemon.accept().await;
     connection.request().await;
     connection
@@ -54,7 +54,7 @@ fn frame(message: &impl prost::Message) -> Vec<u8> {
 // --- the connection ---
 
 #[tokio::test]
-async fn without_a_daemon_it_is_unreachable() {
+async fn missing_daemon_is_unreachable() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let control = daemon.control();
@@ -71,13 +71,13 @@ async fn without_a_daemon_it_is_unreachable() {
 }
 
 #[tokio::test]
-async fn an_end_without_an_answer_is_a_lost_connection() {
+async fn eof_instead_of_a_reply_is_a_lost_connection() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let addrs = [addr()];
     let id = peer();
     let (outcome, ()) = join!(client.connect(&id, &addrs), async {
-        drop(asked(&daemon).await);
+        drop(accept_request(&daemon).await);
     });
     let error = outcome.unwrap_err();
     assert!(matches!(
@@ -94,30 +94,33 @@ async fn an_end_without_an_answer_is_a_lost_connection() {
              answering (request CONNECT, peer {id})"
         )
     );
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn an_end_in_the_middle_of_the_answer_is_a_lost_connection() {
+async fn eof_within_a_reply_is_a_lost_connection() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let answer = frame(&identity());
     let (outcome, ()) = join!(client.identify(), async {
-        asked(&daemon).await.send(&answer[..answer.len() - 1]).await;
+        accept_request(&daemon)
+            .await
+            .send(&answer[..answer.len() - 1])
+            .await;
     });
     let error = outcome.unwrap_err();
     assert!(matches!(error, Error::ConnectionLost { .. }));
     assert!(error.to_string().contains("in the middle of its answer"));
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn what_is_no_answer_breaks_the_protocol_and_ends_its_connection() {
+async fn invalid_reply_is_a_protocol_error_and_closes_the_connection() {
     let with_identify = |identify| p2pd::Response {
         identify: Some(identify),
         ..ok()
     };
-    let no_answers = [
+    let invalid_replies = [
         (b"HTTP/1.1 400 Bad Request\r\n".repeat(4), "malformed"),
         (vec![0xff; 11], "length prefix"),
         (
@@ -139,9 +142,9 @@ async fn what_is_no_answer_breaks_the_protocol_and_ends_its_connection() {
     ];
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    for (bytes, words) in no_answers {
+    for (bytes, words) in invalid_replies {
         let (outcome, mut connection) = join!(client.identify(), async {
-            let mut connection = asked(&daemon).await;
+            let mut connection = accept_request(&daemon).await;
             connection.send(&bytes).await;
             connection
         });
@@ -151,15 +154,15 @@ async fn what_is_no_answer_breaks_the_protocol_and_ends_its_connection() {
         assert_eq!(error.context().unwrap().request, "IDENTIFY");
         assert_eq!(connection.frame().await, None);
     }
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn silence_ends_in_a_timeout_and_the_next_call_takes_a_new_connection() {
+async fn unanswered_call_times_out_and_the_next_call_uses_a_new_connection() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let hasty = client.with_timeout(SOON);
-    let (outcome, connection) = join!(hasty.identify(), asked(&daemon));
+    let (outcome, connection) = join!(hasty.identify(), accept_request(&daemon));
     let error = outcome.unwrap_err();
     assert!(matches!(
         error,
@@ -173,15 +176,15 @@ async fn silence_ends_in_a_timeout_and_the_next_call_takes_a_new_connection() {
         "no answer within 50ms (request IDENTIFY)"
     );
     connection.ended().await;
-    works_anew(&hasty, &daemon).await;
+    assert_usable_anew(&hasty, &daemon).await;
 }
 
 #[tokio::test]
-async fn the_daemon_is_told_of_the_timeout_in_whole_seconds() {
+async fn timeout_is_sent_to_the_daemon_in_whole_seconds() {
     let daemon = FakeDaemon::new();
     let client = daemon.client().with_timeout(Duration::from_millis(1500));
     let id = peer();
-    let mut connection = works_anew(&client, &daemon).await;
+    let mut connection = assert_usable_anew(&client, &daemon).await;
     begin_and_answer(client.connect(&id, &[]), &mut connection, |request| {
         assert_eq!(request.connect.unwrap().timeout, Some(2));
     })
@@ -205,11 +208,11 @@ async fn begin_and_answer(
 }
 
 #[tokio::test]
-async fn an_answer_one_byte_at_a_time_is_an_answer() {
+async fn reply_may_arrive_one_byte_at_a_time() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcome, mut connection) = join!(client.identify(), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         for byte in frame(&identity()) {
             connection.send(&[byte]).await;
             tokio::task::yield_now().await;
@@ -217,54 +220,54 @@ async fn an_answer_one_byte_at_a_time_is_an_answer() {
         connection
     });
     assert_eq!(outcome.unwrap().addrs, [addr()]);
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_connection_with_something_unasked_on_it_is_not_used_again() {
+async fn connection_with_unsolicited_data_is_not_reused() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut first = works_anew(&client, &daemon).await;
+    let mut first = assert_usable_anew(&client, &daemon).await;
     let mut another = identity();
     another.identify.as_mut().unwrap().id = Some("somebody else".into());
-    // The runtime has no time to notice.
+    // Without a chance for the runtime to notice.
     first.push(&frame(&another));
-    let mut second = works_anew(&client, &daemon).await;
+    let mut second = assert_usable_anew(&client, &daemon).await;
     assert!(first.is_closed().await);
-    works(&client, &mut second).await;
+    assert_usable(&client, &mut second).await;
 }
 
 #[tokio::test]
-async fn an_answer_with_more_behind_it_is_an_answer_but_the_connection_is_not_used_again() {
+async fn connection_with_bytes_after_the_reply_is_not_reused() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcome, first) = join!(client.identify(), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         let answer = frame(&identity());
         connection.send(&[&answer[..], &answer[..3]].concat()).await;
         connection
     });
     outcome.unwrap();
     first.ended().await;
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn a_daemon_that_was_restarted_is_used_as_if_nothing_had_been() {
+async fn restarted_daemon_is_used_transparently() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    drop(works_anew(&client, &daemon).await);
+    drop(assert_usable_anew(&client, &daemon).await);
     let daemon = daemon.restart();
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn a_request_that_was_closed_upon_unread_is_sent_again() {
+async fn request_left_unread_by_the_daemon_is_retried() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let first = works_anew(&client, &daemon).await;
+    let first = assert_usable_anew(&client, &daemon).await;
     let (outcome, ()) = join!(client.identify(), async {
-        // It comes, and nobody looks at it.
+        // The request arrives, and the daemon does not read it.
         within("a request", first.readable()).await;
         drop(first);
         daemon.accept().await.identifies().await;
@@ -273,10 +276,10 @@ async fn a_request_that_was_closed_upon_unread_is_sent_again() {
 }
 
 #[tokio::test]
-async fn a_request_that_was_read_is_not_sent_again() {
+async fn request_read_by_the_daemon_is_not_retried() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut first = works_anew(&client, &daemon).await;
+    let mut first = assert_usable_anew(&client, &daemon).await;
     let id = peer();
     let (outcome, ()) = join!(client.connect(&id, &[]), async {
         first.request().await;
@@ -287,12 +290,12 @@ async fn a_request_that_was_read_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn a_request_over_the_limit_is_not_sent_and_the_connection_is_good() {
+async fn request_over_the_limit_is_not_sent_and_leaves_the_connection_usable() {
     let daemon = FakeDaemon::new();
     let limits = Limits::default().with_max_frame(1000);
     let client = Client::builder(daemon.control()).limits(limits).build();
     let client = client.unwrap();
-    let mut connection = works_anew(&client, &daemon).await;
+    let mut connection = assert_usable_anew(&client, &daemon).await;
     let error = client.pubsub_publish("topic", vec![0; 1000]).await;
     let error = error.unwrap_err();
     assert!(
@@ -307,14 +310,14 @@ async fn a_request_over_the_limit_is_not_sent_and_the_connection_is_good() {
         "{error:?}"
     );
     assert_eq!(error.context().unwrap().request, "PUBSUB PUBLISH");
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_refusal_is_an_error_in_the_daemons_words_and_the_connection_is_good() {
+async fn refusal_has_the_daemons_message_and_leaves_the_connection_usable() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut connection = works_anew(&client, &daemon).await;
+    let mut connection = assert_usable_anew(&client, &daemon).await;
     let id = peer();
     let refused = [
         (
@@ -347,28 +350,28 @@ async fn a_refusal_is_an_error_in_the_daemons_words_and_the_connection_is_good()
         let about = format!(" (request STREAM_OPEN, peer {id}, protocol /a, /b)");
         assert_eq!(error.to_string(), format!("{text}{about}"));
     }
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn the_connection_of_a_dropped_call_is_closed() {
+async fn dropped_call_closes_its_connection() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let answer = frame(&identity());
     let mut connection = tokio::select! {
         _ = client.identify() => unreachable!("it is not all there"),
         connection = async {
-            let mut connection = asked(&daemon).await;
+            let mut connection = accept_request(&daemon).await;
             connection.send(&answer[..3]).await;
             connection
         } => connection,
     };
     assert!(connection.is_closed().await);
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn requests_that_wait_for_peers_do_not_hold_up_others() {
+async fn remote_requests_do_not_delay_local_ones() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut slow = Vec::new();
@@ -378,14 +381,14 @@ async fn requests_that_wait_for_peers_do_not_hold_up_others() {
         slow.push(tokio::spawn(
             async move { client.connect(&peer(), &[]).await },
         ));
-        connections.push(asked(&daemon).await);
+        connections.push(accept_request(&daemon).await);
     }
-    let mut quick = works_anew(&client, &daemon).await;
+    let mut quick = assert_usable_anew(&client, &daemon).await;
     let one_more = tokio::spawn({
         let client = client.clone();
         async move { client.connect(&peer(), &[]).await }
     });
-    works(&client, &mut quick).await;
+    assert_usable(&client, &mut quick).await;
     daemon.nobody_connects();
 
     // Its turn comes when one of the others has ended.
@@ -403,7 +406,7 @@ async fn requests_that_wait_for_peers_do_not_hold_up_others() {
 }
 
 #[tokio::test]
-async fn no_more_than_eight_connections_are_kept() {
+async fn at_most_eight_idle_connections_are_kept() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut calls = Vec::new();
@@ -413,13 +416,13 @@ async fn no_more_than_eight_connections_are_kept() {
         calls.push(tokio::spawn(
             async move { client.connect(&peer(), &[]).await },
         ));
-        connections.push(asked(&daemon).await);
+        connections.push(accept_request(&daemon).await);
     }
     for (call, connection) in calls.into_iter().zip(&mut connections) {
         connection.answer(ok()).await;
         call.await.unwrap().unwrap();
     }
-    // The oldest went.
+    // The oldest connections were closed.
     let kept = connections.split_off(2);
     for connection in connections {
         connection.ended().await;
@@ -431,7 +434,7 @@ async fn no_more_than_eight_connections_are_kept() {
 }
 
 #[tokio::test]
-async fn a_daemon_too_busy_to_be_connected_to_is_waited_for() {
+async fn connect_waits_for_a_daemon_with_a_full_backlog() {
     let daemon = FakeDaemon::new();
     daemon.is_busy();
     let client = daemon.client();
@@ -441,7 +444,7 @@ async fn a_daemon_too_busy_to_be_connected_to_is_waited_for() {
             tokio::spawn(async move { client.identify().await })
         })
         .collect();
-    tokio::task::yield_now().await; // in which all of them have tried
+    tokio::task::yield_now().await; // lets all of them try to connect
     let serving = tokio::spawn(async move {
         loop {
             tokio::spawn(daemon.accept().await.oblige());
@@ -454,7 +457,7 @@ async fn a_daemon_too_busy_to_be_connected_to_is_waited_for() {
 }
 
 #[test]
-fn a_client_serves_one_runtime_after_another() {
+fn client_can_be_used_on_one_runtime_after_another() {
     let (sender, control) = std::sync::mpsc::channel();
     let (enough, ended) = tokio::sync::oneshot::channel();
     let daemon = std::thread::spawn(move || {
@@ -480,7 +483,7 @@ fn a_client_serves_one_runtime_after_another() {
     });
     let before = client.listen_maddr().unwrap();
     drop(first);
-    // Its runtime is no more, and with it whoever could have told the daemon.
+    // Its runtime is gone, so the handler cannot be removed from the daemon.
     drop(handler);
 
     let second = Runtime::new().unwrap();
@@ -503,7 +506,7 @@ fn a_client_serves_one_runtime_after_another() {
 // --- streams ---
 
 #[tokio::test]
-async fn what_comes_right_behind_the_answer_to_stream_open_is_the_streams() {
+async fn bytes_after_the_stream_open_response_belong_to_the_stream() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let opened = p2pd::Response {
@@ -513,7 +516,7 @@ async fn what_comes_right_behind_the_answer_to_stream_open_is_the_streams() {
     let ahead = pattern(5000, 1);
     let id = peer();
     let (stream, mut connection) = join!(client.stream_open(&id, ["/echo"]), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         connection
             .send(&[&frame(&opened)[..], &ahead].concat())
             .await;
@@ -528,14 +531,14 @@ async fn what_comes_right_behind_the_answer_to_stream_open_is_the_streams() {
     assert_eq!(received, [&ahead[..], b"and more"].concat());
     stream.write_all(b"thanks").await.unwrap();
     assert_eq!(connection.bytes(6).await, "thanks");
-    // Nothing else goes over it.
-    works_anew(&client, &daemon).await;
+    // The pool does not reuse the connection.
+    assert_usable_anew(&client, &daemon).await;
     drop(stream);
     connection.ended().await;
 }
 
 #[tokio::test]
-async fn a_stream_dropped_with_unread_input_delivers_what_was_written() {
+async fn dropped_stream_with_unread_input_delivers_its_output() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let opened = p2pd::Response {
@@ -544,7 +547,7 @@ async fn a_stream_dropped_with_unread_input_delivers_what_was_written() {
     };
     let id = peer();
     let (stream, mut connection) = join!(client.stream_open(&id, ["/echo"]), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         connection.answer(opened).await;
         connection
     });
@@ -588,7 +591,7 @@ async fn listening() -> Listening {
     }
 }
 
-/// The connection that a daemon makes for an inbound stream.
+/// Connects to the listener, as the daemon does for an inbound stream.
 async fn dial(listen: &Multiaddr) -> Connection {
     let Ok(Endpoint::Unix(path)) = listen.endpoint() else {
         panic!("{listen} is no unix socket");
@@ -596,8 +599,8 @@ async fn dial(listen: &Multiaddr) -> Connection {
     Connection::new(UnixStream::connect(path).await.unwrap())
 }
 
-/// Has the daemon asked to take the handler back, and agree.
-async fn taken_back(control: &mut Connection) {
+/// Reads the request to remove the handler, and accepts it.
+async fn accept_removal(control: &mut Connection) {
     let request = control.request().await;
     assert_eq!(request.r#type, Some(Type::RemoveStreamHandler as i32));
     let request = request.remove_stream_handler.unwrap();
@@ -606,7 +609,7 @@ async fn taken_back(control: &mut Connection) {
 }
 
 #[tokio::test]
-async fn what_comes_right_behind_the_stream_info_is_the_streams() {
+async fn bytes_after_the_stream_info_belong_to_the_stream() {
     let mut listening = listening().await;
     let mut peer_end = dial(&listening.listen).await;
     let ahead = pattern(5000, 2);
@@ -625,7 +628,7 @@ async fn what_comes_right_behind_the_stream_info_is_the_streams() {
 }
 
 #[tokio::test]
-async fn a_stream_info_one_byte_at_a_time_begins_a_stream() {
+async fn stream_info_may_arrive_one_byte_at_a_time() {
     let mut listening = listening().await;
     let mut peer_end = dial(&listening.listen).await;
     let (stream, ()) = join!(listening.incoming.next(), async {
@@ -638,7 +641,7 @@ async fn a_stream_info_one_byte_at_a_time_begins_a_stream() {
 }
 
 #[tokio::test]
-async fn what_is_no_stream_for_a_handler_is_closed_and_disturbs_no_other() {
+async fn invalid_inbound_streams_are_closed_and_affect_no_others() {
     let mut listening = listening().await;
     let mut no_peer = stream_info("/echo");
     no_peer.peer = None;
@@ -654,7 +657,7 @@ async fn what_is_no_stream_for_a_handler_is_closed_and_disturbs_no_other() {
         peer_end.send(&header).await;
         assert!(peer_end.is_closed().await, "{header:?}");
     }
-    // Nor does one that says nothing.
+    // Nor does a connection that sends nothing.
     let _silent = dial(&listening.listen).await;
     dial(&listening.listen)
         .await
@@ -665,7 +668,7 @@ async fn what_is_no_stream_for_a_handler_is_closed_and_disturbs_no_other() {
 }
 
 #[tokio::test]
-async fn streams_that_wait_are_closed_with_their_handler_and_so_are_later_ones() {
+async fn waiting_and_later_streams_are_closed_with_their_handler() {
     let Listening {
         client,
         mut incoming,
@@ -688,8 +691,8 @@ async fn streams_that_wait_are_closed_with_their_handler_and_so_are_later_ones()
     let mut late = dial(&listen).await;
     late.answer(stream_info("/echo")).await;
     assert!(late.is_closed().await);
-    taken_back(&mut control).await;
-    // What was taken is whoever took it's.
+    accept_removal(&mut control).await;
+    // A stream already accepted stays open.
     first.push(b"still here");
     let mut received = [0; 10];
     let mut taken = taken;
@@ -699,7 +702,7 @@ async fn streams_that_wait_are_closed_with_their_handler_and_so_are_later_ones()
 }
 
 #[tokio::test]
-async fn a_protocol_has_one_handler_in_a_client() {
+async fn client_has_one_handler_per_protocol() {
     let listening = listening().await;
     let error = listening.client.stream_handler("/echo", true).await;
     let error = error.unwrap_err();
@@ -712,7 +715,7 @@ async fn a_protocol_has_one_handler_in_a_client() {
 }
 
 #[tokio::test]
-async fn the_name_of_a_dropped_handler_is_free_once_the_daemon_has_forgotten_it() {
+async fn protocol_of_a_dropped_handler_is_free_once_the_daemon_has_removed_it() {
     let Listening {
         client,
         incoming,
@@ -725,7 +728,7 @@ async fn the_name_of_a_dropped_handler_is_free_once_the_daemon_has_forgotten_it(
         let client = client.clone();
         async move { client.stream_handler("/echo", true).await }
     });
-    taken_back(&mut control).await;
+    accept_removal(&mut control).await;
     let request = control.request().await;
     assert_eq!(request.r#type, Some(Type::StreamHandler as i32));
     control.answer(ok()).await;
@@ -736,10 +739,10 @@ async fn the_name_of_a_dropped_handler_is_free_once_the_daemon_has_forgotten_it(
 }
 
 #[tokio::test]
-async fn the_name_of_a_refused_or_given_up_handler_is_free() {
+async fn protocol_of_a_refused_or_timed_out_handler_is_free() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut control = works_anew(&client, &daemon).await;
+    let mut control = assert_usable_anew(&client, &daemon).await;
     let (outcome, ()) = join!(client.stream_handler("/echo", false), async {
         control.request().await;
         control
@@ -748,12 +751,12 @@ async fn the_name_of_a_refused_or_given_up_handler_is_free() {
     });
     assert!(matches!(outcome, Err(Error::Refused { .. })));
 
-    // Once it has it, it is told to forget it.
+    // A registration that succeeds after its timeout is undone.
     let hasty = client.with_timeout(SOON);
     let (outcome, _) = join!(hasty.stream_handler("/echo", false), control.request());
     assert!(matches!(outcome, Err(Error::Timeout { .. })));
     control.answer(ok()).await;
-    taken_back(&mut control).await;
+    accept_removal(&mut control).await;
 
     let (outcome, ()) = join!(client.stream_handler("/echo", false), async {
         control.request().await;
@@ -762,12 +765,12 @@ async fn the_name_of_a_refused_or_given_up_handler_is_free() {
     let incoming = outcome.unwrap();
     join!(
         async { incoming.close().await.unwrap() },
-        taken_back(&mut control)
+        accept_removal(&mut control)
     );
 }
 
 #[tokio::test]
-async fn a_daemon_that_cannot_remove_handlers_does_not_support_it() {
+async fn removing_a_handler_can_be_not_supported() {
     let Listening {
         client: _client,
         incoming,
@@ -779,7 +782,7 @@ async fn a_daemon_that_cannot_remove_handlers_does_not_support_it() {
         let mut control = control;
         control.request().await;
         drop(control);
-        // As it is there still, it must have been the request.
+        // As the daemon still runs, the request was the reason.
         daemon.accept().await.identifies().await;
     });
     let error = outcome.unwrap_err();
@@ -790,7 +793,7 @@ async fn a_daemon_that_cannot_remove_handlers_does_not_support_it() {
 }
 
 #[tokio::test]
-async fn an_address_that_cannot_be_listened_at_is_named() {
+async fn listen_address_that_fails_is_named() {
     let daemon = FakeDaemon::new();
     let listen: Multiaddr = "/unix/no/such/directory/listen.sock".parse().unwrap();
     let builder = Client::builder(daemon.control()).listen_maddr(listen.clone());
@@ -802,7 +805,7 @@ async fn an_address_that_cannot_be_listened_at_is_named() {
 }
 
 #[tokio::test]
-async fn the_socket_file_goes_with_the_client() {
+async fn socket_file_is_removed_with_the_client() {
     let Listening {
         client,
         incoming,
@@ -816,7 +819,7 @@ async fn the_socket_file_goes_with_the_client() {
     assert!(std::fs::exists(&path).unwrap());
     join!(
         async { incoming.close().await.unwrap() },
-        taken_back(&mut control)
+        accept_removal(&mut control)
     );
     drop(client);
     common::eventually(async || must(!std::fs::exists(&path)?, "it is there still")).await;
@@ -824,25 +827,25 @@ async fn the_socket_file_goes_with_the_client() {
 
 // --- queries ---
 
-/// A query that was begun, with the daemon having answered BEGIN.
+/// Starts a query to which the daemon has answered BEGIN.
 async fn querying(client: &Client, daemon: &FakeDaemon) -> (Results<bytes::Bytes>, Connection) {
     let mut results = client.dht_search_value("key");
     let mut connection = tokio::select! {
         _ = results.next() => unreachable!("nothing has come"),
-        connection = asked(daemon) => connection,
+        connection = accept_request(daemon) => connection,
     };
     connection.answer(dht_response(dht(Begin, ""))).await;
     (results, connection)
 }
 
 #[tokio::test]
-async fn the_results_of_a_query_come_as_they_are_found() {
+async fn query_yields_results_as_they_arrive() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (mut results, mut connection) = querying(&client, &daemon).await;
     for value in ["good", "better", "best"] {
         connection.answer(dht(Value, value)).await;
-        // The next one has not been sent.
+        // The daemon has not sent the next one yet.
         let result = within("a result", results.next()).await;
         assert_eq!(result.unwrap().unwrap(), value);
     }
@@ -850,25 +853,25 @@ async fn the_results_of_a_query_come_as_they_are_found() {
     connection.answer(dht(End, "")).await;
     assert!(within("the end", results.next()).await.is_none());
     assert!(results.next().await.is_none());
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_single_value_is_a_result_too() {
+async fn single_value_is_a_list_of_one() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let results = client.dht_search_value("key");
     let (results, mut connection) = join!(results.collect_all(), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         connection.answer(dht_response(dht(Value, "value"))).await;
         connection
     });
     assert_eq!(results.unwrap(), ["value"]);
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_query_that_is_dropped_midway_closes_its_connection() {
+async fn query_dropped_midway_closes_its_connection() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (mut results, mut connection) = querying(&client, &daemon).await;
@@ -876,11 +879,11 @@ async fn a_query_that_is_dropped_midway_closes_its_connection() {
     within("a result", results.next()).await.unwrap().unwrap();
     drop(results);
     connection.ended().await;
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
 #[tokio::test]
-async fn a_query_that_is_never_asked_for_results_asks_for_none() {
+async fn query_that_is_never_polled_sends_nothing() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     drop(client.dht_search_value("key"));
@@ -888,7 +891,7 @@ async fn a_query_that_is_never_asked_for_results_asks_for_none() {
 }
 
 #[tokio::test]
-async fn a_broken_row_of_results_ends_in_an_error() {
+async fn invalid_sequence_of_results_ends_in_an_error() {
     let no_value = dht(Value, "");
     for (message, words) in [
         (dht(Begin, ""), "DHT BEGIN after BEGIN"),
@@ -912,11 +915,11 @@ async fn a_broken_row_of_results_ends_in_an_error() {
 }
 
 #[tokio::test]
-async fn an_end_without_a_beginning_breaks_the_protocol() {
+async fn end_without_begin_is_a_protocol_error() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcome, connection) = join!(client.dht_search_value("key").collect_all(), async {
-        let mut connection = asked(&daemon).await;
+        let mut connection = accept_request(&daemon).await;
         connection.answer(dht_response(dht(End, ""))).await;
         connection
     });
@@ -926,21 +929,21 @@ async fn an_end_without_a_beginning_breaks_the_protocol() {
 }
 
 #[tokio::test]
-async fn a_query_that_is_refused_leaves_its_connection_good() {
+async fn refused_query_leaves_its_connection_usable() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut connection = works_anew(&client, &daemon).await;
+    let mut connection = assert_usable_anew(&client, &daemon).await;
     let (outcome, ()) = join!(client.dht_search_value("key").collect_all(), async {
         connection.request().await;
         connection.answer(refusal("routing: not found")).await;
     });
     let error = outcome.unwrap_err();
     assert_eq!(error.daemon_message(), Some("routing: not found"));
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn the_timeout_of_a_query_is_for_all_of_it() {
+async fn timeout_of_a_query_covers_all_of_it() {
     let daemon = FakeDaemon::new();
     let client = daemon.client().with_timeout(SOON);
     let (mut results, mut connection) = querying(&client, &daemon).await;
@@ -958,7 +961,7 @@ async fn the_timeout_of_a_query_is_for_all_of_it() {
 }
 
 #[tokio::test]
-async fn a_query_with_too_many_results_is_ended() {
+async fn query_with_too_many_results_fails() {
     let daemon = FakeDaemon::new();
     let limits = Limits::default().with_max_answer(150);
     let client = Client::builder(daemon.control()).limits(limits).build();
@@ -983,11 +986,11 @@ fn published(data: &'static str) -> p2pd::PsMessage {
     }
 }
 
-/// A subscription with these bytes right behind the answer.
+/// Subscribes, with these bytes directly after the response.
 async fn subscribed(daemon: &FakeDaemon, ahead: &[u8]) -> (Subscription, Connection) {
     let client = daemon.client();
     let (subscription, connection) = join!(client.pubsub_subscribe("news"), async {
-        let mut connection = asked(daemon).await;
+        let mut connection = accept_request(daemon).await;
         connection.send(&[&frame(&ok())[..], ahead].concat()).await;
         connection
     });
@@ -995,7 +998,7 @@ async fn subscribed(daemon: &FakeDaemon, ahead: &[u8]) -> (Subscription, Connect
 }
 
 #[tokio::test]
-async fn messages_right_behind_the_answer_to_subscribe_are_not_lost() {
+async fn messages_directly_after_the_subscribe_response_are_not_lost() {
     let daemon = FakeDaemon::new();
     let (first, second) = (frame(&published("one")), frame(&published("two")));
     let (begin, rest) = second.split_at(4);
@@ -1010,7 +1013,7 @@ async fn messages_right_behind_the_answer_to_subscribe_are_not_lost() {
 }
 
 #[tokio::test]
-async fn a_subscription_that_the_daemon_ends_says_so_once() {
+async fn subscription_ended_by_the_daemon_reports_one_error() {
     let daemon = FakeDaemon::new();
     let (news, mut connection) = subscribed(&daemon, &[]).await;
     connection.answer(published("one")).await;
@@ -1027,7 +1030,7 @@ async fn a_subscription_that_the_daemon_ends_says_so_once() {
 }
 
 #[tokio::test]
-async fn what_is_no_message_ends_a_subscription() {
+async fn invalid_message_ends_a_subscription() {
     let daemon = FakeDaemon::new();
     for bytes in [vec![3, 0xff, 0xff, 0xff], vec![0xff; 11]] {
         let (mut news, connection) = subscribed(&daemon, &bytes).await;
@@ -1039,7 +1042,7 @@ async fn what_is_no_message_ends_a_subscription() {
 }
 
 #[tokio::test]
-async fn dropping_a_subscription_closes_its_connection() {
+async fn dropped_subscription_closes_its_connection() {
     let daemon = FakeDaemon::new();
     let (news, connection) = subscribed(&daemon, &[]).await;
     drop(news);
@@ -1047,7 +1050,7 @@ async fn dropping_a_subscription_closes_its_connection() {
 }
 
 #[tokio::test]
-async fn closing_a_subscription_waits_for_the_daemon_to_have_ended_it() {
+async fn close_of_a_subscription_waits_until_the_daemon_has_ended_it() {
     let daemon = FakeDaemon::new();
     let (news, mut connection) = subscribed(&daemon, &[]).await;
     let mut closing = pin!(news.close());
@@ -1059,26 +1062,26 @@ async fn closing_a_subscription_waits_for_the_daemon_to_have_ended_it() {
     within("the end", closing).await;
 }
 
-// --- the peerstore, which the Go daemons do not have ---
+// --- the peerstore, which only jsp2pd has ---
 
 #[tokio::test]
-async fn the_peerstore_speaks_the_js_dialect() {
+async fn peerstore_requests_use_the_js_flavour() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    let mut connection = works_anew(&client, &daemon).await;
+    let mut connection = assert_usable_anew(&client, &daemon).await;
     let answer = |store| p2pd::Response {
         peer_store: Some(store),
         ..ok()
     };
     let id = peer();
-    // Asked first, lest hivemind's daemon take what follows for a request of its own.
-    let is_there = async |connection: &mut common::fake::Connection| {
+    // The client probes first, since hivemind's daemon would misread a PEERSTORE request.
+    let answer_probe = async |connection: &mut common::fake::Connection| {
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(i32::MAX));
         connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
     };
     let (protocols, ()) = join!(client.peerstore_get_protocols(&id), async {
-        is_there(&mut connection).await;
+        answer_probe(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(9));
         let request = request.peer_store.unwrap();
@@ -1090,7 +1093,7 @@ async fn the_peerstore_speaks_the_js_dialect() {
     assert_eq!(protocols.unwrap(), ["/a", "/b"]);
 
     let (info, ()) = join!(client.peerstore_get_peer_info(&id), async {
-        is_there(&mut connection).await;
+        answer_probe(&mut connection).await;
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.peer_store.unwrap().r#type, Some(2));
         let store = p2pd::PeerstoreResponse {
@@ -1103,10 +1106,10 @@ async fn the_peerstore_speaks_the_js_dialect() {
     assert_eq!((info.peer_id, info.addrs), (peer(), vec![addr()]));
 }
 
-// --- whatever comes ---
+// --- random input ---
 
-/// Random bytes in place of an answer: an error, or by chance an answer, but neither a panic nor a
-/// wait without end.
+/// Random bytes instead of a reply give an error, or by chance a reply, but never a panic or a
+/// hang.
 #[tokio::test]
 async fn random_bytes_never_hang_or_break_the_client() {
     let daemon = FakeDaemon::new();
@@ -1117,26 +1120,26 @@ async fn random_bytes_never_hang_or_break_the_client() {
         let place = seed * 7919 % bytes.len();
         bytes[place] ^= pattern(1, seed * 8)[0] | 1;
         let (outcome, ()) = join!(within("an end", client.identify()), async {
-            let mut connection = asked(&daemon).await;
+            let mut connection = accept_request(&daemon).await;
             connection.send(&bytes).await;
             connection.end().await;
         });
         drop(outcome);
     }
-    works_anew(&client, &daemon).await;
+    assert_usable_anew(&client, &daemon).await;
 }
 
-// --- what is given up, or ends, at an awkward time ---
+// --- futures dropped, and connections ended, at awkward times ---
 
 #[tokio::test]
-async fn a_query_can_ask_about_its_results_however_few_connections_there_may_be() {
+async fn running_query_does_not_block_requests_of_a_small_pool() {
     let daemon = FakeDaemon::new();
     let builder = Client::builder(daemon.control()).max_connections(1);
     let client = builder.build().unwrap();
     let (mut results, mut connection) = querying(&client, &daemon).await;
     connection.answer(dht(Value, "one")).await;
     results.next().await.unwrap().unwrap();
-    // The query is not at its end.
+    // The query has not ended.
     let (id, addrs) = (peer(), [addr()]);
     let (outcome, ()) = join!(client.connect(&id, &addrs), async {
         let mut connection = daemon.accept().await;
@@ -1148,11 +1151,11 @@ async fn a_query_can_ask_about_its_results_however_few_connections_there_may_be(
 }
 
 #[tokio::test]
-async fn an_idle_tcp_connection_that_the_daemon_closed_is_not_used_again() {
+async fn idle_tcp_connection_closed_by_the_daemon_is_not_reused() {
     let _limit = Limit::new();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    // In a thread, so that the client's reactor need not have had its turn.
+    // In a thread, so that the client's reactor may not have run yet.
     let daemon = std::thread::spawn(move || {
         for _ in 0..2 {
             let (mut socket, _) = listener.accept().unwrap();
@@ -1168,7 +1171,7 @@ async fn an_idle_tcp_connection_that_the_daemon_closed_is_not_used_again() {
 }
 
 #[tokio::test]
-async fn a_registration_dropped_before_its_answer_is_taken_back_after_it() {
+async fn registration_dropped_before_its_reply_is_undone_after_it() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut control = select! {
@@ -1179,15 +1182,15 @@ async fn a_registration_dropped_before_its_answer_is_taken_back_after_it() {
             control
         } => control,
     };
-    // Not on another connection, where it could overtake.
+    // Not on another connection, where the removal could overtake the registration.
     tokio::task::yield_now().await;
     daemon.nobody_connects();
     control.answer(ok()).await;
-    taken_back(&mut control).await;
+    accept_removal(&mut control).await;
 }
 
 #[test]
-fn inbound_streams_end_with_the_runtime_that_took_them() {
+fn inbound_streams_end_with_their_runtime() {
     let (sender, control) = std::sync::mpsc::channel();
     let daemon = std::thread::spawn(move || {
         Runtime::new().unwrap().block_on(async {
@@ -1211,7 +1214,7 @@ fn inbound_streams_end_with_the_runtime_that_took_them() {
 }
 
 #[tokio::test]
-async fn where_a_client_listened_the_next_one_can_at_once() {
+async fn listen_address_can_be_reused_at_once() {
     let daemon = FakeDaemon::new();
     let directory = tempfile::tempdir().unwrap();
     let listen = format!("/unix{}/l.sock", directory.path().display());
@@ -1224,13 +1227,13 @@ async fn where_a_client_listened_the_next_one_can_at_once() {
             control.answer(ok()).await;
             control
         });
-        let (closed, ()) = join!(incoming.unwrap().close(), taken_back(&mut control));
+        let (closed, ()) = join!(incoming.unwrap().close(), accept_removal(&mut control));
         closed.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_client_of_a_daemon_with_a_name_listens_at_its_address() {
+async fn client_of_a_daemon_with_a_host_name_listens_at_its_address() {
     let _limit = Limit::new();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();

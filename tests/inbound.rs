@@ -1,5 +1,5 @@
-//! What becomes of inbound streams that no handler gets, and of registrations that a daemon refuses:
-//! they are counted, logged and reported.
+//! Inbound streams without a handler, and registrations that a daemon refuses: they are counted,
+//! logged and reported.
 #![cfg(unix)]
 
 mod common;
@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::join;
 use tokio::net::UnixStream;
 
-/// The log lines of this program, whose tests take turns for it.
+/// Collects log lines; tests that use it run one at a time.
 struct Lines;
 
 static LINES: Mutex<Vec<(log::Level, String)>> = Mutex::new(Vec::new());
@@ -40,10 +40,10 @@ fn lines() -> MutexGuard<'static, Vec<(log::Level, String)>> {
     LINES.lock().unwrap()
 }
 
-/// Begins to collect log lines.
-async fn listen_to_the_log() -> tokio::sync::MutexGuard<'static, ()> {
+/// Starts collecting log lines, until the guard is dropped.
+async fn collect_log() -> tokio::sync::MutexGuard<'static, ()> {
     let turn = TURN.lock().await;
-    // Another test may have set it.
+    // Another test may have set the logger.
     let _ = log::set_logger(&Lines);
     log::set_max_level(log::LevelFilter::Debug);
     lines().clear();
@@ -58,7 +58,7 @@ fn lines_with(words: &str) -> usize {
         .count()
 }
 
-/// A client that listens for a protocol, and where.
+/// Returns a client that listens for a protocol.
 async fn listening(daemon: &FakeDaemon, protocol: &str) -> (Client, IncomingStreams, Connection) {
     let client = daemon.client();
     let (incoming, control) = join!(client.stream_handler(protocol, false), async {
@@ -77,7 +77,7 @@ async fn dial(client: &Client) -> UnixStream {
     UnixStream::connect(path).await.unwrap()
 }
 
-/// Waits until the statistics are as expected.
+/// Waits until the statistics match.
 async fn stats(client: &Client, expected: impl Fn(&ListenerStats) -> bool) {
     eventually(async || {
         let stats = client.listener_stats();
@@ -88,7 +88,7 @@ async fn stats(client: &Client, expected: impl Fn(&ListenerStats) -> bool) {
 
 #[tokio::test]
 async fn counts_and_logs_each_refused_stream() {
-    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+    let (_limit, _turn) = (Limit::new(), collect_log().await);
     let daemon = FakeDaemon::new();
     let (client, incoming, _control) = listening(&daemon, "/here").await;
 
@@ -100,7 +100,7 @@ async fn counts_and_logs_each_refused_stream() {
     }
     let mut garbage = dial(&client).await;
     garbage.write_all(&[3, 255, 255, 255]).await.unwrap();
-    // So many wait; the last one is too many.
+    // One more than the queue holds.
     for _ in 0..257 {
         let mut connection = Connection::new(dial(&client).await);
         connection.answer(stream_info("/here")).await;
@@ -122,8 +122,8 @@ async fn counts_and_logs_each_refused_stream() {
 }
 
 #[tokio::test]
-async fn says_after_a_second_how_many_lines_were_withheld() {
-    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+async fn log_line_after_a_second_counts_the_suppressed_ones() {
+    let (_limit, _turn) = (Limit::new(), collect_log().await);
     let daemon = FakeDaemon::new();
     let (client, _incoming, _control) = listening(&daemon, "/here").await;
     let refused = async || {
@@ -133,7 +133,7 @@ async fn says_after_a_second_how_many_lines_were_withheld() {
     };
     let mut sent = 0;
     let begun = std::time::Instant::now();
-    // Until the second line comes, which cannot be before its time.
+    // Until the second line is logged, which takes at least a second.
     while lines_with("it has no handler") < 2 {
         refused().await;
         sent += 1;
@@ -145,12 +145,12 @@ async fn says_after_a_second_how_many_lines_were_withheld() {
 }
 
 #[tokio::test]
-async fn makes_room_by_closing_the_oldest_connections_without_a_header() {
-    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+async fn closes_the_oldest_connections_without_a_header_when_there_are_too_many() {
+    let (_limit, _turn) = (Limit::new(), collect_log().await);
     let daemon = FakeDaemon::new();
     let (client, mut incoming, _control) = listening(&daemon, "/here").await;
     let mut silent = Vec::new();
-    // 256, one for the handler, and two too many.
+    // 256, one for the handler, and two more.
     for _ in 0..259 {
         silent.push(dial(&client).await);
     }
@@ -165,8 +165,8 @@ async fn makes_room_by_closing_the_oldest_connections_without_a_header() {
 }
 
 #[tokio::test]
-async fn a_handler_that_another_client_has_taken_is_an_error_when_registered_again() {
-    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+async fn register_again_reports_a_protocol_taken_by_another_client() {
+    let (_limit, _turn) = (Limit::new(), collect_log().await);
     let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
     let path = directory.path().join("control.sock");
     let control: Multiaddr = format!("/unix{}", path.display()).parse().unwrap();
@@ -194,13 +194,13 @@ async fn a_handler_that_another_client_has_taken_is_an_error_when_registered_aga
         Some("/taken")
     );
     assert_eq!(lines_with("the handler of \"/taken\" is lost"), 1);
-    // The other is registered: so that is a name that is taken.
+    // The other protocol was registered, so the thief is refused.
     let outcome = thief.stream_handler("/free", false).await;
     assert!(matches!(outcome, Err(Error::Refused { .. })), "{outcome:?}");
 }
 
 #[tokio::test]
-async fn registering_again_what_the_daemon_has_is_no_error_and_leaves_it_served_once() {
+async fn register_again_is_idempotent() {
     let pair = pair().await;
     let peer = pair.bob_daemon.peer_id();
     let mut alone = pair
@@ -221,15 +221,15 @@ async fn registering_again_what_the_daemon_has_is_no_error_and_leaves_it_served_
         assert_eq!(came.info().protocol, protocol);
         drop(opened);
     }
-    // Had the daemon it twice, it would have it still.
+    // If the daemon had it twice, one registration would be left.
     shared.close().await.unwrap();
     let other = pair.bob_daemon.client().await.unwrap();
     let _alone = other.stream_handler("/again-shared", false).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_refusal_to_take_back_keeps_the_daemons_words() {
-    let (_limit, _turn) = (Limit::new(), listen_to_the_log().await);
+async fn refused_removal_keeps_the_first_refusals_message() {
+    let (_limit, _turn) = (Limit::new(), collect_log().await);
     let daemon = FakeDaemon::new();
     let (client, _incoming, mut control) = listening(&daemon, "/taken").await;
     let (outcome, ()) = join!(client.register_again(), async {
@@ -263,7 +263,7 @@ async fn errors_have_the_kind_of_their_io_error() {
     assert_eq!(error.io_kind(), Some(ErrorKind::UnexpectedEof), "{error:?}");
     assert!(std::error::Error::source(&error).is_some());
 
-    // Closed with the request unread, a unix socket is reset.
+    // A unix socket closed with unread data is reset.
     let peer = common::fake::peer();
     let (outcome, ()) = join!(client.connect(&peer, &[]), async {
         daemon.accept().await.readable().await;

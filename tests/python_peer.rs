@@ -1,5 +1,5 @@
-//! The client for tokio with the Python client at the other side: between two real p2pds, named by
-//! P2PD_PATH, and on the same one. P2PCLIENT_PYTHON names an interpreter that has the package.
+//! The tokio client and the Python client, between two real p2pds named by P2PD_PATH, and on the
+//! same one. P2PCLIENT_PYTHON names an interpreter with the package installed.
 #![cfg(unix)]
 
 mod common;
@@ -19,7 +19,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 const SIZES: [usize; 4] = [0, 1, 64 << 10, 3 << 20];
 
-/// The Python program, a client of bob's daemon.
+/// A process that runs python_peer.py as a client of bob's daemon.
 struct Python {
     process: Child,
     commands: ChildStdin,
@@ -29,7 +29,7 @@ struct Python {
 }
 
 impl Python {
-    /// Starts it, and has it serve under names that end in `name`.
+    /// Starts it and registers its handlers, under protocols that contain `name`.
     async fn serving(pair: &Pair, name: &str) -> Self {
         let hint = "a Python that has the package: .venv/bin/python, once `make wheel` has run";
         let python = required("P2PCLIENT_PYTHON", hint);
@@ -63,7 +63,7 @@ impl Python {
         python
     }
 
-    /// Has it begin something; the number of that.
+    /// Sends a command; returns its number.
     fn begin(&mut self, what: &str, how: &[(&str, &dyn Display)]) -> usize {
         self.sent += 1;
         let how = how
@@ -75,19 +75,19 @@ impl Python {
         self.sent
     }
 
-    /// Waits for it to say that, and nothing else.
+    /// Waits for this line of output, and fails on any other.
     async fn says(&mut self, line: &str) {
         let said = within(line, self.lines.recv()).await;
         assert_eq!(said.as_deref(), Some(line));
     }
 
-    /// Has it do something with that result.
+    /// Sends a command and waits for its result.
     async fn does(&mut self, what: &str, how: &[(&str, &dyn Display)], result: &str) {
         let number = self.begin(what, how);
         self.says(&format!("[{number}, {result}]")).await;
     }
 
-    /// Ends it, by an end of its commands.
+    /// Closes its standard input, and waits for its exit.
     fn end(mut self) {
         drop(self.commands);
         let status = self.process.wait().unwrap();
@@ -95,13 +95,13 @@ impl Python {
     }
 }
 
-/// A string as JSON has it: of what is used here, Rust's escapes are the same.
+/// Formats a string in JSON. For the strings used here Rust's escapes are the same.
 fn json(text: impl Display) -> String {
     format!("{:?}", text.to_string())
 }
 
 #[tokio::test]
-async fn streams_go_both_ways() {
+async fn streams_work_in_both_directions() {
     let pair = pair().await;
     let mut python = Python::serving(&pair, "streams").await;
     for size in SIZES {
@@ -129,7 +129,7 @@ async fn streams_go_both_ways() {
 }
 
 #[tokio::test]
-async fn unary_calls_go_both_ways() {
+async fn unary_calls_work_in_both_directions() {
     let pair = pair().await;
     let mut python = Python::serving(&pair, "calls").await;
     let echo = async |call: UnaryCall| Ok::<_, Infallible>(call.payload);
@@ -155,7 +155,7 @@ async fn unary_calls_go_both_ways() {
 }
 
 #[tokio::test]
-async fn the_errors_of_handlers_arrive_with_their_words() {
+async fn handler_errors_arrive_with_their_message() {
     let pair = pair().await;
     let mut python = Python::serving(&pair, "errors").await;
     let (alice, bob) = (pair.alice_daemon.peer_id(), pair.bob_daemon.peer_id());
@@ -183,7 +183,7 @@ async fn the_errors_of_handlers_arrive_with_their_words() {
 }
 
 #[tokio::test]
-async fn giving_a_call_up_cancels_its_handler() {
+async fn dropping_a_call_cancels_its_handler() {
     let pair = pair().await;
     let mut python = Python::serving(&pair, "given-up").await;
     let bob = pair.bob_daemon.peer_id();
@@ -212,7 +212,7 @@ async fn giving_a_call_up_cancels_its_handler() {
 }
 
 #[tokio::test]
-async fn rust_and_python_serve_a_name_of_one_daemon_in_turn() {
+async fn rust_and_python_handlers_are_served_round_robin() {
     let pair = pair().await;
     let python = Python::serving(&pair, "turns").await;
     let name = async |_: UnaryCall| Ok::<_, Infallible>("Rust");
@@ -236,14 +236,14 @@ async fn rust_and_python_serve_a_name_of_one_daemon_in_turn() {
 }
 
 #[tokio::test]
-async fn messages_of_pubsub_go_both_ways() {
+async fn pubsub_messages_arrive_in_both_directions() {
     let pair = pair().await;
     let mut python = Python::serving(&pair, "pubsub").await;
     let topic = json("of two languages");
     let text = json("to Python");
     let hearing = python.begin("hear", &[("topic", &topic), ("text", &text)]);
     python.says(r#""subscribed""#).await;
-    // Of the same daemon, so that it is known when messages from the other reach it.
+    // Subscribes on the same daemon, to learn when messages from the other daemon reach it.
     let mut news = pair.bob.pubsub_subscribe("of two languages").await.unwrap();
     hears(&mut news, &pair.alice, "of two languages").await;
     let sent = pair.alice.pubsub_publish("of two languages", "to Python");

@@ -1,5 +1,5 @@
-//! Unary calls of the client for tokio: between real p2pds of hivemind's, named by P2PD_PATH, and
-//! against a daemon that does as the test says.
+//! Unary calls of the tokio client: between hivemind's real p2pds, named by P2PD_PATH, and against
+//! a scripted fake daemon.
 #![cfg(unix)]
 
 mod common;
@@ -46,7 +46,7 @@ fn handler_failed<T: std::fmt::Debug>(outcome: Result<T, Error>) -> String {
 // --- real daemons ---
 
 #[tokio::test]
-async fn calls_go_both_ways_and_name_the_caller() {
+async fn calls_in_both_directions_pass_the_callers_peer_id() {
     let pair = pair().await;
     for (server, caller, callee, from) in [
         (&pair.bob, &pair.alice, pair.bob_daemon, pair.alice_daemon),
@@ -60,7 +60,7 @@ async fn calls_go_both_ways_and_name_the_caller() {
 }
 
 #[tokio::test]
-async fn payloads_of_any_size_arrive_unharmed() {
+async fn payloads_of_any_size_arrive_intact() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     pair.bob
@@ -75,7 +75,7 @@ async fn payloads_of_any_size_arrive_unharmed() {
 }
 
 #[tokio::test]
-async fn a_thousand_calls_at_once_each_way_are_answered_each_with_its_own() {
+async fn thousand_concurrent_calls_each_way_get_their_own_replies() {
     let pair = pair().await;
     pair.alice
         .add_unary_handler("many", false, echo)
@@ -94,7 +94,7 @@ async fn a_thousand_calls_at_once_each_way_are_answered_each_with_its_own() {
             let payload = pattern(number * 97 % 20_000, number * 8);
             loop {
                 match client.call_unary(callee, "many", payload.clone()).await {
-                    // The daemons limit the streams that are being opened between them.
+                    // The daemons limit how many streams are opened between them at once.
                     Err(Error::Refused { message, .. }) if message == "stream reset" => continue,
                     reply => break assert!(reply.unwrap() == payload),
                 }
@@ -107,7 +107,7 @@ async fn a_thousand_calls_at_once_each_way_are_answered_each_with_its_own() {
 }
 
 #[tokio::test]
-async fn replies_come_as_they_are_ready() {
+async fn replies_arrive_as_soon_as_they_are_ready() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let (release, released) = tokio::sync::watch::channel(false);
@@ -135,7 +135,7 @@ async fn replies_come_as_they_are_ready() {
 }
 
 #[tokio::test]
-async fn a_handler_may_call_its_caller_and_so_on() {
+async fn handler_may_call_its_caller_recursively() {
     let pair = pair().await;
     for server in [&pair.alice, &pair.bob] {
         let own = server.clone();
@@ -157,12 +157,12 @@ async fn a_handler_may_call_its_caller_and_so_on() {
     let bob = pair.bob_daemon.peer_id();
     let reply = pair.alice.call_unary(bob, "ping-pong", vec![0; 20]).await;
     assert_eq!(reply.unwrap(), "the end");
-    // The handlers have clones of their clients, which keep those open.
+    // The handlers hold clones of the clients, which would keep them open.
     join!(pair.alice.close(), pair.bob.close());
 }
 
 #[tokio::test]
-async fn what_a_handler_fails_with_the_caller_is_told() {
+async fn handler_error_is_sent_to_the_caller() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let fail = async |call: UnaryCall| -> Result<Bytes, String> {
@@ -191,7 +191,7 @@ async fn what_a_handler_fails_with_the_caller_is_told() {
 }
 
 #[tokio::test]
-async fn what_nobody_serves_is_refused_at_once() {
+async fn unknown_protocol_or_peer_is_refused_at_once() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let error = pair
@@ -218,7 +218,7 @@ async fn what_nobody_serves_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn messages_over_the_limit_fail_alone() {
+async fn message_over_the_limit_fails_only_its_call() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let grow = async |call: UnaryCall| Ok::<_, Infallible>(call.payload.repeat(4));
@@ -244,7 +244,7 @@ async fn messages_over_the_limit_fail_alone() {
 }
 
 #[tokio::test]
-async fn a_dropped_call_and_one_out_of_time_cancel_their_handlers() {
+async fn dropped_and_timed_out_calls_cancel_their_handlers() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let (handler, mut told) = endless();
@@ -267,7 +267,7 @@ async fn a_dropped_call_and_one_out_of_time_cancel_their_handlers() {
 }
 
 #[tokio::test]
-async fn balanced_handlers_of_two_clients_serve_in_turn() {
+async fn balanced_handlers_of_two_clients_are_served_round_robin() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let other = pair.bob_daemon.client().await.unwrap();
@@ -290,7 +290,7 @@ async fn balanced_handlers_of_two_clients_serve_in_turn() {
 }
 
 #[tokio::test]
-async fn a_name_has_one_handler_until_it_is_removed() {
+async fn protocol_has_one_handler_until_it_is_removed() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
     let other = pair.bob_daemon.client().await.unwrap();
@@ -311,7 +311,7 @@ async fn a_name_has_one_handler_until_it_is_removed() {
     pair.bob.remove_unary_handler("passing").await.unwrap();
     let error = pair.bob.remove_unary_handler("passing").await.unwrap_err();
     assert!(matches!(error, Error::NotRegistered { .. }));
-    // Until its daemon hears of the removal, it calls in good faith.
+    // Until alice's daemon learns of the removal, it forwards calls without asking.
     eventually(async || {
         let error = pair.alice.call_unary(bob, "passing", "").await.unwrap_err();
         must(matches!(error, Error::Refused { .. }), &error.to_string())
@@ -322,7 +322,7 @@ async fn a_name_has_one_handler_until_it_is_removed() {
 }
 
 #[tokio::test]
-async fn closing_fails_what_is_pending_and_tells_the_callers() {
+async fn close_fails_pending_calls_and_sends_errors_to_callers_of_handlers() {
     let pair = pair().await;
     let (alice, bob) = (pair.alice_daemon.peer_id(), pair.bob_daemon.peer_id());
     let (handler, mut told) = endless();
@@ -353,13 +353,13 @@ async fn closing_fails_what_is_pending_and_tells_the_callers() {
     assert_eq!(next(&mut told).await, "given up");
     assert_eq!(next(&mut also_told).await, "given up");
     assert_eq!(pair.bob.unary_handlers(), [""; 0]);
-    // It opens another connection; the daemon may take a moment to notice the end of the first.
+    // The client reopens its connection; the daemon may be slow to notice that the first has ended.
     eventually(async || Ok(pair.bob.add_unary_handler("closing", false, echo).await?)).await;
     eventually(async || Ok(pair.alice.call_unary(bob, "closing", "").await?)).await;
 }
 
 #[tokio::test]
-async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_has_the_handlers() {
+async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_back() {
     let _limit = Limit::new();
     let daemon = bare_daemon().spawn().await.unwrap();
     let control = daemon.control_maddr().clone();
@@ -381,7 +381,7 @@ async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_ha
         for _ in 0..100 {
             assert_eq!(next(&mut told).await, "begun");
         }
-        drop(daemon); // killed, it says no good-bye
+        drop(daemon); // killed, so it closes nothing in an orderly way
     });
     for outcome in outcomes {
         assert!(matches!(outcome, Err(Error::ConnectionLost { .. })));
@@ -392,7 +392,7 @@ async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_ha
     let error = client.call_unary(far_daemon.peer_id(), "endless", "").await;
     assert!(matches!(error, Err(Error::Unreachable { .. })));
 
-    // At the same address, whose directory went with the first.
+    // Restart at the same address, whose directory was removed with the first daemon.
     let path = control.to_string();
     let path = std::path::Path::new(path.strip_prefix("/unix").unwrap());
     std::fs::create_dir(path.parent().unwrap()).unwrap();
@@ -405,7 +405,7 @@ async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_ha
         .connect(far_daemon.peer_id(), far_daemon.addrs())
         .await
         .unwrap();
-    // Without a call of its own.
+    // The client reconnects without making a call itself.
     let again = async || Ok(far.call_unary(daemon.peer_id(), "echo", "again").await?);
     assert_eq!(eventually(again).await, "again");
     daemon.shutdown().await;
@@ -413,7 +413,7 @@ async fn a_daemon_that_ends_fails_all_pending_calls_at_once_and_one_restarted_ha
 }
 
 #[test]
-fn a_client_serves_one_runtime_after_another() {
+fn client_can_be_used_on_one_runtime_after_another() {
     let first = Runtime::new().unwrap();
     let (pair, caller) = first.block_on(async {
         let pair = pair().await;
@@ -432,14 +432,14 @@ fn a_client_serves_one_runtime_after_another() {
     drop(first);
     Runtime::new().unwrap().block_on(async {
         let bob = pair.bob_daemon.peer_id();
-        // The next use of each client opens its connection anew, and registers its handlers.
+        // The next use of each client reopens its connection and registers its handlers again.
         eventually(async || Ok(pair.bob.add_unary_handler("second", false, echo).await?)).await;
         let two = eventually(async || Ok(caller.call_unary(bob, "lasting", "two").await?)).await;
         assert_eq!(two, "two");
     });
 }
 
-// --- a daemon that does as the test says ---
+// --- the fake daemon ---
 
 /// A persistent connection of a client, from the daemon's side.
 struct Persistent(Connection);
@@ -458,7 +458,7 @@ impl Persistent {
         (id, message.message.unwrap())
     }
 
-    /// The next message, which must be a call: its id and payload.
+    /// Reads the next message, which must be a call; returns its id and payload.
     async fn call(&mut self) -> (Bytes, Bytes) {
         match self.message().await {
             (id, Message::CallUnary(call)) => (id, call.data.unwrap()),
@@ -466,7 +466,7 @@ impl Persistent {
         }
     }
 
-    /// The next message, which must ask for a handler: its id and name.
+    /// Reads the next message, which must add a handler; returns its id and protocol.
     async fn addition(&mut self) -> (Bytes, String) {
         match self.message().await {
             (id, Message::AddUnaryHandler(add)) => (id, add.proto.unwrap()),
@@ -474,7 +474,7 @@ impl Persistent {
         }
     }
 
-    /// The next message, which must answer a call.
+    /// Reads the next message, which must be the response to a call.
     async fn response(&mut self) -> (Bytes, Reply) {
         match self.message().await {
             (id, Message::UnaryResponse(response)) => (id, response.result.unwrap()),
@@ -539,7 +539,7 @@ async fn call(client: &Client, payload: &'static str) -> Result<Bytes, Error> {
     client.call_unary(&peer(), "echo", payload).await
 }
 
-/// A client with a handler for `name`, and its connection.
+/// Returns a client with a handler for `name`, and its persistent connection.
 async fn serving<F, R>(
     daemon: &FakeDaemon,
     name: &str,
@@ -552,7 +552,7 @@ where
     serve(daemon.client(), daemon, name, handler).await
 }
 
-/// As `serving`, with this client.
+/// Like `serving`, for a given client.
 async fn serve<F, R>(
     client: Client,
     daemon: &FakeDaemon,
@@ -574,13 +574,13 @@ where
     (client, connection)
 }
 
-async fn works(client: &Client, connection: &mut Persistent) {
+async fn assert_usable(client: &Client, connection: &mut Persistent) {
     let (reply, ()) = join!(call(client, "hello"), connection.echoes());
     assert_eq!(reply.unwrap(), "hello");
 }
 
 #[tokio::test]
-async fn a_daemon_without_persistent_connections_is_not_supported() {
+async fn daemon_without_persistent_connections_is_not_supported() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcome, mut connection) = join!(call(&client, ""), async {
@@ -590,7 +590,8 @@ async fn a_daemon_without_persistent_connections_is_not_supported() {
     });
     let error = outcome.unwrap_err();
     assert!(matches!(error, Error::NotSupported { .. }), "{error:?}");
-    // Upstream's closes the connection; as it is there still, it must have been the request.
+    // Upstream's daemon closes the connection. As the daemon still runs, the request was the
+    // reason.
     let (outcome, ()) = join!(call(&client, ""), async {
         connection.request().await;
         drop(connection);
@@ -602,7 +603,7 @@ async fn a_daemon_without_persistent_connections_is_not_supported() {
 }
 
 #[tokio::test]
-async fn an_upgrade_that_nobody_waits_for_any_more_is_of_use_to_the_next() {
+async fn upgrade_of_a_timed_out_call_is_used_by_the_next() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let hasty = client.with_timeout(SOON);
@@ -622,7 +623,7 @@ async fn an_upgrade_that_nobody_waits_for_any_more_is_of_use_to_the_next() {
 }
 
 #[tokio::test]
-async fn closing_the_client_gives_up_an_upgrade_that_is_not_answered() {
+async fn close_during_the_upgrade_fails_waiting_calls() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let adding = client.add_unary_handler("echo", false, |call| async {
@@ -652,7 +653,7 @@ async fn closing_the_client_gives_up_an_upgrade_that_is_not_answered() {
 }
 
 #[tokio::test]
-async fn calls_at_once_share_a_connection_and_replies_may_come_in_any_order() {
+async fn concurrent_calls_share_a_connection_and_replies_may_come_in_any_order() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let texts: Vec<String> = (0..50).map(|number| number.to_string()).collect();
@@ -677,7 +678,7 @@ async fn calls_at_once_share_a_connection_and_replies_may_come_in_any_order() {
 }
 
 #[tokio::test]
-async fn a_reply_one_byte_at_a_time_is_a_reply_and_so_are_many_at_once() {
+async fn replies_may_arrive_one_byte_or_many_messages_at_a_time() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (replies, ()) = join!(
@@ -716,7 +717,7 @@ async fn a_reply_one_byte_at_a_time_is_a_reply_and_so_are_many_at_once() {
 }
 
 #[tokio::test]
-async fn a_dropped_call_is_cancelled_at_the_daemon_and_its_late_reply_dropped() {
+async fn dropped_call_sends_cancel_and_ignores_its_late_reply() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (mut connection, id) = select! {
@@ -731,11 +732,11 @@ async fn a_dropped_call_is_cancelled_at_the_daemon_and_its_late_reply_dropped() 
     assert!(matches!(message, Message::Cancel(_)));
     assert_eq!(cancelled, id);
     connection.reply(&id, "late").await;
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_lost_connection_fails_all_pending_calls_at_once_and_the_next_call_has_another() {
+async fn lost_connection_fails_all_pending_calls_and_the_next_call_reconnects() {
     let daemon = FakeDaemon::new();
     let (client, mut connection) =
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
@@ -751,7 +752,7 @@ async fn a_lost_connection_fails_all_pending_calls_at_once_and_the_next_call_has
         assert!(matches!(&error, Error::ConnectionLost { .. }), "{error:?}");
         assert_eq!(error.context().unwrap().request, "CALL_UNARY");
     }
-    // Its handlers are registered first.
+    // Its handlers are registered before the call is sent.
     let (reply, mut connection) = join!(call(&client, "hello"), async {
         let mut connection = Persistent::accept(&daemon).await;
         let (id, name) = connection.addition().await;
@@ -767,7 +768,7 @@ async fn a_lost_connection_fails_all_pending_calls_at_once_and_the_next_call_has
 }
 
 #[tokio::test]
-async fn a_name_that_the_daemon_has_not_forgotten_yet_is_registered_again() {
+async fn reconnect_retries_handlers_until_the_daemon_drops_the_old_connection() {
     let daemon = FakeDaemon::new();
     let (client, connection) =
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
@@ -791,7 +792,7 @@ async fn a_name_that_the_daemon_has_not_forgotten_yet_is_registered_again() {
 }
 
 #[tokio::test]
-async fn a_name_that_another_client_took_meanwhile_is_given_up() {
+async fn reconnect_drops_a_handler_whose_protocol_another_client_took() {
     let daemon = FakeDaemon::new();
     let (client, connection) =
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
@@ -821,14 +822,14 @@ async fn a_name_that_another_client_took_meanwhile_is_given_up() {
 const ALREADY_SET: &str = "handler for protocol served already set";
 
 #[tokio::test]
-async fn what_is_no_answer_fails_what_is_pending_and_ends_the_connection() {
-    let no_answers: [&[u8]; 4] = [
-        &[0xff; 11],                    // no length
-        &[0xff, 0xff, 0xff, 0xff, 0xf], // an over-long one
-        &[3, 0xff, 0xff, 0xff],         // no message
+async fn invalid_reply_fails_pending_calls_and_closes_the_connection() {
+    let invalid_replies: [&[u8]; 4] = [
+        &[0xff; 11],                    // invalid length
+        &[0xff, 0xff, 0xff, 0xff, 0xf], // length over the limit
+        &[3, 0xff, 0xff, 0xff],         // malformed message
         &[0],                           // no call id
     ];
-    for bytes in no_answers {
+    for bytes in invalid_replies {
         let daemon = FakeDaemon::new();
         let client = daemon.client();
         let (outcome, mut connection) = join!(within("an end", call(&client, "")), async {
@@ -847,14 +848,14 @@ async fn what_is_no_answer_fails_what_is_pending_and_ends_the_connection() {
 }
 
 #[tokio::test]
-async fn answers_to_nobody_are_ignored_and_one_with_nothing_in_it_fails_its_call_alone() {
+async fn replies_with_unknown_call_ids_are_ignored_and_an_empty_reply_fails_only_its_call() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcomes, mut connection) = join!(
         async { join!(call(&client, "one"), call(&client, "two")) },
         async {
             let mut connection = Persistent::accept(&daemon).await;
-            // They wait for the same connection, which keeps no order.
+            // Both calls wait for the connection, which sends them in no particular order.
             let (mut one, call) = connection.call().await;
             let (mut two, _) = connection.call().await;
             if call == "two" {
@@ -878,11 +879,11 @@ async fn answers_to_nobody_are_ignored_and_one_with_nothing_in_it_fails_its_call
         "{outcomes:?}"
     );
     assert_eq!(outcomes.1.unwrap(), "2");
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_daemons_error_is_a_refusal_in_its_words() {
+async fn daemon_error_is_a_refusal_with_its_message() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (outcome, _) = join!(call(&client, ""), async {
@@ -902,7 +903,7 @@ async fn a_daemons_error_is_a_refusal_in_its_words() {
 }
 
 #[tokio::test]
-async fn a_call_for_what_is_not_served_is_answered_with_an_error() {
+async fn call_without_a_handler_is_answered_with_an_error() {
     let daemon = FakeDaemon::new();
     let (client, mut connection) =
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
@@ -910,11 +911,11 @@ async fn a_call_for_what_is_not_served_is_answered_with_an_error() {
     let (answered, reply) = connection.response().await;
     let words = "no handler for the protocol \"unserved\"";
     assert_eq!((answered, reply), (id(1), Reply::Error(words.into())));
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_cancelled_handler_is_dropped_and_sends_nothing() {
+async fn cancelled_handler_is_dropped_and_sends_nothing() {
     let daemon = FakeDaemon::new();
     let (handler, mut told) = endless();
     let (client, mut connection) = serving(&daemon, "endless", handler).await;
@@ -924,11 +925,11 @@ async fn a_cancelled_handler_is_dropped_and_sends_nothing() {
         .answer(&id(1), Answer::Cancel(p2pd::Cancel {}))
         .await;
     assert_eq!(next(&mut told).await, "given up");
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn handlers_at_work_are_dropped_with_the_connection_and_with_the_client() {
+async fn running_handlers_are_dropped_with_the_connection_or_the_client() {
     for by_daemon in [true, false] {
         let daemon = FakeDaemon::new();
         let (handler, mut told) = endless();
@@ -950,7 +951,7 @@ async fn handlers_at_work_are_dropped_with_the_connection_and_with_the_client() 
 }
 
 #[tokio::test]
-async fn a_registration_that_is_given_up_is_undone_and_the_name_free() {
+async fn dropped_registration_is_undone_and_the_protocol_is_free() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let (mut connection, added) = select! {
@@ -976,7 +977,7 @@ async fn a_registration_that_is_given_up_is_undone_and_the_name_free() {
 }
 
 #[tokio::test]
-async fn a_request_over_the_limit_is_not_sent() {
+async fn request_over_the_limit_is_not_sent() {
     let daemon = FakeDaemon::new();
     let limits = UnaryLimits::default().with_max_message(1000);
     let client = Client::builder(daemon.control())
@@ -992,17 +993,17 @@ async fn a_request_over_the_limit_is_not_sent() {
         outcome,
         Err(Error::MessageTooLarge { limit: 1000, .. })
     ));
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
-/// A client with these limits.
+/// Returns a client with these limits.
 fn limited(daemon: &FakeDaemon, limits: UnaryLimits) -> Client {
     let builder = Client::builder(daemon.control()).unary_limits(limits);
     builder.build().unwrap()
 }
 
 #[tokio::test]
-async fn an_answer_over_the_limit_fails_its_call_alone() {
+async fn reply_over_the_limit_fails_only_its_call() {
     let large = Bytes::from(vec![7; 300_000]);
     let handler_error = Answer::CallUnaryResponse(p2pd::CallUnaryResponse {
         result: Some(Reply::Error(large.clone())),
@@ -1040,13 +1041,13 @@ async fn an_answer_over_the_limit_fails_its_call_alone() {
         };
         assert!(size > 300_000 && limit == 1000 && received);
         assert_eq!(error.context().unwrap().request, "CALL_UNARY");
-        works(&client, &mut connection).await;
+        assert_usable(&client, &mut connection).await;
         daemon.nobody_connects();
     }
 }
 
 #[tokio::test]
-async fn a_call_over_the_limit_is_answered_with_its_size_and_the_limit() {
+async fn call_over_the_limit_is_answered_with_its_size_and_the_limit() {
     let daemon = FakeDaemon::new();
     let limits = UnaryLimits::default().with_max_incoming(1000);
     let client = limited(&daemon, limits);
@@ -1075,11 +1076,11 @@ async fn a_call_over_the_limit_is_answered_with_its_size_and_the_limit() {
         connection.response().await,
         (id(2), Reply::Response("ping".into()))
     );
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
-async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
+async fn message_over_the_limit_without_a_call_id_is_skipped() {
     let daemon = FakeDaemon::new();
     let limits = UnaryLimits::default().with_max_incoming(1000);
     let client = limited(&daemon, limits);
@@ -1093,11 +1094,11 @@ async fn a_message_over_the_limit_without_a_call_id_is_skipped() {
         connection
     });
     assert_eq!(replied.unwrap(), "hello");
-    works(&client, &mut connection).await;
+    assert_usable(&client, &mut connection).await;
 }
 
-/// Calls a client with these limits sixty times with 2 MiB. Returns how many of the calls are answered
-/// with an error while all others are in progress.
+/// Makes sixty calls of 2 MiB to a client with these limits. Returns how many are answered with an
+/// error while all others are running.
 async fn refused_of_sixty(limits: UnaryLimits) -> usize {
     let daemon = FakeDaemon::new();
     let client = limited(&daemon, limits);
@@ -1141,7 +1142,7 @@ async fn refused_of_sixty(limits: UnaryLimits) -> usize {
 }
 
 #[tokio::test]
-async fn without_bounds_all_calls_are_served_at_once() {
+async fn without_bounds_all_calls_run_at_once() {
     let limits = UnaryLimits::default()
         .with_max_unanswered(usize::MAX)
         .with_max_unanswered_bytes(usize::MAX);
@@ -1151,12 +1152,12 @@ async fn without_bounds_all_calls_are_served_at_once() {
 #[tokio::test]
 async fn calls_over_the_bound_are_refused_after_the_hold() {
     let limits = UnaryLimits::default().with_hold(Duration::ZERO);
-    // 32 of them are 64 MiB.
+    // 32 calls fill the bound of 64 MiB.
     assert_eq!(refused_of_sixty(limits).await, 28);
 }
 
 #[tokio::test]
-async fn callers_of_a_daemon_that_does_not_read_fail_with_it() {
+async fn daemon_that_dies_without_reading_fails_all_calls() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let calls: Vec<_> = (0..64)
@@ -1170,7 +1171,7 @@ async fn callers_of_a_daemon_that_does_not_read_fail_with_it() {
     drop((daemon, connection));
     for call in calls {
         let error = within("the end", call).await.unwrap().unwrap_err();
-        // Those that were held back have tried another connection.
+        // Calls that had not been sent have tried a new connection.
         assert!(
             matches!(
                 error,
@@ -1181,14 +1182,14 @@ async fn callers_of_a_daemon_that_does_not_read_fail_with_it() {
     }
 }
 
-// --- what is given up, or ends, at an awkward time ---
+// --- futures dropped, and connections ended, at awkward times ---
 
 #[tokio::test]
-async fn giving_up_the_first_call_does_not_end_hiveminds_daemon() {
+async fn dropping_the_first_call_does_not_end_hiveminds_daemon() {
     let _limit = Limit::new();
     let daemon = bare_daemon().spawn().await.unwrap();
     let client = daemon.client().await.unwrap();
-    // Polled so often that the upgrade is under way, at whatever point.
+    // Drops the call at various points of the upgrade.
     for polls in 1..20 {
         let mut calling = Box::pin(client.call_unary(daemon.peer_id(), "nobody", ""));
         for _ in 0..polls {
@@ -1207,7 +1208,7 @@ async fn giving_up_the_first_call_does_not_end_hiveminds_daemon() {
 }
 
 #[tokio::test]
-async fn a_registration_dropped_after_its_answer_came_is_undone() {
+async fn registration_dropped_after_its_reply_arrived_is_undone() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut adding = Box::pin(client.add_unary_handler("served", false, echo));
@@ -1220,7 +1221,7 @@ async fn a_registration_dropped_after_its_answer_came_is_undone() {
             connection
         } => connection,
     };
-    // Nobody has looked at the outcome.
+    // The future has not been polled since the reply.
     until_eq(|| client.unary_handlers(), &["served".to_owned()]).await;
     drop(adding);
     let (removed, message) = connection.message().await;
@@ -1238,7 +1239,7 @@ async fn until_eq(value: impl Fn() -> Vec<String>, expected: &[String]) {
 }
 
 #[tokio::test]
-async fn a_reply_that_had_come_is_not_lost_with_the_connection() {
+async fn reply_received_before_the_connection_was_lost_is_delivered() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut first = Box::pin(call(&client, "one"));
@@ -1250,7 +1251,7 @@ async fn a_reply_that_had_come_is_not_lost_with_the_connection() {
             (connection, id)
         } => called,
     };
-    // The reply and the end come while the client does not look, and what it does next is to write.
+    // Reply and EOF arrive while the client is not polled, and its next action is a write.
     let reply = answer(&id, Some(reply("1")));
     connection.0.push(&framing::encode_frame(&reply));
     drop(connection);
@@ -1263,7 +1264,7 @@ async fn a_reply_that_had_come_is_not_lost_with_the_connection() {
 }
 
 #[tokio::test]
-async fn the_replies_of_one_turn_leave_although_the_last_client_is_dropped_in_it() {
+async fn replies_of_a_batch_are_sent_even_if_the_last_client_is_dropped() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let held = Arc::new(std::sync::Mutex::new(None));
@@ -1273,7 +1274,7 @@ async fn the_replies_of_one_turn_leave_although_the_last_client_is_dropped_in_it
         async move {
             if served.fetch_add(1, Ordering::Relaxed) == 1 {
                 let client: Option<Client> = dropping.lock().unwrap().take();
-                // After this turn's replies, and before they leave.
+                // Runs after this batch's replies are queued, and before they are sent.
                 tokio::spawn(async move { drop(client) });
             }
             Ok::<_, Infallible>(call.payload)
@@ -1298,7 +1299,7 @@ async fn the_replies_of_one_turn_leave_although_the_last_client_is_dropped_in_it
 }
 
 #[tokio::test]
-async fn a_close_that_is_given_up_closes_all_the_same() {
+async fn dropped_close_still_closes() {
     let daemon = FakeDaemon::new();
     let client = daemon.client();
     let mut calling = Box::pin(call(&client, "one"));
@@ -1310,7 +1311,7 @@ async fn a_close_that_is_given_up_closes_all_the_same() {
             connection
         } => connection,
     };
-    // More than the socket takes waits to be sent, so that closing waits.
+    // More than the socket takes is queued, so that close has to wait.
     let large = vec![0; 3 << 20];
     let id = peer();
     let mut sending = Box::pin(client.call_unary(&id, "echo", large));
@@ -1331,7 +1332,7 @@ async fn a_close_that_is_given_up_closes_all_the_same() {
 }
 
 #[tokio::test]
-async fn who_only_serves_is_told_when_the_connection_is_lost_and_opens_another_by_itself() {
+async fn serving_client_reports_a_lost_connection_and_reconnects_by_itself() {
     let daemon = FakeDaemon::new();
     let (client, connection) = serving(&daemon, "echo", echo_or_words).await;
     let (lost, ()) = join!(client.unary_lost(), async { drop(connection) });
