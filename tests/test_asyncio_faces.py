@@ -1,4 +1,4 @@
-"""The reader and writer of the hivemind dialect do what asyncio's do: every test runs on both."""
+"""The hivemind layer's reader and writer behave as asyncio's: every test runs on both."""
 
 from __future__ import annotations
 

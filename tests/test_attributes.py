@@ -83,7 +83,7 @@ def of_p2pclient() -> set[str]:
         return of_config | attributes(*map(read, files))
 
 
-def of_hivemind() -> set[str]:
+def to_hivemind() -> set[str]:
     package = hivemind_tree.make(new_directory()) / "hivemind"
     bindings = package / "p2p" / "p2p_daemon_bindings"
     return attributes(*((bindings / f"{name}.py").read_text() for name in ("control", "p2pclient")))
@@ -503,7 +503,7 @@ async def test_attribute_of_the_p2pclient_layer(
 
 
 def test_table_has_every_attribute_of_hivemind() -> None:
-    assert set(OF_HIVEMIND) | UNARY == of_hivemind()
+    assert set(OF_HIVEMIND) | UNARY == to_hivemind()
 
 
 @pytest.mark.parametrize("name", [*OF_HIVEMIND, "the next persistent connection"])

@@ -349,10 +349,10 @@ async def main():
         else:
             raise AssertionError
     lost = exceptions.connection_lost("lost")
-    from p2pclient_rs.compat.hivemind.exceptions import of_hivemind
-    check(of_hivemind(lost), exceptions.ConnectionLost, EOFError, errno.ECONNRESET)
-    check(of_hivemind(lost), exceptions.ConnectionLost, ConnectionResetError, errno.ECONNRESET)
-    timeout = of_hivemind(exceptions.ControlTimeout("late"))
+    from p2pclient_rs.compat.hivemind.exceptions import to_hivemind
+    check(to_hivemind(lost), exceptions.ConnectionLost, EOFError, errno.ECONNRESET)
+    check(to_hivemind(lost), exceptions.ConnectionLost, ConnectionResetError, errno.ECONNRESET)
+    timeout = to_hivemind(exceptions.ControlTimeout("late"))
     check(timeout, exceptions.ControlTimeout, TimeoutError, errno.ETIMEDOUT)
 
 asyncio.run(main())

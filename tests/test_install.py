@@ -57,7 +57,7 @@ def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package
 
 
-def test_imports_give_the_dialects_own_modules_under_both_names() -> None:
+def test_imports_give_the_layers_own_modules_under_both_names() -> None:
     p2pclient_rs.install()
     import p2pclient.pb.p2pd_pb2 as p
     from p2pclient import config, dht
@@ -1050,16 +1050,17 @@ def p2p_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 BOOTSTRAP = (f"/ip4/127.0.0.1/tcp/9/p2p/{PEER_ID}",)
 
 
-def watches() -> list[asyncio.Task[Any]]:
-    """The tasks of the event loop that watch a P2P."""
-    return [t for t in asyncio.all_tasks() if "_Watch" in getattr(t.get_coro(), "__qualname__", "")]
+def watchdogs() -> list[asyncio.Task[Any]]:
+    """Returns the running tasks that watch a P2P."""
+    names = {task: getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
+    return [task for task, name in names.items() if "_Watchdog" in name]
 
 
 @pytest.mark.parametrize("end", ["terminate", "another thread", "uninstall", "forget", "child"])
 def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: str) -> None:
     async def main() -> None:
         p2p = await p2p_class.create(initial_peers=BOOTSTRAP)
-        (task,) = watches()
+        (task,) = watchdogs()
         await asyncio.sleep(0.05)
         assert not task.done()
         match end:
@@ -1079,7 +1080,7 @@ def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: 
                 p2p._child = types.SimpleNamespace(returncode=-9)
         await asyncio.wait([task], timeout=5)
         assert task.done()
-        assert watches() == []
+        assert watchdogs() == []
 
     asyncio.run(main())
 
@@ -1091,7 +1092,7 @@ def test_a_p2p_without_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
             await p2p_class.create(initial_peers=[]),
             await p2p_class.create(use_ipfs=True),
         ]
-        assert watches() == []
+        assert watchdogs() == []
 
     asyncio.run(main())
 
@@ -1112,7 +1113,7 @@ def test_an_event_loop_may_end_while_a_p2p_is_watched(
 def test_a_forked_child_leaves_the_watch_of_its_parent_alone(p2p_class: Any) -> None:
     async def main() -> None:
         p2p = await p2p_class.create(BOOTSTRAP)
-        (task,) = watches()
+        (task,) = watchdogs()
         pid = os.fork()
         if pid == 0:
             p2p._terminate()

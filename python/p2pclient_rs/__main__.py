@@ -51,13 +51,13 @@ def main(argv: list[str]) -> None:
         try:
             # Of a `run` above this one, unless there are new ones.
             inherited, _ = subprocesses.parse_options(
-                os.environ.get(subprocesses.VARIABLE, "").split()
+                os.environ.get(subprocesses.OPTIONS_VARIABLE, "").split()
             )
             calls, rest = subprocesses.parse_options(argv[1:])
         except ValueError as error:
             _usage_error(f"run: {error}")
         argv = ["run", *rest]
-        if not subprocesses.options(calls):
+        if not subprocesses.format_options(calls):
             calls = inherited
     match argv:
         case ["-h" | "--help"] | ["run", "-h" | "--help"]:

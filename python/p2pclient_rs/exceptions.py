@@ -100,7 +100,7 @@ class ControlFailure(P2PDaemonError):
     peer_id: PeerID | None
     protocol: str | None
     daemon_message: str | None
-    #: Whether it reads as its message alone, for a dialect whose users compare that.
+    #: Whether its text is the message alone, for hivemind, whose users compare that.
     _terse: bool = False
     #: For a class made by `combined`: its arguments.
     _made_of: tuple[type[Exception], tuple[type[Exception], ...]] | None = None

@@ -1,7 +1,7 @@
 //! Compiles `proto/` to Rust with protox and prost: no protoc is needed on the machine.
 //!
 //! Also writes the descriptors to `OUT_DIR/descriptors.bin`, from which the Python package builds
-//! protobuf classes for the p2pclient dialect, so that the schema is written once.
+//! protobuf classes for the p2pclient layer, so that the schema is written once.
 
 use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};

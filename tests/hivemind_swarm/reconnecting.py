@@ -89,7 +89,7 @@ async def main(log: Path) -> None:
             await peer.shutdown()
             await asyncio.sleep(0)
             tasks = [repr(task.get_coro()) for task in asyncio.all_tasks()]
-            assert not any("_Watch" in task for task in tasks), tasks
+            assert not any("_Watchdog" in task for task in tasks), tasks
         case "forked":
             peer.kill()
             peer.join()

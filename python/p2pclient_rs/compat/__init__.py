@@ -1,1 +1,1 @@
-"""What ``install()`` is made of: known versions, the import hook, class replacement, children."""
+"""API compatibility layers for p2pclient and hivemind, and ``install()``, which activates them."""

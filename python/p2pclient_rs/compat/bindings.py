@@ -1,4 +1,4 @@
-"""The bindings of one hivemind in this process, and the exchange of their classes for ours."""
+"""The bindings of one hivemind in this process, and the replacement of their classes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from p2pclient_rs.compat.versions import UnsupportedVersion, missing_names
 
 __all__ = ["Bindings", "bindings_of", "is_being_imported"]
 
-#: Packages that are built on hivemind, and import its bindings under names of their own.
+#: Packages whose modules import names from the bindings.
 _USERS = ("hivemind", "petals")
 
-#: Class attributes of the layer's ``ControlClient``, set by the arguments of ``install()``.
+#: Class attributes of the layer's ``ControlClient`` that the arguments of ``install()`` set.
 LIMITS = ("DEFAULT_MAX_UNANSWERED", "DEFAULT_MAX_UNANSWERED_BYTES")
 
 _all: dict[str, Bindings] = {}
 
 
 def bindings_of(package: str) -> Bindings:
-    """The bindings of a package, one object for as long as the process lives.
+    """Returns the bindings of a package: the same object each time.
 
     The caller holds the lock of ``install()``.
     """
@@ -33,15 +33,15 @@ def bindings_of(package: str) -> Bindings:
 
 
 class Bindings:
-    """The modules of a hivemind's bindings, and what takes the place of their classes.
+    """The modules of a hivemind's bindings, and the classes that replace theirs.
 
     Args:
-        package: The name of hivemind, or of a copy.
+        package: The import name of hivemind, or of a copy.
 
     Attributes:
         package: The same.
         modules: The names of the modules in which classes are replaced.
-        p2p_daemon: The name of the module with hivemind's ``P2P``.
+        p2p_daemon: The name of the module that defines hivemind's ``P2P``.
     """
 
     def __init__(self, package: str) -> None:
@@ -53,16 +53,17 @@ class Bindings:
             f"{folder}.p2pclient": ("p2pclient", ("Client",)),
         }
         self.modules = tuple(self._replaced)
-        # The original classes and ours, both ways.
+        # From original classes to ours, and back.
         self._ours: dict[type, type] = {}
-        self._theirs: dict[type, type] = {}
+        self._originals: dict[type, type] = {}
         self._limits: dict[str, Any] = {}
         self._limits_before: dict[str, Any] = {}
 
     def load_layer(self) -> None:
-        """Imports what replaces the modules that are imported; waits for threads that import them.
+        """Imports our modules for those bindings that are imported; waits for threads that import
+        them now.
 
-        The caller does not hold the lock: importing can make other threads call ``install()``.
+        The caller does not hold the lock of ``install()``, which another thread's import may need.
         """
         _bootstrap._lock_unlock_module(self.p2p_daemon)  # type: ignore[attr-defined]
         for name, (module, _) in self._replaced.items():
@@ -71,83 +72,85 @@ class Bindings:
                 hivemind_copies.load(self.package, module)
 
     def check_loaded(self) -> None:
-        """Raises UnsupportedVersion if a module that is imported lacks a class to replace."""
+        """Raises UnsupportedVersion if an imported module lacks a class to replace."""
         for name in self.modules:
             module = sys.modules.get(name)
             if module is not None and not is_being_imported(module):
                 _check(module, name)
 
-    def learn(self, module: ModuleType, name: str) -> None:
-        """Notes the original classes of a module of the bindings.
+    def record_originals(self, module: ModuleType, name: str) -> None:
+        """Records the original classes of a module of the bindings.
 
         Args:
-            module: The module, which has run.
-            name: The name that it was imported by.
+            module: The module, whose code has run.
+            name: Its import name.
 
         Raises:
             UnsupportedVersion: It lacks one of the classes.
         """
         _check(module, name)
-        stand_in, classes = self._replaced[name]
-        layer = hivemind_copies.load(self.package, stand_in)
+        own_module, classes = self._replaced[name]
+        layer = hivemind_copies.load(self.package, own_module)
         self._set_limits()
         for attribute in classes:
             original, ours = getattr(module, attribute), getattr(layer, attribute)
             if original is not ours:
-                self._ours[original], self._theirs[ours] = ours, original
+                self._ours[original], self._originals[ours] = ours, original
 
     def replace_in(self, module: ModuleType) -> None:
         """Puts our classes into a module."""
-        _exchange_in(module, self._ours)
+        _replace_values(module, self._ours)
 
     def replace_everywhere(self) -> list[str]:
-        """Puts our classes into every module of hivemind and its users; returns which changed.
+        """Puts our classes into every module of hivemind and its users.
 
-        Those that are being imported are left alone if they run after the import hook was there,
-        which sees to them.
+        Skips bindings that are being imported: the import hook replaces their classes later.
+
+        Returns:
+            The names of the modules that changed.
         """
         for name in self.modules:
             module = sys.modules.get(name)
             if module is not None and not is_being_imported(module):
-                self.learn(module, name)
-        return self._exchange(self._ours)
+                self.record_originals(module, name)
+        return self._replace_in_users(self._ours)
 
     def restore_everywhere(self) -> None:
-        """Undoes `replace_everywhere`, and `limit`."""
-        self._exchange(self._theirs)
+        """Undoes `replace_everywhere` and `limit`."""
+        self._replace_in_users(self._originals)
         self._limits = {}
         self._set_limits()
 
     def limit(self, calls: int | None, size: int | None) -> None:
-        """Sets the default limits of the layer's clients; None leaves one as it is."""
-        wanted = dict(zip(LIMITS, (calls, size), strict=True))
-        self._limits |= {name: value for name, value in wanted.items() if value is not None}
+        """Sets the default limits of the layer's clients; None leaves a limit as it is."""
+        given = dict(zip(LIMITS, (calls, size), strict=True))
+        self._limits |= {name: value for name, value in given.items() if value is not None}
         self._set_limits()
 
     def _set_limits(self) -> None:
         layer: Any = sys.modules.get(f"{hivemind_copies.layer_of(self.package)}.control")
         client = getattr(layer, "ControlClient", None)
         if client is None:
-            return  # once it is imported
+            return  # Called again once it is imported.
         for name in LIMITS:
             if name in self._limits:
                 self._limits_before.setdefault(name, client.__dict__.get(name, client))
                 setattr(client, name, self._limits[name])
             elif name in self._limits_before:
                 before = self._limits_before.pop(name)
-                if before is client:  # it had none
+                if before is client:  # The class inherited it.
                     delattr(client, name)
                 else:
                     setattr(client, name, before)
 
-    def _exchange(self, classes: dict[type, type]) -> list[str]:
+    def _replace_in_users(self, classes: dict[type, type]) -> list[str]:
         users = {*_USERS, self.package.partition(".")[0]}
-        return [name for name, module in _loaded(users) if _exchange_in(module, classes)]
+        return [name for name, module in _loaded(users) if _replace_values(module, classes)]
 
 
 def is_being_imported(module: ModuleType) -> bool:
-    """Whether a module of ``sys.modules`` has not run to its end yet."""
-    # By another thread: a lookup in sys.modules under another name would not wait for it.
+    """Returns whether a module of ``sys.modules`` has not run to its end yet."""
+    # Another thread may run it, and a lookup in sys.modules by an alias does not wait for that.
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
@@ -166,7 +169,8 @@ def _loaded(packages: Iterable[str]) -> Iterator[tuple[str, ModuleType]]:
             yield name, module
 
 
-def _exchange_in(module: ModuleType, classes: dict[type, type]) -> bool:
+def _replace_values(module: ModuleType, classes: dict[type, type]) -> bool:
+    """Replaces classes among a module's globals; returns whether there were any."""
     changed = False
     for name, value in list(vars(module).items()):
         for old, new in list(classes.items()):

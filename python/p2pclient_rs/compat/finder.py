@@ -1,4 +1,4 @@
-"""The import hook: gives p2pclient another package, and does something after hivemind's imports."""
+"""The import hook: gives p2pclient's name to another package, and runs code after other imports."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from types import ModuleType
 from typing import Any
 
 from p2pclient_rs.compat.bindings import is_being_imported
-from p2pclient_rs.compat.versions import SwapFinder, find_spec
+from p2pclient_rs.compat.versions import ReplacingFinder, find_spec
 
-__all__ = ["ALIAS", "REAL", "Finder", "is_alias"]
+__all__ = ["P2PCLIENT", "P2PCLIENT_LAYER", "Finder", "in_p2pclient"]
 
-#: The package that is replaced as a whole, and the one that takes its place.
-ALIAS, REAL = "p2pclient", "p2pclient_rs.compat.p2pclient"
-
-
-def is_alias(name: str) -> bool:
-    """Whether a module's name is in the package that is replaced as a whole."""
-    return name.partition(".")[0] == ALIAS
+#: The package that is replaced as a whole, and the package that replaces it.
+P2PCLIENT, P2PCLIENT_LAYER = "p2pclient", "p2pclient_rs.compat.p2pclient"
 
 
-class Finder(SwapFinder):
+def in_p2pclient(name: str) -> bool:
+    """Returns whether a module's name is p2pclient or below it."""
+    return name.partition(".")[0] == P2PCLIENT
+
+
+class Finder(ReplacingFinder):
     """The import hook, the first of ``sys.meta_path``."""
 
     def __init__(self) -> None:
-        self._before_alias: Callable[[], object] | None = None
+        self._before_p2pclient: Callable[[], object] | None = None
         self._hooks: dict[str, tuple[Callable[[], object], Callable[[ModuleType], object]]] = {}
 
     def replace_p2pclient(self, before: Callable[[], object]) -> None:
         """Gives p2pclient's name to this package's modules from now on.
 
         Args:
-            before: Called before each such import, which fails with the exception that it raises.
+            before: Called before each import of p2pclient, which fails with the exception that this
+                raises.
         """
-        self._before_alias = before
+        self._before_p2pclient = before
 
-    def hook(
+    def add_hook(
         self,
         name: str,
         after: Callable[[ModuleType], object],
@@ -50,17 +51,17 @@ class Finder(SwapFinder):
 
         Args:
             name: The module's name.
-            after: Called with the module when it has run.
-            before: Called before each import, which fails with the exception that it raises.
+            after: Called with the module when its code has run.
+            before: Called before each import, which fails with the exception that this raises.
         """
         self._hooks[name] = before, after
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if self._before_alias is not None and is_alias(fullname):
-            if fullname == ALIAS:
-                self._before_alias()
+        if self._before_p2pclient is not None and in_p2pclient(fullname):
+            if fullname == P2PCLIENT:
+                self._before_p2pclient()
             return self._alias(fullname)
         if fullname not in self._hooks:
             return None
@@ -68,12 +69,12 @@ class Finder(SwapFinder):
         before()
         spec = find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderWithSequel(spec.loader, after)
+            spec.loader = _HookedLoader(spec.loader, after)
         return spec
 
     def _alias(self, fullname: str) -> ModuleSpec | None:
-        # Imports at most the parent, which has been imported under its other name already.
-        real = importlib.util.find_spec(REAL + fullname[len(ALIAS) :])
+        # Imports at most the parent, which is imported under its real name already.
+        real = importlib.util.find_spec(P2PCLIENT_LAYER + fullname[len(P2PCLIENT) :])
         if real is None:
             return None
         is_package = real.submodule_search_locations is not None
@@ -83,7 +84,7 @@ class Finder(SwapFinder):
 
 
 class _AliasLoader(Loader):
-    """Loads a module by giving the import system one that goes by another name."""
+    """Loads a module by handing the import system the module of another name."""
 
     def __init__(self, alias: str, real_name: str) -> None:
         self._alias = alias
@@ -96,16 +97,16 @@ class _AliasLoader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has just put the alias's spec on it, with which reload() would fail.
+        # The import system has just set the alias's spec, with which reload() would fail.
         module.__spec__ = self._real_spec
-        # As the original, a package leaves the modules that it imports in sys.modules.
+        # A package leaves the modules that it imports in sys.modules; so does its alias.
         for name, loaded in list(sys.modules.items()):
             if name.startswith(f"{self._real_name}.") and not is_being_imported(loaded):
                 sys.modules.setdefault(self._alias + name[len(self._real_name) :], loaded)
 
 
-class _LoaderWithSequel(Loader):
-    """Another loader, and something to do once it has loaded the module."""
+class _HookedLoader(Loader):
+    """Loads a module with its own loader, and then calls a function with it."""
 
     def __init__(self, loader: Any, after: Callable[[ModuleType], object]) -> None:
         self._loader = loader
@@ -116,7 +117,7 @@ class _LoaderWithSequel(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module is to look as it would without us, to itself and to others.
+        # The module shows its own loader, as it would without the hook.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -1,6 +1,6 @@
-"""The hivemind compatibility layer for a copy of hivemind that has another name.
+"""The hivemind compatibility layer for a copy of hivemind under another import name.
 
-Forks ship hivemind as a package of their own, such as ``fork.hivemind``. The modules of
+Forks ship hivemind inside a package of their own, such as ``fork.hivemind``. The modules of
 `p2pclient_rs.compat.hivemind` take and return the classes of the package ``hivemind``, so each copy
 gets modules of its own: the same files, imported again under the name
 ``p2pclient_rs.compat.hivemind:fork:hivemind``.
@@ -17,24 +17,24 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-__all__ = ["layer_of", "load", "package_of", "reduction"]
+__all__ = ["layer_of", "load", "package_of", "reduce_exception"]
 
 _LAYER = "p2pclient_rs.compat.hivemind"
 _FOLDER = Path(__file__).with_name("hivemind")
 
 
 def layer_of(package: str) -> str:
-    """The name of the layer for a package.
+    """Returns the name of the layer for a package.
 
     Args:
         package: ``hivemind``, or the name of a copy.
     """
-    # A colon, because a dot would make the import system look for a package in between.
+    # A colon, because with a dot the import system would look for a package in between.
     return _LAYER if package == "hivemind" else f"{_LAYER}:{package.replace('.', ':')}"
 
 
 def package_of(layer: str) -> str:
-    """The package that a layer, given by its name, is for."""
+    """Returns the name of the package that a layer replaces, given the layer's name."""
     return layer.partition(":")[2].replace(":", ".") or "hivemind"
 
 
@@ -43,7 +43,7 @@ def load(package: str, module: str) -> Any:
 
     Args:
         package: ``hivemind``, or the name of a copy.
-        module: The module's name in the layer: ``control``, ``p2pclient``...
+        module: The module's name within the layer, such as ``control``.
     """
     layer = layer_of(package)
     if layer != _LAYER and layer not in sys.modules:
@@ -53,12 +53,12 @@ def load(package: str, module: str) -> Any:
             importlib.import_module(layer)
         finally:
             sys.meta_path.remove(finder)
-    # The layer's own __path__ is enough for its modules.
+    # The import system finds the layer's modules by its __path__, without the finder.
     return importlib.import_module(f"{layer}.{module}")
 
 
 class _Finder(MetaPathFinder):
-    """Finds the layers of copies, while one is loaded."""
+    """Finds the layers of copies."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: Any = None
@@ -70,18 +70,21 @@ class _Finder(MetaPathFinder):
         )
 
 
-def reduction(package: str, load: Callable[..., Any], cls: type, *args: Any) -> tuple[Any, ...]:
-    """What ``__reduce__`` of an exception of a layer returns.
+def reduce_exception(
+    package: str, load: Callable[..., Any], cls: type, *args: Any
+) -> tuple[Any, ...]:
+    """Returns the value of ``__reduce__`` for an exception of a layer.
 
     Args:
-        package: The package that the layer is for.
-        load: The function of the layer's ``exceptions`` that makes it of ``cls`` and ``args``.
-        cls: The exception's class in there.
-        args: What else ``load`` takes.
+        package: The package that the layer replaces.
+        load: The function of the layer's module ``exceptions`` that makes the exception from
+            ``cls`` and ``args``.
+        cls: The exception's class in that module.
+        args: The other arguments of ``load``.
     """
     if package == "hivemind":
         return load, (cls, *args)
-    # pickle would import the layer by its name, which the import system does not find.
+    # pickle imports modules by name, and the import system does not find a copy's layer.
     return _rebuild, (package, load.__qualname__, cls.__qualname__, *args)
 
 

@@ -1,11 +1,12 @@
-"""The swap: after ``install()``, p2pclient and hivemind are this package's layers for them.
+"""``install()``: puts the API compatibility layers in the place of p2pclient and hivemind.
 
-One import hook does all of it, and imports nothing ahead of time. For the name ``p2pclient`` it
-returns this package's own module objects, so that a class is one class under both names. hivemind
-stays itself: once its bindings are imported, their clients are replaced in them.
+One import hook does it, and imports nothing ahead of time. For the name ``p2pclient`` it returns
+this package's own module objects, so that a class is the same under both names. hivemind is
+imported as it is, and then the clients in its bindings are replaced.
 
-The parts are in ``swap``: the check of versions, the import hook, the exchange of classes, the
-reconnection of hivemind's ``P2P``, and the data for processes started from here.
+The other modules of this folder check versions (``versions``), hook imports (``finder``), replace
+classes (``bindings``), reconnect hivemind's ``P2P`` (``reconnect``), and reach the processes that
+this one starts (``subprocesses``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from p2pclient_rs.compat import hivemind_copies, reconnect as reconnection, subprocesses
 from p2pclient_rs.compat.bindings import Bindings, bindings_of
-from p2pclient_rs.compat.finder import ALIAS, REAL, Finder, is_alias
+from p2pclient_rs.compat.finder import P2PCLIENT, P2PCLIENT_LAYER, Finder, in_p2pclient
 from p2pclient_rs.compat.versions import (
     KNOWN_HIVEMIND,
     KNOWN_P2PCLIENT,
@@ -50,25 +51,26 @@ _HIVEMIND = "hivemind"
 
 @dataclass(frozen=True)
 class Replacement:
-    """One package taken over by ``install()``.
+    """A package that ``install()`` replaces.
 
     Attributes:
         name: The package's import name.
-        dialect: The package that stands in for it.
-        original: The file of the original; None if it is not installed.
-        imported: Its modules that were already imported. Of p2pclient, whoever holds objects of
-            theirs keeps the original's: call ``install()`` before such imports. Of hivemind, and of
-            petals, those in which something was replaced; clients made before stay what they are.
-        version: The version of the original, if it is installed and says so.
-        refused: Why it is not replaced; None if it is. Importing p2pclient, or hivemind's bindings,
-            fails for that reason.
-        warning: What a program may notice of the replacement: differences of p2pclient 0.2, or that
-            the version is unknown and replaced because of ``force``. None if nothing.
-        differs: The files of hivemind's bindings that are not those of a known version.
+        layer: The name of the API compatibility layer that replaces it.
+        original: The original's file; None if it is not installed.
+        imported: Modules that were imported before. For p2pclient, all of them: code that imported
+            names from them keeps the original's objects. For hivemind, those of its modules and of
+            petals' in which a class was replaced; existing clients stay what they are.
+        version: The original's version, if it is installed and states one.
+        refused: Why the package is not replaced; None if it is. Importing p2pclient, or hivemind's
+            bindings, fails for this reason.
+        warning: How the replacement differs in ways that a program may notice: the differences from
+            p2pclient 0.2, or that an unknown version is replaced because of ``force``. None if it
+            does not.
+        differs: The files of hivemind's bindings whose contents are not those of a known version.
     """
 
     name: str
-    dialect: str
+    layer: str
     original: str | None
     imported: tuple[str, ...]
     version: str | None = None
@@ -85,12 +87,12 @@ class Replacement:
             notes.append(f"refused: {self.refused}")
         if self.warning:
             notes.append(f"warning: {self.warning}")
-        return f"{self.name}{version} -> {self.dialect} ({'; '.join(notes)})"
+        return f"{self.name}{version} -> {self.layer} ({'; '.join(notes)})"
 
 
 @dataclass(frozen=True, repr=False)
 class InstallReport:
-    """What ``install()`` replaced, one entry a package."""
+    """What ``install()`` replaces, with one entry for each package."""
 
     replaced: tuple[Replacement, ...]
 
@@ -99,17 +101,17 @@ class InstallReport:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """The options of a package, of one call of ``install()`` or several."""
+class _Options:
+    """The options for one package, merged from all calls of ``install()``."""
 
     force: bool = False
     reconnect: bool = False
     max_unanswered_calls: int | None = None
     max_unanswered_bytes: int | None = None
 
-    def and_then(self, later: _Wish) -> _Wish:
+    def merged_with(self, later: _Options) -> _Options:
         calls, size = later.max_unanswered_calls, later.max_unanswered_bytes
-        return _Wish(
+        return _Options(
             self.force or later.force,
             self.reconnect or later.reconnect,
             self.max_unanswered_calls if calls is None else calls,
@@ -121,16 +123,17 @@ class _Wish:
 class _State:
     report: InstallReport = InstallReport(())
     finder: Finder = field(default_factory=Finder)
-    wishes: dict[str, _Wish] = field(default_factory=dict)
-    # The modules of p2pclient that were imported before.
+    #: The packages to replace.
+    requested: dict[str, _Options] = field(default_factory=dict)
+    #: The modules of p2pclient that were imported before.
     originals: dict[str, ModuleType] = field(default_factory=dict)
-    # The packages as they were found; and the warnings that were given.
     found: dict[str, Original] = field(default_factory=dict)
+    #: The warnings that were given.
     warned: set[str] = field(default_factory=set)
 
     def bindings(self) -> list[Bindings]:
-        """Those of hivemind and its copies that were asked for."""
-        return [bindings_of(name) for name in self.wishes if name != ALIAS]
+        """Returns the bindings to replace: hivemind's, and those of its copies."""
+        return [bindings_of(name) for name in self.requested if name != P2PCLIENT]
 
     def entry(self, name: str) -> Replacement | None:
         return next((entry for entry in self.report.replaced if entry.name == name), None)
@@ -138,7 +141,7 @@ class _State:
     def set_entry(self, entry: Replacement) -> None:
         entries = {**{each.name: each for each in self.report.replaced}, entry.name: entry}
         # p2pclient first, then hivemind, then its copies.
-        names = sorted(entries, key=lambda name: (name != ALIAS, name != _HIVEMIND))
+        names = sorted(entries, key=lambda name: (name != P2PCLIENT, name != _HIVEMIND))
         self.report = InstallReport(tuple(entries[name] for name in names))
 
 
@@ -158,63 +161,69 @@ def install(
 ) -> InstallReport:
     """Makes p2pclient and hivemind use this package.
 
-    From then on ``import p2pclient``, and every submodule of it, gives this package's layer; and
-    hivemind, and what is built on it as Petals is, talks to its daemons through the clients of
-    `p2pclient_rs.compat.hivemind`.
+    From then on ``import p2pclient``, and the import of any submodule of it, gives this package's
+    layer; and hivemind, with what is built on it, as Petals is, talks to its daemons through the
+    clients of `p2pclient_rs.compat.hivemind`.
 
-    It does not matter whether the originals are installed or were imported before; `uninstall`
-    undoes it. It holds for this process, for those forked from it, and for those that
-    ``multiprocessing`` starts from it by ``spawn`` or ``forkserver``. Other processes have to call
-    it too, or be started below ``python -m p2pclient_rs run``. Calling it again does nothing, or
-    adds what was not asked for before.
+    The originals need not be installed, and may have been imported before. `uninstall` undoes it.
+    It holds for this process, for those forked from it, and for those that ``multiprocessing``
+    starts from it by ``spawn`` or ``forkserver``. Other processes must call it too, or be started
+    below ``python -m p2pclient_rs run``. A second call does nothing, or adds what was not requested
+    before.
 
     Args:
-        p2pclient: Whether p2pclient is replaced.
-        hivemind: Whether hivemind's bindings are.
+        p2pclient: Whether to replace p2pclient.
+        hivemind: Whether to replace hivemind's bindings.
         hivemind_package: The import name of hivemind, such as ``"fork.vendor.hivemind"`` for a copy
             in another package. Call ``install()`` once for each copy that a process uses.
-        force: Replaces unknown versions as well, with an `UnknownVersionWarning` that names what
-            differs. hivemind's bindings are refused all the same if they lack a class that is
-            replaced or that the replacement uses.
-        reconnect: Reconnects each ``P2P`` that is created from now on to its ``initial_peers`` when
-            it has lost all of its peers. Its connections are looked at every 15 seconds; attempts
-            are repeated after pauses that grow from 1 to 60 seconds, and are logged to
-            ``p2pclient_rs.compat.hivemind``. Not for those made by ``P2P.replicate``.
-        max_unanswered_calls: How many incoming unary calls each client of hivemind's handles at
+        force: Replaces unknown versions too, with an `UnknownVersionWarning` that names the files
+            that differ. Bindings without a class that is replaced, or that the replacement uses,
+            are refused even so.
+        reconnect: Reconnects each ``P2P`` created from now on to its ``initial_peers`` when it has
+            lost all of its peers. Checks its connections every 15 seconds, backs off from 1 to 60
+            seconds after failures, and logs to ``p2pclient_rs.compat.hivemind``. Does not apply to
+            a ``P2P`` made by ``P2P.replicate``.
+        max_unanswered_calls: How many incoming unary calls each of hivemind's clients handles at
             once; None leaves the default.
-        max_unanswered_bytes: How many bytes the payloads of those calls may have together; None
-            leaves the default.
+        max_unanswered_bytes: The largest total size of these calls' payloads, in bytes; None leaves
+            the default.
 
     Returns:
-        What is replaced, by this call and those before.
+        What is replaced, by this call and earlier ones.
 
     Raises:
-        UnsupportedVersion: p2pclient, or hivemind's bindings, were imported before, and are not of
-            a version in `KNOWN_P2PCLIENT` or `KNOWN_HIVEMIND`. Nothing is changed then. If they
-            were not, the report says so, and it is their import that raises this.
-        ValueError: ``hivemind_package`` cannot be the name of a package, or is given together with
-            ``hivemind=False``; a limit is negative.
+        UnsupportedVersion: p2pclient, or hivemind's bindings, were imported before, and their
+            version is not in `KNOWN_P2PCLIENT` or `KNOWN_HIVEMIND`. Nothing is changed. If they
+            were not imported, the report says so, and their import raises this.
+        ValueError: ``hivemind_package`` cannot be a package's name, or is given with
+            ``hivemind=False``; or a limit is negative.
+
+    Example:
+        >>> import p2pclient_rs
+        >>> report = p2pclient_rs.install(p2pclient=False, reconnect=True)
+        >>> report.replaced[0].layer
+        'p2pclient_rs.compat.hivemind'
     """
     _check_package(hivemind_package, hivemind)
     _check_limit("max_unanswered_calls", max_unanswered_calls)
     _check_limit("max_unanswered_bytes", max_unanswered_bytes)
-    wishes: dict[str, _Wish] = {}
+    requested: dict[str, _Options] = {}
     if p2pclient:
-        wishes[ALIAS] = _Wish(force)
+        requested[P2PCLIENT] = _Options(force)
     if hivemind:
-        wishes[hivemind_package] = _Wish(
+        requested[hivemind_package] = _Options(
             force, reconnect, max_unanswered_calls, max_unanswered_bytes
         )
-    state = _install(wishes)
-    _warn(state, wishes, stacklevel=3)
+    state = _install(requested)
+    _warn(state, requested, stacklevel=3)
     return state.report
 
 
-def adopt(calls: Iterable[dict[str, Any]]) -> None:
-    """Calls ``install()`` in a process whose parent did, and has seen the warnings.
+def install_in_child(calls: Iterable[dict[str, Any]]) -> None:
+    """Calls ``install()`` in a child of a process that did, without repeating its warnings.
 
     Args:
-        calls: The arguments of the calls.
+        calls: The keyword arguments of each call.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompatibilityWarning)
@@ -227,7 +236,7 @@ def _check_package(name: str, hivemind: bool) -> None:
         raise TypeError(f"hivemind_package is the name of a package, not {name!r}")
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"hivemind_package cannot be {name!r}")
-    if name.partition(".")[0] in (ALIAS, "p2pclient_rs"):
+    if name.partition(".")[0] in (P2PCLIENT, "p2pclient_rs"):
         raise ValueError(f"hivemind_package cannot be in {name.partition('.')[0]}")
     if not hivemind and name != _HIVEMIND:
         raise ValueError("hivemind_package is given, but hivemind=False")
@@ -238,23 +247,27 @@ def _check_limit(name: str, limit: int | None) -> None:
         raise ValueError(f"{name} cannot be {limit}")
 
 
-def _install(wishes: dict[str, _Wish]) -> _State:
-    while (state := _add(wishes)) is None:
+def _install(requested: dict[str, _Options]) -> _State:
+    while (state := _add(requested)) is None:
         pass
-    for name in wishes:
-        if name != ALIAS:
+    for name in requested:
+        if name != P2PCLIENT:
             _replace_in_loaded(state, name)
     return state
 
 
-def _add(wishes: dict[str, _Wish]) -> _State | None:
-    """Adds the wishes to the state, and to the import hook; None if another thread came between."""
+def _add(requested: dict[str, _Options]) -> _State | None:
+    """Adds packages to the state and to the import hook.
+
+    Returns:
+        The state; None if another thread changed it meanwhile, and the caller must repeat the call.
+    """
     global _state
-    # Before the lock is held: finding modules takes locks of the import system, and whoever has
-    # those may call install().
-    found = {name: _examine(name, wish) for name, wish in _new(wishes).items()}
+    # Without the lock: finding modules takes locks of the import system, whose holders may call
+    # install().
+    found = {name: _examine(name, options) for name, options in _new(requested).items()}
     with _lock:
-        new = _new(wishes)
+        new = _new(requested)
         if not new.keys() <= found.keys():
             return None
         for name in new:
@@ -262,50 +275,55 @@ def _add(wishes: dict[str, _Wish]) -> _State | None:
         state = _state or _State()
         for name in new:
             state.found[name] = found[name]
-            if name == ALIAS:
-                state.originals = {n: m for n, m in list(sys.modules.items()) if is_alias(n)}
-            imported = tuple(sorted(state.originals)) if name == ALIAS else ()
+            if name == P2PCLIENT:
+                modules = list(sys.modules.items())
+                state.originals = {name: m for name, m in modules if in_p2pclient(name)}
+            imported = tuple(sorted(state.originals)) if name == P2PCLIENT else ()
             state.set_entry(_entry(found[name], imported))
-        for name, wish in wishes.items():
-            state.wishes[name] = state.wishes.get(name, _Wish()).and_then(wish)
-            _set_hooks(state, name)
+        for name, options in requested.items():
+            state.requested[name] = state.requested.get(name, _Options()).merged_with(options)
+            _add_hooks(state, name)
         if _state is None:
             _state = state
             sys.meta_path.insert(0, state.finder)
             if subprocesses.SPAWN in sys.modules:
-                subprocesses.tell_children(sys.modules[subprocesses.SPAWN], _calls)
-        if ALIAS in new:
+                subprocesses.patch_spawn(sys.modules[subprocesses.SPAWN], _calls)
+        if P2PCLIENT in new:
             for name in state.originals:
                 sys.modules.pop(name, None)
         return state
 
 
-def _new(wishes: dict[str, _Wish]) -> dict[str, _Wish]:
-    """The packages that are not replaced yet, or were refused and are now forced."""
+def _new(requested: dict[str, _Options]) -> dict[str, _Options]:
+    """Returns the packages that are not replaced yet, or were refused and are now forced."""
     state = _state
     new = {}
-    for name, wish in wishes.items():
+    for name, options in requested.items():
         entry = state.entry(name) if state else None
-        if entry is None or (entry.refused and wish.force):
-            new[name] = wish
+        if entry is None or (entry.refused and options.force):
+            new[name] = options
     return new
 
 
-def _examine(name: str, wish: _Wish) -> Original:
-    return examine_p2pclient(wish.force) if name == ALIAS else examine_hivemind(name, wish.force)
+def _examine(name: str, options: _Options) -> Original:
+    return (
+        examine_p2pclient(options.force)
+        if name == P2PCLIENT
+        else examine_hivemind(name, options.force)
+    )
 
 
 def _check_imported(name: str, found: Original) -> None:
-    """Raises UnsupportedVersion if a package is imported already and cannot be replaced."""
-    modules = (ALIAS,) if name == ALIAS else bindings_of(name).modules
+    """Raises UnsupportedVersion if the package was imported before and cannot be replaced."""
+    modules = (P2PCLIENT,) if name == P2PCLIENT else bindings_of(name).modules
     if found.refused and not set(modules).isdisjoint(sys.modules):
         raise UnsupportedVersion(found.refused, name=name)
-    if name != ALIAS:
+    if name != P2PCLIENT:
         bindings_of(name).check_loaded()
 
 
 def _entry(found: Original, imported: tuple[str, ...]) -> Replacement:
-    layer = REAL if found.name == ALIAS else hivemind_copies.layer_of(found.name)
+    layer = P2PCLIENT_LAYER if found.name == P2PCLIENT else hivemind_copies.layer_of(found.name)
     return Replacement(
         found.name,
         layer,
@@ -318,36 +336,36 @@ def _entry(found: Original, imported: tuple[str, ...]) -> Replacement:
     )
 
 
-def _set_hooks(state: _State, name: str) -> None:
+def _add_hooks(state: _State, name: str) -> None:
     finder = state.finder
-    finder.hook(subprocesses.SPAWN, lambda module: subprocesses.tell_children(module, _calls))
-    if name == ALIAS:
+    finder.add_hook(subprocesses.SPAWN, lambda module: subprocesses.patch_spawn(module, _calls))
+    if name == P2PCLIENT:
         finder.replace_p2pclient(partial(_check_at_import, state, name))
         return
-    bindings, wish = bindings_of(name), state.wishes[name]
+    bindings, options = bindings_of(name), state.requested[name]
     for module in bindings.modules:
-        finder.hook(
+        finder.add_hook(
             module,
             partial(_replace_in, bindings, module),
             before=partial(_check_at_import, state, name),
         )
-    if wish.reconnect:
-        finder.hook(bindings.p2p_daemon, _reconnect)
-    bindings.limit(wish.max_unanswered_calls, wish.max_unanswered_bytes)
+    if options.reconnect:
+        finder.add_hook(bindings.p2p_daemon, _reconnect)
+    bindings.limit(options.max_unanswered_calls, options.max_unanswered_bytes)
 
 
 def _check_at_import(state: _State, name: str) -> None:
     """Raises UnsupportedVersion if the package about to be imported cannot be replaced."""
-    # Again, since it may be found elsewhere than when install() was called.
-    found = _examine(name, state.wishes[name])
+    # Examined again: since install() the import path may have changed.
+    found = _examine(name, state.requested[name])
     if found.refused:
         raise UnsupportedVersion(found.refused, name=name)
     _warn_once(state, found, stacklevel=3)
 
 
 def _replace_in(bindings: Bindings, name: str, module: ModuleType) -> None:
-    """Puts our classes in the place of those that a module of hivemind has just defined."""
-    bindings.learn(module, name)
+    """Replaces the classes that a module of hivemind has just defined."""
+    bindings.record_originals(module, name)
     bindings.replace_in(module)
 
 
@@ -363,11 +381,11 @@ def _reconnect(module: ModuleType) -> None:
 
 
 def _replace_in_loaded(state: _State, name: str) -> None:
-    """Replaces the clients in modules that were imported, at least in part, before the hook."""
+    """Replaces the clients in modules that were imported, or being imported, before the hook."""
     entry = state.entry(name)
     if entry is None or entry.refused:
         return
-    # Before the lock is held, since importing can make other threads call install().
+    # Without the lock: an import can wait for another thread that calls install().
     bindings = bindings_of(name)
     bindings.load_layer()
     with _lock:
@@ -379,12 +397,12 @@ def _replace_in_loaded(state: _State, name: str) -> None:
             imported = tuple(sorted({*entry.imported, *changed}))
             state.set_entry(replace(entry, imported=imported))
         p2p_daemon = sys.modules.get(bindings.p2p_daemon)
-        if state.wishes[name].reconnect and hasattr(p2p_daemon, "P2P"):
+        if state.requested[name].reconnect and hasattr(p2p_daemon, "P2P"):
             _reconnect(sys.modules[bindings.p2p_daemon])
 
 
-def _warn(state: _State, wishes: Iterable[str], stacklevel: int) -> None:
-    for name in wishes:
+def _warn(state: _State, names: Iterable[str], stacklevel: int) -> None:
+    for name in names:
         _warn_once(state, state.found[name], stacklevel + 1)
 
 
@@ -396,31 +414,31 @@ def _warn_once(state: _State, found: Original, stacklevel: int) -> None:
 
 
 def _calls() -> list[dict[str, Any]]:
-    """The arguments of the calls of ``install()`` that give a new process the same swap."""
+    """Returns the arguments of the calls of ``install()`` that reproduce the state in a child."""
     state = _state
     if state is None:
         return []
     calls: list[dict[str, Any]] = []
-    for name, wish in list(state.wishes.items()):
-        if name == ALIAS:
-            calls.append({"hivemind": False, "force": wish.force})
+    for name, options in list(state.requested.items()):
+        if name == P2PCLIENT:
+            calls.append({"hivemind": False, "force": options.force})
             continue
-        # Options that were not given are left out; a limit of 0 was given.
-        options = {
+        # Options that were not given are left out; 0 is a limit that was given.
+        given = {
             option: value
-            for option, value in vars(wish).items()
+            for option, value in vars(options).items()
             if value is not None and value is not False
         }
-        calls.append({"p2pclient": False, "hivemind_package": name, **options})
+        calls.append({"p2pclient": False, "hivemind_package": name, **given})
     return calls
 
 
 def uninstall() -> None:
-    """Undoes `install`: from then on the names mean what they meant before.
+    """Undoes `install`: the names mean again what they meant before.
 
-    Modules of p2pclient that had been imported before `install` are put back as they were, and
-    hivemind's bindings get their own clients back; clients made in between stay what they are, and
-    are no longer reconnected. Without an `install` before, does nothing.
+    Restores the modules of p2pclient that had been imported before `install`, and hivemind's own
+    clients in its bindings. Clients made in between stay what they are, and are no longer
+    reconnected. Without an earlier `install` it does nothing.
     """
     global _state
     with _lock:
@@ -428,13 +446,13 @@ def uninstall() -> None:
             return
         state, _state = _state, None
         sys.meta_path.remove(state.finder)
-        if ALIAS in state.wishes:
+        if P2PCLIENT in state.requested:
             for name in list(sys.modules):
-                if is_alias(name):
+                if in_p2pclient(name):
                     del sys.modules[name]
             sys.modules.update(state.originals)
         for bindings in state.bindings():
             bindings.restore_everywhere()
         reconnection.restore()
         if subprocesses.SPAWN in sys.modules:
-            subprocesses.forget_children(sys.modules[subprocesses.SPAWN])
+            subprocesses.unpatch_spawn(sys.modules[subprocesses.SPAWN])

@@ -1,7 +1,7 @@
 """Reconnects hivemind's ``P2P`` to its bootstrap peers when it has lost all of its peers.
 
-A task of the event loop that created the ``P2P`` asks its daemon for its connections, as often as
-`Reconnection` says. It ends with the ``P2P``, which it does not keep alive.
+A task on the event loop that created the ``P2P`` lists the daemon's peers at the intervals that
+`Reconnection` sets. It ends with the ``P2P``, which it does not keep alive.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ __all__ = ["restore", "wrap"]
 
 logger = logging.getLogger("p2pclient_rs.compat.hivemind")
 
-#: The attribute of a ``P2P`` that holds its task.
+#: The attribute of a ``P2P`` that holds its watchdog.
 _ATTRIBUTE = "_p2pclient_rs_reconnection"
 
-_watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
-#: The wrapped classes: for each method the class's own attribute before, and ours.
+_watchdogs: weakref.WeakSet[_Watchdog] = weakref.WeakSet()
+#: The wrapped classes: for each method, the class's own attribute before, and ours.
 _wrapped: dict[type, dict[str, tuple[Any, Any]]] = {}
 
 
 def wrap(p2p_daemon: ModuleType) -> None:
-    """Has every ``P2P`` that is created from now on reconnect.
+    """Makes every ``P2P`` that is created from now on reconnect.
 
     Args:
-        p2p_daemon: The module of hivemind with the class ``P2P``.
+        p2p_daemon: The module of hivemind that defines ``P2P``.
 
     Raises:
-        AttributeError: The class is not as in hivemind.
+        AttributeError: The class lacks the methods of hivemind's.
     """
     owner = p2p_daemon.P2P
     if owner in _wrapped:
@@ -54,46 +54,46 @@ def wrap(p2p_daemon: ModuleType) -> None:
         p2p = await create(cls, *args, **kwargs)
         given = inspect.signature(create).bind(cls, *args, **kwargs).arguments
         peers = given.get("initial_peers")
-        # Whatever wrapped this function meanwhile keeps it after `restore`.
+        # Code that has wrapped this function keeps calling it after `restore`.
         if peers and isinstance(peers, Sequence) and owner in _wrapped:
-            watch = _Watch(p2p, [str(peer) for peer in peers])
-            setattr(p2p, _ATTRIBUTE, watch)
-            _watches.add(watch)
+            watchdog = _Watchdog(p2p, [str(peer) for peer in peers])
+            setattr(p2p, _ATTRIBUTE, watchdog)
+            _watchdogs.add(watchdog)
         return p2p
 
     @functools.wraps(terminate)
-    def end_and_terminate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = vars(self).pop(_ATTRIBUTE, None)
-        if watch is not None:
-            watch.end()
+    def stop_and_terminate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watchdog = vars(self).pop(_ATTRIBUTE, None)
+        if watchdog is not None:
+            watchdog.stop()
         return terminate(self, *args, **kwargs)
 
-    methods = {"create": classmethod(create_and_watch), "_terminate": end_and_terminate}
+    methods = {"create": classmethod(create_and_watch), "_terminate": stop_and_terminate}
     _wrapped[owner] = {name: (vars(owner).get(name), ours) for name, ours in methods.items()}
     for name, ours in methods.items():
         setattr(owner, name, ours)
 
 
 def restore() -> None:
-    """Undoes `wrap`; tasks that watch end."""
+    """Undoes `wrap`, and stops all watchdogs."""
     while _wrapped:
         cls, methods = _wrapped.popitem()
         for name, (before, ours) in methods.items():
             if vars(cls).get(name) is not ours:
                 continue
-            if before is None:  # inherited
+            if before is None:  # The class inherited it.
                 delattr(cls, name)
             else:
                 setattr(cls, name, before)
-    for watch in list(_watches):
-        watch.end()
+    for watchdog in list(_watchdogs):
+        watchdog.stop()
 
 
-class _Watch:
-    """The task that watches a ``P2P``.
+class _Watchdog:
+    """Reconnects one ``P2P``, in a task on its event loop.
 
     Args:
-        p2p: The ``P2P``, on whose event loop this runs.
+        p2p: The ``P2P``.
         addresses: Its bootstrap peers, each a multiaddr that ends in ``/p2p/<peer id>``.
     """
 
@@ -105,11 +105,11 @@ class _Watch:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
-        # An event loop that is closed without cancelling its tasks would have it reported.
+        # Otherwise asyncio reports the task if a loop is closed without cancelling its tasks.
         self._task._log_destroy_pending = False  # type: ignore[attr-defined]
 
-    def end(self) -> None:
-        """Ends the task, from any thread; leaves the event loop of a parent process alone."""
+    def stop(self) -> None:
+        """Cancels the task, from any thread; does nothing in a forked child."""
         if os.getpid() != self._pid or self._loop.is_closed():
             return
         if asyncio._get_running_loop() is self._loop:
@@ -117,11 +117,11 @@ class _Watch:
             return
         try:
             self._loop.call_soon_threadsafe(self._task.cancel)
-        except RuntimeError:  # it was closed meanwhile
+        except RuntimeError:  # The loop was closed meanwhile.
             pass
 
     def _control(self) -> Any:
-        """The control client of the ``P2P``; None at its end."""
+        """Returns the control client of the ``P2P``; None if it or its daemon has ended."""
         p2p = self._p2p()
         if p2p is None or not p2p.is_alive:
             return None
@@ -139,13 +139,13 @@ class _Watch:
                 client = self._control()
                 if client is None:
                     return
-                pause = await self._look(client, schedule)
+                pause = await self._check(client, schedule)
                 del client
         except Exception:
             logger.exception("%s is no longer reconnected to its bootstrap peers", self._name)
 
-    async def _look(self, client: Any, schedule: Reconnection) -> float:
-        """Reconnects if there is no connection. Returns the seconds until the next look."""
+    async def _check(self, client: Any, schedule: Reconnection) -> float:
+        """Reconnects if there is no connection. Returns the seconds until the next check."""
         try:
             if await control.ControlClient.list_peers(client, timeout=schedule.TIMEOUT):
                 pause, _ = schedule.connected()
@@ -186,7 +186,7 @@ class _Watch:
     async def _connect(
         self, client: Any, address: str, peer_id: PeerID, addrs: list[Multiaddr]
     ) -> str | None:
-        """Connects to a bootstrap peer. Returns why that failed; None if it did not."""
+        """Connects to a bootstrap peer. Returns the reason for a failure; None if it succeeds."""
         try:
             await control.ControlClient.connect(
                 client, peer_id, addrs, timeout=Reconnection.TIMEOUT
@@ -197,7 +197,7 @@ class _Watch:
 
 
 def _parse(address: str) -> tuple[str, PeerID, list[Multiaddr]] | None:
-    """A bootstrap peer's address, taken apart; None if it does not say which peer it is."""
+    """Splits a bootstrap peer's address; returns None if it does not name the peer."""
     try:
         *before, last = Multiaddr(address).split()
         peer_id = PeerID(str(last["p2p"]))
@@ -208,5 +208,5 @@ def _parse(address: str) -> tuple[str, PeerID, list[Multiaddr]] | None:
 
 
 def _reason(failure: ControlFailure) -> str:
-    """The daemon's words, in one line."""
+    """Returns the daemon's message, on one line."""
     return " ".join((failure.daemon_message or str(failure)).split())

@@ -1,7 +1,8 @@
-"""The swap in Python processes that this one starts.
+"""Activates the layers in the Python processes that this one starts.
 
-Processes that ``multiprocessing`` starts afresh get it with the first data that they are sent. All
-others get it only below ``python -m p2pclient_rs run``, from the environment.
+A process that ``multiprocessing`` starts afresh calls ``install()`` as it reads the first data that
+it is sent. Any other process does so only below ``python -m p2pclient_rs run``, which sets its
+environment.
 """
 
 from __future__ import annotations
@@ -14,45 +15,46 @@ from types import ModuleType
 from typing import Any
 
 __all__ = [
+    "OPTIONS_VARIABLE",
     "SPAWN",
-    "VARIABLE",
-    "forget_children",
-    "options",
+    "format_options",
     "parse_options",
+    "patch_spawn",
     "set_environment",
-    "tell_children",
+    "unpatch_spawn",
 ]
 
-#: The module of ``multiprocessing`` that prepares what a new process is sent.
+#: The module of ``multiprocessing`` that prepares the data for a new process.
 SPAWN = "multiprocessing.spawn"
 
-#: The options of ``python -m p2pclient_rs run``, for the Python processes below it.
-VARIABLE = "P2PCLIENT_RS_RUN"
+#: The environment variable with the options of ``python -m p2pclient_rs run``, for its children.
+OPTIONS_VARIABLE = "P2PCLIENT_RS_RUN"
 
 _PACKAGE, _FORCE, _RECONNECT = "--hivemind-package", "--force", "--reconnect"
 
 
 class _Install:
-    """Something that, unpickled, calls ``install()``."""
+    """An object that calls ``install()`` when it is unpickled."""
 
     def __init__(self, calls: list[dict[str, Any]], sys_path: list[str]) -> None:
         self._calls = calls
         self._sys_path = sys_path
 
     def __reduce__(self) -> tuple[Any, tuple[str, dict[str, Any]]]:
-        # The path that the child is about to be given anyway: we may be found by it alone.
+        # The child sets this path too, but later; it may find p2pclient_rs by it alone.
         code = f"import sys; sys.path = {self._sys_path!r}; "
-        code += f"from p2pclient_rs.compat.install import adopt; adopt({self._calls!r})"
+        code += "from p2pclient_rs.compat.install import install_in_child; "
+        code += f"install_in_child({self._calls!r})"
         return exec, (code, {})
 
 
-def tell_children(module: ModuleType, calls: Callable[[], list[dict[str, Any]]]) -> None:
-    """Has children that are started afresh, by spawn or forkserver, call ``install()`` before they
-    import anything of the program's.
+def patch_spawn(module: ModuleType, calls: Callable[[], list[dict[str, Any]]]) -> None:
+    """Makes children started by spawn or forkserver call ``install()`` before they import anything
+    of the program's.
 
     Args:
         module: ``multiprocessing.spawn``.
-        calls: Returns the arguments of the calls; none if the swap is off.
+        calls: Returns the keyword arguments of each call; an empty list if nothing is replaced.
     """
     prepare = module.get_preparation_data
     if getattr(prepare, "_before", None) is not None:
@@ -68,19 +70,19 @@ def tell_children(module: ModuleType, calls: Callable[[], list[dict[str, Any]]])
     module.get_preparation_data = get_preparation_data  # type: ignore[attr-defined]
 
 
-def forget_children(module: ModuleType) -> None:
-    """Undoes `tell_children`."""
+def unpatch_spawn(module: ModuleType) -> None:
+    """Undoes `patch_spawn`."""
     before = getattr(module.get_preparation_data, "_before", None)
-    # If other code has wrapped ours meanwhile, it stays, and does nothing.
+    # If other code has wrapped our function, that stays and adds nothing.
     if before is not None:
         module.get_preparation_data = before  # type: ignore[attr-defined]
 
 
 def parse_options(arguments: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Takes the options of ``run`` off its arguments.
+    """Parses the options of ``run``.
 
     Returns:
-        The arguments of the calls of ``install()``, and the arguments that follow the options.
+        The keyword arguments of each call of ``install()``, and the arguments after the options.
 
     Raises:
         ValueError: An option has no value.
@@ -105,8 +107,8 @@ def parse_options(arguments: Iterable[str]) -> tuple[list[dict[str, Any]], list[
     return calls or [common], rest
 
 
-def options(calls: Sequence[dict[str, Any]]) -> str:
-    """The options of ``run`` for these calls, as one text; empty without options."""
+def format_options(calls: Sequence[dict[str, Any]]) -> str:
+    """Returns the options of ``run`` for calls of ``install()``, separated by spaces."""
     found = [f"{_PACKAGE}={c['hivemind_package']}" for c in calls if "hivemind_package" in c]
     found += [option for option in (_FORCE, _RECONNECT) if any(c.get(option[2:]) for c in calls)]
     return " ".join(found)
@@ -116,15 +118,15 @@ def set_environment(calls: Sequence[dict[str, Any]]) -> None:
     """Makes Python processes started from here run ``pythonpath/sitecustomize.py``.
 
     Args:
-        calls: The arguments of the calls of ``install()``.
+        calls: The keyword arguments of each call of ``install()``.
     """
     folder = str(Path(__file__).parent / "pythonpath")
     others = os.environ.get("PYTHONPATH")
-    # An empty entry is the current directory, but an empty variable is none.
+    # An empty entry means the current directory, but an empty variable means no entry.
     paths = [path for path in others.split(os.pathsep) if path != folder] if others else []
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
-    text = options(calls)
+    text = format_options(calls)
     if text:
-        os.environ[VARIABLE] = text
+        os.environ[OPTIONS_VARIABLE] = text
     else:
-        os.environ.pop(VARIABLE, None)
+        os.environ.pop(OPTIONS_VARIABLE, None)

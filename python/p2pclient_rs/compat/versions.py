@@ -1,7 +1,6 @@
-"""Finds the originals, and decides by version and file contents whether they can be replaced.
+"""Finds the originals, and decides by version and file contents whether to replace them.
 
-Nothing here imports an original. Its version and its files are read from where an import would find
-them.
+No original is imported: its version and its files are read where an import would find them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -20,7 +19,7 @@ __all__ = [
     "KNOWN_P2PCLIENT",
     "CompatibilityWarning",
     "Original",
-    "SwapFinder",
+    "ReplacingFinder",
     "UnknownVersionWarning",
     "UnsupportedVersion",
     "examine_hivemind",
@@ -31,14 +30,14 @@ __all__ = [
 
 #: The hivemind releases whose bindings this package can replace.
 KNOWN_HIVEMIND = ("1.1.10.post2", "1.1.11", "1.1.12")
-#: The p2pclient releases that this package can replace. 0.2.x differs in a few places.
+#: The p2pclient releases that this package can replace.
 KNOWN_P2PCLIENT = ("0.2.0", "0.2.1", "0.3.0")
 
-#: Where the bindings are in the package directory of hivemind.
+#: The folder of the bindings within hivemind.
 _BINDINGS = "p2p/p2p_daemon_bindings"
 
-# SHA-256 of the files of the bindings in every commit of hivemind's main branch from the tag 1.1.10
-# to the tag 1.1.12, which checkouts call 1.2.0.dev0.
+# The SHA-256 of the bindings' files in every commit of hivemind's main branch between the tags
+# 1.1.10 and 1.1.12; checkouts of these call themselves 1.2.0.dev0.
 _KNOWN_FILES = {
     "control.py": (
         "a225696f1607e90ab785b9fc6e7e63ce02e2c96b1c3346bf7a1042c4eb46a79c",
@@ -63,7 +62,7 @@ _KNOWN_FILES = {
     ),
 }
 
-# What those files must define: the classes that are replaced, and those that the replacements use.
+# Names that those files must define: the classes to replace, and those that the replacements use.
 _NEEDED = {
     "control.py": ("ControlClient", "DaemonConnector"),
     "p2pclient.py": ("Client",),
@@ -71,7 +70,7 @@ _NEEDED = {
     "utils.py": ("ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError"),
 }
 
-# What p2pclient 0.2 does and its replacement does not, as 0.3 does not.
+# How p2pclient 0.2 differs from 0.3, and so from the replacement.
 _DIFFERENCES_OF_0_2 = (
     "GoDaemon listens for peers on the loopback interface alone, and its DHT is a server",
     "what the program imports of anyio is the installed anyio's, not anyio 1's",
@@ -79,40 +78,40 @@ _DIFFERENCES_OF_0_2 = (
 
 
 class UnsupportedVersion(ImportError):
-    """p2pclient or hivemind is of a version that this package does not know how to replace.
+    """This package does not know how to replace this version of p2pclient or hivemind.
 
-    Raised by the import of p2pclient, or of hivemind's bindings, while the swap is on; or by
-    `p2pclient_rs.install` if they were imported before.
+    Raised by the import of p2pclient, or of hivemind's bindings, after `p2pclient_rs.install`; or
+    by `p2pclient_rs.install` itself if they were imported before.
     """
 
 
 class CompatibilityWarning(RuntimeWarning):
-    """A replaced package differs from its replacement in ways that a program may notice."""
+    """The replacement of a package differs from it in ways that a program may notice."""
 
 
 class UnknownVersionWarning(CompatibilityWarning):
-    """An unknown version of p2pclient or hivemind is replaced all the same.
+    """An unknown version of p2pclient or hivemind is replaced.
 
-    Names the files of hivemind's bindings that differ from the known ones.
+    Names the files of hivemind's bindings that differ from those of known versions.
     """
 
 
-class SwapFinder(MetaPathFinder):
-    """The base class of the import hook, which is left out of the search for originals."""
+class ReplacingFinder(MetaPathFinder):
+    """The base class of the import hook. `find_spec` skips it when it looks for originals."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """A package to replace, as it was found.
+    """A package to replace, as found on the import path.
 
     Attributes:
         name: Its import name.
         file: Its file; None if it is not installed.
-        version: Its version, where that could be found.
+        version: Its version, if it states one.
         refused: Why it is not replaced; None if it is.
-        warning: What a program may notice of its replacement; None if nothing.
+        warning: How its replacement differs in ways that a program may notice; None if it does not.
         unknown: Whether the warning is about an unknown version.
-        differs: The files of hivemind's bindings that are not those of a known version.
+        differs: The files of hivemind's bindings whose contents are not those of a known version.
     """
 
     name: str
@@ -126,7 +125,7 @@ class Original:
 
 @dataclass(frozen=True)
 class _Package:
-    """A package directory, which may be in an archive, or a package without files."""
+    """A package's directory, which may be within an archive; None for a package without files."""
 
     name: str
     folder: str | None
@@ -135,7 +134,7 @@ class _Package:
     module: Any = None
 
     def read(self, *path: str) -> bytes | None:
-        """The contents of one of its files; None if there is no such file."""
+        """Returns the contents of a file of the package; None if there is no such file."""
         if self.folder is None:
             return None
         path = (self.folder, *path)
@@ -152,26 +151,26 @@ class _Package:
 
 
 def examine_p2pclient(force: bool = False) -> Original:
-    """Looks at the installed p2pclient.
+    """Finds the installed p2pclient, and decides whether to replace it.
 
     Args:
-        force: Whether unknown versions are accepted.
+        force: Whether to accept unknown versions.
     """
     package = _locate("p2pclient")
     if package is None or package.file is None and package.module is None:
-        # A directory without an __init__.py, as a checkout of a repository may be, is no p2pclient.
+        # A directory of that name without an __init__.py, such as a checkout, is no p2pclient.
         return Original("p2pclient")
     version = _version_of(package)
     found = Original("p2pclient", package.file, version)
     if version is None and package.read("p2pclient.py") is None:
-        return found  # another package of that name, which is hidden
+        return found  # Another package of that name, which the replacement hides.
     at = f" at {package.folder}" if package.folder else ""
     what = f"p2pclient {version or '(unknown version)'}{at}"
     if version not in KNOWN_P2PCLIENT:
         if force:
             warning = f"{what} is not known to p2pclient_rs; its replacement is that of 0.3.0"
-            return _with(found, warning=warning, unknown=True)
-        return _with(
+            return replace(found, warning=warning, unknown=True)
+        return replace(
             found,
             refused=f"p2pclient_rs does not know {what}, only {', '.join(KNOWN_P2PCLIENT)}; to use "
             "p2pclient as it is, call install(p2pclient=False), or, to replace it all the same, "
@@ -180,16 +179,16 @@ def examine_p2pclient(force: bool = False) -> Original:
     if version.startswith("0.2."):
         differences = "; ".join(_DIFFERENCES_OF_0_2)
         warning = f"p2pclient {version} is replaced by the API of 0.3.0: {differences}"
-        return _with(found, warning=warning)
+        return replace(found, warning=warning)
     return found
 
 
 def examine_hivemind(name: str, force: bool = False) -> Original:
-    """Looks at an installed hivemind, or a copy of it.
+    """Finds an installed hivemind, or a copy of it, and decides whether to replace its bindings.
 
     Args:
         name: Its import name.
-        force: Whether unknown bindings are accepted, as long as they have the needed classes.
+        force: Whether to accept unknown bindings that define the needed classes.
     """
     package = _locate(name)
     if package is None:
@@ -206,43 +205,37 @@ def examine_hivemind(name: str, force: bool = False) -> Original:
     has_known = sources["control.py"] is not None and "control.py" not in unknown
     if not (force or version in KNOWN_HIVEMIND or has_known):
         differs = f" ({', '.join(unknown)} differ)" if unknown else ""
-        return _with(
+        return replace(
             found,
             refused=f"p2pclient_rs does not know {what}{differs}, only those of hivemind "
             f"{', '.join(KNOWN_HIVEMIND)}; to use {name} with its own bindings, call "
             "install(hivemind=False) or do not call it; to replace them all the same, call "
             "install(force=True)",
         )
-    # Without sources (only .pyc files) a known version is believed.
+    # Without sources, as where only .pyc files are installed, the version number decides.
     absent = [file for file, source in sources.items() if source is None]
     if absent and not (version in KNOWN_HIVEMIND and len(absent) == len(sources)):
         reason = f"there is no {_BINDINGS}/{absent[0]}"
-        return _with(found, refused=f"p2pclient_rs cannot replace {what}: {reason}")
+        return replace(found, refused=f"p2pclient_rs cannot replace {what}: {reason}")
     for file, source in unknown.items():
         problem = _problem(file, source)
         if problem:
-            return _with(found, refused=f"p2pclient_rs cannot replace {what}: {problem}")
+            return replace(found, refused=f"p2pclient_rs cannot replace {what}: {problem}")
     if unknown:
         warning = (
             f"p2pclient_rs replaces {what} without knowing them: {', '.join(unknown)} "
             f"{'differs' if len(unknown) == 1 else 'differ'} from those of hivemind "
             f"{', '.join(KNOWN_HIVEMIND)}"
         )
-        return _with(found, warning=warning, unknown=True)
+        return replace(found, warning=warning, unknown=True)
     return found
 
 
-def _with(original: Original, **changes: Any) -> Original:
-    from dataclasses import replace
-
-    return replace(original, **changes)
-
-
 def _digest(source: bytes, package: str) -> str:
-    """The SHA-256 of a file, as it would be in hivemind itself."""
+    """Returns the SHA-256 that a file of a copy would have in hivemind itself."""
     import hashlib
 
-    # A copy under another name imports itself by that name; git may have changed the line ends.
+    # A copy imports its own modules by its own name; git may have changed the line endings.
     source = source.replace(b"\r\n", b"\n")
     if package != "hivemind":
         source = re.sub(rb"\b%s\b" % re.escape(package).encode(), b"hivemind", source)
@@ -250,7 +243,7 @@ def _digest(source: bytes, package: str) -> str:
 
 
 def _problem(file: str, source: bytes) -> str | None:
-    """Why an unknown file of the bindings cannot be replaced; None if it can."""
+    """Returns why an unknown file of the bindings cannot be replaced; None if it can."""
     import ast
 
     try:
@@ -259,13 +252,13 @@ def _problem(file: str, source: bytes) -> str | None:
         return f"{file} is not valid Python: {error}"
     names = set(_names(tree.body))
     if "*" in names:
-        return None  # only its import can tell
+        return None  # Only its import can tell.
     missing = [name for name in _NEEDED[file] if name not in names]
     return f"{file} has no {' and no '.join(missing)}" if missing else None
 
 
 def _names(body: Sequence[Any]) -> Iterator[str]:
-    """The names that the statements of a module bind, those in branches included."""
+    """Yields the names that a module's statements bind, including those in branches."""
     import ast
 
     for node in body:
@@ -283,19 +276,19 @@ def _names(body: Sequence[Any]) -> Iterator[str]:
 
 
 def missing_names(module: Any, file: str) -> list[str]:
-    """Which names that the swap needs a loaded module of the bindings does not have."""
+    """Returns the needed names that an imported module of the bindings lacks."""
     return [name for name in _NEEDED[file] if not hasattr(module, name)]
 
 
 def _version_of(package: _Package) -> str | None:
-    """What a package, or the distribution that lies beside it, says of its version."""
+    """Returns the version that a package, or the distribution beside it, states."""
     for file in ("__init__.py", "_version.py"):
         source = (package.read(file) or b"").decode(errors="replace")
         found = re.search(r"^__version__\s*(?::[^=]+)?=\s*[\"']([^\"']+)", source, re.MULTILINE)
         if found:
             return found[1]
     if package.folder is not None and "." not in package.name:
-        # By the directory, not by the name alone: another copy may be installed elsewhere.
+        # In the package's own directory only: another copy may be installed elsewhere.
         from importlib.metadata import distributions
 
         parent = os.path.dirname(os.path.abspath(package.folder))
@@ -306,7 +299,7 @@ def _version_of(package: _Package) -> str | None:
 
 
 def _locate(name: str) -> _Package | None:
-    """Where a package is, or would be imported from; None if nowhere. Imports nothing."""
+    """Finds the directory that a package was, or would be, imported from, without importing it."""
     module: Any = sys.modules.get(name)
     if module is not None:
         spec = getattr(module, "__spec__", None)
@@ -322,7 +315,7 @@ def _locate(name: str) -> _Package | None:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """As ``importlib.util.find_spec``, but does not import the packages above it."""
+    """Like ``importlib.util.find_spec``, but does not import the packages above ``name``."""
     parent, _, _ = name.rpartition(".")
     path: Any = None
     if parent:
@@ -338,10 +331,10 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def find_spec(name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-    """The spec that the import system would find without the swap."""
+    """Returns the spec that the import system would find without the import hook."""
     for finder in list(sys.meta_path):
         find: Callable[..., ModuleSpec | None] | None = getattr(finder, "find_spec", None)
-        if find is not None and not isinstance(finder, SwapFinder):
+        if find is not None and not isinstance(finder, ReplacingFinder):
             spec = find(name, path, target)
             if spec is not None:
                 return spec

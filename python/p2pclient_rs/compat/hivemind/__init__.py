@@ -1,12 +1,12 @@
 """hivemind's ``p2p_daemon_bindings``, module for module, on this package's classes.
 
-What goes in and comes out is hivemind's own: its ``PeerID``, ``PeerInfo``, ``StreamInfo`` and
-``Multiaddr``, and exceptions that are both its and this package's. Where hivemind cannot be
-imported, for want of itself or of torch, they are this package's alone. Import it as it is, or
-call `p2pclient_rs.install` to have hivemind use it.
+They take and return hivemind's own ``PeerID``, ``PeerInfo``, ``StreamInfo`` and ``Multiaddr``, and
+raise exceptions that are both hivemind's and this package's. Where hivemind cannot be imported,
+because it or torch is not installed, these are this package's alone. Import it directly, or call
+`p2pclient_rs.install` to make hivemind use it.
 
-The modules import each other by relative names only: `p2pclient_rs.compat.hivemind_copies` imports
-the same files a second time for a copy of hivemind under another name.
+The modules import each other by relative names only, because
+`p2pclient_rs.compat.hivemind_copies` imports the same files again for a copy of hivemind.
 """
 
 from .original import import_bindings

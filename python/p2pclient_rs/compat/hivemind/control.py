@@ -35,7 +35,7 @@ from p2pclient_rs.streams import Stream
 from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 
 from .datastructures import Multiaddr, PeerID, PeerInfo, StreamInfo
-from .exceptions import of_hivemind
+from .exceptions import to_hivemind
 from .handlers import HandlerTasks
 from .streams import StreamReader, StreamWriter, reader_and_writer
 from .utils import (
@@ -156,7 +156,7 @@ class _Types(ConvertedTypes):
             if words is not None:
                 error.args = (words,)
                 error._terse = True
-        return of_hivemind(error)
+        return to_hivemind(error)
 
 
 class DaemonConnector(connector.DaemonConnector):
@@ -198,7 +198,7 @@ class DaemonConnector(connector.DaemonConnector):
         try:
             return reader_and_writer(await super().open_connection(timeout=timeout))
         except OwnControlFailure as error:
-            raise of_hivemind(error) from error.__cause__
+            raise to_hivemind(error) from error.__cause__
 
     async def open_persistent_connection(self, *args: Any, **kwargs: Any) -> Any:
         """Called with nothing, a new persistent connection as a reader and a writer, for those who
@@ -466,7 +466,7 @@ class ControlClient(control.ControlClient):
 
     async def _handle(self, handler: Any, info: StreamInfo, stream: Stream) -> None:
         if self._handler_tasks is not None:
-            self._handler_tasks.handling(stream)
+            self._handler_tasks.set_stream(stream)
         await handler(info, *reader_and_writer(stream))
 
     @asynccontextmanager
@@ -497,7 +497,7 @@ class ControlClient(control.ControlClient):
             with suppress(RuntimeError):  # of a closed loop
                 task.cancel()
             if closed:
-                handlers.abandon()
+                handlers.release_all()
             else:
                 try:
                     await asyncio.wait([task])

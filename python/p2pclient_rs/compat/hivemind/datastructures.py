@@ -1,4 +1,4 @@
-"""What the dialect takes and returns: hivemind's classes, or this package's without it."""
+"""The value types of this layer: hivemind's classes; this package's where it is not installed."""
 
 from typing import TYPE_CHECKING
 

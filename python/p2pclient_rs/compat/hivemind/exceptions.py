@@ -1,8 +1,8 @@
-"""What the dialect raises: exceptions that are hivemind's and this package's at once.
+"""Exceptions that are hivemind's and this package's at once.
 
-For every ``ControlFailure`` of this package, and for ``P2PHandlerError``, there is a class of the
-same name here that is a subclass of it and of hivemind's class. They can be pickled, as hivemind
-does to pass them between its processes, and read again where there is no hivemind.
+For each ``ControlFailure`` of this package, and for ``P2PHandlerError``, this module has a class of
+the same name, derived from it and from hivemind's class. hivemind pickles exceptions to pass them
+between its processes; these can be unpickled where hivemind is not installed, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
     ControlFailure, DispatchFailure = _theirs.ControlFailure, _theirs.DispatchFailure
     P2PDaemonError, P2PHandlerError = _theirs.P2PDaemonError, _theirs.P2PHandlerError
 
-__all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "of_hivemind"]
+__all__ = ["ControlFailure", "DispatchFailure", "P2PDaemonError", "P2PHandlerError", "to_hivemind"]
 
 _CLASSES: dict[type[Exception], type[Exception]] = {}
 
@@ -36,9 +36,9 @@ def _reduce(error: Exception) -> tuple[Any, ...]:
     *others, state = exceptions.parts(error)
     peer_id = state.get("peer_id")
     if peer_id is not None:
-        # As what can be read where there is no hivemind, and is a PeerID of whoever reads it.
+        # As bytes, from which the reader makes a PeerID of its own, with or without hivemind.
         state["peer_id"] = peer_id.to_bytes()
-    return hivemind_copies.reduction(PACKAGE, _load, *others, state)
+    return hivemind_copies.reduce_exception(PACKAGE, _load, *others, state)
 
 
 def _load(*parts: Any) -> Exception:
@@ -49,7 +49,7 @@ def _load(*parts: Any) -> Exception:
     return error
 
 
-def _define(ours: type[Exception], theirs: type[Exception]) -> None:
+def _define_class(ours: type[Exception], theirs: type[Exception]) -> None:
     name = f"_{ours.__name__}" if ours.__name__ in __all__ else ours.__name__
     if not issubclass(ours, theirs):
         namespace = {
@@ -67,18 +67,15 @@ def _define(ours: type[Exception], theirs: type[Exception]) -> None:
 for _name in exceptions.__all__:
     _ours = getattr(exceptions, _name)
     if issubclass(_ours, exceptions.ControlFailure):
-        _define(_ours, ControlFailure)
-_define(exceptions.P2PHandlerError, P2PHandlerError)
+        _define_class(_ours, ControlFailure)
+_define_class(exceptions.P2PHandlerError, P2PHandlerError)
 
 
-def of_hivemind(error: Exception) -> Exception:
-    """The same error as one of hivemind's, too.
-
-    Args:
-        error: An exception of this package.
+def to_hivemind(error: Exception) -> Exception:
+    """Converts an exception of this package into one that is hivemind's, too.
 
     Returns:
-        ``error`` itself, if there is no hivemind or it is not of the kind that hivemind knows.
+        The new exception; ``error`` itself if hivemind is not installed, or has no such exception.
     """
     kind, also, *others = exceptions.parts(error)
     cls = _CLASSES.get(kind)

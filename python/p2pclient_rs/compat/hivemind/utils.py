@@ -1,4 +1,4 @@
-"""Exceptions, and messages on a reader and a writer."""
+"""Exceptions, and protobuf messages on a reader and a writer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .exceptions import (
     DispatchFailure,
     P2PDaemonError,
     P2PHandlerError,
-    of_hivemind,
+    to_hivemind,
 )
 
 __all__ = [
@@ -42,7 +42,7 @@ async def write_unsigned_varint(
     """Writes an unsigned varint.
 
     Raises:
-        ValueError: ``integer`` is negative or takes more than ``max_bits`` bits.
+        ValueError: ``integer`` is negative, or has more than ``max_bits`` bits.
     """
     stream.write(encode_varint(integer, max_bits))
     await stream.drain()
@@ -54,34 +54,34 @@ async def read_unsigned_varint(
     """Reads an unsigned varint.
 
     Raises:
-        ValueError: It takes more than ``max_bits`` bits.
-        asyncio.IncompleteReadError: The stream ended before.
+        ValueError: It has more than ``max_bits`` bits.
+        asyncio.IncompleteReadError: The stream ended within it.
     """
     return await read_varint(stream.readexactly, max_bits)
 
 
 def raise_if_failed(response: Any) -> None:
-    """Raises ``ControlFailure``, with the daemon's words, if it answered with an error.
+    """Raises ``ControlFailure``, with the daemon's message, if it answered with an error.
 
     Args:
         response: A ``Response`` message.
     """
     if response.type == response.ERROR:
-        raise of_hivemind(DaemonRefused(daemon_message=response.error.msg))
+        raise to_hivemind(DaemonRefused(daemon_message=response.error.msg))
 
 
 async def write_pbmsg(stream: asyncio.StreamWriter, pbmsg: Any) -> None:
-    """Writes a protobuf message and, before it, its length, in one piece."""
+    """Writes a protobuf message with a length prefix."""
     stream.write(encode_message(pbmsg))
     await stream.drain()
 
 
 async def read_pbmsg_safe(stream: asyncio.StreamReader, pbmsg: Any) -> None:
-    """Reads a protobuf message that has its length before it into ``pbmsg``.
+    """Reads a protobuf message with a length prefix into ``pbmsg``.
 
     Raises:
-        ValueError: The message is longer than protobuf can read.
-        asyncio.IncompleteReadError: The stream ended before.
-        google.protobuf.message.DecodeError: It is not such a message.
+        ValueError: The message is longer than protobuf can parse.
+        asyncio.IncompleteReadError: The stream ended within the message.
+        google.protobuf.message.DecodeError: The bytes are no such message.
     """
     await read_message(stream.readexactly, pbmsg)

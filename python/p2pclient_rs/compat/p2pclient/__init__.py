@@ -5,13 +5,13 @@ It differs from the package's own API in the types it returns, which are the eco
 it as it is, or call `p2pclient_rs.install` to have it under p2pclient's name.
 """
 
-from p2pclient_rs.compat.p2pclient._extra import missing
+from p2pclient_rs.compat.p2pclient._extra import missing_dependency
 
 try:
     import google.protobuf  # noqa: F401
     import multiaddr  # noqa: F401
 except ImportError as error:
-    raise missing(error) from error
+    raise missing_dependency(error) from error
 
 from p2pclient_rs.compat.p2pclient._version import __version__
 from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure, DispatchFailure

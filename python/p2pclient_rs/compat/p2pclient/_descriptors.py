@@ -1,7 +1,7 @@
-"""Protobuf classes made at import from the schema compiled into the native module.
+"""Protobuf classes, made at import from the schema that the native module contains.
 
-In a pool of their own: the default pool refuses a second, different ``p2pd.proto``, and the
-original's, and hivemind's, may be loaded in the same process.
+They are in a descriptor pool of their own. The default pool refuses a second, different
+``p2pd.proto``, and p2pclient's or hivemind's may be loaded in the same process.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from p2pclient_rs import _native
 __all__ = ["namespace"]
 
 
-def _speak_p2pclient(file: FileDescriptorProto) -> None:
-    """Gives the numbers that collide between dialects their meaning in p2pclient's, JS's."""
+def _use_js_flavour(file: FileDescriptorProto) -> None:
+    """Gives the numbers that collide between flavours their meaning in p2pclient and JavaScript."""
     messages = {message.name: message for message in file.message_type}
     request, js_request = messages["Request"], messages["JsRequest"]
     (kind,) = request.enum_type
@@ -29,7 +29,7 @@ def _speak_p2pclient(file: FileDescriptorProto) -> None:
     kind.options.ClearField("allow_alias")
     remove.CopyFrom(peer_store)
     file.message_type.remove(js_request)
-    # p2pclient's programs do not know the field, so messages they make must do without it.
+    # Programs written for p2pclient do not know the field, and make messages without it.
     balanced.label = balanced.LABEL_OPTIONAL
 
 
@@ -37,7 +37,7 @@ def _load() -> DescriptorPool:
     pool = DescriptorPool()
     for file in FileDescriptorSet.FromString(_native.p2pd_descriptors()).file:
         if file.name == "p2pd.proto":
-            _speak_p2pclient(file)
+            _use_js_flavour(file)
         pool.AddSerializedFile(file.SerializeToString())
     return pool
 
@@ -46,11 +46,11 @@ _pool = _load()
 
 
 def namespace(file_name: str, module: str) -> dict[str, Any]:
-    """What the module generated from a .proto file would define.
+    """Returns what the module generated from a .proto file would define.
 
     Args:
-        file_name: The file, as ``"p2pd.proto"``.
-        module: The name of the module that the classes are to be in.
+        file_name: The file's name, such as ``"p2pd.proto"``.
+        module: The name of the module that defines the classes.
 
     Returns:
         The descriptor, the message classes, the enums and their values, by name.

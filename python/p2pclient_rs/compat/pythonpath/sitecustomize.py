@@ -1,8 +1,8 @@
-"""What Python processes below ``python -m p2pclient_rs run`` run as they start: the swap is put on
-once something that it replaces is imported. Until then it costs nothing.
+"""Run at the start of each Python process below ``python -m p2pclient_rs run``: calls ``install()``
+once the process imports a package to replace.
 
-This folder is the first of their PYTHONPATH for it. It may be any Python that starts here, so this
-file imports nothing else of the package.
+``PYTHONPATH`` begins with this folder. Any Python may start here, perhaps one without this package,
+so this file imports the rest of the package only when it needs it.
 """
 
 import os
@@ -11,7 +11,7 @@ import warnings
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
 
-# What compat/subprocesses.py writes there: the options of `run`.
+# The options of `run`; compat/subprocesses.py sets the variable.
 _OPTIONS = os.environ.get("P2PCLIENT_RS_RUN", "").split()
 _PACKAGE = "--hivemind-package="
 _REPLACED = {
@@ -25,17 +25,17 @@ class _Trigger(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname not in _REPLACED:
             return None
-        with suppress(ValueError):  # another thread may be here, too
+        with suppress(ValueError):  # Another thread may have removed it.
             sys.meta_path.remove(self)
         try:
-            from p2pclient_rs.compat.install import adopt
+            from p2pclient_rs.compat.install import install_in_child
             from p2pclient_rs.compat.subprocesses import parse_options
         except ImportError as error:
             message = f"{fullname} runs as it is, for {sys.executable} has no p2pclient_rs: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         else:
-            adopt(parse_options(_OPTIONS)[0])
-        # Whoever asked goes on with the finder after the one that was removed.
+            install_in_child(parse_options(_OPTIONS)[0])
+        # The import system would go on after the removed finder, and miss the new import hook.
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec = find(fullname, path, target) if find is not None else None
@@ -44,8 +44,8 @@ class _Trigger(MetaPathFinder):
         return None
 
 
-def _run_the_next() -> None:
-    """Has the sitecustomize that this one hides take its place."""
+def _run_hidden_sitecustomize() -> None:
+    """Imports the sitecustomize that this one hides, which takes its place in ``sys.modules``."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
     ours = sys.modules.pop("sitecustomize")
@@ -58,4 +58,4 @@ def _run_the_next() -> None:
 
 
 sys.meta_path.insert(0, _Trigger())
-_run_the_next()
+_run_hidden_sitecustomize()

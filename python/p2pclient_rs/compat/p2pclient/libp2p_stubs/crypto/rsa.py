@@ -1,6 +1,6 @@
 """RSA keys, by pycryptodome: DER bytes, and PKCS#1 v1.5 signatures over SHA-256."""
 
-from p2pclient_rs.compat.p2pclient._extra import missing
+from p2pclient_rs.compat.p2pclient._extra import missing_dependency
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.keys import (
     KeyPair,
     KeyType,
@@ -14,7 +14,7 @@ try:
     from Crypto.PublicKey.RSA import RsaKey
     from Crypto.Signature import pkcs1_15
 except ImportError as error:
-    raise missing(error) from error
+    raise missing_dependency(error) from error
 
 __all__ = [
     "KeyPair",

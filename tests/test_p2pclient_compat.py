@@ -1,4 +1,4 @@
-"""The p2pclient dialect: its surface against the original's, and the types it deals in."""
+"""The p2pclient compatibility layer: its surface against the original's, and its types."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The hivemind dialect, side by side with the original: the same tests run on hivemind's own
-bindings, on ours with hivemind's types, and on ours where there is no hivemind."""
+"""The hivemind compatibility layer, side by side with the original: the same tests run on
+hivemind's own bindings, on ours with hivemind's types, and on ours where there is no hivemind."""
 
 from __future__ import annotations
 
@@ -861,7 +861,7 @@ async def test_errors_are_hivemind_s_and_ours_and_pickle(
             await client.identify()
         assert isinstance(raised.value, OSError)
         client.close()
-    text = importlib.import_module("p2pclient_rs.compat.hivemind.exceptions").of_hivemind(
+    text = importlib.import_module("p2pclient_rs.compat.hivemind.exceptions").to_hivemind(
         p2pclient_rs.P2PHandlerError("KeyError('x')")
     )
     check_error(text, p2pclient_rs.P2PHandlerError, hivemind.P2PHandlerError)
