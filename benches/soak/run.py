@@ -102,9 +102,9 @@ def table(reports: list[dict[str, Any]]) -> str:
     """Renders reports as a table in Markdown. A cell with two figures has the caller's, and the
     worst one of the handlers'."""
     lines = [
-        "| scenario | loop | operations | a second | errors | lost, corrupted, repeated "
-        "| descriptors before → after | RSS at 10 % → end, MiB | MiB a minute | longest stall, ms "
-        "| CPU each, us |",
+        "| scenario | loop | operations | per second | errors | lost, corrupted, repeated "
+        "| descriptors before → after | RSS at 10 % → end, MiB | MiB per minute "
+        "| longest stall, ms | CPU per operation, us |",
         "| --- | --- " + "| ---: " * 9 + "|",
     ]
     for report in reports:
