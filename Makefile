@@ -1,17 +1,17 @@
-# Everything sets itself up: a virtual environment in .venv, the wheel, a real p2pd.
-# Needed on the machine: Rust (cargo), Python 3.10 or later, a C linker; no root, but for
-# Debian's torch, on which hivemind runs (hivemind-env), where it is not there yet.
+# Targets set up what they need: a virtual environment in .venv, the wheel, a real p2pd.
+# Requirements: Rust (cargo), Python 3.10 or later, a C linker. Only hivemind-env needs root, to
+# install Debian's torch if it is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Where real hivemind runs: see tests/hivemind_swarm/env.sh.
+# For real hivemind: see tests/hivemind_swarm/env.sh.
 HIVEMIND_VENV := .venv-hivemind
 HIVEMIND_BIN := $(HIVEMIND_VENV)/bin
-# Where the benches run: on the distribution's interpreter, which is an optimised one.
+# For the benches, on the distribution's interpreter, since that is an optimised build.
 BENCH_VENV := .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
-# Asked for when a recipe runs, by when it is there.
+# Evaluated when a recipe runs, after .venv was created.
 P2PD = $$($(BIN)/python tests/get_p2pd.py)
 
 SOURCES := Cargo.toml Cargo.lock pyproject.toml \
@@ -24,7 +24,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml \
 demo: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/demo
 
-# The programs that the documentation points to, run as it says.
+# The programs that the documentation refers to, run as documented.
 examples: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py asyncio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py trio
@@ -36,29 +36,29 @@ examples: $(VENV)/.wheel
 
 test: test-rust test-python
 
-# Some of it has the Python client at the other side.
+# Some tests need the Python client as a peer.
 test-rust: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) P2PCLIENT_PYTHON=$(CURDIR)/$(BIN)/python cargo test --locked
 
 test-python: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# What has to do with waiting, buffers and ends, with everything on that Python has to find defects. Loops
-# in debug mode are too slow for a few.
+# Tests of waiting, buffers and shutdown, with Python's debugging aids switched on. The excluded tests
+# are too slow in the debug mode of event loops.
 test-debug: $(VENV)/.wheel
 	PYTHONASYNCIODEBUG=1 PYTHONMALLOC=debug P2PD_PATH=$(P2PD) $(BIN)/python -X dev -W error -m pytest \
 		tests/test_connector.py tests/test_streams.py tests/test_unary_handlers.py \
 		-k "not tcp and not many_mebibytes and not 200_streams and not holds_back_its_callers"
 
-# The same on upstream Go's daemon and on the JavaScript one. Needed besides: Go, node and npm.
-# The two at once: they wait more than they work.
+# The Python tests on upstream Go's daemon and on the JavaScript one. Requires Go, node and npm.
+# Both run at once, since they mostly wait.
 test-daemons: $(VENV)/.wheel
 	$(MAKE) -j2 --output-sync=target test-go test-js
 
 test-go: $(VENV)/.wheel
 	$(BIN)/python -m pytest --daemon=go $(PYTEST_ARGS)
 
-# jsp2pd can end whenever one of its clients closes a connection, which fails whichever test is next.
+# jsp2pd can end when a client closes a connection, which makes the next test fail.
 test-js: $(VENV)/.wheel
 	$(BIN)/python -m pytest --daemon=js --reruns 2 $(PYTEST_ARGS)
 
@@ -67,12 +67,12 @@ test-js: $(VENV)/.wheel
 test-newest:
 	sh tests/newest/run.sh $(NEWEST_ARGS)
 
-# docs/compatibility.md, from the table in tests/daemons/features.py.
+# Generates docs/compatibility.md from tests/daemons/features.py.
 compatibility:
 	cd tests && $(PYTHON) -m daemons.features --write
 
-# PyPI p2pclient's own test suite, unmodified, with this package in its place, on each kind of daemon.
-# One after another: it listens on a port of its choice, and two at once take each other's connections.
+# The test suite of PyPI's p2pclient, unmodified, with this package in its place, on each kind of
+# daemon. One after another, since the suite listens on ports of its own choice.
 test-p2pclient: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) PYTHON=$(CURDIR)/$(BIN)/python sh tests/p2pclient_suite/run.sh $(PYTEST_ARGS)
 	P2PD_PATH=$$($(BIN)/python tests/get_daemon.py go) PYTHON=$(CURDIR)/$(BIN)/python \
@@ -80,20 +80,20 @@ test-p2pclient: $(VENV)/.wheel
 	JSP2PD_PATH=$$($(BIN)/python tests/get_daemon.py js) PYTHON=$(CURDIR)/$(BIN)/python \
 		sh tests/p2pclient_suite/run.sh --daemon=js $(PYTEST_ARGS)
 
-# Whole swarms of real hivemind, on its own bindings and with this package in their place.
+# Swarms of real hivemind, first with its own bindings, then with this package.
 test-hivemind: hivemind-env
 	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=off $(PYTEST_ARGS)
 	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=on $(PYTEST_ARGS)
 
 hivemind-env: $(HIVEMIND_VENV)/.wheel
 
-# Against the bindings it replaces, and a blocking client in Rust, in one run of some ten minutes: see
-# docs/performance.md. BENCH_ARGS="--json docs/performance.json" renews the numbers in there.
+# Compares with the bindings that this package replaces, and with a blocking client in Rust. Takes about
+# ten minutes: see docs/performance.md. BENCH_ARGS="--json docs/performance.json" renews its numbers.
 bench: $(BENCH_VENV)/.wheel
 	cargo build --locked --release --quiet --example mock_daemon --example floor
 	P2PD_PATH=$(P2PD) $(BENCH_BIN)/python benches/run.py $(BENCH_ARGS)
 
-# Load and endurance, for an hour or so: see docs/reliability.md.
+# Load and endurance tests, for about an hour: see docs/reliability.md.
 soak: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python benches/soak/run.py $(SOAK_ARGS)
 
@@ -101,22 +101,22 @@ soak: $(VENV)/.wheel
 bench-rust:
 	cargo bench --locked $(BENCH_ARGS)
 
-# How many instructions the hot paths take, compared with benches/instructions/counts.json, which
-# INSTRUCTIONS_ARGS=--update records anew. Needed besides: valgrind.
+# Counts the instructions of the hot paths and compares them with benches/instructions/counts.json.
+# INSTRUCTIONS_ARGS=--update records new counts. Requires valgrind.
 instructions: $(VENV)/.wheel
 	$(BIN)/python benches/instructions/run.py $(INSTRUCTIONS_ARGS)
 
-# What is built in: its advisories, licences and sources, by deny.toml. Not in CI: it takes cargo-deny ten
-# minutes to build, and the advisories come from GitHub.
+# Checks advisories, licences and sources of all dependencies, by the rules in deny.toml. Not in CI:
+# building cargo-deny takes ten minutes, and the advisories come from GitHub.
 deny:
 	cargo install --locked --quiet cargo-deny@0.20.2
 	cargo deny --locked check
 
-# What crates.io would get, built from that alone.
+# Builds the crates as they would be published.
 package:
 	cargo publish --workspace --dry-run --locked
 
-# That the crate compiles where these checks do not run.
+# Compiles the crate for platforms on which the tests do not run.
 platforms:
 	for target in x86_64-pc-windows-gnu aarch64-apple-darwin; do \
 		rustup target add $$target && \
@@ -159,7 +159,7 @@ $(HIVEMIND_VENV)/.tools: tests/hivemind_swarm/env.sh tests/hivemind_swarm/requir
 	sh tests/hivemind_swarm/env.sh $(HIVEMIND_VENV)
 	touch $@
 
-# Without it the one at hand, and the report says so.
+# Falls back to another interpreter, which the report then says.
 $(BENCH_VENV)/.tools: requirements-dev.txt benches/requirements.txt
 	python=/usr/bin/python3; \
 	$$python -c 'import ensurepip, sys; assert sys.version_info >= (3, 10)' 2>/dev/null || python=$(PYTHON); \
@@ -167,7 +167,7 @@ $(BENCH_VENV)/.tools: requirements-dev.txt benches/requirements.txt
 	$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -r benches/requirements.txt
 	touch $@
 
-# The same wheel if that interpreter can use it, else one of its own.
+# Uses the wheel of .venv if the interpreter version matches, or else builds another one.
 $(HIVEMIND_VENV)/.wheel $(BENCH_VENV)/.wheel: %/.wheel: %/.tools $(VENV)/.wheel
 	tag=$$($*/bin/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])') && \
 	{ ls dist/*-$$tag-*.whl >/dev/null 2>&1 || $(BIN)/maturin build --locked --release --quiet \

@@ -1,6 +1,6 @@
-"""Two daemons and two programs: a message, a large stream and a DHT record between them.
+"""Two daemons and two programs exchange a message, a large stream and a DHT record.
 
-Runs listener.py and dialer.py, each in a process of its own, and shows what both say.
+Runs listener.py and dialer.py, each in its own process, and shows their output.
 """
 
 import subprocess

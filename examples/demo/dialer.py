@@ -1,6 +1,6 @@
-"""The other half of the demo: a daemon and a program that reaches the listener's.
+"""One half of the demo: a daemon and a program that connects to the listener's.
 
-Usage: dialer.py ADDRESS, as the listener prints it: `/ip4/…/tcp/…/p2p/PEER_ID`.
+Usage: dialer.py ADDRESS, as printed by the listener: `/ip4/…/tcp/…/p2p/PEER_ID`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ async def main(address: str) -> None:
     async with Daemon(dht="server") as daemon, daemon.client() as client:
         await client.connect(listener, [maddr], timeout=10)
 
-        # A record, which the listener will get from the DHT: this daemon's public key.
+        # A record for the listener to get from the DHT: this daemon's public key.
         key = await client.dht_get_public_key(daemon.peer_id)
         with anyio.fail_after(10):
             await put_record(client, b"/pk/" + daemon.peer_id.to_bytes(), key.serialize())
@@ -45,18 +45,18 @@ async def main(address: str) -> None:
                 f"{'the same' if right else 'DIFFERENT'} at the other end",
                 flush=True,
             )
-            await stream.read()  # until the listener has its record and closes
+            await stream.read()  # waits until the listener has the record and closes
             if not right:
                 raise SystemExit(1)
 
 
 async def put_record(client: Client, key: bytes, value: bytes) -> None:
-    """Puts a record as soon as there is anybody to put it with."""
+    """Puts a record as soon as there is a peer in the DHT's routing table."""
     while True:
         try:
             return await client.dht_put_value(key, value)
         except DaemonRefused as error:
-            # A peer enters the DHT's table a moment after it is connected.
+            # A peer enters the table a moment after it was connected.
             if error.daemon_message != "failed to find any peer in table":
                 raise
             await anyio.sleep(0.05)

@@ -1,7 +1,7 @@
-"""One half of the demo: a daemon and a program that others can reach.
+"""One half of the demo: a daemon and a program that serves the dialer.
 
-Serves two protocols: `/demo/message/1` answers a line, `/demo/bulk/1` counts and hashes what it
-is sent. Its first line of output is its address; it ends when its input does.
+Serves two protocols: `/demo/message/1` answers a line, `/demo/bulk/1` counts and hashes its input.
+Prints its address as the first line of output. Ends when its input is closed.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ async def main() -> None:
 
 
 async def fetch_record(client: Client, peer_id: PeerID) -> None:
-    """Gets from the DHT the public key that the dialer put there."""
+    """Gets the dialer's public key, which the dialer has put into the DHT."""
     record = await client.dht_get_value(b"/pk/" + peer_id.to_bytes(), timeout=10)
     print(f"DHT record /pk/{peer_id}: {len(record)} bytes", flush=True)
 
