@@ -38,7 +38,7 @@ def _all(numbers: Numbers, scenarios: tuple[Scenario, ...]) -> str:
 def fill(numbers: Numbers, machine: Mapping[str, str], file: Path) -> None:
     """Replaces the text between each pair of marks in a file."""
     parts = {
-        "machine": "\n".join(f"- {what}: {words}" for what, words in machine.items()),
+        "machine": "\n".join(f"- {what}: {text}" for what, text in machine.items()),
         "summary": markdown(summary_table(numbers, MOCK)),
         "targets": markdown(targets_table(numbers, MOCK)),
         "split": markdown(split_table(numbers, DAEMONS)),

@@ -166,15 +166,15 @@ def through_daemons(
                 servers[serving] = Worker(serving, *far)
                 stack.callback(servers[serving].stop)
                 servers[serving].send("serve", proto)
-            words: list[object] = [scenario.command, count, *scenario.arguments]
+            command: list[object] = [scenario.command, count, *scenario.arguments]
             if scenario.command != "identify":
                 suffix = {"ping-pong": "/echo", "framed-echo": "/framed"}.get(scenario.command, "")
-                words.append(proto + suffix)
+                command.append(proto + suffix)
             # Keeps the first round's check of the echo out of the measured CPU time.
             if not counts or not effort.warms_up:
-                callers[contender].round(words[0], scenario.parallel, *words[2:])
+                callers[contender].round(command[0], scenario.parallel, *command[2:])
             server, daemon = float(servers[serving].send("cpu")), _cpu(daemons)
-            found = callers[contender].round(*words)
+            found = callers[contender].round(*command)
             found["daemons"] = _cpu(daemons) - daemon
             if serving == contender and scenario.command != "identify":
                 found["server"] = float(servers[serving].send("cpu")) - server

@@ -202,14 +202,14 @@ def verdict(numbers: Numbers, target: Target) -> str:
         ratio = numbers.ratio(target.scenario, OURS, bar[0], target.metric)
         return ratio is not None and ratio[0] >= bar[1]
 
-    words = "aim" if reaches(target.aim) else "at least" if reaches(target.least) else "NO"
-    if words == "at least" and target.aim is None:
-        words = "yes"
+    result = "aim" if reaches(target.aim) else "at least" if reaches(target.least) else "NO"
+    if result == "at least" and target.aim is None:
+        result = "yes"
     if target.floor is not None:
         floor = numbers.ratio(target.scenario, FLOOR, OURS, target.metric)
         if floor is None or floor[0] > target.floor:
-            words += ", floor NO"
-    return words
+            result += ", floor NO"
+    return result
 
 
 def show(title: str, table: Table) -> None:

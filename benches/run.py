@@ -81,8 +81,8 @@ def main() -> None:
     described["rounds"] = f"{effort.rounds}, interleaved" + (
         f", of {effort.scale:g} of the operations" if effort.scale != 1 else ""
     )
-    for what, words in described.items():
-        print(f"{what}: {words}")
+    for what, value in described.items():
+        print(f"{what}: {value}")
 
     results: measure.Results = {}
     numbers = Numbers(results)

@@ -34,15 +34,15 @@ class Worker:
         )
         self._answer()
 
-    def send(self, *words: object) -> str:
+    def send(self, *command: object) -> str:
         """Sends a command; returns the reply."""
         assert self.process.stdin is not None
-        print(*words, file=self.process.stdin, flush=True)
+        print(*command, file=self.process.stdin, flush=True)
         return self._answer()
 
-    def round(self, *words: object) -> dict[str, float]:
+    def round(self, *command: object) -> dict[str, float]:
         """Runs a round; returns its results."""
-        result: dict[str, float] = json.loads(self.send(*words))
+        result: dict[str, float] = json.loads(self.send(*command))
         return result
 
     def _answer(self) -> str:

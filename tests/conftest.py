@@ -96,8 +96,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"{count:5} {reason}")
     if CRASH_REPORTS:
         terminalreporter.section("daemons that ended by themselves")
-    for words in CRASH_REPORTS:
-        terminalreporter.line(words)
+    for report in CRASH_REPORTS:
+        terminalreporter.line(report)
 
 
 def _limited(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:

@@ -72,8 +72,8 @@ def _build(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
             text=True,
         )
         if done.returncode:
-            words = f"{' '.join(command)} failed with status {done.returncode}:\n{done.stdout}"
-            raise SystemExit(words)
+            message = f"{' '.join(command)} failed with status {done.returncode}:\n{done.stdout}"
+            raise SystemExit(message)
         try:
             folder.rename(kept)
         except OSError:

@@ -206,8 +206,8 @@ class DaemonProcess:
 
     def ended_by_known_race(self) -> bool:
         """Whether the daemon has ended because of a known race condition of its own."""
-        words = (self.directory / "log").read_text(errors="replace")
-        return self.kind in RACES and re.search(RACES[self.kind], words[-2000:]) is not None
+        output = (self.directory / "log").read_text(errors="replace")
+        return self.kind in RACES and re.search(RACES[self.kind], output[-2000:]) is not None
 
     def kill(self) -> None:
         """Kills the daemon, like a crash."""

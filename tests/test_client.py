@@ -73,7 +73,7 @@ async def greeting(client: Client, peer_id: PeerID, protocol: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def plain_daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons without a DHT, which therefore connect to nobody by themselves."""
+    """Two daemons without a DHT, which therefore do not connect to peers by themselves."""
     with (
         DaemonProcess(transport=transport) as first,
         DaemonProcess(transport=transport) as second,
@@ -224,16 +224,16 @@ async def test_connect_without_addresses_requires_a_connected_peer(pair: Pair) -
 
 
 async def test_connect_is_refused_if_another_peer_answers(pair: Pair) -> None:
-    stranger = unknown_peer()
+    unknown = unknown_peer()
     with pytest.raises(DaemonRefused) as error:
-        await pair.alice.connect(stranger, pair.bob_daemon.addrs)
+        await pair.alice.connect(unknown, pair.bob_daemon.addrs)
     refused = error.value
     assert type(refused) is DaemonRefused
-    assert (refused.request, refused.peer_id, refused.protocol) == ("CONNECT", stranger, None)
+    assert (refused.request, refused.peer_id, refused.protocol) == ("CONNECT", unknown, None)
     assert refused.daemon_message is not None
     assert re.search("peer id mismatch|Peer ID doesn't match", refused.daemon_message)
-    for disconnect_and_wait in ("CONNECT", str(stranger), refused.daemon_message):
-        assert disconnect_and_wait in str(refused)
+    for part in ("CONNECT", str(unknown), refused.daemon_message):
+        assert part in str(refused)
 
 
 @pytest.mark.parametrize("addr", ["/ip4/127.0.0.1/tcp/1", "/unix/tmp/nowhere", "/ip4/127.0.0.1"])
@@ -305,10 +305,10 @@ async def test_protocol_unknown_to_the_peer_is_refused(pair: Pair) -> None:
 
 
 async def test_stream_to_an_unknown_peer_is_refused(pair: Pair) -> None:
-    stranger = unknown_peer()
+    unknown = unknown_peer()
     with pytest.raises(DaemonRefused, match="protocol /greet") as error:
-        await pair.alice.stream_open(stranger, ["/greet"], timeout=10)
-    assert (error.value.peer_id, error.value.protocol) == (stranger, "/greet")
+        await pair.alice.stream_open(unknown, ["/greet"], timeout=10)
+    assert (error.value.peer_id, error.value.protocol) == (unknown, "/greet")
 
 
 async def test_single_protocol_instead_of_a_sequence_raises_type_error(pair: Pair) -> None:
@@ -453,10 +453,10 @@ async def test_find_peer_returns_addresses(dht_pair: Pair) -> None:
     remote = dht_pair.bob_daemon
     info = await dht_pair.alice.dht_find_peer(remote.peer_id)
     assert info == PeerInfo(remote.peer_id, remote.addrs)
-    stranger = unknown_peer()
+    unknown = unknown_peer()
     with pytest.raises(DaemonRefused) as error:
-        await dht_pair.alice.dht_find_peer(stranger)
-    assert (error.value.request, error.value.peer_id) == ("DHT FIND_PEER", stranger)
+        await dht_pair.alice.dht_find_peer(unknown)
+    assert (error.value.request, error.value.peer_id) == ("DHT FIND_PEER", unknown)
 
 
 @pytest.mark.needs("dht_no_public_key")
@@ -700,7 +700,7 @@ async def test_without_pubsub_every_request_is_not_supported(bare_daemon: Daemon
 
 
 async def test_malformed_peer_ids_are_refused_without_a_request() -> None:
-    client = Client(f"/unix{new_directory()}/nobody.sock")
+    client = Client(f"/unix{new_directory()}/missing.sock")
     calls: list[Callable[[Any], Awaitable[Any]]] = [
         lambda peer: client.connect(peer, []),
         client.disconnect,
@@ -723,7 +723,7 @@ async def test_malformed_peer_ids_are_refused_without_a_request() -> None:
 
 
 async def test_malformed_addresses_are_refused_without_a_request() -> None:
-    client = Client(f"/unix{new_directory()}/nobody.sock")
+    client = Client(f"/unix{new_directory()}/missing.sock")
     for wrong in ("", "127.0.0.1:80", "/ip4/1.2.3", "/nonsense/1", b"\xff"):
         with pytest.raises(InvalidMultiaddr):
             await client.connect(unknown_peer(), ["/ip4/127.0.0.1/tcp/1", wrong])
@@ -778,14 +778,14 @@ def black_hole() -> Iterator[BlackHole]:
 
 
 async def test_call_times_out_and_the_next_one_works(pair: Pair, black_hole: BlackHole) -> None:
-    stranger = unknown_peer()
+    unknown = unknown_peer()
     start = time.monotonic()
     with pytest.raises(ControlTimeout) as error:
-        await pair.alice.connect(stranger, [black_hole.addr], timeout=0.3)
+        await pair.alice.connect(unknown, [black_hole.addr], timeout=0.3)
     assert 0.29 <= time.monotonic() - start < 1.3  # uvloop's timers round to milliseconds
-    assert (error.value.request, error.value.peer_id) == ("CONNECT", stranger)
+    assert (error.value.request, error.value.peer_id) == ("CONNECT", unknown)
     assert isinstance(error.value, TimeoutError)
-    assert str(error.value) == f"no answer within 0.3 s (request CONNECT, peer {stranger})"
+    assert str(error.value) == f"no answer within 0.3 s (request CONNECT, peer {unknown})"
     assert (await pair.alice.identify(timeout=5)).peer_id == pair.alice_daemon.peer_id
 
 
@@ -814,7 +814,7 @@ async def test_timeout_that_is_not_reached_has_no_effect(pair: Pair) -> None:
 async def test_missing_daemon_raises_daemon_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    for addr in (f"/unix{new_directory()}/nobody.sock", f"/ip4/127.0.0.1/tcp/{port}"):
+    for addr in (f"/unix{new_directory()}/missing.sock", f"/ip4/127.0.0.1/tcp/{port}"):
         client = Client(addr)
         with pytest.raises(DaemonUnreachable) as error:
             await client.identify(timeout=5)

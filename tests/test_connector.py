@@ -474,11 +474,11 @@ async def test_timeout_is_sent_to_the_daemon_in_whole_seconds(
             await client.connect(FAKE_PEER, [], timeout=timeout)
             _, stream = await client.stream_open(FAKE_PEER, ["/echo"], timeout=timeout)
             await stream.aclose()
-    told = b"" if seconds is None else field(3, seconds)
+    timeout_field = b"" if seconds is None else field(3, seconds)
     peer = field(1, PEER)
     assert fake.requests == [
-        field(1, 1) + field(2, peer + told),
-        field(1, 2) + field(3, peer + field(2, b"/echo") + told),
+        field(1, 1) + field(2, peer + timeout_field),
+        field(1, 2) + field(3, peer + field(2, b"/echo") + timeout_field),
     ]
 
 
@@ -529,8 +529,8 @@ async def test_reply_cut_off_anywhere_raises_connection_lost(transport: str) -> 
     with FakeDaemon(first(*scripts), transport) as fake:
         async with Client(fake.control_maddr) as client:
             for size in range(len(answer)):
-                words = "in the middle of its answer" if size else "without answering"
-                with pytest.raises(ConnectionLost, match=words):
+                message = "in the middle of its answer" if size else "without answering"
+                with pytest.raises(ConnectionLost, match=message):
                     await client.identify(timeout=10)
             await assert_usable(client)
             assert fake.accepted == len(answer) + 1
@@ -553,11 +553,11 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("data", "words"), BROKEN.values(), ids=BROKEN)
-async def test_invalid_reply_raises_protocol_violation_at_once(data: bytes, words: str) -> None:
+@pytest.mark.parametrize(("data", "message"), BROKEN.values(), ids=BROKEN)
+async def test_invalid_reply_raises_protocol_violation_at_once(data: bytes, message: str) -> None:
     with FakeDaemon(first(sends(data, close=False))) as fake:
         async with Client(fake.control_maddr) as client:
-            with pytest.raises(ProtocolViolation, match=words) as error:
+            with pytest.raises(ProtocolViolation, match=message) as error:
                 await client.identify(timeout=10)
             assert error.value.request == "IDENTIFY"
             await until(lambda: fake.open == 0)
@@ -583,13 +583,13 @@ BROKEN_DHT = {
 }
 
 
-@pytest.mark.parametrize(("data", "close", "words"), BROKEN_DHT.values(), ids=BROKEN_DHT)
+@pytest.mark.parametrize(("data", "close", "message"), BROKEN_DHT.values(), ids=BROKEN_DHT)
 async def test_invalid_sequence_of_dht_values_raises_at_once(
-    data: bytes, close: bool, words: str
+    data: bytes, close: bool, message: str
 ) -> None:
     with FakeDaemon(first(sends(data, close))) as fake:
         async with Client(fake.control_maddr) as client:
-            with pytest.raises(ConnectionLost if close else ProtocolViolation, match=words):
+            with pytest.raises(ConnectionLost if close else ProtocolViolation, match=message):
                 await client.dht_search_value(b"key", timeout=10)
             await until(lambda: fake.open == 0)
             await assert_usable(client)

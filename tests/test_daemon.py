@@ -45,8 +45,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
 
 Backend: TypeAlias = tuple[str, dict[str, Any]]
 
-# p2pd may exit by itself on SIGTERM before its signal handler sets the status.
-ENDED_ITSELF = (0, 128 + signal.SIGTERM)
+# On SIGTERM p2pd's normal exit races with its signal handler's, so either status is possible.
+EXITED_BY_ITSELF = (0, 128 + signal.SIGTERM)
 UNREACHABLE = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 
@@ -162,7 +162,7 @@ async def test_daemon_starts_answers_and_leaves_nothing_behind(p2pd: Path) -> No
         async with daemon.client() as client:
             assert await client.identify() == (daemon.peer_id, daemon.addrs)
     assert not is_alive(pid) and not directory.exists()
-    assert not daemon.running and daemon.pid is None and daemon.returncode in ENDED_ITSELF
+    assert not daemon.running and daemon.pid is None and daemon.returncode in EXITED_BY_ITSELF
     assert f"Peer ID: {daemon.peer_id}" in daemon.logs
 
 
@@ -436,7 +436,7 @@ async def test_daemon_that_accepts_but_never_answers_times_out(tmp_path: Path) -
 
 # Actual messages of the daemons.
 @pytest.mark.parametrize(
-    ("status", "words", "cause"),
+    ("status", "output", "cause"),
     [
         (
             2,
@@ -451,14 +451,14 @@ async def test_daemon_that_accepts_but_never_answers_times_out(tmp_path: Path) -
     ],
 )
 async def test_option_unknown_to_an_older_daemon_is_named(
-    tmp_path: Path, status: int, words: str, cause: str
+    tmp_path: Path, status: int, output: str, cause: str
 ) -> None:
-    (tmp_path / "words").write_text(words)
-    fake = script(tmp_path / "p2pd", f"cat {tmp_path}/words >&2; exit {status}")
+    (tmp_path / "output").write_text(output)
+    fake = script(tmp_path / "p2pd", f"cat {tmp_path}/output >&2; exit {status}")
     with pytest.raises(DaemonStartError) as caught:
         await Daemon(fake, dht="server").start()
     assert caught.value.cause == cause and caught.value.returncode == status
-    assert caught.value.logs == words.splitlines()[:1]
+    assert caught.value.logs == output.splitlines()[:1]
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ async def test_binary_that_cannot_run_is_explained(
 
 
 @pytest.mark.parametrize(
-    ("parent", "builtin", "words"),
+    ("parent", "builtin", "message"),
     [
         ("/no/such/directory", FileNotFoundError, "No such file or directory"),
         ("/dev/null", NotADirectoryError, "Not a directory"),
@@ -665,11 +665,11 @@ async def test_binary_that_cannot_run_is_explained(
     ],
 )
 async def test_missing_temporary_directory_is_named(
-    parent: str, builtin: type[OSError], words: str, monkeypatch: pytest.MonkeyPatch
+    parent: str, builtin: type[OSError], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", parent)
     daemon = Daemon()
-    with pytest.raises(DaemonStartError, match=words) as caught:
+    with pytest.raises(DaemonStartError, match=message) as caught:
         await daemon.start()
     error = caught.value
     assert isinstance(error, builtin) and error.errno
@@ -1211,7 +1211,7 @@ async def test_cancellation_does_not_interrupt_stop() -> None:
     with anyio.CancelScope() as scope:
         scope.cancel()
         await daemon.stop()
-    assert daemon.returncode in ENDED_ITSELF
+    assert daemon.returncode in EXITED_BY_ITSELF
     assert not directory_of(daemon).exists()
 
 
@@ -1481,7 +1481,7 @@ async def test_wait_requires_a_start_and_returns_after_stop() -> None:
     assert patience.cancelled_caught
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.stop)
-        assert await daemon.wait() in ENDED_ITSELF
+        assert await daemon.wait() in EXITED_BY_ITSELF
     assert await daemon.wait() == daemon.returncode
 
 
@@ -1500,7 +1500,7 @@ async def test_two_tasks_may_stop_the_daemon() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.stop)
         tasks.start_soon(daemon.stop)
-    assert daemon.returncode in ENDED_ITSELF
+    assert daemon.returncode in EXITED_BY_ITSELF
 
 
 async def test_garbage_collected_daemon_is_killed_with_a_warning() -> None:
@@ -1790,7 +1790,7 @@ PROGRAM = """
 import atexit, gc, json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
 {first}
-# A shell's background jobs, and so these tests there, are started to ignore it.
+# Background jobs of a shell, and so tests started there, ignore this signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import anyio
 from p2pclient_rs.daemon import Daemon
@@ -2018,7 +2018,7 @@ def test_forked_child_leaves_the_daemon_alone(anyio_backend: Backend) -> None:
     status, out = program.end()
     assert status == 0
     child, answered, returncode = out.split()
-    assert (child, answered) == ("0", "True") and int(returncode) in ENDED_ITSELF
+    assert (child, answered) == ("0", "True") and int(returncode) in EXITED_BY_ITSELF
     assert not program.left()
 
 

@@ -181,13 +181,13 @@ async def assert_watch_unaffected(stream: Stream, taken: socket.socket, far: soc
     """Asserts that nothing done through ``stream`` affects a watch on the reused number."""
     old: Watch = stream._watch
     new = watch(taken.fileno())
-    came: list[str] = []
+    received: list[str] = []
 
     async def wait() -> None:
-        while not came:
+        while not received:
             await new.readable()
             with suppress(BlockingIOError):
-                came.append(taken.recv(1).decode())
+                received.append(taken.recv(1).decode())
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
@@ -202,12 +202,12 @@ async def assert_watch_unaffected(stream: Stream, taken: socket.socket, far: soc
             await stream.read(1)
         stream.abort()
         old.abandon(stream._raw)
-        assert not came
+        assert not received
         far.send(b"x")
         with anyio.fail_after(5):
-            await until(lambda: came)
+            await until(lambda: received)
     new.close()
-    assert came == ["x"]
+    assert received == ["x"]
 
 
 @pytest.mark.parametrize("how", ["close", "aclose", "abort"])

@@ -282,9 +282,13 @@ NUMBERS = [
 def test_class_follows_the_errno(
     number: int, kind: type[OSError], ours: type[ControlFailure]
 ) -> None:
-    error: Any = from_os_error(ours, "it failed", OSError(number, "in its words"), "/a/path")
+    error: Any = from_os_error(ours, "it failed", OSError(number, "as the system says"), "/a/path")
     assert isinstance(error, kind) and isinstance(error, ours)
-    assert (error.errno, error.strerror, error.filename) == (number, "in its words", "/a/path")
+    assert (error.errno, error.strerror, error.filename) == (
+        number,
+        "as the system says",
+        "/a/path",
+    )
     assert str(error) == "it failed"
     assert type(from_os_error(ours, "again", OSError(number, ""))) is type(error)
     vars(error).update(request="CONNECT", peer_id=PEER, extra=["of a program"])

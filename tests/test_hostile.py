@@ -88,7 +88,7 @@ class Call:
     #: Replies in which a required part is missing.
     lacking: tuple[tuple[bytes, ...], ...] = ()
     #: Whether the call's result is the expected one.
-    gives: Callable[[Any], bool] = having(default=lambda result: result is None)
+    is_expected: Callable[[Any], bool] = having(default=lambda result: result is None)
 
     @property
     def valid(self) -> bytes:
@@ -217,7 +217,7 @@ CALLS = [
     Call(
         "PUBSUB SUBSCRIBE",
         lambda c, t: c.pubsub_subscribe("topic", timeout=t),
-        gives=lambda subscription: isinstance(subscription, Subscription),
+        is_expected=lambda subscription: isinstance(subscription, Subscription),
     ),
     Call("PERSISTENT_CONN_UPGRADE", lambda c, t: c.unary.open(timeout=t)),
     Call(
@@ -288,7 +288,7 @@ async def close_result(result: Any) -> None:
 
 @asynccontextmanager
 async def hostile(transport: str = "unix") -> AsyncIterator[tuple[Client, Plan, FakeDaemon]]:
-    """A client of a planned daemon; checks that no descriptor or connection is left open."""
+    """A client of a daemon with a plan; checks that no descriptor or connection is left open."""
     before = open_descriptors()
     plan = Plan()
     with FakeDaemon(plan, transport) as fake:
@@ -503,7 +503,7 @@ async def test_every_call_accepts(send: Callable[[Connection, bytes], None], mor
 
             plan.next("request", answer)
             result = await call.make(client, PATIENCE)
-            assert call.gives(result), f"{call.request}: {result!r}"
+            assert call.is_expected(result), f"{call.request}: {result!r}"
             await close_result(result)
             await assert_usable(client)
         await client.add_unary_handler("echo", echo)
@@ -781,13 +781,13 @@ async def listening() -> AsyncIterator[tuple[Client, Callable[[], socket.socket]
             got.append(await stream.read())
 
     path = new_directory() / "listen.sock"
-    strangers: list[socket.socket] = []
+    sockets: list[socket.socket] = []
 
     def connect() -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(path))
         sock.setblocking(False)
-        strangers.append(sock)
+        sockets.append(sock)
         return sock
 
     before = open_descriptors()
@@ -795,8 +795,8 @@ async def listening() -> AsyncIterator[tuple[Client, Callable[[], socket.socket]
         async with Client(fake.control_maddr, f"/unix{path}") as client, client.listen():
             await client.stream_handler("/echo", handler)
             yield client, connect, got
-    while strangers:
-        strangers.pop().close()
+    while sockets:
+        sockets.pop().close()
     assert open_descriptors() == before
 
 
@@ -841,14 +841,14 @@ async def test_listener_closes_streams_with_an_invalid_or_incomplete_header() ->
     head = frame(STREAM_INFO)
     async with listening() as (_, connect, got):
         for bad in BAD_HEADS.values():
-            stranger = connect()
-            stranger.sendall(bad)
-            await until(lambda: is_closed(stranger))  # noqa: B023
+            invalid = connect()
+            invalid.sendall(bad)
+            await until(lambda: is_closed(invalid))  # noqa: B023
         for size in range(len(head)):
-            stranger = connect()
-            stranger.sendall(head[:size])
-            stranger.shutdown(socket.SHUT_WR)
-            await until(lambda: is_closed(stranger))  # noqa: B023
+            invalid = connect()
+            invalid.sendall(head[:size])
+            invalid.shutdown(socket.SHUT_WR)
+            await until(lambda: is_closed(invalid))  # noqa: B023
         assert got == []
         await assert_served(connect, got)
 
@@ -871,8 +871,8 @@ async def test_half_open_inbound_streams_are_bounded_in_number_and_time(
     monkeypatch.setattr(control, "_HEADER_TIMEOUT", 1.0)
     async with listening() as (_, connect, got):
         silent = [connect() for _ in range(20)]
-        for stranger in silent[::2]:
-            stranger.sendall(frame(STREAM_INFO)[:5])
+        for connection in silent[::2]:
+            connection.sendall(frame(STREAM_INFO)[:5])
         # The oldest are closed in favour of new ones.
         await assert_served(connect, got)
         assert sum(map(is_closed, silent)) >= 20 - 7

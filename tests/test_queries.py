@@ -68,7 +68,7 @@ def topic_of(request: bytes) -> bytes | None:
 
 
 def answer_to(request: bytes) -> bytes:
-    """The reply to PUBSUB LIST_PEERS is a peer whose id is the topic; to others, an identity."""
+    """Replies to LIST_PEERS with a peer whose id is the topic, to IDENTIFY with an identity."""
     topic = topic_of(request)
     return IDENTITY if topic is None else OK + field(PUBSUB, field(2, topic))
 

@@ -45,10 +45,10 @@ async def greeting(caller: Client, daemon: DaemonProcess, proto: str) -> bytes:
 
 
 async def eventually_greeted(
-    caller: Client, daemon: DaemonProcess, proto: str, words: bytes
+    caller: Client, daemon: DaemonProcess, proto: str, expected: bytes
 ) -> None:
     async def check() -> None:
-        assert await greeting(caller, daemon, proto) == words
+        assert await greeting(caller, daemon, proto) == expected
 
     await eventually(check)
 

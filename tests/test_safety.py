@@ -153,8 +153,8 @@ HOWS = ["return", "forget", "exit", "raise", "thread", "stop"]
 def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: FakeDaemon) -> None:
     listen = f"/unix{new_directory() / 'l'}"
     ended = python(HERE / "open_end.py", openable.control_maddr, listen, loop, how)
-    words = ended.stdout.split()
-    assert words[:3] == ["idle", "unary", "streams"], ended.stderr
+    printed = ended.stdout.split()
+    assert printed[:3] == ["idle", "unary", "streams"], ended.stderr
     if how == "raise":
         # Only the exception raised on purpose.
         assert ended.stderr.startswith("Traceback") and ended.stderr.count("Traceback") == 1
@@ -164,7 +164,7 @@ def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: Fake
     assert ended.stderr == ""
     assert ended.returncode == {"exit": 3}.get(how, 0)
     if how in ("return", "forget", "thread"):
-        assert words[3:] == ["tasks"]
+        assert printed[3:] == ["tasks"]
     Path(listen.removeprefix("/unix")).unlink(
         missing_ok=True
     )  # left by a thread that was never stopped
@@ -180,7 +180,7 @@ closed.close()
 class Loop:
     create_future = closed.create_future
     def add_reader(self, *_):
-        # Called from Rust; another thread holds the interpreter while it shuts down.
+        # Called from Rust. The sleep releases the GIL while the interpreter shuts down.
         entered.set()
         time.sleep({nap})
         print("woke", flush=True)

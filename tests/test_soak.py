@@ -79,8 +79,8 @@ def test_every_guarantee_holds_at_a_small_scale(
 def test_sabotage_is_detected(runs: dict[str, Future[Run]]) -> None:
     code, report, output = runs["sabotage"].result()
     assert code == 1, output
-    for harm, words in SABOTAGE.items():
-        assert re.search(words, "\n".join(report["broken"])), harm
+    for harm, message in SABOTAGE.items():
+        assert re.search(message, "\n".join(report["broken"])), harm
     assert len(report["broken"]) == len(SABOTAGE), output
 
 

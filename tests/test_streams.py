@@ -838,13 +838,13 @@ async def test_cancelling_a_waiting_task_passes_on_the_message() -> None:
         connection.wait_closed()
 
     async with raw_stream(hold) as stream:
-        for words in [], ["why"]:
+        for args in [], ["why"]:
             task = asyncio.ensure_future(stream.read())
             await until(lambda: stream._reading)
-            task.cancel(*words)
+            task.cancel(*args)
             with pytest.raises(asyncio.CancelledError) as caught:
                 await task
-            assert list(caught.value.args) == words
+            assert list(caught.value.args) == args
         # The stream stays usable: the next read waits again.
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(stream.read(), 0.01)
@@ -1404,12 +1404,12 @@ async def test_listener_survives_invalid_connections(
     pair: Pair, nonsense: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     await pair.bob.stream_handler("/echo", echo)
-    with connect_to_listener(pair.bob) as stranger, connect_to_listener(pair.bob) as silent:
-        stranger.sendall(nonsense)
-        stranger.shutdown(socket.SHUT_WR)
+    with connect_to_listener(pair.bob) as invalid, connect_to_listener(pair.bob) as silent:
+        invalid.sendall(nonsense)
+        invalid.shutdown(socket.SHUT_WR)
         # The listener closes the invalid connection and keeps the silent one.
-        stranger.setblocking(False)
-        await until(lambda: is_closed(stranger))
+        invalid.setblocking(False)
+        await until(lambda: is_closed(invalid))
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):
             silent.recv(1)
@@ -1455,8 +1455,8 @@ async def test_listener_out_of_descriptors_logs_once_and_accepts_later(
         daemon.sendall(frame(HEADER) + b"ping")
         await until(lambda: peek(daemon) == b"ping")
     # alice's listener may log the same for a stream of its own.
-    words = f"cannot accept a stream at {pair.bob.control.listen_maddr}"
-    assert [words in record.getMessage() for record in caplog.records].count(True) == 1
+    message = f"cannot accept a stream at {pair.bob.control.listen_maddr}"
+    assert [message in record.getMessage() for record in caplog.records].count(True) == 1
 
 
 async def test_header_arriving_byte_by_byte_is_accepted(pair: Pair) -> None:

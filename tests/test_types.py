@@ -136,7 +136,7 @@ def test_peer_id_equals_its_texts_its_bytes_and_foreign_peer_ids() -> None:
     for other in (RSA, "nonsense", RSA_BYTES, ForeignID(RSA_BYTES), PeerID(RSA), None, 1):
         assert peer != other
         assert not peer == other
-    # A to_bytes method alone does not make an equal.
+    # Equal bytes of an unrelated class are not enough.
     assert peer != HasBytes(data)
     assert peer.__eq__(1) is NotImplemented
 

@@ -203,11 +203,11 @@ async def test_thousand_calls_each_way_are_answered_out_of_order(pair: Pair) -> 
     await pair.alice.add_unary_handler("handler", handler)
     await pair.bob.add_unary_handler("handler", handler)
     here = pair.alice_daemon.peer_id
-    asked = [b"alice %04d" % number for number in range(1000)]
-    calls = [pair.call("handler", data) for data in asked]
-    calls += [pair.bob.call_unary(here, "handler", data) for data in asked]
-    assert await all_of(calls) == [data[::-1] for data in asked] * 2
-    assert sorted(order) == sorted(asked * 2) and order != sorted(order)
+    payloads = [b"alice %04d" % number for number in range(1000)]
+    calls = [pair.call("handler", data) for data in payloads]
+    calls += [pair.bob.call_unary(here, "handler", data) for data in payloads]
+    assert await all_of(calls) == [data[::-1] for data in payloads] * 2
+    assert sorted(order) == sorted(payloads * 2) and order != sorted(order)
     assert pair.idle()
 
 
@@ -251,12 +251,12 @@ async def test_handler_exception_is_sent_to_the_caller(pair: Pair) -> None:
 
 class Unspeakable(Exception):
     def __repr__(self) -> str:
-        raise RuntimeError("no words for it")
+        raise RuntimeError("no repr")
 
 
 @pytest.mark.parametrize("suspends", [False, True])
 @pytest.mark.parametrize(
-    ("failure", "words"),
+    ("failure", "message"),
     [
         (ValueError("x" * (LIMIT + 1)), "xxx"),
         (ValueError("\udcff é"), "ValueError"),
@@ -267,7 +267,7 @@ class Unspeakable(Exception):
     ids=["huge", "surrogate", "repr fails", "timeout", "stop"],
 )
 async def test_handler_exception_with_an_unusable_repr_still_reaches_the_caller(
-    pair: Pair, failure: Exception, words: str, suspends: bool
+    pair: Pair, failure: Exception, message: str, suspends: bool
 ) -> None:
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
         if suspends:
@@ -276,7 +276,7 @@ async def test_handler_exception_with_an_unusable_repr_still_reaches_the_caller(
 
     await pair.bob.add_unary_handler("handler", handler)
     await pair.bob.add_unary_handler("echo", echo)
-    with pytest.raises(P2PHandlerError, match=words):
+    with pytest.raises(P2PHandlerError, match=message):
         await pair.call("handler", timeout=10)
     assert await pair.call("echo", b"still there") == b"still there"
 
@@ -420,7 +420,7 @@ async def test_unknown_fields_from_a_raw_peer_do_not_break_the_connection(
 ) -> None:
     """hivemind's daemon would exit with its last persistent connection."""
 
-    async def stranger(info: StreamInfo, stream: Stream) -> None:
+    async def raw_peer(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             call_id = (await read_frame(stream))[2:18]
             answer = field(4, field(1, b"data") + junk)
@@ -437,9 +437,9 @@ async def test_unknown_fields_from_a_raw_peer_do_not_break_the_connection(
         with suppress(anyio.EndOfStream, anyio.IncompleteRead):  # the call may go unanswered
             await read_frame(stream)
     async with pair.bob.listen():
-        await pair.bob.stream_handler("stranger", stranger)
+        await pair.bob.stream_handler("raw_peer", raw_peer)
         with suppress(DaemonRefused):
-            assert await pair.call("stranger", timeout=10) == b"data"
+            assert await pair.call("raw_peer", timeout=10) == b"data"
     assert await pair.call("echo", b"still there", timeout=10) == b"still there"
     assert "was lost" not in caplog.text
 
@@ -460,7 +460,7 @@ async def test_invalid_call_from_a_raw_peer_affects_no_other_call(pair: Pair) ->
 
 
 async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> None:
-    async def stranger(info: StreamInfo, stream: Stream) -> None:
+    async def raw_peer(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             request = await read_frame(stream)
             call_id, answer = request[2:18], b""
@@ -482,7 +482,7 @@ async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> 
 
     await pair.bob.add_unary_handler("echo", echo)
     async with pair.bob.listen():
-        await pair.bob.stream_handler("stranger", stranger)
+        await pair.bob.stream_handler("raw_peer", raw_peer)
         errors = {
             b"nothing": ProtocolViolation,
             b"empty": ProtocolViolation,
@@ -491,10 +491,10 @@ async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> 
             b"hang up": DaemonRefused,
         }
         await pair.alice.unary.open()
-        results = await all_of(pair.call("stranger", data, timeout=10) for data in errors)
+        results = await all_of(pair.call("raw_peer", data, timeout=10) for data in errors)
         assert [type(result) for result in results] == list(errors.values())
         # The daemon matches this reply to its call by the stream.
-        assert await pair.call("stranger", b"another id", timeout=10) == b"data"
+        assert await pair.call("raw_peer", b"another id", timeout=10) == b"data"
         assert await pair.call("echo", b"still there") == b"still there"
 
 
@@ -927,9 +927,9 @@ def test_client_can_be_used_on_one_event_loop_after_another(
     async def run() -> None:
         # The daemon may not have noticed yet that the previous loop's connection is closed.
         await eventually(lambda: bob.add_unary_handler("backwards", backwards))
-        asked = [b"%02d" % number for number in range(20)]
-        calls = (alice.call_unary(second.peer_id, "backwards", data) for data in asked)
-        assert await all_of(calls) == [data[::-1] for data in asked]
+        payloads = [b"%02d" % number for number in range(20)]
+        calls = (alice.call_unary(second.peer_id, "backwards", data) for data in payloads)
+        assert await all_of(calls) == [data[::-1] for data in payloads]
         if closed:
             await close()
 

@@ -149,7 +149,7 @@ async def test_daemon_without_persistent_connections_raises_not_supported(script
 
 
 async def test_missing_daemon_raises_daemon_unreachable(tmp_path: Path) -> None:
-    async with Client(f"/unix{tmp_path}/nobody.sock") as client:
+    async with Client(f"/unix{tmp_path}/missing.sock") as client:
         for call in (
             call_echo(client),
             client.add_unary_handler("echo", echo),
@@ -217,8 +217,8 @@ async def test_close_during_the_upgrade_fails_waiting_calls() -> None:
 async def test_concurrent_calls_share_one_upgrade() -> None:
     with FakeDaemon(unary_echo) as fake:
         async with Client(fake.control_maddr) as client:
-            asked = [b"%d" % number for number in range(100)]
-            assert await all_of(call_echo(client, data) for data in asked) == asked
+            payloads = [b"%d" % number for number in range(100)]
+            assert await all_of(call_echo(client, data) for data in payloads) == payloads
             assert fake.accepted == 1
             assert len(fake.requests) == 101
 
@@ -336,8 +336,8 @@ async def test_reconnect_retries_handlers_until_the_daemon_drops_the_old_connect
         connection.upgrade()
         for _ in range(3):
             refused.append(connection.read_message())
-            words = b"handler for protocol kept already set"
-            connection.send(frame(daemon_error(refused[-1].call_id, words)))
+            text = b"handler for protocol kept already set"
+            connection.send(frame(daemon_error(refused[-1].call_id, text)))
         serve_echo(connection)
 
     with FakeDaemon(first(loses, second)) as fake:
@@ -843,11 +843,11 @@ async def test_many_messages_in_one_read_are_all_handled() -> None:
         serve_echo(connection)
 
     rng = random.Random(8)
-    asked = [rng.randbytes(rng.choice([0, 10, 5000, 100_000])) for _ in range(50)]
+    payloads = [rng.randbytes(rng.choice([0, 10, 5000, 100_000])) for _ in range(50)]
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("echo", echo)
-            assert await all_of(call_echo(client, data) for data in asked) == asked
+            assert await all_of(call_echo(client, data) for data in payloads) == payloads
             await until(lambda: len(fake.requests) == 102)
             await assert_usable(client)
     messages = [Message.decode(request) for request in fake.requests[52:]]
@@ -1203,8 +1203,8 @@ async def test_call_ids_are_unique_across_clients_and_forks(anyio_backend: Any) 
 
         async def calls() -> None:
             async with Client(fake.control_maddr) as client:
-                asked = [b"%d" % number for number in range(50)]
-                assert await all_of(call_echo(client, data) for data in asked) == asked
+                payloads = [b"%d" % number for number in range(50)]
+                assert await all_of(call_echo(client, data) for data in payloads) == payloads
 
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)

@@ -58,7 +58,7 @@ async def echo(data: bytes, peer_id: PeerID) -> bytes:
 
 
 def held_calls(client: Client) -> int:
-    """Returns the number of incoming calls for which the client holds a handler."""
+    """Returns the number of incoming calls that the client keeps track of."""
     return sum(len(link._work) for link in client.unary._links.values())
 
 
@@ -89,8 +89,8 @@ class Registry:
             self._before(message.kind, name)
             known = name in self.names
             if (message.kind == "add") == known:
-                words = b"already set" if known else b"does not exist"
-                connection.send(frame(daemon_error(message.call_id, words)))
+                text = b"already set" if known else b"does not exist"
+                connection.send(frame(daemon_error(message.call_id, text)))
                 continue
             (self.names.discard if known else self.names.add)(name)
             connection.send(frame(acknowledgement(message.call_id)))
@@ -145,10 +145,10 @@ async def test_cancelled_removal_still_removes_the_handler() -> None:
 
 
 async def test_removal_waits_for_the_reconnect_that_registers_the_handler() -> None:
-    gate, asked = threading.Event(), threading.Event()
+    gate, requested = threading.Event(), threading.Event()
 
     def before(kind: str, name: str) -> None:
-        asked.set()
+        requested.set()
         gate.wait(PATIENCE)
 
     registry = Registry(before)
@@ -168,7 +168,7 @@ async def test_removal_waits_for_the_reconnect_that_registers_the_handler() -> N
             await until(lambda: not client.unary.connected)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(client.unary.open)
-                await until(asked.is_set)
+                await until(requested.is_set)
                 tasks.start_soon(client.remove_unary_handler, "one")
                 await anyio.lowlevel.checkpoint()
                 gate.set()

@@ -308,13 +308,13 @@ looked_up = pytest.mark.skipif(sys.version_info >= (3, 14), reason="the loop is 
 def test_interrupt_before_any_task_is_woken_loses_no_reply() -> None:
     async def program() -> tuple[bytes, bytes]:
         async with client_of(batches) as client:
-            asked = asyncio.gather(call_echo(client, b"one"), call_echo(client, b"other"))
+            pending = asyncio.gather(call_echo(client, b"one"), call_echo(client, b"other"))
             await until(lambda: batches.arrived == 2)
             connection = client.unary._recent.current  # type: ignore[union-attr]
             batches.answer()
             assert batches.sent.acquire(timeout=PATIENCE)  # sent, but not yet read by the loop
             on_readable_interrupted(loop, connection)
-            return await asyncio.wait_for(asked, PATIENCE)
+            return await asyncio.wait_for(pending, PATIENCE)
 
     batches = Batches(2)
     with interrupted_loop() as loop:
@@ -425,15 +425,15 @@ async def test_nested_callback_defers_waking_until_no_task_is_running() -> None:
     """With nest_asyncio the callback can run inside a task, and must not enter another one."""
     batches = Batches(1)
     async with client_of(batches) as client:
-        asked = asyncio.ensure_future(call_echo(client, b"nested"))
+        pending = asyncio.ensure_future(call_echo(client, b"nested"))
         await until(lambda: batches.arrived == 1)
         batches.answer()
         connection = client.unary._recent.current  # type: ignore[union-attr]
         assert connection is not None
         while connection.pending:
             pump(connection)
-            assert not asked.done()
-        assert await asked == b"nested"
+            assert not pending.done()
+        assert await pending == b"nested"
 
 
 async def test_tasks_implemented_in_python_are_woken() -> None:
@@ -484,7 +484,7 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
             with pytest.raises(DaemonRefused):
                 await client.identify()
             with pytest.raises(DaemonUnreachable):
-                await nobody.identify()
+                await unreachable.identify()
             with pytest.raises(ConnectionLost):
                 await brief.unary.open()
             with pytest.raises(NotSupported):
@@ -492,13 +492,13 @@ async def test_failures_leave_nothing_to_the_garbage_collector() -> None:
 
     with FakeDaemon(script) as fake, FakeDaemon(closes) as closing, FakeDaemon(knows_not) as older:
         async with AsyncExitStack() as clients:
-            client, brief, old, nobody = [
+            client, brief, old, unreachable = [
                 await clients.enter_async_context(Client(maddr))
                 for maddr in (
                     fake.control_maddr,
                     closing.control_maddr,
                     older.control_maddr,
-                    "/unix/tmp/nobody.sock",
+                    "/unix/tmp/unreachable.sock",
                 )
             ]
             await fail()

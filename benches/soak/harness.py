@@ -324,9 +324,9 @@ class Soak:
 
     # --- guarantees ---
 
-    def promise(self, kept: bool, words: str) -> None:
+    def promise(self, kept: bool, message: str) -> None:
         if not kept:
-            self.report.broken.append(words)
+            self.report.broken.append(message)
 
     def promise_errors(self, *kinds: str, most: int | None = None) -> None:
         """Checks that all errors are of these kinds and have a text, and are at most ``most``."""
@@ -377,8 +377,8 @@ class Soak:
         measured = [("the caller", report.caller)]
         for peer in report.peers:
             measured.append((peer["name"], Measured(**peer["measured"])))
-            for words in peer["wrong"]:
-                self.promise(False, f"{peer['name']} saw {words}")
+            for message in peer["wrong"]:
+                self.promise(False, f"{peer['name']} saw {message}")
         for who, m in measured:
             if m.descriptors_after != m.descriptors_before:
                 change = f"{m.descriptors_before} descriptors before, {m.descriptors_after} after"
@@ -399,11 +399,11 @@ def kind_of(error: Exception) -> str:
     kind = type(error).__name__
     if not isinstance(error, DaemonRefused):
         return kind
-    words = error.daemon_message or ""
+    message = error.daemon_message or ""
     for known in ("failed to dial", "stream reset", "protocols not supported"):
-        if known in words:
+        if known in message:
             return f"{kind} ({known})"
-    return kind if words else f"{kind} without a message"
+    return kind if message else f"{kind} without a message"
 
 
 #: Errors that a failed call may raise.

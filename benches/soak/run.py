@@ -89,8 +89,8 @@ def show(report: dict[str, Any]) -> None:
             f" {m['stall_ms']} ms ({m['own_stall_ms']} of its own)"
         )
     print(f"  the daemons have {report['daemons_rss']} MiB")
-    for words in report["broken"]:
-        print(f"  BROKEN: {words}")
+    for message in report["broken"]:
+        print(f"  BROKEN: {message}")
 
 
 def measured(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

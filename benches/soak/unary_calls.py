@@ -24,6 +24,6 @@ async def run(soak: Soak) -> None:
         await soak.serve("call", "soak")
         await soak.workers(IN_FLIGHT, work)
         [state] = await soak.ask_all("state")
-        came = state["counts"]["empty"]
-        soak.promise(came == empty, f"{came} empty calls arrived, not {empty}")
+        arrived = state["counts"]["empty"]
+        soak.promise(arrived == empty, f"{arrived} empty calls arrived, not {empty}")
         soak.promise_deliveries(soak.peers, all_answered=True)
