@@ -174,7 +174,7 @@ async def test_concurrent_registrations_of_one_protocol_leave_one_handler() -> N
                 for number in range(20):
                     tasks.start_soon(client.stream_handler, "/name", greeter(b"%d" % number))
             assert await greeting(caller, daemon, "/name") in {b"%d" % n for n in range(20)}
-            assert client.control._registering == {}
+            assert client.control._registrations._registering == {}
 
 
 async def test_cancelled_registration_can_be_repeated() -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import functools
-import logging
-import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
@@ -21,40 +16,25 @@ from p2pclient_rs._native import (
     Multiaddr,
     PeerInfo,
     RawListener,
-    RawStream,
     Request,
     StreamInfo,
-    decode_stream_info,
     endpoint,
 )
-from p2pclient_rs.connector import (
-    UNKNOWN_REQUEST,
-    DaemonConnector,
-    MultiaddrLike,
-    PeerIDLike,
-    resolve,
-)
-from p2pclient_rs.exceptions import (
-    ConnectionLost,
-    ControlFailure,
-    DaemonRefused,
-    DaemonUnreachable,
-    DispatchFailure,
-    NotSupported,
-)
+from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike, resolve
+from p2pclient_rs.exceptions import ControlFailure, DaemonRefused, NotSupported
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler
+from p2pclient_rs.inbound import InboundStreams
 from p2pclient_rs.listening import (
     BackgroundListener,
     ListenerStats,
     Listening,
     PrivateSocket,
-    Refusals,
-    Start,
     check_same_machine,
     pause,
 )
-from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, current_loop, watch
+from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, watch
 from p2pclient_rs.opened import OpenedStream
+from p2pclient_rs.registration import Registrations
 from p2pclient_rs.streams import Stream
 
 if TYPE_CHECKING:
@@ -64,36 +44,13 @@ __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHand
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
 
-#: The StreamInfo before an inbound stream is small, and comes at once.
-_MAX_HEADER = 64 * 1024
-_HEADER_TIMEOUT = 30.0
-#: So many inbound streams may be without theirs; when there are more, the oldest ones go that were
-#: given this long to send it, in seconds.
-_MAX_HALF_OPEN = 256
-_HALF_OPEN_PATIENCE = 1.0
-#: How long the removal of a former registration may take, in seconds, even for a cancelled caller.
-_REPLACING = 5.0
 #: How long saying goodbye to the daemon may take, in seconds.
 _GOODBYE_TIMEOUT = 1.0
-
-logger: logging.Logger = logging.getLogger(__name__)
-
 
 _IDENTIFY = Request.identify()
 
 
-@dataclass(frozen=True)
-class _Registration:
-    """A stream handler that the daemon has, or may have."""
-
-    #: The listen address that the daemon was given.
-    maddr: Multiaddr
-    balanced: bool
-    #: By which `DaemonConnector.still_registered` knows the daemon again; None if it cannot.
-    token: object | None
-
-
-class ControlClient:
+class ControlClient(InboundStreams):
     """Peers, connections and streams.
 
     Every ``timeout`` is in seconds; CONNECT and STREAM_OPEN pass it on to the daemon, in whole
@@ -109,42 +66,28 @@ class ControlClient:
 
     #: Whether a handler takes the place of another one of this client.
     _replaces_handlers = True
-    #: Receives this client's log lines.
-    logger: logging.Logger = logger
     #: Whether handlers are cancelled that outlive their peers.
     _lingers = True
-    #: Whether tasks that the client started itself are being cancelled.
-    _stopping = False
 
     def __init__(
         self, daemon_connector: DaemonConnector, listen_maddr: MultiaddrLike | None = None
     ) -> None:
+        super().__init__()
         self.daemon_connector = daemon_connector
         #: The address asked for, and the one listened at, if that is another.
         self._wanted_maddr: Multiaddr | None = None
         self._bound_maddr: Multiaddr | None = None
         self._private: PrivateSocket | None = None
         self.listen_maddr = listen_maddr
-        #: The handlers of inbound streams, by protocol.
-        self.handlers: dict[str, StreamHandler] = {}
         #: Those registered as balanced.
         self._balanced: set[str] = set()
-        #: By protocol: the handlers that the daemon has or may have.
-        self._registered: dict[str, _Registration] = {}
-        #: By protocol: the lock for changing its registration, and how many tasks use that.
-        self._registering: dict[str, tuple[anyio.Lock, int]] = {}
-        #: The options of handlers that were registered, by protocol.
-        self._options: dict[str, HandlerOptions] = {}
-        self._lingering: Lingering | None = None
+        self._registrations = Registrations()
         self._scope: anyio.CancelScope | None = None
-        #: What waits for the header of an inbound stream, the oldest first, and since when.
-        self._half_open: dict[anyio.CancelScope, float] = {}
         self._pid = os.getpid()
         self._listening = False
         self._listener: RawListener | None = None
         self._background: BackgroundListener | None = None
         self._task_group: TaskGroup | None = None
-        self._refusals = Refusals()
 
     @property
     def listen_maddr(self) -> Multiaddr:
@@ -178,11 +121,6 @@ class ControlClient:
 
     def _show(self, maddr: Multiaddr) -> Multiaddr:
         return self.daemon_connector.types.multiaddr(maddr)
-
-    @property
-    def stats(self) -> ListenerStats:
-        """The numbers of accepted and refused inbound streams since this client was made."""
-        return self._refusals.stats()
 
     # --- peers ---
 
@@ -306,7 +244,7 @@ class ControlClient:
         await self.daemon_connector.described(work, "STREAM_HANDLER", timeout, protocol=proto)
 
     async def _enter(self, proto: str, handler_cb: StreamHandler, balanced: bool) -> None:
-        async with self._changing(proto):
+        async with self._registrations.changing(proto):
             before, was_balanced = self.handlers.get(proto), proto in self._balanced
             self._note_balanced(proto, balanced)
             # In place before the daemon has it: a stream can come sooner than the daemon's answer.
@@ -321,111 +259,19 @@ class ControlClient:
                 self._note_balanced(proto, was_balanced)
                 raise
 
-    @asynccontextmanager
-    async def _changing(self, proto: str) -> AsyncIterator[None]:
-        """Serialises registrations of one protocol."""
-        lock, users = self._registering.get(proto) or (anyio.Lock(), 0)
-        self._registering[proto] = lock, users + 1
-        try:
-            async with UnlessClosedAsync(lock):
-                yield
-        finally:
-            lock, users = self._registering.pop(proto)
-            if users > 1:
-                self._registering[proto] = lock, users - 1
-
     async def _tell(self, proto: str, balanced: bool) -> None:
         """Registers a protocol at the daemon, unless it has the registration already.
 
         Raises:
             DaemonRefused: Another client does.
         """
-        connector = self.daemon_connector
         maddr = Multiaddr(self.listen_maddr)
         kind, _, port = endpoint(maddr)
         if kind != "unix" and port == 0 and not self._listening:
             raise ControlFailure(
                 f"{maddr} has no port yet: register handlers after listen(), which chooses one"
             )
-        before = self._registered.get(proto)
-        try:
-            await self._register_once(connector, maddr, proto, balanced)
-        except DaemonRefused:
-            # hivemind's fork refuses every name that is taken, even by this client, with the same
-            # words.
-            if before is None or not self._replaces_handlers:
-                self._restore(proto, before)
-                raise
-            self._registered[proto] = before
-            same = before.maddr == maddr and before.balanced == balanced
-            if same and await connector.still_registered(before.token):
-                return
-            # A removal that is cancelled could overtake a later registration.
-            with UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)):
-                if await self._replace(connector, proto, balanced):
-                    return
-                # Others may share the name: this client goes on sharing it.
-                if before.balanced and not balanced:
-                    try:
-                        await self._register_once(
-                            connector, Multiaddr(self.listen_maddr), proto, True
-                        )
-                    except DaemonRefused:
-                        del self._registered[proto]
-            raise
-        except DaemonUnreachable:
-            self._restore(proto, before)
-            raise
-        if balanced and before is not None and await connector.still_registered(before.token):
-            # The fork has appended another entry, so that this client would get twice its share.
-            with (
-                UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)),
-                suppress(ControlFailure),
-            ):
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
-                )
-
-    async def _replace(self, connector: DaemonConnector, proto: str, balanced: bool) -> bool:
-        """Registers a name that is taken; returns False if it is another client's.
-
-        The daemon may have been restarted, and another client may have taken the name: the removal
-        succeeds only if the registration has this client's address.
-        """
-        maddr = Multiaddr(self.listen_maddr)
-        former = self._registered[proto].maddr
-        while True:
-            try:
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(former, proto)
-                )
-            except DaemonRefused:
-                del self._registered[proto]
-                return False
-            with suppress(DaemonRefused):
-                await self._register_once(connector, Multiaddr(self.listen_maddr), proto, balanced)
-                return True
-            # The daemon may have carried out a cancelled request of this client in between.
-            former = maddr
-
-    async def _register_once(
-        self, connector: DaemonConnector, maddr: Multiaddr, proto: str, balanced: bool
-    ) -> None:
-        """Registers a name.
-
-        Raises:
-            DaemonRefused: The name is taken.
-        """
-        # Until the daemon answers, it may have it or not.
-        self._registered[proto] = _Registration(maddr, balanced, None)
-        await connector.request("STREAM_HANDLER", Request.stream_handler(maddr, proto, balanced))
-        self._registered[proto] = _Registration(maddr, balanced, connector.registered())
-
-    def _restore(self, proto: str, before: _Registration | None) -> None:
-        if before is None:
-            self._registered.pop(proto, None)
-        else:
-            self._registered[proto] = before
+        await self._registrations.register(self, proto, balanced)
 
     def _note_balanced(self, proto: str, balanced: bool) -> None:
         (self._balanced.add if balanced else self._balanced.discard)(proto)
@@ -456,7 +302,7 @@ class ControlClient:
                 del refused  # its traceback has this frame
 
     async def _tell_again(self, proto: str) -> None:
-        async with self._changing(proto):
+        async with self._registrations.changing(proto):
             if proto in self.handlers:
                 await self._tell(proto, proto in self._balanced)
 
@@ -470,28 +316,7 @@ class ControlClient:
         """
         self.handlers.pop(proto, None)
         self._options.pop(proto, None)
-        await self._unregister(proto, timeout)
-
-    async def _unregister(self, proto: str, timeout: float | None) -> None:
-        entry = self._registered.get(proto)
-        maddr = self.listen_maddr if entry is None else entry.maddr
-        request = Request.remove_stream_handler(maddr, proto)
-        try:
-            await self.daemon_connector.request(
-                "REMOVE_STREAM_HANDLER", request, timeout=timeout, protocol=proto
-            )
-        except ConnectionLost as error:
-            if not await self.daemon_connector.is_unknown_request(error):
-                raise
-            raise self.daemon_connector.describe(
-                NotSupported(UNKNOWN_REQUEST), "REMOVE_STREAM_HANDLER", protocol=proto
-            ) from error
-        except DaemonRefused as error:
-            if not isinstance(error, NotSupported) and self._registered.get(proto) is entry:
-                self._registered.pop(proto, None)
-            raise
-        if self._registered.get(proto) is entry:
-            self._registered.pop(proto, None)
+        await self._registrations.unregister(self, proto, timeout)
 
     # --- inbound streams ---
 
@@ -652,118 +477,12 @@ class ControlClient:
             watched.close()
             listener.close()
 
-    def _accept_one(self, listener: RawListener, start: Start) -> float | None:
-        """Accepts at most one inbound stream; see ``listening.Acceptor``."""
-        # jsp2pd has one for each handler, from its registration on.
-        if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
-            oldest, since = next(iter(self._half_open.items()))
-            if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
-                return min(wait, 0.02)
-            oldest.cancel()
-            return 0.0
-        try:
-            raw = listener.try_accept()
-        except OSError as error:
-            # Out of descriptors, most likely: others will be closed. Streams wait until then.
-            words = "cannot accept a stream at %s: %s"
-            self._refusals.log(
-                "accept_errors", self.logger, logging.ERROR, words, self.listen_maddr, error
-            )
-            return 0.1
-        if raw is None:
-            return None
-        self._refusals.count("accepted")
-        self._start_dispatch(raw, start)
-        return 0.0
-
-    def _start_dispatch(self, raw: RawStream, start: Start) -> None:
-        """Starts the task of an inbound stream."""
-        start(self._dispatch, raw)
-
-    async def _dispatch(self, raw: RawStream) -> None:
-        stream = Stream(raw, watch(raw.fileno()))
-        handler = None
-        try:
-            header = await self._header(stream)
-            info = self.daemon_connector.types.stream_info(decode_stream_info(header))
-            stream.info = info
-            handler = self.handlers.get(info.proto)
-            if handler is None:
-                raise _NoHandler(f"no handler for the protocol {info.proto!r}")
-        except Exception as error:
-            self._refused(error)
-            stream.abort()
-            return
-        except BaseException as error:
-            stream.abort()
-            if _is_stray(error):
-                return
-            raise
-        try:
-            await self._handle(handler, info, stream)
-        except GeneratorExit:
-            # The garbage collector ends the task, and closes the stream in the loop's thread.
-            raise
-        except Exception:
-            self.logger.exception(
-                "the handler of %r failed on a stream from %s", info.proto, info.peer_id
-            )
-            stream.abort()
-        except BaseException as error:
-            stream.abort()
-            if not _is_stray(error):
-                raise
-            if not (self._stopping or _is_asked_for()):
-                self.logger.warning(
-                    "the handler of %r was cancelled on a stream from %s, and by nobody",
-                    info.proto,
-                    info.peer_id,
-                    exc_info=True,
-                )
-
-    def _refused(self, error: Exception) -> None:
-        kind = "no_handler" if isinstance(error, _NoHandler) else "bad_header"
-        words = str(error) or type(error).__name__
-        self._refusals.log(
-            kind, self.logger, logging.WARNING, "refused an inbound stream: %s", words
-        )
-
-    async def _header(self, stream: Stream) -> bytes:
-        with UnlessClosed(anyio.CancelScope()) as scope:
-            self._half_open[scope] = anyio.current_time()
-            try:
-                # The JavaScript daemon connects when a handler is registered, and says nothing
-                # until there is a stream.
-                await stream._watch.readable()
-                scope.deadline = anyio.current_time() + _HEADER_TIMEOUT
-                return await stream.receive_frame(_MAX_HEADER)
-            finally:
-                del self._half_open[scope]
-        raise DispatchFailure("the daemon does not say what it is")
-
-    async def _handle(
-        self, handler: Callable[..., Awaitable[object]], info: StreamInfo, stream: Stream
-    ) -> None:
-        registration = self._options.get(info.proto)
-        if registration is None or registration.handler is not handler:
-            # It was put into ``handlers`` directly.
-            registration = HandlerOptions.of(handler, DEFAULT_LINGER)
-        if registration.linger is None or self._lingering is None:
-            await (handler(info, stream) if registration.takes_info else handler(stream))
-            return
-        await self._lingering.run(
-            functools.partial(handler, *((info, stream) if registration.takes_info else (stream,))),
-            stream,
-            info,
-            registration.linger,
-        )
-
     async def _unregister_all(self) -> None:
         """Tells the daemon that nobody will be there; its answer does not matter."""
         with UnlessClosed(anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True)):
             for proto in list(self.handlers):
                 try:
-                    await self._unregister(proto, None)
+                    await self._registrations.unregister(self, proto, None)
                 except DaemonRefused as error:
                     if isinstance(error, NotSupported):
                         # The daemon goes on offering the protocol: for the next listen() to serve.
@@ -772,27 +491,6 @@ class ControlClient:
                     break
                 self.handlers.pop(proto, None)
                 self._options.pop(proto, None)
-
-
-class _NoHandler(DispatchFailure):
-    """No handler is there for the protocol of an inbound stream."""
-
-
-def _is_stray(error: BaseException) -> bool:
-    """Whether this is a cancellation of asyncio's that no scope asked for, as one that comes from
-    awaiting a cancelled task. A task group would take it for its own, and end."""
-    return (
-        isinstance(error, asyncio.CancelledError)
-        and anyio.current_effective_deadline() != -math.inf
-    )
-
-
-def _is_asked_for() -> bool:
-    """Whether somebody has cancelled this task, as the end of the event loop does."""
-    if not isinstance(current_loop(), asyncio.AbstractEventLoop):
-        return False
-    # Python 3.10 does not tell.
-    return bool(getattr(asyncio.current_task(), "cancelling", int)())
 
 
 @asynccontextmanager
