@@ -49,8 +49,8 @@ async fn identify_returns_the_daemons_peer_id_and_addresses() {
         let identity = client.identify().await.unwrap();
         assert_eq!(&identity.peer_id, daemon.peer_id());
         assert_eq!(identity.addrs, daemon.addrs());
-        let told = format!("Peer ID: {}", identity.peer_id);
-        assert!(daemon.output().contains(&told));
+        let line = format!("Peer ID: {}", identity.peer_id);
+        assert!(daemon.output().contains(&line));
     }
 }
 
@@ -84,17 +84,17 @@ async fn connected_peers_list_each_other_until_they_disconnect() {
 #[tokio::test]
 async fn failed_connect_is_refused_with_the_daemons_message() {
     let pair = pair().await;
-    let (nobody, _) = stranger();
-    let outcome = pair.alice.connect(&nobody, pair.bob_daemon.addrs()).await;
+    let (unknown, _) = stranger();
+    let outcome = pair.alice.connect(&unknown, pair.bob_daemon.addrs()).await;
     let text = outcome.as_ref().unwrap_err().to_string();
-    assert!(text.ends_with(&format!("(request CONNECT, peer {nobody})")));
-    let (request, words) = refused(outcome);
+    assert!(text.ends_with(&format!("(request CONNECT, peer {unknown})")));
+    let (request, message) = refused(outcome);
     assert_eq!(request, "CONNECT");
-    assert!(words.contains("peer id mismatch"), "{words}");
+    assert!(message.contains("peer id mismatch"), "{message}");
 
     let nowhere: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
-    let (_, words) = refused(pair.alice.connect(&nobody, &[nowhere]).await);
-    assert!(words.contains("dial"), "{words}");
+    let (_, message) = refused(pair.alice.connect(&unknown, &[nowhere]).await);
+    assert!(message.contains("dial"), "{message}");
 }
 
 #[tokio::test]
@@ -104,10 +104,10 @@ async fn call_times_out_and_the_next_one_works() {
     let port = black_hole.local_addr().unwrap().port();
     let addr: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
     let pair = pair().await;
-    let (nobody, _) = stranger();
+    let (unknown, _) = stranger();
     let limit = Duration::from_millis(200);
     let hasty = pair.alice.with_timeout(limit);
-    let outcome = hasty.connect(&nobody, &[addr]).await;
+    let outcome = hasty.connect(&unknown, &[addr]).await;
     assert!(matches!(outcome, Err(Error::Timeout { after: Some(after), .. }) if after == limit));
     hasty.identify().await.unwrap();
 }
@@ -247,11 +247,11 @@ async fn protocol_unknown_to_the_peer_is_refused() {
     let text = outcome.as_ref().unwrap_err().to_string();
     let about = format!("(request STREAM_OPEN, peer {peer}, protocol /unknown/1, /unknown/2)");
     assert!(text.ends_with(&about), "{text}");
-    let (_, words) = refused(outcome);
-    assert!(words.contains("protocols not supported"), "{words}");
+    let (_, message) = refused(outcome);
+    assert!(message.contains("protocols not supported"), "{message}");
 
-    let (nobody, _) = stranger();
-    let (request, _) = refused(pair.alice.stream_open(&nobody, ["/echo"]).await);
+    let (unknown, _) = stranger();
+    let (request, _) = refused(pair.alice.stream_open(&unknown, ["/echo"]).await);
     assert_eq!(request, "STREAM_OPEN");
 }
 
@@ -283,9 +283,9 @@ async fn protocol_of_another_client_is_refused() {
     let pair = pair().await;
     let other = pair.bob_daemon.client().await.unwrap();
     let _incoming = pair.bob.stream_handler("/taken", false).await.unwrap();
-    let (request, words) = refused(other.stream_handler("/taken", false).await);
+    let (request, message) = refused(other.stream_handler("/taken", false).await);
     assert_eq!(request, "STREAM_HANDLER");
-    assert!(words.contains("already set"), "{words}");
+    assert!(message.contains("already set"), "{message}");
 }
 
 #[tokio::test]
@@ -322,8 +322,11 @@ async fn public_key_record_put_by_one_peer_is_found_by_another() {
     let Pair { alice, bob, .. } = &pair().await;
     let (owner, key) = stranger();
     let name = [b"/pk/", owner.as_bytes()].concat();
-    let (request, words) = refused(bob.dht_get_value(name.clone()).await);
-    assert_eq!((request, &*words), ("DHT GET_VALUE", "routing: not found"));
+    let (request, message) = refused(bob.dht_get_value(name.clone()).await);
+    assert_eq!(
+        (request, &*message),
+        ("DHT GET_VALUE", "routing: not found")
+    );
     let missing = bob.dht_search_value(name.clone()).collect_all().await;
     assert_eq!(missing.unwrap(), [""; 0]);
 
@@ -346,9 +349,9 @@ async fn public_key_record_put_by_one_peer_is_found_by_another() {
 #[tokio::test]
 async fn only_valid_records_can_be_put() {
     let Pair { alice, .. } = &pair().await;
-    let (request, words) = refused(alice.dht_put_value("/other/key", "value").await);
+    let (request, message) = refused(alice.dht_put_value("/other/key", "value").await);
     assert_eq!(request, "DHT PUT_VALUE");
-    assert!(words.contains("invalid record keytype"), "{words}");
+    assert!(message.contains("invalid record keytype"), "{message}");
     let (owner, _) = stranger();
     let (_, another_key) = stranger();
     let name = [b"/pk/", owner.as_bytes()].concat();
@@ -395,9 +398,9 @@ async fn find_peer_and_get_closest_peers_return_peers() {
     let info = pair.alice.dht_find_peer(bob).await.unwrap();
     assert_eq!(&info.peer_id, bob);
     assert_eq!(info.addrs, pair.bob_daemon.addrs());
-    let (nobody, _) = stranger();
+    let (unknown, _) = stranger();
     assert_eq!(
-        refused(pair.alice.dht_find_peer(&nobody).await).0,
+        refused(pair.alice.dht_find_peer(&unknown).await).0,
         "DHT FIND_PEER"
     );
     let mut closest = pair.alice.dht_get_closest_peers("some key");
@@ -469,8 +472,8 @@ async fn requests_to_disabled_services_are_not_supported() {
 #[tokio::test]
 async fn peers_can_be_tagged_and_untagged() {
     let pair = pair().await;
-    let (nobody, _) = stranger();
-    for peer in [pair.bob_daemon.peer_id(), &nobody] {
+    let (unknown, _) = stranger();
+    for peer in [pair.bob_daemon.peer_id(), &unknown] {
         pair.alice
             .connmgr_tag_peer(peer, "friend", 7)
             .await

@@ -330,7 +330,7 @@ async fn invalid_options_are_refused() {
         high: 2,
         grace: Duration::ZERO,
     };
-    for (builder, words) in [
+    for (builder, message) in [
         (daemon().connection_manager(limits), "low water mark"),
         (
             daemon().extra_args(["-listen=/unix/tmp/x"]),
@@ -347,7 +347,7 @@ async fn invalid_options_are_refused() {
         ),
     ] {
         match builder.spawn().await {
-            Err(DaemonError::Options(error)) => assert!(error.to_string().contains(words)),
+            Err(DaemonError::Options(error)) => assert!(error.to_string().contains(message)),
             other => panic!("{other:?}"),
         }
     }
@@ -402,9 +402,9 @@ async fn bootstrap_peer_with_another_id_is_named() {
     let peer = addr(&format!("{}/p2p/{peer_id}", other.addrs()[0]));
     let error = failed(daemon().bootstrap_peers([peer.clone()])).await;
     let cause = error.cause.unwrap();
-    let words = format!("remote key matches {}", other.peer_id());
+    let message = format!("remote key matches {}", other.peer_id());
     assert!(
-        cause.contains(&peer.to_string()) && cause.contains(&words),
+        cause.contains(&peer.to_string()) && cause.contains(&message),
         "{cause}"
     );
 }
@@ -444,7 +444,7 @@ async fn options_that_jsp2pd_would_ignore_are_refused() {
     let binary = directory.path().join("jsp2pd");
     fs::rename(script(&directory, "exit 1"), &binary).unwrap();
     let js = || P2PDaemon::builder().binary(&binary);
-    for (builder, words) in [
+    for (builder, message) in [
         (
             js().extra_args(["--nonsense=1"]),
             "jsp2pd has no option --nonsense",
@@ -455,7 +455,7 @@ async fn options_that_jsp2pd_would_ignore_are_refused() {
         ),
     ] {
         let error = builder.spawn().await.unwrap_err().to_string();
-        assert!(error.contains(words), "{error}");
+        assert!(error.contains(message), "{error}");
     }
 }
 
@@ -466,8 +466,8 @@ async fn socket_path_in_use_is_named() {
     fs::write(&path, "").unwrap();
     let control = addr(&format!("/unix{}", path.display()));
     let error = daemon().control_maddr(control).spawn().await.unwrap_err();
-    let words = format!("{} is already in use", path.display());
-    assert!(error.to_string().contains(&words), "{error}");
+    let message = format!("{} is already in use", path.display());
+    assert!(error.to_string().contains(&message), "{error}");
     assert!(path.is_file());
 }
 
@@ -534,8 +534,8 @@ async fn exit_is_reported_at_once_with_status_and_last_lines() {
     assert!(begun.elapsed() < Duration::from_secs(10));
     assert_eq!(error.status, Some(3));
     assert_eq!((error.logs.len(), &*error.logs[19]), (20, "worst"));
-    let told = "the daemon exited with status 3 before it was ready";
-    assert_eq!(error.message, told);
+    let expected = "the daemon exited with status 3 before it was ready";
+    assert_eq!(error.message, expected);
     let shown = error.to_string();
     assert!(
         shown.contains("worst") && shown.contains("-listen=/unix/"),
@@ -548,8 +548,8 @@ async fn silent_daemon_times_out() {
     let directory = TempDir::new().unwrap();
     let silent = P2PDaemon::builder().binary(script(&directory, "exec sleep 1000"));
     let error = failed(silent.start_timeout(Duration::from_millis(200))).await;
-    let told = "the daemon was not ready in 0.2 seconds and printed nothing";
-    assert_eq!(error.message, told);
+    let expected = "the daemon was not ready in 0.2 seconds and printed nothing";
+    assert_eq!(error.message, expected);
     assert_eq!(error.status, None);
     assert!(error.cause.unwrap().contains("no connection"));
 }
@@ -571,17 +571,17 @@ async fn reply_of_another_peer_is_detected() {
 #[tokio::test]
 async fn dropped_start_leaves_nothing_behind() {
     let directory = TempDir::new().unwrap();
-    let told = directory.path().join("told");
+    let arguments_file = directory.path().join("arguments");
     let body = format!(
         "echo \"$@\" > {0}.new; mv {0}.new {0}; exec sleep 1000",
-        told.display()
+        arguments_file.display()
     );
     let start = P2PDaemon::builder().binary(script(&directory, &body));
     tokio::select! {
         started = start.spawn() => panic!("{started:?}"),
-        () = until(|| told.exists()) => {}
+        () = until(|| arguments_file.exists()) => {}
     }
-    let arguments = fs::read_to_string(&told).unwrap();
+    let arguments = fs::read_to_string(&arguments_file).unwrap();
     let arguments = arguments.split(' ').map(str::to_owned);
     let command: Vec<_> = ["p2pd".to_owned()].into_iter().chain(arguments).collect();
     assert_nothing_left_of(&directory_of(&command));
@@ -703,10 +703,10 @@ async fn killed_parent_leaves_no_orphan() {
         let program = program.env(IN_CHILD, "1").stdout(Stdio::piped());
         let mut program = program.spawn().unwrap();
         let lines = BufReader::new(program.stdout.take().unwrap()).lines();
-        let mut told = lines.map(Result::unwrap);
-        let told = told.find(|line| line.contains("/p2pd-"));
-        let told = told.expect("it told nothing");
-        let (pid, directory) = told.split_once(' ').unwrap();
+        let mut lines = lines.map(Result::unwrap);
+        let line = lines.find(|line| line.contains("/p2pd-"));
+        let line = line.expect("no line was printed");
+        let (pid, directory) = line.split_once(' ').unwrap();
         let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
         kill_process(Pid::from_child(&program), signal).unwrap();
         assert!(!program.wait().unwrap().success());

@@ -142,7 +142,7 @@ async fn invalid_reply_is_a_protocol_error_and_closes_the_connection() {
     ];
     let daemon = FakeDaemon::new();
     let client = daemon.client();
-    for (bytes, words) in invalid_replies {
+    for (bytes, expected) in invalid_replies {
         let (outcome, mut connection) = join!(client.identify(), async {
             let mut connection = accept_request(&daemon).await;
             connection.send(&bytes).await;
@@ -150,7 +150,7 @@ async fn invalid_reply_is_a_protocol_error_and_closes_the_connection() {
         });
         let error = outcome.unwrap_err();
         assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
-        assert!(error.to_string().contains(words), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
         assert_eq!(error.context().unwrap().request, "IDENTIFY");
         assert_eq!(connection.frame().await, None);
     }
@@ -229,7 +229,7 @@ async fn connection_with_unsolicited_data_is_not_reused() {
     let client = daemon.client();
     let mut first = assert_usable_anew(&client, &daemon).await;
     let mut another = identity();
-    another.identify.as_mut().unwrap().id = Some("somebody else".into());
+    another.identify.as_mut().unwrap().id = Some("another".into());
     // Without a chance for the runtime to notice.
     first.push(&frame(&another));
     let mut second = assert_usable_anew(&client, &daemon).await;
@@ -339,14 +339,14 @@ async fn refusal_has_the_daemons_message_and_leaves_the_connection_usable() {
             matches!(error, Error::Refused { .. })
         }),
     ];
-    for (words, text, is_right) in refused {
+    for (message, text, is_right) in refused {
         let (outcome, ()) = join!(client.stream_open(&id, ["/a", "/b"]), async {
             connection.request().await;
-            connection.answer(refusal(words)).await;
+            connection.answer(refusal(message)).await;
         });
         let error = outcome.unwrap_err();
         assert!(is_right(&error), "{error:?}");
-        assert_eq!(error.daemon_message(), Some(words));
+        assert_eq!(error.daemon_message(), Some(message));
         let about = format!(" (request STREAM_OPEN, peer {id}, protocol /a, /b)");
         assert_eq!(error.to_string(), format!("{text}{about}"));
     }
@@ -552,10 +552,10 @@ async fn dropped_stream_with_unread_input_delivers_its_output() {
         connection
     });
     let mut stream = stream.unwrap();
-    stream.write_all(b"last words").await.unwrap();
-    connection.push(b"which nobody reads");
+    stream.write_all(b"last bytes").await.unwrap();
+    connection.push(b"never read");
     drop(stream);
-    assert_eq!(connection.bytes(10).await, "last words");
+    assert_eq!(connection.bytes(10).await, "last bytes");
     connection.ended().await;
 }
 
@@ -893,7 +893,7 @@ async fn query_that_is_never_polled_sends_nothing() {
 #[tokio::test]
 async fn invalid_sequence_of_results_ends_in_an_error() {
     let no_value = dht(Value, "");
-    for (message, words) in [
+    for (message, expected) in [
         (dht(Begin, ""), "DHT BEGIN after BEGIN"),
         (no_value, "DHTResponse without `value`"),
         (p2pd::DhtResponse::default(), "DHTResponse without `type`"),
@@ -907,7 +907,7 @@ async fn invalid_sequence_of_results_ends_in_an_error() {
         let error = results.next().await.unwrap().unwrap_err();
         assert!(matches!(error, Error::Protocol { .. }));
         let text = error.to_string();
-        assert!(text.contains(words), "{text}");
+        assert!(text.contains(expected), "{text}");
         assert!(text.ends_with("(request DHT SEARCH_VALUE)"), "{text}");
         assert!(results.next().await.is_none());
         connection.ended().await;

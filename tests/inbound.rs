@@ -50,12 +50,9 @@ async fn collect_log() -> tokio::sync::MutexGuard<'static, ()> {
     turn
 }
 
-fn lines_with(words: &str) -> usize {
+fn lines_with(text: &str) -> usize {
     let lines = lines();
-    lines
-        .iter()
-        .filter(|(_, line)| line.contains(words))
-        .count()
+    lines.iter().filter(|(_, line)| line.contains(text)).count()
 }
 
 /// Returns a client that listens for a protocol.
@@ -217,8 +214,8 @@ async fn register_again_is_idempotent() {
     pair.bob.register_again().await.unwrap();
     for (incoming, protocol) in [(&mut alone, "/again-alone"), (&mut shared, "/again-shared")] {
         let opened = pair.alice.stream_open(peer, [protocol]).await.unwrap();
-        let came = within("the stream", incoming.next()).await.unwrap();
-        assert_eq!(came.info().protocol, protocol);
+        let stream = within("the stream", incoming.next()).await.unwrap();
+        assert_eq!(stream.info().protocol, protocol);
         drop(opened);
     }
     // If the daemon had it twice, one registration would be left.
@@ -234,9 +231,9 @@ async fn refused_removal_keeps_the_first_refusals_message() {
     let (client, _incoming, mut control) = listening(&daemon, "/taken").await;
     let (outcome, ()) = join!(client.register_again(), async {
         let kinds = [Type::StreamHandler, Type::RemoveStreamHandler];
-        for (kind, words) in kinds.into_iter().zip(["already set", "does not exist"]) {
+        for (kind, message) in kinds.into_iter().zip(["already set", "does not exist"]) {
             assert_eq!(control.request().await.r#type, Some(kind as i32));
-            control.answer(refusal(words)).await;
+            control.answer(refusal(message)).await;
         }
     });
     assert_eq!(outcome.unwrap_err().daemon_message(), Some("already set"));

@@ -175,9 +175,9 @@ async fn handler_errors_arrive_with_their_message() {
         .await
         .unwrap();
     let (peer, handler, text) = (json(alice), json("rust.fail"), json("words"));
-    let words = json(format!("b\"words\" from {bob}"));
+    let message = json(format!("b\"words\" from {bob}"));
     let how: [(_, &dyn Display); 3] = [("peer", &peer), ("handler", &handler), ("text", &text)];
-    let result = format!(r#"["P2PHandlerError", {words}]"#);
+    let result = format!(r#"["P2PHandlerError", {message}]"#);
     python.does("call", &how, &result).await;
     python.end();
 }
@@ -193,7 +193,7 @@ async fn dropping_a_call_cancels_its_handler() {
     }
     python.says(r#""cancelled""#).await;
 
-    let (endless, mut told) = endless();
+    let (endless, mut events) = endless();
     pair.alice
         .add_unary_handler("rust.endless", false, endless)
         .await
@@ -201,13 +201,13 @@ async fn dropping_a_call_cancels_its_handler() {
     let (peer, handler) = (json(pair.alice_daemon.peer_id()), json("rust.endless"));
     let how: [(_, &dyn Display); 3] = [("peer", &peer), ("handler", &handler), ("text", &"\"\"")];
     let call = python.begin("call", &how);
-    assert_eq!(within("the call", told.recv()).await, Some("begun"));
+    assert_eq!(within("the call", events.recv()).await, Some("begun"));
     let cancel = python.begin("cancel", &[("call", &call)]);
     python.says(&format!("[{cancel}, true]")).await;
     python
         .says(&format!(r#"[{call}, ["CancelledError", ""]]"#))
         .await;
-    assert_eq!(within("the cancel", told.recv()).await, Some("given up"));
+    assert_eq!(within("the cancel", events.recv()).await, Some("given up"));
     python.end();
 }
 

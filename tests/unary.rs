@@ -32,8 +32,8 @@ async fn echo(call: UnaryCall) -> Result<Bytes, Infallible> {
     Ok(call.payload)
 }
 
-async fn next(told: &mut UnboundedReceiver<&'static str>) -> &'static str {
-    within("the handler", told.recv()).await.unwrap()
+async fn next(events: &mut UnboundedReceiver<&'static str>) -> &'static str {
+    within("the handler", events.recv()).await.unwrap()
 }
 
 fn handler_failed<T: std::fmt::Debug>(outcome: Result<T, Error>) -> String {
@@ -194,27 +194,23 @@ async fn handler_error_is_sent_to_the_caller() {
 async fn unknown_protocol_or_peer_is_refused_at_once() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
-    let error = pair
-        .alice
-        .call_unary(bob, "nobody's", "")
-        .await
-        .unwrap_err();
+    let error = pair.alice.call_unary(bob, "unknown", "").await.unwrap_err();
     assert!(matches!(&error, Error::Refused { .. }), "{error:?}");
-    let words = error.daemon_message().unwrap();
-    assert!(words.contains("protocols not supported"), "{words}");
+    let message = error.daemon_message().unwrap();
+    assert!(message.contains("protocols not supported"), "{message}");
     assert_eq!(
         error.context().unwrap().protocol.as_deref(),
-        Some("nobody's")
+        Some("unknown")
     );
 
-    let (nobody, _) = stranger();
+    let (unknown, _) = stranger();
     let error = pair
         .alice
-        .call_unary(&nobody, "echo", "")
+        .call_unary(&unknown, "echo", "")
         .await
         .unwrap_err();
     assert!(matches!(&error, Error::Refused { .. }), "{error:?}");
-    assert_eq!(error.context().unwrap().peer, Some(nobody));
+    assert_eq!(error.context().unwrap().peer, Some(unknown));
 }
 
 #[tokio::test]
@@ -237,8 +233,8 @@ async fn message_over_the_limit_fails_only_its_call() {
         .alice
         .call_unary(bob, "growing", vec![0; 1 << 20])
         .await;
-    let words = handler_failed(outcome);
-    assert!(words.contains("bytes"), "{words}");
+    let message = handler_failed(outcome);
+    assert!(message.contains("bytes"), "{message}");
     let reply = pair.alice.call_unary(bob, "growing", "ab").await;
     assert_eq!(reply.unwrap(), "abababab");
 }
@@ -247,23 +243,23 @@ async fn message_over_the_limit_fails_only_its_call() {
 async fn dropped_and_timed_out_calls_cancel_their_handlers() {
     let pair = pair().await;
     let bob = pair.bob_daemon.peer_id();
-    let (handler, mut told) = endless();
+    let (handler, mut events) = endless();
     pair.bob
         .add_unary_handler("endless", false, handler)
         .await
         .unwrap();
     select! {
         _ = pair.alice.call_unary(bob, "endless", "") => panic!("it has ended"),
-        begun = next(&mut told) => assert_eq!(begun, "begun"),
+        begun = next(&mut events) => assert_eq!(begun, "begun"),
     }
-    assert_eq!(next(&mut told).await, "given up");
+    assert_eq!(next(&mut events).await, "given up");
 
     let limit = Duration::from_millis(300);
     let hasty = pair.alice.with_timeout(limit);
     let outcome = hasty.call_unary(bob, "endless", "").await;
     assert!(matches!(outcome, Err(Error::Timeout { after: Some(after), .. }) if after == limit));
-    assert_eq!(next(&mut told).await, "begun");
-    assert_eq!(next(&mut told).await, "given up");
+    assert_eq!(next(&mut events).await, "begun");
+    assert_eq!(next(&mut events).await, "given up");
 }
 
 #[tokio::test]
@@ -325,12 +321,12 @@ async fn protocol_has_one_handler_until_it_is_removed() {
 async fn close_fails_pending_calls_and_sends_errors_to_callers_of_handlers() {
     let pair = pair().await;
     let (alice, bob) = (pair.alice_daemon.peer_id(), pair.bob_daemon.peer_id());
-    let (handler, mut told) = endless();
+    let (handler, mut events) = endless();
     pair.bob
         .add_unary_handler("closing", false, handler)
         .await
         .unwrap();
-    let (handler, mut also_told) = endless();
+    let (handler, mut more_events) = endless();
     pair.alice
         .add_unary_handler("closing", false, handler)
         .await
@@ -339,8 +335,8 @@ async fn close_fails_pending_calls_and_sends_errors_to_callers_of_handlers() {
         pair.alice.call_unary(bob, "closing", ""),
         pair.bob.call_unary(alice, "closing", ""),
         async {
-            assert_eq!(next(&mut told).await, "begun");
-            assert_eq!(next(&mut also_told).await, "begun");
+            assert_eq!(next(&mut events).await, "begun");
+            assert_eq!(next(&mut more_events).await, "begun");
             pair.bob.close().await;
         }
     );
@@ -350,8 +346,8 @@ async fn close_fails_pending_calls_and_sends_errors_to_callers_of_handlers() {
     );
     let error = from_bob.unwrap_err();
     assert!(matches!(error, Error::ConnectionLost { .. }), "{error:?}");
-    assert_eq!(next(&mut told).await, "given up");
-    assert_eq!(next(&mut also_told).await, "given up");
+    assert_eq!(next(&mut events).await, "given up");
+    assert_eq!(next(&mut more_events).await, "given up");
     assert_eq!(pair.bob.unary_handlers(), [""; 0]);
     // The client reopens its connection; the daemon may be slow to notice that the first has ended.
     eventually(async || Ok(pair.bob.add_unary_handler("closing", false, echo).await?)).await;
@@ -365,7 +361,7 @@ async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_
     let control = daemon.control_maddr().clone();
     let far_daemon = bare_daemon().spawn().await.unwrap();
     let far = far_daemon.client().await.unwrap();
-    let (handler, mut told) = endless();
+    let (handler, mut events) = endless();
     far.add_unary_handler("endless", false, handler)
         .await
         .unwrap();
@@ -379,7 +375,7 @@ async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_
     let calls = join_all((0..100).map(|_| client.call_unary(far_daemon.peer_id(), "endless", "")));
     let (outcomes, ()) = join!(within("the end", calls), async {
         for _ in 0..100 {
-            assert_eq!(next(&mut told).await, "begun");
+            assert_eq!(next(&mut events).await, "begun");
         }
         drop(daemon); // killed, so it closes nothing in an orderly way
     });
@@ -387,7 +383,7 @@ async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_
         assert!(matches!(outcome, Err(Error::ConnectionLost { .. })));
     }
     for _ in 0..100 {
-        assert_eq!(next(&mut told).await, "given up");
+        assert_eq!(next(&mut events).await, "given up");
     }
     let error = client.call_unary(far_daemon.peer_id(), "endless", "").await;
     assert!(matches!(error, Err(Error::Unreachable { .. })));
@@ -516,9 +512,9 @@ fn reply(data: impl Into<Bytes>) -> Answer {
     })
 }
 
-fn daemon_error(words: &str) -> Answer {
+fn daemon_error(message: &str) -> Answer {
     Answer::DaemonError(p2pd::DaemonError {
-        message: Some(words.to_owned().into()),
+        message: Some(message.to_owned().into()),
     })
 }
 
@@ -861,8 +857,8 @@ async fn replies_with_unknown_call_ids_are_ignored_and_an_empty_reply_fails_only
             if call == "two" {
                 std::mem::swap(&mut one, &mut two);
             }
-            connection.reply(&id(9), "to nobody").await;
-            connection.answer(&id(8), daemon_error("to nobody")).await;
+            connection.reply(&id(9), "to unknown").await;
+            connection.answer(&id(8), daemon_error("to unknown")).await;
             connection
                 .answer(&id(7), Answer::Cancel(p2pd::Cancel {}))
                 .await;
@@ -909,22 +905,22 @@ async fn call_without_a_handler_is_answered_with_an_error() {
         serving(&daemon, "served", async |call: UnaryCall| Ok(call.payload)).await;
     connection.answer(&id(1), incoming("unserved", "")).await;
     let (answered, reply) = connection.response().await;
-    let words = "no handler for the protocol \"unserved\"";
-    assert_eq!((answered, reply), (id(1), Reply::Error(words.into())));
+    let message = "no handler for the protocol \"unserved\"";
+    assert_eq!((answered, reply), (id(1), Reply::Error(message.into())));
     assert_usable(&client, &mut connection).await;
 }
 
 #[tokio::test]
 async fn cancelled_handler_is_dropped_and_sends_nothing() {
     let daemon = FakeDaemon::new();
-    let (handler, mut told) = endless();
+    let (handler, mut events) = endless();
     let (client, mut connection) = serving(&daemon, "endless", handler).await;
     connection.answer(&id(1), incoming("endless", "")).await;
-    assert_eq!(next(&mut told).await, "begun");
+    assert_eq!(next(&mut events).await, "begun");
     connection
         .answer(&id(1), Answer::Cancel(p2pd::Cancel {}))
         .await;
-    assert_eq!(next(&mut told).await, "given up");
+    assert_eq!(next(&mut events).await, "given up");
     assert_usable(&client, &mut connection).await;
 }
 
@@ -932,19 +928,19 @@ async fn cancelled_handler_is_dropped_and_sends_nothing() {
 async fn running_handlers_are_dropped_with_the_connection_or_the_client() {
     for by_daemon in [true, false] {
         let daemon = FakeDaemon::new();
-        let (handler, mut told) = endless();
+        let (handler, mut events) = endless();
         let (client, mut connection) = serving(&daemon, "endless", handler).await;
         connection.answer(&id(1), incoming("endless", "")).await;
-        assert_eq!(next(&mut told).await, "begun");
+        assert_eq!(next(&mut events).await, "begun");
         if by_daemon {
             drop(connection);
-            assert_eq!(next(&mut told).await, "given up");
+            assert_eq!(next(&mut events).await, "given up");
         } else {
             drop(client);
-            assert_eq!(next(&mut told).await, "given up");
+            assert_eq!(next(&mut events).await, "given up");
             let (answered, reply) = connection.response().await;
-            let words = "the handler's client was closed";
-            assert_eq!((answered, reply), (id(1), Reply::Error(words.into())));
+            let message = "the handler's client was closed";
+            assert_eq!((answered, reply), (id(1), Reply::Error(message.into())));
             connection.0.ended().await;
         }
     }
@@ -1062,15 +1058,15 @@ async fn call_over_the_limit_is_answered_with_its_size_and_the_limit() {
     });
     connection.answer(&id(1), oversized).await;
     connection.answer(&id(2), incoming("served", "ping")).await;
-    let (refused, words) = connection.response().await;
-    let Reply::Error(words) = words else {
-        panic!("{words:?}")
+    let (refused, message) = connection.response().await;
+    let Reply::Error(message) = message else {
+        panic!("{message:?}")
     };
-    let words = String::from_utf8(words.to_vec()).unwrap();
+    let message = String::from_utf8(message.to_vec()).unwrap();
     assert_eq!(refused, id(1));
     assert!(
-        words.contains("the call of 300") && words.contains("limit of 1000"),
-        "{words}"
+        message.contains("the call of 300") && message.contains("limit of 1000"),
+        "{message}"
     );
     assert_eq!(
         connection.response().await,
@@ -1191,7 +1187,7 @@ async fn dropping_the_first_call_does_not_end_hiveminds_daemon() {
     let client = daemon.client().await.unwrap();
     // Drops the call at various points of the upgrade.
     for polls in 1..20 {
-        let mut calling = Box::pin(client.call_unary(daemon.peer_id(), "nobody", ""));
+        let mut calling = Box::pin(client.call_unary(daemon.peer_id(), "unknown", ""));
         for _ in 0..polls {
             select! {
                 biased;
@@ -1202,7 +1198,7 @@ async fn dropping_the_first_call_does_not_end_hiveminds_daemon() {
     }
     client.open_unary().await.unwrap();
     assert_eq!(client.identify().await.unwrap().peer_id, *daemon.peer_id());
-    let refused = client.call_unary(daemon.peer_id(), "nobody", "").await;
+    let refused = client.call_unary(daemon.peer_id(), "unknown", "").await;
     assert!(refused.is_err());
     assert_eq!(client.identify().await.unwrap().peer_id, *daemon.peer_id());
 }
