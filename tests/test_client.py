@@ -896,3 +896,34 @@ async def test_sub_clients_share_the_connections_of_the_client(pair: Pair) -> No
     alone = ControlClient(DaemonConnector(pair.alice_daemon.control_maddr))
     assert await alone.identify() == await client.identify()
     await alone.close()
+
+
+async def test_client_shows_the_attributes_of_its_sub_clients(pair: Pair) -> None:
+    client = pair.alice
+    assert str(client.control_maddr) == pair.alice_daemon.control_maddr
+    assert client.listen_maddr == client.control.listen_maddr
+    assert client.listener_stats == client.control.stats
+    assert client.unary_handlers == {}
+
+
+@pytest.mark.needs("unary")
+async def test_register_again_registers_the_handlers_of_streams_and_of_unary_calls() -> None:
+    async def echo(request: bytes, caller: PeerID) -> bytes:
+        return request
+
+    with DaemonProcess() as daemon, DaemonProcess() as other:
+        async with daemon.client() as client, client.listen(), daemon.client() as rival:
+            for proto in ("/taken", "/free"):
+                await client.stream_handler(proto, greeter(b"first"))
+            await client.add_unary_handler("echo", echo)
+            assert set(client.unary_handlers) == {"echo"}
+            daemon.restart()
+            async with rival.listen(), other.client() as caller:
+                await rival.stream_handler("/taken", greeter(b"second"))
+                with pytest.raises(DaemonRefused) as error:
+                    await client.register_again()
+                assert error.value.protocol == "/taken"
+                await caller.connect(daemon.peer_id, daemon.addrs)
+                assert await greeting(caller, daemon.peer_id, "/free") == b"first"
+                assert await greeting(caller, daemon.peer_id, "/taken") == b"second"
+                assert await caller.call_unary(daemon.peer_id, "echo", b"hello") == b"hello"

@@ -1,19 +1,20 @@
-"""The client: everything that can be asked of a daemon, in one object."""
+"""The client: all requests to a daemon, in one object."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from p2pclient_rs._native import Identity, PeerID, PeerInfo, PublicKey, StreamInfo
+from p2pclient_rs._native import Identity, Multiaddr, PeerID, PeerInfo, PublicKey, StreamInfo
 from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
 from p2pclient_rs.connmgr import ConnectionManagerClient
 from p2pclient_rs.control import ControlClient, StreamHandler
 from p2pclient_rs.dht import DHTClient
+from p2pclient_rs.exceptions import DaemonRefused
 from p2pclient_rs.handlers import DEFAULT_LINGER
-from p2pclient_rs.listening import Listening
+from p2pclient_rs.listening import ListenerStats, Listening
 from p2pclient_rs.opened import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
@@ -36,37 +37,46 @@ __all__ = ["Client"]
 class Client:
     """A client of one libp2p daemon, for asyncio, uvloop and trio.
 
-    Connections are made when needed and kept for the next request. Peer ids and addresses may be
-    given as text. Every ``timeout`` is in seconds and bounds the whole call; none means the
-    daemon's own, which is 60 s where it has one. What goes wrong is a subclass of
-    ``ControlFailure``; see ``p2pclient_rs.exceptions``.
+    Requests are grouped by family (``client.dht.find_peer``), and each is also a method of the
+    client itself (``client.dht_find_peer``). The client opens control connections when it needs
+    them and reuses them. Peer ids and addresses may be given as text.
+
+    Every ``timeout`` is in seconds and bounds the whole call. Without one, the daemon's own limit
+    applies: 60 s for requests that ask other peers, none for others. A request that fails raises a
+    subclass of ``ControlFailure``; see ``p2pclient_rs.exceptions``.
 
     Args:
-        control_maddr: The daemon's control socket: ``/unix/PATH`` or
-            ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``; ``/unix/tmp/p2pd.sock`` if none.
-        listen_maddr: Where the daemon is to connect to for inbound streams, likewise. If none, a
-            unix socket in a new directory that only this user can look into; a daemon that runs as
-            another user, or on another machine, needs an address that it can reach.
-        persistent_conn_max_msg_size: The largest message of a unary call, in bytes; what the
-            daemon was started with. None takes the daemon's limit if it can be found out, and
-            4 MiB otherwise.
-        max_unanswered, max_unanswered_bytes, hold: The bounds of peers' unary calls in progress,
-            and how long, in seconds, peers wait before the calls over them are refused; see
+        control_maddr: The address of the daemon's control socket: ``/unix/PATH`` or
+            ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``. The default is ``/unix/tmp/p2pd.sock``.
+        listen_maddr: The address, of the same form, at which the client listens for inbound
+            streams. The default is a unix socket in a new directory that only this user can read.
+            A daemon that runs as another user or on another machine needs an address that it can
+            reach.
+        persistent_conn_max_msg_size: The largest message of a unary call, in bytes. It must not
+            exceed the limit that the daemon was started with. None uses the daemon's limit if the
+            client can find it out, and 4 MiB otherwise.
+        max_unanswered, max_unanswered_bytes, hold: The limits for peers' unary calls in progress,
+            and how long, in seconds, peers wait before calls over the limit are refused; see
             ``UnaryClient``.
 
     Attributes:
         control: Peers, connections and streams.
         dht: The DHT.
         connmgr: The connection manager.
-        peerstore: What the JavaScript daemon knows of peers.
-        pubsub: Pubsub.
-        unary: Unary calls, which hivemind's daemon has.
+        peerstore: What the JavaScript daemon knows about peers.
+        pubsub: Publish and subscribe.
+        unary: Unary calls, which only hivemind's daemon supports.
 
     Raises:
-        InvalidMultiaddr: An address is no multiaddr (a ValueError).
+        InvalidMultiaddr: An address is not a multiaddr (a ValueError).
 
-    A client belongs to the process that made it: used in a forked child it raises
+    A client belongs to the process that created it. Using it in a forked child raises
     ``ForkedClientError``.
+
+    Example:
+        async with Client(control_maddr) as client:
+            peer_id, addrs = await client.identify()
+            print(f"daemon {peer_id} listens on {addrs}")
     """
 
     control: ControlClient
@@ -103,6 +113,26 @@ class Client:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.control.daemon_connector.control_maddr}>"
 
+    @property
+    def control_maddr(self) -> Multiaddr:
+        """The address of the daemon's control socket."""
+        return self.control.daemon_connector.control_maddr
+
+    @property
+    def listen_maddr(self) -> Multiaddr:
+        """The address at which the client listens for inbound streams, or will listen."""
+        return self.control.listen_maddr
+
+    @property
+    def listener_stats(self) -> ListenerStats:
+        """The numbers of accepted and refused inbound streams since the client was created."""
+        return self.control.stats
+
+    @property
+    def unary_handlers(self) -> Mapping[str, UnaryHandler]:
+        """The unary handlers by name, as a read-only copy."""
+        return self.unary.handlers
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -115,8 +145,19 @@ class Client:
         await self.close()
 
     def listen(self) -> Listening[Self]:
-        """Accepts inbound streams, and has them handled: within ``async with client.listen():``, or
-        from ``await client.listen()`` on until ``close()``; see ``ControlClient.listen``."""
+        """Accepts inbound streams and calls their handlers. See ``ControlClient.listen``.
+
+        ``async with client.listen():`` listens until the block ends, ``await client.listen()``
+        until ``close()``. Both return the client.
+
+        Raises:
+            ControlFailure: The client is already listening.
+            OSError: The address cannot be listened on.
+
+        Example:
+            async with client.listen():
+                await client.stream_handler("/echo/1", echo)
+        """
         return Listening(self._listen_within, self._listen_from_now_on)
 
     @asynccontextmanager
@@ -129,10 +170,9 @@ class Client:
         return self
 
     async def close(self) -> None:
-        """Stops listening and serving unary calls, cancels the handlers at work and closes the idle
-        connections and the persistent one.
+        """Stops listening, cancels running handlers, and closes idle connections.
 
-        Streams and subscriptions stay open. A later call opens connections again.
+        Streams and subscriptions stay open. Later requests open connections again.
         """
         self.unary.close()
         await self.control.close()
@@ -140,7 +180,7 @@ class Client:
     # --- control ---
 
     async def identify(self, *, timeout: float | None = None) -> Identity:
-        """The daemon's peer id and addresses: unpacks as ``(peer_id, addrs)``."""
+        """Returns the daemon's peer id and addresses; unpacks as ``(peer_id, addrs)``."""
         return await self.control.identify(timeout=timeout)
 
     async def connect(
@@ -150,22 +190,50 @@ class Client:
         *,
         timeout: float | None = None,
     ) -> None:
-        """Connects to a peer at any of its addresses; see ``ControlClient.connect``."""
+        """Connects to a peer. See ``ControlClient.connect``.
+
+        Args:
+            peer_id: The peer.
+            maddrs: Its addresses. One that works is enough.
+            timeout: In seconds.
+
+        Raises:
+            DaemonRefused: The peer cannot be reached, or another peer answers there.
+
+        Example:
+            await client.connect(peer_id, ["/ip4/127.0.0.1/tcp/4001"], timeout=10)
+        """
         await self.control.connect(peer_id, maddrs, timeout=timeout)
 
     async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
-        """Closes every connection to a peer; there need be none."""
+        """Closes all connections to a peer. It is no error if there are none."""
         await self.control.disconnect(peer_id, timeout=timeout)
 
     async def list_peers(self, *, timeout: float | None = None) -> tuple[PeerInfo, ...]:
-        """The connected peers: one entry for each connection, so a peer can be there twice."""
+        """Returns the connected peers, one entry for each connection."""
         return await self.control.list_peers(timeout=timeout)
 
     async def stream_open(
         self, peer_id: PeerIDLike, protocols: Sequence[str], *, timeout: float | None = None
     ) -> OpenedStream[StreamInfo]:
-        """Opens a stream to a peer. The result is used as the stream, or unpacked as
-        ``(info, stream)``; see ``ControlClient.stream_open``."""
+        """Opens a stream to a peer. See ``ControlClient.stream_open``.
+
+        Args:
+            peer_id: The peer.
+            protocols: Protocol ids, the preferred one first.
+            timeout: In seconds.
+
+        Returns:
+            The stream; it also unpacks as ``(info, stream)``.
+
+        Raises:
+            DaemonRefused: The peer cannot be reached or supports none of the protocols.
+
+        Example:
+            async with await client.stream_open(peer_id, ["/echo/1"]) as stream:
+                await stream.send(b"hello")
+                print(await stream.receive())
+        """
         return await self.control.stream_open(peer_id, protocols, timeout=timeout)
 
     async def stream_handler(
@@ -177,14 +245,21 @@ class Client:
         linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
-        """Has inbound streams of a protocol handled while this client listens; see
-        ``ControlClient.stream_handler``."""
+        """Registers a handler for inbound streams. See ``ControlClient.stream_handler``.
+
+        Example:
+            async def echo(info: StreamInfo, stream: Stream) -> None:
+                async for chunk in stream:
+                    await stream.send(chunk)
+
+            await client.stream_handler("/echo/1", echo)
+        """
         await self.control.stream_handler(
             proto, handler_cb, balanced=balanced, linger=linger, timeout=timeout
         )
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
-        """Takes back ``stream_handler``; see ``ControlClient.remove_stream_handler``."""
+        """Removes a handler for inbound streams. See ``ControlClient.remove_stream_handler``."""
         await self.control.remove_stream_handler(proto, timeout=timeout)
 
     # --- unary calls ---
@@ -192,7 +267,12 @@ class Client:
     def call_unary(
         self, peer_id: PeerIDLike, proto: str, data: Buffer, *, timeout: float | None = None
     ) -> Coroutine[Any, Any, bytes]:
-        """Calls a peer's unary handler; the reply is to be awaited. See ``UnaryClient.call``."""
+        """Calls a peer's unary handler; awaiting the result returns the reply. See
+        ``UnaryClient.call``.
+
+        Example:
+            reply = await client.call_unary(peer_id, "square", b"12", timeout=5)
+        """
         return self.unary.call(peer_id, proto, data, timeout=timeout)
 
     async def add_unary_handler(
@@ -203,29 +283,60 @@ class Client:
         balanced: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Serves the peers' unary calls of a name; see ``UnaryClient.add_handler``."""
+        """Registers a handler for peers' unary calls. See ``UnaryClient.add_handler``.
+
+        Example:
+            async def square(request: bytes, caller: PeerID) -> bytes:
+                return b"%d" % (int(request) ** 2)
+
+            await client.add_unary_handler("square", square)
+        """
         await self.unary.add_handler(proto, handler, balanced=balanced, timeout=timeout)
 
     async def remove_unary_handler(self, proto: str, *, timeout: float | None = None) -> None:
-        """Takes back ``add_unary_handler``; see ``UnaryClient.remove_handler``."""
+        """Removes a handler for unary calls. See ``UnaryClient.remove_handler``."""
         await self.unary.remove_handler(proto, timeout=timeout)
+
+    async def open_unary(self, *, timeout: float | None = None) -> None:
+        """Opens the connection for unary calls now instead of at the first call. See
+        ``UnaryClient.open``."""
+        await self.unary.open(timeout=timeout)
+
+    async def register_again(self, *, timeout: float | None = None) -> None:
+        """Registers the handlers of streams and unary calls at a restarted daemon.
+
+        ``Daemon(restart=...)`` does this for the clients that it created. Stream handlers are
+        registered only while the client listens.
+
+        Args:
+            timeout: For each handler, in seconds.
+
+        Raises:
+            DaemonRefused: Another client has taken a protocol. All other handlers are registered.
+        """
+        try:
+            await self.control.register_again(timeout=timeout)
+        except DaemonRefused:
+            await self.unary.register_again()
+            raise
+        await self.unary.register_again()
 
     # --- connection manager ---
 
     async def connmgr_tag_peer(
         self, peer_id: PeerIDLike, tag: str, weight: int, *, timeout: float | None = None
     ) -> None:
-        """Gives a peer a tag; connections to peers with more weight are kept longer."""
+        """Tags a peer; its connections are kept longer the higher the total weight of its tags."""
         await self.connmgr.tag_peer(peer_id, tag, weight, timeout=timeout)
 
     async def connmgr_untag_peer(
         self, peer_id: PeerIDLike, tag: str, *, timeout: float | None = None
     ) -> None:
-        """Takes a tag off a peer."""
+        """Removes a tag from a peer."""
         await self.connmgr.untag_peer(peer_id, tag, timeout=timeout)
 
     async def connmgr_trim(self, *, timeout: float | None = None) -> None:
-        """Closes connections down to the low-water mark."""
+        """Closes connections until the low-water mark is reached."""
         await self.connmgr.trim(timeout=timeout)
 
     # --- peerstore ---
@@ -233,82 +344,94 @@ class Client:
     async def peerstore_get_protocols(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> tuple[str, ...]:
-        """The protocols that a peer is known to speak (JavaScript daemon); see
+        """Returns the protocols that a peer is known to support (JavaScript daemon). See
         ``PeerstoreClient.get_protocols``."""
         return await self.peerstore.get_protocols(peer_id, timeout=timeout)
 
     async def peerstore_get_peer_info(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> PeerInfo:
-        """The addresses that a peer is known to have (JavaScript daemon); see
+        """Returns the known addresses of a peer (JavaScript daemon). See
         ``PeerstoreClient.get_peer_info``."""
         return await self.peerstore.get_peer_info(peer_id, timeout=timeout)
 
     # --- DHT ---
 
     async def dht_find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
-        """The addresses of a peer."""
+        """Finds the addresses of a peer. See ``DHTClient.find_peer``."""
         return await self.dht.find_peer(peer_id, timeout=timeout)
 
     def dht_find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """The peers connected to a peer. Today's Go daemons refuse it as not supported."""
+        """Finds the peers connected to a peer. Current Go daemons refuse it as not supported."""
         return self.dht.find_peers_connected_to_peer(peer_id, timeout=timeout)
 
     def dht_find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """At most ``count`` providers of the content with a binary CID."""
+        """Finds peers that provide a content. See ``DHTClient.find_providers``.
+
+        Example:
+            providers = await client.dht_find_providers(cid, 20)  # all at once
+            async for provider in client.dht_find_providers(cid, 20):  # as they are found
+                print(provider.peer_id, provider.addrs)
+        """
         return self.dht.find_providers(content_id_bytes, count, timeout=timeout)
 
     def dht_get_closest_peers(self, key: bytes, *, timeout: float | None = None) -> Results[PeerID]:
-        """The peers closest to a key."""
+        """Finds the peers closest to a key. See ``DHTClient.get_closest_peers``."""
         return self.dht.get_closest_peers(key, timeout=timeout)
 
     async def dht_get_public_key(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> PublicKey:
-        """The public key of a peer."""
+        """Finds the public key of a peer. See ``DHTClient.get_public_key``."""
         return await self.dht.get_public_key(peer_id, timeout=timeout)
 
     async def dht_get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
-        """The best value found for a key."""
+        """Finds the best value for a key. See ``DHTClient.get_value``."""
         return await self.dht.get_value(key, timeout=timeout)
 
     def dht_search_value(self, key: bytes, *, timeout: float | None = None) -> Results[bytes]:
-        """The values found for a key, each better than the one before."""
+        """Finds values for a key, each better than the one before. See
+        ``DHTClient.search_value``."""
         return self.dht.search_value(key, timeout=timeout)
 
     async def dht_put_value(
         self, key: bytes, value: bytes, *, timeout: float | None = None
     ) -> None:
-        """Stores a record: only ``/pk/…`` and ``/ipns/…`` keys with valid values will do."""
+        """Stores a record. See ``DHTClient.put_value``."""
         await self.dht.put_value(key, value, timeout=timeout)
 
     async def dht_provide(self, cid: bytes, *, timeout: float | None = None) -> None:
-        """Announces that this peer has the content with a binary CID."""
+        """Announces that the daemon's peer provides a content. See ``DHTClient.provide``."""
         await self.dht.provide(cid, timeout=timeout)
 
     # --- pubsub ---
 
     async def pubsub_get_topics(self, *, timeout: float | None = None) -> tuple[str, ...]:
-        """The topics that the daemon is subscribed to."""
+        """Returns the topics that the daemon is subscribed to."""
         return await self.pubsub.get_topics(timeout=timeout)
 
     async def pubsub_list_peers(
         self, topic: str, *, timeout: float | None = None
     ) -> tuple[PeerID, ...]:
-        """The peers known to be subscribed to a topic."""
+        """Returns the peers known to be subscribed to a topic."""
         return await self.pubsub.list_peers(topic, timeout=timeout)
 
     async def pubsub_publish(
         self, topic: str, data: bytes, *, timeout: float | None = None
     ) -> None:
-        """Sends data to the subscribers of a topic."""
+        """Publishes data on a topic. See ``PubSubClient.publish``."""
         await self.pubsub.publish(topic, data, timeout=timeout)
 
     async def pubsub_subscribe(self, topic: str, *, timeout: float | None = None) -> Subscription:
-        """The messages published to a topic from now on: an async iterator of
-        ``PubsubMessage``, and a stream of the messages as the daemon sends them."""
+        """Subscribes to a topic. See ``PubSubClient.subscribe``.
+
+        Example:
+            async with await client.pubsub_subscribe("news") as subscription:
+                async for message in subscription:
+                    print(message.peer_id, message.data)
+        """
         return await self.pubsub.subscribe(topic, timeout=timeout)

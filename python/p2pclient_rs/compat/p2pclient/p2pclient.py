@@ -60,6 +60,12 @@ class Client(client.Client):
     if TYPE_CHECKING:
         # The connector's types say what these return.
 
+        @property
+        def control_maddr(self) -> Multiaddr: ...
+
+        @property
+        def listen_maddr(self) -> Multiaddr: ...
+
         async def identify(  # type: ignore[override]
             self, *, timeout: float | None = None
         ) -> tuple[ID, tuple[Multiaddr, ...]]: ...
