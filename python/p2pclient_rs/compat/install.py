@@ -1,4 +1,4 @@
-"""``install()``: puts the API compatibility layers in the place of p2pclient and hivemind.
+"""``install()``: replaces p2pclient and hivemind's bindings by the API compatibility layers.
 
 One import hook does it, and imports nothing ahead of time. For the name ``p2pclient`` it returns
 this package's own module objects, so that a class is the same under both names. hivemind is
@@ -57,9 +57,9 @@ class Replacement:
         name: The package's import name.
         layer: The name of the API compatibility layer that replaces it.
         original: The original's file; None if it is not installed.
-        imported: Modules that were imported before. For p2pclient, all of them: code that imported
-            names from them keeps the original's objects. For hivemind, those of its modules and of
-            petals' in which a class was replaced; existing clients stay what they are.
+        imported: Modules that were imported before. For p2pclient, all of its modules: code that
+            imported names from them keeps the original's objects. For hivemind, the modules of
+            hivemind and petals in which a class was replaced; existing clients do not change.
         version: The original's version, if it is installed and states one.
         refused: Why the package is not replaced; None if it is. Importing p2pclient, or hivemind's
             bindings, fails for this reason.
@@ -162,14 +162,14 @@ def install(
     """Makes p2pclient and hivemind use this package.
 
     From then on ``import p2pclient``, and the import of any submodule of it, gives this package's
-    layer; and hivemind, with what is built on it, as Petals is, talks to its daemons through the
+    layer; and hivemind, and programs built on it such as Petals, talk to their daemons through the
     clients of `p2pclient_rs.compat.hivemind`.
 
     The originals need not be installed, and may have been imported before. `uninstall` undoes it.
     It holds for this process, for those forked from it, and for those that ``multiprocessing``
     starts from it by ``spawn`` or ``forkserver``. Other processes must call it too, or be started
-    below ``python -m p2pclient_rs run``. A second call does nothing, or adds what was not requested
-    before.
+    below ``python -m p2pclient_rs run``. Another call adds packages and options to those of earlier
+    calls.
 
     Args:
         p2pclient: Whether to replace p2pclient.
@@ -189,7 +189,7 @@ def install(
             the default.
 
     Returns:
-        What is replaced, by this call and earlier ones.
+        A report of all packages that this call and earlier ones replace.
 
     Raises:
         UnsupportedVersion: p2pclient, or hivemind's bindings, were imported before, and their
@@ -434,11 +434,11 @@ def _calls() -> list[dict[str, Any]]:
 
 
 def uninstall() -> None:
-    """Undoes `install`: the names mean again what they meant before.
+    """Undoes `install`.
 
     Restores the modules of p2pclient that had been imported before `install`, and hivemind's own
-    clients in its bindings. Clients made in between stay what they are, and are no longer
-    reconnected. Without an earlier `install` it does nothing.
+    clients in its bindings. Clients made in between do not change, and are no longer reconnected.
+    Does nothing without an earlier `install`.
     """
     global _state
     with _lock:

@@ -21,13 +21,12 @@ CONNECTION_PROTOCOLS = (4, 41, 53, 54, 55, 400)
 
 
 class ConvertedTypes(connector.Types):
-    """Converts what requests return.
+    """Converts the results of requests.
 
     Args:
-        multiaddr: Makes a multiaddr of its bytes.
-        peer_info: Makes a peer's entry of its id and the list of its addresses.
-        stream_info: Makes the description of a stream of the peer's id, its address and the
-            protocol.
+        multiaddr: Makes a multiaddr from its bytes.
+        peer_info: Makes a ``PeerInfo`` from a peer's id and the list of its addresses.
+        stream_info: Makes a ``StreamInfo`` from a peer's id, its address and the protocol.
     """
 
     def __init__(

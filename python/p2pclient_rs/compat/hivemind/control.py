@@ -1,4 +1,4 @@
-"""The daemon's control socket: requests, unary calls, streams, and the listener for them."""
+"""The control client: requests, unary calls, streams, and the listener for inbound streams."""
 
 from __future__ import annotations
 
@@ -74,24 +74,24 @@ __all__ = [
     "write_pbmsg",
 ]
 
-#: What is called for an inbound stream, in a task of its own.
+#: The type of a handler of inbound streams, which runs in a task of its own.
 StreamHandler: TypeAlias = Callable[
     [StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 ]
-#: What is called for an incoming unary call, with the request and the caller.
+#: The type of a handler of incoming unary calls, called with the request and the caller.
 TUnaryHandler: TypeAlias = Callable[[bytes, PeerID], Awaitable[bytes]]
 CallID = UUID
 
 SUPPORTED_PROTOS = ("ip4", "ip6", "dns", "dns4", "dns6", "unix")
 
-#: The largest message of a unary call unless told otherwise, in bytes.
+#: The default size of the largest message of a unary call, in bytes.
 DEFAULT_MAX_MSG_SIZE = 4 * 1024**2
-#: What hivemind sends in one call and not through a stream, in bytes.
+#: The size of the largest payload that hivemind sends in a call; larger ones go through a stream.
 MAX_UNARY_PAYLOAD_SIZE = DEFAULT_MAX_MSG_SIZE // 2
 
 
 class _Default:
-    """Stands for the default of the class."""
+    """The type of the marker for "use the class's default"."""
 
     def __repr__(self) -> str:
         return "<the class's default>"
@@ -101,11 +101,11 @@ _DEFAULT: Final[_Default] = _Default()
 
 _UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
 
-#: How many requests that wait for peers may be under way. hivemind has no bound: peers that do not
-#: answer are not to hold up what goes to the others.
+#: The limit of requests that wait for peers. hivemind has none, and here it is large, so that peers
+#: that do not answer do not hold up requests about others.
 _MAX_CONNECTIONS = 1024
 
-#: How many peer ids are kept: to make one, hivemind computes its base58 in Python.
+#: The size of the cache of peer ids. To make one, hivemind computes its base58 in Python.
 _MAX_PEER_IDS = 4096
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _peer_id(peer: bytes) -> PeerID:
 
 
 class _Types(ConvertedTypes):
-    """Converts what requests return, and what they raise, into hivemind's types."""
+    """Converts the results and the errors of requests into hivemind's types."""
 
     def __init__(self) -> None:
         super().__init__(Multiaddr, PeerInfo, StreamInfo)
@@ -148,25 +148,25 @@ class _Types(ConvertedTypes):
         if peer_id is not None:
             error.peer_id = self.peer_id(peer_id)  # type: ignore[attr-defined]
         if isinstance(error, OwnControlFailure) and error.request in _UNARY_REQUESTS:
-            # Petals tells errors of unary calls apart by hivemind's text: the daemon's words, or
-            # those of its client, which we share.
-            words = error.daemon_message
-            if words is None and type(error) is OwnControlFailure:
-                words = str(error.args[0])
-            if words is not None:
-                error.args = (words,)
+            # Petals distinguishes errors of unary calls by hivemind's text: the daemon's message,
+            # or the message of hivemind's client, which our client uses too.
+            message = error.daemon_message
+            if message is None and type(error) is OwnControlFailure:
+                message = str(error.args[0])
+            if message is not None:
+                error.args = (message,)
                 error._terse = True
         return to_hivemind(error)
 
 
 class DaemonConnector(connector.DaemonConnector):
-    """The way to a daemon's control socket.
+    """Connects to a daemon's control socket.
 
     Args:
-        control_maddr: Where it is; ``/unix/tmp/p2pd.sock`` if None.
+        control_maddr: The socket's address; ``/unix/tmp/p2pd.sock`` if None.
 
     Raises:
-        ValueError: It cannot be the address of a control socket.
+        ValueError: The address cannot be that of a control socket.
     """
 
     DEFAULT_CONTROL_MADDR = connector.DEFAULT_CONTROL_MADDR
@@ -178,7 +178,7 @@ class DaemonConnector(connector.DaemonConnector):
 
     @property
     def proto_code(self) -> int:
-        """The code of the protocol by which ``control_maddr`` is reached."""
+        """The multiaddr code of the protocol by which ``control_maddr`` is reached."""
         return parse_conn_protocol(self.control_maddr)
 
     def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
@@ -190,10 +190,10 @@ class DaemonConnector(connector.DaemonConnector):
     async def open_connection(  # type: ignore[override]
         self, *, timeout: float | None = None
     ) -> tuple[StreamReader, StreamWriter]:
-        """A new connection to the control socket, on which nothing was said yet.
+        """Opens a connection to the control socket, and sends nothing on it.
 
         Raises:
-            ControlFailure: There is no daemon at the address (a ConnectionError, too).
+            ControlFailure: There is no daemon at the address. It is a ConnectionError, too.
         """
         try:
             return reader_and_writer(await super().open_connection(timeout=timeout))
@@ -201,11 +201,11 @@ class DaemonConnector(connector.DaemonConnector):
             raise to_hivemind(error) from error.__cause__
 
     async def open_persistent_connection(self, *args: Any, **kwargs: Any) -> Any:
-        """Called with nothing, a new persistent connection as a reader and a writer, for those who
-        speak its protocol themselves.
+        """Opens a persistent connection. Without arguments, returns a reader and a writer, for
+        callers that implement its protocol themselves, as hivemind's client does.
 
         Raises:
-            ControlFailure: There is no daemon at the address, or not hivemind's.
+            ControlFailure: There is no daemon at the address, or it is not hivemind's.
         """
         if args or kwargs:
             return await super().open_persistent_connection(*args, **kwargs)
@@ -227,28 +227,26 @@ def _unary_setting(name: str, meaning: str) -> Any:
 
 
 class ControlClient(control.ControlClient):
-    """Requests about the daemon itself, its peers and streams; unary calls; the listener for
-    streams. To be made by ``create``.
+    """Requests about the daemon, its peers and streams; unary calls; and the listener for inbound
+    streams. Make one with ``create``.
 
-    All raise hivemind's ``P2PDaemonError``, and ``P2PHandlerError`` for what a peer's handler
+    Its methods raise hivemind's ``P2PDaemonError``, and ``P2PHandlerError`` if a peer's handler
     raised.
 
     Attributes:
-        daemon_connector: The way to the daemon.
-        listen_maddr: Where it listens for streams.
+        daemon_connector: Connects to the daemon. Setting it affects the next request, and the
+            persistent connection when that is opened next.
+        listen_maddr: The address of the listener for inbound streams.
         handlers: The handlers of inbound streams, by protocol.
-        persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
         unary_handlers: The unary handlers, by protocol: a table that is read at each call. Setting
-            an entry replaces the handler that is called, deleting it makes calls fail. Neither
-            tells the daemon. Another table can be put in its place.
-        max_unanswered, max_unanswered_bytes, hold: See ``create``.
-
-    All but the handlers act from the next message on when they are set. ``daemon_connector`` acts
-    from the next request on, and on the persistent connection when that is opened next.
+            an entry replaces the handler, and deleting it makes calls fail; the daemon is not
+            notified of either. The table itself can be replaced.
+        persistent_conn_max_msg_size, max_unanswered, max_unanswered_bytes, hold: See ``create``.
+            Setting one affects the next message.
     """
 
     DEFAULT_LISTEN_MADDR = control.DEFAULT_LISTEN_MADDR
-    #: Defaults of ``create`` for the arguments of these names. hivemind has no such bounds.
+    #: Defaults for the arguments of ``create`` with these names. hivemind has no such limits.
     DEFAULT_MAX_UNANSWERED: int | None = None
     DEFAULT_MAX_UNANSWERED_BYTES: int | None = None
     DEFAULT_HOLD: float | None = DEFAULT_HOLD
@@ -287,7 +285,7 @@ class ControlClient(control.ControlClient):
             hold=self.DEFAULT_HOLD if isinstance(hold, _Default) else hold,
             handlers=self._unary_handlers,  # type: ignore[arg-type]
         )
-        # hivemind's programs end the daemon while replicas use it, and do not expect a word.
+        # hivemind's programs stop the daemon while replicas use it, and expect no warning.
         self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._handler_tasks: HandlerTasks | None = None
@@ -295,14 +293,13 @@ class ControlClient(control.ControlClient):
 
     @property
     def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon. Set later, it is used from then on, and for the next persistent
-        connection; one that is open stays."""
+        """Connects to the daemon."""
         return self._daemon_connector
 
     @daemon_connector.setter
     def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
         if not isinstance(daemon_connector, DaemonConnector):
-            # hivemind's own, from before the swap, or this package's.
+            # One of hivemind's own, made before install(), or of this package.
             daemon_connector = DaemonConnector(daemon_connector.control_maddr)
         self._daemon_connector = daemon_connector
         unary = getattr(self, "_unary", None)
@@ -328,27 +325,27 @@ class ControlClient(control.ControlClient):
         hold: float | None | _Default = _DEFAULT,
         _fallback: int = 2 << 22,
     ) -> Self:
-        """A new client.
+        """Makes a client.
 
         Args:
-            daemon_connector: The way to the daemon.
-            listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
-            use_persistent_conn: Whether the persistent connection is opened now, and not when it
-                is first used.
-            persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
-                None takes the daemon's limit if it can be found out (see
-                ``p2pclient_rs.daemon_limit``), and hivemind's default otherwise.
-            max_unanswered: How many calls of peers may be in progress before no more are read; None
-                for any number. ``DEFAULT_MAX_UNANSWERED`` if not given.
-            max_unanswered_bytes: How many bytes the payloads of calls in progress may have; None
-                for any number. ``DEFAULT_MAX_UNANSWERED_BYTES`` if not given.
-            hold: How long reading may pause because of these two, in seconds, before the calls
-                over the bound are refused; None for as long as they are exceeded.
-                ``DEFAULT_HOLD`` if not given.
+            daemon_connector: Connects to the daemon.
+            listen_maddr: The address of the listener for inbound streams;
+                ``/unix/tmp/p2pclient.sock`` if None.
+            use_persistent_conn: Whether to open the persistent connection now, rather than at its
+                first use.
+            persistent_conn_max_msg_size: The size of the largest message of a unary call to send,
+                in bytes. None means the daemon's limit if it can be determined (see
+                ``p2pclient_rs.daemon_limit``), or else hivemind's default.
+            max_unanswered: The number of calls by peers in progress from which no more are read;
+                None for no limit. By default ``DEFAULT_MAX_UNANSWERED``.
+            max_unanswered_bytes: The same for the total size of their payloads, in bytes. By
+                default ``DEFAULT_MAX_UNANSWERED_BYTES``.
+            hold: How long reading may pause because of these limits, in seconds, before calls above
+                them are refused; None to never refuse any. By default ``DEFAULT_HOLD``.
 
         Raises:
-            ValueError: A limit is negative or no number.
-            ControlFailure: There is no daemon at the address, or not hivemind's.
+            ValueError: A limit is negative or not a number.
+            ControlFailure: There is no daemon at the address, or it is not hivemind's.
         """
         client = cls(
             daemon_connector,
@@ -363,16 +360,17 @@ class ControlClient(control.ControlClient):
         if use_persistent_conn:
             await client._unary.open()
             if persistent_conn_max_msg_size is not None:
-                # For replicas, in this process or in forked ones, that are not told.
+                # For replicas in this process or in forked ones, which get no such argument.
                 maddr = client.daemon_connector.control_maddr
                 daemon_limit.remember(maddr, persistent_conn_max_msg_size)
         return client
 
     def close(self) -> None:  # type: ignore[override]
-        """Closes the persistent connection and the idle ones; unary calls and handlers at work end.
+        """Closes the persistent connection and the idle ones. Unary calls fail, and running unary
+        handlers are cancelled.
 
-        Listening and streams go on. May be called from any thread, with the event loop closed, and
-        in a forked child, where it leaves alone what is the parent's.
+        The listener and streams stay open. May be called from any thread, after the event loop is
+        closed, and in a forked child, where it does not affect the parent's connections.
         """
         self._closed = True
         self._unary.close()
@@ -413,22 +411,22 @@ class ControlClient(control.ControlClient):
     async def add_unary_handler(
         self, proto: str, handler: TUnaryHandler, balanced: bool = False
     ) -> None:
-        """Serves the peers' unary calls of a protocol; see ``UnaryClient.add_handler``."""
+        """Serves peers' unary calls of a protocol; see ``UnaryClient.add_handler``."""
         await self._unary.add_handler(proto, handler, balanced=balanced)
 
     async def remove_unary_handler(self, proto: str) -> None:
-        """Takes back ``add_unary_handler``."""
+        """Undoes ``add_unary_handler``."""
         await self._unary.remove_handler(proto)
 
     def call_unary_handler(self, peer_id: PeerID, proto: str, data: Buffer) -> Awaitable[bytes]:
-        """Calls a peer's unary handler; the reply is to be awaited. See ``UnaryClient.call``."""
-        # Its coroutine itself, for there are many of them.
+        """Calls a peer's unary handler; await the reply. See ``UnaryClient.call``."""
+        # Not an async function: a second coroutine for each call would cost time.
         return self._unary.call(peer_id, proto, data)
 
     # --- peers ---
 
     async def connect(self, peer_id: PeerID, maddrs: Iterable[Multiaddr]) -> None:  # type: ignore[override]
-        """Connects to a peer at any of its addresses, or at those that the daemon knows."""
+        """Connects to a peer at any of the addresses, or of those that the daemon knows."""
         await super().connect(peer_id, maddrs)
 
     # --- streams ---
@@ -436,14 +434,14 @@ class ControlClient(control.ControlClient):
     async def stream_open(  # type: ignore[override]
         self, peer_id: PeerID, protocols: Sequence[str]
     ) -> tuple[StreamInfo, StreamReader, StreamWriter]:
-        """Opens a stream to a peer, with the first of the protocols that it speaks."""
+        """Opens a stream to a peer, with the first of the protocols that the peer supports."""
         info, stream = await super().stream_open(peer_id, protocols)
         return info, *reader_and_writer(stream)
 
     async def stream_handler(  # type: ignore[override]
         self, proto: str, handler_cb: StreamHandler, balanced: bool = False
     ) -> None:
-        """Has inbound streams of a protocol handled while this client listens.
+        """Serves inbound streams of a protocol while this client listens.
 
         Args:
             proto: The protocol.
@@ -451,14 +449,14 @@ class ControlClient(control.ControlClient):
             balanced: Whether several clients may serve the protocol in turn.
 
         Raises:
-            ControlFailure: This client serves the protocol already, or another does, without
+            ControlFailure: This client serves the protocol already, or another client does without
                 ``balanced``.
         """
-        # As in hivemind, handlers are not inspected, and not cancelled when their peer leaves.
+        # As in hivemind, handlers are not inspected, nor cancelled when their peer disconnects.
         await self._register(proto, handler_cb, balanced=balanced, timeout=None)  # type: ignore[arg-type]
 
     def _start_dispatch(self, raw: RawStream, start: Start) -> None:
-        # Not in the listener's task group, which would hold the task.
+        # Not in the listener's task group, which would keep the task alive.
         if self._handler_tasks is None:
             raw.close(abort=True)
         else:
@@ -471,30 +469,30 @@ class ControlClient(control.ControlClient):
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[Self]:  # type: ignore[override]
-        """Accepts inbound streams, and has them handled, until the context is left, which need not
-        be in the task that entered it. Handlers still at work are cancelled then."""
+        """Accepts inbound streams and runs their handlers until the context is left; another task
+        may leave it than entered it. Handlers that still run are cancelled then."""
         async with super().listen():
             yield self
 
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
-        # In a task of its own: a task group would have to be left by the task that entered it.
+        # In a task of its own: only the task that enters a task group may leave it.
         self._stopping = False
         self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
-        # As hivemind's server, which is no task, it ends with the loop without a word.
+        # hivemind's server is no task, and asyncio does not report it when the loop is closed.
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         closed = False
         try:
             yield
         except GeneratorExit:
-            # By the collector, or with the loop: nothing can be awaited here.
+            # Raised by the garbage collector, or as the loop is closed: nothing can be awaited.
             closed = True
             raise
         finally:
             self._stopping = True
             self._handler_tasks = None
-            with suppress(RuntimeError):  # of a closed loop
+            with suppress(RuntimeError):  # The loop is closed.
                 task.cancel()
             if closed:
                 handlers.release_all()
@@ -508,6 +506,6 @@ class ControlClient(control.ControlClient):
                     raise error
 
     async def _unregister_all(self) -> None:
-        # After close() the daemon, or the event loop, is about to end: nobody waits for either.
+        # After close() the program is about to stop the daemon or the loop.
         if not self._closed:
             await super()._unregister_all()

@@ -36,10 +36,10 @@ __all__ = [
 
 
 class Client:
-    """A client of one daemon, to be made by ``create``. See ``ControlClient`` for its methods.
+    """A client of one daemon. Make one with ``create``. ``ControlClient`` describes its methods.
 
     Attributes:
-        control: What does the work.
+        control: The control client, which does the work.
     """
 
     control: ControlClient
@@ -60,18 +60,20 @@ class Client:
         max_unanswered_bytes: int | None | _Default = _DEFAULT,
         hold: float | None | _Default = _DEFAULT,
     ) -> Self:
-        """A new client, with a persistent connection to the daemon.
+        """Makes a client, and opens its persistent connection to the daemon.
 
         Args:
-            control_maddr: The daemon's control socket; ``/unix/tmp/p2pd.sock`` if None.
-            listen_maddr: Where inbound streams come in; ``/unix/tmp/p2pclient.sock`` if None.
-            persistent_conn_max_msg_size: The largest message of a unary call to send, in bytes.
-                None takes the daemon's limit if it can be found out, and 4 MiB otherwise.
-            max_unanswered, max_unanswered_bytes, hold: The bounds of peers' calls in progress; none
-                by default. See ``ControlClient.create``.
+            control_maddr: The address of the daemon's control socket; ``/unix/tmp/p2pd.sock`` if
+                None.
+            listen_maddr: The address of the listener for inbound streams;
+                ``/unix/tmp/p2pclient.sock`` if None.
+            persistent_conn_max_msg_size: The size of the largest message of a unary call to send,
+                in bytes. None means the daemon's limit if it can be determined, or else 4 MiB.
+            max_unanswered, max_unanswered_bytes, hold: Limits of peers' calls in progress; by
+                default there are none. See ``ControlClient.create``.
 
         Raises:
-            ControlFailure: There is no daemon at the address, or not hivemind's.
+            ControlFailure: There is no daemon at the address, or it is not hivemind's.
         """
         client = cls(_initialized_with_create=True)
         client.control = await ControlClient.create(
@@ -96,22 +98,22 @@ class Client:
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[Self]:
-        """Accepts inbound streams, and has them handled, until the context is left."""
+        """Accepts inbound streams and runs their handlers until the context is left."""
         async with self.control.listen():
             yield self
 
     async def add_unary_handler(
         self, proto: str, handler: TUnaryHandler, balanced: bool = False
     ) -> None:
-        """Serves the peers' unary calls of a protocol.
+        """Serves peers' unary calls of a protocol.
 
         Raises:
-            P2PDaemonError: This client serves it already, or another does.
+            P2PDaemonError: This client serves it already, or another client does.
         """
         await self.control.add_unary_handler(proto, handler, balanced=balanced)
 
     async def remove_unary_handler(self, proto: str) -> None:
-        """Takes back ``add_unary_handler``.
+        """Undoes ``add_unary_handler``.
 
         Raises:
             P2PDaemonError: This client does not serve the protocol.
@@ -119,43 +121,43 @@ class Client:
         await self.control.remove_unary_handler(proto)
 
     def call_unary_handler(self, peer_id: PeerID, proto: str, data: Buffer) -> Awaitable[bytes]:
-        """Calls a peer's unary handler; the reply is to be awaited.
+        """Calls a peer's unary handler; await the reply.
 
         Raises:
-            P2PHandlerError: The handler failed, or there is none.
-            P2PDaemonError: The call did not get there, or the connection to the daemon was lost.
+            P2PHandlerError: The peer's handler failed, or it has no handler for the protocol.
+            P2PDaemonError: The call did not reach the peer, or the daemon's connection was lost.
         """
         return self.control.call_unary_handler(peer_id, proto, data)
 
     async def identify(self) -> tuple[PeerID, tuple[Multiaddr, ...]]:
-        """The daemon's peer id and addresses."""
+        """Returns the daemon's peer id and addresses."""
         peer_id, maddrs = await self.control.identify()
         return peer_id, maddrs
 
     async def connect(self, peer_id: PeerID, maddrs: Iterable[Multiaddr]) -> None:
-        """Connects to a peer at any of its addresses, or at those that the daemon knows."""
+        """Connects to a peer at any of the addresses, or of those that the daemon knows."""
         await self.control.connect(peer_id, maddrs)
 
     async def list_peers(self) -> tuple[PeerInfo, ...]:
-        """The connected peers, one entry for each connection."""
+        """Lists the connected peers, with one entry for each connection."""
         return await self.control.list_peers()
 
     async def disconnect(self, peer_id: PeerID) -> None:
-        """Closes every connection to a peer; there need be none."""
+        """Closes every connection to a peer, if there are any."""
         await self.control.disconnect(peer_id)
 
     async def stream_open(
         self, peer_id: PeerID, protocols: Sequence[str]
     ) -> tuple[StreamInfo, StreamReader, StreamWriter]:
-        """Opens a stream to a peer, with the first of the protocols that it speaks."""
+        """Opens a stream to a peer, with the first of the protocols that the peer supports."""
         return await self.control.stream_open(peer_id, protocols)
 
     async def stream_handler(
         self, proto: str, handler_cb: StreamHandler, balanced: bool = False
     ) -> None:
-        """Has inbound streams of a protocol handled while this client listens."""
+        """Serves inbound streams of a protocol while this client listens."""
         await self.control.stream_handler(proto, handler_cb, balanced=balanced)
 
     async def remove_stream_handler(self, proto: str) -> None:
-        """Takes back ``stream_handler``."""
+        """Undoes ``stream_handler``."""
         await self.control.remove_stream_handler(proto)

@@ -1,9 +1,9 @@
-"""A stream with asyncio's two faces, as hivemind's bindings give it out: a reader and a writer.
+"""asyncio's reader and writer over a stream, as hivemind's bindings return them.
 
-They are asyncio's classes by inheritance only, for those who ask with ``isinstance``. Whatever is
-read or written goes straight to the stream's socket, and behaves as in ``asyncio.streams``:
-closing leaves what had come to be read, and then the end; a lost connection is a
-``ConnectionResetError`` for readers and for ``drain``, and nothing to ``write``.
+They inherit from asyncio's classes only for ``isinstance``. Reads and writes go straight to the
+stream's socket, and behave as in ``asyncio.streams``: after a close, data that had arrived can
+still be read, and then the end; when the connection is lost, reads and ``drain`` raise
+``ConnectionResetError``, and ``write`` does nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["StreamReader", "StreamTransport", "StreamWriter", "reader_and_writer
 
 T = TypeVar("T")
 
-#: asyncio's own: how long a line may be, in bytes.
+#: asyncio's limit for the length of a line, in bytes.
 _LIMIT = 64 * 1024
 
-#: Writes of less than this wait for those that follow in the same turn of the loop, in bytes:
-#: hivemind writes a marker, a length and a message, which are one system call then, and one message
-#: to the daemon.
+#: Smaller writes, in bytes, are collected and sent at the event loop's next turn. hivemind writes a
+#: marker, a length and a message separately; so they take one system call, and reach the daemon as
+#: one message.
 _CORK = 4096
 
 
@@ -51,7 +51,8 @@ class StreamReader(asyncio.StreamReader):
         return f"<{type(self).__name__} {self._stream!r}>"
 
     async def read(self, n: int = -1) -> bytes:
-        """Up to ``n`` bytes, at least one; all up to the end if negative. ``b""`` at the end.
+        """Reads up to ``n`` bytes, at least one; everything up to the end if ``n`` is negative.
+        Returns ``b""`` at the end.
 
         Raises:
             ConnectionResetError: The connection was lost. It may be another ConnectionError.
@@ -68,16 +69,16 @@ class StreamReader(asyncio.StreamReader):
         if n == 0:
             return b""
         data = await self._pull("read", self._try_read_exactly, sys.maxsize)
-        if self._lost is not None:  # by a write, which is not the end
+        if self._lost is not None:  # A write found the loss: this is not the stream's end.
             raise self._lost
         return data
 
     async def readexactly(self, n: int) -> bytes:
-        """``n`` bytes.
+        """Reads exactly ``n`` bytes.
 
         Raises:
-            asyncio.IncompleteReadError: The stream ended before, or was closed here. Its
-                ``partial`` has what there was.
+            asyncio.IncompleteReadError: The stream ended, or was closed by this program, before
+                that. Its ``partial`` holds the data up to there.
             ConnectionResetError, RuntimeError: As for ``read``.
         """
         if n < 0:
@@ -91,11 +92,11 @@ class StreamReader(asyncio.StreamReader):
         return data
 
     async def readuntil(self, separator: Buffer = b"\n") -> bytes:
-        """What there is up to and including ``separator``.
+        """Reads up to and including ``separator``.
 
         Raises:
-            asyncio.IncompleteReadError: The stream ended before, or was closed here.
-            asyncio.LimitOverrunError: No separator within 64 KiB. The data stays.
+            asyncio.IncompleteReadError: The stream ended, or was closed by this program, before it.
+            asyncio.LimitOverrunError: There is no separator within 64 KiB. The data stays unread.
             ConnectionResetError, RuntimeError: As for ``read``.
         """
         sought = bytes(separator)
@@ -108,10 +109,10 @@ class StreamReader(asyncio.StreamReader):
         return data
 
     async def readline(self) -> bytes:
-        """A line with its newline; what is left if the stream ends before one.
+        """Reads a line, including its newline; the rest of the stream if it ends without one.
 
         Raises:
-            ValueError: It is longer than 64 KiB. What there is of it is dropped.
+            ValueError: The line is longer than 64 KiB. The part that has arrived is discarded.
             ConnectionResetError, RuntimeError: As for ``read``.
         """
         try:
@@ -124,19 +125,19 @@ class StreamReader(asyncio.StreamReader):
             raise ValueError(error.args[0]) from None
 
     def at_eof(self) -> bool:
-        """Whether the end has come and everything before it was read."""
+        """Returns whether the end has arrived and everything before it was read."""
         if self._lost is not None:
             return False
         try:
-            # What is read here would not wake a task that waits for it.
+            # Reading here would not wake a task that waits for this data.
             if not self._stream._reading:
                 self._stream._raw.look_ahead()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, ForkedClientError):
-            return False  # which the next read will say
+            return False  # The next read raises it.
         return self._stream._raw.at_eof
 
     def exception(self) -> Exception | None:
-        """What the connection was lost by, if it was."""
+        """Returns the error by which the connection was lost; None if it was not."""
         return self._lost
 
     async def _pull(self, name: str, attempt: Callable[..., T | None], *args: Any) -> T:
@@ -157,7 +158,7 @@ class StreamReader(asyncio.StreamReader):
             ) from None
 
     def _lose(self, error: BaseException) -> OSError:
-        """Remembers that the connection is lost, which closes the stream, and why."""
+        """Records the error by which the connection was lost, and closes the stream."""
         if self._lost is None:
             cause = error.__cause__
             self._lost = (
@@ -178,7 +179,7 @@ class StreamReader(asyncio.StreamReader):
 
 
 class StreamTransport(asyncio.Transport):
-    """As much of asyncio's transport as is reached through a writer."""
+    """The part of asyncio's transport that programs use through a writer."""
 
     def __init__(self, stream: Stream, reader: StreamReader) -> None:
         self._stream = stream
@@ -192,8 +193,8 @@ class StreamTransport(asyncio.Transport):
         return f"<{type(self).__name__} {self._stream!r}>"
 
     def write(self, data: Buffer) -> None:
-        """Writes ``data``, buffering a copy of what the socket does not take at once. On a closed
-        or lost connection it does nothing."""
+        """Writes ``data``, and buffers a copy of what the socket does not accept at once. Does
+        nothing if the connection is closed or lost."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(
                 f"data argument must be a bytes-like object, not {type(data).__name__!r}"
@@ -217,12 +218,12 @@ class StreamTransport(asyncio.Transport):
             self._reader._lose(error)
 
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
-        """Writes everything in ``list_of_data``, in one piece."""
+        """Writes the buffers in ``list_of_data`` with one ``write``."""
         self.write(b"".join(list_of_data))
 
     def write_eof(self) -> None:
-        """Says that nothing more will be written. With the Go daemons that ends the stream in both
-        directions; see ``Stream.send_eof``."""
+        """Ends this side of the stream. Go daemons then end both directions; see
+        ``Stream.send_eof``."""
         if self._stream._closing or self._stream._ending:
             return
         try:
@@ -235,18 +236,17 @@ class StreamTransport(asyncio.Transport):
         return True
 
     def is_closing(self) -> bool:
-        """Whether the stream is closed, being closed or lost."""
+        """Returns whether the stream is closed, being closed or lost."""
         return self._stream._closing
 
     def close(self) -> None:
-        """Closes the stream, after sending the buffer. A task that reads finds the end."""
+        """Closes the stream after sending the buffer. A task that reads gets the end."""
         self._stream._closing = True
         # A handler's cleanup can run in any thread, by the garbage collector.
         call_in_its_thread(self._loop, self._close)
 
     def abort(self) -> None:
-        """Closes the stream at once. What is buffered, and the socket does not take now, is
-        lost."""
+        """Closes the stream at once. Buffered data that the socket does not accept now is lost."""
         self._stream._closing = True
         call_in_its_thread(self._loop, self._abort)
 
@@ -259,20 +259,20 @@ class StreamTransport(asyncio.Transport):
         self._reader._wake()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """``"socket"``, ``"sockname"`` and ``"peername"``, of a stream that is open."""
+        """Returns ``"socket"``, ``"sockname"`` or ``"peername"`` while the stream is open."""
         return self._stream.get_extra_info(name, default)
 
     def get_write_buffer_size(self) -> int:
-        """How many bytes are buffered."""
+        """Returns the number of buffered bytes."""
         return self._raw.buffered
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        """The low- and the high-water mark, in bytes."""
+        """Returns the low- and the high-water mark, in bytes."""
         return self._low, self._high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Sets what ``drain`` waits for: above ``high`` bytes, until there are no more than
-        ``low``."""
+        """Sets the water marks: while more than ``high`` bytes are buffered, ``drain`` waits until
+        no more than ``low`` are."""
         if high is None:
             high = HIGH_WATER if low is None else 4 * low
         if low is None:
@@ -282,7 +282,7 @@ class StreamTransport(asyncio.Transport):
         self._high, self._low = high, low
 
     def _uncork(self) -> None:
-        """Sends what waits."""
+        """Sends the collected writes."""
         self._corked = False
         try:
             if self._raw.flush():
@@ -306,10 +306,10 @@ class StreamTransport(asyncio.Transport):
             buffered = self._raw.buffered
             if buffered > self._high:
                 await stream._flush(self._low)
-                if self._reader._lost is not None:  # which a reader has found meanwhile
+                if self._reader._lost is not None:  # A reader found the loss meanwhile.
                     raise self._reader._lost
             elif buffered and not self._raw.blocked:
-                # The loop was to send it, and failed.
+                # The loop's attempt to send it failed.
                 await stream._flush(buffered)
             stream._turns -= 1
             if stream._turns < 0:
@@ -351,16 +351,16 @@ class StreamWriter(asyncio.StreamWriter):
 
     @property
     def transport(self) -> StreamTransport:
-        """What the writer writes to."""
+        """The transport that the writer writes to."""
         return self._transport
 
     def writelines(self, data: Iterable[Buffer]) -> None:
-        """Writes everything in ``data``, in one piece."""
+        """Writes the buffers in ``data`` with one ``write``."""
         self._transport.writelines(data)
 
     def write_eof(self) -> None:
-        """Says that nothing more will be written. With the Go daemons that ends the stream in both
-        directions; see ``Stream.send_eof``."""
+        """Ends this side of the stream. Go daemons then end both directions; see
+        ``Stream.send_eof``."""
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
@@ -368,27 +368,27 @@ class StreamWriter(asyncio.StreamWriter):
         return True
 
     def close(self) -> None:
-        """Closes the stream, after sending what is buffered. Whoever reads finds the end."""
+        """Closes the stream after sending the buffer. A task that reads gets the end."""
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Whether the stream is closed, being closed or lost."""
+        """Returns whether the stream is closed, being closed or lost."""
         return self._transport.is_closing()
 
     async def wait_closed(self) -> None:
-        """Waits until the stream is closed, which only ``close`` does.
+        """Waits until the stream is closed. Call ``close`` before.
 
         Raises:
-            ConnectionResetError: It was lost before. It may be another ConnectionError.
+            ConnectionResetError: The connection was lost. It may be another ConnectionError.
         """
         await self._transport._wait_closed()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """``"socket"``, ``"sockname"`` and ``"peername"``, of a stream that is open."""
+        """Returns ``"socket"``, ``"sockname"`` or ``"peername"`` while the stream is open."""
         return self._transport.get_extra_info(name, default)
 
     async def start_tls(self, *_: Any, **__: Any) -> None:
-        """Not to be had: the daemon encrypts.
+        """Not supported: the daemons encrypt streams.
 
         Raises:
             NotImplementedError: Always.
@@ -396,12 +396,13 @@ class StreamWriter(asyncio.StreamWriter):
         raise NotImplementedError("a stream through the daemon has no TLS of its own")
 
     def __del__(self) -> None:
-        # The stream closes itself once nobody holds it; asyncio's would look at its own state.
+        # The stream closes itself when it is dropped; asyncio's method would use missing state.
         pass
 
 
 def reader_and_writer(stream: Stream) -> tuple[StreamReader, StreamWriter]:
-    """The two faces of a stream, whose use is theirs from now on. It is of asyncio or uvloop."""
+    """Makes a reader and a writer of a stream, on asyncio or uvloop. Use the stream only through
+    them from now on."""
     stream._keep_input = True
     reader = StreamReader(stream)
     return reader, StreamWriter(stream, reader)

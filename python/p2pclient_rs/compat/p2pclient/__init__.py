@@ -1,8 +1,8 @@
 """p2pclient 0.3.0's API, module for module, on this package's classes.
 
-It differs from the package's own API in the types it returns, which are the ecosystem's:
-``multiaddr.Multiaddr``, protobuf messages, and p2pclient's ``PeerInfo`` and ``StreamInfo``. Import
-it as it is, or call `p2pclient_rs.install` to have it under p2pclient's name.
+Unlike `p2pclient_rs.Client` it returns the ecosystem's types: ``multiaddr.Multiaddr``, protobuf
+messages, and p2pclient's ``PeerInfo`` and ``StreamInfo``. Import it directly, or call
+`p2pclient_rs.install` to import it by p2pclient's name.
 """
 
 from p2pclient_rs.compat.p2pclient._extra import missing_dependency

@@ -1,4 +1,4 @@
-"""The daemon's control socket: where it is, what its answers become, and who is listening."""
+"""The control client: requests about the daemon, its peers and streams; and the listener."""
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -62,7 +62,7 @@ def parse_conn_protocol(maddr: Multiaddr) -> int:
 
 
 class _Types(ConvertedTypes):
-    """Converts what requests return into p2pclient's types."""
+    """Converts the results of requests into p2pclient's types."""
 
     def __init__(self) -> None:
         super().__init__(Multiaddr, PeerInfoLibP2P, StreamInfo)
@@ -74,13 +74,13 @@ class _Types(ConvertedTypes):
 
 
 class DaemonConnector(connector.DaemonConnector):
-    """The way to a daemon's control socket.
+    """Connects to a daemon's control socket.
 
     Args:
-        control_maddr: Where it is; ``config.control_maddr_str`` if None.
+        control_maddr: The socket's address; ``config.control_maddr_str`` if None.
     """
 
-    #: Receives a line for each new connection, as in p2pclient.
+    #: Logs each new connection, as in p2pclient.
     logger: logging.Logger = logging.getLogger("p2pclient.DaemonConnector")
 
     def __init__(self, control_maddr: Multiaddr | str | None = None) -> None:
@@ -88,7 +88,7 @@ class DaemonConnector(connector.DaemonConnector):
         super().__init__(maddr, types=_Types())
 
     def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
-        # As it is, since of /unix there are two binary forms: Go's has the path's leading slash.
+        # Not through text: /unix has two binary forms, and Go's includes the path's leading slash.
         maddr = Multiaddr(control_maddr) if isinstance(control_maddr, str) else control_maddr
         return p2pclient_rs.Multiaddr(maddr), maddr
 
@@ -98,14 +98,14 @@ class DaemonConnector(connector.DaemonConnector):
 
 
 class ControlClient(control.ControlClient):
-    """Requests about the daemon itself, its peers and streams; and the listener for streams.
+    """Requests about the daemon, its peers and streams; and the listener for inbound streams.
 
     Args:
-        daemon_connector: The way to the daemon.
-        listen_maddr: Where it listens; ``config.listen_maddr_str`` if None.
+        daemon_connector: Connects to the daemon.
+        listen_maddr: The listener's address; ``config.listen_maddr_str`` if None.
     """
 
-    #: Receives this client's log lines, as in p2pclient.
+    #: Logs this client's messages, as in p2pclient.
     logger: logging.Logger = logging.getLogger("p2pclient.ControlClient")
     handlers: dict[str, StreamHandler]  # type: ignore[assignment]
 
@@ -123,12 +123,12 @@ class ControlClient(control.ControlClient):
 
     @property
     def listener(self) -> RawListener | None:
-        """The socket listened at; None while this client does not listen."""
+        """The listening socket; None while this client does not listen."""
         return self._listener
 
     @property
     def task_group(self) -> TaskGroup | None:
-        """The task group of the handlers within a ``listen()`` block; None outside of one."""
+        """The handlers' task group within a ``listen()`` block; None outside of one."""
         return self._task_group
 
     if TYPE_CHECKING:

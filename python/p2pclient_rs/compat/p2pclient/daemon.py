@@ -1,6 +1,6 @@
-"""Daemons that run from their constructor on, each with a client: for the tests of programs.
+"""Daemons that start when they are constructed, each with a client, for the tests of programs.
 
-`p2pclient_rs.Daemon`, on which these rest, is the class for everything else.
+They are based on `p2pclient_rs.Daemon`, which is the class for all other uses.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ TIMEOUT_DURATION = 30  # seconds
 async def try_until_success(
     coro_func: Callable[[], Awaitable[bool]], timeout: float = TIMEOUT_DURATION
 ) -> None:
-    """Calls a function again and again until its result is true.
+    """Calls a function repeatedly until its result is true.
 
     Args:
-        coro_func: The function; it is called without arguments.
-        timeout: For how long, in seconds. A call that is under way then is waited for.
+        coro_func: The function, which takes no arguments.
+        timeout: The time after which no new call is made, in seconds.
 
     Raises:
-        AssertionError: It was not true in time.
+        AssertionError: The result was not true in time.
     """
     deadline = time.monotonic() + timeout
     while not await coro_func():
@@ -60,7 +60,7 @@ async def try_until_success(
 
 
 class Process:
-    """A daemon's process, as far as it is a ``subprocess.Popen``: that would want to reap it."""
+    """A daemon's process with the methods of ``subprocess.Popen``, which would reap it itself."""
 
     def __init__(self, process: DaemonProcess) -> None:
         self._process = process
@@ -78,14 +78,14 @@ class Process:
         return self._process.poll()
 
     def poll(self) -> int | None:
-        """The same."""
+        """Returns the exit status, negative for a signal; None while it is running."""
         return self._process.poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits until it has ended and returns its exit status.
+        """Waits until the process has ended, and returns its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: It was still running after `timeout` seconds.
+            subprocess.TimeoutExpired: It is still running after `timeout` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (status := self._process.poll()) is None:
@@ -95,34 +95,34 @@ class Process:
         return status
 
     def send_signal(self, sig: int) -> None:
-        """Sends it a signal, if it is running."""
+        """Sends a signal to the process, if it is running."""
         if self._process.poll() is None:
             os.kill(self.pid, sig)
 
     def terminate(self) -> None:
-        """Asks it to end."""
+        """Sends SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kills it."""
+        """Sends SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
 class Daemon(daemon.Daemon):
-    """A daemon that runs from the moment the object is made until `close`.
+    """A daemon that runs from the construction of the object until `close`.
 
     Args:
-        daemon_executable: The binary, by path or name. Plain ``p2pd`` is searched for as
-            `p2pclient_rs.Daemon` does. With the name ``jsp2pd`` it is the JavaScript daemon.
-        control_maddr: Where it is to serve the control protocol.
-        enable_control: Does nothing: there is no daemon without.
-        enable_connmgr: Whether it closes connections down to 1 when there are over 2.
-        enable_dht: Whether it serves the DHT.
-        enable_pubsub: Whether it speaks gossipsub.
+        daemon_executable: The binary's path or name. `p2pclient_rs.Daemon` describes the search for
+            a plain ``p2pd``. A binary named ``jsp2pd`` is the JavaScript daemon.
+        control_maddr: The address of the control socket.
+        enable_control: Has no effect: every daemon has a control socket.
+        enable_connmgr: Whether to trim connections to 1 when there are more than 2.
+        enable_dht: Whether to run a DHT server.
+        enable_pubsub: Whether to run gossipsub.
 
     Raises:
         DaemonNotFound: There is no such binary.
-        DaemonStartError: It cannot be run.
+        DaemonStartError: The binary cannot be executed.
     """
 
     def __init__(
@@ -153,34 +153,34 @@ class Daemon(daemon.Daemon):
 
     @property
     def control_maddr(self) -> Multiaddr:
-        """Where it serves the control protocol."""
+        """The address of the control socket."""
         return self._ecosystem_maddr
 
     @property
     def proc_daemon(self) -> Process:
-        """The process."""
+        """The daemon's process."""
         return self._popen
 
     @property
     def log_filename(self) -> str:
-        """The file with its output. It goes with `close`; ``logs`` has it then, too."""
+        """The file with the daemon's output. `close` removes it; ``logs`` keeps its contents."""
         return self._running.log
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether `close` was called."""
         return self._running.ended
 
     async def wait_until_ready(self) -> None:
         """Waits until the daemon answers on its control socket.
 
         Raises:
-            DaemonStartError: It ended, or did not answer within `TIMEOUT_DURATION`.
+            DaemonStartError: The daemon ended, or did not answer within `TIMEOUT_DURATION`.
         """
         await self._become_ready(self._running)
 
     def close(self) -> None:
-        """Stops the daemon, waits until it has ended, and removes its files."""
+        """Stops the daemon, waits for its end, and removes its files."""
         if self.is_closed:
             return
         self._running.terminate()
@@ -198,7 +198,7 @@ class JsDaemon(Daemon):
 
 
 class DaemonTuple(NamedTuple):
-    """A daemon and a listening client of it."""
+    """A daemon, and a client of it that listens."""
 
     daemon: Daemon
     client: Client
@@ -212,7 +212,7 @@ async def make_p2pd_pair_unix(
     enable_dht: bool,
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
-    """`make_p2pd_pair` on unix sockets, in a private directory."""
+    """Calls `make_p2pd_pair` with unix sockets in a private directory."""
     with tempfile.TemporaryDirectory(prefix="p2pd-") as directory:
         async with make_p2pd_pair(
             daemon_executable=daemon_executable,
@@ -234,7 +234,7 @@ async def make_p2pd_pair_ip4(
     enable_dht: bool,
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
-    """`make_p2pd_pair` on TCP ports of the loopback interface."""
+    """Calls `make_p2pd_pair` with TCP ports of the loopback interface."""
     async with make_p2pd_pair(
         daemon_executable=daemon_executable,
         control_maddr=Multiaddr(f"/ip4/127.0.0.1/tcp/{get_unused_tcp_port()}"),
@@ -257,12 +257,12 @@ async def make_p2pd_pair(
     enable_dht: bool,
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
-    """Starts a daemon and a client of it that listens; both end with the context.
+    """Starts a daemon, and a client of it that listens. Both end with the context.
 
     Args:
         daemon_executable: The binary, as for `Daemon`.
-        control_maddr: Where the daemon is to serve the control protocol.
-        listen_maddr: Where the client is to take inbound streams.
+        control_maddr: The address of the daemon's control socket.
+        listen_maddr: The address of the client's listener.
         enable_control, enable_connmgr, enable_dht, enable_pubsub: As for `Daemon`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the daemon tells about streams and peers, in the ecosystem's types."""
+"""Streams and peers as the daemon describes them, in the ecosystem's types."""
 
 from multiaddr import Multiaddr
 
@@ -10,12 +10,12 @@ __all__ = ["ID", "PeerInfo", "PeerInfoLibP2P", "StreamInfo"]
 
 
 class StreamInfo:
-    """Whom a stream leads to.
+    """The remote end of a stream.
 
     Args:
         peer_id: The remote peer.
         addr: Its address.
-        proto: The protocol that was agreed on.
+        proto: The negotiated protocol.
     """
 
     peer_id: ID
@@ -31,21 +31,21 @@ class StreamInfo:
         return f"<StreamInfo peer_id={self.peer_id} addr={self.addr} proto={self.proto}>"
 
     def to_pb(self) -> p2pd_pb2.StreamInfo:
-        """As a message."""
+        """Converts it to a protobuf message."""
         return p2pd_pb2.StreamInfo(
             peer=self.peer_id.to_bytes(), addr=self.addr.to_bytes(), proto=self.proto
         )
 
     @classmethod
     def from_pb(cls, pb_msg: p2pd_pb2.StreamInfo) -> "StreamInfo":
-        """From a message."""
+        """Makes one from a protobuf message."""
         return cls(ID(pb_msg.peer), Multiaddr(pb_msg.addr), pb_msg.proto)
 
 
 class PeerInfo(PeerInfoLibP2P):
-    """A peer and its addresses, from a message."""
+    """Makes p2pclient's ``PeerInfo``, the base class, from protobuf messages."""
 
     @classmethod
     def from_pb(cls, peer_info_pb: p2pd_pb2.PeerInfo) -> PeerInfoLibP2P:
-        """From a message. The result is of the class it has in p2pclient: the base."""
+        """Makes an object of the base class, as p2pclient does, from a protobuf message."""
         return PeerInfoLibP2P(ID(peer_info_pb.id), map(Multiaddr, peer_info_pb.addrs))

@@ -1,4 +1,4 @@
-"""p2pclient's exceptions, which are this package's own, so that its subclasses are caught too."""
+"""p2pclient's exceptions: this package's own, so that ``except`` catches their subclasses too."""
 
 from p2pclient_rs.exceptions import ControlFailure, DispatchFailure
 

@@ -37,8 +37,10 @@ class Client(client.Client):
     """A client of one daemon.
 
     Args:
-        control_maddr: The daemon's control socket; ``config.control_maddr_str`` if None.
-        listen_maddr: Where inbound streams come in; ``config.listen_maddr_str`` if None.
+        control_maddr: The address of the daemon's control socket; ``config.control_maddr_str`` if
+            None.
+        listen_maddr: The address of the listener for inbound streams;
+            ``config.listen_maddr_str`` if None.
     """
 
     control: ControlClient
@@ -54,7 +56,7 @@ class Client(client.Client):
         self.connmgr = ConnectionManagerClient(connector)
         self.dht = DHTClient(connector)
         self.pubsub = PubSubClient(connector)
-        # Not p2pclient's, but what is inherited needs it.
+        # Not in p2pclient's client, but inherited methods use it.
         self.unary = UnaryClient(connector)
 
     if TYPE_CHECKING:

@@ -1,9 +1,6 @@
-"""Unsigned varints on a stream: what every message is preceded by.
+"""Unsigned varints on a stream, for programs that frame protobuf messages on their own streams.
 
-For programs that read and write protobuf messages on their own streams. The client does not use
-it: its messages are framed in Rust.
-
-A stream may be one of anyio's, or have only the methods of anyio 1 that p2pclient 0.2 called:
+A stream is one of anyio's, or has the methods of anyio 1 that p2pclient 0.2 called:
 ``receive_exactly`` and ``send_all``.
 """
 
@@ -23,22 +20,22 @@ __all__ = [
 
 
 class Receiver(Protocol):
-    """The one method of ``anyio.abc.ByteReceiveStream`` that reading needs."""
+    """The method of ``anyio.abc.ByteReceiveStream`` that reading needs."""
 
     async def receive(self, max_bytes: int, /) -> bytes: ...
 
 
 class Sender(Protocol):
-    """The one method of ``anyio.abc.ByteSendStream`` that writing needs."""
+    """The method of ``anyio.abc.ByteSendStream`` that writing needs."""
 
     async def send(self, item: bytes, /) -> object: ...
 
 
 async def receive_exactly(stream: Receiver, n: int) -> bytes:
-    """Reads ``n`` bytes.
+    """Reads exactly ``n`` bytes.
 
     Raises:
-        anyio.IncompleteRead: The stream ended before.
+        anyio.IncompleteRead: The stream ended before that.
     """
     if not hasattr(stream, "receive"):
         data: bytes = await _anyio_1(stream).receive_exactly(n)
@@ -58,7 +55,7 @@ async def receive_exactly(stream: Receiver, n: int) -> bytes:
 
 
 async def send(stream: Sender, data: bytes) -> None:
-    """Writes all of some bytes."""
+    """Writes all of ``data``."""
     if hasattr(stream, "send"):
         await stream.send(data)
     else:
@@ -72,19 +69,19 @@ def _anyio_1(stream: object) -> Any:
 async def write_unsigned_varint(
     stream: Sender, integer: int, max_bits: int = DEFAULT_MAX_BITS
 ) -> None:
-    """Writes a number, in one piece.
+    """Writes an unsigned varint.
 
     Raises:
-        ValueError: It is negative, or has more than ``max_bits`` bits.
+        ValueError: ``integer`` is negative, or has more than ``max_bits`` bits.
     """
     await send(stream, encode_varint(integer, max_bits))
 
 
 async def read_unsigned_varint(stream: Receiver, max_bits: int = DEFAULT_MAX_BITS) -> int:
-    """Reads a number, byte by byte so as not to take what follows it.
+    """Reads an unsigned varint, and nothing behind it.
 
     Raises:
         ValueError: It has more than ``max_bits`` bits.
-        anyio.IncompleteRead: The stream ended before.
+        anyio.IncompleteRead: The stream ended within it.
     """
     return await read_varint(partial(receive_exactly, stream), max_bits)

@@ -1,4 +1,4 @@
-"""Messages on a stream, and a free port."""
+"""Protobuf messages on a stream, and free TCP ports."""
 
 from functools import partial
 
@@ -33,13 +33,13 @@ __all__ = [
 
 
 def raise_if_failed(response: p2pd_pb.Response) -> None:
-    """Raises `ControlFailure`, with the daemon's words, if it answered with an error."""
+    """Raises `ControlFailure`, with the daemon's message, if it answered with an error."""
     if response.type == p2pd_pb.Response.ERROR:
         raise DaemonRefused(daemon_message=response.error.msg)
 
 
 async def write_pbmsg(stream: Sender, pbmsg: PBMessage) -> None:
-    """Writes a message and, before it, its length, in one piece.
+    """Writes a message with a length prefix.
 
     Raises:
         google.protobuf.message.EncodeError: A required field is not set.
@@ -50,21 +50,21 @@ async def write_pbmsg(stream: Sender, pbmsg: PBMessage) -> None:
 async def read_pbmsg_safe(
     stream: Receiver, pbmsg: PBMessage, *, max_bytes: int = MAX_MESSAGE_BYTES
 ) -> None:
-    """Reads a message that has its length before it.
+    """Reads a message with a length prefix.
 
     Args:
-        stream: What to read from.
+        stream: The stream to read from.
         pbmsg: The message to fill.
-        max_bytes: The length above which a message is refused, unread.
+        max_bytes: The largest length; longer messages are refused unread.
 
     Raises:
         ValueError: The message is longer than ``max_bytes``.
-        anyio.IncompleteRead: The stream ended before.
-        google.protobuf.message.DecodeError: It is not such a message.
+        anyio.IncompleteRead: The stream ended within the message.
+        google.protobuf.message.DecodeError: The bytes are no such message.
     """
     await read_message(partial(receive_exactly, stream), pbmsg, max_bytes)
 
 
 def get_unused_tcp_port() -> int:
-    """A TCP port that nothing on the loopback interface listened on a moment ago."""
+    """Returns a TCP port that is free on the loopback interface at the moment."""
     return unused_tcp_port()

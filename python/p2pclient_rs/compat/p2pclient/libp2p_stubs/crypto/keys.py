@@ -1,4 +1,4 @@
-"""Keys: what every kind of key can do. `rsa` is the one kind implemented here."""
+"""The interfaces of keys. The only implementation here is in `rsa`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["Key", "KeyPair", "KeyType", "PrivateKey", "PublicKey", "protobuf"]
 
 @unique
 class KeyType(Enum):
-    """Kinds of keys, by their number in libp2p. The last is in no serialised key."""
+    """Kinds of keys, with their numbers in libp2p. No serialised key has the last."""
 
     RSA = 0
     Ed25519 = 1
@@ -21,22 +21,22 @@ class KeyType(Enum):
 
 
 class Key(ABC):
-    """A cryptographic key. Keys with the same bytes are equal."""
+    """A cryptographic key. Two keys are equal if their bytes are."""
 
     @abstractmethod
     def to_bytes(self) -> bytes:
-        """The key's bytes, in the form that libp2p has for its kind."""
+        """Returns the key's bytes, in libp2p's encoding for its kind."""
 
     @abstractmethod
     def get_type(self) -> KeyType:
-        """The key's kind."""
+        """Returns the key's kind."""
 
     @abstractmethod
     def _serialize_to_protobuf(self) -> protobuf.PublicKey | protobuf.PrivateKey:
-        """The key as a message."""
+        """Returns the key as a protobuf message."""
 
     def serialize(self) -> bytes:
-        """The key as libp2p serialises it, kind and bytes."""
+        """Returns the key as libp2p serialises it: its kind and its bytes."""
         return self._serialize_to_protobuf().SerializeToString()
 
     def __eq__(self, other: object) -> bool:
@@ -50,17 +50,17 @@ class PublicKey(Key):
 
     @abstractmethod
     def verify(self, data: bytes, signature: bytes) -> bool:
-        """Whether the signature was made with the private key, over the hash of the data."""
+        """Returns whether the private key made the signature over the hash of the data."""
 
     def _serialize_to_protobuf(self) -> protobuf.PublicKey:
         return protobuf.PublicKey(key_type=self.get_type().value, data=self.to_bytes())
 
     @classmethod
     def deserialize_from_protobuf(cls, protobuf_data: bytes) -> protobuf.PublicKey:
-        """Reads a serialised key into a message.
+        """Parses a serialised key into a protobuf message.
 
         Raises:
-            google.protobuf.message.DecodeError: It is not one.
+            google.protobuf.message.DecodeError: The bytes are no such key.
         """
         return protobuf.PublicKey.FromString(protobuf_data)
 
@@ -70,21 +70,21 @@ class PrivateKey(Key):
 
     @abstractmethod
     def sign(self, data: bytes) -> bytes:
-        """A signature over the hash of the data."""
+        """Signs the hash of the data."""
 
     @abstractmethod
     def get_public_key(self) -> PublicKey:
-        """The public key that belongs to it."""
+        """Returns the public key that belongs to this one."""
 
     def _serialize_to_protobuf(self) -> protobuf.PrivateKey:
         return protobuf.PrivateKey(key_type=self.get_type().value, data=self.to_bytes())
 
     @classmethod
     def deserialize_from_protobuf(cls, protobuf_data: bytes) -> protobuf.PrivateKey:
-        """Reads a serialised key into a message.
+        """Parses a serialised key into a protobuf message.
 
         Raises:
-            google.protobuf.message.DecodeError: It is not one.
+            google.protobuf.message.DecodeError: The bytes are no such key.
         """
         return protobuf.PrivateKey.FromString(protobuf_data)
 

@@ -1,4 +1,4 @@
-"""RSA keys, by pycryptodome: DER bytes, and PKCS#1 v1.5 signatures over SHA-256."""
+"""RSA keys, by pycryptodome: DER encoding, and PKCS#1 v1.5 signatures over SHA-256."""
 
 from p2pclient_rs.compat.p2pclient._extra import missing_dependency
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.keys import (
@@ -35,23 +35,23 @@ class RSAPublicKey(PublicKey):
 
     @classmethod
     def from_bytes(cls, key_bytes: bytes) -> "RSAPublicKey":
-        """Reads a key in DER.
+        """Parses a key in DER.
 
         Raises:
-            ValueError: It is not one.
+            ValueError: The bytes are no such key.
         """
         return cls(RSA.import_key(key_bytes))
 
     def to_bytes(self) -> bytes:
-        """The key in DER."""
+        """Returns the key in DER."""
         return self.impl.export_key("DER")
 
     def get_type(self) -> KeyType:
-        """`KeyType.RSA`."""
+        """Returns `KeyType.RSA`."""
         return KeyType.RSA
 
     def verify(self, data: bytes, signature: bytes) -> bool:
-        """Whether the signature was made with the private key, over the hash of the data."""
+        """Returns whether the private key made the signature over the hash of the data."""
         try:
             pkcs1_15.new(self.impl).verify(SHA256.new(data), signature)
         except (ValueError, TypeError):
@@ -67,36 +67,36 @@ class RSAPrivateKey(PrivateKey):
 
     @classmethod
     def new(cls, bits: int = 2048, e: int = 65537) -> "RSAPrivateKey":
-        """Makes a key.
+        """Generates a key.
 
         Args:
-            bits: Its size, at least 1024.
+            bits: The size in bits: 1024 or more.
             e: The public exponent.
         """
         return cls(RSA.generate(bits, e=e))
 
     def to_bytes(self) -> bytes:
-        """The key in DER."""
+        """Returns the key in DER."""
         return self.impl.export_key("DER")
 
     def get_type(self) -> KeyType:
-        """`KeyType.RSA`."""
+        """Returns `KeyType.RSA`."""
         return KeyType.RSA
 
     def sign(self, data: bytes) -> bytes:
-        """A signature over the hash of the data."""
+        """Signs the hash of the data."""
         return pkcs1_15.new(self.impl).sign(SHA256.new(data))
 
     def get_public_key(self) -> PublicKey:
-        """The public key that belongs to it."""
+        """Returns the public key that belongs to this one."""
         return RSAPublicKey(self.impl.public_key())
 
 
 def create_new_key_pair(bits: int = 2048, e: int = 65537) -> KeyPair:
-    """Makes a key pair.
+    """Generates a key pair.
 
     Args:
-        bits: The size, at least 1024.
+        bits: The size in bits: 1024 or more.
         e: The public exponent.
     """
     private_key = RSAPrivateKey.new(bits, e)

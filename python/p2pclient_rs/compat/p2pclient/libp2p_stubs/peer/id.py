@@ -14,22 +14,22 @@ __all__ = [
     "sha256_digest",
 ]
 
-# Keys up to this many bytes are put into the id whole, others are hashed.
+# An id contains keys up to this length whole, and the hash of longer ones.
 ENABLE_INLINING = True
 MAX_INLINE_KEY_LENGTH = 42
 IDENTITY_MULTIHASH_CODE = 0x00
 
 
 class IdentityHash:
-    """A hash, in hashlib's form, that is what was put in. For multihash's registry."""
+    """The identity function with hashlib's interface, for multihash's registry."""
 
     def __init__(self) -> None:
         self._digest = bytearray()
 
     def update(self, input: bytes) -> None:
-        """Takes more data."""
+        """Adds data."""
         self._digest += input
 
     def digest(self) -> bytes:
-        """All data so far."""
+        """Returns all data so far."""
         return bytes(self._digest)

@@ -10,11 +10,11 @@ __all__ = ["ID", "InvalidAddrError", "PeerInfo", "info_from_p2p_addr"]
 
 
 class PeerInfo:
-    """A peer and the addresses it is known at.
+    """A peer and its known addresses.
 
     Args:
         peer_id: The peer.
-        addrs: Its addresses; copied into a list.
+        addrs: Its addresses, which are copied into a list.
     """
 
     peer_id: ID
@@ -40,11 +40,10 @@ def info_from_p2p_addr(addr: Multiaddr) -> PeerInfo:
         addr: The address.
 
     Returns:
-        The peer, with what stands before ``/p2p`` as its one address; with ``addr`` itself if
-        nothing does.
+        The peer. Its one address is the part before ``/p2p``; ``addr`` itself if that is empty.
 
     Raises:
-        InvalidAddrError: It is empty or does not end in ``/p2p/<peer id>``.
+        InvalidAddrError: The address is empty or does not end in ``/p2p/<peer id>``.
     """
     parts = addr.split() if addr else []
     if not parts:
