@@ -53,6 +53,11 @@ async def listen(client):
         listening.set_result(None)
         await asyncio.Future()
 
+def report(loop, context):
+    # From Python 3.14 on asyncio itself reports a loop that goes on in a forked child.
+    if "is not the running loop" not in str(context.get("exception")):
+        loop.default_exception_handler(context)
+
 async def main():
     global listening, task
     listening = asyncio.get_running_loop().create_future()
@@ -63,6 +68,7 @@ async def main():
     await control.stream_handler(f"stream {os.getpid()}", handler)
     await control.add_unary_handler(f"unary {os.getpid()}", handler)
     if end == "fork":
+        asyncio.get_running_loop().set_exception_handler(report)
         if os.fork() == 0:
             return
         os.wait()

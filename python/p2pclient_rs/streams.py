@@ -46,6 +46,15 @@ class IncompleteRead(asyncio.IncompleteReadError, anyio.IncompleteRead):
         expected: How many were wanted, or None if that was not known.
     """
 
+    def __init__(self, partial: bytes, expected: int | None) -> None:
+        # asyncio's calls super().__init__(message), which from Python 3.15 on is anyio's, without
+        # arguments.
+        total = "undefined" if expected is None else repr(expected)
+        message = f"{len(partial)} bytes read on a total of {total} expected bytes"
+        Exception.__init__(self, message)
+        self.partial = partial
+        self.expected = expected
+
 
 class StreamAttribute(anyio.TypedAttributeSet):
     """Extra attributes of a stream to a peer, beside those of ``anyio.abc.SocketAttribute``."""
