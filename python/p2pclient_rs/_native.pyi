@@ -20,6 +20,10 @@ from typing_extensions import Buffer, Self, disjoint_base
 
 __all__ = [
     "DEBUG_BUILD",
+    "MAX_IDLE",
+    "MAX_SLOW_REQUESTS",
+    "UNKNOWN_REQUEST",
+    "ConnectionPool",
     "ControlConnection",
     "DaemonOptions",
     "DaemonProcess",
@@ -51,6 +55,7 @@ __all__ = [
     "decode_stream_info",
     "endpoint",
     "find_daemon",
+    "may_retry",
     "p2pd_descriptors",
     "refusal_kind",
     "unused_tcp_port",
@@ -58,6 +63,13 @@ __all__ = [
 
 __version__: str
 DEBUG_BUILD: bool
+#: How many idle connections are kept, and how many requests may run at once that the daemon answers
+#: at once.
+MAX_IDLE: int
+#: How many requests may run at once that make the daemon ask other peers.
+MAX_SLOW_REQUESTS: int
+#: The message for a request that the daemon does not know.
+UNKNOWN_REQUEST: str
 
 # --- types ---
 
@@ -67,6 +79,7 @@ DEBUG_BUILD: bool
 _UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 _ReplyT = TypeVar("_ReplyT", covariant=True)
+_ConnectionT = TypeVar("_ConnectionT", bound=tuple[ControlConnection, object])
 
 class _ToBytes(TypingProtocol):
     def to_bytes(self) -> bytes: ...
@@ -345,8 +358,8 @@ class Request(Generic[_ReplyT]):
     @property
     def is_query(self) -> bool: ...
     @property
-    def waits_for_peers(self) -> bool:
-        """Whether the daemon asks other peers before it answers, which can take long."""
+    def permit(self) -> int:
+        """The limit it counts against: 0 if the daemon answers at once, else 1."""
     @staticmethod
     def identify() -> Request[Identity]: ...
     @staticmethod
@@ -448,6 +461,37 @@ class ControlConnection:
     ) -> Pipeline: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
+
+@final
+class ConnectionPool(Generic[_ConnectionT]):
+    """The idle connections of one event loop. A connection is a tuple whose first item is a
+    ``ControlConnection``, with a method ``close``."""
+
+    def __new__(cls, max_idle: int) -> ConnectionPool[_ConnectionT]: ...
+    def take(self) -> _ConnectionT | None:
+        """Takes the idle connection used last, and closes stale ones."""
+    def give_back(self, connection: _ConnectionT) -> None:
+        """Takes a connection back after a request. Closes it if it cannot be used again, or the
+        oldest idle one if there are too many."""
+    def close(self) -> list[_ConnectionT]:
+        """Removes and returns the idle connections and the witness. The pool takes none back any
+        more."""
+    def choose_witness(self) -> int | None:
+        """Chooses the witness of a registration that was just made. Returns its number, or None if
+        there is no suitable connection."""
+    def begin_probe(self, witness: int) -> _ConnectionT | None:
+        """Begins a request on a witness. Returns its connection, or None if it is gone."""
+    def end_probe(self, witness: int) -> None:
+        """Ends a request on a witness. Closes its connection if it cannot be used again."""
+
+def may_retry(pooled: bool, repeated: bool, unsent: bool) -> bool:
+    """Whether to send a request once more, on a new connection.
+
+    Args:
+        pooled: Whether the failed attempt used a connection that was idle before.
+        repeated: Whether it was not the first attempt.
+        unsent: Whether the daemon cannot have read the whole request.
+    """
 
 @final
 class Pipeline:

@@ -3,210 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
 
 from p2pclient_rs._native import (
-    ControlConnection,
-    Identity,
+    MAX_IDLE,
+    MAX_SLOW_REQUESTS,
+    UNKNOWN_REQUEST,
     Multiaddr,
     PeerID,
-    PeerInfo,
     PersistentConnection,
-    Pipeline,
-    PublicKey,
     Request,
-    StreamInfo,
-    endpoint,
+    may_retry,
     refusal_kind,
 )
+from p2pclient_rs.dial import dial
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
     ControlTimeout,
     DaemonRefused,
-    DaemonUnreachable,
     ForkedClientError,
     NotSupported,
-    from_os_error,
 )
 from p2pclient_rs.loops import (
     Reactor,
     UnlessClosed,
-    Watch,
     carry_out,
     current_loop,
     is_current,
     pump,
-    watch,
 )
+from p2pclient_rs.pool import Pool, PooledConnection
 from p2pclient_rs.streams import Stream
+from p2pclient_rs.types import MultiaddrLike, PeerIDLike, Types
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]
 
 DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
 
-#: What is said of a request that a daemon closed the connection on.
-UNKNOWN_REQUEST = "the daemon closed the connection, as it does on a request it does not know"
-
 #: Of a persistent connection; see ``UnaryClient``: ``max_message_size``, ``max_incoming_size``,
 #: ``max_unanswered``, ``max_unanswered_bytes`` and ``hold``.
 UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
-_IDENTIFY = Request.identify()
-
-#: Errors of a connection attempt that say nothing of the control socket.
-_NOT_ABOUT_THE_SOCKET = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-
 T = TypeVar("T")
 S = TypeVar("S", bound=Stream)
-
-
-class SupportsToBytes(Protocol):
-    """A peer id or multiaddr of another library, as py-multiaddr's."""
-
-    def to_bytes(self) -> bytes: ...
-
-
-#: A peer id: a PeerID, its text (base58 or CID), its bytes, or another library's.
-PeerIDLike: TypeAlias = PeerID | str | bytes | bytearray | memoryview | SupportsToBytes
-#: A multiaddr: a Multiaddr, its text, its bytes, or another library's.
-MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | SupportsToBytes
-
-
-class Types:
-    """What requests return. An API compatibility layer overrides these to return the types of its
-    ecosystem, and declares the methods of its clients accordingly."""
-
-    def multiaddr(self, addr: Multiaddr) -> Multiaddr:
-        """A multiaddr, wherever one is returned by itself."""
-        return addr
-
-    def peer_info(self, info: PeerInfo) -> PeerInfo:
-        """An entry of ``list_peers`` and of the DHT's answers."""
-        return info
-
-    def stream_info(self, info: StreamInfo) -> StreamInfo:
-        """What is said of a stream, opened or inbound."""
-        return info
-
-    def public_key(self, key: PublicKey) -> PublicKey:
-        """The answer to ``dht_get_public_key``."""
-        return key
-
-    def identity(self, identity: Identity) -> Identity:
-        """The answer to ``identify``."""
-        return identity
-
-    def peer_id(self, peer_id: PeerID) -> PeerID:
-        """The caller that a unary handler is told. What is returned is kept for the next call."""
-        return peer_id
-
-    def error(self, error: Exception) -> Exception:
-        """What is raised in the place of a ``ControlFailure`` or a ``P2PHandlerError``."""
-        return error
-
-
-class Connection(NamedTuple):
-    """A control connection, and the wait of its event loop for it."""
-
-    raw: ControlConnection
-    watch: Watch
-
-    def close(self) -> None:
-        self.watch.close()
-        self.raw.close()
-
-
-class _Pool:
-    """The connections that belong to one event loop."""
-
-    def __init__(self, max_connections: int, max_idle: int) -> None:
-        self._max_idle = max_idle
-        self._idle: list[Connection] = []
-        #: For the queries of asyncio's tasks, once there was a connection to spare.
-        self.pipeline: Pipeline | None = None
-        #: That one, and those that take no more and are not yet closed.
-        self._pipelines: list[Pipeline] = []
-        self._pipeline_watch: Watch | None = None
-        #: An idle connection that is kept out of the pool. While it stays open, the daemon has not
-        #: been restarted since it took the registrations. The lock guards requests on it.
-        self.witness: Connection | None = None
-        self.witness_lock = anyio.Lock()
-        self.slow = anyio.Semaphore(max_connections, fast_acquire=True)
-        self.quick = anyio.Semaphore(max_idle, fast_acquire=True)
-
-    def take(self) -> Connection | None:
-        """An idle connection on which nothing has arrived unasked, as the end would have."""
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.raw.stale:
-                return connection
-            connection.close()
-        return None
-
-    def open_pipeline(self) -> Pipeline | None:
-        """Makes an idle connection one for queries, on an event loop that runs callbacks."""
-        self.pipeline = None
-        self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
-        loop = current_loop()
-        # With many on which somebody gave up, those who ask are to wait for their turn.
-        full = len(self._pipelines) >= self._max_idle
-        if full or not isinstance(loop, asyncio.AbstractEventLoop):
-            return None
-        connection = self.take()
-        if connection is not None:
-            connection.watch.close()
-            self.pipeline = connection.raw.take_pipeline(loop, pump)
-            self._pipelines.append(self.pipeline)
-            self._pipeline_watch = connection.watch
-        return self.pipeline
-
-    def give_back(self, connection: Connection) -> None:
-        if connection.raw.reusable and len(self._idle) < self._max_idle:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def take_witness(self) -> Connection | None:
-        """Returns the witness of a registration that was just made.
-
-        The first one is the connection given back last, which carried the registration.
-        """
-        if self.witness is not None:
-            if self.witness_lock.locked() or not self.witness.raw.stale:
-                return self.witness
-            self.drop_witness()
-        if self._idle and not self._idle[-1].raw.stale:
-            self.witness = self._idle.pop()
-        return self.witness
-
-    def drop_witness(self) -> None:
-        if self.witness is not None:
-            self.witness.close()
-            self.witness = None
-
-    def close(self) -> None:
-        """Closes the idle connections, and those in use when they are given back."""
-        self._max_idle = 0
-        self.drop_witness()
-        while self._idle:
-            self._idle.pop().close()
-        if self.pipeline is not None:
-            self.pipeline.retire()
-
-    def __del__(self) -> None:
-        idle = self._idle if self.witness is None else [*self._idle, self.witness]
-        for connection in idle:
-            connection.watch.abandon(connection.raw)
-        if self.pipeline is not None and self._pipeline_watch is not None:
-            self._pipeline_watch.abandon(self.pipeline)
 
 
 class DaemonConnector:
@@ -235,8 +81,8 @@ class DaemonConnector:
         self,
         control_maddr: MultiaddrLike | None = None,
         *,
-        max_connections: int = 64,
-        max_idle: int = 8,
+        max_connections: int = MAX_SLOW_REQUESTS,
+        max_idle: int = MAX_IDLE,
         max_message_size: int | None = None,
         types: Types | None = None,
     ) -> None:
@@ -248,10 +94,10 @@ class DaemonConnector:
         self._max_idle = max_idle
         self._max_message_size = max_message_size
         self._pid = os.getpid()
-        self._pools: WeakKeyDictionary[Any, _Pool] = WeakKeyDictionary()
+        self._pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()
         #: The last one used, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._recent: _Pool | None = None
+        self._recent: Pool | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._maddr}>"
@@ -356,9 +202,9 @@ class DaemonConnector:
         """Returns a token of the daemon; call it right after a STREAM_HANDLER request.
 
         Returns:
-            A token for ``still_registered``; None if no connection could be kept open.
+            A token for ``still_registered``; None if no connection can be kept open.
         """
-        return self._pool().take_witness()
+        return self._pool().choose_witness()
 
     async def still_registered(self, token: object | None) -> bool:
         """Returns whether the daemon is certainly the one that ``token`` came from.
@@ -366,25 +212,7 @@ class DaemonConnector:
         If not, it may have been restarted since, and have lost the registration.
         """
         self.check_fork()
-        pool = self._pool()
-        async with pool.witness_lock:
-            witness = pool.witness
-            if witness is None or witness is not token:
-                return False
-            raw, watched = witness
-            try:
-                # A TCP connection to a host that is gone looks open until something is sent.
-                if not raw.start(_IDENTIFY):
-                    await watched.writable()
-                    while not raw.flush():
-                        await watched.writable()
-                await watched.answer(raw)
-            except ControlFailure:
-                return False
-            finally:
-                if not raw.reusable and pool.witness is witness:
-                    pool.drop_witness()
-            return True
+        return await self._pool().is_same_daemon(token)
 
     async def open_persistent_connection(
         self,
@@ -418,7 +246,7 @@ class DaemonConnector:
         carry_out(persistent, came)
         return persistent
 
-    async def _upgrade(self, name: str) -> Connection:
+    async def _upgrade(self, name: str) -> PooledConnection:
         try:
             _, connection = await self._exchange(Request.persistent_conn_upgrade())
         except DaemonRefused as error:
@@ -467,10 +295,10 @@ class DaemonConnector:
             pool.close()
 
     async def _answer(self, request: Request[T]) -> T:
-        retry = True
-        pool = self._recent  # of trio it is none
+        repeated = False
+        pool = self._recent  # None on trio
         if request.is_query and pool is not None:
-            # What comes here often is to go a short way.
+            # Fast path.
             pipeline = pool.pipeline
             if pipeline is None or not (pipeline.in_turn or is_current(self._loop)):
                 pool = self._pool()
@@ -482,10 +310,9 @@ class DaemonConnector:
                 try:
                     return await answer
                 except ConnectionLost as error:
-                    # As in `_exchange`.
-                    if not error.unexecuted:
+                    if not may_retry(True, repeated, error.unexecuted):
                         raise
-                    retry = False
+                    repeated = True
                 except ControlFailure:
                     raise
                 except BaseException:
@@ -496,11 +323,11 @@ class DaemonConnector:
                     raise
                 finally:
                     del answer  # which has the exception, whose traceback has this frame
-        return (await self._exchange(request, retry))[0]
+        return (await self._exchange(request, repeated))[0]
 
     async def start_query(
         self, request: Request[tuple[T, ...]]
-    ) -> tuple[tuple[T, ...], Connection]:
+    ) -> tuple[tuple[T, ...], PooledConnection]:
         """Sends a DHT query and waits for its first result.
 
         The query no longer counts as a request under way after that, since the caller may need
@@ -517,21 +344,21 @@ class DaemonConnector:
         result, connection = await exchange
         return result, connection
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: PooledConnection) -> None:
         """Keeps a connection for the next request, or closes it if it cannot be used again."""
         self._pool().give_back(connection)
 
     async def _exchange(
         self,
         request: Request[T],
-        retry: bool = True,
-        read: Callable[[Connection], Awaitable[Any]] | None = None,
-    ) -> tuple[T, Connection]:
+        repeated: bool = False,
+        read: Callable[[PooledConnection], Awaitable[Any]] | None = None,
+    ) -> tuple[T, PooledConnection]:
         """Sends a request.
 
         Args:
             request: The request.
-            retry: Whether it may be sent again on another connection.
+            repeated: Whether it was sent before, on another connection.
             read: Waits for the reply, or for the first part of it.
 
         Returns:
@@ -539,24 +366,25 @@ class DaemonConnector:
             has returned a part of the reply.
         """
         self.check_fork()
-        # What comes here often is to go a short way.
+        # Fast path.
         pool = self._recent
         if pool is None or not is_current(self._loop):
             pool = self._pool()
-        turn = pool.slow if request.waits_for_peers else pool.quick
+        permit = pool.permits[request.permit]
         try:
-            turn.acquire_nowait()
+            permit.acquire_nowait()
         except anyio.WouldBlock:
-            await turn.acquire()
+            await permit.acquire()
         try:
             connection = pool.take()
-            retry = retry and connection is not None
+            pooled = connection is not None
             while True:
                 if connection is None:
                     connection = await self._connect()
                 raw, watch = connection
                 consumed = False
                 try:
+                    # As `pool.send`, without its coroutine.
                     if not raw.start(request):
                         await watch.writable()
                         while not raw.flush():
@@ -569,20 +397,17 @@ class DaemonConnector:
                         consumed = True
                     return answer, connection
                 except ConnectionLost as error:
-                    # The daemon closed it meanwhile, perhaps by a restart. Only where it cannot
-                    # have acted on the request is it right to send that again.
-                    if not (retry and error.unexecuted):
+                    if not may_retry(pooled, repeated, error.unexecuted):
                         raise
-                    retry = False
+                    pooled, repeated = False, True
                 finally:
-                    # One with half an answer on it is of no use to anybody else.
                     if not consumed:
                         pool.give_back(connection)
                 connection = None
         finally:
-            turn.release()
+            permit.release()
 
-    def _pool(self) -> _Pool:
+    def _pool(self) -> Pool:
         """This loop's."""
         loop = current_loop()
         pool = self._pools.get(loop)
@@ -591,43 +416,13 @@ class DaemonConnector:
             for other in list(self._pools):
                 if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
                     self._pools.pop(other).close()
-            pool = self._pools[loop] = _Pool(self._max_connections, self._max_idle)
+            pool = self._pools[loop] = Pool(self._max_connections, self._max_idle)
         if isinstance(loop, asyncio.AbstractEventLoop):
             self._loop, self._recent = loop, pool
         return pool
 
-    async def _connect(self) -> Connection:
-        maddr, path = self._maddr, None
-        try:
-            addresses = await resolve(maddr)
-            for attempt, address in enumerate(addresses, 1):
-                path = address if isinstance(address, str) else None
-                try:
-                    return await self._connect_to(address)
-                except OSError:
-                    if attempt == len(addresses):
-                        raise
-            raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
-        except OSError as error:
-            if error.errno in _NOT_ABOUT_THE_SOCKET:
-                path = None
-            raise _unreachable(error, maddr, path) from error
-
-    async def _connect_to(self, address: str | tuple[str, int]) -> Connection:
-        delay = 0.001
-        while (raw := ControlConnection.connect(address, max_frame=self._max_message_size)) is None:
-            # The daemon's queue of connections is full, and nothing says when it is not.
-            await anyio.sleep(delay)
-            delay = min(2 * delay, 0.05)
-        connection = Connection(raw, watch(raw.fileno()))
-        try:
-            if not raw.connected:
-                await connection.watch.writable()
-                raw.finish_connect()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+    async def _connect(self) -> PooledConnection:
+        return await dial(self._maddr, self._max_message_size)
 
     def check_fork(self) -> None:
         """Raises ForkedClientError in a forked child of the process that made this."""
@@ -702,35 +497,10 @@ class DaemonConnector:
         return self.types.error(precise)
 
 
-async def _first_result(connection: Connection) -> tuple[Any, ...]:
+async def _first_result(connection: PooledConnection) -> tuple[Any, ...]:
     while (result := connection.raw.next_value()) is None:
         await connection.watch.readable()
     return result
-
-
-def _unreachable(error: OSError, maddr: Multiaddr, path: str | None) -> DaemonUnreachable:
-    message = f"no connection to the daemon's control socket at {maddr}: {error}"
-    hint = _hint(error, maddr)
-    text = f"{message}; {hint}" if hint else message
-    unreachable = from_os_error(DaemonUnreachable, text, error, path)
-    unreachable._without_hint = message
-    return unreachable
-
-
-def _hint(error: OSError, maddr: Multiaddr) -> str | None:
-    """Suggests a fix for a failed connection to a control socket."""
-    if error.errno == errno.ENOENT:
-        return "start a daemon with p2pclient_rs.Daemon(), or pass another control_maddr"
-    if error.errno == errno.ECONNREFUSED:
-        if str(maddr).startswith("/unix"):
-            return "nothing listens at this file: start the daemon again"
-        return "no daemon listens there: start one, or pass another control_maddr"
-    if error.errno == errno.EACCES:
-        return (
-            "this user may not connect to it: check the permissions of the socket and of its "
-            "directories"
-        )
-    return None
 
 
 def _precise(error: ControlFailure) -> ControlFailure:
@@ -743,19 +513,3 @@ def _precise(error: ControlFailure) -> ControlFailure:
         if kind == "timed out":
             return ControlTimeout("the daemon gave up", daemon_message=words)
     return error
-
-
-async def resolve(maddr: Multiaddr) -> list[str | tuple[str, int]]:
-    """The addresses of sockets that a control or listen address stands for."""
-    kind, host, port = endpoint(maddr)
-    if kind == "unix":
-        return [host]
-    if kind in ("ip4", "ip6"):
-        return [(host, port)]
-    import socket
-
-    families = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}
-    found = await anyio.getaddrinfo(
-        host, port, family=families.get(kind, 0), type=socket.SOCK_STREAM
-    )
-    return list(dict.fromkeys((str(address[0]), port) for *_, address in found))

@@ -20,7 +20,8 @@ from p2pclient_rs._native import (
     StreamInfo,
     endpoint,
 )
-from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike, resolve
+from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
+from p2pclient_rs.dial import resolve
 from p2pclient_rs.exceptions import ControlFailure, DaemonRefused, NotSupported
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler
 from p2pclient_rs.inbound import InboundStreams

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import anyio
 
-from p2pclient_rs._native import Multiaddr, Request
-from p2pclient_rs.connector import UNKNOWN_REQUEST, DaemonConnector
+from p2pclient_rs._native import UNKNOWN_REQUEST, Multiaddr, Request
+from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,

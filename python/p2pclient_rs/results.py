@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import anyio
 
 from p2pclient_rs._native import Request
-from p2pclient_rs.connector import Connection, DaemonConnector, PeerIDLike
+from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.exceptions import ControlFailure, ControlTimeout
 from p2pclient_rs.loops import UnlessClosed
+from p2pclient_rs.pool import PooledConnection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +61,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         # is under way.
         self._request: Request[tuple[T, ...]] | None = None
         self._deadline = math.inf
-        self._connection: Connection | None = None
+        self._connection: PooledConnection | None = None
         #: How many results may be there already before the event loop gets a turn.
         self._turns = 0
         self._waiting = False

@@ -5,11 +5,12 @@ use super::answer;
 use super::errors::{self, ConnectionLost};
 use super::pipeline::Pipeline;
 use super::request::PyRequest;
-use super::socket::{is_disconnect, Address, Connecting, Socket, READ_SIZE};
+use super::socket::{Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
 use super::unary::{Limits as UnaryLimits, PersistentConnection};
 use bytes::{Buf, Bytes};
 use p2pd_protocol::command::Answered;
+use p2pd_protocol::policy::retry::Progress;
 use p2pd_protocol::{ClientExchange, Error, Event, Limits, Reply, State};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
@@ -162,7 +163,7 @@ impl ControlConnection {
 
     /// Whether another request can be sent.
     #[getter]
-    fn reusable(&self) -> bool {
+    pub fn reusable(&self) -> bool {
         self.lock()
             .as_ref()
             .is_some_and(|inner| inner.exchange.is_reusable() && inner.output.is_empty())
@@ -178,7 +179,7 @@ impl ControlConnection {
 
     /// Whether something came while nothing was asked: the end, most likely.
     #[getter]
-    fn stale(&self) -> PyResult<bool> {
+    pub fn stale(&self) -> PyResult<bool> {
         self.with(|inner| Ok(inner.socket.is_readable()))
     }
 
@@ -293,8 +294,8 @@ impl Inner {
                 Ok(0) => break,
                 Ok(count) => self.output.advance(count),
                 Err(error) => {
-                    // A part of a request is no request: the daemon cannot have acted on it.
-                    let unexecuted = true;
+                    let transport = self.socket.transport();
+                    let unexecuted = Progress::Sending.is_unsent(transport, Some(error.kind()));
                     return Err(ConnectionError::Lost { error, unexecuted });
                 }
             }
@@ -377,10 +378,7 @@ impl Inner {
 
 /// Whether a connection on which one request is under way was lost before the daemon read that.
 pub fn is_unread(socket: &Socket, exchange: &mut ClientExchange, error: &io::Error) -> bool {
-    let nothing_came = matches!(exchange.end_of_file(), Error::Closed { mid_message: false });
-    // A unix socket is reset exactly when its peer closed it with input unread, and this request
-    // was the only input there was.
-    nothing_came && socket.is_unix() && is_disconnect(error)
+    Progress::waiting(exchange).is_unsent(socket.transport(), Some(error.kind()))
 }
 
 /// The error of whoever uses a closed one.

@@ -2,6 +2,7 @@
 
 use p2pd_protocol as protocol;
 use p2pd_protocol::policy::refusal::Refusal;
+pub use p2pd_protocol::policy::refusal::UNKNOWN_REQUEST;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;

@@ -20,6 +20,7 @@ mod multiaddr;
 mod peer_id;
 mod pid;
 mod pipeline;
+mod pool;
 mod public_key;
 mod readiness;
 mod request;
@@ -60,6 +61,8 @@ mod _native {
     #[pymodule_export]
     use super::pipeline::Pipeline;
     #[pymodule_export]
+    use super::pool::{may_retry, ConnectionPool};
+    #[pymodule_export]
     use super::readiness::Readiness;
     #[pymodule_export]
     use super::request::PyRequest;
@@ -90,6 +93,9 @@ mod _native {
         super::ending::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        m.add("MAX_IDLE", super::pool::MAX_IDLE)?;
+        m.add("MAX_SLOW_REQUESTS", super::pool::MAX_SLOW_REQUESTS)?;
+        m.add("UNKNOWN_REQUEST", super::errors::UNKNOWN_REQUEST)?;
         m.add("DEBUG_BUILD", cfg!(debug_assertions))
     }
 }

@@ -5,6 +5,7 @@ use super::multiaddr::{extract_multiaddr, extract_multiaddrs};
 use super::peer_id::extract_peer_id;
 use p2pd_protocol::command::{connmgr, control, dht, peerstore, pubsub, streams, unary};
 use p2pd_protocol::command::{Answered, Typed};
+use p2pd_protocol::policy::pool::Permit;
 use p2pd_protocol::EncodedRequest;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -19,10 +20,10 @@ type Buffer<'a, 'py> = &'a Bound<'py, PyAny>;
 
 #[pymethods]
 impl PyRequest {
-    /// Whether the daemon asks other peers before it answers, which can take long.
+    /// Which limit it counts against: 0 if the daemon answers at once, 1 if it asks other peers.
     #[getter]
-    fn waits_for_peers(&self) -> bool {
-        self.0.waits_for_peers()
+    fn permit(&self) -> usize {
+        Permit::of(&self.0) as usize
     }
 
     /// Whether it only asks what the daemon knows: such requests may follow each other.

@@ -1,6 +1,7 @@
 //! A non-blocking socket: every call does what it can at once, or says that it would block.
 
 use super::errors;
+use p2pd_protocol::policy::retry::Transport;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use socket2::{Domain, SockAddr, SockRef};
@@ -187,6 +188,15 @@ impl Socket {
         matches!(is_unix(&self.0), Ok(true))
     }
 
+    /// What carries the connection, for the policy on retries.
+    pub fn transport(&self) -> Transport {
+        if self.is_unix() {
+            Transport::Unix
+        } else {
+            Transport::Tcp
+        }
+    }
+
     pub fn local_address(&self) -> io::Result<SockAddr> {
         self.0.local_addr()
     }
@@ -284,12 +294,4 @@ fn unless_blocked<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<Opti
             Err(e) => return Err(e),
         }
     }
-}
-
-/// Whether an error means that the other side is gone.
-pub fn is_disconnect(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted
-    )
 }

@@ -69,7 +69,7 @@ struct Witness<C> {
 
 /// Names a witness. See [`Pool::choose_witness`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WitnessId(u64);
+pub struct WitnessId(pub u64);
 
 impl<C> Pool<C> {
     /// Makes an empty pool for at most `max_idle` connections.

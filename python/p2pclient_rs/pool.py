@@ -1,0 +1,125 @@
+"""The control connections of one event loop: the idle ones, and the one that queries share."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+import anyio
+
+from p2pclient_rs._native import ConnectionPool, ControlConnection, Pipeline, Request
+from p2pclient_rs.exceptions import ControlFailure
+from p2pclient_rs.loops import Watch, current_loop, pump
+
+__all__ = ["Pool", "PooledConnection", "send"]
+
+_IDENTIFY = Request.identify()
+
+
+class PooledConnection(NamedTuple):
+    """A control connection, and the wait of its event loop for it."""
+
+    raw: ControlConnection
+    watch: Watch
+
+    def close(self) -> None:
+        self.watch.close()
+        self.raw.close()
+
+
+async def send(connection: PooledConnection, request: Request[object]) -> None:
+    """Sends a request."""
+    raw, watch = connection
+    if not raw.start(request):
+        await watch.writable()
+        while not raw.flush():
+            await watch.writable()
+
+
+class Pool:
+    """The control connections of one event loop.
+
+    Args:
+        max_slow: How many requests may run at once that make the daemon ask other peers.
+        max_idle: How many other requests may run at once, and how many idle connections are kept.
+    """
+
+    def __init__(self, max_slow: int, max_idle: int) -> None:
+        self._max_idle = max_idle
+        self._idle: ConnectionPool[PooledConnection] = ConnectionPool(max_idle)
+        idle = self._idle
+        #: Takes an idle connection, or returns None.
+        self.take = idle.take
+        #: Takes a connection back after a request, or closes it.
+        self.give_back = idle.give_back
+        #: By ``Request.permit``: the permits of quick and of slow requests.
+        self.permits = (
+            anyio.Semaphore(max_idle, fast_acquire=True),
+            anyio.Semaphore(max_slow, fast_acquire=True),
+        )
+        #: For the queries of asyncio's tasks, once there was a connection to spare.
+        self.pipeline: Pipeline | None = None
+        #: That one, and those that take no more queries and are not yet closed.
+        self._pipelines: list[Pipeline] = []
+        self._pipeline_watch: Watch | None = None
+        #: Identifies this pool in the tokens of its witnesses.
+        self._key = object()
+        self._probing = anyio.Lock()
+
+    def open_pipeline(self) -> Pipeline | None:
+        """Turns an idle connection into one for queries, on an event loop that runs callbacks."""
+        self.pipeline = None
+        self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
+        loop = current_loop()
+        # If callers gave up on that many, the next callers wait for a permit.
+        full = len(self._pipelines) >= self._max_idle
+        if full or not isinstance(loop, asyncio.AbstractEventLoop):
+            return None
+        connection = self.take()
+        if connection is not None:
+            connection.watch.close()
+            self.pipeline = connection.raw.take_pipeline(loop, pump)
+            self._pipelines.append(self.pipeline)
+            self._pipeline_watch = connection.watch
+        return self.pipeline
+
+    def choose_witness(self) -> object | None:
+        """Returns a token of the daemon for ``is_same_daemon``, right after a registration.
+
+        Returns:
+            The token; None if no connection can be kept open.
+        """
+        witness = self._idle.choose_witness()
+        return None if witness is None else (self._key, witness)
+
+    async def is_same_daemon(self, token: object | None) -> bool:
+        """Returns whether the daemon is certainly the one that ``token`` came from."""
+        if not isinstance(token, tuple) or token[0] is not self._key:
+            return False
+        witness: int = token[1]
+        async with self._probing:
+            connection = self._idle.begin_probe(witness)
+            if connection is None:
+                return False
+            try:
+                # A TCP connection to a host that is gone looks open until something is sent.
+                await send(connection, _IDENTIFY)
+                await connection.watch.answer(connection.raw)
+            except ControlFailure:
+                return False
+            finally:
+                self._idle.end_probe(witness)
+            return True
+
+    def close(self) -> None:
+        """Closes the idle connections, and those in use when they are given back."""
+        for connection in self._idle.close():
+            connection.close()
+        if self.pipeline is not None:
+            self.pipeline.retire()
+
+    def __del__(self) -> None:
+        for connection in self._idle.close():
+            connection.watch.abandon(connection.raw)
+        if self.pipeline is not None and self._pipeline_watch is not None:
+            self._pipeline_watch.abandon(self.pipeline)
