@@ -112,13 +112,13 @@ async def turns() -> None:
 # --- reading ---
 
 
-async def test_they_are_of_asyncios_classes(ends: Ends) -> None:
+async def test_reader_and_writer_are_instances_of_asyncios_classes(ends: Ends) -> None:
     assert isinstance(ends.reader, asyncio.StreamReader)
     assert isinstance(ends.writer, asyncio.StreamWriter)
     assert "Stream" in repr(ends.reader) and "Stream" in repr(ends.writer)
 
 
-async def test_reads_give_what_they_say(ends: Ends) -> None:
+async def test_each_read_method_returns_the_documented_data(ends: Ends) -> None:
     ends.peer.sendall(b"\x00" + (5).to_bytes(8, "big") + b"hello" + b"line\nrest|more")
     assert await ends.reader.readexactly(1) == b"\x00"
     assert await ends.reader.readexactly(8) == b"\x00\x00\x00\x00\x00\x00\x00\x05"
@@ -139,7 +139,7 @@ async def test_reads_give_what_they_say(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 70_000, 3 * MIB])
-async def test_readexactly_waits_for_everything(ends: Ends, size: int) -> None:
+async def test_readexactly_waits_for_all_bytes(ends: Ends, size: int) -> None:
     data = os.urandom(size)
     sender = threading.Thread(target=ends.peer.sendall, args=(data,))
     sender.start()
@@ -149,7 +149,7 @@ async def test_readexactly_waits_for_everything(ends: Ends, size: int) -> None:
         await finished(sender)
 
 
-async def test_the_end_within_what_is_read_gives_the_part(ends: Ends) -> None:
+async def test_end_within_a_read_gives_the_partial_data(ends: Ends) -> None:
     ends.peer.sendall(b"some")
     ends.peer.close()
     with pytest.raises(asyncio.IncompleteReadError) as raised:
@@ -169,7 +169,7 @@ async def test_lines_can_be_iterated_over(ends: Ends) -> None:
     assert [line async for line in ends.reader] == [b"one\n", b"two\n", b"\n", b"last"]
 
 
-async def test_at_eof_knows_of_an_end_that_nobody_has_read(ends: Ends) -> None:
+async def test_at_eof_notices_an_unread_end(ends: Ends) -> None:
     assert not ends.reader.at_eof()
     ends.peer.sendall(b"abc")
     ends.peer.close()
@@ -179,7 +179,7 @@ async def test_at_eof_knows_of_an_end_that_nobody_has_read(ends: Ends) -> None:
     await until(ends.reader.at_eof)
 
 
-async def test_at_eof_takes_nothing_from_a_task_that_reads(ends: Ends) -> None:
+async def test_at_eof_takes_no_data_from_a_reading_task(ends: Ends) -> None:
     reading = asyncio.create_task(ends.reader.readexactly(5))
     await soon(reading)
     ends.peer.sendall(b"hello")
@@ -187,7 +187,7 @@ async def test_at_eof_takes_nothing_from_a_task_that_reads(ends: Ends) -> None:
     assert await asyncio.wait_for(reading, 5) == b"hello"
 
 
-async def test_a_count_may_be_beyond_what_there_can_be(ends: Ends) -> None:
+async def test_count_may_exceed_the_largest_size(ends: Ends) -> None:
     ends.peer.sendall(b"abc")
     assert await ends.reader.read(2**70) == b"abc"
     ends.peer.sendall(b"def")
@@ -198,7 +198,7 @@ async def test_a_count_may_be_beyond_what_there_can_be(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("length", [65536, 65537])
-async def test_a_line_has_a_limit(ends: Ends, length: int) -> None:
+async def test_line_over_the_limit_is_refused(ends: Ends, length: int) -> None:
     line = b"x" * length + b"\n"
     sender = threading.Thread(target=ends.peer.sendall, args=(line + b"next\n",))
     sender.start()
@@ -216,7 +216,7 @@ async def test_a_line_has_a_limit(ends: Ends, length: int) -> None:
         await finished(sender)
 
 
-async def test_wrong_arguments_are_refused(ends: Ends) -> None:
+async def test_invalid_arguments_are_refused(ends: Ends) -> None:
     with pytest.raises(ValueError, match="less than zero"):
         await ends.reader.readexactly(-1)
     with pytest.raises(ValueError, match="at least one-byte"):
@@ -225,7 +225,7 @@ async def test_wrong_arguments_are_refused(ends: Ends) -> None:
         ends.writer.write("text")  # type: ignore[arg-type]
 
 
-async def test_one_task_reads_at_a_time(ends: Ends) -> None:
+async def test_second_reading_task_is_refused(ends: Ends) -> None:
     first = asyncio.create_task(ends.reader.readexactly(3))
     await soon(first)
     with pytest.raises(RuntimeError, match=r"read\(\) called while another coroutine"):
@@ -234,7 +234,7 @@ async def test_one_task_reads_at_a_time(ends: Ends) -> None:
     assert await first == b"abc"
 
 
-async def test_a_cancelled_read_loses_nothing(ends: Ends) -> None:
+async def test_cancelled_read_loses_no_data(ends: Ends) -> None:
     ends.peer.sendall(b"ab")
     task = asyncio.create_task(ends.reader.readexactly(4))
     await soon(task)
@@ -249,7 +249,7 @@ async def test_a_cancelled_read_loses_nothing(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-async def test_closing_ends_a_pending_read(ends: Ends, how: str) -> None:
+async def test_close_ends_a_pending_read(ends: Ends, how: str) -> None:
     reading = asyncio.create_task(ends.reader.read(10))
     await soon(reading)
     if how == "close":
@@ -260,7 +260,7 @@ async def test_closing_ends_a_pending_read(ends: Ends, how: str) -> None:
     assert ends.reader.at_eof()
 
 
-async def test_closing_gives_a_pending_readexactly_what_there_is(ends: Ends) -> None:
+async def test_close_gives_a_pending_readexactly_the_partial_data(ends: Ends) -> None:
     ends.peer.sendall(b"ab")
     reading = asyncio.create_task(ends.reader.readexactly(4))
     await soon(reading)
@@ -270,7 +270,7 @@ async def test_closing_gives_a_pending_readexactly_what_there_is(ends: Ends) -> 
     assert (raised.value.partial, raised.value.expected) == (b"ab", 4)
 
 
-async def test_what_was_read_ahead_can_be_read_after_closing(ends: Ends) -> None:
+async def test_data_read_ahead_can_be_read_after_close(ends: Ends) -> None:
     ends.peer.sendall(b"abcdef\nxyz")
     assert await ends.reader.readexactly(2) == b"ab"
     ends.writer.close()
@@ -283,7 +283,7 @@ async def test_what_was_read_ahead_can_be_read_after_closing(ends: Ends) -> None
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-async def test_what_had_come_can_be_read_after_closing(ends: Ends, how: str) -> None:
+async def test_data_that_had_arrived_can_be_read_after_close(ends: Ends, how: str) -> None:
     ends.peer.sendall(b"abc\ndef")
     await turns()  # in which asyncio's own reads it
     if how == "close":
@@ -297,7 +297,7 @@ async def test_what_had_come_can_be_read_after_closing(ends: Ends, how: str) -> 
     assert ends.reader.at_eof()
 
 
-async def test_what_a_cancelled_large_read_took_can_be_read_after_closing(ends: Ends) -> None:
+async def test_data_of_a_cancelled_large_read_can_be_read_after_close(ends: Ends) -> None:
     data = os.urandom(100_000)
     reading = asyncio.ensure_future(ends.reader.readexactly(2 * len(data)))
     await turns()
@@ -313,7 +313,7 @@ async def test_what_a_cancelled_large_read_took_can_be_read_after_closing(ends: 
     assert ends.reader.at_eof()
 
 
-async def test_no_more_than_128_kib_are_kept_of_what_had_come(anyio_backend: Any) -> None:
+async def test_at_most_128_kib_of_input_are_kept_after_close(anyio_backend: Any) -> None:
     # asyncio's own keeps what its last read happened to bring.
     async with connected("ours", "unix") as ends:
         ends.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
@@ -327,7 +327,7 @@ async def test_no_more_than_128_kib_are_kept_of_what_had_come(anyio_backend: Any
         assert len(await ends.reader.read()) == 128 * 1024
 
 
-async def test_a_closed_writer_takes_and_drops_what_is_written(ends: Ends) -> None:
+async def test_closed_writer_discards_writes(ends: Ends) -> None:
     assert not ends.writer.is_closing()
     assert not ends.writer.transport.is_closing()
     ends.writer.close()
@@ -342,7 +342,7 @@ async def test_a_closed_writer_takes_and_drops_what_is_written(ends: Ends) -> No
     assert await receive(ends.peer, 10) == b""
 
 
-async def test_close_sends_what_is_buffered(ends: Ends) -> None:
+async def test_close_sends_the_buffer(ends: Ends) -> None:
     data = os.urandom(4 * MIB)
     ends.writer.write(data)
     assert ends.writer.transport.get_write_buffer_size() > 0
@@ -360,7 +360,7 @@ async def test_wait_closed_waits_for_close(ends: Ends) -> None:
     await waiting
 
 
-async def test_a_cancelled_wait_closed_drops_nothing(ends: Ends) -> None:
+async def test_cancelled_wait_closed_loses_no_data(ends: Ends) -> None:
     data = os.urandom(4 * MIB)
     ends.writer.write(data)
     ends.writer.close()
@@ -375,7 +375,7 @@ async def test_a_cancelled_wait_closed_drops_nothing(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("family", ["unix", "tcp"])
-async def test_abort_loses_nothing_that_the_socket_would_take(
+async def test_abort_sends_the_data_that_the_socket_accepts(
     kind: str, family: str, anyio_backend: Any
 ) -> None:
     async with connected(kind, family) as ends:
@@ -390,7 +390,7 @@ async def test_abort_loses_nothing_that_the_socket_would_take(
         assert bytes(received) == (b"the end" if kind == "asyncio" else b"the end.")
 
 
-async def test_abort_drops_what_is_buffered(anyio_backend: Any) -> None:
+async def test_abort_discards_the_buffer(anyio_backend: Any) -> None:
     # uvloop's own sends it now and then.
     async with connected("ours", "unix") as ends:
         ends.writer.write(bytes(4 * MIB))
@@ -403,7 +403,7 @@ async def test_abort_drops_what_is_buffered(anyio_backend: Any) -> None:
 # --- losing the connection ---
 
 
-async def test_a_pending_read_is_told_of_a_lost_connection(tcp_ends: Ends) -> None:
+async def test_pending_read_raises_when_the_connection_is_lost(tcp_ends: Ends) -> None:
     reading = asyncio.create_task(tcp_ends.reader.readexactly(4))
     await soon(reading)
     tcp_ends.reset()
@@ -426,7 +426,7 @@ async def test_a_pending_read_is_told_of_a_lost_connection(tcp_ends: Ends) -> No
         await tcp_ends.writer.wait_closed()
 
 
-async def test_writing_to_a_peer_that_is_gone_shows_in_drain(ends: Ends) -> None:
+async def test_drain_raises_after_writing_to_a_lost_peer(ends: Ends) -> None:
     ends.peer.close()
     with pytest.raises(ConnectionError):
         for _ in range(100):
@@ -438,7 +438,7 @@ async def test_writing_to_a_peer_that_is_gone_shows_in_drain(ends: Ends) -> None
     assert ends.writer.is_closing()
 
 
-async def test_a_draining_writer_is_told_of_a_lost_connection(tcp_ends: Ends) -> None:
+async def test_pending_drain_raises_when_the_connection_is_lost(tcp_ends: Ends) -> None:
     tcp_ends.writer.write(bytes(64 * MIB))
     draining = asyncio.create_task(tcp_ends.writer.drain())
     await soon(draining)
@@ -447,7 +447,7 @@ async def test_a_draining_writer_is_told_of_a_lost_connection(tcp_ends: Ends) ->
         await draining
 
 
-async def test_a_draining_writer_is_told_of_a_lost_connection_that_a_reader_found(
+async def test_pending_drain_raises_a_loss_that_a_reader_found(
     tcp_ends: Ends,
 ) -> None:
     tcp_ends.writer.write(bytes(16 * MIB))
@@ -461,7 +461,7 @@ async def test_a_draining_writer_is_told_of_a_lost_connection_that_a_reader_foun
             await task
 
 
-async def test_a_lost_connection_found_by_a_write_leaves_a_reader_what_had_come(
+async def test_loss_found_by_a_write_leaves_arrived_data_to_the_reader(
     anyio_backend: Any,
 ) -> None:
     # asyncio's own does if it saw that before.
@@ -483,7 +483,7 @@ async def test_a_lost_connection_found_by_a_write_leaves_a_reader_what_had_come(
 
 
 @pytest.mark.parametrize("read", ["read", "readline"])
-async def test_a_lost_connection_found_by_a_write_is_no_end_to_a_reader(
+async def test_loss_found_by_a_write_is_not_an_end_to_the_reader(
     anyio_backend: Any, read: str
 ) -> None:
     async with connected("ours", "unix") as ends:
@@ -499,7 +499,9 @@ async def test_a_lost_connection_found_by_a_write_is_no_end_to_a_reader(
 
 
 @pytest.mark.parametrize("as_what", [bytes, bytearray, memoryview])
-async def test_any_buffer_is_written(ends: Ends, as_what: Callable[[bytes], Any]) -> None:
+async def test_any_kind_of_buffer_can_be_written(
+    ends: Ends, as_what: Callable[[bytes], Any]
+) -> None:
     data = os.urandom(64 * 1024)
     received, receiver = receive_all(ends.peer)
     view = memoryview(as_what(data))
@@ -513,7 +515,7 @@ async def test_any_buffer_is_written(ends: Ends, as_what: Callable[[bytes], Any]
     assert bytes(received) == data + b"onetwo"
 
 
-async def test_what_was_written_may_be_changed_after(anyio_backend: Any) -> None:
+async def test_buffer_may_be_changed_after_write(anyio_backend: Any) -> None:
     # Only with uvloop's own it may not.
     async with connected("ours", "unix") as ends:
         data = bytearray(b"a" * 4 * MIB)
@@ -526,7 +528,7 @@ async def test_what_was_written_may_be_changed_after(anyio_backend: Any) -> None
         assert received == b"a" * 4 * MIB
 
 
-async def test_drain_waits_while_much_is_buffered(ends: Ends) -> None:
+async def test_drain_waits_while_the_buffer_is_above_the_high_water_mark(ends: Ends) -> None:
     ends.writer.write(bytes(4 * MIB))
     draining = asyncio.create_task(ends.writer.drain())
     await soon(draining)
@@ -539,7 +541,7 @@ async def test_drain_waits_while_much_is_buffered(ends: Ends) -> None:
     assert len(received) == 4 * MIB
 
 
-async def test_drain_follows_the_limits_that_were_set(ends: Ends) -> None:
+async def test_drain_follows_the_given_water_marks(ends: Ends) -> None:
     ends.writer.transport.set_write_buffer_limits(high=64 * MIB)
     ends.writer.write(bytes(4 * MIB))
     await ends.writer.drain()
@@ -548,7 +550,7 @@ async def test_drain_follows_the_limits_that_were_set(ends: Ends) -> None:
         ends.writer.transport.set_write_buffer_limits(high=1, low=2)
 
 
-async def test_nothing_is_written_after_the_end(ends: Ends) -> None:
+async def test_write_after_write_eof_is_an_error(ends: Ends) -> None:
     ends.writer.write(b"all")
     ends.writer.write_eof()
     ends.writer.write_eof()
@@ -570,7 +572,7 @@ async def test_extra_info(ends: Ends, tcp_ends: Ends) -> None:
     assert ends.writer.get_extra_info("nonsense") is None
 
 
-async def test_ours_is_closed_when_nobody_holds_it(anyio_backend: Any) -> None:
+async def test_dropped_writer_closes_its_stream(anyio_backend: Any) -> None:
     async with connected("ours", "unix") as ends:
         ends.writer.write(b"bye")
         del ends.reader, ends.writer

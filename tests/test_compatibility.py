@@ -505,7 +505,7 @@ async def peerstore_get_peer_info(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-async def test_the_daemon_does_what_the_table_says(
+async def test_daemon_behaves_as_the_table_says(
     name: str, fleet: tuple[DaemonProcess, ...]
 ) -> None:
     entry = FEATURES[name].of(support.DEFAULT_KIND)
@@ -557,5 +557,5 @@ def test_every_feature_has_a_probe() -> None:
 
 
 @pytest.mark.independent
-def test_the_document_is_what_the_table_says() -> None:
+def test_document_matches_the_table() -> None:
     assert DOCUMENT.read_text() == render(), "run `make compatibility`"

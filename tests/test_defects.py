@@ -14,7 +14,7 @@ pytestmark = pytest.mark.independent
 
 
 @pytest.mark.parametrize(("kind", "right"), [("ours", True), ("hivemind", False)])
-def test_what_hivemind_cannot_take_is_no_matter_here(kind: str, right: bool) -> None:
+def test_defects_of_hivemind_are_absent_here(kind: str, right: bool) -> None:
     program = str(Path(__file__).with_name("defects.py"))
     output = subprocess.run(
         [sys.executable, program, kind],

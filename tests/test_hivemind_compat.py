@@ -177,7 +177,7 @@ async def two(
 # --- the surface ---
 
 
-def test_every_public_name_of_the_original_is_there_with_its_parameters(
+def test_every_public_name_of_the_original_exists_with_its_parameters(
     all_bindings: dict[str, Bindings],
 ) -> None:
     original, ours = all_bindings["original"], all_bindings["ours"]
@@ -238,7 +238,7 @@ def test_parse_conn_protocol(b: Bindings) -> None:
         b.parse_conn_protocol(b.Multiaddr("/tcp/1"))
 
 
-async def test_a_control_client_has_the_attributes_of_the_original(
+async def test_control_client_has_the_attributes_of_the_original(
     b: Bindings, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     connector = b.DaemonConnector(b.Multiaddr(two_daemons[0].control_maddr))
@@ -288,7 +288,7 @@ async def test_connect_and_disconnect(
 # --- unary calls ---
 
 
-async def test_a_call_and_its_reply(two: Pair) -> None:
+async def test_call_returns_the_handlers_reply(two: Pair) -> None:
     callers = []
 
     async def double(request: bytes, caller: Any) -> bytes:
@@ -307,7 +307,7 @@ async def test_a_call_and_its_reply(two: Pair) -> None:
     assert replies == [b"%d%d" % (n, n) for n in range(200)]
 
 
-async def test_what_a_handler_raises_reaches_the_caller(two: Pair) -> None:
+async def test_handlers_exception_reaches_the_caller(two: Pair) -> None:
     async def fail(request: bytes, caller: Any) -> bytes:
         raise KeyError("of the handler")
 
@@ -318,7 +318,7 @@ async def test_what_a_handler_raises_reaches_the_caller(two: Pair) -> None:
     assert not isinstance(raised.value, two.b.P2PDaemonError)
 
 
-async def test_handlers_are_registered_once_and_taken_back(two: Pair) -> None:
+async def test_handler_is_registered_once_and_can_be_removed(two: Pair) -> None:
     async def echo(request: bytes, caller: Any) -> bytes:
         return request
 
@@ -336,7 +336,7 @@ async def test_handlers_are_registered_once_and_taken_back(two: Pair) -> None:
     assert await two.near.call_unary_handler(two.far_id, "e", b"x") == b"x"
 
 
-async def test_a_name_that_another_client_serves_is_refused_unless_balanced(
+async def test_protocol_that_another_client_serves_is_refused_unless_balanced(
     two: Pair, clients: Clients, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     def handler(answer: bytes) -> Callable[[bytes, Any], Awaitable[bytes]]:
@@ -355,7 +355,7 @@ async def test_a_name_that_another_client_serves_is_refused_unless_balanced(
     assert set(answers) == {b"1", b"2"}
 
 
-async def test_a_request_that_is_too_large_is_refused_before_it_is_sent(
+async def test_request_over_the_limit_is_refused_unsent(
     two: Pair, clients: Clients, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     async def echo(request: bytes, caller: Any) -> bytes:
@@ -368,7 +368,7 @@ async def test_a_request_that_is_too_large_is_refused_before_it_is_sent(
     assert await small.call_unary_handler(two.far_id, "size", bytes(9_000)) == b"ok"
 
 
-async def test_a_cancelled_call_cancels_the_handler(two: Pair) -> None:
+async def test_cancelled_call_cancels_its_handler(two: Pair) -> None:
     began, ended = asyncio.Event(), asyncio.Event()
 
     async def slow(request: bytes, caller: Any) -> bytes:
@@ -391,7 +391,7 @@ async def test_a_cancelled_call_cancels_the_handler(two: Pair) -> None:
 # --- streams ---
 
 
-async def test_a_stream_and_its_handler(two: Pair) -> None:
+async def test_stream_reaches_its_handler(two: Pair) -> None:
     b = two.b
     infos = []
 
@@ -430,7 +430,7 @@ async def test_a_stream_and_its_handler(two: Pair) -> None:
         assert seen.proto == "shout"
 
 
-async def test_a_stream_handler_registered_twice_is_refused_and_the_first_stays(
+async def test_second_registration_of_a_stream_handler_is_refused(
     two: Pair,
 ) -> None:
     async def first(info: Any, reader: Any, writer: Any) -> None:
@@ -452,7 +452,7 @@ async def test_a_stream_handler_registered_twice_is_refused_and_the_first_stays(
         await two.far.remove_stream_handler("twice")
 
 
-async def test_listening_can_be_ended_by_another_task(two: Pair) -> None:
+async def test_another_task_can_end_listening(two: Pair) -> None:
     context = two.far.listen()
     await asyncio.create_task(context.__aenter__())
     served = asyncio.Event()
@@ -469,7 +469,7 @@ async def test_listening_can_be_ended_by_another_task(two: Pair) -> None:
     await asyncio.create_task(context.__aexit__(None, None, None))
 
 
-async def test_a_handler_that_is_cancelled_by_itself_ends_only_its_stream(two: Pair) -> None:
+async def test_cancelled_error_of_a_handler_ends_only_its_stream(two: Pair) -> None:
     async def gives_up(info: Any, reader: Any, writer: Any) -> None:
         future = asyncio.get_running_loop().create_future()
         future.cancel()
@@ -504,7 +504,7 @@ async def test_a_handler_that_is_cancelled_by_itself_ends_only_its_stream(two: P
 
 
 @pytest.mark.parametrize("b", ["ours", "ours alone"], indirect=True)  # asyncio's logs it as its own
-async def test_what_a_handler_wrote_before_it_raised_arrives(two: Pair) -> None:
+async def test_data_that_a_handler_wrote_before_it_raised_arrives(two: Pair) -> None:
     async def refuse(info: Any, reader: Any, writer: Any) -> None:
         await reader.readexactly(3)
         writer.write(b"no: bad ")
@@ -540,7 +540,7 @@ def unused_name() -> str:
 @pytest.mark.parametrize(
     "what", ["closes", "closes with unread input", "fills its reader", "sends small messages"]
 )
-async def test_the_collector_ends_stuck_handlers_whose_socket_asyncio_would_not_watch(
+async def test_collector_ends_stuck_handlers_that_asyncio_would_release(
     two: Pair, what: str
 ) -> None:
     name, handling = unused_name(), weakref.WeakSet[Any]()
@@ -587,7 +587,7 @@ async def test_the_collector_ends_stuck_handlers_whose_socket_asyncio_would_not_
     loop.set_exception_handler(before)
 
 
-async def test_the_collector_leaves_handlers_alone_whose_peer_is_there(
+async def test_collector_spares_handlers_whose_peer_is_connected(
     two: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended: list[str] = []
@@ -651,7 +651,7 @@ async def test_the_collector_leaves_handlers_alone_whose_peer_is_there(
 
 @pytest.mark.parametrize("size", [3, 100_000])
 @pytest.mark.parametrize("when", ["with the header", "later"])
-async def test_the_collector_leaves_handlers_alone_that_do_not_read_what_a_peer_sends(
+async def test_collector_spares_handlers_with_unread_input(
     two: Pair, size: int, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = unused_name()
@@ -702,7 +702,7 @@ async def test_the_collector_leaves_handlers_alone_that_do_not_read_what_a_peer_
     caplog.clear()  # the original's server logs the cancellation
 
 
-async def test_leaving_listen_waits_for_the_handlers_that_it_cancels(
+async def test_leaving_listen_waits_for_cancelled_handlers(
     ours: Bindings, anyio_backend: Any, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     events: list[str] = []
@@ -729,7 +729,7 @@ async def test_leaving_listen_waits_for_the_handlers_that_it_cancels(
     await clients.close()
 
 
-async def test_a_listener_has_a_gc_callback_only_while_it_listens(
+async def test_gc_callback_exists_only_while_listening(
     ours: Bindings, anyio_backend: Any, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     before = len(gc.callbacks)
@@ -741,14 +741,14 @@ async def test_a_listener_has_a_gc_callback_only_while_it_listens(
     await clients.close()
 
 
-async def test_streams_that_cannot_be_had_are_control_failures(two: Pair) -> None:
+async def test_failed_stream_open_raises_control_failure(two: Pair) -> None:
     with pytest.raises(two.b.ControlFailure):
         await two.near.stream_open(two.far_id, ("nobody serves it",))
     with pytest.raises(two.b.ControlFailure):
         await two.near.remove_stream_handler("nobody serves it")
 
 
-async def test_balanced_stream_handlers_take_turns(
+async def test_balanced_stream_handlers_serve_in_turn(
     two: Pair, clients: Clients, two_daemons: tuple[DaemonProcess, DaemonProcess]
 ) -> None:
     def handler(answer: bytes) -> Callable[..., Awaitable[None]]:
@@ -776,7 +776,7 @@ async def test_balanced_stream_handlers_take_turns(
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-async def test_the_control_socket_can_be_talked_to_by_hand(
+async def test_control_socket_can_be_used_directly(
     b: Bindings, two_daemons: tuple[DaemonProcess, DaemonProcess], persistent: bool
 ) -> None:
     connector = b.DaemonConnector(b.Multiaddr(two_daemons[0].control_maddr))
@@ -827,13 +827,13 @@ async def test_varints(b: Bindings, number: int) -> None:
 # --- errors ---
 
 
-async def test_no_daemon_is_an_os_error(b: Bindings) -> None:
+async def test_missing_daemon_is_an_os_error(b: Bindings) -> None:
     with pytest.raises(OSError) as raised:
         await b.Client.create(b.Multiaddr(f"/unix{new_directory()}/nothing.sock"))
     assert b.is_original or isinstance(raised.value, b.ControlFailure)
 
 
-async def test_errors_are_hivemind_s_and_ours_and_pickle(
+async def test_errors_are_of_both_packages_and_can_be_pickled(
     ours: Bindings, all_bindings: dict[str, Bindings], anyio_backend: Any
 ) -> None:
     hivemind = all_bindings["original"]
@@ -868,7 +868,7 @@ async def test_errors_are_hivemind_s_and_ours_and_pickle(
     assert not isinstance(text, hivemind.P2PDaemonError)
 
 
-async def test_errors_of_unary_calls_have_the_words_of_the_original_and_no_more(
+async def test_errors_of_unary_calls_have_exactly_the_originals_text(
     all_bindings: dict[str, Bindings],
     two_daemons: tuple[DaemonProcess, DaemonProcess],
     anyio_backend: Any,
@@ -906,7 +906,7 @@ async def test_errors_of_unary_calls_have_the_words_of_the_original_and_no_more(
     assert said["ours"] == said["ours alone"] == said["original"]
 
 
-async def test_errors_of_control_requests_contain_the_words_of_the_original(
+async def test_errors_of_control_requests_contain_the_originals_text(
     all_bindings: dict[str, Bindings],
     two_daemons: tuple[DaemonProcess, DaemonProcess],
     anyio_backend: Any,
@@ -938,7 +938,7 @@ def check_error(error: Exception, ours: type[Exception], theirs: type[Exception]
     assert vars(again) == vars(error)
 
 
-def test_errors_can_be_read_where_there_is_no_hivemind(ours: Bindings) -> None:
+def test_errors_can_be_unpickled_without_hivemind(ours: Bindings) -> None:
     to_hivemind = ours.modules["control"]._Types().error
     peer_id = p2pclient_rs.PeerID(b"\x12\x20" + bytes(32))
     errors = [
@@ -973,9 +973,7 @@ def test_errors_can_be_read_where_there_is_no_hivemind(ours: Bindings) -> None:
 # --- ours alone ---
 
 
-async def test_many_slow_requests_do_not_hold_up_another(
-    ours: Bindings, anyio_backend: Any
-) -> None:
+async def test_many_slow_requests_do_not_delay_another(ours: Bindings, anyio_backend: Any) -> None:
     answer = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -1007,7 +1005,7 @@ async def test_many_slow_requests_do_not_hold_up_another(
         client.close()
 
 
-async def test_peer_ids_are_made_once(ours: Bindings, anyio_backend: Any) -> None:
+async def test_peer_ids_are_cached(ours: Bindings, anyio_backend: Any) -> None:
     with DaemonProcess() as daemon:
         client = await ours.Client.create(
             ours.Multiaddr(daemon.control_maddr), ours.Multiaddr(daemon.listen_maddr())
@@ -1019,7 +1017,7 @@ async def test_peer_ids_are_made_once(ours: Bindings, anyio_backend: Any) -> Non
     assert ours.modules["control"]._peer_id.cache_info().maxsize == 4096
 
 
-async def test_a_shutdown_in_one_go_is_quick_and_quiet(
+async def test_shutdown_without_awaiting_is_quick_and_quiet(
     ours: Bindings, anyio_backend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As hivemind's P2P does it, from __del__ too: nothing is awaited.
@@ -1049,7 +1047,7 @@ async def test_a_shutdown_in_one_go_is_quick_and_quiet(
         client.close()
 
 
-async def test_listening_ends_quickly_when_the_daemon_is_dead(
+async def test_listening_ends_quickly_after_the_daemon_died(
     ours: Bindings, anyio_backend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with DaemonProcess() as daemon:
@@ -1068,7 +1066,7 @@ async def test_listening_ends_quickly_when_the_daemon_is_dead(
     assert {record.name for record in caplog.records} <= {"p2pclient_rs.unary"}
 
 
-def test_close_is_for_any_time_and_place(ours: Bindings) -> None:
+def test_close_works_at_any_time_and_in_any_thread(ours: Bindings) -> None:
     """With the loop running elsewhere, stopped or closed, in a forked child, and twice."""
     with DaemonProcess() as daemon:
 

@@ -57,7 +57,7 @@ def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package
 
 
-def test_imports_give_the_layers_own_modules_under_both_names() -> None:
+def test_imports_by_either_name_give_the_same_module() -> None:
     p2pclient_rs.install()
     import p2pclient.pb.p2pd_pb2 as p
     from p2pclient import config, dht
@@ -74,14 +74,14 @@ def test_imports_give_the_layers_own_modules_under_both_names() -> None:
     assert ID is p2pclient_rs.PeerID
 
 
-def test_the_package_brings_the_modules_it_uses_as_the_original_does() -> None:
+def test_package_has_the_modules_it_imports_as_attributes() -> None:
     p2pclient_rs.install()
     package = importlib.import_module("p2pclient")
     assert sys.modules["p2pclient.control"] is package.control
     assert sys.modules["p2pclient.pb.p2pd_pb2"] is package.pb.p2pd_pb2
 
 
-def test_nothing_is_imported_until_asked_for() -> None:
+def test_install_imports_nothing_ahead_of_time() -> None:
     code = dedent("""
         import sys, p2pclient_rs
         before = set(sys.modules)
@@ -95,7 +95,7 @@ def test_nothing_is_imported_until_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_original_is_hidden_while_installed_and_back_after(original: Path) -> None:
+def test_original_is_hidden_until_uninstall(original: Path) -> None:
     report = p2pclient_rs.install()
     assert report.replaced[0].original == str(original / "__init__.py")
     assert report.replaced[0].imported == ()
@@ -108,7 +108,7 @@ def test_the_original_is_hidden_while_installed_and_back_after(original: Path) -
     assert importlib.import_module("p2pclient.dht").original
 
 
-def test_modules_of_the_original_imported_before_are_put_back(original: Path) -> None:
+def test_uninstall_restores_modules_imported_before(original: Path) -> None:
     before = importlib.import_module("p2pclient"), importlib.import_module("p2pclient.dht")
     report = p2pclient_rs.install()
     assert report.replaced[0].imported == ("p2pclient", "p2pclient.dht")
@@ -119,7 +119,7 @@ def test_modules_of_the_original_imported_before_are_put_back(original: Path) ->
     assert before[0].dht is before[1]
 
 
-def test_without_an_original_there_is_nothing_after_uninstall() -> None:
+def test_uninstall_without_an_original_leaves_no_p2pclient() -> None:
     if importlib.util.find_spec("p2pclient"):
         pytest.skip("the original is installed here")
     assert "original not installed" in repr(p2pclient_rs.install())
@@ -129,7 +129,7 @@ def test_without_an_original_there_is_nothing_after_uninstall() -> None:
         importlib.import_module("p2pclient")
 
 
-def test_both_are_idempotent() -> None:
+def test_install_and_uninstall_are_idempotent() -> None:
     finders = list(sys.meta_path)
     p2pclient_rs.uninstall()
     assert sys.meta_path == finders
@@ -141,7 +141,7 @@ def test_both_are_idempotent() -> None:
     assert sys.meta_path == finders
 
 
-def test_many_threads_may_install_and_import_at_once() -> None:
+def test_many_threads_can_install_and_import_at_once() -> None:
     barrier = threading.Barrier(8)
     seen: list[object] = []
 
@@ -168,7 +168,7 @@ def test_reload_works_under_the_alias() -> None:
     assert importlib.reload(package) is package
 
 
-def test_ids_pickle_while_installed_and_unpickle_after() -> None:
+def test_ids_pickled_while_installed_unpickle_after_uninstall() -> None:
     p2pclient_rs.install()
     cls = importlib.import_module("p2pclient.libp2p_stubs.peer.id").ID
     pickled = pickle.dumps(cls.from_base58(PEER_ID))
@@ -177,7 +177,7 @@ def test_ids_pickle_while_installed_and_unpickle_after() -> None:
     assert pickle.loads(pickled) == PEER_ID
 
 
-def test_the_metadata_of_distributions_is_untouched() -> None:
+def test_metadata_of_distributions_is_unchanged() -> None:
     def version() -> str | None:
         try:
             return importlib.metadata.version("p2pclient")
@@ -189,7 +189,7 @@ def test_the_metadata_of_distributions_is_untouched() -> None:
     assert version() == before
 
 
-def test_a_missing_dependency_is_named_with_what_brings_it() -> None:
+def test_missing_dependency_is_named_with_the_extra_to_install() -> None:
     code = dedent("""
         import sys, p2pclient_rs
         sys.modules["multiaddr"] = None
@@ -259,7 +259,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize(("version", "dist_info"), UNKNOWN.values(), ids=UNKNOWN.keys())
-def test_an_unknown_p2pclient_is_refused_by_its_import(
+def test_unknown_p2pclient_is_refused_by_its_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, dist_info: str | None
 ) -> None:
     package = p2pclient_of(tmp_path / "site", version, dist_info=dist_info)
@@ -280,7 +280,7 @@ def test_an_unknown_p2pclient_is_refused_by_its_import(
     assert importlib.import_module("p2pclient").original
 
 
-def test_an_unknown_p2pclient_that_is_imported_is_left_alone(
+def test_unknown_p2pclient_imported_before_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p2pclient_of(tmp_path, "0.4.0")
@@ -294,7 +294,7 @@ def test_an_unknown_p2pclient_that_is_imported_is_left_alone(
     assert entry.name == "hivemind"
 
 
-def test_an_unknown_p2pclient_is_replaced_by_force(
+def test_unknown_p2pclient_is_replaced_by_force(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = p2pclient_of(tmp_path, "0.4.0")
@@ -307,7 +307,7 @@ def test_an_unknown_p2pclient_is_replaced_by_force(
     assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
 
 
-def test_a_version_is_read_from_an_archive_and_from_a_module_without_files(
+def test_version_is_read_from_an_archive_and_from_a_module_without_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with zipfile.ZipFile(tmp_path / "site.zip", "w") as archive:
@@ -324,7 +324,7 @@ def test_a_version_is_read_from_an_archive_and_from_a_module_without_files(
         p2pclient_rs.install()
 
 
-def test_a_directory_without_modules_is_no_p2pclient(
+def test_directory_without_modules_is_no_p2pclient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "p2pclient").mkdir()
@@ -335,7 +335,7 @@ def test_a_directory_without_modules_is_no_p2pclient(
 
 
 @pytest.mark.anyio
-async def test_messages_go_over_streams_that_have_only_anyio_1_s_methods() -> None:
+async def test_messages_pass_over_streams_with_only_the_methods_of_anyio_1() -> None:
     p2pclient_rs.install()
     utils, serialization = (
         importlib.import_module(f"p2pclient.{name}") for name in ("utils", "serialization")
@@ -390,7 +390,7 @@ def run_with(path: Path, code: str, *args: str, more_args: Sequence[str] = (), *
     return result.stdout
 
 
-def test_hivemind_gets_our_clients_and_then_its_own_back(hivemind: Path) -> None:
+def test_hivemind_gets_our_clients_and_its_own_after_uninstall(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -465,7 +465,7 @@ asyncio.run(main())
 """
 
 
-def test_hivemind_s_p2p_does_the_same_with_and_without_the_swap(hivemind: Path) -> None:
+def test_hiveminds_p2p_behaves_the_same_with_and_without_install(hivemind: Path) -> None:
     theirs = run_with(hivemind, P2P_PROGRAM).splitlines()
     swap = "import p2pclient_rs; p2pclient_rs.install()"
     ours = run_with(hivemind, swap + P2P_PROGRAM).splitlines()
@@ -473,7 +473,7 @@ def test_hivemind_s_p2p_does_the_same_with_and_without_the_swap(hivemind: Path) 
     assert ours == theirs == [f"42 {[number**2 for number in range(100)]}"] * 2
 
 
-def test_hivemind_imported_before_gets_our_clients_everywhere(hivemind: Path) -> None:
+def test_hivemind_imported_before_gets_our_clients_in_all_modules(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -502,7 +502,7 @@ def test_hivemind_imported_before_gets_our_clients_everywhere(hivemind: Path) ->
     )
 
 
-def test_the_report_says_which_hivemind_it_is(hivemind: Path) -> None:
+def test_report_names_the_hivemind_that_is_replaced(hivemind: Path) -> None:
     output = run_with(hivemind, "import p2pclient_rs; print(p2pclient_rs.install())")
     layer = "p2pclient_rs.compat.hivemind"
     assert f"hivemind 1.1.12 -> {layer} (original: {hivemind}/hivemind/" in output
@@ -511,7 +511,7 @@ def test_the_report_says_which_hivemind_it_is(hivemind: Path) -> None:
     assert "hivemind -> p2pclient_rs.compat.hivemind (original not installed)" in nothing
 
 
-def test_only_what_is_asked_for_is_replaced(hivemind: Path) -> None:
+def test_only_requested_packages_are_replaced(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -529,7 +529,7 @@ def test_only_what_is_asked_for_is_replaced(hivemind: Path) -> None:
     )
 
 
-def test_what_is_asked_for_later_is_replaced_too(hivemind: Path) -> None:
+def test_packages_requested_later_are_replaced_too(hivemind: Path) -> None:
     for first, second in (("p2pclient", "hivemind"), ("hivemind", "p2pclient")):
         run_with(
             hivemind,
@@ -553,7 +553,7 @@ def test_what_is_asked_for_later_is_replaced_too(hivemind: Path) -> None:
         )
 
 
-def test_hivemind_asked_for_later_may_be_loaded_by_then(hivemind: Path) -> None:
+def test_hivemind_requested_later_may_be_imported_already(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -567,7 +567,7 @@ def test_hivemind_asked_for_later_may_be_loaded_by_then(hivemind: Path) -> None:
     )
 
 
-def test_another_thread_may_be_importing_hivemind(hivemind: Path) -> None:
+def test_install_waits_for_a_thread_that_imports_hivemind(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -617,7 +617,7 @@ def unknown_hivemind(tmp_path: Path) -> Path:
     return directory
 
 
-def test_an_unknown_hivemind_is_refused_by_its_import_and_nothing_else_is(
+def test_unknown_hivemind_alone_is_refused_by_its_import(
     unknown_hivemind: Path,
 ) -> None:
     output = run_with(
@@ -650,7 +650,7 @@ def test_an_unknown_hivemind_is_refused_by_its_import_and_nothing_else_is(
         assert all(version in line for version in KNOWN_HIVEMIND)
 
 
-def test_a_checkout_with_known_bindings_will_do(tmp_path: Path) -> None:
+def test_checkout_with_known_bindings_is_replaced(tmp_path: Path) -> None:
     directory = hivemind_tree.make(tmp_path, "1.2.0.dev0")
     run_with(
         directory,
@@ -668,7 +668,7 @@ def fork(unknown_hivemind: Path) -> Path:
 
 
 @pytest.mark.parametrize("imported", ["", "import hivemind"])
-def test_a_fork_is_replaced_by_force_with_a_warning_that_names_what_differs(
+def test_fork_is_replaced_by_force_with_a_warning_that_names_changed_files(
     fork: Path, unknown_hivemind: Path, imported: str
 ) -> None:
     with (fork / "utils.py").open("a") as file:
@@ -697,7 +697,7 @@ def test_a_fork_is_replaced_by_force_with_a_warning_that_names_what_differs(
     )
 
 
-def test_a_refused_version_can_be_forced_later(unknown_hivemind: Path) -> None:
+def test_refused_version_can_be_forced_later(unknown_hivemind: Path) -> None:
     run_with(
         unknown_hivemind,
         """
@@ -711,7 +711,7 @@ def test_a_refused_version_can_be_forced_later(unknown_hivemind: Path) -> None:
     )
 
 
-def test_a_known_version_with_a_changed_file_is_replaced_with_a_warning(
+def test_known_version_with_a_changed_file_is_replaced_with_a_warning(
     tmp_path: Path, unknown_hivemind: Path
 ) -> None:
     init = unknown_hivemind / "hivemind" / "__init__.py"
@@ -741,7 +741,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize(("file", "old", "new", "reason"), CANNOT.values(), ids=CANNOT.keys())
-def test_a_fork_without_the_needed_classes_is_refused_even_by_force(
+def test_fork_without_the_needed_classes_is_refused_even_by_force(
     fork: Path, unknown_hivemind: Path, file: str, old: str | None, new: str, reason: str
 ) -> None:
     if old is None:
@@ -765,7 +765,7 @@ def test_a_fork_without_the_needed_classes_is_refused_even_by_force(
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_classes_that_only_the_import_can_miss_are_missed_by_it(
+def test_import_fails_if_classes_turn_out_to_be_missing(
     fork: Path, unknown_hivemind: Path, first: bool
 ) -> None:
     (fork / "control.py").write_text("from hivemind.p2p.p2p_daemon_bindings.utils import *\n")
@@ -804,7 +804,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("imported", ["", f"import {COPY}, hivemind"])
-def test_a_copy_in_another_package_gets_clients_of_its_own(copy: Path, imported: str) -> None:
+def test_copy_in_another_package_gets_clients_of_its_own(copy: Path, imported: str) -> None:
     run_with(
         copy,
         f"""
@@ -843,7 +843,7 @@ def test_a_copy_in_another_package_gets_clients_of_its_own(copy: Path, imported:
     )
 
 
-def test_hivemind_and_a_copy_talk_to_each_other_in_one_process(copy: Path) -> None:
+def test_hivemind_and_a_copy_communicate_in_one_process(copy: Path) -> None:
     output = run_with(
         copy,
         f"""
@@ -898,7 +898,7 @@ def test_hivemind_and_a_copy_talk_to_each_other_in_one_process(copy: Path) -> No
         assert "p2pclient_rs.exceptions" in run_with(Path("/nonexistent"), code, more_args=[error])
 
 
-def test_a_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path: Path) -> None:
+def test_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path: Path) -> None:
     folder = hivemind_tree.make_copy(tmp_path, "my_hivemind", "2.0")
     with (folder / "p2p" / "p2p_daemon_bindings" / "control.py").open("a") as file:
         file.write("# changed\n")
@@ -928,7 +928,7 @@ def test_a_copy_with_changed_bindings_is_refused_or_forced_by_its_name(tmp_path:
 @pytest.mark.parametrize(
     "name", ["", ".hivemind", "fork..hivemind", "a b", "p2pclient", "p2pclient_rs.compat.hivemind"]
 )
-def test_an_impossible_name_of_a_copy_is_refused(name: str) -> None:
+def test_invalid_name_of_a_copy_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="hivemind_package cannot be"):
         p2pclient_rs.install(hivemind_package=name)
     with pytest.raises(ValueError, match="hivemind=False"):
@@ -937,7 +937,7 @@ def test_an_impossible_name_of_a_copy_is_refused(name: str) -> None:
         p2pclient_rs.install(hivemind_package=None)  # type: ignore[arg-type]
 
 
-def test_the_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> None:
+def test_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> None:
     hivemind_tree.make_copy(tmp_path, COPY)
     (tmp_path / "fork" / "__init__.py").write_text("print('imported')\n")
     code = f"""
@@ -950,7 +950,7 @@ def test_the_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> No
     assert "no.such.thing -> " in run_with(tmp_path, missing)
 
 
-def test_modules_of_the_layer_import_each_other_by_relative_names_only() -> None:
+def test_hivemind_layer_imports_its_own_modules_by_relative_names() -> None:
     # An absolute name would give a copy of hivemind the classes of hivemind.
     folder = Path(p2pclient_rs.__file__).parent / "hivemind"
     for file in folder.glob("*.py"):
@@ -961,7 +961,7 @@ def test_modules_of_the_layer_import_each_other_by_relative_names_only() -> None
                 assert node.module != "p2pclient_rs" or "hivemind" not in imported, file
 
 
-def test_default_limits_are_set_on_the_layer_s_clients_and_taken_back(hivemind: Path) -> None:
+def test_default_limits_apply_to_the_layers_clients_until_uninstall(hivemind: Path) -> None:
     run_with(
         hivemind,
         """
@@ -1057,7 +1057,7 @@ def watchdogs() -> list[asyncio.Task[Any]]:
 
 
 @pytest.mark.parametrize("end", ["terminate", "another thread", "uninstall", "forget", "child"])
-def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: str) -> None:
+def test_watchdog_ends_with_its_p2p_and_does_not_keep_it_alive(p2p_class: Any, end: str) -> None:
     async def main() -> None:
         p2p = await p2p_class.create(initial_peers=BOOTSTRAP)
         (task,) = watchdogs()
@@ -1085,7 +1085,7 @@ def test_a_p2p_is_watched_until_its_end_and_not_kept_alive(p2p_class: Any, end: 
     asyncio.run(main())
 
 
-def test_a_p2p_without_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
+def test_p2p_without_bootstrap_peers_has_no_watchdog(p2p_class: Any) -> None:
     async def main() -> None:
         _without = [
             await p2p_class.create(),
@@ -1097,7 +1097,7 @@ def test_a_p2p_without_bootstrap_peers_is_not_watched(p2p_class: Any) -> None:
     asyncio.run(main())
 
 
-def test_an_event_loop_may_end_while_a_p2p_is_watched(
+def test_event_loop_may_end_before_the_watchdog(
     p2p_class: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = asyncio.new_event_loop()
@@ -1110,7 +1110,7 @@ def test_an_event_loop_may_end_while_a_p2p_is_watched(
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
-def test_a_forked_child_leaves_the_watch_of_its_parent_alone(p2p_class: Any) -> None:
+def test_forked_child_leaves_its_parents_watchdog_alone(p2p_class: Any) -> None:
     async def main() -> None:
         p2p = await p2p_class.create(BOOTSTRAP)
         (task,) = watchdogs()
@@ -1125,7 +1125,7 @@ def test_a_forked_child_leaves_the_watch_of_its_parent_alone(p2p_class: Any) -> 
     asyncio.run(main())
 
 
-def test_the_same_failure_is_logged_once(p2p_class: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_failure_is_logged_once(p2p_class: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         _p2p = await p2p_class.create([*BOOTSTRAP, "/ip4/127.0.0.1/tcp/9"])
         await asyncio.sleep(0.1)
@@ -1137,7 +1137,7 @@ def test_the_same_failure_is_logged_once(p2p_class: Any, caplog: pytest.LogCaptu
     assert unknown.startswith(f"P2P {PEER_ID}: its peers are unknown: ")
 
 
-def test_a_p2p_of_another_kind_is_not_reconnected_and_a_warning_says_so(
+def test_unknown_p2p_class_is_not_reconnected_but_warned_about(
     unknown_hivemind: Path,
 ) -> None:
     (unknown_hivemind / "hivemind" / "p2p" / "p2p_daemon.py").write_text("class P2P: ...\n")
@@ -1159,7 +1159,7 @@ def test_a_p2p_of_another_kind_is_not_reconnected_and_a_warning_says_so(
 
 
 @pytest.mark.parametrize("imported", ["", "import hivemind.p2p"])
-def test_reconnecting_is_put_on_and_taken_off(hivemind: Path, imported: str) -> None:
+def test_reconnecting_is_activated_and_undone(hivemind: Path, imported: str) -> None:
     run_with(
         hivemind,
         f"""
@@ -1209,7 +1209,7 @@ PARENT = WHERE + dedent("""
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("how", ["install", "run", "neither"])
-def test_children_of_multiprocessing_have_the_swap(
+def test_children_of_multiprocessing_use_our_clients(
     tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str, how: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(hivemind))
@@ -1262,7 +1262,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("how", ["install", "run"])
-def test_children_of_multiprocessing_have_the_options_without_the_warning(
+def test_children_of_multiprocessing_inherit_options_but_do_not_warn_again(
     tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch, method: str, how: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(forks))
@@ -1276,7 +1276,7 @@ def test_children_of_multiprocessing_have_the_options_without_the_warning(
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_children_of_multiprocessing_have_limits_of_0(
+def test_children_of_multiprocessing_inherit_limits_of_0(
     tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(hivemind))
@@ -1301,7 +1301,7 @@ def test_children_of_multiprocessing_have_limits_of_0(
     assert (result.stdout, result.stderr) == ("0\n0\n", "")
 
 
-def test_python_processes_below_a_program_have_the_options_of_run(
+def test_subprocesses_inherit_the_options_of_run(
     tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(forks))
@@ -1322,7 +1322,7 @@ def test_python_processes_below_a_program_have_the_options_of_run(
 
 
 @pytest.mark.parametrize("method", ["spawn", "run"])
-def test_children_reconnect_if_their_parent_does(
+def test_children_inherit_reconnect(
     tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(hivemind))
@@ -1344,7 +1344,7 @@ def test_children_reconnect_if_their_parent_does(
     assert result.stdout.endswith("p2pclient_rs/compat/reconnect.py\n"), result.stderr
 
 
-def test_after_uninstall_children_are_told_nothing(hivemind: Path, tmp_path: Path) -> None:
+def test_children_started_after_uninstall_are_not_affected(hivemind: Path, tmp_path: Path) -> None:
     run_with(
         hivemind,
         """
@@ -1358,9 +1358,7 @@ def test_after_uninstall_children_are_told_nothing(hivemind: Path, tmp_path: Pat
     )
 
 
-def test_a_child_finds_us_where_only_the_parent_was_told_to_look(
-    tmp_path: Path, hivemind: Path
-) -> None:
+def test_child_finds_the_package_by_its_parents_sys_path(tmp_path: Path, hivemind: Path) -> None:
     # As a zip application or a notebook would: no interpreter knows the path by itself.
     code = PARENT.replace("import p2pclient_rs", "sys.path += sys.argv[3:]; import p2pclient_rs")
     (tmp_path / "parent.py").write_text(code)
@@ -1370,7 +1368,7 @@ def test_a_child_finds_us_where_only_the_parent_was_told_to_look(
     assert result.stdout == "p2pclient_rs\n" * 2, result.stderr
 
 
-def test_python_processes_below_a_program_run_by_us_have_the_swap(
+def test_subprocesses_below_run_use_our_clients(
     tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(hivemind))
@@ -1386,7 +1384,7 @@ def test_python_processes_below_a_program_run_by_us_have_the_swap(
     assert result.stdout == "p2pclient_rs\np2pclient_rs.compat.hivemind.p2pclient\n", result.stderr
 
 
-def test_python_processes_below_see_what_they_would_without_us(
+def test_subprocesses_below_run_see_an_unchanged_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
@@ -1408,7 +1406,7 @@ def test_python_processes_below_see_what_they_would_without_us(
 
 
 @pytest.mark.parametrize("value", ["", ":", "{site}:", ":{site}", "{site}::{site}"])
-def test_pythonpath_means_below_what_it_would_without_us(
+def test_subprocesses_below_run_see_the_same_sys_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     # An empty entry is the current directory, but not if there is no other.
@@ -1424,7 +1422,7 @@ def test_pythonpath_means_below_what_it_would_without_us(
     assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
 
 
-def test_two_threads_may_be_the_first_to_import_what_is_replaced_below() -> None:
+def test_two_threads_can_be_the_first_to_import_a_replaced_package() -> None:
     code = """
         import runpy, sys
         sys.modules["sitecustomize"] = sys
@@ -1442,7 +1440,7 @@ def test_two_threads_may_be_the_first_to_import_what_is_replaced_below() -> None
     subprocess.run([sys.executable, "-c", dedent(code), str(file)], check=True)
 
 
-def test_a_python_below_that_has_no_p2pclient_rs_says_so(
+def test_subprocess_without_p2pclient_rs_warns(
     tmp_path: Path, hivemind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden = "import sys; sys.modules['p2pclient_rs'] = None; import hivemind"
@@ -1503,7 +1501,7 @@ def programs(tmp_path: Path) -> Path:
         *(["-P probe.py", "-P package"] if sys.version_info >= (3, 11) else []),
     ],
 )
-def test_a_program_sees_what_it_would_see_without_us(programs: Path, command: str) -> None:
+def test_program_under_run_sees_the_same_main_module(programs: Path, command: str) -> None:
     theirs = python(*command.split(), cwd=programs, ours=False)
     ours = python(*command.split(), cwd=programs, ours=True)
     assert theirs.returncode == 0, theirs.stderr
@@ -1523,7 +1521,7 @@ def test_a_program_sees_what_it_would_see_without_us(programs: Path, command: st
         "import atexit; atexit.register(print, __name__); raise ValueError('it')",
     ],
 )
-def test_failures_look_as_they_would_without_us(tmp_path: Path, program: str) -> None:
+def test_program_under_run_fails_with_the_same_output(tmp_path: Path, program: str) -> None:
     (tmp_path / "program.py").write_text(program)
     theirs = python("program.py", cwd=tmp_path, ours=False)
     ours = python("program.py", cwd=tmp_path, ours=True)
@@ -1532,14 +1530,14 @@ def test_failures_look_as_they_would_without_us(tmp_path: Path, program: str) ->
     assert ours.returncode == theirs.returncode
 
 
-def test_a_program_can_pickle_its_own_classes_after_its_end(tmp_path: Path) -> None:
+def test_program_under_run_can_pickle_its_classes_at_exit(tmp_path: Path) -> None:
     program = "import atexit, pickle\nclass C: pass\natexit.register(lambda: pickle.dumps(C()))"
     (tmp_path / "program.py").write_text(program)
     result = python("program.py", cwd=tmp_path, ours=True)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_program_run_by_us_gets_the_swap(
+def test_program_under_run_imports_our_p2pclient(
     tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(original.parent))
@@ -1568,7 +1566,7 @@ def test_a_program_run_by_us_gets_the_swap(
         ("run nothere.py", "can't open 'nothere.py': No such file or directory"),
     ],
 )
-def test_wrong_usage_is_explained(tmp_path: Path, args: str, complaint: str) -> None:
+def test_invalid_command_line_is_explained(tmp_path: Path, args: str, complaint: str) -> None:
     command = [sys.executable, "-m", "p2pclient_rs", *args.split()]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2

@@ -113,7 +113,7 @@ print(json.dumps(surface))
 LEFT_OUT = {"f_log", "LINES_HEAD_PATTERN"}
 
 
-def test_every_public_name_of_the_original_is_there_with_its_parameters(original: Path) -> None:
+def test_every_public_name_of_the_original_exists_with_its_parameters(original: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(original)}
     output = subprocess.check_output([sys.executable, "-c", SURFACE], env=environment)
     surface = json.loads(output)
@@ -198,7 +198,7 @@ def fields_of(module: ModuleType) -> dict[str, dict[str, tuple[int, int, int, st
     }
 
 
-def test_messages_read_and_write_what_the_originals_do(
+def test_messages_have_the_originals_encoding(
     original_pb: list[tuple[ModuleType, ModuleType]],
 ) -> None:
     for theirs, ours in original_pb:
@@ -236,7 +236,7 @@ def fill(message: Message, only: Any = None) -> Message:
 
 
 @pytest.mark.parametrize("module", [p2pd_pb2, crypto_pb2])
-def test_the_stubs_name_what_the_modules_have(module: ModuleType) -> None:
+def test_stubs_match_the_modules(module: ModuleType) -> None:
     def names(body: list[ast.stmt]) -> set[str]:
         classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
         targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
@@ -252,7 +252,7 @@ def test_the_stubs_name_what_the_modules_have(module: ModuleType) -> None:
             assert values <= names(node.body), node.name
 
 
-def test_a_required_field_that_is_not_set_is_an_error() -> None:
+def test_missing_required_field_is_an_error() -> None:
     with pytest.raises(EncodeError):
         p2pd_pb2.StreamInfo(peer=b"1").SerializeToString()
 
@@ -265,7 +265,7 @@ def test_field_9_of_a_request_is_the_peerstore() -> None:
     assert request.SerializeToString() == b"\x08\x09\x4a\x05\x08\x01\x12\x011"
 
 
-def test_messages_pickle() -> None:
+def test_messages_can_be_pickled() -> None:
     key = crypto_pb2.PublicKey(key_type=crypto_pb2.Ed25519, data=b"k")
     assert pickle.loads(pickle.dumps(type(key))) is type(key)
 
@@ -283,7 +283,7 @@ def test_peer_info_is_a_mutable_value_with_a_list() -> None:
     assert info.addrs == [addr, addr]
 
 
-def test_stream_info_is_what_its_message_says() -> None:
+def test_stream_info_converts_to_and_from_its_message() -> None:
     info = StreamInfo(PEER_ID, Multiaddr("/unix/a/b"), "p")
     assert (
         info.to_pb().SerializeToString()
@@ -299,13 +299,13 @@ def test_stream_info_is_what_its_message_says() -> None:
         (f"/p2p/{PEER_ID}", [f"/p2p/{PEER_ID}"]),
     ],
 )
-def test_a_p2p_address_is_a_peer_with_the_rest_as_its_address(addr: str, addrs: list[str]) -> None:
+def test_p2p_address_splits_into_peer_and_address(addr: str, addrs: list[str]) -> None:
     info = info_from_p2p_addr(Multiaddr(addr))
     assert (info.peer_id, [str(a) for a in info.addrs]) == (PEER_ID, addrs)
 
 
 @pytest.mark.parametrize("addr", [None, Multiaddr("/ip4/1.2.3.4/tcp/5")])
-def test_an_address_that_names_no_peer_is_an_error(addr: Multiaddr | None) -> None:
+def test_address_without_a_peer_is_an_error(addr: Multiaddr | None) -> None:
     with pytest.raises(InvalidAddrError, match="/p2p/"):
         info_from_p2p_addr(addr)
 
@@ -331,7 +331,7 @@ def test_rsa_keys_sign_serialise_and_give_ids() -> None:
 # --- addresses ---
 
 
-def test_a_connector_and_a_client_have_the_ecosystems_addresses() -> None:
+def test_connector_and_client_have_the_ecosystems_addresses() -> None:
     connector = DaemonConnector(Multiaddr("/ip4/127.0.0.1/tcp/1"))
     assert isinstance(connector.control_maddr, Multiaddr)
     assert connector.control_maddr == Multiaddr("/ip4/127.0.0.1/tcp/1")
@@ -340,7 +340,7 @@ def test_a_connector_and_a_client_have_the_ecosystems_addresses() -> None:
     assert control.listen_maddr == Multiaddr("/unix/a")
 
 
-def test_default_addresses_are_read_from_config_when_needed(
+def test_default_addresses_are_read_from_config_at_each_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(config, "control_maddr_str", "/unix/c")
@@ -350,7 +350,7 @@ def test_default_addresses_are_read_from_config_when_needed(
     assert str(control.listen_maddr) == "/unix/l"
 
 
-def test_an_address_without_one_way_to_connect_is_refused() -> None:
+def test_address_without_exactly_one_transport_is_refused() -> None:
     assert parse_conn_protocol(Multiaddr("/ip6/::1/tcp/1")) == protocols.P_IP6
     for addr in (f"/p2p/{PEER_ID}", "/ip4/1.2.3.4/tcp/1/p2p-circuit/ip6/::1/tcp/2"):
         with pytest.raises(ValueError, match="neither"):
@@ -376,7 +376,7 @@ class Pipe(io.BytesIO):
 
 
 @pytest.mark.anyio
-async def test_a_message_is_sent_in_one_piece_and_read_back() -> None:
+async def test_message_is_sent_in_one_piece_and_read_back() -> None:
     pipe = Pipe()
     message = p2pd_pb2.PSMessage(data=b"x" * 5000)
     await utils.write_pbmsg(pipe, message)
@@ -390,7 +390,7 @@ async def test_a_message_is_sent_in_one_piece_and_read_back() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_message_longer_than_allowed_is_refused_unread() -> None:
+async def test_message_over_the_limit_is_refused_unread() -> None:
     pipe = Pipe(b"\xff\xff\xff\xff\x0f" + b"x" * 10)
     with pytest.raises(ValueError, match="4294967295 bytes"):
         await utils.read_pbmsg_safe(pipe, p2pd_pb2.Response())
@@ -398,21 +398,21 @@ async def test_a_message_longer_than_allowed_is_refused_unread() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_end_within_a_message_is_an_incomplete_read() -> None:
+async def test_end_within_a_message_is_an_incomplete_read() -> None:
     for data in (b"", b"\x80", b"\x05abc"):
         with pytest.raises(anyio.IncompleteRead):
             await utils.read_pbmsg_safe(Pipe(data), p2pd_pb2.Response())
 
 
 @pytest.mark.anyio
-async def test_a_varint_that_never_ends_is_refused() -> None:
+async def test_endless_varint_is_refused() -> None:
     pipe = Pipe(b"\x80" * 100)
     with pytest.raises(ValueError, match="64 bits"):
         await serialization.read_unsigned_varint(pipe)
     assert pipe.tell() <= 10
 
 
-def test_an_error_answer_raises_with_the_daemons_words() -> None:
+def test_error_response_raises_with_the_daemons_message() -> None:
     response = p2pd_pb2.Response(
         type=p2pd_pb2.Response.ERROR, error=p2pd_pb2.ErrorResponse(msg="no such peer")
     )
@@ -438,7 +438,7 @@ async def two_clients() -> AsyncIterator[tuple[Client, Client]]:
 
 
 @pytest.mark.anyio
-async def test_answers_have_the_types_that_p2pclients_have() -> None:
+async def test_results_have_the_types_of_the_original() -> None:
     async with two_clients() as (alice, bob):
         identity = await bob.identify()
         assert type(identity) is tuple
@@ -480,7 +480,7 @@ async def test_answers_have_the_types_that_p2pclients_have() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_program_may_speak_the_protocol_itself() -> None:
+async def test_program_can_implement_the_protocol_itself() -> None:
     async with make_p2pd_pair_ip4("p2pd", True, False, False, True) as (_, client):
         stream = await client.control.daemon_connector.open_connection()
         await utils.write_pbmsg(stream, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
@@ -500,7 +500,7 @@ async def test_a_program_may_speak_the_protocol_itself() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_can_be_used_after_close_and_listen_again() -> None:
+async def test_client_can_be_used_and_listen_again_after_close() -> None:
     async with make_p2pd_pair_unix("p2pd", True, False, False, False) as (_, client):
         identity = await client.identify()
         await client.close()
@@ -518,7 +518,7 @@ async def test_a_client_can_be_used_after_close_and_listen_again() -> None:
         await other.close()
 
 
-def test_a_client_can_be_used_in_one_event_loop_after_another() -> None:
+def test_client_can_be_used_in_successive_event_loops() -> None:
     async def identify_and_close() -> object:
         try:
             return await client.identify()
@@ -539,7 +539,7 @@ def test_a_client_can_be_used_in_one_event_loop_after_another() -> None:
 
 
 @pytest.mark.anyio
-async def test_handlers_that_the_daemon_cannot_take_back_are_there_for_the_next_listen() -> None:
+async def test_handlers_that_the_daemon_cannot_remove_serve_the_next_listen() -> None:
     class Upstream(DaemonConnector):
         async def request(self, name: str, *args: Any, **kwargs: Any) -> Any:
             if name == "REMOVE_STREAM_HANDLER":
@@ -555,7 +555,7 @@ async def test_handlers_that_the_daemon_cannot_take_back_are_there_for_the_next_
 
 
 @pytest.mark.anyio
-async def test_a_daemon_runs_from_its_constructor_until_close(tmp_path: Path) -> None:
+async def test_daemon_runs_from_its_constructor_until_close(tmp_path: Path) -> None:
     p2pd = GoDaemon("p2pd", Multiaddr(f"/unix{tmp_path}/p2pd"), True, True, False, False)
     try:
         assert p2pd.control_maddr == Multiaddr(f"/unix{tmp_path}/p2pd")
@@ -571,7 +571,7 @@ async def test_a_daemon_runs_from_its_constructor_until_close(tmp_path: Path) ->
 
 
 @pytest.mark.anyio
-async def test_a_daemon_that_ends_is_not_waited_for() -> None:
+async def test_waiting_for_a_daemon_that_ended_fails_at_once() -> None:
     addr = Multiaddr("/ip4/127.0.0.1/tcp/1")
     p2pd = GoDaemon(shutil.which("false") or "", addr, True, False, False, False)
     with pytest.raises(DaemonStartError, match="exited with status 1"):
@@ -582,7 +582,7 @@ async def test_a_daemon_that_ends_is_not_waited_for() -> None:
 
 
 @pytest.mark.anyio
-async def test_trying_until_success_ends_with_it_or_with_the_time() -> None:
+async def test_try_until_success_ends_at_success_or_timeout() -> None:
     answers = iter([False, False, True])
 
     async def answer() -> bool:

@@ -20,7 +20,7 @@ def nodes() -> Iterator[list[DHT]]:
         yield nodes
 
 
-def test_a_group_averages_its_tensors(nodes: list[DHT]) -> None:
+def test_group_averages_its_tensors(nodes: list[DHT]) -> None:
     # The larger tensor is several parts for each peer to reduce, the smaller less than one.
     tensors = [[torch.randn(1_000_000), torch.randn(3, 41)] for _ in range(SIZE)]
     expected = [torch.stack(same).mean(dim=0) for same in zip(*tensors, strict=True)]
@@ -52,7 +52,7 @@ def test_a_group_averages_its_tensors(nodes: list[DHT]) -> None:
 
 
 @may_be_cut_short
-def test_a_newcomer_loads_the_state_of_another(nodes: list[DHT]) -> None:
+def test_new_peer_loads_the_state_of_another(nodes: list[DHT]) -> None:
     state = [torch.randn(5_000_000), torch.arange(10.0)]
     with ExitStack() as stack:
         averagers = [

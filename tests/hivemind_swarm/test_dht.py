@@ -21,7 +21,7 @@ def nodes() -> Iterator[list[DHT]]:
         yield nodes
 
 
-def test_each_node_gets_what_each_node_stored(nodes: list[DHT]) -> None:
+def test_each_node_gets_the_values_of_every_node(nodes: list[DHT]) -> None:
     expiration = get_dht_time() + 300
     stores = [
         node.store(f"key {i}", {"from": i}, expiration, return_future=True)
@@ -43,7 +43,7 @@ def test_each_node_gets_every_subkey(nodes: list[DHT]) -> None:
         assert {name: (v, t) for name, (v, t) in value.items()} == expected
 
 
-def test_a_newer_value_replaces_the_older_for_every_node(nodes: list[DHT]) -> None:
+def test_newer_value_replaces_an_older_one_on_every_node(nodes: list[DHT]) -> None:
     now = get_dht_time()
     assert nodes[1].store("changing", "old", now + 100)
     assert nodes[6].store("changing", "new", now + 200)
@@ -64,11 +64,11 @@ async def get_large(_: DHT, node: DHTNode) -> bool:
     return bool((await node.get("large")).value == large_value())
 
 
-def test_a_value_of_a_megabyte_arrives_intact(nodes: list[DHT]) -> None:
+def test_value_of_a_megabyte_arrives_intact(nodes: list[DHT]) -> None:
     # Made in the nodes' processes: hivemind's pipe to them may break above 16 KiB.
     assert nodes[0].run_coroutine(store_large) is True
     assert [node.run_coroutine(get_large) for node in nodes] == [True] * SIZE
 
 
-def test_what_nobody_stored_is_not_found(nodes: list[DHT]) -> None:
+def test_unknown_key_is_not_found(nodes: list[DHT]) -> None:
     assert [node.get("nobody stored this") for node in nodes] == [None] * SIZE

@@ -89,9 +89,7 @@ def setting() -> Iterator[Setting]:
 @may_be_cut_short
 # A batch this large does not fit a unary call: hivemind streams it.
 @pytest.mark.parametrize("batch", [3, 8192], ids=["unary", "streamed"])
-def test_a_remote_expert_is_as_the_local_one_forward_and_backward(
-    setting: Setting, batch: int
-) -> None:
+def test_remote_expert_computes_the_same_as_the_local_one(setting: Setting, batch: int) -> None:
     for remote, local in zip(setting.remote, setting.local, strict=True):
         ours = torch.randn(batch, HIDDEN, requires_grad=True)
         theirs = ours.detach().clone().requires_grad_()
@@ -104,7 +102,7 @@ def test_a_remote_expert_is_as_the_local_one_forward_and_backward(
         assert torch.allclose(theirs.grad, ours.grad, atol=1e-5)
 
 
-def test_a_mixture_finds_the_experts_and_weighs_them(setting: Setting) -> None:
+def test_mixture_finds_and_weighs_experts(setting: Setting) -> None:
     mixture = RemoteMixtureOfExperts(
         in_features=HIDDEN,
         grid_size=(len(UIDS),),
@@ -126,7 +124,7 @@ def test_a_mixture_finds_the_experts_and_weighs_them(setting: Setting) -> None:
     assert torch.allclose(theirs.grad, ours.grad, atol=1e-4)
 
 
-def test_an_expert_that_is_not_there_is_an_error_at_the_caller(setting: Setting) -> None:
+def test_missing_expert_is_an_error_at_the_caller(setting: Setting) -> None:
     absent = RemoteExpert(partial(_renamed, setting.remote[0])(), setting.remote[0].p2p)
     with pytest.raises(P2PHandlerError, match="expert.99"):
         absent(torch.zeros(1, HIDDEN))

@@ -11,7 +11,7 @@ from hivemind import DHT
 from hivemind.utils import get_dht_time
 
 
-def test_the_swap_works_after_hivemind_was_imported(swapped: bool) -> None:
+def test_install_after_importing_hivemind_replaces_its_clients(swapped: bool) -> None:
     program = str(Path(__file__).with_name("late_swap.py"))
     result = subprocess.run(
         [sys.executable, program, "on" if swapped else "off"],

@@ -47,7 +47,7 @@ def printed(program: subprocess.Popen[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "off"])
-def test_an_isolated_peer_reconnects_to_its_bootstrap_peer(
+def test_isolated_peer_reconnects_to_its_bootstrap_peer(
     programs: dict[str, subprocess.Popen[str]], name: str
 ) -> None:
     lost, failed, reconnected, result = printed(programs[name])
@@ -58,5 +58,7 @@ def test_an_isolated_peer_reconnects_to_its_bootstrap_peer(
     assert result == "connected"
 
 
-def test_without_the_option_it_stays_isolated(programs: dict[str, subprocess.Popen[str]]) -> None:
+def test_isolated_peer_stays_isolated_without_the_option(
+    programs: dict[str, subprocess.Popen[str]],
+) -> None:
     assert printed(programs["off"]) == ["isolated"]

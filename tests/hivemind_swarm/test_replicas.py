@@ -93,14 +93,16 @@ async def _ask_twice(stub: Any) -> int:
 
 @may_be_cut_short
 @pytest.mark.parametrize("ask", [_ask, _ask_twice], ids=["unary", "stream"])
-async def test_calls_are_spread_over_the_processes(setting: Setting, stub: Any, ask: Any) -> None:
+async def test_calls_are_distributed_over_the_processes(
+    setting: Setting, stub: Any, ask: Any
+) -> None:
     answers = Counter(await asyncio.gather(*(ask(stub) for _ in range(CALLS))))
     assert {worker.peer_id for worker in setting.workers} == {setting.daemon.peer_id}
     assert answers.keys() == setting.pids
     assert min(answers.values()) >= CALLS // WORKERS // 2, answers
 
 
-async def test_the_others_answer_when_a_process_dies(setting: Setting, stub: Any) -> None:
+async def test_remaining_processes_answer_when_one_dies(setting: Setting, stub: Any) -> None:
     dead = setting.workers[0].pid
     kill(dead)
     answers: list[int] = []
@@ -132,7 +134,7 @@ async def _answering(p2p: P2P) -> None:
     await Answer().add_p2p_handlers(p2p, balanced=True)
 
 
-async def test_a_replica_takes_and_answers_what_the_daemon_does(anyio_backend: Any) -> None:
+async def test_replica_accepts_messages_up_to_the_daemons_limit(anyio_backend: Any) -> None:
     """``P2P.replicate`` cannot be told a limit: it receives what the daemon takes."""
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
     caller = await P2P.create(
@@ -158,7 +160,9 @@ async def _taking(p2p: P2P) -> None:
     await Take().add_p2p_handlers(p2p, balanced=True)
 
 
-async def test_a_replica_sends_what_the_daemon_takes(swapped: bool, anyio_backend: Any) -> None:
+async def test_replica_sends_messages_up_to_the_daemons_limit(
+    swapped: bool, anyio_backend: Any
+) -> None:
     """hivemind's own bindings limit what a replica sends to 4 MiB."""
     if not swapped:
         pytest.skip("hivemind's own bindings cannot do this")
@@ -263,7 +267,7 @@ p2p = asyncio.run(main())
         "listening,forked",
     ],
 )
-def test_a_replica_without_shutdown_prints_nothing(swapped: bool, how: str) -> None:
+def test_replica_without_shutdown_prints_nothing(swapped: bool, how: str) -> None:
     swap = "import p2pclient_rs; p2pclient_rs.install()" if swapped else ""
     program = textwrap.dedent(PROGRAM).format(swap=swap)
     done = subprocess.run(

@@ -173,7 +173,7 @@ async def test_stream_to_stream(call: Call) -> None:
     assert call.servicer.callers == {call.client.peer_id}
 
 
-async def test_a_stream_answers_while_it_is_asked(call: Call) -> None:
+async def test_stream_handler_replies_while_requests_arrive(call: Call) -> None:
     asked: asyncio.Queue[Request | None] = asyncio.Queue()
 
     async def ask() -> Yields[Request]:
@@ -210,13 +210,13 @@ async def test_many_streams_at_once(call: Call) -> None:
     assert results == [[number**2 for number in range(20)]] * 30
 
 
-async def test_a_failed_unary_handler_is_an_error_at_the_caller(call: Call) -> None:
+async def test_failed_unary_handler_is_an_error_at_the_caller(call: Call) -> None:
     with pytest.raises(P2PHandlerError, match=r"ValueError\('unlucky 13'\)"):
         await call.stub.rpc_fail(Request(number=13))
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
 
 
-async def test_a_failed_stream_handler_is_an_error_after_what_it_sent(call: Call) -> None:
+async def test_failed_stream_handler_is_an_error_after_its_replies(call: Call) -> None:
     responses = await call.stub.rpc_fail_later(Request(number=13))
     assert (await responses.__anext__()).number == 13
     with pytest.raises(P2PHandlerError, match="unlucky 13"):
@@ -232,7 +232,7 @@ async def test_cancelling_a_unary_call_cancels_its_handler(call: Call) -> None:
         await task
 
 
-async def test_a_unary_call_that_times_out_cancels_its_handler(call: Call) -> None:
+async def test_timed_out_unary_call_cancels_its_handler(call: Call) -> None:
     with pytest.raises(asyncio.TimeoutError):
         await call.stub.rpc_wait(Request(), timeout=0.2)
     await asyncio.wait_for(call.servicer.cancelled.wait(), SOON)
@@ -247,7 +247,7 @@ async def test_closing_a_stream_cancels_its_handler(call: Call) -> None:
     await asyncio.wait_for(call.servicer.cancelled.wait(), SOON)
 
 
-async def test_a_handler_that_was_removed_answers_no_more(call: Call) -> None:
+async def test_removed_handler_no_longer_answers(call: Call) -> None:
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
     await call.servicer.remove_p2p_handlers(call.server, namespace=call.namespace)
     with pytest.raises(P2PDaemonError):
@@ -259,7 +259,7 @@ async def test_a_handler_that_was_removed_answers_no_more(call: Call) -> None:
     await assert_gives(lambda: call.stub.rpc_count(Request(number=3)), [0, 1, 2])
 
 
-async def test_rounds_that_failed_with_a_full_queue_are_collected_when_their_callers_leave(
+async def test_failed_rounds_are_collected_after_their_callers_leave(
     call: Call,
 ) -> None:
     loop = asyncio.get_running_loop()

@@ -71,7 +71,7 @@ async def client(server: Peer, anyio_backend: Any) -> Yields[P2P]:
 
 
 @may_be_cut_short
-async def test_a_tensor_in_parts(
+async def test_tensor_in_parts(
     server: Peer, client: P2P, anyio_backend: Any, report: Callable[[str], None]
 ) -> None:
     tensor = random_tensor()
@@ -89,7 +89,7 @@ async def test_a_tensor_in_parts(
     assert torch.equal(returned, tensor)
 
 
-async def test_a_tensor_as_raw_data(
+async def test_tensor_as_raw_data(
     server: Peer, client: P2P, anyio_backend: Any, report: Callable[[str], None]
 ) -> None:
     data = random_tensor().numpy().tobytes()
