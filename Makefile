@@ -90,7 +90,8 @@ hivemind-env: $(HIVEMIND_VENV)/.wheel
 # Compares with the bindings that this package replaces, and with a blocking client in Rust. Takes about
 # ten minutes: see docs/performance.md. BENCH_ARGS="--json docs/performance.json" renews its numbers.
 bench: $(BENCH_VENV)/.wheel
-	cargo build --locked --release --quiet --example mock_daemon --example floor
+	cargo build --locked --release --quiet \
+		--package p2pd-test-support --bin mock_daemon --package p2pclient-rs --example floor
 	P2PD_PATH=$(P2PD) $(BENCH_BIN)/python benches/run.py $(BENCH_ARGS)
 
 # Load and endurance tests, for about an hour: see docs/reliability.md.

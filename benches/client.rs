@@ -1,12 +1,7 @@
 //! What the client for tokio costs, against the mock daemon, which runs in threads of this process.
 //!
-//! Beside it is the floor: the blocking client of `floor_client.rs`. All times are of one operation,
+//! Beside it is the floor: the blocking client of `p2pd_test_support::blocking_client`. All times are of one operation,
 //! also where many are under way at once.
-
-#[path = "floor_client.rs"]
-mod floor_client;
-#[path = "mock_daemon.rs"]
-mod mock_daemon;
 
 use bytes::Bytes;
 use criterion::measurement::WallTime;
@@ -14,11 +9,13 @@ use criterion::{
     criterion_group, criterion_main, Bencher, BenchmarkGroup, BenchmarkId, Criterion, SamplingMode,
     Throughput,
 };
-use floor_client::{per_call, serve, Calls, Floor, CHUNK};
-use mock_daemon::{MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO};
 use p2pd_client::{Client, UnaryCall};
 use p2pd_protocol::command::{control::Identify, streams::StreamOpen, Typed as _};
 use p2pd_protocol::{multiaddr::Endpoint, Multiaddr, PeerId};
+use p2pd_test_support::blocking_client::{per_call, serve, BlockingClient, Calls, CHUNK};
+use p2pd_test_support::mock_daemon::{
+    MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO,
+};
 use std::future::Future;
 use std::sync::mpsc;
 use std::thread;
@@ -65,8 +62,8 @@ impl Daemon {
         Client::new(self.control.clone()).expect("a control address")
     }
 
-    fn floor(&self) -> Floor {
-        Floor::connect(&self.control)
+    fn floor(&self) -> BlockingClient {
+        BlockingClient::connect(&self.control)
     }
 }
 
@@ -179,7 +176,8 @@ fn bench_streams(c: &mut Criterion) {
         let stream = runtime.block_on(client.stream_open(&daemon.peer_id, [protocol]));
         stream.expect("the mock daemon opens it")
     };
-    let open_floor = |protocol: &str| Floor::open(&daemon.control, &daemon.peer_id, protocol);
+    let open_floor =
+        |protocol: &str| BlockingClient::open(&daemon.control, &daemon.peer_id, protocol);
 
     let mut group = c.benchmark_group("ping-pong of 100 B");
     group.bench_function("floor", |b| {

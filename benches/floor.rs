@@ -4,19 +4,13 @@
 //! Usage: `floor CONTROL_MADDR PEER_ID`. It reads lines and answers them as `contender.py` does, which
 //! has them described.
 
-#[path = "floor_client.rs"]
-mod floor_client;
-#[allow(dead_code)] // its sockets and names are used here
-#[path = "mock_daemon.rs"]
-mod mock_daemon;
-
-use floor_client::{serve, Calls, Floor, CHUNK};
-use mock_daemon::{
+use p2pd_protocol::command::{control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _};
+use p2pd_protocol::{Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
+use p2pd_test_support::blocking_client::{serve, BlockingClient, Calls, CHUNK};
+use p2pd_test_support::mock_daemon::{
     frame_head, FRAMED_SINK, FRAMED_SOURCE, FRAME_BODY, FRAME_HEAD, STREAM_ECHO, STREAM_SOURCE,
     UNARY_ECHO, UNARY_LOAD,
 };
-use p2pd_protocol::command::{control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _};
-use p2pd_protocol::{Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
 use std::io::{self, BufRead, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -73,7 +67,7 @@ impl Contender {
     fn round(&mut self, scenario: &str, numbers: &[usize]) -> Result<Times, String> {
         Ok(match (scenario, numbers) {
             ("identify", &[count, 1]) => {
-                let mut floor = Floor::connect(&self.control);
+                let mut floor = BlockingClient::connect(&self.control);
                 let request = Identify.encoded();
                 let answer = floor.first(&request);
                 timed(|| {
@@ -111,7 +105,7 @@ impl Contender {
                 let request = request.encoded();
                 timed(|| {
                     for _ in 0..count {
-                        Floor::connect(&self.control).first(&request);
+                        BlockingClient::connect(&self.control).first(&request);
                     }
                 })
             }
@@ -180,15 +174,15 @@ impl Contender {
         })
     }
 
-    fn open(&self, protocol: &str) -> Floor {
-        Floor::open(&self.control, &self.peer_id, protocol)
+    fn open(&self, protocol: &str) -> BlockingClient {
+        BlockingClient::open(&self.control, &self.peer_id, protocol)
     }
 
     /// Serves calls, in a thread, from now on.
     fn serve(&mut self) {
         if !self.is_serving {
             let (serving, is_serving) = mpsc::channel();
-            let floor = Floor::connect(&self.control);
+            let floor = BlockingClient::connect(&self.control);
             thread::spawn(move || serve(floor, HANDLER, &serving));
             is_serving.recv().expect("it serves");
             self.is_serving = true;
@@ -197,7 +191,7 @@ impl Contender {
 
     /// Has the mock daemon call; how long that took it.
     fn load(&self, load: &str) -> Duration {
-        let mut floor = Floor::connect(&self.control);
+        let mut floor = BlockingClient::connect(&self.control);
         floor.first(&Upgrade.encoded());
         let mut core = PersistentClient::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
         let mut out = bytes::BytesMut::new();

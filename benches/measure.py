@@ -14,7 +14,7 @@ from pathlib import Path
 
 import incumbents
 from scenarios import CONTENDERS, OURS, Contender, Scenario, key
-from worker import EXAMPLES, HERE, Worker
+from worker import HERE, RELEASE, Worker
 
 #: Scenario → contender → metric → a value for each round. Times are in seconds per operation,
 #: memory is in bytes.
@@ -78,7 +78,7 @@ def mock_daemon() -> Iterator[tuple[str, str, int]]:
     """Runs the mock daemon; yields its control address, peer id and process id."""
     with tempfile.TemporaryDirectory() as folder:
         control = f"/unix{folder}/control.sock"
-        program = [str(EXAMPLES / "mock_daemon"), control]
+        program = [str(RELEASE / "mock_daemon"), control]
         with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None

@@ -10,8 +10,8 @@ from scenarios import Contender, name
 
 HERE = Path(__file__).parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent / "target"))
-#: Folder of the mock daemon and the blocking client.
-EXAMPLES = TARGET / "release" / "examples"
+#: Folder of the mock daemon; the blocking client is in its folder `examples`.
+RELEASE = TARGET / "release"
 
 
 class Worker:
@@ -28,7 +28,7 @@ class Worker:
         self.name = name(contender)
         program = [sys.executable, str(HERE / "contender.py"), kind, loop]
         if kind == "floor":
-            program = [str(EXAMPLES / "floor")]
+            program = [str(RELEASE / "examples" / "floor")]
         self.process = subprocess.Popen(
             [*program, control, peer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

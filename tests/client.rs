@@ -2,15 +2,13 @@
 //! are in `unary.rs`, requests of jsp2pd only in `faults.rs`.)
 #![cfg(unix)]
 
-mod common;
-
-use common::{
-    bare_daemon, daemon, echo_streams, echoed, eventually, hears, must, next_message, pair,
-    pattern, stranger, within, Limit, Pair,
-};
 use p2pd_client::{Client, Error, IncomingStreams, Stream};
 use p2pd_manager::ConnectionManager;
 use p2pd_protocol::{Multiaddr, PeerId};
+use p2pd_test_support::{
+    bare_daemon, daemon, echo_streams, echoed, eventually, hears, must, next_message, pair,
+    pattern, stranger, within, Limit, Pair,
+};
 use std::future::Future;
 use std::io;
 use std::time::Duration;

@@ -2,17 +2,17 @@
 //! and subscriptions. (Faults of unary calls are in `unary.rs`.)
 #![cfg(unix)]
 
-mod common;
-
 use bytes::BytesMut;
-use common::fake::{addr, dht, identity, ok, peer, stream_info, Connection, FakeDaemon};
-use common::{begin, must, pattern, within, Limit};
 use futures_util::StreamExt as _;
 use p2pd_client::{Client, Error, IncomingStreams, Results, Subscription};
 use p2pd_protocol::command::{dht::in_response as dht_response, refusal};
 use p2pd_protocol::multiaddr::Endpoint;
 use p2pd_protocol::pb::p2pd::{self, dht_response::Type::*, request::Type};
 use p2pd_protocol::{framing, Limits, Multiaddr};
+use p2pd_test_support::fake_daemon::{
+    addr, dht, identity, ok, peer, stream_info, Connection, FakeDaemon,
+};
+use p2pd_test_support::{begin, must, pattern, within, Limit};
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -822,7 +822,8 @@ async fn socket_file_is_removed_with_the_client() {
         accept_removal(&mut control)
     );
     drop(client);
-    common::eventually(async || must(!std::fs::exists(&path)?, "it is there still")).await;
+    p2pd_test_support::eventually(async || must(!std::fs::exists(&path)?, "it is there still"))
+        .await;
 }
 
 // --- queries ---
@@ -1075,7 +1076,7 @@ async fn peerstore_requests_use_the_js_flavour() {
     };
     let id = peer();
     // The client probes first, since hivemind's daemon would misread a PEERSTORE request.
-    let answer_probe = async |connection: &mut common::fake::Connection| {
+    let answer_probe = async |connection: &mut p2pd_test_support::fake_daemon::Connection| {
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.r#type, Some(i32::MAX));
         connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
@@ -1097,7 +1098,7 @@ async fn peerstore_requests_use_the_js_flavour() {
         let request: p2pd::JsRequest = connection.message().await;
         assert_eq!(request.peer_store.unwrap().r#type, Some(2));
         let store = p2pd::PeerstoreResponse {
-            peer: Some(common::fake::peer_info()),
+            peer: Some(p2pd_test_support::fake_daemon::peer_info()),
             protos: Vec::new(),
         };
         connection.answer(answer(store)).await;

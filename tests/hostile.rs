@@ -2,11 +2,7 @@
 //! an error that says what happened, in its time, and does not disturb the next one.
 #![cfg(unix)]
 
-mod common;
-
 use bytes::Bytes;
-use common::fake::{addr, dht, identity, ok, peer, peer_info, stream_info, Connection, FakeDaemon};
-use common::{eventually, must, within};
 use futures_util::future::BoxFuture;
 use p2pd_client::{Client, Error, UnaryCall};
 use p2pd_protocol::command::{dht::in_response as dht_response, refusal};
@@ -16,6 +12,10 @@ use p2pd_protocol::pb::p2pd::{
     request::Type,
 };
 use p2pd_protocol::{framing, Multiaddr};
+use p2pd_test_support::fake_daemon::{
+    addr, dht, identity, ok, peer, peer_info, stream_info, Connection, FakeDaemon,
+};
+use p2pd_test_support::{eventually, must, within};
 use prost::Message as _;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -2,14 +2,12 @@
 //! logged and reported.
 #![cfg(unix)]
 
-mod common;
-
-use common::fake::{ok, stream_info, Connection, FakeDaemon};
-use common::{bare_daemon, eventually, keep, must, pair, within, Limit};
 use p2pd_client::{Client, Error, IncomingStreams, ListenerStats};
 use p2pd_protocol::command::refusal;
 use p2pd_protocol::pb::p2pd::request::Type;
 use p2pd_protocol::Multiaddr;
+use p2pd_test_support::fake_daemon::{ok, stream_info, Connection, FakeDaemon};
+use p2pd_test_support::{bare_daemon, eventually, keep, must, pair, within, Limit};
 use std::io::ErrorKind;
 use std::sync::{Mutex, MutexGuard};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -261,7 +259,7 @@ async fn errors_have_the_kind_of_their_io_error() {
     assert!(std::error::Error::source(&error).is_some());
 
     // A unix socket closed with unread data is reset.
-    let peer = common::fake::peer();
+    let peer = p2pd_test_support::fake_daemon::peer();
     let (outcome, ()) = join!(client.connect(&peer, &[]), async {
         daemon.accept().await.readable().await;
     });

@@ -1,16 +1,13 @@
 //! The mock daemon of the benchmarks, between two persistent connections.
 #![cfg(unix)]
 
-#[allow(dead_code)] // its program and its streams are not used here
-#[path = "../benches/mock_daemon.rs"]
-mod mock_daemon;
-
 use bytes::BytesMut;
-use mock_daemon::{MockDaemon, Socket, UNARY_ECHO, UNARY_LOAD};
 use p2pd_protocol::command::{dht, unary::Upgrade, EncodedRequest, Typed as _};
 use p2pd_protocol::unary::CallId;
 use p2pd_protocol::{ClientExchange, Event, Limits};
 use p2pd_protocol::{Multiaddr, PersistentClient, UnaryEvent, UnaryLimits};
+use p2pd_test_support::mock_daemon::{MockDaemon, UNARY_ECHO, UNARY_LOAD};
+use p2pd_test_support::socket::Socket;
 use std::io::{Read as _, Write as _};
 use std::sync::mpsc;
 use std::thread;

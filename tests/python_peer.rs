@@ -2,12 +2,10 @@
 //! same one. P2PCLIENT_PYTHON names an interpreter with the package installed.
 #![cfg(unix)]
 
-mod common;
-
-use common::{
+use p2pd_client::{Error, UnaryCall};
+use p2pd_test_support::{
     echo_streams, echoed, endless, hears, next_message, pair, pattern, required, within, Pair,
 };
-use p2pd_client::{Error, UnaryCall};
 use std::convert::Infallible;
 use std::fmt::Display;
 use std::io::{BufRead as _, BufReader, Write as _};

@@ -2,13 +2,7 @@
 //! a scripted fake daemon.
 #![cfg(unix)]
 
-mod common;
-
 use bytes::Bytes;
-use common::fake::{ok, peer, Connection, FakeDaemon};
-use common::{
-    bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
-};
 use futures_util::future::join_all;
 use p2pd_client::{Client, Error, UnaryCall};
 use p2pd_protocol::command::refusal;
@@ -17,6 +11,10 @@ use p2pd_protocol::pb::p2pd::{
     persistent_connection_response::Message as Answer, request::Type,
 };
 use p2pd_protocol::{framing, UnaryLimits};
+use p2pd_test_support::fake_daemon::{ok, peer, Connection, FakeDaemon};
+use p2pd_test_support::{
+    bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
+};
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};

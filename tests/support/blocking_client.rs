@@ -2,7 +2,7 @@
 //! back. No client on that socket can be faster. It talks to the mock daemon alone, and panics where
 //! that is not there.
 
-use crate::mock_daemon::Socket;
+use crate::socket::Socket;
 use bytes::BytesMut;
 use p2pd_protocol::command::{streams::StreamOpen, unary::Upgrade, Typed as _};
 use p2pd_protocol::{EncodedRequest, Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
@@ -17,12 +17,12 @@ pub const CHUNK: usize = 256 << 10;
 const PAYLOAD: u8 = 7;
 
 /// A connection of the blocking client.
-pub struct Floor {
+pub struct BlockingClient {
     socket: Socket,
     room: Vec<u8>,
 }
 
-impl Floor {
+impl BlockingClient {
     /// Connects.
     pub fn connect(control: &Multiaddr) -> Self {
         let endpoint = control.endpoint().expect("a control address");
@@ -97,7 +97,7 @@ fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) -> usize {
 
 /// Unary calls of the blocking client, so many at once.
 pub struct Calls {
-    floor: Floor,
+    floor: BlockingClient,
     /// Some calls that are written at once, where their ids are, and how long their replies are.
     batch: Vec<u8>,
     ids: Vec<usize>,
@@ -116,7 +116,7 @@ impl Calls {
         size: usize,
         parallel: usize,
     ) -> Self {
-        let mut floor = Floor::connect(control);
+        let mut floor = BlockingClient::connect(control);
         floor.first(&Upgrade.encoded());
         let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
         let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
@@ -150,7 +150,7 @@ impl Calls {
         let count = self.ids.len() as u64;
         let batches = calls.div_ceil(count);
         let Self {
-            floor: Floor { socket, room },
+            floor: BlockingClient { socket, room },
             batch,
             ids,
             replies,
@@ -197,7 +197,7 @@ impl Calls {
 
 /// Serves calls of a protocol with their data, to the end of the connection: `PersistentClient` on a blocking
 /// socket.
-pub fn serve(mut floor: Floor, protocol: &str, serving: &mpsc::Sender<()>) {
+pub fn serve(mut floor: BlockingClient, protocol: &str, serving: &mpsc::Sender<()>) {
     floor.first(&Upgrade.encoded());
     floor.room.resize(CHUNK, 0);
     let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());

@@ -1,8 +1,8 @@
 //! A daemon that does as the test says: the test accepts each connection and plays the daemon's part.
 
-use super::{within, Limit};
+use crate::deadline::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
-use p2pclient_rs::Client;
+use p2pd_client::Client;
 use p2pd_protocol::command::dht::{self, step};
 use p2pd_protocol::command::{control, streams, Query as _, Request as _};
 use p2pd_protocol::pb::p2pd::{self, request::Type};
@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::{UnixListener, UnixStream};
 
+/// A daemon whose part the test plays.
 pub struct FakeDaemon {
     listener: UnixListener,
     directory: TempDir,
@@ -23,6 +24,8 @@ pub struct FakeDaemon {
 }
 
 impl FakeDaemon {
+    /// Listens at an address of its own.
+    #[allow(clippy::new_without_default)] // it binds a socket
     pub fn new() -> Self {
         let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
         Self {
@@ -32,11 +35,13 @@ impl FakeDaemon {
         }
     }
 
+    /// Where clients connect.
     pub fn control(&self) -> Multiaddr {
         let path = self.directory.path().join("control.sock");
         format!("/unix{}", path.display()).parse().unwrap()
     }
 
+    /// A client of this daemon.
     pub fn client(&self) -> Client {
         Client::new(self.control()).unwrap()
     }
@@ -87,6 +92,7 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// A connection over this socket.
     pub fn new(socket: UnixStream) -> Self {
         let input = BytesMut::new();
         Self { socket, input }
@@ -113,14 +119,17 @@ impl Connection {
         T::decode(frame).unwrap()
     }
 
+    /// The next request, which must come.
     pub async fn request(&mut self) -> p2pd::Request {
         self.message().await
     }
 
+    /// Sends bytes.
     pub async fn send(&mut self, bytes: &[u8]) {
         within("room", self.socket.write_all(bytes)).await.unwrap();
     }
 
+    /// Sends a message.
     pub async fn answer(&mut self, message: impl Message) {
         self.send(&framing::encode_frame(&message)).await;
     }
@@ -181,14 +190,17 @@ impl Connection {
     }
 }
 
+/// The peer of all replies.
 pub fn peer() -> PeerId {
     PeerId::from_bytes([&[0, 36, 8, 1, 18, 32][..], &[7; 32]].concat())
 }
 
+/// Its address.
 pub fn addr() -> Multiaddr {
     "/ip4/127.0.0.1/tcp/4001".parse().unwrap()
 }
 
+/// The peer with its address.
 pub fn peer_info() -> p2pd::PeerInfo {
     let info = PeerInfo {
         peer_id: peer(),
@@ -199,14 +211,17 @@ pub fn peer_info() -> p2pd::PeerInfo {
         .remove(0)
 }
 
+/// The response to a request that succeeded.
 pub fn ok() -> p2pd::Response {
     control::Connect::encode_reply(&())
 }
 
+/// The response to IDENTIFY.
 pub fn identity() -> p2pd::Response {
     control::Identify::encode_reply(&Identity::new(peer(), vec![addr()]))
 }
 
+/// The header of a stream of `protocol`.
 pub fn stream_info(protocol: &str) -> p2pd::StreamInfo {
     let info = StreamInfo {
         peer_id: peer(),
