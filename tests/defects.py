@@ -1,10 +1,10 @@
-"""Does to hivemind's bindings, or to ours, what the former cannot take: prints what happened as
-JSON, where true is as it should be.
+"""Provokes the defects of hivemind's bindings in them or in ours, and prints the results as JSON:
+true for correct behaviour.
 
 Usage: defects.py ours|hivemind
 
-A program of its own, since it imports the original. A thing counts as never happening when it has
-not happened within a second.
+It is a program of its own, because it imports the original. An event that has not happened within a
+second counts as never happening.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ CALL_ID = bytes(range(16))
 
 
 async def happens(awaitable: Awaitable[Any]) -> bool:
-    """Whether it ends in time, in whatever way."""
+    """Returns whether it ends in time, with a result or an error."""
     try:
         await asyncio.wait_for(awaitable, NEVER)
     except asyncio.TimeoutError:
@@ -52,21 +52,21 @@ def add_one_handler(connection: Connection) -> None:
 
 
 class Answer:
-    """Makes a call of a protocol, and notes whether it was answered."""
+    """Sends the client a call of a protocol, and records whether it was answered."""
 
     def __init__(self, proto: str) -> None:
         self.proto = proto
-        self.came = threading.Event()
+        self.received = threading.Event()
 
     def script(self, connection: Connection) -> None:
         add_one_handler(connection)
         connection.send(frame(incoming(CALL_ID, self.proto, b"")))
         connection.read_message()
-        self.came.set()
+        self.received.set()
 
 
 class Contender(Protocol):
-    """What both can do."""
+    """The operations that both clients have."""
 
     async def call(self, data: bytes) -> bytes:
         """Calls a peer's echo."""
@@ -74,8 +74,8 @@ class Contender(Protocol):
     async def add(self, proto: str, handler: Callable[[bytes, Any], Awaitable[bytes]]) -> None:
         """Adds a handler."""
 
-    def at_work(self) -> int:
-        """How many handlers are taken to be at work."""
+    def running(self) -> int:
+        """Returns how many handlers the client considers running."""
 
     async def close(self) -> None: ...
 
@@ -99,7 +99,7 @@ class Ours:
     async def add(self, proto: str, handler: Callable[[bytes, Any], Awaitable[bytes]]) -> None:
         await self._client.add_unary_handler(proto, handler)
 
-    def at_work(self) -> int:
+    def running(self) -> int:
         return int(self._client.unary.unanswered_calls)
 
     async def close(self) -> None:
@@ -132,7 +132,7 @@ class Hivemind:
     async def add(self, proto: str, handler: Callable[[bytes, Any], Awaitable[bytes]]) -> None:
         await self._client.add_unary_handler(proto, handler)
 
-    def at_work(self) -> int:
+    def running(self) -> int:
         return len(self._client.control._handler_tasks)
 
     async def close(self) -> None:
@@ -162,7 +162,7 @@ async def answered(create: Create) -> dict[str, bool]:
         return bytes(5 << 20)
 
     results = {}
-    for proto, words in (
+    for proto, statement in (
         ("unknown", "a call for an unknown protocol is answered"),
         ("large", "a call whose result is too large is answered"),
     ):
@@ -170,7 +170,7 @@ async def answered(create: Create) -> dict[str, bool]:
         with FakeDaemon(answer.script) as fake:
             client = await create(fake)
             await client.add("large", too_large)
-            results[words] = await asyncio.to_thread(answer.came.wait, NEVER)
+            results[statement] = await asyncio.to_thread(answer.received.wait, NEVER)
             await client.close()
     return results
 
@@ -183,9 +183,9 @@ async def refused(create: Create) -> dict[str, bool]:
     with FakeDaemon(no_upgrade) as fake:
         try:
             await (await create(fake)).close()
-            told = False
+            raised = False
         except Exception:
-            told = True
+            raised = True
 
     def no_handler(connection: Connection) -> None:
         connection.upgrade()
@@ -201,11 +201,11 @@ async def refused(create: Create) -> dict[str, bool]:
             try:
                 await client.add("echo", handler)
             except Exception as error:
-                words = str(error)
+                message = str(error)
         await client.close()
     return {
-        "a refused upgrade is an error": told,
-        "a handler that the daemon refused can be tried again": "taken" in words,
+        "a refused upgrade is an error": raised,
+        "a handler that the daemon refused can be tried again": "taken" in message,
     }
 
 
@@ -233,7 +233,7 @@ async def cancelled(create: Create) -> dict[str, bool]:
         await client.add("handler", handler)
         await left.wait()
         await asyncio.sleep(0)
-        entries = client.at_work()
+        entries = client.running()
         await client.close()
     return {"a cancelled handler leaves no entry": entries == 0}
 
@@ -255,8 +255,8 @@ async def too_long(create: Create) -> dict[str, bool]:
 async def main(kind: str) -> None:
     create: Create = {"ours": Ours.create, "hivemind": Hivemind.create}[kind]
     results: dict[str, bool] = {}
-    for look in (lost, answered, refused, cancelled, too_long):
-        results |= await look(create)
+    for provoke in (lost, answered, refused, cancelled, too_long):
+        results |= await provoke(create)
     print(json.dumps(results))
 
 

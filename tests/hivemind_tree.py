@@ -1,6 +1,6 @@
 """Makes a hivemind that can be imported without torch: its bindings and `P2P`, from the wheel.
 
-Everything is the original, but for the `__init__`s above it, which would import the rest.
+All files are the originals, except the packages' `__init__`s, which would import the rest.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from incumbents import HIVEMIND, fetch  # noqa: E402
 
 
 def make(directory: Path, version: str = "1.1.12") -> Path:
-    """A directory to import hivemind from.
+    """Makes a hivemind.
 
     Args:
-        directory: Where to make it.
-        version: What hivemind says that it is.
+        directory: The directory to import it from.
+        version: Its ``__version__``.
+
+    Returns:
+        ``directory``.
     """
     wheel = fetch(HIVEMIND) / "hivemind"
     package = directory / "hivemind"
@@ -38,12 +41,12 @@ def make(directory: Path, version: str = "1.1.12") -> Path:
 def make_copy(
     directory: Path, name: str = "fork.vendor.hivemind", version: str = "1.1.12+fork"
 ) -> Path:
-    """A copy of hivemind in another package, whose modules import each other by that name.
+    """Makes a copy of hivemind in another package, whose modules import each other by that name.
 
     Args:
-        directory: Where to import it from.
-        name: The name of the copy.
-        version: What the copy says that it is.
+        directory: The directory to import it from.
+        name: The copy's import name.
+        version: The copy's ``__version__``.
 
     Returns:
         The folder of the copy.

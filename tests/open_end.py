@@ -1,10 +1,10 @@
-"""Opens all that a client can have, and comes to an end without closing any of it.
+"""Opens everything that a client can open, and exits without closing any of it.
 
 Usage: open_end.py CONTROL_MADDR LISTEN_MADDR LOOP HOW, where LOOP is asyncio, uvloop or trio, and
 HOW is return, forget, exit, raise, thread or stop.
 
-Of ``thread`` the event loop runs on in a thread that is not waited for; of ``stop`` the loop is
-left as it is, in the middle. Prints what it has open, one word each.
+With ``thread`` the event loop keeps running in a daemon thread; with ``stop`` the loop is not run
+any further. Prints a word for each kind of thing that is open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ kept: list[Any] = []
 
 
 async def open_all(control: str, listen: str, start: Start | None) -> None:
-    """Opens everything, with tasks that use it, if there is something to start them with."""
+    """Opens everything; and starts tasks that use it, if ``start`` is given."""
     client = Client(control, listen)
     kept.append(client)
     await client.identify()
@@ -40,7 +40,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
     async def handler(data: bytes, peer: PeerID) -> bytes:
         called.set()
-        # Of a task that is left in the middle asyncio has something to say.
+        # Without ``start`` it must end: asyncio reports a task that is dropped while it runs.
         return data if start is None else await forever()
 
     await client.add_unary_handler("handler", handler)
@@ -71,7 +71,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
     async def listening() -> None:
         async with client.listen():
-            # Which has the daemon connect to it.
+            # The daemon then connects to the handler.
             await client.stream_handler("/served", serve)
             await forever()
 
@@ -82,7 +82,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
 async def main(control: str, listen: str, how: str, ready: threading.Event) -> None:
     if how in ("exit", "raise", "stop"):
-        # Not in a task group, which would put what is raised into a group of its own.
+        # Not in a task group, which would raise an ExceptionGroup.
         await open_all(control, listen, None)
         if how == "exit":
             sys.exit(3)

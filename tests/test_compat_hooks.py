@@ -1,7 +1,7 @@
 """The private parts of CPython, asyncio and hivemind that ``compat/`` relies on work as it assumes.
 
 Each test fails when a new release changes one of them. The behaviour that rests on them is tested
-in ``test_install.py``, ``test_hivemind_compat.py`` and ``test_asyncio_faces.py``.
+in ``test_install.py``, ``test_hivemind_compat.py`` and ``test_asyncio_streams.py``.
 """
 
 from __future__ import annotations

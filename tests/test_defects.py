@@ -1,4 +1,4 @@
-"""The defects of hivemind's bindings: there in the original, and not here. See docs/defects.md."""
+"""The defects of hivemind's bindings exist in the original and not here. See docs/defects.md."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 pytestmark = pytest.mark.independent
 
 
-@pytest.mark.parametrize(("kind", "right"), [("ours", True), ("hivemind", False)])
-def test_defects_of_hivemind_are_absent_here(kind: str, right: bool) -> None:
+@pytest.mark.parametrize(("kind", "correct"), [("ours", True), ("hivemind", False)])
+def test_defects_of_hivemind_are_absent_here(kind: str, correct: bool) -> None:
     program = str(Path(__file__).with_name("defects.py"))
     output = subprocess.run(
         [sys.executable, program, kind],
@@ -25,4 +25,4 @@ def test_defects_of_hivemind_are_absent_here(kind: str, right: bool) -> None:
     ).stdout
     results = json.loads(output)
     assert len(results) == 8
-    assert {words: happened for words, happened in results.items() if happened != right} == {}
+    assert {name: result for name, result in results.items() if result != correct} == {}

@@ -38,7 +38,7 @@ PEER_ID = "QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7"
 
 
 @pytest.fixture(autouse=True)
-def swap_undone() -> Iterator[None]:
+def uninstalled() -> Iterator[None]:
     yield
     p2pclient_rs.uninstall()
     for name in [name for name in sys.modules if name.partition(".")[0] == "p2pclient"]:
@@ -47,7 +47,7 @@ def swap_undone() -> Iterator[None]:
 
 @pytest.fixture
 def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package called p2pclient that is not ours."""
+    """A package named p2pclient that is not ours."""
     package = tmp_path / "site" / "p2pclient"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("original = True\n")
@@ -145,12 +145,12 @@ def test_many_threads_can_install_and_import_at_once() -> None:
     barrier = threading.Barrier(8)
     seen: list[object] = []
 
-    def swap_and_import() -> None:
+    def install_and_import() -> None:
         barrier.wait()
         p2pclient_rs.install()
         seen.append(importlib.import_module("p2pclient.libp2p_stubs.peer.id").ID)
 
-    threads = [threading.Thread(target=swap_and_import) for _ in range(8)]
+    threads = [threading.Thread(target=install_and_import) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -205,7 +205,7 @@ def test_missing_dependency_is_named_with_the_extra_to_install() -> None:
 
 
 def p2pclient_of(site: Path, version: str | None, *, dist_info: str | None = None) -> Path:
-    """A p2pclient with some of the modules of the original."""
+    """Makes a p2pclient with some of the original's modules."""
     package = site / "p2pclient"
     (package / "pb").mkdir(parents=True)
     (package / "__init__.py").write_text("from .p2pclient import Client\noriginal = True\n")
@@ -246,15 +246,15 @@ def test_p2pclient_0_2_is_replaced_with_a_warning_that_lists_the_differences(
     assert warning.filename == __file__
     assert report.replaced[0].warning == str(warning.message)
     assert str(warning.message) in repr(report)
-    assert p2pclient_rs.install() is report  # and does not warn again
+    assert p2pclient_rs.install() is report  # Another warning would be an error.
     assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
 
 
 UNKNOWN = {
-    "older, said by the distribution": (None, "0.1.3"),
-    "older, nothing says so": (None, None),
+    "older, by its distribution": (None, "0.1.3"),
+    "older, without a version": (None, None),
     "newer": ("0.4.0", None),
-    "its own version before that of a distribution": ("1.0", "0.3.0"),
+    "newer, with the distribution of a known one": ("1.0", "0.3.0"),
 }
 
 
@@ -263,7 +263,7 @@ def test_unknown_p2pclient_is_refused_by_its_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, dist_info: str | None
 ) -> None:
     package = p2pclient_of(tmp_path / "site", version, dist_info=dist_info)
-    # That of a copy elsewhere, which the import does not find.
+    # Another copy, which is later on the path.
     p2pclient_of(tmp_path / "other", "0.3.0", dist_info="0.3.0")
     monkeypatch.syspath_prepend(str(tmp_path / "other"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -360,7 +360,7 @@ async def test_messages_pass_over_streams_with_only_the_methods_of_anyio_1() -> 
         await serialization.read_unsigned_varint(stream)
 
 
-# --- hivemind: in processes of their own, since its modules stay imported ---
+# --- hivemind: each test in a process of its own, since its modules stay imported ---
 
 WHERE = """
 import sys, importlib
@@ -376,12 +376,12 @@ def where(name="hivemind"):
 
 @pytest.fixture(scope="module")
 def hivemind(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to import hivemind from."""
+    """The directory to import hivemind from."""
     return hivemind_tree.make(tmp_path_factory.mktemp("hivemind"))
 
 
 def run_with(path: Path, code: str, *args: str, more_args: Sequence[str] = (), **more: str) -> str:
-    """What a program prints that finds packages in ``path``."""
+    """Runs a program that finds packages in ``path``, and returns its output."""
     environment = {**os.environ, "PYTHONPATH": str(path), **more}
     environment["PYTHONWARNINGS"] = "ignore:p2pclient_rs was built:RuntimeWarning"
     command = [sys.executable, *args, "-c", WHERE + dedent(code), *more_args]
@@ -400,9 +400,9 @@ def test_hivemind_gets_our_clients_and_its_own_after_uninstall(hivemind: Path) -
         assert where() == "p2pclient_rs"
         from hivemind.p2p.p2p_daemon_bindings import control
         import p2pclient_rs.compat.hivemind.control as ours
-        # What it takes and gives is hivemind's.
+        # The types are hivemind's.
         assert ours.PeerID is control.PeerID and ours.P2PDaemonError is control.P2PDaemonError
-        # The module looks as it would without us.
+        # The module's attributes are those that it has without the import hook.
         import importlib.machinery, inspect
         assert type(control.__loader__) is importlib.machinery.SourceFileLoader
         assert control.__spec__.loader is control.__loader__
@@ -433,7 +433,7 @@ async def numbers(count):
 
 async def echo(info, reader, writer):
     await P2P.send_raw_data(await P2P.receive_raw_data(reader), writer)
-    await reader.read()  # the caller has it all: the daemon may cut short what is closed sooner
+    await reader.read()  # Wait for the caller: the daemon may lose data before an early close.
     writer.close()
 
 async def main():
@@ -467,8 +467,8 @@ asyncio.run(main())
 
 def test_hiveminds_p2p_behaves_the_same_with_and_without_install(hivemind: Path) -> None:
     theirs = run_with(hivemind, P2P_PROGRAM).splitlines()
-    swap = "import p2pclient_rs; p2pclient_rs.install()"
-    ours = run_with(hivemind, swap + P2P_PROGRAM).splitlines()
+    install = "import p2pclient_rs; p2pclient_rs.install()"
+    ours = run_with(hivemind, install + P2P_PROGRAM).splitlines()
     assert (theirs.pop(0), ours.pop(0)) == ("hivemind", "p2pclient_rs")
     assert ours == theirs == [f"42 {[number**2 for number in range(100)]}"] * 2
 
@@ -579,7 +579,7 @@ def test_install_waits_for_a_thread_that_imports_hivemind(hivemind: Path) -> Non
         half_way = threading.Event()
 
         class Gate:
-            # What the bindings import calls install(), too.
+            # A module that the bindings import calls install(), too.
             def find_spec(self, name, path=None, target=None):
                 if name == "hivemind.utils.asyncio" and control in sys.modules:
                     half_way.set()
@@ -605,7 +605,7 @@ def test_install_waits_for_a_thread_that_imports_hivemind(hivemind: Path) -> Non
 
 @pytest.fixture
 def unknown_hivemind(tmp_path: Path) -> Path:
-    """A hivemind whose version is not known, nor are its bindings."""
+    """The directory of a hivemind with an unknown version and unknown bindings."""
     directory = hivemind_tree.make(tmp_path, "1.3.0")
     p2p = directory / "hivemind" / "p2p"
     source = p2p.resolve()
@@ -663,7 +663,7 @@ def test_checkout_with_known_bindings_is_replaced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fork(unknown_hivemind: Path) -> Path:
-    """The folder of the bindings of an unknown hivemind."""
+    """The folder of an unknown hivemind's bindings."""
     return unknown_hivemind / "hivemind" / "p2p" / "p2p_daemon_bindings"
 
 
@@ -731,7 +731,7 @@ def test_known_version_with_a_changed_file_is_replaced_with_a_warning(
     )
 
 
-CANNOT = {
+UNUSABLE = {
     "no class": ("control.py", "class ControlClient", "class Other", "control.py has no Control"),
     "no types": ("datastructures.py", "class StreamInfo", "class Other", "has no StreamInfo"),
     "no errors": ("utils.py", "class DispatchFailure", "class Other", "has no DispatchFailure"),
@@ -740,7 +740,7 @@ CANNOT = {
 }
 
 
-@pytest.mark.parametrize(("file", "old", "new", "reason"), CANNOT.values(), ids=CANNOT.keys())
+@pytest.mark.parametrize(("file", "old", "new", "reason"), UNUSABLE.values(), ids=UNUSABLE.keys())
 def test_fork_without_the_needed_classes_is_refused_even_by_force(
     fork: Path, unknown_hivemind: Path, file: str, old: str | None, new: str, reason: str
 ) -> None:
@@ -797,7 +797,7 @@ COPY = "fork.vendor.hivemind"
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to import a copy of hivemind from, and hivemind."""
+    """The directory to import hivemind, and a copy of it, from."""
     directory = hivemind_tree.make(tmp_path_factory.mktemp("copy"))
     hivemind_tree.make_copy(directory, COPY)
     return directory
@@ -883,7 +883,7 @@ def test_hivemind_and_a_copy_communicate_in_one_process(copy: Path) -> None:
     )
     reply, of_client, of_server = output.splitlines()
     assert reply == "b'abab'"
-    # Where the swap is off; and where there is no hivemind.
+    # Without install(), and without hivemind.
     code = """
     import pickle
     error = pickle.loads(bytes.fromhex(sys.argv[1]))
@@ -952,13 +952,15 @@ def test_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> None:
 
 def test_hivemind_layer_imports_its_own_modules_by_relative_names() -> None:
     # An absolute name would give a copy of hivemind the classes of hivemind.
-    folder = Path(p2pclient_rs.__file__).parent / "hivemind"
-    for file in folder.glob("*.py"):
+    folder = Path(p2pclient_rs.__file__).parent / "compat" / "hivemind"
+    files = list(folder.glob("*.py"))
+    assert folder / "control.py" in files
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level:
                 assert not (node.module or "").startswith("p2pclient_rs.compat.hivemind."), file
                 imported = [alias.name for alias in node.names]
-                assert node.module != "p2pclient_rs" or "hivemind" not in imported, file
+                assert node.module != "p2pclient_rs.compat" or "hivemind" not in imported, file
 
 
 def test_default_limits_apply_to_the_layers_clients_until_uninstall(hivemind: Path) -> None:
@@ -999,7 +1001,7 @@ def test_default_limits_apply_to_the_layers_clients_until_uninstall(hivemind: Pa
 
 
 class Quick:
-    """A `Reconnection` whose pauses are short."""
+    """A `Reconnection` with short pauses."""
 
     TIMEOUT = 5.0
 
@@ -1014,7 +1016,7 @@ class Quick:
 
 
 class FakeP2P:
-    """As much of hivemind's ``P2P`` as is used. Its daemon is not there."""
+    """The part of hivemind's ``P2P`` that reconnecting uses. It has no daemon."""
 
     peer_id = PEER_ID
     _child: Any = None
@@ -1034,7 +1036,7 @@ class FakeP2P:
 
 @pytest.fixture
 def p2p_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A ``P2P`` that reconnects."""
+    """A class ``P2P`` that reconnects."""
     monkeypatch.setattr(reconnect, "Reconnection", Quick)
     cls: Any = type("P2P", (FakeP2P,), {})
     own = vars(cls).copy()
@@ -1178,7 +1180,7 @@ def test_reconnecting_is_activated_and_undone(hivemind: Path, imported: str) -> 
     )
 
 
-# --- processes started afresh ---
+# --- processes that this one starts ---
 
 PARENT = WHERE + dedent("""
     import multiprocessing
@@ -1251,7 +1253,7 @@ PARENT_OF_FORKS = WHERE + dedent("""
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to import two copies of hivemind from, one of them with unknown bindings."""
+    """The directory to import two copies of hivemind from, one of them with unknown bindings."""
     directory = tmp_path_factory.mktemp("forks")
     hivemind_tree.make_copy(directory, COPY)
     folder = hivemind_tree.make_copy(directory, "my_hivemind", "2.0")
@@ -1308,7 +1310,7 @@ def test_subprocesses_inherit_the_options_of_run(
     code = f"print(where({COPY!r}), where('my_hivemind'))\n"
     (tmp_path / "child.py").write_text(
         "import subprocess, sys\n"
-        # A `run` without options, below one that has some.
+        # `run` without options, below a `run` with options.
         "command = [sys.executable, '-m', 'p2pclient_rs', 'run', 'grandchild.py']\n"
         f"subprocess.check_call(command)\n{WHERE}{code}"
     )
@@ -1359,7 +1361,7 @@ def test_children_started_after_uninstall_are_not_affected(hivemind: Path, tmp_p
 
 
 def test_child_finds_the_package_by_its_parents_sys_path(tmp_path: Path, hivemind: Path) -> None:
-    # As a zip application or a notebook would: no interpreter knows the path by itself.
+    # The parent extends sys.path itself, as a zip application or a notebook does.
     code = PARENT.replace("import p2pclient_rs", "sys.path += sys.argv[3:]; import p2pclient_rs")
     (tmp_path / "parent.py").write_text(code)
     paths = [str(hivemind), *sys.path[1:]]
@@ -1409,7 +1411,7 @@ def test_subprocesses_below_run_see_an_unchanged_environment(
 def test_subprocesses_below_run_see_the_same_sys_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    # An empty entry is the current directory, but not if there is no other.
+    # An empty entry means the current directory, except in an empty variable.
     monkeypatch.setenv("PYTHONPATH", value.format(site=tmp_path / "site"))
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "child.py").write_text("import sys; print(sys.path)\n")
@@ -1428,12 +1430,12 @@ def test_two_threads_can_be_the_first_to_import_a_replaced_package() -> None:
         sys.modules["sitecustomize"] = sys
         runpy.run_path(sys.argv[1])
         (trigger,) = [f for f in sys.meta_path if type(f).__name__ == "_Trigger"]
-        # The other one has come so far, and somebody's finder is of the old kind.
+        # Another thread has removed the trigger, and one finder has the old interface.
         sys.meta_path.remove(trigger)
-        class OfTheOldKind:
+        class OldFinder:
             def find_module(self, name, path=None): ...
 
-        sys.meta_path.insert(0, OfTheOldKind())
+        sys.meta_path.insert(0, OldFinder())
         assert trigger.find_spec("p2pclient") is not None
     """
     file = Path(p2pclient_rs.__file__).parent / "compat" / "pythonpath" / "sitecustomize.py"
@@ -1466,10 +1468,11 @@ PROBE = dedent("""
 
 
 def python(*args: str, cwd: Path, ours: bool) -> subprocess.CompletedProcess[str]:
+    """Runs ``python ARGS``; ``python -m p2pclient_rs run ARGS`` if ``ours``."""
     flags = [arg for arg in args[:1] if arg == "-P"]
-    swap = ["-m", "p2pclient_rs", "run"] if ours else []
-    command = [sys.executable, *flags, *swap, *args[len(flags) :]]
-    # A debug build says so with a warning; that is none of the program's.
+    run = ["-m", "p2pclient_rs", "run"] if ours else []
+    command = [sys.executable, *flags, *run, *args[len(flags) :]]
+    # A debug build warns when it is imported.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore:p2pclient_rs was built:RuntimeWarning"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""The clients that are compared: what the scenarios need of each."""
+"""The clients that are compared, with the operations that the scenarios use."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,30 +13,30 @@ StreamHandler: TypeAlias = Callable[[Face], Awaitable[None]]
 
 @dataclass
 class Contender:
-    """A client of one daemon, whose streams and calls go to one peer."""
+    """A client of one daemon, with operations on one peer."""
 
     identify: Callable[[], Awaitable[Any]]
     #: Opens a stream of a protocol.
     open: Callable[[str], Awaitable[Face]]
-    #: Opens streams of a protocol, so many one after another, and closes each.
+    #: Opens and closes streams of a protocol, one after another, this many times.
     open_and_close: Callable[[str, int], Awaitable[None]]
-    #: Calls a protocol.
+    #: Makes a unary call.
     call: Callable[[str, bytes], Awaitable[bytes]] | None = None
-    #: Has calls of a protocol handled.
+    #: Serves unary calls of a protocol.
     serve_calls: Callable[[str, UnaryHandler], Awaitable[None]] | None = None
-    #: Accepts streams, as long as the context lasts.
+    #: Accepts inbound streams until the context is left.
     listen: Callable[[], AbstractAsyncContextManager[Any]] | None = None
-    #: Has streams of a protocol handled.
+    #: Serves inbound streams of a protocol.
     serve_streams: Callable[[str, StreamHandler], Awaitable[None]] | None = None
 
 
-#: Where the daemon is, who the peer is, and where streams may come in.
+#: Makes a contender from the daemon's control address, the peer's id and the listener's address.
 Kind: TypeAlias = Callable[[str, str, str], AbstractAsyncContextManager[Contender]]
 
 
 @asynccontextmanager
 async def contender(kind: str, control: str, peer: str, listen: str) -> AsyncIterator[Contender]:
-    """One of that kind, of which nothing is imported before."""
+    """Makes a contender of a kind, and imports only that kind's package."""
     make: Kind
     if kind == "ours":
         from contenders.ours import ours as make

@@ -1,4 +1,4 @@
-"""hivemind's bindings, as they are and with this package in their place."""
+"""hivemind's bindings: the original ones, and this package's after ``install()``."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

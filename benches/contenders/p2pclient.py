@@ -1,4 +1,4 @@
-"""PyPI p2pclient. It has no unary calls, and cannot serve streams at hivemind's daemon."""
+"""p2pclient from PyPI. It has no unary calls, and cannot serve streams on hivemind's daemon."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

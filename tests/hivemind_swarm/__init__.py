@@ -1,4 +1,4 @@
-"""Swarms of real hivemind in real processes, with its own bindings or with this package's.
+"""Swarms of real hivemind in real processes, on its own bindings or on this package's.
 
     python -m pytest tests/hivemind_swarm --swap=off
     python -m pytest tests/hivemind_swarm --swap=on

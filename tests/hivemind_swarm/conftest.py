@@ -1,4 +1,4 @@
-"""The swap, on or off; and the check that no test leaves a process."""
+"""The option --swap, which selects the bindings; and the check that no test leaves a process."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
         p2pclient_rs.install()
     module = _bindings_client().__module__
     if module.startswith("p2pclient_rs") != (swap == "on"):
-        raise pytest.UsageError(f"with --swap={swap} hivemind's Client is that of {module}")
+        raise pytest.UsageError(f"with --swap={swap} hivemind's Client is defined in {module}")
 
     import torch
 
-    # A pool of threads in this process would be broken in every process forked from it.
+    # A thread pool in this process would not work in processes forked from it.
     torch.set_num_threads(1)
-    # What loses its parent becomes our child, so that it cannot hide from the check below.
+    # Orphans become children of this process, so that the check below finds them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _bindings_client() -> Any:
-    """The class that hivemind's ``P2P`` makes its clients of."""
+    """Returns the class of the clients that hivemind's ``P2P`` makes."""
     from hivemind.p2p import p2p_daemon
 
     return p2p_daemon.p2pclient.Client
@@ -66,13 +66,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Has a line printed at the end, to compare the run with the swap with the one without."""
+    """Prints a line at the end of the run, to compare the two bindings."""
     return pytestconfig.stash[_reports].append
 
 
 @pytest.fixture(scope="session")
 def swapped(pytestconfig: pytest.Config) -> bool:
-    """Whether the swap is on."""
+    """Whether hivemind runs on this package's bindings."""
     return bool(pytestconfig.getoption("--swap") == "on")
 
 
@@ -89,7 +89,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Fails a module whose processes or daemons, or those that these started, outlive it."""
+    """Fails a module if a process that its tests started, directly or not, outlives it."""
     assert living_descendants() == {}
     yield
     gc.collect()

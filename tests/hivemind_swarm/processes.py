@@ -1,4 +1,4 @@
-"""Processes of the swarms: peers started and stopped, and what is left of them."""
+"""Starts and stops the processes of a swarm, and lists those that are left."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ import pytest
 from hivemind import DHT
 from hivemind.p2p import P2P
 
-#: Helpers that torch and multiprocessing start once and keep for as long as the process lives.
-KEPT = ("torch_shm_manager", "multiprocessing.resource_tracker")
+#: Helper processes that torch and multiprocessing start once and keep until the program exits.
+HELPERS = ("torch_shm_manager", "multiprocessing.resource_tracker")
 
-#: For tests of streams that a handler closes right after it wrote: with any bindings, p2pd cuts the
-#: end of one in some hundred or two that are long (docs/defects.md). What is wrong otherwise is not
-#: repeated.
+#: Repeats a test whose handler closes a stream right after writing: with any bindings, p2pd loses
+#: the end of about one in 150 long streams (docs/defects.md). A failed assertion is not repeated.
 may_be_cut_short = pytest.mark.flaky(reruns=2, rerun_except=["AssertionError"])
 
 _fork = mp.get_context("fork")
 
 
 def until(condition: Callable[[], object], within: float = 15.0) -> None:
-    """Waits until ``condition()`` is true, for at most so many seconds."""
+    """Waits until ``condition()`` is true.
+
+    Args:
+        condition: The condition.
+        within: The timeout, in seconds.
+
+    Raises:
+        TimeoutError: The condition is not true in time.
+    """
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
@@ -39,7 +46,7 @@ def until(condition: Callable[[], object], within: float = 15.0) -> None:
 
 
 def living_descendants() -> dict[int, str]:
-    """The command line of every living process that this one started, or that those started."""
+    """Returns the command lines of all living descendants of this process, by process id."""
     parents: dict[int, int] = {}
     for entry in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -53,26 +60,26 @@ def living_descendants() -> dict[int, str]:
     for pid in family - {os.getpid()}:
         with suppress(FileNotFoundError, ProcessLookupError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if not any(name in command for name in KEPT):
+            if not any(name in command for name in HELPERS):
                 commands[pid] = command
     return commands
 
 
 def kill(pid: int) -> None:
-    """Ends a process at once, if it is still there."""
+    """Kills a process, if it is still running."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A ``P2P`` that another process serves with.
+    """A ``P2P`` in another process.
 
     Attributes:
-        pid: Of the process.
-        peer_id: Of the daemon.
-        maddrs: Where the daemon can be reached.
-        control_maddr: What ``P2P.replicate`` takes.
+        pid: The process id.
+        peer_id: The daemon's peer id.
+        maddrs: The daemon's addresses for peers.
+        control_maddr: The argument for ``P2P.replicate``.
     """
 
     pid: int
@@ -83,18 +90,18 @@ class Peer:
 
 @contextmanager
 def serving(setup: Callable[[P2P], Awaitable[None]], *, replicate: Any = None) -> Iterator[Peer]:
-    """Another process that serves until the end of the block.
+    """Runs another process with a ``P2P`` until the end of the block.
 
     Args:
         setup: Registers the handlers. It runs in that process.
-        replicate: The ``control_maddr`` of the daemon to serve on; None for one of its own.
+        replicate: The ``control_maddr`` of the daemon to use; None to start a new daemon.
     """
     ours, theirs = _fork.Pipe()
     process = _fork.Process(target=_serve, args=(theirs, setup, replicate))
     process.start()
     theirs.close()
     try:
-        yield ours.recv()  # raises EOFError if it died; its traceback is in our stderr
+        yield ours.recv()  # EOFError if the process died; its traceback is in our stderr.
     finally:
         with suppress(BrokenPipeError):
             ours.send(None)
@@ -124,12 +131,12 @@ def _serve(pipe: Connection, setup: Callable[[P2P], Awaitable[None]], replicate:
 
 @contextmanager
 def dht_swarm(size: int, *, chain: bool = False, **options: Any) -> Iterator[list[DHT]]:
-    """DHT nodes, each with a process and a daemon of its own, shut down at the end of the block.
+    """Runs DHT nodes, each with a process and a daemon of its own, until the end of the block.
 
     Args:
-        size: How many.
-        chain: Whether each knows only the one before it at first, and not the first one.
-        options: Of each ``hivemind.DHT``.
+        size: The number of nodes.
+        chain: Whether each node's initial peer is the node before it, and not the first node.
+        options: The options of each ``hivemind.DHT``.
     """
     nodes: list[DHT] = []
     try:

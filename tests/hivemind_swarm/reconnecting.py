@@ -1,7 +1,7 @@
-"""A peer whose only bootstrap peer dies and comes back: reconnecting.py on|off p2p|forked|dht
+"""A peer whose only bootstrap peer dies and restarts: reconnecting.py on|off p2p|forked|dht
 
-Prints the log of p2pclient_rs, and at the end whether the two are connected. The peer itself makes
-no call meanwhile.
+Prints the log of p2pclient_rs, and at the end whether the two are connected. Meanwhile the peer
+makes no call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hivemind.p2p import P2P
 from p2pclient_rs import install
 from p2pclient_rs.daemon import unused_tcp_port
 
-#: More than two looks at the connections, in seconds.
+#: More than the interval between three checks of the connections, in seconds.
 LONG_ENOUGH = 35.0
 
 RECONNECTS = sys.argv[1] == "on"
@@ -35,7 +35,7 @@ async def bootstrap_peer(identity: Path, port: int) -> P2P:
 
 
 async def until_peers(p2p: P2P, connected: bool, within: float) -> bool:
-    """Whether a daemon came to have peers, or to have none, within so many seconds."""
+    """Waits until a daemon has peers, or none; returns whether that happened in time."""
     deadline = time.monotonic() + within
     while bool(await p2p.list_peers()) != connected:
         if time.monotonic() > deadline:

@@ -21,7 +21,7 @@ def nodes() -> Iterator[list[DHT]]:
 
 
 def test_group_averages_its_tensors(nodes: list[DHT]) -> None:
-    # The larger tensor is several parts for each peer to reduce, the smaller less than one.
+    # Each peer reduces several parts of the larger tensor, and less than a part of the smaller.
     tensors = [[torch.randn(1_000_000), torch.randn(3, 41)] for _ in range(SIZE)]
     expected = [torch.stack(same).mean(dim=0) for same in zip(*tensors, strict=True)]
     with ExitStack() as stack:
@@ -31,7 +31,7 @@ def test_group_averages_its_tensors(nodes: list[DHT]) -> None:
                 dht=node,
                 prefix="averaged",
                 target_group_size=SIZE,
-                min_matchmaking_time=15,  # it begins as soon as the group is full
+                min_matchmaking_time=15,  # A full group begins earlier.
                 start=True,
             )
             for own, node in zip(tensors, nodes, strict=True)

@@ -1,4 +1,4 @@
-"""Programs of their own: one that swaps late, and hivemind's command line under ``run``."""
+"""Separate programs: one that calls install() late, and hivemind's command line under ``run``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hivemind.utils import get_dht_time
 
 
 def test_install_after_importing_hivemind_replaces_its_clients(swapped: bool) -> None:
-    program = str(Path(__file__).with_name("late_swap.py"))
+    program = str(Path(__file__).with_name("install_after_import.py"))
     result = subprocess.run(
         [sys.executable, program, "on" if swapped else "off"],
         stdout=subprocess.PIPE,
@@ -26,7 +26,7 @@ def test_install_after_importing_hivemind_replaces_its_clients(swapped: bool) ->
 
 def test_hiveminds_run_dht_serves_a_node(swapped: bool) -> None:
     run = ["-m", "p2pclient_rs", "run"] if swapped else []
-    script = str(Path(__file__).with_name("said_run_dht.py"))
+    script = str(Path(__file__).with_name("run_dht_naming_clients.py"))
     program = [script, "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
     process = subprocess.Popen(
         [sys.executable, *run, *program],
@@ -37,13 +37,13 @@ def test_hiveminds_run_dht_serves_a_node(swapped: bool) -> None:
     assert process.stdout is not None
     with process:
         try:
-            said = ""
-            while not (found := re.search(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+)\s", said)):
+            output = ""
+            while not (found := re.search(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+)\s", output)):
                 line = process.stdout.readline()
-                assert line, f"it ended, saying:\n{said}"
-                said += line
-            module = re.search(r"^clients of (\S+)$", said, re.MULTILINE)
-            assert module, said
+                assert line, f"it ended with the output:\n{output}"
+                output += line
+            module = re.search(r"^clients of (\S+)$", output, re.MULTILINE)
+            assert module, output
             assert module[1].startswith("p2pclient_rs") == swapped
             dht = DHT(initial_peers=[found[1]], start=True)
             try:

@@ -1,4 +1,4 @@
-"""``install(reconnect=True)``: a P2P finds its bootstrap peer again."""
+"""``install(reconnect=True)`` reconnects a P2P to its bootstrap peer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 PROGRAM = str(Path(__file__).with_name("reconnecting.py"))
 
-#: The programs: the peer in the program's own process, in a forked one, in that of a DHT; below
-#: ``python -m p2pclient_rs run --reconnect``; and without the option.
+#: The programs. The peer is in the program's own process, in a forked one, or in that of a DHT;
+#: below ``python -m p2pclient_rs run --reconnect``; or without the option.
 RUNS = {
     "p2p": [PROGRAM, "on", "p2p"],
     "forked": [PROGRAM, "on", "forked"],
@@ -24,9 +24,9 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def programs(swapped: bool) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All of them at once, because each waits for most of its half minute."""
+    """Runs all programs at once, because each waits most of the time."""
     if not swapped:
-        pytest.skip("an option of the swap")
+        pytest.skip("needs install()")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     programs = {
         name: subprocess.Popen([sys.executable, *arguments], **pipes)  # type: ignore[call-overload]
@@ -39,7 +39,7 @@ def programs(swapped: bool) -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 def printed(program: subprocess.Popen[str]) -> list[str]:
-    """The lines that a program prints until its end."""
+    """Returns the lines that a program prints until it ends."""
     output, errors = program.communicate(timeout=85)
     assert program.returncode == 0, errors
     assert "destroyed" not in errors

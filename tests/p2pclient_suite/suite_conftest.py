@@ -1,7 +1,7 @@
-"""What p2pclient's own tests need around them: its sdist comes without the conftest.py.
+"""The conftest.py for p2pclient's own tests: its sdist has none.
 
-run.sh puts this file beside the unmodified tests, as conftest.py. Here it has another name, so that
-running our own tests does not load it.
+run.sh copies this file beside the unmodified tests. Its name here keeps pytest from loading it for
+our own tests.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pytest
 
 import p2pclient_rs
 
-# By the name that p2pclient goes by to tell the two kinds of daemon apart.
+# p2pclient distinguishes the two kinds of daemon by these names.
 _EXECUTABLES = {"go": "p2pd", "js": "jsp2pd"}
 
 _MARKERS = {
-    "go_only": "the JavaScript daemon does not have what this tests",
+    "go_only": "the JavaScript daemon lacks this feature",
     "jsp2pd_probable_bug": "fails on the JavaScript daemon, which is probably to blame",
 }
 
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=0.02,
         metavar="SECONDS",
-        help="how long requests are held back",
+        help="delay before each request",
     )
 
 
@@ -54,7 +54,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("daemon") == "js":
-        # As p2pclient's own CI leaves them out: all others have to pass.
+        # p2pclient's own CI leaves these out, too. All others must pass.
         others = [item for item in items if any(map(item.get_closest_marker, _MARKERS))]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
@@ -85,17 +85,17 @@ def daemon_executable(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def pace(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds back every request of ours for a little.
+    """Delays every request of this package.
 
-    The tests take for granted that what one daemon was told (a subscription, a disconnection), the
-    daemons it is connected to know by the next request. Nothing in the protocol promises that: it
-    holds because p2pclient takes a millisecond or more for a request, where we take a twentieth.
+    The tests assume that when one daemon learns of a subscription or a disconnection, its
+    neighbours learn of it before the next request. The protocol does not promise that. It holds for
+    p2pclient, whose requests take a millisecond or more; ours take a twentieth of that.
     """
     if pytestconfig.getoption("incumbent"):
         return
     from p2pclient_rs.connector import DaemonConnector
 
-    def held_back(send: Any) -> Any:
+    def delayed(send: Any) -> Any:
         async def request(*args: Any, **kwargs: Any) -> Any:
             await anyio.sleep(pytestconfig.getoption("pace"))
             return await send(*args, **kwargs)
@@ -103,4 +103,4 @@ def pace(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
         return request
 
     for name in ("request", "request_stream"):
-        monkeypatch.setattr(DaemonConnector, name, held_back(getattr(DaemonConnector, name)))
+        monkeypatch.setattr(DaemonConnector, name, delayed(getattr(DaemonConnector, name)))

@@ -1,4 +1,4 @@
-"""A program that calls ``install()`` only after it has imported hivemind: late_swap.py off|on"""
+"""Imports hivemind and then calls ``install()``, or does not: install_after_import.py on|off"""
 
 from __future__ import annotations
 

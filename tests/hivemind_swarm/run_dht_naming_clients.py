@@ -1,4 +1,4 @@
-"""hivemind's command line ``run_dht``, which first says whose clients it is going to use."""
+"""hivemind's command ``run_dht``, which first prints the module that defines its clients."""
 
 from __future__ import annotations
 
