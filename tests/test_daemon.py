@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -31,7 +31,7 @@ import pytest
 
 import p2pclient_rs.daemon
 from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo
-from p2pclient_rs._native import DaemonProcess
+from p2pclient_rs._native import DaemonProcess, Supervision
 from p2pclient_rs.daemon import Daemon, unused_tcp_port
 from p2pclient_rs.exceptions import (
     ConnectionLost,
@@ -39,6 +39,7 @@ from p2pclient_rs.exceptions import (
     DaemonStartError,
     DaemonUnreachable,
 )
+from p2pclient_rs.supervisor import Supervisor
 
 # Their output and options differ from jsp2pd's.
 pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
@@ -1665,7 +1666,7 @@ async def test_restart_that_hangs_counts_as_a_death(tmp_path: Path, p2pd: Path) 
     daemon = Daemon(script(tmp_path / "p2pd", body), restart=2, start_timeout=10)
     async with daemon:
         (tmp_path / "hang").touch()
-        daemon._keeper._start_timeout = 0.2  # type: ignore[union-attr]
+        daemon._supervisor._start_timeout = 0.2  # type: ignore[union-attr]
         os.kill(daemon.pid or 0, signal.SIGKILL)
         with anyio.fail_after(20):
             assert await daemon.wait() == -signal.SIGKILL
@@ -1733,15 +1734,18 @@ async def test_daemon_starts_without_its_bootstrap_peers_and_logs_the_reason(
 
 
 class Hasty:
-    """A reconnection schedule with almost no delay."""
+    """A supervision whose clock runs 1000 times as fast."""
 
-    TIMEOUT = 30.0
+    def __init__(self, supervision: Supervision) -> None:
+        self._supervision = supervision
 
-    def connected(self) -> tuple[float, bool]:
-        return 0.02, False
-
-    def failed(self, reason: str) -> tuple[float, bool]:
-        return 0.02, True
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._supervision, name)
+        if name == "deadline" and attribute is not None:
+            return attribute / 1000
+        if name in {"poll", "finished", "deadline"}:
+            return attribute
+        return lambda *args: attribute(*args[:-1], 1000 * args[-1])
 
 
 async def wait_connected(client: Client, peer_id: PeerID) -> None:
@@ -1753,7 +1757,12 @@ async def wait_connected(client: Client, peer_id: PeerID) -> None:
 async def test_lost_bootstrap_peers_are_reconnected(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(p2pclient_rs.daemon, "Reconnection", Hasty)
+    start = Supervisor.__init__
+
+    def start_hasty(self: Supervisor, process: Any, supervision: Any, *args: Any) -> None:
+        start(self, process, cast("Supervision", Hasty(supervision)), *args)
+
+    monkeypatch.setattr(Supervisor, "__init__", start_hasty)
     async with Daemon() as other:
         peer = f"{other.addrs[0]}/p2p/{other.peer_id}"
         options: dict[str, Any] = {"bootstrap": "background", "restart": True}

@@ -44,8 +44,10 @@ __all__ = [
     "Readiness",
     "Reconnection",
     "Request",
-    "Restarts",
+    "Startup",
     "StreamInfo",
+    "Supervision",
+    "SupervisionAction",
     "__version__",
     "_the_end_is_near",
     "after_fork_in_child",
@@ -710,15 +712,19 @@ class DaemonProcess:
     def background_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
         """Those that are not for the daemon itself to connect to."""
 
-    def restarts(self) -> Restarts | None:
-        """When it is to be started again; None if never."""
-
-    def keep(self, kept: bool) -> None:
-        """Says whether somebody starts it again when it ends."""
+    def supervision(self) -> Supervision | None:
+        """The decisions of a supervisor for this daemon; None if it needs no supervisor."""
 
     @property
-    def over(self) -> bool:
-        """Whether it has ended and nobody starts it again."""
+    def restart_limit(self) -> int:
+        """Deaths in a row after which the daemon is given up; 0 if it is never started again."""
+
+    def set_supervised(self, supervised: bool) -> None:
+        """Sets whether a supervisor starts the daemon again when it ends."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the daemon has ended, and no supervisor starts it again."""
 
     def spawn(self) -> None:
         """Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be
@@ -801,29 +807,127 @@ class DaemonProcess:
         """The DaemonStartError of a daemon that was ready, and died."""
 
 @final
-class Restarts:
-    """When a daemon that died is started again."""
+class Supervision:
+    """When to start a daemon again, when to connect it to its bootstrap peers, and what to report.
+    Times are seconds of any clock that does not go back.
 
-    def died(self, lived: float) -> float | None:
-        """It has died, having lived for so many seconds. Returns the pause until it is started
-        again, or None if it is given up."""
+    The driver calls a method for each event, does what ``poll`` returns until that is None, and
+    calls ``timeout`` at ``deadline``.
+
+    Args:
+        restart_limit: Deaths in a row, within 10 seconds of the start each, after which the daemon
+            is given up; 0 if it is never started again.
+        peers: The number of bootstrap peers."""
+
+    REGISTER_TIMEOUT: float
+    def __new__(cls, restart_limit: int, peers: int) -> Self: ...
+    def poll(self) -> SupervisionAction | None:
+        """The next thing to do, until there is nothing more."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When to call ``timeout``; None if no pause is in progress."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether supervision has ended: no event leads to another action."""
+
+    def started(self, now: float) -> None:
+        """The daemon is ready: it was started by the caller, or by "start"."""
+
+    def start_failed(self, now: float) -> None:
+        """ "start" failed, and nothing is left of the process."""
+
+    def died(self, now: float) -> None:
+        """The process of a daemon that was ready has ended."""
+
+    def connected(self, peer: int, now: float) -> None:
+        """ "connect" to this bootstrap peer succeeded."""
+
+    def connect_failed(self, peer: int, reason: str, daemon_lost: bool, now: float) -> None:
+        """ "connect" to this bootstrap peer failed. `daemon_lost` if the daemon was unreachable, so
+        that this says nothing about the peer."""
+
+    def timeout(self, now: float) -> None:
+        """``deadline`` may have passed."""
+
+    def stopped(self, now: float) -> None:
+        """The caller stops the daemon. It is not started again."""
+
+@final
+class SupervisionAction:
+    """What the driver of a ``Supervision`` has to do. Fields that its kind does not use are 0 or
+    empty."""
+
+    @property
+    def kind(
+        self,
+    ) -> Literal[
+        "watch",
+        "connect",
+        "register",
+        "abort",
+        "start",
+        "give up",
+        "report restarting",
+        "report restarted",
+        "report connected",
+        "report unreachable",
+    ]: ...
+    @property
+    def peer(self) -> int:
+        """The index of a bootstrap peer."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the daemon is started again."""
 
     @property
     def deaths(self) -> int:
-        """How often it has died in a row."""
+        """Deaths in a row of a daemon that is given up."""
+
+    @property
+    def reason(self) -> str:
+        """Why a bootstrap peer could not be connected to."""
+
+@final
+class Startup:
+    """When to probe a daemon that was spawned, and when to give it up. Times are seconds of any
+    clock that does not go back; `limit` may be infinite."""
+
+    EXPLAIN_TIMEOUT: float
+    def __new__(cls, now: float, limit: float) -> Self: ...
+    def step(self, now: float) -> tuple[Literal["probe", "wait", "ready", "failed"], float]:
+        """What to do next, and until when for "wait"."""
+
+    def probed(self, obstacle: str | None, now: float) -> None:
+        """Takes the outcome of a probe: None if the daemon is ready, else what speaks against
+        that."""
+
+    def ended(self) -> None:
+        """The process has ended, even if it was ready a moment ago."""
+
+    @property
+    def deadline(self) -> float:
+        """When to stop waiting for the reply to a probe."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the last probe did not find the daemon ready."""
 
 @final
 class Reconnection:
-    """When to connect to a bootstrap peer that need not be reachable, and what to tell of it."""
+    """When to connect to a peer again, and which outcomes to report."""
 
     TIMEOUT: float
     def __new__(cls) -> Self: ...
     def connected(self) -> tuple[float, bool]:
-        """It is connected. Returns the pause until the next time, and whether this is news."""
+        """The peer is connected. Returns the pause before the next CONNECT, in seconds, and
+        whether to report the connection."""
 
     def failed(self, reason: str) -> tuple[float, bool]:
-        """It could not be connected to. Returns the pause until the next time, and whether this is
-        news."""
+        """The peer could not be connected to. Returns the pause before the next CONNECT, in
+        seconds, and whether to report the failure."""
 
 def _the_end_is_near() -> None:
     """Says that the interpreter is about to end: waits until no other thread is on its way through

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import logging
 import os
 import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextvars import copy_context
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +29,6 @@ from p2pclient_rs._native import (
     Identity,
     Multiaddr,
     PeerID,
-    Reconnection,
     after_fork_in_child,
     after_fork_in_parent,
     before_fork,
@@ -39,13 +36,10 @@ from p2pclient_rs._native import (
     unused_tcp_port,
 )
 from p2pclient_rs.client import Client
-from p2pclient_rs.exceptions import (
-    ControlFailure,
-    DaemonNotFound,
-    DaemonStartError,
-    DaemonUnreachable,
-)
-from p2pclient_rs.loops import reactor, watch
+from p2pclient_rs.exceptions import DaemonNotFound, DaemonStartError
+from p2pclient_rs.process import Pause, destroy, poll_exit, wait_exit
+from p2pclient_rs.startup import ready
+from p2pclient_rs.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -53,13 +47,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Daemon", "unused_tcp_port"]
-
-logger = logging.getLogger(__name__)
-
-#: How long it may take to find out why no bootstrap peer could be reached, in seconds.
-_EXPLAINING = 10.0
-#: How long the registrations of a client may take when the daemon was started again, in seconds.
-_REGISTERING = 30.0
 
 os.register_at_fork(
     before=before_fork,
@@ -157,8 +144,7 @@ class Daemon:
         self._process: DaemonProcess | None = None
         self._finalizer: weakref.finalize[..., Daemon] | None = None
         self._identity: Identity | None = None
-        self._keeper: _Keeper | None = None
-        self._failure: DaemonStartError | None = None
+        self._supervisor: Supervisor | None = None
         self._clients: weakref.WeakSet[Client] = weakref.WeakSet()
         self._control_maddr = None if control_maddr is None else Multiaddr(str(control_maddr))
 
@@ -212,13 +198,13 @@ class Daemon:
             return
         try:
             with anyio.CancelScope(shield=True):
-                if self._keeper is not None:
+                if self._supervisor is not None:
                     # Its event loop may be another, that does not run.
                     with anyio.move_on_after(self._stop_timeout):
-                        await self._keeper.stop()
+                        await self._supervisor.stop()
                 with anyio.move_on_after(self._stop_timeout):
                     process.terminate()
-                    await _until_exit(process)
+                    await poll_exit(process)
         except BaseException as error:
             await self._end(process, error)
             raise
@@ -236,12 +222,12 @@ class Daemon:
         process = self._process
         if process is None or not process.owned:
             raise RuntimeError("the daemon has not been started by this process")
-        pause = _Pause()
-        while not process.over:
-            if self._keeper is not None and self._keeper.ended:
-                process.keep(False)  # its event loop is no more
-            await _exit(process)
-            if not process.over:  # it is being started again
+        pause = Pause()
+        while not process.finished:
+            if self._supervisor is not None and self._supervisor.loop_closed:
+                process.set_supervised(False)
+            await wait_exit(process)
+            if not process.finished:  # it is being started again
                 await pause()
         return process.poll() or 0
 
@@ -301,7 +287,7 @@ class Daemon:
     @property
     def failure(self) -> DaemonStartError | None:
         """Why a daemon that is started again (``restart``) was given up; None if it was not."""
-        return self._failure
+        return None if self._supervisor is None else self._supervisor.failure
 
     @property
     def command(self) -> list[str]:
@@ -317,7 +303,8 @@ class Daemon:
     def _identified(self) -> Identity:
         if self._identity is None:
             raise RuntimeError("the daemon has not been started")
-        return self._identity
+        restarted = self._supervisor and self._supervisor.identity
+        return restarted or self._identity
 
     def _prepare(self) -> DaemonProcess:
         """Makes what the daemon needs to run."""
@@ -325,12 +312,12 @@ class Daemon:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
         process = DaemonProcess(binary, self._options, _temporary_directory())
-        self._process, self._identity, self._failure = process, None, None
+        self._process, self._identity, self._supervisor = process, None, None
         self._control_maddr = process.control_maddr
         self._finalizer = weakref.finalize(self, _abandoned, process)
         return process
 
-    def _launch(self) -> DaemonProcess:
+    def _spawn(self) -> DaemonProcess:
         """Runs the daemon, without waiting for it, and without an event loop."""
         process = self._prepare()
         try:
@@ -347,290 +334,18 @@ class Daemon:
             self._finalizer.detach()
 
     async def _become_ready(self, process: DaemonProcess) -> None:
-        """Waits for the daemon's answer, and has it looked after from then on."""
-        self._identity = await _ready(process, self._start_timeout)
-        if process.restarts() is not None or process.background_peers():
-            self._keeper = _Keeper(self, process)
+        """Waits until the daemon is ready, and starts its supervisor, if it needs one."""
+        self._identity = await ready(process, self._start_timeout)
+        supervision = process.supervision()
+        if supervision is not None:
+            self._supervisor = Supervisor(process, supervision, self._clients, self._start_timeout)
 
     async def _end(self, process: DaemonProcess, reason: BaseException | None = None) -> None:
         try:
-            await _destroy(process, reason)
+            await destroy(process, reason)
         finally:
             if process.destroyed and process is self._process and self._finalizer is not None:
                 self._finalizer.detach()
-
-
-class _Keeper:
-    """Keeps a daemon's bootstrap peers connected and starts it again when it dies, in a task of
-    its own, until it is stopped, given up or forgotten."""
-
-    def __init__(self, daemon: Daemon, process: DaemonProcess) -> None:
-        # Not the Daemon itself, whose end it would put off.
-        self._daemon = weakref.ref(daemon)
-        self._process = process
-        self._start_timeout = daemon._start_timeout
-        self._ended = anyio.Event()
-        self._reactor = reactor()
-        # From now on, though the task may not have begun.
-        process.keep(process.restarts() is not None)
-        self._work = self._reactor.spawn(self._run(), copy_context())
-        self._reactor.when_ended(self._work, self._over)
-
-    @property
-    def ended(self) -> bool:
-        """Whether its event loop is no more."""
-        return self._reactor.ended
-
-    async def stop(self) -> None:
-        self._process.keep(False)
-        if not self.ended:
-            self._reactor.call_from_anywhere(self._work.cancel)
-            await self._ended.wait()
-
-    def _over(self) -> None:
-        self._process.keep(False)
-        self._ended.set()
-
-    async def _run(self) -> None:
-        process, restarts = self._process, self._process.restarts()
-        try:
-            lived = await self._live()
-            while restarts is not None and not process.ended:
-                failure = process.died()
-                assert isinstance(failure, DaemonStartError)
-                while (pause := restarts.died(lived)) is not None:
-                    logger.warning("%s; it is started again in %.1f s", _brief(failure), pause)
-                    await anyio.sleep(pause)
-                    if process.ended:  # it was forgotten
-                        return
-                    try:
-                        await self._start_again()
-                        break
-                    except DaemonStartError as error:
-                        failure, lived = error, 0.0
-                        process.kill()
-                        await _until_exit(process)
-                if pause is None:
-                    return self._give_up(failure, restarts.deaths)
-                logger.info("the daemon was started again as process %s", process.pid)
-                lived = await self._live(again=True)
-        except Exception:
-            logger.exception("the daemon is no longer looked after")
-        finally:
-            self._over()
-
-    async def _live(self, again: bool = False) -> float:
-        """Returns, at the daemon's end, for how many seconds it has lived."""
-        begun = anyio.current_time()
-        async with anyio.create_task_group() as tasks:
-            for peer in self._process.background_peers():
-                tasks.start_soon(_stay_connected, self._process, *peer)
-            daemon = self._daemon()
-            for client in list(daemon._clients) if daemon is not None and again else ():
-                tasks.start_soon(_register_again, client)
-            del daemon
-            await _exit(self._process)
-            tasks.cancel_scope.cancel()
-        return anyio.current_time() - begun
-
-    async def _start_again(self) -> None:
-        self._process.spawn()
-        identity = await _ready(self._process, self._start_timeout)
-        daemon = self._daemon()
-        if daemon is not None:
-            daemon._identity = identity
-
-    def _give_up(self, failure: DaemonStartError, deaths: int) -> None:
-        logger.error("the daemon has died %d times in a row and is given up: %s", deaths, failure)
-        daemon = self._daemon()
-        if daemon is not None:
-            daemon._failure = failure
-
-
-async def _stay_connected(
-    process: DaemonProcess, address: str, peer_id: PeerID, addrs: Sequence[Multiaddr]
-) -> None:
-    """Connects a daemon to a bootstrap peer, and again when that is lost."""
-    schedule = Reconnection()
-    async with Client(process.control_maddr) as client:
-        while True:
-            try:
-                await client.connect(peer_id, addrs, timeout=schedule.TIMEOUT)
-            except ControlFailure as failure:
-                reason = _reason(failure)
-                pause, news = schedule.failed(reason)
-                # A ConnectionError is the daemon's end, and not the peer's fault.
-                if news and not isinstance(failure, ConnectionError):
-                    logger.warning("cannot connect to the bootstrap peer %s: %s", address, reason)
-            else:
-                pause, news = schedule.connected()
-                if news:
-                    logger.info("connected to the bootstrap peer %s", address)
-            await anyio.sleep(pause)
-
-
-async def _register_again(client: Client) -> None:
-    for register_again in (client.control.register_again, client.unary.register_again):
-        try:
-            with anyio.fail_after(_REGISTERING):
-                await register_again()
-        except (ControlFailure, TimeoutError) as error:
-            logger.warning("the handlers of %r were not registered again: %s", client, error)
-
-
-async def _ready(process: DaemonProcess, timeout: float) -> Identity:
-    """Waits for the daemon's answer; raises DaemonStartError if it ends or takes too long."""
-    answers: list[Identity] = []
-    obstacles: list[str] = []
-    with anyio.move_on_after(timeout):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_ask, process, answers, obstacles)
-            # `_ask` may wait long for an answer that never comes, and so cannot do this.
-            await _until_exit(process, unless=answers)
-            tasks.cancel_scope.cancel()
-    if not answers or process.poll() is not None:
-        reasons = await _unreachable(process) if process.unconnected else []
-        raise process.not_ready(timeout, obstacles[-1] if obstacles else None, reasons)
-    return answers[0]
-
-
-async def _ask(process: DaemonProcess, answers: list[Identity], obstacles: list[str]) -> None:
-    """Asks the daemon who it is until it answers and may be believed."""
-    pause = _Pause()
-    while True:
-        try:
-            async with Client(process.control_maddr) as client:
-                identity = await client.identify()
-        except ControlFailure as failure:
-            obstacle = _words(failure)
-        else:
-            doubt = process.doubt(identity.peer_id)
-            if doubt is None:
-                answers.append(identity)
-                return
-            obstacle = doubt
-        obstacles[:] = [obstacle]
-        await pause()
-
-
-async def _unreachable(process: DaemonProcess) -> list[tuple[str, str]]:
-    """Why which bootstrap peer could not be reached, in the words of another such daemon: the one
-    that ended has only said that none could."""
-    peers = process.bootstrap_peers()
-    reasons = {address: f"no answer within {_EXPLAINING:g} s" for address, _, _ in peers}
-
-    async def connect(client: Client, address: str, peer: PeerID, addrs: list[Multiaddr]) -> None:
-        try:
-            await client.connect(peer, addrs)
-            reasons[address] = "it can be reached now"
-        except ControlFailure as failure:
-            reasons[address] = _reason(failure)
-
-    try:
-        other = process.without_bootstrap()
-    except (DaemonStartError, ValueError):
-        return []
-    try:
-        other.spawn()
-        with anyio.move_on_after(_EXPLAINING):
-            await _ready(other, _EXPLAINING)
-            async with (
-                Client(other.control_maddr) as client,
-                anyio.create_task_group() as tasks,
-            ):
-                for peer in peers:
-                    tasks.start_soon(connect, client, *peer)
-    except DaemonStartError:
-        reasons.clear()
-    except BaseException as error:
-        await _destroy(other, error)
-        raise
-    await _destroy(other)
-    return list(reasons.items())
-
-
-def _reason(failure: ControlFailure) -> str:
-    """The daemon's words, in one line."""
-    return " ".join((failure.daemon_message or _words(failure)).split())
-
-
-def _words(failure: ControlFailure) -> str:
-    """The failure without the hint to start a daemon, which is being started."""
-    if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
-        return failure._without_hint
-    return str(failure)
-
-
-def _brief(error: DaemonStartError) -> str:
-    """Without the command line and the output."""
-    return f"{error.args[0]}: {error.cause}" if error.cause else str(error.args[0])
-
-
-class _Pause:
-    """Sleeps for a little longer each time it is awaited: for 1 ms at first, 50 ms at most."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.001
-
-    async def __call__(self) -> None:
-        await anyio.sleep(self._seconds)
-        self._seconds = min(2 * self._seconds, 0.05)
-
-
-async def _until_exit(process: DaemonProcess, unless: Sequence[object] = ()) -> None:
-    """Waits until the daemon has ended, or there is something in `unless`."""
-    pause = _Pause()
-    while not unless and process.poll() is None:
-        await pause()
-
-
-async def _exit(process: DaemonProcess) -> None:
-    """Waits until the daemon has ended, without looking again and again where that can be."""
-    pid = process.pid
-    if pid is not None and process.poll() is None and hasattr(os, "pidfd_open"):
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:  # a kernel without, or no descriptor left
-            fd = -1
-        if fd != -1:
-            watched = watch(fd)
-            pause = _Pause()
-            try:
-                while process.poll() is None:
-                    await watched.readable()
-                    if process.poll() is None:  # waits can end early
-                        await pause()
-            finally:
-                watched.close()
-                os.close(fd)
-    await _until_exit(process)
-
-
-async def _destroy(process: DaemonProcess, reason: BaseException | None = None) -> None:
-    """Ends all of a daemon, without blocking the event loop. Not interrupted by cancellation.
-
-    `reason` is the exception because of which it is ended. After some, the caller's task can no
-    longer wait, and this blocks.
-    """
-    if isinstance(reason, (GeneratorExit, KeyboardInterrupt, SystemExit)):
-        process.destroy()
-        return
-    pause = _Pause()
-    cancelled: BaseException | None = None
-    while not process.try_destroy():
-        try:
-            with anyio.CancelScope(shield=True):
-                await pause()
-        except anyio.get_cancelled_exc_class() as error:
-            cancelled = error  # by asyncio's own means, from which a scope does not shield
-        except BaseException:
-            process.destroy()
-            raise
-    if cancelled is not None:
-        try:
-            raise cancelled
-        finally:
-            cancelled = None  # its traceback leads to this frame
 
 
 def _abandoned(process: DaemonProcess) -> None:

@@ -1,10 +1,12 @@
 //! The daemon manager for tokio: waits for what [`process`](super::process) does.
 
 use super::discovery::{find, Search, VARIABLE};
-use super::keeper::{destroyed, ended, ready, Keeper, Started, LOOK_AGAIN};
+use super::guard::{destroyed, ended, ProcessGuard, POLL_INTERVAL};
 use super::options::{Bootstrap, ConnectionManager, DaemonOptions, Dht, Pubsub};
 use super::process::Process;
 use super::start::{DaemonError, StartError};
+use super::startup;
+use super::supervisor::Supervisor;
 use futures_core::Stream;
 use p2pd_client::{Client, Error, Identity};
 use p2pd_protocol::{Multiaddr, PeerId};
@@ -42,8 +44,8 @@ const READ_SIZE: usize = 16 * 1024;
 #[must_use = "the daemon is killed when this is dropped"]
 pub struct P2PDaemon {
     // Dropped before the process, whose end it would take for a death.
-    keeper: Option<Keeper>,
-    started: Started,
+    supervisor: Option<Supervisor>,
+    guard: ProcessGuard,
     identity: Identity,
     stop_timeout: Duration,
 }
@@ -218,20 +220,20 @@ impl P2PDaemonBuilder {
             hivemind: Vec::new(),
         })?;
         // From here on, it is destroyed if this fails or is dropped.
-        let started = Started(Arc::new(Process::prepare(binary, &self.options, None)?));
-        let outcome = match started.0.spawn() {
-            Ok(()) => ready(&started.0, self.start_timeout).await,
+        let guard = ProcessGuard(Arc::new(Process::prepare(binary, &self.options, None)?));
+        let outcome = match guard.0.spawn() {
+            Ok(()) => startup::ready(&guard.0, self.start_timeout).await,
             Err(error) => Err(error),
         };
         match outcome {
             Ok(identity) => Ok(P2PDaemon {
-                keeper: Keeper::start(&started.0, self.start_timeout),
-                started,
+                supervisor: Supervisor::start(&guard.0, self.start_timeout),
+                guard,
                 identity,
                 stop_timeout: self.stop_timeout,
             }),
             Err(error) => {
-                destroyed(&started.0).await;
+                destroyed(&guard.0).await;
                 Err(error.into())
             }
         }
@@ -264,17 +266,17 @@ impl P2PDaemon {
 
     /// Where it serves the control protocol.
     pub fn control_maddr(&self) -> &Multiaddr {
-        self.started.0.control()
+        self.guard.0.control()
     }
 
     /// Its process id; none once it has ended, also while it is being started again.
     pub fn pid(&self) -> Option<u32> {
-        self.started.0.pid().filter(|_| self.started.0.alive())
+        self.guard.0.pid().filter(|_| self.guard.0.alive())
     }
 
     /// Its command line.
     pub fn command(&self) -> Vec<String> {
-        self.started.0.command()
+        self.guard.0.command()
     }
 
     /// A new client of the daemon, which has answered it. On unix it takes inbound streams at a
@@ -283,12 +285,12 @@ impl P2PDaemon {
     /// # Errors
     /// The daemon has ended, or does not answer.
     pub async fn client(&self) -> Result<Client, Error> {
-        let client = Client::builder(self.started.0.control().clone())
-            .listen_maddr(self.started.0.listen_maddr())
+        let client = Client::builder(self.guard.0.control().clone())
+            .listen_maddr(self.guard.0.listen_maddr())
             .build()?;
         client.identify().await?;
-        if let Some(keeper) = &self.keeper {
-            keeper.remember(&client);
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.remember(&client);
         }
         Ok(client)
     }
@@ -300,16 +302,16 @@ impl P2PDaemon {
     /// If somebody else in this process has reaped it (who waits for any child, or ignores
     /// SIGCHLD), nobody knows its exit status, and this gives 0.
     pub async fn wait(&self) -> ExitStatus {
-        if let Some(keeper) = &self.keeper {
-            keeper.over().await;
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.finished().await;
         }
-        ended(&self.started.0).await
+        ended(&self.guard.0).await
     }
 
     /// Why a daemon that is started again ([`restart`](P2PDaemonBuilder::restart)) was given up;
     /// none if it was not.
     pub fn failure(&self) -> Option<StartError> {
-        self.keeper.as_ref()?.failure()
+        self.supervisor.as_ref()?.failure()
     }
 
     /// Asks the daemon to end, kills it if it does not within the
@@ -317,20 +319,20 @@ impl P2PDaemon {
     /// status, which is 0 if nobody knows it (see [`wait`](Self::wait); or the kernel does not let
     /// go of it). Does nothing more the second time.
     pub async fn shutdown(&self) -> ExitStatus {
-        if let Some(keeper) = &self.keeper {
+        if let Some(supervisor) = &self.supervisor {
             // Its runtime may be one that nobody runs any more.
-            let _ = timeout(self.stop_timeout, keeper.stop()).await;
+            let _ = timeout(self.stop_timeout, supervisor.stop()).await;
         }
-        self.started.0.terminate();
+        self.guard.0.terminate();
         // Killed it is if need be, by what comes next.
-        let _ = timeout(self.stop_timeout, ended(&self.started.0)).await;
-        destroyed(&self.started.0).await;
-        self.started.0.poll().unwrap_or_default()
+        let _ = timeout(self.stop_timeout, ended(&self.guard.0)).await;
+        destroyed(&self.guard.0).await;
+        self.guard.0.poll().unwrap_or_default()
     }
 
     /// The end of what it has printed, also when it has ended: the last MiB.
     pub fn output(&self) -> String {
-        self.started.0.output()
+        self.guard.0.output()
     }
 
     /// The daemon's output, line by line from the beginning. Only the last 1 to 2 MiB are stored:
@@ -350,7 +352,7 @@ impl P2PDaemon {
             start: 0,
             position: 0,
             complete: false,
-            process: Arc::clone(&self.started.0),
+            process: Arc::clone(&self.guard.0),
             pause: None,
         }
     }
@@ -442,12 +444,12 @@ impl Stream for Logs {
                 logs.pause = None;
             }
             // Asked before reading: what it has printed until then is there.
-            let ended = logs.process.over();
+            let ended = logs.process.finished();
             if logs.read() == 0 {
                 if ended {
                     logs.complete = true;
                 } else {
-                    logs.pause = Some(Box::pin(sleep(LOOK_AGAIN)));
+                    logs.pause = Some(Box::pin(sleep(POLL_INTERVAL)));
                 }
             }
         }

@@ -10,7 +10,6 @@
 //! - [`options`]: one list of options, and the arguments it makes for each daemon.
 //! - [`discovery`]: where the binary may be, and why what is there will not do.
 //! - [`diagnosis`]: what the daemon's output says, and what its end was caused by.
-//! - [`retry`]: when to start it, or to connect to a bootstrap peer, again.
 //! - [`start`]: whether an answer may be believed, and the error of a daemon that does not come up.
 
 #[cfg(feature = "tokio")]
@@ -18,11 +17,14 @@ mod daemon;
 pub mod diagnosis;
 pub mod discovery;
 #[cfg(feature = "tokio")]
-mod keeper;
+mod guard;
 pub mod options;
 pub mod process;
-pub mod retry;
 pub mod start;
+#[cfg(feature = "tokio")]
+mod startup;
+#[cfg(feature = "tokio")]
+mod supervisor;
 
 #[cfg(feature = "tokio")]
 pub use daemon::{Logs, P2PDaemon, P2PDaemonBuilder};

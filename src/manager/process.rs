@@ -21,9 +21,9 @@ use self::{
     launch::{Child, Launch},
 };
 use super::options::{Bootstrap, BootstrapPeer, DaemonOptions, Flavour};
-use super::retry::Restarts;
 use super::start::{self, DaemonError, StartError};
 use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::policy::supervision::Supervision;
 use p2pd_protocol::{Multiaddr, PeerId};
 use p2pd_sockets::Failed;
 use std::fs::File;
@@ -86,8 +86,8 @@ pub struct Process {
     pid: AtomicU32,
     /// Where the output of the last run begins in the log.
     begun: AtomicU64,
-    /// Whether somebody starts it again when it ends.
-    kept: AtomicBool,
+    /// Whether a supervisor starts it again when it ends.
+    supervised: AtomicBool,
     /// The end of the output, and its position; there once the daemon was destroyed.
     last_output: OnceLock<(u64, Vec<u8>)>,
     /// Whether nothing is left of it.
@@ -205,7 +205,7 @@ impl Process {
             clients: AtomicU64::new(0),
             pid: AtomicU32::new(0),
             begun: AtomicU64::new(0),
-            kept: AtomicBool::new(false),
+            supervised: AtomicBool::new(false),
             last_output: OnceLock::new(),
             destroyed: AtomicBool::new(false),
             run: Mutex::default(),
@@ -229,38 +229,43 @@ impl Process {
         Process::prepare(self.binary.clone(), &options, self.directory.parent())
     }
 
-    /// The bootstrap peers, and their addresses as they were given.
-    pub fn bootstrap_peers(&self) -> Vec<(&str, BootstrapPeer)> {
+    /// The bootstrap peers, each with its address as the caller gave it.
+    pub fn bootstrap_peers(&self) -> Vec<(String, BootstrapPeer)> {
         let addresses = self.options.bootstrap_peers.iter();
         addresses
-            .filter_map(|address| Some((&**address, BootstrapPeer::parse(address).ok()?)))
+            .filter_map(|address| Some((address.clone(), BootstrapPeer::parse(address).ok()?)))
             .collect()
     }
 
-    /// Those that are not for the daemon itself to connect to.
-    pub fn background_peers(&self) -> Vec<(&str, BootstrapPeer)> {
+    /// The bootstrap peers that a supervisor connects the daemon to, instead of the daemon itself.
+    pub fn background_peers(&self) -> Vec<(String, BootstrapPeer)> {
         match self.options.bootstrap {
             Bootstrap::Background => self.bootstrap_peers(),
             Bootstrap::Required => Vec::new(),
         }
     }
 
-    /// When it is to be started again; nothing if never.
-    pub fn restarts(&self) -> Option<Restarts> {
-        let limit = self.options.restart;
-        (limit > 0).then(|| Restarts::new(limit))
+    /// The decisions of a supervisor for this daemon; none if it needs no supervisor.
+    pub fn supervision(&self) -> Option<Supervision> {
+        let (limit, peers) = (self.options.restart, self.background_peers().len());
+        (limit > 0 || peers > 0).then(|| Supervision::new(limit, peers))
     }
 
-    /// Says whether somebody starts it again when it ends.
-    pub fn keep(&self, kept: bool) {
-        self.kept.store(kept, Ordering::Release);
+    /// Deaths in a row after which the daemon is given up; 0 if it is never started again.
+    pub fn restart_limit(&self) -> u32 {
+        self.options.restart
     }
 
-    /// Whether the daemon has ended and nobody starts it again.
-    pub fn over(&self) -> bool {
-        // In this order: who keeps it no longer has seen its last end.
-        let kept = self.kept.load(Ordering::Acquire);
-        self.ended() || !kept && self.poll().is_some()
+    /// Sets whether a supervisor starts the daemon again when it ends.
+    pub fn set_supervised(&self, supervised: bool) {
+        self.supervised.store(supervised, Ordering::Release);
+    }
+
+    /// Whether the daemon has ended, and no supervisor starts it again.
+    pub fn finished(&self) -> bool {
+        // Loaded first: a supervisor stops supervising only after it has seen the last end.
+        let supervised = self.supervised.load(Ordering::Acquire);
+        self.ended() || !supervised && self.poll().is_some()
     }
 
     /// Runs the daemon; again, if it has ended.

@@ -21,12 +21,14 @@ mod peer_id;
 mod pid;
 mod pipeline;
 mod pool;
+mod process;
 mod public_key;
 mod readiness;
 mod request;
 mod room;
 mod socket;
 mod stream;
+mod supervision;
 mod unary;
 mod waiter;
 
@@ -73,11 +75,13 @@ mod _native {
 
     // --- daemon ---
     #[pymodule_export]
-    use super::daemon::{
-        find_daemon, unused_tcp_port, DaemonOptions, DaemonProcess, Reconnection, Restarts,
-    };
+    use super::daemon::{find_daemon, unused_tcp_port, DaemonOptions};
     #[pymodule_export]
     use super::forks::{after_fork_in_child, after_fork_in_parent, before_fork};
+    #[pymodule_export]
+    use super::process::DaemonProcess;
+    #[pymodule_export]
+    use super::supervision::{Reconnection, Startup, Supervision, SupervisionAction};
 
     /// The descriptors of `proto/`, as a serialised `FileDescriptorSet`.
     #[pyfunction]

@@ -148,7 +148,7 @@ class Daemon(daemon.Daemon):
         self.enable_dht = enable_dht
         self.enable_pubsub = enable_pubsub
         self._ecosystem_maddr = control_maddr
-        self._running = self._launch()
+        self._running = self._spawn()
         self._popen = Process(self._running)
 
     @property

@@ -1,0 +1,82 @@
+"""Waits for a daemon's process, on any event loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+
+from p2pclient_rs.loops import watch
+
+if TYPE_CHECKING:
+    from p2pclient_rs._native import DaemonProcess
+
+
+class Pause:
+    """Sleeps for twice as long each time it is awaited: for 1 ms at first, 50 ms at most."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.001
+
+    async def __call__(self) -> None:
+        await anyio.sleep(self._seconds)
+        self._seconds = min(2 * self._seconds, 0.05)
+
+
+async def poll_exit(process: DaemonProcess, unless: Sequence[object] = ()) -> None:
+    """Waits until the daemon has ended or `unless` is not empty, by polling."""
+    pause = Pause()
+    while not unless and process.poll() is None:
+        await pause()
+
+
+async def wait_exit(process: DaemonProcess) -> None:
+    """Waits until the daemon has ended, without polling where the kernel has pidfds."""
+    pid = process.pid
+    if pid is not None and process.poll() is None and hasattr(os, "pidfd_open"):
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:  # an old kernel, or no descriptor left
+            fd = -1
+        if fd != -1:
+            watched = watch(fd)
+            pause = Pause()
+            try:
+                while process.poll() is None:
+                    await watched.readable()
+                    if process.poll() is None:  # spurious wake-up
+                        await pause()
+            finally:
+                watched.close()
+                os.close(fd)
+    await poll_exit(process)
+
+
+async def destroy(process: DaemonProcess, reason: BaseException | None = None) -> None:
+    """Destroys the process without blocking the event loop. Cancellation does not interrupt it.
+
+    Args:
+        reason: The exception because of which the process is destroyed. After some exceptions the
+            caller's task can no longer wait, and this function blocks.
+    """
+    if isinstance(reason, (GeneratorExit, KeyboardInterrupt, SystemExit)):
+        process.destroy()
+        return
+    pause = Pause()
+    cancelled: BaseException | None = None
+    while not process.try_destroy():
+        try:
+            with anyio.CancelScope(shield=True):
+                await pause()
+        except anyio.get_cancelled_exc_class() as error:
+            cancelled = error  # by asyncio itself: a scope does not shield from that
+        except BaseException:
+            process.destroy()
+            raise
+    if cancelled is not None:
+        try:
+            raise cancelled
+        finally:
+            cancelled = None  # its traceback refers to this frame

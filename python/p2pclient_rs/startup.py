@@ -1,0 +1,126 @@
+"""Waits until a daemon that was spawned is ready, as ``Startup`` decides, and finds out why it is
+not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+
+from p2pclient_rs._native import Startup
+from p2pclient_rs.client import Client
+from p2pclient_rs.exceptions import ControlFailure, DaemonStartError, DaemonUnreachable
+from p2pclient_rs.process import destroy, poll_exit
+
+if TYPE_CHECKING:
+    from p2pclient_rs._native import DaemonProcess, Identity, Multiaddr, PeerID
+
+
+async def ready(process: DaemonProcess, timeout: float) -> Identity:
+    """Waits until the daemon is ready.
+
+    Raises:
+        DaemonStartError: The daemon ended, or was not ready in `timeout` seconds.
+    """
+    startup = Startup(anyio.current_time(), timeout)
+    async with anyio.create_task_group() as tasks:
+        # This task only polls: a cancelled task can keep the caller's `Daemon` for a moment longer.
+        outcome: list[Identity | None] = []
+        tasks.start_soon(_probe_until_ready, process, startup, outcome)
+        await poll_exit(process, unless=outcome)
+        tasks.cancel_scope.cancel()
+    if process.poll() is not None:
+        startup.ended()
+    identity = outcome[0] if outcome and startup.step(anyio.current_time())[0] == "ready" else None
+    if identity is None:
+        reasons = await _unreachable_peers(process) if process.unconnected else []
+        raise process.not_ready(timeout, startup.obstacle, reasons)
+    return identity
+
+
+async def _probe_until_ready(
+    process: DaemonProcess, startup: Startup, outcome: list[Identity | None]
+) -> None:
+    """Appends the daemon's identity to `outcome` once it is ready; None if it was not in time."""
+    identity: Identity | None = None
+    while True:
+        step, until = startup.step(anyio.current_time())
+        if step == "probe":
+            with anyio.CancelScope(deadline=startup.deadline):
+                obstacle = None
+                try:
+                    identity = await _probe(process)
+                except _NotReady as error:
+                    obstacle = str(error)
+                startup.probed(obstacle, anyio.current_time())
+        elif step == "wait":
+            await anyio.sleep_until(until)
+        else:
+            outcome.append(identity)
+            return
+
+
+class _NotReady(Exception):
+    """A probe did not find the daemon ready, for the reason in the message."""
+
+
+async def _probe(process: DaemonProcess) -> Identity:
+    """Asks the daemon who it is."""
+    try:
+        async with Client(process.control_maddr) as client:
+            identity = await client.identify()
+    except ControlFailure as failure:
+        raise _NotReady(_message(failure)) from failure
+    doubt = process.doubt(identity.peer_id)
+    if doubt is not None:
+        raise _NotReady(doubt)
+    return identity
+
+
+async def _unreachable_peers(process: DaemonProcess) -> list[tuple[str, str]]:
+    """Returns each bootstrap peer and why it could not be reached, as a second daemon reports it:
+    the one that ended printed only that none could."""
+    timeout = Startup.EXPLAIN_TIMEOUT
+    peers = process.bootstrap_peers()
+    reasons = {address: f"no answer within {timeout:g} s" for address, _, _ in peers}
+
+    async def connect(client: Client, address: str, peer: PeerID, addrs: list[Multiaddr]) -> None:
+        try:
+            await client.connect(peer, addrs)
+            reasons[address] = "it can be reached now"
+        except ControlFailure as failure:
+            reasons[address] = reason(failure)
+
+    try:
+        other = process.without_bootstrap()
+    except (DaemonStartError, ValueError):
+        return []
+    try:
+        other.spawn()
+        with anyio.move_on_after(timeout):
+            await ready(other, timeout)
+            async with (
+                Client(other.control_maddr) as client,
+                anyio.create_task_group() as tasks,
+            ):
+                for peer in peers:
+                    tasks.start_soon(connect, client, *peer)
+    except DaemonStartError:
+        reasons.clear()
+    except BaseException as error:
+        await destroy(other, error)
+        raise
+    await destroy(other)
+    return list(reasons.items())
+
+
+def reason(failure: ControlFailure) -> str:
+    """Returns the daemon's own message if the failure has one, in one line."""
+    return " ".join((failure.daemon_message or _message(failure)).split())
+
+
+def _message(failure: ControlFailure) -> str:
+    """The failure without the hint to start a daemon: it is being started."""
+    if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
+        return failure._without_hint
+    return str(failure)
