@@ -29,7 +29,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 class Ends:
-    """A reader and a writer, and the plain socket at their other end."""
+    """A reader and a writer, and the socket at the other end."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: socket.socket
@@ -39,7 +39,7 @@ class Ends:
         self.peer = peer
 
     def reset(self) -> None:
-        """Has the other end reset the connection."""
+        """Makes the other end reset the connection."""
         self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.peer.close()
 
@@ -96,15 +96,15 @@ async def tcp_ends(kind: str, anyio_backend: Any) -> AsyncIterator[Ends]:
         yield ends
 
 
-async def soon(task: asyncio.Task[Any]) -> None:
-    """Lets a task get to where it waits."""
+async def until_waiting(task: asyncio.Task[Any]) -> None:
+    """Lets a task run until it waits."""
     for _ in range(3):
         await asyncio.sleep(0)
     assert not task.done()
 
 
-async def turns() -> None:
-    """Lets the loop see what has come."""
+async def run_loop() -> None:
+    """Runs the event loop until it has seen the arrived data."""
     for _ in range(3):
         await asyncio.sleep(0)
 
@@ -181,7 +181,7 @@ async def test_at_eof_notices_an_unread_end(ends: Ends) -> None:
 
 async def test_at_eof_takes_no_data_from_a_reading_task(ends: Ends) -> None:
     reading = asyncio.create_task(ends.reader.readexactly(5))
-    await soon(reading)
+    await until_waiting(reading)
     ends.peer.sendall(b"hello")
     assert not ends.reader.at_eof()
     assert await asyncio.wait_for(reading, 5) == b"hello"
@@ -227,7 +227,7 @@ async def test_invalid_arguments_are_refused(ends: Ends) -> None:
 
 async def test_second_reading_task_is_refused(ends: Ends) -> None:
     first = asyncio.create_task(ends.reader.readexactly(3))
-    await soon(first)
+    await until_waiting(first)
     with pytest.raises(RuntimeError, match=r"read\(\) called while another coroutine"):
         await ends.reader.read(1)
     ends.peer.sendall(b"abc")
@@ -237,7 +237,7 @@ async def test_second_reading_task_is_refused(ends: Ends) -> None:
 async def test_cancelled_read_loses_no_data(ends: Ends) -> None:
     ends.peer.sendall(b"ab")
     task = asyncio.create_task(ends.reader.readexactly(4))
-    await soon(task)
+    await until_waiting(task)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -251,7 +251,7 @@ async def test_cancelled_read_loses_no_data(ends: Ends) -> None:
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_close_ends_a_pending_read(ends: Ends, how: str) -> None:
     reading = asyncio.create_task(ends.reader.read(10))
-    await soon(reading)
+    await until_waiting(reading)
     if how == "close":
         ends.writer.close()
     else:
@@ -263,7 +263,7 @@ async def test_close_ends_a_pending_read(ends: Ends, how: str) -> None:
 async def test_close_gives_a_pending_readexactly_the_partial_data(ends: Ends) -> None:
     ends.peer.sendall(b"ab")
     reading = asyncio.create_task(ends.reader.readexactly(4))
-    await soon(reading)
+    await until_waiting(reading)
     ends.writer.close()
     with pytest.raises(asyncio.IncompleteReadError) as raised:
         await reading
@@ -285,7 +285,7 @@ async def test_data_read_ahead_can_be_read_after_close(ends: Ends) -> None:
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_data_that_had_arrived_can_be_read_after_close(ends: Ends, how: str) -> None:
     ends.peer.sendall(b"abc\ndef")
-    await turns()  # in which asyncio's own reads it
+    await run_loop()  # asyncio's reader reads it then.
     if how == "close":
         ends.writer.close()
         await ends.writer.wait_closed()
@@ -300,9 +300,9 @@ async def test_data_that_had_arrived_can_be_read_after_close(ends: Ends, how: st
 async def test_data_of_a_cancelled_large_read_can_be_read_after_close(ends: Ends) -> None:
     data = os.urandom(100_000)
     reading = asyncio.ensure_future(ends.reader.readexactly(2 * len(data)))
-    await turns()
+    await run_loop()
     ends.peer.sendall(data)
-    await turns()
+    await run_loop()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -314,7 +314,7 @@ async def test_data_of_a_cancelled_large_read_can_be_read_after_close(ends: Ends
 
 
 async def test_at_most_128_kib_of_input_are_kept_after_close(anyio_backend: Any) -> None:
-    # asyncio's own keeps what its last read happened to bring.
+    # asyncio's reader keeps the data of its last read, which varies.
     async with connected("ours", "unix") as ends:
         ends.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         ends.peer.setblocking(False)
@@ -355,7 +355,7 @@ async def test_close_sends_the_buffer(ends: Ends) -> None:
 
 async def test_wait_closed_waits_for_close(ends: Ends) -> None:
     waiting = asyncio.create_task(ends.writer.wait_closed())
-    await soon(waiting)
+    await until_waiting(waiting)
     ends.writer.close()
     await waiting
 
@@ -365,7 +365,7 @@ async def test_cancelled_wait_closed_loses_no_data(ends: Ends) -> None:
     ends.writer.write(data)
     ends.writer.close()
     waiting = asyncio.create_task(ends.writer.wait_closed())
-    await soon(waiting)
+    await until_waiting(waiting)
     waiting.cancel()
     with suppress(asyncio.CancelledError):
         await waiting
@@ -381,8 +381,8 @@ async def test_abort_sends_the_data_that_the_socket_accepts(
     async with connected(kind, family) as ends:
         ends.writer.write(b"the ")
         ends.writer.write(b"end")
-        # uvloop's own has sent nothing before this.
-        await turns()
+        # uvloop's writer has sent nothing before this.
+        await run_loop()
         ends.writer.write(b"" if kind == "asyncio" else b".")
         ends.writer.transport.abort()
         received, receiver = receive_all(ends.peer)
@@ -391,7 +391,7 @@ async def test_abort_sends_the_data_that_the_socket_accepts(
 
 
 async def test_abort_discards_the_buffer(anyio_backend: Any) -> None:
-    # uvloop's own sends it now and then.
+    # uvloop's writer sometimes sends it.
     async with connected("ours", "unix") as ends:
         ends.writer.write(bytes(4 * MIB))
         ends.writer.transport.abort()
@@ -405,7 +405,7 @@ async def test_abort_discards_the_buffer(anyio_backend: Any) -> None:
 
 async def test_pending_read_raises_when_the_connection_is_lost(tcp_ends: Ends) -> None:
     reading = asyncio.create_task(tcp_ends.reader.readexactly(4))
-    await soon(reading)
+    await until_waiting(reading)
     tcp_ends.reset()
     with pytest.raises(ConnectionResetError):
         await reading
@@ -418,7 +418,7 @@ async def test_pending_read_raises_when_the_connection_is_lost(tcp_ends: Ends) -
                 await read(count)
     with pytest.raises(ConnectionResetError):
         await tcp_ends.reader.readline()
-    with suppress(RuntimeError):  # uvloop's own
+    with suppress(RuntimeError):  # uvloop's writer raises it.
         tcp_ends.writer.write(b"nothing")
     with pytest.raises(ConnectionResetError):
         await tcp_ends.writer.drain()
@@ -433,7 +433,7 @@ async def test_drain_raises_after_writing_to_a_lost_peer(ends: Ends) -> None:
             ends.writer.write(b"x" * 1000)
             await ends.writer.drain()
             await asyncio.sleep(0)
-    with suppress(RuntimeError):  # uvloop's own
+    with suppress(RuntimeError):  # uvloop's writer raises it.
         ends.writer.write(b"x")
     assert ends.writer.is_closing()
 
@@ -441,7 +441,7 @@ async def test_drain_raises_after_writing_to_a_lost_peer(ends: Ends) -> None:
 async def test_pending_drain_raises_when_the_connection_is_lost(tcp_ends: Ends) -> None:
     tcp_ends.writer.write(bytes(64 * MIB))
     draining = asyncio.create_task(tcp_ends.writer.drain())
-    await soon(draining)
+    await until_waiting(draining)
     tcp_ends.reset()
     with pytest.raises(ConnectionError):
         await draining
@@ -453,8 +453,8 @@ async def test_pending_drain_raises_a_loss_that_a_reader_found(
     tcp_ends.writer.write(bytes(16 * MIB))
     reading = asyncio.ensure_future(tcp_ends.reader.read(1))
     draining = asyncio.ensure_future(tcp_ends.writer.drain())
-    await soon(reading)
-    await soon(draining)
+    await until_waiting(reading)
+    await until_waiting(draining)
     tcp_ends.reset()
     for task in reading, draining:
         with pytest.raises(ConnectionResetError):
@@ -464,11 +464,11 @@ async def test_pending_drain_raises_a_loss_that_a_reader_found(
 async def test_loss_found_by_a_write_leaves_arrived_data_to_the_reader(
     anyio_backend: Any,
 ) -> None:
-    # asyncio's own does if it saw that before.
+    # asyncio's writer does if it has seen the loss before.
     for wanted, got in ((5, b"hello"), (6, None)):
         async with connected("ours", "unix") as ends:
             reading = asyncio.create_task(ends.reader.readexactly(wanted))
-            await soon(reading)
+            await until_waiting(reading)
             ends.peer.sendall(b"hello")
             ends.peer.close()
             ends.writer.write(bytes(5000))
@@ -488,7 +488,7 @@ async def test_loss_found_by_a_write_is_not_an_end_to_the_reader(
 ) -> None:
     async with connected("ours", "unix") as ends:
         reading = asyncio.create_task(getattr(ends.reader, read)())
-        await soon(reading)
+        await until_waiting(reading)
         ends.peer.close()
         ends.writer.write(bytes(5000))
         with pytest.raises(ConnectionError):
@@ -516,7 +516,7 @@ async def test_any_kind_of_buffer_can_be_written(
 
 
 async def test_buffer_may_be_changed_after_write(anyio_backend: Any) -> None:
-    # Only with uvloop's own it may not.
+    # With uvloop's writer it may not be.
     async with connected("ours", "unix") as ends:
         data = bytearray(b"a" * 4 * MIB)
         ends.writer.write(data)
@@ -531,7 +531,7 @@ async def test_buffer_may_be_changed_after_write(anyio_backend: Any) -> None:
 async def test_drain_waits_while_the_buffer_is_above_the_high_water_mark(ends: Ends) -> None:
     ends.writer.write(bytes(4 * MIB))
     draining = asyncio.create_task(ends.writer.drain())
-    await soon(draining)
+    await until_waiting(draining)
     received, receiver = receive_all(ends.peer)
     await draining
     assert ends.writer.transport.get_write_buffer_size() <= 64 * 1024
@@ -582,18 +582,18 @@ async def test_dropped_writer_closes_its_stream(anyio_backend: Any) -> None:
 
 
 async def receive(peer: socket.socket, count: int) -> bytes:
-    """What comes next, while the loop goes on."""
+    """Receives from the socket while the event loop keeps running."""
     peer.setblocking(False)
     return await asyncio.get_running_loop().sock_recv(peer, count)
 
 
 async def finished(thread: threading.Thread) -> None:
-    """Waits for a thread, while the loop goes on."""
+    """Waits for a thread while the event loop keeps running."""
     await until(lambda: not thread.is_alive())
 
 
 def receive_all(peer: socket.socket) -> tuple[bytearray, threading.Thread]:
-    """What a thread receives up to the end, and the thread."""
+    """Starts a thread that receives up to the end; returns the received data and the thread."""
     received = bytearray()
 
     def work() -> None:

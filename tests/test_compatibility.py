@@ -1,7 +1,7 @@
-"""Every entry of the table of features (daemons/features.py), held against the daemon.
+"""Every entry of the table of features (daemons/features.py), compared with the daemon's behaviour.
 
-What is supported has to work. What is not has to fail with the error of its entry, at once, and the
-next call has to work, if need be after the daemon was started again.
+A supported feature must work. A missing one must fail at once with the error of its entry, and the
+next call must work, after a restart of the daemon if necessary.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ pytestmark = pytest.mark.anyio
 
 FULL = ("-dhtServer", "-pubsub", "-connManager")
 
-#: "At once", in seconds: no daemon's own timeout is that short.
+#: The limit for "at once", in seconds: shorter than the timeout of any daemon.
 PROMPT = 10.0
 
-#: How long may take what works, of which some spreads from peer to peer, in seconds.
+#: The limit for a supported feature, in seconds: some propagate from peer to peer.
 PATIENCE = 20.0
 
 
 class Differs(Exception):
-    """The daemon raised no error, and did something else than what was asked of it."""
+    """The daemon reported no error, but did something other than the request."""
 
 
-# The client is the same on each; what differs are the daemons.
+# The client is the same on each event loop; only the daemons differ.
 @pytest.fixture
 def anyio_backend() -> Any:
     return ("asyncio", {"use_uvloop": False})
@@ -56,7 +56,7 @@ def anyio_backend() -> Any:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[tuple[DaemonProcess, ...]]:
-    """Two daemons with everything switched on, and one with nothing."""
+    """Runs two daemons with all features enabled, and one with none."""
     with DaemonProcess(*FULL) as near, DaemonProcess(*FULL) as far, DaemonProcess() as bare:
         for daemon in (near, far, bare):
             daemon.keep()
@@ -65,11 +65,11 @@ def fleet() -> Iterator[tuple[DaemonProcess, ...]]:
 
 @dataclass
 class Scene:
-    """What a probe has to work with: daemons that are connected, and their clients."""
+    """The arguments of a probe: connected daemons and their clients."""
 
     near: Client
     far: Client
-    other: Client  # of the near daemon too
+    other: Client  # Another client of the near daemon.
     near_daemon: DaemonProcess
     far_daemon: DaemonProcess
     bare_daemon: DaemonProcess
@@ -80,13 +80,13 @@ PROBES: dict[str, Probe] = {}
 
 
 def probe(test: Probe) -> Probe:
-    """Has ``test`` tell whether a daemon has the feature of its name, by raising nothing."""
+    """Registers a probe: it raises nothing if a daemon has the feature of its name."""
     PROBES[test.__name__] = test
     return test
 
 
 def unused() -> str:
-    """A name that no other test has used on the shared daemons."""
+    """Returns a name that no other test has used on the shared daemons."""
     return f"/{os.urandom(4).hex()}"
 
 
@@ -97,7 +97,7 @@ async def echo(info: StreamInfo, stream: Stream) -> None:
 
 
 async def answered(client: Client, daemon: DaemonProcess, proto: str) -> bytes:
-    """What a peer says to a line."""
+    """Sends a line, and returns the peer's reply."""
     _, stream = await client.stream_open(daemon.peer_id, [proto])
     async with stream:
         await stream.send(b"hello\n")
@@ -234,7 +234,7 @@ async def half_close(scene: Scene) -> None:
 
 
 def teller(name: bytes) -> Any:
-    """A handler that answers each stream with a name."""
+    """Makes a handler that answers each stream with a name."""
 
     async def tell(info: StreamInfo, stream: Stream) -> None:
         async with stream:
@@ -282,7 +282,7 @@ async def unary(scene: Scene) -> None:
         return data * 2
 
     proto = unused()
-    with pytest.raises(DaemonRefused):  # in any case
+    with pytest.raises(DaemonRefused):  # On every daemon.
         await scene.near.call_unary(scene.far_daemon.peer_id, proto, b"ab")
     await scene.far.add_unary_handler(proto, double)
     assert await scene.near.call_unary(scene.far_daemon.peer_id, proto, b"ab") == b"abab"
@@ -345,7 +345,7 @@ async def dht_no_providers(scene: Scene) -> None:
 
 @probe
 async def dht_values(scene: Scene) -> None:
-    # A public key out of nothing but its peer id, as that of an Ed25519 key is.
+    # The peer id of an Ed25519 key contains the public key.
     peer_id = unknown_peer()
     name, record = b"/pk/" + peer_id.to_bytes(), peer_id.to_bytes()[2:]
     await eventually(lambda: scene.near.dht_get_closest_peers(b"key"))
@@ -411,7 +411,7 @@ async def connmgr(scene: Scene) -> None:
 
 
 async def heard(subscription: Any, publisher: Client, topic: str) -> Any:
-    """A message that came to a subscription from a client of another daemon."""
+    """Publishes from a client of another daemon, and returns the received message."""
     while True:
         await publisher.pubsub_publish(topic, b"from afar")
         with anyio.move_on_after(0.1):
@@ -440,7 +440,7 @@ async def pubsub_own(scene: Scene) -> None:
             message = await subscription.receive_message()
             assert (message.data, message.peer_id) == (b"from here", scene.near_daemon.peer_id)
             return
-        # It is no matter of time: what comes later comes.
+        # Not because it had no time: the later message arrives.
         await heard(subscription, scene.far, topic)
         raise Differs("nothing came")
 
@@ -479,7 +479,7 @@ async def peerstore_get_protocols(scene: Scene) -> None:
     await scene.near.peerstore_get_protocols(scene.far_daemon.peer_id)
 
     async def known() -> None:
-        # Peers tell each other what they speak once they are connected.
+        # Peers exchange their protocols after they have connected.
         protocols = await scene.near.peerstore_get_protocols(scene.far_daemon.peer_id)
         assert "/ipfs/id/1.0.0" in protocols
 
@@ -544,7 +544,7 @@ async def test_daemon_behaves_as_the_table_says(
 
 
 async def has_ended(daemon: DaemonProcess, within: float) -> bool:
-    """Whether a daemon has ended, or does within so many seconds."""
+    """Returns whether a daemon has ended, or ends within this many seconds."""
     with anyio.move_on_after(within):
         while daemon.process.poll() is None:
             await anyio.sleep(0.01)

@@ -31,7 +31,7 @@ from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, un
 import p2pclient_rs
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
 
-# The original leaves sockets to the garbage collector; that ours does not, conftest checks.
+# The original leaves sockets to the garbage collector. conftest checks that ours closes them.
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
@@ -48,7 +48,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 class Bindings:
-    """The names of one of the three, as attributes."""
+    """One of the three bindings; their public names are its attributes."""
 
     def __init__(self, kind: str, package: str) -> None:
         self.is_original = kind == "original"
@@ -64,7 +64,7 @@ class Bindings:
 
 
 def forget(*packages: str) -> dict[str, types.ModuleType]:
-    """Removes packages from ``sys.modules``; returns what was there."""
+    """Removes packages from ``sys.modules``, and returns the removed modules."""
     return {
         name: sys.modules.pop(name)
         for name in list(sys.modules)
@@ -74,13 +74,13 @@ def forget(*packages: str) -> dict[str, types.ModuleType]:
 
 @pytest.fixture(scope="module")
 def all_bindings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bindings]]:
-    """Each of the three, loaded next to each other; undone at the end."""
+    """Loads all three bindings side by side, and removes them afterwards."""
     before = forget("hivemind", "p2pclient_rs.compat.hivemind")
     alone = Bindings("ours alone", "p2pclient_rs.compat.hivemind")
     forget("p2pclient_rs.compat.hivemind")
     path = str(hivemind_tree.make(tmp_path_factory.mktemp("hivemind")))
     sys.path.insert(0, path)
-    # Of its own, for p2pclient's has files of the same names, and cannot be loaded again.
+    # Its own descriptor pool: the default one may have p2pclient's files of the same names.
     pool = descriptor_pool.DescriptorPool()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +109,7 @@ def ours(all_bindings: dict[str, Bindings]) -> Bindings:
 
 @pytest.fixture(scope="module")
 def two_daemons() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons, kept alive by a persistent connection each: they end with the last one."""
+    """Runs two daemons, each with a persistent connection: a daemon ends with its last one."""
     with DaemonProcess("-dhtServer") as first, DaemonProcess("-dhtServer") as second:
         holders = []
         for daemon in (first, second):
@@ -144,7 +144,7 @@ class Clients:
             client.close()
             if self.b.is_original:
                 Path(client.control.listen_maddr["unix"]).unlink(missing_ok=True)
-        # The original's tasks end a moment later.
+        # The original's tasks end shortly after.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         names = ("_read_from_persistent", "_write_to_persistent", "_handle_persistent")
         await until(lambda: not any(n in repr(t) for n in names for t in others if not t.done()))
@@ -158,7 +158,7 @@ async def clients(b: Bindings, anyio_backend: Any) -> AsyncIterator[Clients]:
 
 
 class Pair:
-    """Two clients of two daemons that are connected."""
+    """Makes two clients of two connected daemons."""
 
     def __init__(self, b: Bindings, near: Any, far: Any, far_id: Any, near_id: Any) -> None:
         self.b, self.near, self.far, self.far_id, self.near_id = b, near, far, far_id, near_id
@@ -202,7 +202,7 @@ def test_every_public_name_of_the_original_exists_with_its_parameters(
 
 
 def accepts(owner: Any, name: str, original: Any) -> bool:
-    """Whether there is such an attribute with the parameters of the original in their order."""
+    """Returns whether the attribute exists and has the original's parameters in their order."""
     original = getattr(original, "__func__", original)
     if not callable(original):
         return hasattr(owner, name)
@@ -220,7 +220,7 @@ def test_constants(all_bindings: dict[str, Bindings]) -> None:
         assert len({getattr(b, name) for b in all_bindings.values()}) == 1
 
 
-# The original's __del__ fails on what was not made.
+# The original's __del__ fails on an object whose __init__ failed.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function (Client|ControlClient).__del__")
 async def test_clients_are_made_by_create(b: Bindings) -> None:
     with pytest.raises(AssertionError, match=r"Please use Client\.create"):
@@ -402,7 +402,7 @@ async def test_stream_reaches_its_handler(two: Pair) -> None:
         for offset in range(0, size, 1 << 16):
             writer.write(data[offset : offset + (1 << 16)])
         await writer.drain()
-        await reader.readexactly(1)  # the daemon may cut short what is closed before it was read
+        await reader.readexactly(1)  # The daemon may lose data that is unread at the close.
         writer.close()
 
     async with two.far.listen() as listening:
@@ -445,7 +445,7 @@ async def test_second_registration_of_a_stream_handler_is_refused(
         await two.far.stream_handler("twice", first)
         with pytest.raises(two.b.ControlFailure):
             await two.far.stream_handler("twice", second)
-        if not two.b.is_original:  # whose table has the one that was refused
+        if not two.b.is_original:  # The original's table has the refused one.
             _, reader, writer = await two.near.stream_open(two.far_id, ("twice",))
             assert await reader.read(100) == b"first"
             writer.close()
@@ -487,7 +487,7 @@ async def test_cancelled_error_of_a_handler_ends_only_its_stream(two: Pair) -> N
         _, running, to_running = await two.near.stream_open(two.far_id, ("echo",))
         to_running.write(b"a")
         assert await running.readexactly(1) == b"a"
-        if not two.b.is_original:  # at which asyncio's own server stumbles, in some versions
+        if not two.b.is_original:  # Some versions of asyncio's server fail there.
             _, ended, to_ended = await two.near.stream_open(two.far_id, ("gives up",))
             to_ended.write(b"a")
             with anyio.fail_after(10):
@@ -503,7 +503,7 @@ async def test_cancelled_error_of_a_handler_ends_only_its_stream(two: Pair) -> N
         await two.far.remove_stream_handler("gives up")
 
 
-@pytest.mark.parametrize("b", ["ours", "ours alone"], indirect=True)  # asyncio's logs it as its own
+@pytest.mark.parametrize("b", ["ours", "ours alone"], indirect=True)  # asyncio's logs differ.
 async def test_data_that_a_handler_wrote_before_it_raised_arrives(two: Pair) -> None:
     async def refuse(info: Any, reader: Any, writer: Any) -> None:
         await reader.readexactly(3)
@@ -522,18 +522,18 @@ async def test_data_that_a_handler_wrote_before_it_raised_arrives(two: Pair) -> 
         await two.far.remove_stream_handler("refuse")
 
 
-# --- handlers whose peer is gone: held as asyncio holds them ---
+# --- handlers whose peer is gone: kept alive as asyncio keeps them ---
 
 
 async def get_stuck() -> None:
-    """Waits for room in a queue without a reader: nothing can wake the task."""
+    """Waits for space in a queue without a reader, so that nothing can wake the task."""
     queue: asyncio.Queue[int] = asyncio.Queue(1)
     await queue.put(1)
     await queue.put(2)
 
 
 def unused_name() -> str:
-    """The original leaves its handlers with the daemon."""
+    """Removes the handlers, which the original leaves registered with the daemon."""
     return f"handler {os.urandom(8).hex()}"
 
 
@@ -560,7 +560,7 @@ async def test_collector_ends_stuck_handlers_that_asyncio_would_release(
 
     async with two.far.listen():
         await two.far.stream_handler(name, handler)
-        await two.near.list_peers()  # leaves a connection for the next request, as at the end
+        await two.near.list_peers()  # Leaves a pooled connection, as there is at the end.
         gc.collect()
         tasks, descriptors = len(asyncio.all_tasks()), len(open_descriptors())
         writers = [(await two.near.stream_open(two.far_id, [name]))[2] for _ in range(20)]
@@ -646,7 +646,7 @@ async def test_collector_spares_handlers_whose_peer_is_connected(
                 task.cancel()
         del task
         await until(lambda: sorted(ended) == ["closed", "drained", "read", "stuck"])
-    caplog.clear()  # the original's server logs the cancellations
+    caplog.clear()  # The original's server logs the cancellations.
 
 
 @pytest.mark.parametrize("size", [3, 100_000])
@@ -686,7 +686,7 @@ async def test_collector_spares_handlers_with_unread_input(
             await writer.drain()
         await until(lambda: len(begun) == 2)
         for _ in range(5):
-            await asyncio.sleep(0.1)  # for the daemons to deliver the data
+            await asyncio.sleep(0.1)  # The daemons deliver the data.
             gc.collect()
         assert ended == []
         go_on.set()
@@ -699,7 +699,7 @@ async def test_collector_spares_handlers_with_unread_input(
             if task is not None:
                 task().cancel()
         await until(lambda: len(ended) == 2)
-    caplog.clear()  # the original's server logs the cancellation
+    caplog.clear()  # The original's server logs the cancellation.
 
 
 async def test_leaving_listen_waits_for_cancelled_handlers(
@@ -772,7 +772,7 @@ async def test_balanced_stream_handlers_serve_in_turn(
         await other.remove_stream_handler("turns")
 
 
-# --- the control socket by hand ---
+# --- direct use of the control socket ---
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -1020,7 +1020,7 @@ async def test_peer_ids_are_cached(ours: Bindings, anyio_backend: Any) -> None:
 async def test_shutdown_without_awaiting_is_quick_and_quiet(
     ours: Bindings, anyio_backend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # As hivemind's P2P does it, from __del__ too: nothing is awaited.
+    # As hivemind's P2P does, from __del__ too: nothing is awaited.
     with DaemonProcess() as daemon:
         client = await ours.Client.create(
             ours.Multiaddr(daemon.control_maddr), ours.Multiaddr(daemon.listen_maddr())
@@ -1067,7 +1067,7 @@ async def test_listening_ends_quickly_after_the_daemon_died(
 
 
 def test_close_works_at_any_time_and_in_any_thread(ours: Bindings) -> None:
-    """With the loop running elsewhere, stopped or closed, in a forked child, and twice."""
+    """With the loop running in another thread, stopped or closed; in a forked child; and twice."""
     with DaemonProcess() as daemon:
 
         async def create() -> Any:
@@ -1084,7 +1084,7 @@ def test_close_works_at_any_time_and_in_any_thread(ours: Bindings) -> None:
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
         elsewhere.close()
-        # What it was about to do is done by the loop.
+        # The loop runs the scheduled close.
         future = asyncio.run_coroutine_threadsafe(elsewhere.identify(), loop)
         future.result(10)
         elsewhere.close()

@@ -58,7 +58,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import (
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
 from p2pclient_rs.exceptions import ConnectionLost, DaemonStartError
 
-# Its daemons are p2pd; p2pclient's own suite is what the JavaScript one is tested with.
+# On p2pd only. p2pclient's own suite tests the JavaScript daemon.
 pytestmark = pytest.mark.daemons("hivemind", "go")
 
 REQUIRED = FieldDescriptorProto.LABEL_REQUIRED
@@ -67,7 +67,7 @@ PEER_ID = ID.from_base58("QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7")
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to import the original p2pclient from."""
+    """The directory to import the original p2pclient from."""
     directory = tmp_path_factory.mktemp("original")
     with tarfile.open(get_p2pclient.fetch()) as archive:
         archive.extractall(directory, filter="data")
@@ -76,8 +76,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- the surface ---
 
-# Prints, for each module of the original, the names it defines or has from another of its modules;
-# of functions and classes, the parameters, and of classes those of each method, too.
+# Prints the names that each module of the original defines or imports from another one; with the
+# parameters of functions, classes and methods.
 SURFACE = """
 import importlib, inspect, json, pkgutil, types, p2pclient
 
@@ -108,8 +108,8 @@ for info in pkgutil.walk_packages(p2pclient.__path__, "p2pclient."):
 print(json.dumps(surface))
 """
 
-# Left out on purpose: the open file of the daemon's log, and the words
-# by which p2pclient guesses that a daemon is ready.
+# Intentionally absent: the open file of the daemon's log, and the pattern by which p2pclient
+# guesses that a daemon is ready.
 LEFT_OUT = {"f_log", "LINES_HEAD_PATTERN"}
 
 
@@ -150,7 +150,7 @@ def differences(where: str, ours: Any, parameters: list[str] | None) -> list[str
 
 @pytest.fixture(scope="session")
 def original_pb(original: Path) -> list[tuple[ModuleType, ModuleType]]:
-    """The original's generated modules, each with ours."""
+    """Pairs of the original's generated modules and ours."""
 
     def load(path: str) -> ModuleType:
         file = original / "p2pclient" / path
@@ -175,7 +175,7 @@ def test_messages_have_all_fields_and_values_of_the_originals(
         for name, fields in fields_of(theirs).items():
             for field_name, field in fields.items():
                 assert own_fields[name].pop(field_name) == field
-            # Programs written for the original do not set what it does not have.
+            # Programs written for the original do not set fields that it lacks.
             assert REQUIRED not in [label for _, _, label, _ in own_fields[name].values()]
             for enum in theirs.DESCRIPTOR.message_types_by_name[name].enum_types:
                 for value in enum.values:
@@ -188,7 +188,7 @@ def test_messages_have_all_fields_and_values_of_the_originals(
 
 
 def fields_of(module: ModuleType) -> dict[str, dict[str, tuple[int, int, int, str]]]:
-    """Of each field of each message, the number, the type, the label and the type's name."""
+    """Returns the number, type, label and type name of each field of each message."""
     return {
         message.name: {
             field.name: (field.number, field.type, field.label, field.type_name.rpartition(".")[2])
@@ -210,7 +210,7 @@ def test_messages_have_the_originals_encoding(
 
 
 def fill(message: Message, only: Any = None) -> Message:
-    """Sets every field (that another descriptor has) to something."""
+    """Sets every field that another descriptor has to some value."""
     samples: dict[int, Any] = {
         FieldDescriptor.TYPE_STRING: "text",
         FieldDescriptor.TYPE_BYTES: b"\x00\xff",
@@ -361,7 +361,7 @@ def test_address_without_exactly_one_transport_is_refused() -> None:
 
 
 class Pipe(io.BytesIO):
-    """As much of a stream as reading and writing messages needs."""
+    """The methods of a stream that reading and writing messages needs."""
 
     sent = 0
 
@@ -428,7 +428,7 @@ def test_error_response_raises_with_the_daemons_message() -> None:
 
 @asynccontextmanager
 async def two_clients() -> AsyncIterator[tuple[Client, Client]]:
-    """Two listening clients of two connected daemons, with everything switched on."""
+    """Makes two listening clients of two connected daemons with all features enabled."""
     async with (
         make_p2pd_pair_unix("p2pd", True, False, True, True) as alice,
         make_p2pd_pair_ip4("p2pd", True, False, True, True) as bob,

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the virtual environment that real hivemind runs in: env.sh VENV
+# Makes the virtual environment for real hivemind: env.sh VENV
 #
-# It is one of Debian's own interpreter, for Debian's CPU build of torch, which PyPI has only with
-# gigabytes of CUDA. Where Debian's packages are missing it installs them, which takes root or sudo.
+# It uses Debian's interpreter and Debian's torch, a CPU build; PyPI's torch comes with gigabytes of
+# CUDA. Missing Debian packages are installed, which needs root or sudo.
 set -eu
 
 venv=$1

@@ -65,7 +65,7 @@ async def get_large(_: DHT, node: DHTNode) -> bool:
 
 
 def test_value_of_a_megabyte_arrives_intact(nodes: list[DHT]) -> None:
-    # Made in the nodes' processes: hivemind's pipe to them may break above 16 KiB.
+    # Created in the nodes' processes: hivemind's pipe to them may break above 16 KiB.
     assert nodes[0].run_coroutine(store_large) is True
     assert [node.run_coroutine(get_large) for node in nodes] == [True] * SIZE
 

@@ -16,13 +16,13 @@ from hivemind_swarm.processes import dht_swarm
 NODES = 10
 WORKERS = 8
 ROUNDS = 8
-#: Nodes that store, and nodes that get, in each round.
+#: The number of nodes that store, and of those that get, in each round.
 AT_ONCE = 5
 
 
 @dataclass
 class Tally:
-    """What became of the stores and gets, and how long each round of them took, in seconds."""
+    """Counts the results of stores and gets, with the duration of each round in seconds."""
 
     stores: int = 0
     refused: int = 0
@@ -33,7 +33,7 @@ class Tally:
     get_times: list[float] = field(default_factory=list)
 
     async def work(self, nodes: list[DHT], worker: int) -> None:
-        """Has some nodes store under a new key each round, and others get it."""
+        """In each round, stores a new key through some nodes, and gets it through others."""
         choice = random.Random(worker)
         for number in range(ROUNDS):
             key = f"worker {worker} round {number}"

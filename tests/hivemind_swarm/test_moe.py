@@ -43,7 +43,7 @@ def _run_server(pipe: Connection, experts: dict[str, Any]) -> None:
     }
     server = Server(dht, backends, num_connection_handlers=2, device="cpu", start=True)
     try:
-        # It declares them in a thread of its own; so they are known when the tests begin.
+        # A thread of the server declares the experts; wait until they are known.
         declare_experts(dht, UIDS, expiration_time=get_dht_time() + 300)
         pipe.send(dht.get_visible_maddrs())
         pipe.recv()
@@ -54,7 +54,7 @@ def _run_server(pipe: Connection, experts: dict[str, Any]) -> None:
 
 @dataclass
 class Setting:
-    """The remote experts, and modules with the same parameters here."""
+    """The remote experts, and local modules with the same parameters."""
 
     dht: DHT
     remote: list[RemoteExpert]
@@ -87,7 +87,7 @@ def setting() -> Iterator[Setting]:
 
 
 @may_be_cut_short
-# A batch this large does not fit a unary call: hivemind streams it.
+# A batch of this size does not fit into a unary call: hivemind streams it.
 @pytest.mark.parametrize("batch", [3, 8192], ids=["unary", "streamed"])
 def test_remote_expert_computes_the_same_as_the_local_one(setting: Setting, batch: int) -> None:
     for remote, local in zip(setting.remote, setting.local, strict=True):

@@ -1,4 +1,4 @@
-"""Several processes that share one daemon, their handlers balanced by it."""
+"""Several processes share one daemon, which balances calls between their handlers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator as Yields, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, AsyncIterator  # noqa: UP035 - hivemind takes no other for a stream
+from typing import Any, AsyncIterator  # noqa: UP035 - hivemind recognises streams by it
 
 import pytest
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, ServicerBase
@@ -27,7 +27,7 @@ CALLS = 60
 
 
 class Who(ServicerBase):
-    """Tells which process answers."""
+    """Returns the id of the process that answers."""
 
     async def rpc_unary(self, request: Request, _: P2PContext) -> Response:
         return Response(number=os.getpid())
@@ -49,7 +49,7 @@ async def _balanced(p2p: P2P) -> None:
 
 @dataclass
 class Setting:
-    """A daemon with a process of its own, and the processes that serve on it."""
+    """A daemon in a process of its own, and the processes that serve through it."""
 
     daemon: Peer
     workers: list[Peer]
@@ -108,22 +108,22 @@ async def test_remaining_processes_answer_when_one_dies(setting: Setting, stub: 
     answers: list[int] = []
     while len(answers) < CALLS:
         try:
-            # The daemon never answers a call that it gave to a process that died.
+            # The daemon never answers a call that it passed to a process that died.
             answers.append(await asyncio.wait_for(_ask(stub), 1))
         except (P2PDaemonError, P2PHandlerError, asyncio.TimeoutError):
-            answers.clear()  # it has not noticed yet
+            answers.clear()  # The daemon has not noticed the death yet.
     assert set(answers) == setting.pids - {dead}
 
 
 # --- sizes ---
 
 MIB = 1 << 20
-#: The daemons' limit, and the size of the messages, in bytes.
+#: The daemons' limit and the size of the messages, in bytes.
 LARGE, SIZE = 64 * MIB, 8 * MIB
 
 
 class Answer(ServicerBase):
-    """Answers with as many bytes as it is sent, if they all came."""
+    """Replies with as many bytes as it received, after checking them."""
 
     async def rpc_large(self, request: Tensor, _: P2PContext) -> Tensor:
         assert request.buffer == bytes(SIZE)
@@ -135,7 +135,7 @@ async def _answering(p2p: P2P) -> None:
 
 
 async def test_replica_accepts_messages_up_to_the_daemons_limit(anyio_backend: Any) -> None:
-    """``P2P.replicate`` cannot be told a limit: it receives what the daemon takes."""
+    """``P2P.replicate`` has no argument for a limit: it receives what the daemon accepts."""
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
     caller = await P2P.create(
         initial_peers=await creator.get_visible_maddrs(), persistent_conn_max_msg_size=LARGE
@@ -150,7 +150,7 @@ async def test_replica_accepts_messages_up_to_the_daemons_limit(anyio_backend: A
 
 
 class Take(ServicerBase):
-    """Says how many bytes came."""
+    """Replies with the number of bytes received."""
 
     async def rpc_take(self, request: Tensor, _: P2PContext) -> Response:
         return Response(number=len(request.buffer))
@@ -163,7 +163,7 @@ async def _taking(p2p: P2P) -> None:
 async def test_replica_sends_messages_up_to_the_daemons_limit(
     swapped: bool, anyio_backend: Any
 ) -> None:
-    """hivemind's own bindings limit what a replica sends to 4 MiB."""
+    """hivemind's own bindings limit the messages of a replica to 4 MiB."""
     if not swapped:
         pytest.skip("hivemind's own bindings cannot do this")
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
@@ -172,7 +172,7 @@ async def test_replica_sends_messages_up_to_the_daemons_limit(
     )
     await Answer().add_p2p_handlers(other)
     with serving(_answering, replicate=creator.daemon_listen_maddr):
-        # A reply of the replica, and a call of another one.
+        # A reply by the replica, and a call by another one.
         response = await Answer.get_stub(other, creator.peer_id).rpc_large(
             Tensor(buffer=bytes(SIZE))
         )
@@ -187,11 +187,11 @@ async def test_replica_sends_messages_up_to_the_daemons_limit(
     await creator.shutdown()
 
 
-# --- many calls at work ---
+# --- many calls in progress ---
 
 
 class Slow(ServicerBase):
-    """Answers when all the calls are in progress."""
+    """Replies once all calls are in progress."""
 
     CALLS = 60
     entered = 0
@@ -215,7 +215,7 @@ async def test_serves_sixty_calls_of_two_mebibytes_at_once(anyio_backend: Any) -
     await server.shutdown()
 
 
-# --- replicas that are forgotten ---
+# --- replicas without shutdown ---
 
 PROGRAM = """
 import asyncio, gc, os, sys

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import AsyncIterator as Yields, Awaitable, Callable
 from dataclasses import dataclass
 
-# Not collections.abc's, which hivemind does not take for a stream.
+# hivemind does not recognise collections.abc's as a stream.
 from typing import Any, AsyncIterator  # noqa: UP035
 
 import pytest
@@ -18,16 +18,16 @@ from hivemind.proto.test_pb2 import TestRequest as Request, TestResponse as Resp
 
 pytestmark = pytest.mark.anyio
 
-#: How long to wait for what the other side does, in seconds.
+#: The timeout for actions of the other side, in seconds.
 SOON = 10
 
 
 class Part:
-    """What a round holds."""
+    """The state of a round."""
 
 
 class Numbers(ServicerBase):
-    """Methods of each kind: that answer, that fail, and that wait until they are cancelled."""
+    """Methods of each kind that reply, that fail, and that wait until they are cancelled."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -76,16 +76,16 @@ class Numbers(ServicerBase):
     ) -> AsyncIterator[Response]:
         part = Part()
         self.parts.add(part)
-        # hivemind's queue of what it has received.
+        # hivemind's queue of received messages.
         self.queue = weakref.ref(requests.ag_frame.f_locals["requests"])  # type: ignore[attr-defined]
         async for request in requests:
             yield Response(number=request.number)
-            # A round that failed leaves its parts waiting for others that will never come, while
-            # the rest of the input fills the queue.
+            # In a failed round the handler waits for parts that never arrive, while the rest of the
+            # input fills the queue.
             await asyncio.Event().wait()
 
     def is_stuck(self) -> bool:
-        """Whether the input of the last round waits for room in its queue."""
+        """Returns whether the input of the last round waits for space in its queue."""
         queue = self.queue() if self.queue is not None else None
         return queue is not None and bool(queue._putters)  # type: ignore[attr-defined]
 
@@ -100,7 +100,7 @@ class Numbers(ServicerBase):
 
 @dataclass
 class Call:
-    """A servicer, and the stub with which a client of another daemon calls it."""
+    """A servicer, and the stub for calls to it from a client of another daemon."""
 
     servicer: Numbers
     stub: Any
@@ -139,8 +139,8 @@ async def numbers(stream: Yields[Response]) -> list[int]:
 
 
 async def assert_gives(ask: Callable[[], Awaitable[Yields[Response]]], expected: list[int]) -> None:
-    """Asserts what a call's stream gives. One that was cut short is asked for again: p2pd does that
-    now and then, with either bindings, to what is closed right after it was written."""
+    """Asserts the replies of a call's stream. Repeats a call whose stream ended early: with either
+    bindings, p2pd sometimes loses data that was written right before a close."""
     for _ in range(3):
         got = await numbers(await ask())
         assert got == expected[: len(got)]
@@ -196,8 +196,8 @@ async def test_many_streams_at_once(call: Call) -> None:
         async def ask() -> Yields[Request]:
             async for request in requests(20):
                 yield request
-            # Where many streams end at once, one in a thousand or two loses the end of what its
-            # handler wrote, with any bindings. So this one ends only when all is here.
+            # When many streams end at once, about one in 1,500 loses the end of its handler's data,
+            # with any bindings. So this handler waits until the caller has received everything.
             await have_all.wait()
 
         responses = await call.stub.rpc_squares(ask())
@@ -264,13 +264,13 @@ async def test_failed_rounds_are_collected_after_their_callers_leave(
 ) -> None:
     loop = asyncio.get_running_loop()
     before, said = loop.get_exception_handler(), []
-    # asyncio reports each task that the collector ends, with either bindings.
+    # With either bindings, asyncio reports each task that the garbage collector ends.
     loop.set_exception_handler(lambda _, context: said.append(context["message"]))
     gc.collect()
     tasks = len(asyncio.all_tasks())
     for _ in range(5):
         call.servicer.queue = None
-        # More than the queue holds, without an end before the caller leaves.
+        # More than fits into the queue, without an end before the caller disconnects.
         stream = await call.stub.rpc_fail_round(endless_requests())
         async for response in stream:
             assert response.number == 0
@@ -286,7 +286,7 @@ async def test_failed_rounds_are_collected_after_their_callers_leave(
         gc.collect()
     assert said.count("Task was destroyed but it is pending!") >= 5
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
-    # In the next turns of the loop, asyncio reports that it cannot close the tasks' generators.
+    # In the following turns of the loop, asyncio reports that it cannot close the generators.
     for _ in range(10):
         await asyncio.sleep(0)
         gc.collect()

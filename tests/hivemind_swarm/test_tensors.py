@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator as Yields, Callable, Iterator
 from contextlib import closing
-from typing import Any, AsyncIterator  # noqa: UP035 - hivemind takes no other for a stream
+from typing import Any, AsyncIterator  # noqa: UP035 - hivemind recognises streams by it
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from hivemind_swarm.processes import Peer, may_be_cut_short, serving
 
 pytestmark = pytest.mark.anyio
 
-#: Of 4 bytes each.
+#: The number of elements, of 4 bytes each.
 ELEMENTS = 25_000_000
 
 
@@ -29,7 +29,7 @@ def digest(data: Any) -> bytes:
 
 
 def random_tensor() -> Any:
-    # Any bit pattern but NaN's, which are not equal to themselves.
+    # Any bit pattern except NaN, which is not equal to itself.
     return torch.randn(ELEMENTS)
 
 
@@ -37,7 +37,7 @@ class Echo(ServicerBase):
     async def rpc_echo(
         self, requests: AsyncIterator[ExpertRequest], _: P2PContext
     ) -> AsyncIterator[ExpertResponse]:
-        """Sends the tensor back, after the digest of what came."""
+        """Sends the digest of the received data, and then the tensor."""
         (tensor,) = await deserialize_tensor_stream(r.tensors async for r in requests)
         yield ExpertResponse(metadata=digest(tensor.numpy()))
         for part in split_for_streaming(serialize_torch_tensor(tensor)):
@@ -49,7 +49,7 @@ async def echo_raw(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamW
         data = await P2P.receive_raw_data(reader)
         await P2P.send_raw_data(digest(data), writer)
         await P2P.send_raw_data(data, writer)
-        await reader.read()  # until the caller, who has it all, closes: p2pd may cut it short else
+        await reader.read()  # Wait for the caller's close: p2pd may lose data before ours.
 
 
 async def _register(p2p: P2P) -> None:

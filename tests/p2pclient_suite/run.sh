@@ -1,12 +1,12 @@
 #!/bin/sh
-# Runs p2pclient 0.3.0's own test suite, unmodified, with p2pclient_rs in p2pclient's place.
+# Runs p2pclient 0.3.0's own test suite, unmodified, on p2pclient_rs.
 #
 #   run.sh [--incumbent] [PYTEST_ARGS ...]
 #
-# --incumbent runs it on the original p2pclient instead. Of the environment it uses
-#   PYTHON       an interpreter that has p2pclient-rs[p2pclient], trio and pytest (python3)
-#   P2PD_PATH    the Go daemon to test on (p2pd on PATH)
-#   JSP2PD_PATH  the JavaScript one, with --daemon=js (jsp2pd on PATH)
+# --incumbent runs it on the original p2pclient instead. Environment variables:
+#   PYTHON       an interpreter with p2pclient-rs[p2pclient], trio and pytest (default: python3)
+#   P2PD_PATH    the Go daemon (default: p2pd on PATH)
+#   JSP2PD_PATH  the JavaScript daemon, for --daemon=js (default: jsp2pd on PATH)
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,7 +21,7 @@ cp "$here/suite_conftest.py" "$work/tests/conftest.py"
 
 for argument; do
     if [ "$argument" = --incumbent ]; then
-        # The package alone, off every path but this run's: p2pclient_rs[p2pclient] brings the rest.
+        # Only the package itself: p2pclient-rs[p2pclient] has installed its dependencies.
         mkdir "$work/incumbent"
         mv "$work/p2pclient-0.3.0/p2pclient" "$work/incumbent/"
         export PYTHONPATH="$work/incumbent"
