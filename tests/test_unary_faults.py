@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import random
@@ -57,6 +58,7 @@ from p2pclient_rs import (
     ProtocolViolation,
     UnaryClient,
 )
+from p2pclient_rs._native import Lifecycle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
@@ -174,7 +176,8 @@ async def test_unanswered_upgrade_delays_each_call_only_by_its_own_timeout() -> 
 async def test_unanswered_upgrade_times_out_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("p2pclient_rs.unary._OPENING", 0.2)
+    quick = functools.partial(Lifecycle, open_timeout=0.2)
+    monkeypatch.setattr("p2pclient_rs.persistent.Lifecycle", quick)
     with FakeDaemon(first(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
@@ -546,7 +549,8 @@ def test_client_whose_loop_ended_during_a_reconnect_works_on_the_next_loop(
 async def test_reconnect_stops_when_there_are_no_handlers_left(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pclient_rs.unary._PAUSES", (0.01, 0.02))
+    quick = functools.partial(Lifecycle, backoff=(0.01, 0.02))
+    monkeypatch.setattr("p2pclient_rs.persistent.Lifecycle", quick)
 
     def script(connection: Connection) -> None:
         if connection.number == 1:

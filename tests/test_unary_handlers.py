@@ -59,7 +59,7 @@ async def echo(data: bytes, peer_id: PeerID) -> bytes:
 
 def held_calls(client: Client) -> int:
     """Returns the number of incoming calls that the client keeps track of."""
-    return sum(len(link._work) for link in client.unary._links.values())
+    return sum(len(session.incoming.tasks) for session in client.unary._sessions.values())
 
 
 def accept_handler(connection: Connection) -> None:
@@ -595,7 +595,7 @@ def test_finished_trio_runs_are_forgotten() -> None:
 
         for _ in range(5):
             trio.run(main)
-        assert len(client.unary._links) == 1
+        assert len(client.unary._sessions) == 1
         client.unary.close()
 
 

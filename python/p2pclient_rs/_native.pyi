@@ -30,6 +30,7 @@ __all__ = [
     "Identity",
     "InvalidMultiaddr",
     "InvalidPeerID",
+    "Lifecycle",
     "Multiaddr",
     "PeerID",
     "PeerInfo",
@@ -44,6 +45,7 @@ __all__ = [
     "Readiness",
     "Reconnection",
     "Request",
+    "Retry",
     "Startup",
     "StreamInfo",
     "Supervision",
@@ -594,6 +596,64 @@ class Readiness:
 
 # What is to be called, in a context with one argument, or without one with several.
 _Work: TypeAlias = tuple[Context | None, Callable[..., object], Any]
+
+@final
+class Lifecycle:
+    """Decides when a persistent connection is opened, and which handlers are registered on it.
+
+    The owner reports events, and then carries out the actions of ``poll`` until there are none. It
+    identifies each operation (``connect``, ``add``, ``remove``) by a token of its own, which a
+    ``complete`` or ``fail`` action names.
+    """
+
+    def __new__(
+        cls,
+        random: int,
+        *,
+        open_timeout: float | None = None,
+        backoff: tuple[float, float] | None = None,
+    ) -> Self:
+        """``random`` is a random 64-bit number. ``backoff`` has the first and the longest pause
+        between attempts to replace a lost connection. Times are in seconds."""
+
+    def connect(self, token: int) -> None: ...
+    def add(self, token: int, name: str, balanced: bool) -> None: ...
+    def remove(self, token: int, name: str) -> None: ...
+    def cancel(self, token: int) -> None: ...
+    def withdraw(self, name: str) -> None:
+        """Drops a handler now, and unregisters it in the background."""
+    def close(self) -> None: ...
+    def opened(self, connection_id: int) -> bool:
+        """Returns False if the connection is not wanted any more: the owner closes it."""
+    def open_failed(self, connection_id: int, error: BaseException) -> None: ...
+    def lost(self, connection_id: int, error: BaseException) -> None: ...
+    def registered(
+        self,
+        connection_id: int,
+        name: str,
+        error: BaseException | None = None,
+        *,
+        unsent: bool = False,
+    ) -> None: ...
+    def unregistered(self, connection_id: int, name: str) -> None: ...
+    def time(self) -> None:
+        """The deadline may have passed."""
+    def poll(self) -> tuple[Any, ...] | None:
+        """The next action: its name and its arguments."""
+    @property
+    def deadline(self) -> float | None:
+        """Seconds until ``time`` is to be called."""
+    @property
+    def handlers(self) -> list[str]:
+        """The names of the handlers."""
+
+@final
+class Retry:
+    """Decides whether a call is sent again: only if nothing of it was sent, and only once."""
+
+    def __new__(cls) -> Self: ...
+    def allows(self, unsent: bool) -> bool:
+        """Whether to send the call again after a failure."""
 
 @final
 class PersistentConnection:

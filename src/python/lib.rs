@@ -15,6 +15,7 @@ mod datastructures;
 mod ending;
 mod errors;
 mod forks;
+mod lifecycle;
 mod listener;
 mod multiaddr;
 mod peer_id;
@@ -58,6 +59,8 @@ mod _native {
     use super::ending::_the_end_is_near;
     #[pymodule_export]
     use super::errors::refusal_kind;
+    #[pymodule_export]
+    use super::lifecycle::{Lifecycle, Retry};
     #[pymodule_export]
     use super::listener::RawListener;
     #[pymodule_export]

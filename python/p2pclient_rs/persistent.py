@@ -1,0 +1,507 @@
+"""The persistent connection of one event loop, and the handlers that are served on it.
+
+``Lifecycle`` decides what is done; ``Session`` does it with the event loop's tasks and timers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+import time
+import weakref
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import Context, copy_context
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from p2pclient_rs import daemon_limit
+from p2pclient_rs._native import Lifecycle, PeerID, PersistentConnection, Retry
+from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
+from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
+from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, ControlTimeout
+from p2pclient_rs.incoming_calls import IncomingCalls, UnaryHandler
+from p2pclient_rs.loops import Promise, Work, reactor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Session", "Settings", "timed_out"]
+
+logger = logging.getLogger("p2pclient_rs.unary")
+
+
+@dataclass
+class Settings:
+    """The settings of a client, which its sessions read."""
+
+    connector: DaemonConnector
+    max_message_size: int | None = None
+    max_incoming_size: int | None = None
+    max_unanswered: int | None = None
+    max_unanswered_bytes: int | None = None
+    hold: float | None = None
+    #: The daemon's limit, in bytes, if it was found.
+    found: int | None = None
+    #: The limit if it was not.
+    fallback: int = DEFAULT_MAX_MESSAGE_SIZE
+    #: The level of the log line about a lost connection.
+    loss_level: int = logging.WARNING
+
+    @property
+    def largest(self) -> int:
+        """The largest message to send, in bytes."""
+        for size in (self.max_message_size, self.found):
+            if size is not None:
+                return size
+        return self.fallback
+
+    def peer_id(self, peer_id: PeerID) -> Any:
+        """A peer id as handlers get it."""
+        return self.connector.types.peer_id(peer_id)
+
+    def find(self, fd: int) -> UnaryLimits:
+        """Looks for the daemon's limit on a connection; returns the limits of that."""
+        self.found = daemon_limit.find(fd, self.connector.control_maddr)
+        return self.limits()
+
+    def limits(self) -> UnaryLimits:
+        """The limits of a connection."""
+        return (
+            self.largest,
+            self.max_incoming_size,
+            self.max_unanswered,
+            self.max_unanswered_bytes,
+            self.hold,
+        )
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A handler that is being added."""
+
+    handler: UnaryHandler
+    context: Context
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """An operation of the lifecycle, for the task that waits for it."""
+
+    promise: Promise
+    name: str | None = None
+    addition: _Addition | None = None
+
+
+class Session:
+    """The persistent connection of one event loop, and the handlers that are served on it.
+
+    Args:
+        settings: The client's settings.
+        handlers: The handlers by name. Other code may change it.
+    """
+
+    def __init__(self, settings: Settings, handlers: MutableMapping[str, UnaryHandler]) -> None:
+        self._settings = settings
+        self._reactor = reactor()
+        self._pid = os.getpid()
+        self._lifecycle = Lifecycle(int.from_bytes(os.urandom(8), "big"))
+        #: The connection, if it is ready for calls.
+        self.current: PersistentConnection | None = None
+        #: The connection of the lifecycle and its id.
+        self._connection: tuple[int, PersistentConnection] | None = None
+        #: The task that opens a connection.
+        self._opening: Work | None = None
+        self._tokens = count()
+        self._operations: dict[int, _Operation] = {}
+        self._carrying_out = False
+        #: When the next timer goes off.
+        self._timer: float | None = None
+        self.incoming = IncomingCalls(self._reactor, handlers, settings.peer_id)
+        # Called by the connection.
+        self.on_call = self.incoming.on_call
+        self.on_cancelled = self.incoming.on_cancelled
+
+    # --- operations ---
+
+    async def connect(self) -> None:
+        """Opens the connection, with all handlers registered, if it is not open."""
+        self._settings.connector.check_fork()
+        if self.current is None:
+            await self._operate(self._lifecycle.connect)
+
+    async def call(
+        self, peer_id: PeerIDLike, proto: str, data: Buffer, retry: Retry | None = None
+    ) -> tuple[PersistentConnection, tuple[Awaitable[bytes], bytes]]:
+        """Sends a call as soon as there are a connection and room.
+
+        Returns:
+            The connection, and what to await for the reply with the call's id.
+        """
+        retry = retry or Retry()
+        while True:
+            await self.connect()
+            connection = self.current
+            try:
+                if connection is None:
+                    lost = ConnectionLost("the connection was lost as soon as it was opened")
+                    lost.unexecuted = True
+                    raise lost
+                called = connection.call(peer_id, proto, data)
+            except ConnectionLost as error:
+                if not retry.allows(error.unexecuted):
+                    raise
+                continue
+            if called is not None:
+                return connection, called
+            await self._room(connection)
+
+    async def add_handler(
+        self, proto: str, handler: UnaryHandler, *, balanced: bool, context: Context
+    ) -> None:
+        """Registers a handler with the daemon."""
+        self._settings.connector.check_fork()
+        if proto in self._lifecycle.handlers:
+            self._drop_withdrawn()
+        elif proto in self.handlers:  # other code put it there
+            raise ControlFailure(f"Handler for protocol {proto} already registered")
+        addition = _Addition(handler, context)
+        await self._operate(
+            lambda token: self._lifecycle.add(token, proto, balanced), proto, addition
+        )
+
+    async def remove_handler(self, proto: str) -> None:
+        """Unregisters a handler. It is called until the daemon has acknowledged that."""
+        self._settings.connector.check_fork()
+        if proto not in self.handlers:
+            raise _failure("not_registered", proto)
+        if proto not in self._lifecycle.handlers:  # other code put it there
+            del self.handlers[proto]
+            return
+        await self._operate(lambda token: self._lifecycle.remove(token, proto), proto)
+
+    async def _operate(
+        self,
+        begin: Callable[[int], None],
+        name: str | None = None,
+        addition: _Addition | None = None,
+    ) -> None:
+        """Begins an operation of the lifecycle and waits for it."""
+        token, promise = next(self._tokens), self._reactor.promise()
+        self._operations[token] = _Operation(promise, name, addition)
+        try:
+            begin(token)
+            self._carry_out()
+            await promise
+        except BaseException:
+            self._operations.pop(token, None)
+            if os.getpid() == self._pid and not self.ended:
+                # Does nothing if the operation failed.
+                self._lifecycle.cancel(token)
+                self._carry_out()
+            raise
+        finally:
+            del promise  # it has the exception, whose traceback has this frame
+
+    async def _room(self, connection: PersistentConnection) -> None:
+        """Waits until there is room for another call. Callers go on in order."""
+        promise = self._reactor.promise()
+        if not connection.room(promise):
+            try:
+                await promise
+            except BaseException:
+                connection.pass_on(promise)
+                raise
+
+    # --- what the lifecycle asks for ---
+
+    def _carry_out(self) -> None:
+        """Carries out the lifecycle's actions, and sets its timer."""
+        if self._carrying_out:  # an action led here
+            return
+        self._carrying_out = True
+        try:
+            while (action := self._lifecycle.poll()) is not None:
+                self._act(*action)
+        finally:
+            self._carrying_out = False
+        self._set_timer()
+
+    def _act(self, action: str, *arguments: Any) -> None:
+        getattr(self, f"_do_{action}")(*arguments)
+
+    def _do_open(self, connection_id: int) -> None:
+        self._opening = work = self._reactor.spawn(self._open(connection_id), copy_context())
+        # asyncio logs nothing if the loop ends before this task.
+        if hasattr(work, "_log_destroy_pending"):
+            work._log_destroy_pending = False
+
+        def ended() -> None:
+            # A task that was cancelled before it began has not reported it.
+            error = ConnectionLost("the opening of the connection was cancelled")
+            self._lifecycle.open_failed(connection_id, error)
+            self._carry_out()
+
+        self._reactor.when_ended(work, ended)
+
+    def _do_cancel_open(self, connection_id: int) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+
+    def _do_close(self) -> None:
+        if self._connection is not None:
+            _, connection = self._connection
+            self._connection = self.current = None
+            connection.close()
+
+    def _do_ready(self) -> None:
+        if self._connection is not None:
+            _, self.current = self._connection
+
+    def _do_serve(self, name: str, token: int) -> None:
+        addition = self._operations[token].addition
+        assert addition is not None
+        self.handlers[name] = addition.handler
+        self.incoming.contexts[name] = addition.context
+
+    def _do_forget(self, name: str) -> None:
+        self.handlers.pop(name, None)
+        self.incoming.contexts.pop(name, None)
+
+    def _do_register(self, name: str, balanced: bool) -> None:
+        if self._connection is None:
+            return
+        connection_id, connection = self._connection
+
+        def answered(error: BaseException | None, unsent: bool = False) -> None:
+            self._lifecycle.registered(connection_id, name, error, unsent=unsent)
+            self._carry_out()
+
+        try:
+            connection.add_handler(name, balanced, _Answer(answered))
+        except ConnectionLost as error:
+            answered(error, error.unexecuted)
+        except Exception as error:
+            answered(error)
+
+    def _do_unregister(self, name: str) -> None:
+        if self._connection is None:
+            return
+        connection_id, connection = self._connection
+
+        def answered(error: BaseException | None) -> None:
+            self._lifecycle.unregistered(connection_id, name)
+            self._carry_out()
+
+        try:
+            connection.remove_handler(name, _Answer(answered))
+        except ControlFailure as error:
+            answered(error)
+
+    def _do_report(self, name: str, error: Any) -> None:
+        logger.error("lost the handler of %r: %s", name, error.daemon_message)
+
+    def _do_complete(self, tokens: list[int]) -> None:
+        operations = [self._operations.pop(token, None) for token in tokens]
+        promises = [operation.promise for operation in operations if operation is not None]
+
+        def complete() -> None:
+            for promise in promises:
+                if not promise.done():
+                    promise.set_result(None)
+
+        # Handlers of calls that came with the acknowledgement go first.
+        self._reactor.call_soon(complete)
+
+    def _do_fail(self, tokens: list[int], reason: str, detail: Any) -> None:
+        for token in tokens:
+            operation = self._operations.pop(token, None)
+            if operation is not None and not operation.promise.done():
+                error = _failure(reason, operation.name, detail)
+                operation.promise.set_exception(error)
+
+    async def _open(self, connection_id: int) -> None:
+        """Opens a connection, in a task of its own so that no caller can cancel it: if the daemon
+        has no other persistent connection, it would end with this one."""
+        self.incoming.tasks = {}
+        try:
+            opened = await self._settings.connector.open_persistent_connection(
+                self._settings.find, self._reactor, weakref.ref(self)
+            )
+            if opened.closed:
+                raise ConnectionLost("the connection was lost as soon as it was opened")
+        except Exception as error:
+            _drop_frames(error)
+            self._lifecycle.open_failed(connection_id, error)
+        else:
+            # They may have changed since they were read.
+            opened.set_limits(self._settings.limits())
+            self._drop_withdrawn()
+            before, self._connection = self._connection, (connection_id, opened)
+            if not self._lifecycle.opened(connection_id):
+                self._connection = before
+                opened.close()
+        self._carry_out()
+
+    def _drop_withdrawn(self) -> None:
+        """Tells the lifecycle of handlers that other code has taken out of the table."""
+        for name in self._lifecycle.handlers:
+            if name not in self.handlers:
+                self._lifecycle.withdraw(name)
+
+    # --- timer ---
+
+    def _set_timer(self) -> None:
+        seconds = self._lifecycle.deadline
+        if seconds is None:
+            return
+        at = time.monotonic() + seconds
+        # A timer cannot be stopped; one that goes off too early does nothing.
+        if self._timer is None or at < self._timer - 0.001:
+            self._timer = at
+            self._reactor.call_later(seconds, functools.partial(_on_time, weakref.ref(self), at))
+
+    def on_time(self, at: float) -> None:
+        """The timer for this time has gone off."""
+        if os.getpid() != self._pid:
+            return
+        if self._timer == at:
+            self._timer = None
+        self._drop_withdrawn()
+        self._lifecycle.time()
+        self._carry_out()
+
+    # --- called by the connection ---
+
+    def on_skipped(self, connection: PersistentConnection, reason: str) -> None:
+        logger.warning("skipped a message of the daemon without a call id: %s", reason)
+
+    def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
+        if self.current is connection:
+            self.current = None
+        if self._connection is not None:
+            message = "the persistent connection to the daemon was lost: %s"
+            logger.log(self._settings.loss_level, message, error)
+        self.incoming.cancel_all(connection)
+        if self._connection is not None and self._connection[1] is connection:
+            connection_id, _ = self._connection
+            self._connection = None
+            self._drop_withdrawn()
+            self._lifecycle.lost(connection_id, error)
+            self._carry_out()
+
+    # --- state ---
+
+    @property
+    def handlers(self) -> MutableMapping[str, UnaryHandler]:
+        """The handlers by name. Other code may change it."""
+        return self.incoming.handlers
+
+    @handlers.setter
+    def handlers(self, handlers: MutableMapping[str, UnaryHandler]) -> None:
+        self.incoming.handlers = handlers
+
+    @property
+    def serves(self) -> bool:
+        """Whether there are handlers that the daemon knows, or is to know."""
+        return any(name in self.handlers for name in self._lifecycle.handlers)
+
+    @property
+    def pending(self) -> int:
+        """Number of requests that wait for their answers."""
+        return self.current.pending if self.current is not None else 0
+
+    @property
+    def unanswered(self) -> int:
+        """Number of incoming calls in progress."""
+        return self.current.unanswered if self.current is not None else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the event loop has ended."""
+        return self._reactor.ended
+
+    def apply_limits(self) -> None:
+        """Applies changed settings to the connection."""
+        connection = self.current
+        if connection is not None and os.getpid() == self._pid:
+            limits = self._settings.limits()
+            self._reactor.call_from_anywhere(lambda: connection.set_limits(limits))
+
+    # --- end ---
+
+    def close(self) -> None:
+        """Closes the connection and drops the handlers. May be called from any thread, and, where
+        it only closes the descriptor, in a forked child."""
+        if os.getpid() != self._pid:
+            self._do_close()
+        elif self.ended:
+            # There is no task to be resumed.
+            self._operations.clear()
+            self._close()
+        else:
+            self._reactor.call_from_anywhere(self._close)
+
+    def _close(self) -> None:
+        self._lifecycle.close()
+        self._carry_out()
+
+    def __del__(self) -> None:
+        if getattr(self, "_connection", None) is not None:
+            self.close()
+
+
+def _on_time(session: Callable[[], Session | None], at: float) -> None:
+    # A client that was dropped serves nobody.
+    alive = session()
+    if alive is not None:
+        alive.on_time(at)
+
+
+class _Answer:
+    """Calls back with the daemon's answer: None, or an exception."""
+
+    def __init__(self, callback: Callable[[BaseException | None], object]) -> None:
+        self._callback = callback
+        self._done = False
+
+    def done(self) -> bool:
+        return self._done
+
+    def set_result(self, result: object) -> None:
+        self._done = True
+        self._callback(None)
+
+    def set_exception(self, error: BaseException) -> None:
+        self._done = True
+        self._callback(error)
+
+
+def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException:
+    """The exception for an operation of the lifecycle that failed."""
+    if reason == "already_registered":
+        return ControlFailure(f"Handler for protocol {name} already registered")
+    if reason == "not_registered":
+        return ControlFailure(f"Handler for protocol {name} is not registered")
+    if reason == "timed_out":
+        return timed_out(detail)
+    if reason == "closed":
+        return ConnectionLost("the client was closed")
+    # Each caller adds what its request was about.
+    error: BaseException = copy.copy(detail)
+    error.__cause__ = detail.__cause__
+    return error
+
+
+def timed_out(timeout: float | None) -> ControlTimeout:
+    """The exception for a request without an answer in this time, in seconds."""
+    return ControlTimeout(f"no answer within {timeout:g} s")
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Drops the frames of an exception, some of which refer to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause = cause.with_traceback(None).__cause__ or cause.__context__
