@@ -327,9 +327,9 @@ def test_no_profile_aborts_on_panic() -> None:
     assert not re.search(r"^\s*panic\s*=", manifest, re.MULTILINE)
     for source in HERE.parent.glob("src/python/**/*.rs"):
         # Rust called from C: a panic there cannot unwind and ends the process. The function of
-        # pid.rs only sets a number to 0.
+        # fork_guard.rs only sets a number to 0.
         called = re.findall(r'extern "[^"]*"\s+fn (\w+)', source.read_text())
-        assert called == (["forget"] if source.name == "pid.rs" else []), source
+        assert called == (["forget"] if source.name == "fork_guard.rs" else []), source
 
 
 # --- garbage collection ---

@@ -45,7 +45,7 @@ from p2pclient_rs import (
     P2PHandlerError,
     PeerID,
 )
-from p2pclient_rs.loops import AsyncioWatch, _wake_reader, _wake_writer, carry_out, pump
+from p2pclient_rs.loops import AsyncioWatch, _on_readable, _on_writable, on_readable, run_ready
 
 pytestmark = [
     pytest.mark.anyio,
@@ -202,7 +202,7 @@ async def test_woken_task_that_stops_the_loop_does_not_lose_the_other_replies(
     assert results[0] == b"second" and isinstance(results[1], Ended)
 
 
-async def test_in_turn_is_true_only_for_the_woken_task_in_its_thread() -> None:
+async def test_in_wake_batch_is_true_only_for_the_woken_task_in_its_thread() -> None:
     def elsewhere(function: Any) -> bool:
         answers: list[bool] = []
         thread = threading.Thread(target=lambda: answers.append(function()))
@@ -212,17 +212,17 @@ async def test_in_turn_is_true_only_for_the_woken_task_in_its_thread() -> None:
 
     async def woken() -> tuple[bool, bool]:
         await call_echo(client)
-        return connection.in_turn, elsewhere(lambda: connection.in_turn)
+        return connection.in_wake_batch, elsewhere(lambda: connection.in_wake_batch)
 
     batches = Batches(1)
     async with client_of(batches) as client:
         connection: Any = client.unary._recent.current  # type: ignore[union-attr]
         task = asyncio.ensure_future(woken())
         await until(lambda: batches.arrived == 1)
-        assert not connection.in_turn
+        assert not connection.in_wake_batch
         batches.answer()
         assert await task == (True, False)
-        assert not connection.in_turn
+        assert not connection.in_wake_batch
 
 
 NESTED = """
@@ -296,7 +296,7 @@ def on_readable_interrupted(loop: InterruptedLoop, connection: Any) -> None:
     loop.interrupts = True
     try:
         with pytest.raises(Interrupted):
-            pump(connection)
+            on_readable(connection)
     finally:
         loop.interrupts = False
 
@@ -358,26 +358,28 @@ class Interrupting:
         self._work = copy_context(), resumed.append, self
         self.settled: list[bool] = []
 
-    def take(self, work: list[Any]) -> None:
-        work.append(self._work)
+    def read(self, ready: list[Any]) -> None:
+        ready.append(self._work)
         raise Interrupted
 
-    take_readable = take_writable = take
+    read_ready = write_ready = read
 
-    def settle(self, now: bool = True) -> None:
+    def flush(self, now: bool = True) -> None:
         self.settled.append(now)
         if len(self.settled) == 1:
             raise Interrupted
 
+    remove_idle_writer = flush
 
-@pytest.mark.parametrize("run", [pump, _wake_reader, _wake_writer])
+
+@pytest.mark.parametrize("run", [on_readable, _on_readable, _on_writable])
 async def test_interrupt_between_reading_and_waking_still_wakes_the_task(run: Any) -> None:
     resumed: list[object] = []
     connection = Interrupting(resumed)
     with pytest.raises(Interrupted):
         run(connection)
     assert resumed == [connection]
-    if run is pump:
+    if run is on_readable:
         assert connection.settled == [True, True]
 
 
@@ -431,7 +433,7 @@ async def test_nested_callback_defers_waking_until_no_task_is_running() -> None:
         connection = client.unary._recent.current  # type: ignore[union-attr]
         assert connection is not None
         while connection.pending:
-            pump(connection)
+            on_readable(connection)
             assert not pending.done()
         assert await pending == b"nested"
 
@@ -559,15 +561,15 @@ class Settled:
     def __init__(self) -> None:
         self.now: list[bool] = []
 
-    def settle(self, now: bool) -> None:
+    def flush(self, now: bool) -> None:
         self.now.append(now)
 
 
 async def test_flush_is_deferred_if_tasks_or_handlers_still_have_to_run() -> None:
     connection: Any = Settled()
-    carry_out(connection, [(copy_context(), lambda _: None, None)])
-    carry_out(connection, [])  # woken the ordinary way, as on trio
-    carry_out(connection, [(None, lambda: None, ())])  # a handler was started
+    run_ready(connection, [(copy_context(), lambda _: None, None)])
+    run_ready(connection, [])  # woken the ordinary way, as on trio
+    run_ready(connection, [(None, lambda: None, ())])  # a handler was started
     assert connection.now == [True, False, False]
 
 
@@ -581,6 +583,6 @@ async def test_exception_that_stops_the_loop_takes_precedence() -> None:
     connection: Any = Settled()
     for order in ([fails, ends, fails], [ends, fails]):
         with pytest.raises(KeyboardInterrupt):
-            carry_out(connection, [(None, function, ()) for function in order])
+            run_ready(connection, [(None, function, ()) for function in order])
     with pytest.raises(ValueError):
-        carry_out(connection, [(None, fails, ())])
+        run_ready(connection, [(None, fails, ())])

@@ -34,10 +34,10 @@ from p2pclient_rs.exceptions import (
 from p2pclient_rs.loops import (
     Reactor,
     UnlessClosed,
-    carry_out,
     current_loop,
     is_current,
-    pump,
+    on_readable,
+    run_ready,
 )
 from p2pclient_rs.pool import Pool, PooledConnection
 from p2pclient_rs.streams import Stream
@@ -239,11 +239,11 @@ class DaemonConnector:
         connection.watch.close()
         limited = limits(connection.raw.fileno())
         persistent, rest = connection.raw.take_persistent(
-            os.urandom(32), limited, reactor, reactor.event_loop, pump, owner
+            os.urandom(32), limited, reactor.event_loop, on_readable, owner
         )
         came: list[Any] = []
         persistent.start(rest, came)
-        carry_out(persistent, came)
+        run_ready(persistent, came)
         return persistent
 
     async def _upgrade(self, name: str) -> PooledConnection:
@@ -300,13 +300,13 @@ class DaemonConnector:
         if request.is_query and pool is not None:
             # Fast path.
             pipeline = pool.pipeline
-            if pipeline is None or not (pipeline.in_turn or is_current(self._loop)):
+            if pipeline is None or not (pipeline.in_wake_batch or is_current(self._loop)):
                 pool = self._pool()
                 pipeline = pool.pipeline
             if pipeline is None or pipeline.retired:
                 self.check_fork()
                 pipeline = pool.open_pipeline()
-            if pipeline is not None and (answer := pipeline.ask(request)) is not None:
+            if pipeline is not None and (answer := pipeline.request(request)) is not None:
                 try:
                     return await answer
                 except ConnectionLost as error:

@@ -151,12 +151,12 @@ class BackgroundListener:
     @property
     def loop_ended(self) -> bool:
         """Whether the event loop is no more."""
-        return self._reactor.ended
+        return self._reactor.is_closed()
 
     async def aclose(self) -> None:
         """Stops, cancels the handlers at work, and waits for them to end."""
         self.close()
-        if self._jobs.running and not self._reactor.ended and current_loop() is self._loop:
+        if self._jobs.running and not self._reactor.is_closed() and current_loop() is self._loop:
             await self._jobs.ended.wait()
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class BackgroundListener:
         if self._jobs.closed:
             return
         self._jobs.closed = True
-        if self._reactor.ended:
+        if self._reactor.is_closed():
             # A closed loop cannot cancel a task. The garbage collector ends those that are left.
             self._jobs.running.clear()
         for job in list(self._jobs.running):

@@ -31,12 +31,12 @@ __all__ = [
     "Watch",
     "Work",
     "call_in_its_thread",
-    "carry_out",
     "current_loop",
     "in_trio_task",
     "is_current",
-    "pump",
+    "on_readable",
     "reactor",
+    "run_ready",
     "watch",
 ]
 
@@ -174,7 +174,7 @@ class AsyncioWatch:
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self._loop = loop
         self._pid = os.getpid()
-        readiness = Readiness(loop, fd, _wake_reader, _wake_writer)
+        readiness = Readiness(loop, fd, _on_readable, _on_writable)
         self.readable = readiness.readable
         self.writable = readiness.writable
         self.answer = readiness.answer
@@ -211,36 +211,38 @@ def call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], o
         callback()
 
 
-def _wake_reader(readiness: Readiness) -> None:
-    # A task goes on here and now, in place of a callback that schedules it: the loop would ask for
-    # events in between, which costs more than the rest.
-    work: list[_Call] = []
+def _on_readable(readiness: Readiness) -> None:
+    # A task is resumed here and now, not by a callback that schedules it: the loop would make a
+    # system call in between, which costs more than the rest.
+    ready: list[_Call] = []
     try:
-        readiness.take_readable(work)
-    finally:  # also if a signal's handler raises as that returns
-        _go_on(work)
+        readiness.read_ready(ready)
+    finally:  # also if a signal handler raises as that returns
+        _run_first(ready)
 
 
-def _wake_writer(readiness: Readiness) -> None:
-    work: list[_Call] = []
+def _on_writable(readiness: Readiness) -> None:
+    ready: list[_Call] = []
     try:
-        readiness.take_writable(work)
+        readiness.write_ready(ready)
     finally:
         try:
-            _go_on(work)
+            _run_first(ready)
         finally:
-            readiness.settle()
+            readiness.remove_idle_writer()
 
 
-def _go_on(work: list[_Call]) -> None:
-    for context, callback, wait in work:
-        # From the frames of an exception that the task is left with, this one can be reached.
-        work.clear()
+def _run_first(ready: list[_Call]) -> None:
+    for context, function, argument in ready:
+        # The task may keep an exception whose frames reach this one.
+        ready.clear()
         try:
             if context is not None:
-                context.run(callback, wait)
+                context.run(function, argument)
+            else:
+                function(*argument)
         finally:
-            del callback, wait
+            del function, argument
 
 
 class TrioWatch:
@@ -330,30 +332,24 @@ class Work(Protocol):
 
 
 class Reactor(Protocol):
-    """An event loop as something that calls back, for what is served without a task that waits.
-
-    ``closing`` says that a file descriptor is about to be closed: its callbacks are removed.
-    """
+    """An event loop as something that calls back, for what is served without a task that waits."""
 
     @property
-    def event_loop(self) -> asyncio.AbstractEventLoop | None:
-        """The loop itself, if it is asyncio's or alike."""
+    def event_loop(self) -> Any:
+        """What the native drivers call: asyncio's loop, or this, which has the same methods."""
 
     def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
     def remove_reader(self, fd: int, /) -> object: ...
-    def add_writer(self, fd: int, callback: Callable[[], object], /) -> object: ...
+    def add_writer(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
     def remove_writer(self, fd: int, /) -> object: ...
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
     def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
 
-    def promise(self) -> Promise:
+    def create_future(self) -> Promise:
         """Something new to wait for."""
 
-    @property
-    def ended(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether the loop is no more."""
-
-    def closing(self, fd: int) -> None: ...
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
@@ -387,21 +383,9 @@ class AsyncioReactor:
         self.add_writer = loop.add_writer
         self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
-        self.promise: Callable[[], Promise] = loop.create_future
-
-    @property
-    def ended(self) -> bool:
-        return self._loop.is_closed()
-
-    def call_later(self, delay: float, callback: Callable[[], object]) -> None:
-        # A finalizer can come here when it is.
-        if not self._loop.is_closed():
-            self._loop.call_later(delay, callback)
-
-    def closing(self, fd: int) -> None:
-        if not self._loop.is_closed():
-            self._loop.remove_reader(fd)
-            self._loop.remove_writer(fd)
+        self.call_later = loop.call_later
+        self.create_future: Callable[[], Promise] = loop.create_future
+        self.is_closed = loop.is_closed
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         loop = self._loop
@@ -427,17 +411,15 @@ class TrioReactor:
     They end with the run, without a word to whoever is waited for: nobody is left to wait then.
     """
 
-    event_loop = None
-
     def __init__(self, token: Any) -> None:
         import trio
 
+        self.event_loop = self
         self._trio: Any = trio
         self._token = token
         self._watches: dict[tuple[int, str], tuple[Any, Any]] = {}
 
-    @property
-    def ended(self) -> bool:
+    def is_closed(self) -> bool:
         try:
             self._token.run_sync_soon(lambda: None, idempotent=True)
         except self._trio.RunFinishedError:
@@ -450,8 +432,8 @@ class TrioReactor:
     def remove_reader(self, fd: int) -> None:
         self._remove(fd, "wait_readable")
 
-    def add_writer(self, fd: int, callback: Callable[[], object]) -> None:
-        self._add(fd, "wait_writable", callback)
+    def add_writer(self, fd: int, callback: Callable[..., object], *args: Any) -> None:
+        self._add(fd, "wait_writable", functools.partial(callback, *args))
 
     def remove_writer(self, fd: int) -> None:
         self._remove(fd, "wait_writable")
@@ -467,14 +449,8 @@ class TrioReactor:
         if self._trio.lowlevel.in_trio_run():
             self._trio.lowlevel.spawn_system_task(run)
 
-    def promise(self) -> Promise:
+    def create_future(self) -> Promise:
         return _TrioPromise(self._trio)
-
-    def closing(self, fd: int) -> None:
-        self.remove_reader(fd)
-        self.remove_writer(fd)
-        if self._trio.lowlevel.in_trio_run():
-            self._trio.lowlevel.notify_closing(fd)
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         scope = self._trio.CancelScope()
@@ -530,45 +506,45 @@ class TrioReactor:
             scope.cancel()
 
 
-def pump(connection: PersistentConnection | Pipeline) -> None:
-    """What an event loop calls when a connection that several share is readable."""
-    work: list[_Call] = []
+def on_readable(connection: PersistentConnection | Pipeline) -> None:
+    """What an event loop calls when a shared connection is readable."""
+    ready: list[_Call] = []
     try:
-        connection.take(work)
-    finally:  # also if a signal's handler raises as that returns
-        carry_out(connection, work)
+        connection.read(ready)
+    finally:  # also if a signal handler raises as that returns
+        run_ready(connection, ready)
 
 
-def carry_out(connection: PersistentConnection | Pipeline, work: list[_Call]) -> None:
-    """Does what is to be done for what came over such a connection.
+def run_ready(connection: PersistentConnection | Pipeline, ready: list[_Call]) -> None:
+    """Makes the calls that what came over a connection has made ready, then has it send what waits.
 
-    Python does it, not Rust: tasks go on here, which can be anything, and what ends a thread there,
-    as the interpreter's end does, must not meet Rust.
+    Python makes them, not Rust: they resume tasks, which can do anything, and a thread that the end
+    of the interpreter stops there must not have Rust on its stack.
     """
     failed: BaseException | None = None
-    # With nothing to do here, those who were woken have their turn later.
-    answered = bool(work)
+    # If nobody is resumed here, the woken tasks run later, and what they send goes out together.
+    now = bool(ready)
     try:
-        for context, function, argument in work:
+        for context, function, argument in ready:
             try:
                 if context is not None:
                     context.run(function, argument)
                 else:
-                    answered = False
+                    now = False
                     function(*argument)
-            except BaseException as error:  # which is not to keep the rest from theirs
-                # What ends the loop is not to be lost behind what does not.
+            except BaseException as error:  # does not stop the batch
+                # An exception that ends the loop must not be lost behind one that does not.
                 if failed is None or isinstance(failed, Exception):
                     failed = error
     finally:
-        if work:
-            # From the frames of an exception that a task is left with, this one can be reached.
+        if ready:
+            # A task may keep an exception whose frames reach this one.
             context = function = argument = None  # type: ignore[assignment]
-            work.clear()
+            ready.clear()
         try:
-            connection.settle(answered)
+            connection.flush(now)
         except BaseException:
-            connection.settle(answered)  # such a handler may have raised before it was
+            connection.flush(now)  # a signal handler may have raised before it was done
             raise
     if failed is not None:
         try:

@@ -189,7 +189,7 @@ class Session:
         addition: _Addition | None = None,
     ) -> None:
         """Begins an operation of the lifecycle and waits for it."""
-        token, promise = next(self._tokens), self._reactor.promise()
+        token, promise = next(self._tokens), self._reactor.create_future()
         self._operations[token] = _Operation(promise, name, addition)
         try:
             begin(token)
@@ -207,7 +207,7 @@ class Session:
 
     async def _room(self, connection: PersistentConnection) -> None:
         """Waits until there is room for another call. Callers go on in order."""
-        promise = self._reactor.promise()
+        promise = self._reactor.create_future()
         if not connection.room(promise):
             try:
                 await promise
@@ -421,7 +421,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether the event loop has ended."""
-        return self._reactor.ended
+        return self._reactor.is_closed()
 
     def apply_limits(self) -> None:
         """Applies changed settings to the connection."""

@@ -9,7 +9,7 @@ import anyio
 
 from p2pclient_rs._native import ConnectionPool, ControlConnection, Pipeline, Request
 from p2pclient_rs.exceptions import ControlFailure
-from p2pclient_rs.loops import Watch, current_loop, pump
+from p2pclient_rs.loops import Watch, current_loop, on_readable
 
 __all__ = ["Pool", "PooledConnection", "send"]
 
@@ -78,7 +78,7 @@ class Pool:
         connection = self.take()
         if connection is not None:
             connection.watch.close()
-            self.pipeline = connection.raw.take_pipeline(loop, pump)
+            self.pipeline = connection.raw.take_pipeline(loop, on_readable)
             self._pipelines.append(self.pipeline)
             self._pipeline_watch = connection.watch
         return self.pipeline

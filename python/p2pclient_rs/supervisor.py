@@ -67,7 +67,7 @@ class Supervisor:
     @property
     def loop_closed(self) -> bool:
         """Whether its event loop is closed, so that the task never ends."""
-        return self._reactor.ended
+        return self._reactor.is_closed()
 
     async def stop(self) -> None:
         """Stops the task, and waits until it has ended. The daemon stays as it is."""

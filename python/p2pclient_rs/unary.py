@@ -219,7 +219,7 @@ class UnaryClient:
         session = self._recent
         connection = None if session is None else session.current
         if session is None or not (
-            (connection is not None and connection.in_turn) or is_current(self._loop)
+            (connection is not None and connection.in_wake_batch) or is_current(self._loop)
         ):
             session = self._session()
             connection = session.current

@@ -2,6 +2,7 @@
 //! waits here; `connector.py` does. As there, errors stay Rust values while the state is locked.
 
 use super::answer;
+use super::channel::{is_unread, READ_BUDGET};
 use super::errors::{self, ConnectionLost};
 use super::pipeline::Pipeline;
 use super::request::PyRequest;
@@ -17,9 +18,6 @@ use pyo3::types::{PyBytes, PyTuple};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// How much is read before the event loop gets a turn, in bytes.
-pub const TURN: usize = 2 * 1024 * 1024;
 
 /// A connection to the daemon's control socket.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
@@ -94,7 +92,7 @@ impl ControlConnection {
             limits.max_frame = max_frame;
         }
         Ok(Some(Self {
-            pid: super::pid::pid(),
+            pid: super::fork_guard::pid(),
             inner: Mutex::new(Some(Inner {
                 socket,
                 connected,
@@ -200,9 +198,8 @@ impl ControlConnection {
         slf: &Bound<'_, Self>,
         seed: [u8; 32],
         limits: UnaryLimits,
-        reactor: Py<PyAny>,
-        event_loop: Option<Py<PyAny>>,
-        pump: Py<PyAny>,
+        event_loop: &Bound<'_, PyAny>,
+        on_readable: Py<PyAny>,
         owner: Py<PyAny>,
     ) -> PyResult<(PersistentConnection, Py<PyBytes>)> {
         let taken = slf
@@ -213,22 +210,25 @@ impl ControlConnection {
             taken.socket,
             seed,
             limits.into(),
-            reactor,
             event_loop,
-            pump,
+            on_readable,
             owner,
         );
         Ok((connection, rest.unbind()))
     }
 
     /// Takes the connection for queries that follow each other, if nothing is under way on it.
-    fn take_pipeline(&self, event_loop: Py<PyAny>, pump: Py<PyAny>) -> PyResult<Pipeline> {
+    fn take_pipeline(
+        &self,
+        event_loop: &Bound<'_, PyAny>,
+        on_readable: Py<PyAny>,
+    ) -> PyResult<Pipeline> {
         let taken = self.take(|inner| inner.exchange.is_reusable() && inner.output.is_empty())?;
         Ok(Pipeline::new(
             taken.socket,
             taken.exchange,
             event_loop,
-            pump,
+            on_readable,
         ))
     }
 
@@ -242,7 +242,7 @@ impl ControlConnection {
     /// closed: the connection is the parent's.
     fn close(&self) {
         let inner = self.lock().take();
-        if let Some(inner) = inner.filter(|_| super::pid::pid() == self.pid) {
+        if let Some(inner) = inner.filter(|_| super::fork_guard::pid() == self.pid) {
             inner.socket.end();
         }
     }
@@ -305,7 +305,7 @@ impl Inner {
 
     fn step(&mut self) -> Result<Option<Outcome>, ConnectionError> {
         self.flush()?;
-        let mut budget = TURN;
+        let mut budget = READ_BUDGET;
         loop {
             match self.next_event(&mut budget)? {
                 Some(Event::Value(value)) => self.values.push(value),
@@ -329,7 +329,7 @@ impl Inner {
 
     /// The next value of a query's answer; no values at its end.
     fn next_value(&mut self) -> Result<Option<Outcome>, ConnectionError> {
-        let mut budget = TURN;
+        let mut budget = READ_BUDGET;
         Ok(Some(match self.next_event(&mut budget)? {
             None => return Ok(None),
             Some(Event::Value(value)) => Outcome::Reply(value),
@@ -374,11 +374,6 @@ impl Inner {
             }
         }
     }
-}
-
-/// Whether a connection on which one request is under way was lost before the daemon read that.
-pub fn is_unread(socket: &Socket, exchange: &mut ClientExchange, error: &io::Error) -> bool {
-    Progress::waiting(exchange).is_unsent(socket.transport(), Some(error.kind()))
 }
 
 /// The error of whoever uses a closed one.

@@ -191,7 +191,7 @@ impl From<io::Error> for Loss {
 
 /// Refuses what was made in another process, from which this one was forked.
 pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
-    let here = super::pid::pid();
+    let here = super::fork_guard::pid();
     if here == pid {
         return Ok(());
     }

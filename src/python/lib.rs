@@ -9,29 +9,32 @@ compile_error!("the extension module is to be built with panic = \"unwind\"");
 
 mod answer;
 mod buffer;
+mod bytes_builder;
+mod channel;
 mod connection;
 mod daemon;
 mod datastructures;
-mod ending;
+mod driver;
 mod errors;
-mod forks;
+mod fork_guard;
+mod fork_hooks;
+mod future;
 mod lifecycle;
 mod listener;
 mod multiaddr;
 mod peer_id;
-mod pid;
 mod pipeline;
 mod pool;
 mod process;
 mod public_key;
 mod readiness;
 mod request;
-mod room;
+mod shutdown_guard;
 mod socket;
 mod stream;
 mod supervision;
 mod unary;
-mod waiter;
+mod wake;
 
 /// The Rust half of `p2pclient_rs`.
 #[pymodule(gil_used = true)]
@@ -56,8 +59,6 @@ mod _native {
     #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
-    use super::ending::_the_end_is_near;
-    #[pymodule_export]
     use super::errors::refusal_kind;
     #[pymodule_export]
     use super::lifecycle::{Lifecycle, Retry};
@@ -72,15 +73,19 @@ mod _native {
     #[pymodule_export]
     use super::request::PyRequest;
     #[pymodule_export]
+    use super::shutdown_guard::_the_end_is_near;
+    #[pymodule_export]
     use super::stream::RawStream;
     #[pymodule_export]
     use super::unary::PersistentConnection;
+    #[pymodule_export]
+    use super::wake::{report_first_wake, set_inplace_wake};
 
     // --- daemon ---
     #[pymodule_export]
     use super::daemon::{find_daemon, unused_tcp_port, DaemonOptions};
     #[pymodule_export]
-    use super::forks::{after_fork_in_child, after_fork_in_parent, before_fork};
+    use super::fork_hooks::{after_fork_in_child, after_fork_in_parent, before_fork};
     #[pymodule_export]
     use super::process::DaemonProcess;
     #[pymodule_export]
@@ -96,8 +101,9 @@ mod _native {
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
         super::refuse_free_threading(m.py())?;
         super::refuse_subinterpreters()?;
-        super::pid::watch();
-        super::ending::watch(m)?;
+        super::fork_guard::watch();
+        super::wake::read_environment();
+        super::shutdown_guard::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("MAX_IDLE", super::pool::MAX_IDLE)?;

@@ -2,7 +2,7 @@
 
 use super::daemon::{value_error, DaemonOptions};
 use super::errors;
-use super::forks;
+use super::fork_hooks;
 use super::multiaddr::PyMultiaddr;
 use super::peer_id::{extract_peer_id, PyPeerId};
 use super::supervision::Supervision;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 /// Does what may wait for a lock of a daemon, with the interpreter released.
 fn outside<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
-    py.detach(|| forks::GATE.pass(work))
+    py.detach(|| fork_hooks::GATE.pass(work))
 }
 
 /// A daemon's process, its janitor and its files.
@@ -51,7 +51,8 @@ impl DaemonProcess {
         };
         let options = &options.get().0;
         outside(py, || {
-            Process::prepare_with(binary, options, Some(&parent), janitor).map(forks::registered)
+            Process::prepare_with(binary, options, Some(&parent), janitor)
+                .map(fork_hooks::registered)
         })
         .map(DaemonProcess)
         .map_err(|error| prepare_error(py, error))
@@ -59,9 +60,11 @@ impl DaemonProcess {
 
     /// The same daemon in a process of its own, which does not connect to its bootstrap peers.
     fn without_bootstrap(&self, py: Python<'_>) -> PyResult<Self> {
-        outside(py, || self.0.without_bootstrap().map(forks::registered))
-            .map(DaemonProcess)
-            .map_err(|error| prepare_error(py, error))
+        outside(py, || {
+            self.0.without_bootstrap().map(fork_hooks::registered)
+        })
+        .map(DaemonProcess)
+        .map_err(|error| prepare_error(py, error))
     }
 
     /// Each with its address as it was given.

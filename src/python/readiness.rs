@@ -1,13 +1,13 @@
 //! Waiting for a socket on an asyncio or uvloop event loop, with its own readiness callbacks.
 
 use super::connection::{closed, ControlConnection};
-use super::ending::inside;
-use super::pid::pid;
+use super::driver::{Attempts, Driver, Way};
+use super::future;
+use super::shutdown_guard::enter;
 use super::stream::RawStream;
-use super::waiter::{done, hand_over, may_wake, tell, waiter};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use pyo3::{intern, PyTraverseError, PyVisit};
+use pyo3::{PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,16 +17,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// system call.
 ///
 /// Whoever waits goes on within the loop's callback, not a turn of the loop later. What the loop
-/// calls is `wake_reader` and `wake_writer`, which run what `take_…` gives them: Python's functions,
+/// calls is `on_readable` and `on_writable`, which run what `take_…` gives them: Python's functions,
 /// for what goes on there may be anything, and is not to be on its way through Rust then (see
 /// `ending`).
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct Readiness {
-    event_loop: Py<PyAny>,
-    fd: RawFd,
-    pid: u32,
-    wake_reader: Py<PyAny>,
-    wake_writer: Py<PyAny>,
+    driver: Driver,
+    on_readable: Py<PyAny>,
+    on_writable: Py<PyAny>,
     read: Mutex<Direction>,
     write: Mutex<Direction>,
 }
@@ -39,33 +37,12 @@ struct Direction {
     idle: bool,
     closed: bool,
     /// Each with how many bytes may be left over once it is woken.
-    waiters: Vec<(Py<PyAny>, usize)>,
+    futures: Vec<(Py<PyAny>, usize)>,
     /// What is to be written when that is possible.
     flushing: Option<Flushing>,
     /// Whose answer is to be read, and who waits for it.
     answering: Option<(Py<ControlConnection>, Py<PyAny>)>,
-    tries: Tries,
-}
-
-/// How many answers in a row were tried for without a turn of the loop: whoever asks again and again
-/// is to give it one all the same.
-#[derive(Default)]
-pub struct Tries(u8);
-
-impl Tries {
-    const MAX: u8 = 16;
-
-    /// Whether another answer may be tried for.
-    pub fn another(&mut self) -> bool {
-        let may = self.0 < Self::MAX;
-        self.0 += u8::from(may);
-        may
-    }
-
-    /// The loop has its turn.
-    pub fn start_over(&mut self) {
-        self.0 = 0;
-    }
+    attempts: Attempts,
 }
 
 /// A stream that has left something over, and what is to live until it is written.
@@ -74,27 +51,19 @@ struct Flushing {
     owner: Py<PyAny>,
 }
 
-#[derive(Clone, Copy)]
-enum Way {
-    Read,
-    Write,
-}
-
 #[pymethods]
 impl Readiness {
     #[new]
     fn new(
-        event_loop: Py<PyAny>,
+        event_loop: &Bound<'_, PyAny>,
         fd: RawFd,
-        wake_reader: Py<PyAny>,
-        wake_writer: Py<PyAny>,
+        on_readable: Py<PyAny>,
+        on_writable: Py<PyAny>,
     ) -> Self {
         Self {
-            event_loop,
-            fd,
-            pid: pid(),
-            wake_reader,
-            wake_writer,
+            driver: Driver::new(event_loop, fd),
+            on_readable,
+            on_writable,
             read: Mutex::default(),
             write: Mutex::default(),
         }
@@ -132,22 +101,22 @@ impl Readiness {
     /// A wait for the answer to the request that a connection has sent.
     fn answer(slf: &Bound<'_, Self>, connection: Py<ControlConnection>) -> PyResult<Py<PyAny>> {
         let py = slf.py();
-        let _inside = inside(py);
+        let _guard = enter(py);
         let this = slf.get();
-        let waiter = waiter(this.event_loop.bind(py))?;
+        let future = this.driver.create_future(py)?;
         // A daemon that is quick has answered by now, unless it has to wait for this core.
-        if this.direction(Way::Read).tries.another() {
+        if this.direction(Way::Read).attempts.another() {
             if let Some(answer) = connection.get().step(py)? {
-                tell(&waiter, Ok(answer), false)?;
-                return Ok(waiter.unbind());
+                future::complete(&future, Ok(answer), false)?;
+                return Ok(future.unbind());
             }
         }
         let before = {
             let mut direction = this.direction(Way::Read);
             (!direction.closed).then(|| {
-                direction.tries.start_over();
+                direction.attempts.start_over();
                 direction.idle = false;
-                let answering = Some((connection, waiter.clone().unbind()));
+                let answering = Some((connection, future.clone().unbind()));
                 std::mem::replace(&mut direction.answering, answering)
             })
         };
@@ -156,51 +125,51 @@ impl Readiness {
             None => return Err(closed()),
         }
         Self::register(slf, Way::Read)?;
-        Ok(waiter.unbind())
+        Ok(future.unbind())
     }
 
-    /// Adds to `work` what is to be run when the socket is readable.
-    fn take_readable(&self, work: &Bound<'_, PyList>) -> PyResult<()> {
-        self.take(work, Way::Read)
+    /// Adds to `ready` what is to be run when the socket is readable.
+    fn read_ready(&self, ready: &Bound<'_, PyList>) -> PyResult<()> {
+        self.collect(ready, Way::Read)
     }
 
-    /// Adds to `work` what is to be run when the socket is writable. Then `settle` is to be called.
-    fn take_writable(&self, work: &Bound<'_, PyList>) -> PyResult<()> {
-        self.take(work, Way::Write)
+    /// Adds to `ready` what is to be run when the socket is writable. Then `remove_idle_writer` is to be called.
+    fn write_ready(&self, ready: &Bound<'_, PyList>) -> PyResult<()> {
+        self.collect(ready, Way::Write)
     }
 
     /// Stops to watch for the socket to be writable, as it mostly is, if nobody waits for that.
-    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+    fn remove_idle_writer(&self, py: Python<'_>) -> PyResult<()> {
         {
             let mut direction = self.direction(Way::Write);
-            let busy = direction.flushing.is_some() || !direction.waiters.is_empty();
+            let busy = direction.flushing.is_some() || !direction.futures.is_empty();
             if busy || !std::mem::take(&mut direction.registered) {
                 return Ok(());
             }
         }
-        let _inside = inside(py);
-        self.remove(py, Way::Write)
+        let _guard = enter(py);
+        self.driver.remove(py, Way::Write)
     }
 
     /// Ends the watch and wakes whoever waits. In a forked child nothing is touched: the loop's
     /// epoll is the parent's too.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        if pid() != self.pid {
+        if self.driver.is_forked() {
             for way in [Way::Read, Way::Write] {
                 self.direction(way).closed = true;
             }
             return Ok(());
         }
-        let _inside = inside(py);
+        let _guard = enter(py);
         // A loop that is closed watches nothing, and can wake nobody.
-        let loop_is_closed = self.loop_is_closed(py)?;
+        let loop_is_closed = self.driver.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
-            let (registered, waiters, answering, _flushing) = {
+            let (registered, futures, answering, _flushing) = {
                 let mut direction = self.direction(way);
                 direction.closed = true;
                 (
                     std::mem::take(&mut direction.registered),
-                    std::mem::take(&mut direction.waiters),
+                    std::mem::take(&mut direction.futures),
                     direction.answering.take(),
                     direction.flushing.take(),
                 )
@@ -209,32 +178,32 @@ impl Readiness {
                 continue;
             }
             if registered {
-                self.remove(py, way)?;
+                self.driver.remove(py, way)?;
             }
-            for (waiter, _) in waiters {
-                tell(waiter.bind(py), Ok(py.None()), false)?;
+            for (future, _) in futures {
+                future::complete(future.bind(py), Ok(py.None()), false)?;
             }
-            if let Some((_, waiter)) = answering {
-                tell(waiter.bind(py), Err(closed()), false)?;
+            if let Some((_, future)) = answering {
+                future::complete(future.bind(py), Err(closed()), false)?;
             }
         }
         Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.event_loop)?;
-        visit.call(&self.wake_reader)?;
-        visit.call(&self.wake_writer)?;
+        self.driver.traverse(&visit)?;
+        visit.call(&self.on_readable)?;
+        visit.call(&self.on_writable)?;
         for direction in [&self.read, &self.write] {
             if let Ok(direction) = direction.try_lock() {
-                for (waiter, _) in &direction.waiters {
-                    visit.call(waiter)?;
+                for (future, _) in &direction.futures {
+                    visit.call(future)?;
                 }
                 if let Some(flushing) = &direction.flushing {
                     visit.call(&flushing.owner)?;
                 }
-                if let Some((_, waiter)) = &direction.answering {
-                    visit.call(waiter)?;
+                if let Some((_, future)) = &direction.answering {
+                    visit.call(future)?;
                 }
             }
         }
@@ -244,9 +213,9 @@ impl Readiness {
     fn __clear__(&self) {
         for direction in [&self.read, &self.write] {
             let held = direction.try_lock().map(|mut direction| {
-                let waiters = std::mem::take(&mut direction.waiters);
+                let futures = std::mem::take(&mut direction.futures);
                 let answering = direction.answering.take();
-                (waiters, answering, direction.flushing.take())
+                (futures, answering, direction.flushing.take())
             });
             drop(held);
         }
@@ -265,43 +234,43 @@ impl Readiness {
     /// No Python is called while a direction is locked: it could come back to this watch.
     fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<PyAny>> {
         let (py, this) = (slf.py(), slf.get());
-        let _inside = inside(py);
-        let waiter = waiter(this.event_loop.bind(py))?;
+        let _guard = enter(py);
+        let future = this.driver.create_future(py)?;
         let before = {
             let mut direction = this.direction(way);
-            (!direction.closed).then(|| std::mem::take(&mut direction.waiters))
+            (!direction.closed).then(|| std::mem::take(&mut direction.futures))
         };
         let Some(before) = before else {
-            tell(&waiter, Ok(py.None()), false)?;
-            return Ok(waiter.unbind());
+            future::complete(&future, Ok(py.None()), false)?;
+            return Ok(future.unbind());
         };
         // Who was cancelled waits no more, and is dropped at the end: what runs then may close this.
-        let (mut waiters, mut cancelled) = (Vec::with_capacity(before.len() + 1), Vec::new());
-        for (waiter, mark) in before {
-            match done(waiter.bind(py))? {
-                true => cancelled.push(waiter),
-                false => waiters.push((waiter, mark)),
+        let (mut futures, mut cancelled) = (Vec::with_capacity(before.len() + 1), Vec::new());
+        for (future, mark) in before {
+            match future::is_done(future.bind(py))? {
+                true => cancelled.push(future),
+                false => futures.push((future, mark)),
             }
         }
-        waiters.push((waiter.clone().unbind(), mark));
+        futures.push((future.clone().unbind(), mark));
         let closed = {
             let mut direction = this.direction(way);
             if !direction.closed {
-                waiters.append(&mut direction.waiters);
-                std::mem::swap(&mut direction.waiters, &mut waiters);
+                futures.append(&mut direction.futures);
+                std::mem::swap(&mut direction.futures, &mut futures);
                 direction.idle = false;
             }
             direction.closed
         };
         if closed {
             // By Python code above.
-            for (waiter, _) in waiters {
-                tell(waiter.bind(py), Ok(py.None()), false)?;
+            for (future, _) in futures {
+                future::complete(future.bind(py), Ok(py.None()), false)?;
             }
-            return Ok(waiter.unbind());
+            return Ok(future.unbind());
         }
         Self::register(slf, way)?;
-        Ok(waiter.unbind())
+        Ok(future.unbind())
     }
 
     /// Has the event loop watch the descriptor, unless it does or the watch is closed: then the
@@ -314,7 +283,7 @@ impl Readiness {
                 return Ok(());
             }
         }
-        let _inside = inside(slf.py());
+        let _guard = enter(slf.py());
         let added = this.add(slf, way);
         if added.is_err() {
             this.direction(way).registered = false;
@@ -324,15 +293,15 @@ impl Readiness {
 
     /// Whoever is to be woken by an event, the first of them by who called, the others a turn of
     /// the loop later.
-    fn take(&self, work: &Bound<'_, PyList>, way: Way) -> PyResult<()> {
-        let py = work.py();
-        let _inside = inside(py);
+    fn collect(&self, ready: &Bound<'_, PyList>, way: Way) -> PyResult<()> {
+        let py = ready.py();
+        let _guard = enter(py);
         // First: a signal's handler can raise in it, and nobody who waits is to be lost then.
-        let may_wake = may_wake(self.event_loop.bind(py))?;
-        let (waiters, flushing, answering) = {
+        let may_wake = self.driver.may_wake(py)?;
+        let (futures, flushing, answering) = {
             let mut direction = self.direction(way);
             (
-                std::mem::take(&mut direction.waiters),
+                std::mem::take(&mut direction.futures),
                 direction.flushing.take(),
                 direction.answering.take(),
             )
@@ -342,22 +311,22 @@ impl Readiness {
             .as_ref()
             .map_or(0, |flushing| flushing.stream.get().flush().unwrap_or(0));
         let (mut told, mut kept) = (Vec::new(), Vec::new());
-        for (waiter, mark) in waiters {
-            if done(waiter.bind(py))? {
+        for (future, mark) in futures {
+            if future::is_done(future.bind(py))? {
                 continue; // it was cancelled
             }
             if left > mark {
-                kept.push((waiter, mark));
+                kept.push((future, mark));
             } else {
-                told.push((waiter, Ok(py.None())));
+                told.push((future, Ok(py.None())));
             }
         }
         let mut unanswered = None;
-        if let Some((connection, waiter)) = answering {
-            if !done(waiter.bind(py))? {
+        if let Some((connection, future)) = answering {
+            if !future::is_done(future.bind(py))? {
                 match connection.get().step(py).transpose() {
-                    Some(outcome) => told.push((waiter, outcome)),
-                    None => unanswered = Some((connection, waiter)),
+                    Some(outcome) => told.push((future, outcome)),
+                    None => unanswered = Some((connection, future)),
                 }
             }
         }
@@ -370,8 +339,8 @@ impl Readiness {
             if direction.closed {
                 (false, true)
             } else {
-                kept.append(&mut direction.waiters);
-                std::mem::swap(&mut direction.waiters, &mut kept);
+                kept.append(&mut direction.futures);
+                std::mem::swap(&mut direction.futures, &mut kept);
                 // Python code above may have set these anew; the old ones are dropped after
                 // unlocking.
                 if direction.flushing.is_none() {
@@ -380,7 +349,7 @@ impl Readiness {
                 if direction.answering.is_none() {
                     direction.answering = unanswered.take();
                 }
-                let idle = told.is_empty() && direction.waiters.is_empty();
+                let idle = told.is_empty() && direction.futures.is_empty();
                 let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
                 // A task may be about to wait again: the next event, if there is one, will tell.
                 let again = std::mem::replace(&mut direction.idle, idle);
@@ -390,44 +359,25 @@ impl Readiness {
         };
         if closed_meanwhile {
             // By Python code above: no event will complete these.
-            told.extend(kept.into_iter().map(|(waiter, _)| (waiter, Ok(py.None()))));
-            told.extend(unanswered.map(|(_, waiter)| (waiter, Err(closed()))));
+            told.extend(kept.into_iter().map(|(future, _)| (future, Ok(py.None()))));
+            told.extend(unanswered.map(|(_, future)| (future, Err(closed()))));
         }
         if remove {
-            self.remove(py, way)?;
+            self.driver.remove(py, way)?;
         }
         drop(finished);
-        for (waiter, outcome) in told {
-            let here = may_wake && work.is_empty();
-            hand_over(work, tell(waiter.bind(py), outcome, here));
+        for (future, outcome) in told {
+            let here = may_wake && ready.is_empty();
+            self.driver.complete(future.bind(py), outcome, here, ready);
         }
         Ok(())
     }
 
     fn add(&self, slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
-        let py = slf.py();
-        let (add, callback) = match way {
-            Way::Read => (intern!(py, "add_reader"), &self.wake_reader),
-            Way::Write => (intern!(py, "add_writer"), &self.wake_writer),
+        let callback = match way {
+            Way::Read => &self.on_readable,
+            Way::Write => &self.on_writable,
         };
-        let event_loop = self.event_loop.bind(py);
-        event_loop.call_method1(add, (self.fd, callback, slf))?;
-        Ok(())
-    }
-
-    fn remove(&self, py: Python<'_>, way: Way) -> PyResult<()> {
-        let remove = match way {
-            Way::Read => intern!(py, "remove_reader"),
-            Way::Write => intern!(py, "remove_writer"),
-        };
-        self.event_loop.bind(py).call_method1(remove, (self.fd,))?;
-        Ok(())
-    }
-
-    fn loop_is_closed(&self, py: Python<'_>) -> PyResult<bool> {
-        self.event_loop
-            .bind(py)
-            .call_method0(intern!(py, "is_closed"))?
-            .extract()
+        self.driver.add(way, callback.bind(slf.py()), slf)
     }
 }

@@ -6,8 +6,8 @@
 //! can run Python code (a collection's finalizers, an `__init__`) that uses the same stream.
 
 use super::buffer::with_bytes;
+use super::bytes_builder::{self, BytesBuilder, NoMemory};
 use super::errors::{self, BrokenResourceError, ClosedResourceError, LimitOverrunError};
-use super::room::{self, NoMemory, Room};
 use super::socket::{python_address, with_scratch, Socket, READ_SIZE};
 use bytes::{Bytes, BytesMut};
 use p2pd_protocol::output::Output;
@@ -56,7 +56,7 @@ struct Half {
     input: BytesMut,
     /// What is read for a `try_read_exactly` of that many bytes, which has not come to its end or
     /// was given up. Before `input`, which is empty meanwhile.
-    large: Option<(Room, usize)>,
+    large: Option<(BytesBuilder, usize)>,
     /// How much is read ahead at the most, in bytes.
     ahead: usize,
     /// The last `try_receive` got much of what it had room for.
@@ -131,7 +131,7 @@ impl RawStream {
     /// A stream whose first bytes, `input`, came with what was read before it was one.
     pub fn new(socket: Socket, input: Bytes) -> Self {
         Self {
-            pid: super::pid::pid(),
+            pid: super::fork_guard::pid(),
             state: Mutex::new(Half {
                 socket: Some(socket),
                 input: BytesMut::from(input),
@@ -207,7 +207,7 @@ impl RawStream {
             if half.input.is_empty() && max_bytes >= READ_AHEAD {
                 // Nothing was read ahead: what comes goes to the caller without another copy.
                 if half.at_eof {
-                    return Ok(Some(room::bytes(py, b"")?));
+                    return Ok(Some(bytes_builder::bytes(py, b"")?));
                 }
                 return half.receive(py, max_bytes.min(READ_SIZE));
             }
@@ -295,7 +295,7 @@ impl RawStream {
         let read_ahead = {
             let mut half = self.lock();
             half.give_up_large(py);
-            room::bytes(py, &half.input)
+            bytes_builder::bytes(py, &half.input)
         };
         Ok(read_ahead?)
     }
@@ -312,7 +312,7 @@ impl RawStream {
             loop {
                 let frame = framing::split_frame(&mut half.input, max_bytes);
                 if let Some(frame) = frame.map_err(StreamError::protocol)? {
-                    return Ok(Some(vec![room::bytes(py, &frame)?]));
+                    return Ok(Some(vec![bytes_builder::bytes(py, &frame)?]));
                 }
                 if half.at_eof {
                     return if half.input.is_empty() {
@@ -442,7 +442,7 @@ impl RawStream {
     fn close(&self, py: Python<'_>, abort: bool, keep_input: bool) {
         let mut half = self.lock();
         half.give_up_large(py);
-        let forked = super::pid::pid() != self.pid;
+        let forked = super::fork_guard::pid() != self.pid;
         if keep_input && !forked {
             // Whatever this fails at, a close has nobody to tell.
             let _ = half.flush();
@@ -594,7 +594,7 @@ impl Half {
     ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let socket = self.socket()?;
         let received = if self.bulk {
-            let mut room = Room::new(py, size)?;
+            let mut room = BytesBuilder::new(py, size)?;
             match socket.read(room.rest(py)).map_err(StreamError::Broken)? {
                 Some(count) => {
                     room.advance(py, count);
@@ -604,7 +604,7 @@ impl Half {
             }
         } else {
             // What comes is likely to be much less, and is copied to an object of its size.
-            let read = socket.read_with(size, |bytes| room::bytes(py, bytes));
+            let read = socket.read_with(size, |bytes| bytes_builder::bytes(py, bytes));
             read.map_err(StreamError::Broken)?.transpose()?
         };
         if let Some(bytes) = &received {
@@ -639,7 +639,7 @@ impl Half {
             // Of what was announced, so much must have come before there is room for all of it.
             return false;
         }
-        let Ok(mut room) = Room::new(py, count) else {
+        let Ok(mut room) = BytesBuilder::new(py, count) else {
             return false;
         };
         room.push(py, &self.input);
@@ -755,7 +755,7 @@ impl Half {
     }
 
     fn take<'py>(&mut self, py: Python<'py>, count: usize) -> StreamResult<Bound<'py, PyBytes>> {
-        let bytes = room::bytes(py, &self.input[..count])?;
+        let bytes = bytes_builder::bytes(py, &self.input[..count])?;
         if count == self.input.len() {
             // A large buffer is given back; a small one is used again.
             if self.input.capacity() > READ_SIZE {

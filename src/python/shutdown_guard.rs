@@ -33,10 +33,10 @@ thread_local! {
 }
 
 /// A way through Rust into Python, for as long as it lives.
-pub struct Inside(());
+pub struct ShutdownGuard(());
 
 /// To be called on it by what event loops call, and what calls Python.
-pub fn inside(py: Python<'_>) -> Inside {
+pub fn enter(py: Python<'_>) -> ShutdownGuard {
     let depth = DEPTH.get();
     if depth == 0 {
         if NEAR.load(Ordering::Relaxed) && !ENDING.get() && is_this_process() {
@@ -45,10 +45,10 @@ pub fn inside(py: Python<'_>) -> Inside {
         INSIDE.fetch_add(1, Ordering::Relaxed);
     }
     DEPTH.set(depth + 1);
-    Inside(())
+    ShutdownGuard(())
 }
 
-impl Drop for Inside {
+impl Drop for ShutdownGuard {
     fn drop(&mut self) {
         let depth = DEPTH.get() - 1;
         DEPTH.set(depth);
@@ -76,7 +76,7 @@ pub fn _the_end_is_near(py: Python<'_>) {
 
 /// Has Python call that.
 pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    PROCESS.store(super::pid::pid(), Ordering::Relaxed);
+    PROCESS.store(super::fork_guard::pid(), Ordering::Relaxed);
     let callback = module.getattr("_the_end_is_near")?;
     module
         .py()
@@ -86,7 +86,7 @@ pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 fn is_this_process() -> bool {
-    PROCESS.load(Ordering::Relaxed) == super::pid::pid()
+    PROCESS.load(Ordering::Relaxed) == super::fork_guard::pid()
 }
 
 /// Waits without the interpreter, for good if its end has come.

@@ -54,13 +54,13 @@ pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, 
 }
 
 /// A bytes object nobody else has seen, of which the first `filled` bytes are written.
-pub struct Room {
+pub struct BytesBuilder {
     object: Py<PyBytes>,
     filled: usize,
 }
 
 #[allow(unsafe_code)]
-impl Room {
+impl BytesBuilder {
     /// Room for `size` bytes, at least one.
     ///
     /// # Errors

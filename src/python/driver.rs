@@ -1,0 +1,446 @@
+//! Drives a file descriptor with callbacks of an event loop. A `Driver` knows the loop: it registers
+//! callbacks, makes and completes futures, and notices a fork or a closed loop. `Driven` is a connection
+//! on top of it, whose state is locked: what is decoded, and whose future is completed, is its own.
+//!
+//! No Python is called while the state is locked, since it could come back to the same connection.
+//! What happens under the lock is reported as Rust values.
+
+use super::channel::Channel;
+use super::errors::{self, Loss};
+use super::fork_guard::pid;
+use super::future;
+use super::shutdown_guard::enter;
+use super::socket::Socket;
+use super::wake::{LoopKind, WakeBatch, WakeUp};
+use pyo3::prelude::*;
+use pyo3::pyclass::boolean_struct::True;
+use pyo3::types::PyList;
+use pyo3::{intern, PyClass, PyTraverseError, PyVisit};
+use std::os::fd::RawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// A descriptor on its event loop.
+pub struct Driver {
+    /// asyncio's or uvloop's loop, or p2pclient_rs.reactor.TrioReactor, which has the same methods.
+    event_loop: Py<PyAny>,
+    kind: &'static LoopKind,
+    fd: RawFd,
+    pid: u32,
+    batch: WakeBatch,
+}
+
+/// One of the two things that a loop watches a descriptor for.
+#[derive(Clone, Copy)]
+pub enum Way {
+    Read,
+    Write,
+}
+
+/// Which callbacks are registered with the loop. Guarded by the lock of the state that it is part of.
+#[derive(Default, Clone, Copy)]
+pub struct Registered {
+    pub reader: bool,
+    pub writer: bool,
+}
+
+/// The calls to the loop that make its registrations what they should be.
+#[derive(Default, Clone, Copy)]
+pub struct Registrations {
+    /// Whether to add the callback or remove it.
+    reader: Option<bool>,
+    writer: Option<bool>,
+}
+
+impl Registered {
+    /// Takes note of what should be registered, and returns the calls to make without the lock.
+    pub fn update(&mut self, reader: bool, writer: bool) -> Registrations {
+        let change = |registered: &mut bool, wanted| {
+            let before = std::mem::replace(registered, wanted);
+            (before != wanted).then_some(wanted)
+        };
+        Registrations {
+            reader: change(&mut self.reader, reader),
+            writer: change(&mut self.writer, writer),
+        }
+    }
+}
+
+impl Registrations {
+    fn adds(self) -> bool {
+        self.reader == Some(true) || self.writer == Some(true)
+    }
+}
+
+/// How many operations in a row may find their result ready before the caller has to let the event loop
+/// go on.
+#[derive(Default)]
+pub struct Attempts(u8);
+
+impl Attempts {
+    const MAX: u8 = 16;
+
+    /// Whether to try another operation at once.
+    pub fn another(&mut self) -> bool {
+        let may = self.0 < Self::MAX;
+        self.0 += u8::from(may);
+        may
+    }
+
+    /// The event loop has gone on.
+    pub fn start_over(&mut self) {
+        self.0 = 0;
+    }
+}
+
+impl Driver {
+    pub fn new(event_loop: &Bound<'_, PyAny>, fd: RawFd) -> Self {
+        Self {
+            event_loop: event_loop.clone().unbind(),
+            kind: LoopKind::of(event_loop),
+            fd,
+            pid: pid(),
+            batch: WakeBatch::default(),
+        }
+    }
+
+    /// Whether this is a forked child, whose parent the descriptor and the loop belong to.
+    pub fn is_forked(&self) -> bool {
+        pid() != self.pid
+    }
+
+    /// Raises `ForkedClientError` in a forked child.
+    pub fn check_fork(&self, what: &str) -> PyResult<()> {
+        errors::check_fork(self.pid, what)
+    }
+
+    pub fn create_future<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        future::create(self.event_loop.bind(py))
+    }
+
+    pub fn may_wake(&self, py: Python<'_>) -> PyResult<bool> {
+        self.kind.may_wake(self.event_loop.bind(py))
+    }
+
+    /// Completes a future, and appends to `ready` the call that resumes its task, if that is to be
+    /// resumed in place.
+    pub fn complete(
+        &self,
+        future: &Bound<'_, PyAny>,
+        outcome: PyResult<Py<PyAny>>,
+        in_place: bool,
+        ready: &Bound<'_, PyList>,
+    ) {
+        self.push(ready, future::complete(future, outcome, in_place));
+    }
+
+    /// As `future::push`, of wake-ups that may be the first of this type of loop.
+    pub fn push(&self, ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
+        let event_loop = self.event_loop.bind(ready.py());
+        let completed = completed.and_then(|wake_up| {
+            let wake_up = wake_up.map(|wake_up| self.kind.until_proven(event_loop, wake_up));
+            wake_up.transpose()
+        });
+        future::push(ready, completed);
+    }
+
+    /// Whether the caller is a task that a callback for this descriptor is resuming.
+    pub fn in_wake_batch(&self) -> bool {
+        self.batch.is_here()
+    }
+
+    /// Has the loop call `callback(argument)` when the descriptor is ready.
+    pub fn add(
+        &self,
+        way: Way,
+        callback: &Bound<'_, PyAny>,
+        argument: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let py = callback.py();
+        let add = match way {
+            Way::Read => intern!(py, "add_reader"),
+            Way::Write => intern!(py, "add_writer"),
+        };
+        let event_loop = self.event_loop.bind(py);
+        event_loop.call_method1(add, (self.fd, callback, argument))?;
+        Ok(())
+    }
+
+    pub fn remove(&self, py: Python<'_>, way: Way) -> PyResult<()> {
+        let remove = match way {
+            Way::Read => intern!(py, "remove_reader"),
+            Way::Write => intern!(py, "remove_writer"),
+        };
+        self.event_loop.bind(py).call_method1(remove, (self.fd,))?;
+        Ok(())
+    }
+
+    /// Whether the loop can watch nothing and wake nobody any more.
+    pub fn loop_is_closed(&self, py: Python<'_>) -> PyResult<bool> {
+        let event_loop = self.event_loop.bind(py);
+        event_loop
+            .call_method0(intern!(py, "is_closed"))?
+            .is_truthy()
+    }
+
+    pub fn call_soon(&self, callback: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = callback.py();
+        let event_loop = self.event_loop.bind(py);
+        event_loop.call_method1(intern!(py, "call_soon"), (callback,))?;
+        Ok(())
+    }
+
+    /// Does nothing if the loop is closed, which a finalizer can find.
+    pub fn call_later(&self, delay: Duration, callback: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = callback.py();
+        if !self.loop_is_closed(py)? {
+            let arguments = (delay.as_secs_f64(), callback);
+            let event_loop = self.event_loop.bind(py);
+            event_loop.call_method1(intern!(py, "call_later"), arguments)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the callbacks of a connection that is lost, and ends its socket: `gracefully` if the
+    /// last bytes sent must not be overtaken by a reset. Returns whether the loop can still wake those
+    /// who wait, and the first error.
+    pub fn close(
+        &self,
+        py: Python<'_>,
+        socket: Socket,
+        registered: Registered,
+        gracefully: bool,
+    ) -> (bool, PyResult<()>) {
+        let mut outcome = Ok(());
+        let is_closed = self.loop_is_closed(py).unwrap_or_else(|error| {
+            outcome = Err(error);
+            true
+        });
+        if !is_closed {
+            for (way, is_registered) in [
+                (Way::Read, registered.reader),
+                (Way::Write, registered.writer),
+            ] {
+                if is_registered {
+                    outcome = outcome.and(self.remove(py, way));
+                }
+            }
+        }
+        if gracefully {
+            socket.close();
+        } else {
+            socket.end();
+        }
+        (!is_closed, outcome)
+    }
+
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.event_loop)
+    }
+}
+
+/// A connection that a loop calls back for.
+pub trait Driven: PyClass<Frozen = True> + Sync {
+    type State: DrivenState;
+
+    fn driver(&self) -> &Driver;
+
+    fn state(&self) -> &Mutex<Self::State>;
+
+    /// The Python function that the loop is to call with this when the descriptor is readable: it
+    /// calls `read`, then makes the calls that are ready, then calls `flush`.
+    fn on_readable(&self) -> &Py<PyAny>;
+
+    /// Completes the futures that an event is for. Returns a call to make.
+    fn handle(
+        slf: &Bound<'_, Self>,
+        event: <Self::State as DrivenState>::Event,
+        in_place: bool,
+    ) -> PyResult<Option<WakeUp>>;
+
+    /// Does what a change of the state calls for.
+    fn run(
+        slf: &Bound<'_, Self>,
+        follow_up: <Self::State as DrivenState>::FollowUp,
+    ) -> PyResult<()>;
+
+    /// Ends the connection: fails everything that waits for it.
+    fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()>;
+
+    /// As `lose`, of a connection that cannot be written to.
+    fn lose_writing(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
+        Self::lose(slf, loss)
+    }
+}
+
+/// The locked state of a connection.
+pub trait DrivenState {
+    /// What has come over the connection.
+    type Event;
+    /// What is to be done without the lock.
+    type FollowUp;
+
+    fn channel(&mut self) -> &mut Channel;
+
+    /// Reads what has come, within the budget. The loop has called back.
+    fn read(&mut self, events: &mut Vec<Self::Event>) -> Result<(), Loss>;
+
+    /// Sends what waits, unless it is corked.
+    fn flush(&mut self) -> Result<(), Loss>;
+
+    /// Keeps why reading has ended until the events before that are handled.
+    fn loss(&mut self) -> &mut Option<Loss>;
+
+    fn follow_up(&mut self) -> Self::FollowUp;
+}
+
+/// Locks the state of a connection.
+pub fn lock<C: Driven>(this: &C) -> MutexGuard<'_, C::State> {
+    this.state().lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads what has come, and appends the calls to make for it to `ready`. `flush` must follow when they
+/// are made, also if one of them raised.
+pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResult<()> {
+    let driver = slf.get().driver();
+    if driver.is_forked() {
+        return Ok(());
+    }
+    let _guard = enter(slf.py());
+    // First, since a signal handler can raise in it, and nothing that was read may be lost then.
+    let may_wake = driver.may_wake(slf.py())?;
+    if may_wake {
+        driver.batch.begin();
+    } else {
+        driver.batch.end();
+    }
+    let mut events = Vec::new();
+    let lost = {
+        let mut state = lock(slf.get());
+        let loss = state.read(&mut events).err();
+        if events.len() > 1 {
+            // The tasks that are about to be resumed will send more: all of it goes out at once.
+            state.channel().cork();
+        }
+        let lost = loss.is_some();
+        *state.loss() = loss;
+        lost
+    };
+    // Nobody may use a connection that is lost: its tasks go on when it is known to be.
+    handle_all(slf, events, may_wake && !lost, ready);
+    Ok(())
+}
+
+/// Handles events, and appends the calls to make for them to `ready`.
+pub fn handle_all<C: Driven>(
+    slf: &Bound<'_, C>,
+    events: Vec<<C::State as DrivenState>::Event>,
+    in_place: bool,
+    ready: &Bound<'_, PyList>,
+) {
+    let _guard = enter(slf.py());
+    let driver = slf.get().driver();
+    for event in events {
+        driver.push(ready, C::handle(slf, event, in_place));
+    }
+}
+
+/// Loses the connection, if that is what reading has ended with; otherwise sends what waits: `now`, or
+/// in the next iteration of the loop, when the tasks that were woken have run.
+pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
+    let driver = slf.get().driver();
+    driver.batch.end();
+    if driver.is_forked() {
+        return Ok(());
+    }
+    let _guard = enter(slf.py());
+    let (mut loss, mut corked) = (None, false);
+    let changed = change_state(slf.get(), |state| {
+        loss = state.loss().take();
+        if now {
+            state.channel().uncork();
+        }
+        corked = state.channel().is_corked();
+        state.flush()
+    });
+    if let Some(loss) = loss {
+        return C::lose(slf, loss);
+    }
+    if corked {
+        driver.call_soon(&slf.as_any().getattr(intern!(slf.py(), "_uncork"))?)?;
+    }
+    after(slf, changed)
+}
+
+/// Sends what was corked.
+pub fn uncork<C: Driven>(slf: &Bound<'_, C>) -> PyResult<()> {
+    change(slf, |state| {
+        state.channel().uncork();
+        state.flush()
+    })
+}
+
+/// Changes the state of a connection, which may be closed, in which case nothing happens, or the
+/// parent's.
+pub fn change<C: Driven>(
+    slf: &Bound<'_, C>,
+    f: impl FnOnce(&mut C::State) -> Result<(), Loss>,
+) -> PyResult<()> {
+    if slf.get().driver().is_forked() {
+        return Ok(());
+    }
+    let changed = change_state(slf.get(), f);
+    after(slf, changed)
+}
+
+/// What follows from a change, for `after`.
+pub type Changed<C> = Result<<<C as Driven>::State as DrivenState>::FollowUp, Loss>;
+
+/// As `change`, with nothing that runs Python.
+pub fn change_state<C: Driven>(
+    this: &C,
+    f: impl FnOnce(&mut C::State) -> Result<(), Loss>,
+) -> Changed<C> {
+    let mut state = lock(this);
+    if state.channel().is_open() {
+        f(&mut state)?;
+    }
+    Ok(state.follow_up())
+}
+
+/// Does what follows from `change_state`.
+pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()> {
+    match changed {
+        Ok(follow_up) => C::run(slf, follow_up),
+        Err(loss) => C::lose_writing(slf, loss),
+    }
+}
+
+/// Makes the calls that change the loop's registrations.
+pub fn register<C: Driven>(slf: &Bound<'_, C>, registrations: Registrations) -> PyResult<()> {
+    let (py, this) = (slf.py(), slf.get());
+    let driver = this.driver();
+    // Python code that has run since the state was unlocked may have closed the socket: its number may
+    // be another file's by now.
+    let may_add = !registrations.adds() || lock(this).channel().is_open();
+    match registrations.reader {
+        Some(true) if may_add => {
+            driver.add(Way::Read, this.on_readable().bind(py), slf.as_any())?
+        }
+        Some(false) => driver.remove(py, Way::Read)?,
+        _ => {}
+    }
+    match registrations.writer {
+        Some(true) if may_add => {
+            // A bound method of this class, with the argument that all callbacks get.
+            let callback = slf
+                .as_any()
+                .get_type()
+                .getattr(intern!(py, "_on_writable"))?;
+            driver.add(Way::Write, &callback, slf.as_any())?;
+        }
+        Some(false) => driver.remove(py, Way::Write)?,
+        _ => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! The futures that tasks await: made by the event loop, completed by a driver.
+
+use super::shutdown_guard::enter;
+use super::wake::{self, WakeUp};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+/// A new future of an event loop.
+pub fn create<'py>(event_loop: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    event_loop.call_method0(intern!(event_loop.py(), "create_future"))
+}
+
+/// Whether a future has a result, or was cancelled.
+pub fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
+    future
+        .call_method0(intern!(future.py(), "done"))?
+        .is_truthy()
+}
+
+/// Completes a future, unless it is done. With `in_place`, returns the call that resumes its task;
+/// without it, or if that is not possible, the event loop resumes the task in its next iteration.
+pub fn complete(
+    future: &Bound<'_, PyAny>,
+    outcome: PyResult<Py<PyAny>>,
+    in_place: bool,
+) -> PyResult<Option<WakeUp>> {
+    let py = future.py();
+    let _guard = enter(py);
+    if is_done(future)? {
+        return Ok(None);
+    }
+    let wake_up = in_place.then(|| wake::take_from(future)).flatten();
+    match outcome {
+        Ok(value) => future.call_method1(intern!(py, "set_result"), (value,))?,
+        Err(error) => future.call_method1(intern!(py, "set_exception"), (error.into_value(py),))?,
+    };
+    Ok(wake_up)
+}
+
+/// Appends what `complete` returned to `ready`. An error is reported and does not stop the batch.
+pub fn push(ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
+    let pushed = match completed {
+        Ok(Some(wake_up)) => ready.append(wake_up),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = pushed {
+        error.write_unraisable(ready.py(), None);
+    }
+}

@@ -1,0 +1,49 @@
+//! The payload of a unary call: a Python bytes object from the start.
+
+use p2pd_protocol::unary::Payload;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+/// A payload that is received into the bytes object that Python gets.
+pub struct PyPayload(Py<PyBytes>);
+
+impl PyPayload {
+    pub fn into_bytes(self) -> Py<PyBytes> {
+        self.0
+    }
+}
+
+#[allow(unsafe_code)]
+impl Payload for PyPayload {
+    fn with_len(len: usize) -> Option<Self> {
+        Python::attach(|py| {
+            let size = isize::try_from(len).ok()?;
+            // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
+            // back is a new reference or null with an exception set. Zeroing it instead would cost
+            // a pass over every large payload; the protocol emits it only when all is written.
+            let bytes = unsafe {
+                let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
+                Bound::from_owned_ptr_or_err(py, new)
+            };
+            let bytes = bytes.ok()?.cast_into::<PyBytes>().ok()?;
+            Some(Self(bytes.unbind()))
+        })
+    }
+
+    fn copy_from(bytes: &[u8]) -> Self {
+        Python::attach(|py| Self(PyBytes::new(py, bytes).unbind()))
+    }
+
+    fn as_mut(&mut self) -> &mut [u8] {
+        Python::attach(|py| {
+            let len = self.0.bind(py).as_bytes().len();
+            // SAFETY: the object is a bytes object of that length. It is changed only while it is
+            // being received, when nothing but this `&mut self` refers to it, and it is only
+            // written to before all of it is.
+            unsafe {
+                let data = pyo3::ffi::PyBytes_AsString(self.0.as_ptr());
+                std::slice::from_raw_parts_mut(data.cast::<u8>(), len)
+            }
+        })
+    }
+}
