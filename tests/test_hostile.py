@@ -866,9 +866,9 @@ async def test_header_may_have_unknown_fields_and_arrive_one_byte_at_a_time() ->
 async def test_half_open_inbound_streams_are_bounded_in_number_and_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "_MAX_HALF_OPEN", 5)
-    monkeypatch.setattr(inbound, "_HALF_OPEN_PATIENCE", 0.01)
-    monkeypatch.setattr(inbound, "_HEADER_TIMEOUT", 1.0)
+    monkeypatch.setattr(inbound, "MAX_HALF_OPEN", 5)
+    monkeypatch.setattr(inbound, "HALF_OPEN_PATIENCE", 0.01)
+    monkeypatch.setattr(inbound, "HEADER_TIMEOUT", 1.0)
     async with listening() as (_, connect, got):
         silent = [connect() for _ in range(20)]
         for connection in silent[::2]:

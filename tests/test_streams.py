@@ -1482,7 +1482,7 @@ async def test_header_arriving_byte_by_byte_is_accepted(pair: Pair) -> None:
 async def test_header_timeout_starts_with_its_first_byte(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pclient_rs.inbound._HEADER_TIMEOUT", 0.05)
+    monkeypatch.setattr("p2pclient_rs.inbound.HEADER_TIMEOUT", 0.05)
     pair.bob.control.handlers["/echo"] = echo
     with connect_to_listener(pair.bob) as daemon:
         daemon.setblocking(False)

@@ -19,7 +19,12 @@ from typing import (
 from typing_extensions import Buffer, Self, disjoint_base
 
 __all__ = [
+    "ACCEPT_PAUSE",
     "DEBUG_BUILD",
+    "HALF_OPEN_PATIENCE",
+    "HEADER_TIMEOUT",
+    "MAX_HALF_OPEN",
+    "MAX_HEADER",
     "MAX_IDLE",
     "MAX_SLOW_REQUESTS",
     "UNKNOWN_REQUEST",
@@ -27,10 +32,12 @@ __all__ = [
     "ControlConnection",
     "DaemonOptions",
     "DaemonProcess",
+    "HalfOpen",
     "Identity",
     "InvalidMultiaddr",
     "InvalidPeerID",
     "Lifecycle",
+    "LogThrottle",
     "Multiaddr",
     "PeerID",
     "PeerInfo",
@@ -44,6 +51,7 @@ __all__ = [
     "RawStream",
     "Readiness",
     "Reconnection",
+    "Registering",
     "Request",
     "Retry",
     "Startup",
@@ -74,6 +82,15 @@ DEBUG_BUILD: bool
 MAX_IDLE: int
 #: How many requests may run at once that make the daemon ask other peers.
 MAX_SLOW_REQUESTS: int
+#: The largest header of an inbound stream, in bytes, and how long it may take, in seconds.
+MAX_HEADER: int
+HEADER_TIMEOUT: float
+#: How many connections may be without a header, besides one for each handler. If there are more,
+#: those are closed that have been for this long, in seconds.
+MAX_HALF_OPEN: int
+HALF_OPEN_PATIENCE: float
+#: The pause after a failed accept, in seconds.
+ACCEPT_PAUSE: float
 #: The message for a request that the daemon does not know.
 UNKNOWN_REQUEST: str
 
@@ -85,6 +102,9 @@ UNKNOWN_REQUEST: str
 _UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 _ReplyT = TypeVar("_ReplyT", covariant=True)
+_Action: TypeAlias = Literal[
+    "register", "remove", "probe", "registered", "last error", "first error"
+]
 _ConnectionT = TypeVar("_ConnectionT", bound=tuple[ControlConnection, object])
 
 class _ToBytes(TypingProtocol):
@@ -488,6 +508,58 @@ class ConnectionPool(Generic[_ConnectionT]):
         """Begins a request on a witness. Returns its connection, or None if it is gone."""
     def end_probe(self, witness: int) -> None:
         """Ends a request on a witness. Closes its connection if it cannot be used again."""
+
+@final
+class HalfOpen:
+    """The accepted connections that have no complete header yet. Times are in seconds.
+
+    Args:
+        max: How many there may be, besides one for each handler.
+        patience: How long a connection may be without a header if there are more.
+    """
+
+    def __new__(cls, max: int, patience: float) -> HalfOpen: ...
+    def enter(self, now: float) -> int:
+        """Notes a connection accepted at ``now``. Returns its number."""
+    def leave(self, number: int) -> None:
+        """Forgets a connection."""
+    def admission(self, handlers: int, now: float) -> float | int | None:
+        """Decides whether another connection may be accepted: None if it may, a float for the
+        seconds to wait, an int for the number of a connection to close first."""
+
+@final
+class LogThrottle:
+    """Allows one log line of a kind in each second, and counts the suppressed ones."""
+
+    def __new__(cls) -> LogThrottle: ...
+    def note(self, now: float) -> int | None:
+        """Notes an event at ``now``, in seconds. Returns the number of suppressed lines since the
+        last one, or None if this one is suppressed too."""
+
+@final
+class Registering:
+    """The registration of one protocol, under way.
+
+    Args:
+        balanced: Whether several clients may serve the protocol in turn.
+        former: Whether the former registration is balanced, unchanged, and has a witness; None if
+            there is none.
+        replace: Whether the former registration may be replaced.
+    """
+
+    def __new__(
+        cls, balanced: bool, former: tuple[bool, bool, bool] | None, replace: bool
+    ) -> Registering: ...
+    def first(self) -> tuple[_Action, bool]:
+        """The first action. The bool says whether to register the protocol as balanced, or whether
+        to remove it with the former address."""
+    def next(
+        self, reply: Literal["done", "taken", "refused", "unreachable", "lost"]
+    ) -> tuple[_Action, bool]:
+        """The next action, after the last one has gone like this."""
+    @property
+    def record(self) -> Literal["former", "current", "none"]:
+        """Which registration the daemon has, or may have."""
 
 def may_retry(pooled: bool, repeated: bool, unsent: bool) -> bool:
     """Whether to send a request once more, on a new connection.

@@ -10,7 +10,19 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from p2pclient_rs._native import Multiaddr, RawListener, RawStream, StreamInfo, decode_stream_info
+from p2pclient_rs._native import (
+    ACCEPT_PAUSE,
+    HALF_OPEN_PATIENCE,
+    HEADER_TIMEOUT,
+    MAX_HALF_OPEN,
+    MAX_HEADER,
+    HalfOpen,
+    Multiaddr,
+    RawListener,
+    RawStream,
+    StreamInfo,
+    decode_stream_info,
+)
 from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import DispatchFailure
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler, logger
@@ -20,13 +32,9 @@ from p2pclient_rs.streams import Stream
 
 __all__ = ["InboundStreams"]
 
-#: The StreamInfo before an inbound stream is small, and comes at once.
-_MAX_HEADER = 64 * 1024
-_HEADER_TIMEOUT = 30.0
-#: So many inbound streams may be without theirs; when there are more, the oldest ones go that were
-#: given this long to send it, in seconds.
-_MAX_HALF_OPEN = 256
-_HALF_OPEN_PATIENCE = 1.0
+
+#: While there are too many connections without a header, how often to look again, in seconds.
+_SHORTEST_PAUSE = 0.02
 
 
 class InboundStreams:
@@ -52,8 +60,9 @@ class InboundStreams:
         #: The options of handlers that were registered, by protocol.
         self._options: dict[str, HandlerOptions] = {}
         self._lingering: Lingering | None = None
-        #: What waits for the header of an inbound stream, the oldest first, and since when.
-        self._half_open: dict[anyio.CancelScope, float] = {}
+        self._half_open = HalfOpen(MAX_HALF_OPEN, HALF_OPEN_PATIENCE)
+        #: By its number there: the scope in which the header of a connection is read.
+        self._headers: dict[int, anyio.CancelScope] = {}
         self._refusals = Refusals()
 
     @property
@@ -63,22 +72,21 @@ class InboundStreams:
 
     def _accept_one(self, listener: RawListener, start: Start) -> float | None:
         """Accepts at most one inbound stream; see ``listening.Acceptor``."""
-        # jsp2pd has one for each handler, from its registration on.
-        if len(self._half_open) > _MAX_HALF_OPEN + len(self.handlers):
-            oldest, since = next(iter(self._half_open.items()))
-            if (wait := since + _HALF_OPEN_PATIENCE - anyio.current_time()) > 0:
-                return min(wait, 0.02)
-            oldest.cancel()
+        admission = self._half_open.admission(len(self.handlers), anyio.current_time())
+        if admission is not None:
+            if isinstance(admission, float):
+                return min(admission, _SHORTEST_PAUSE)
+            self._headers[admission].cancel()
             return 0.0
         try:
             raw = listener.try_accept()
         except OSError as error:
-            # Out of descriptors, most likely: others will be closed. Streams wait until then.
+            # Most likely out of descriptors. Streams wait in the socket until some are closed.
             words = "cannot accept a stream at %s: %s"
             self._refusals.log(
                 "accept_errors", self.logger, logging.ERROR, words, self.listen_maddr, error
             )
-            return 0.1
+            return ACCEPT_PAUSE
         if raw is None:
             return None
         self._refusals.count("accepted")
@@ -139,16 +147,17 @@ class InboundStreams:
 
     async def _header(self, stream: Stream) -> bytes:
         with UnlessClosed(anyio.CancelScope()) as scope:
-            self._half_open[scope] = anyio.current_time()
+            number = self._half_open.enter(anyio.current_time())
+            self._headers[number] = scope
             try:
-                # The JavaScript daemon connects when a handler is registered, and says nothing
-                # until there is a stream.
+                # jsp2pd connects when a handler is registered, and writes when a stream comes.
                 await stream._watch.readable()
-                scope.deadline = anyio.current_time() + _HEADER_TIMEOUT
-                return await stream.receive_frame(_MAX_HEADER)
+                scope.deadline = anyio.current_time() + HEADER_TIMEOUT
+                return await stream.receive_frame(MAX_HEADER)
             finally:
-                del self._half_open[scope]
-        raise DispatchFailure("the daemon does not say what it is")
+                self._half_open.leave(number)
+                del self._headers[number]
+        raise DispatchFailure("the daemon has sent no header in time")
 
     async def _handle(
         self, handler: Callable[..., Awaitable[object]], info: StreamInfo, stream: Stream

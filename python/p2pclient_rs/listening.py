@@ -13,13 +13,13 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 
-from p2pclient_rs._native import Multiaddr, RawListener, endpoint
+from p2pclient_rs._native import LogThrottle, Multiaddr, RawListener, endpoint
 from p2pclient_rs.exceptions import ControlFailure
 from p2pclient_rs.loops import Work, current_loop, reactor, watch
 
@@ -30,9 +30,6 @@ _MAX_SOCKET_PATH = 103
 
 #: The socket's name in a private directory.
 _SOCKET = "listen.sock"
-
-#: The least time between two log lines of one kind, in seconds.
-_QUIET = 1.0
 
 T = TypeVar("T")
 
@@ -300,35 +297,34 @@ class ListenerStats:
     accept_errors: int = 0
 
 
-@dataclass
 class Refusals:
     """Counts inbound streams and logs refusals, at most one line per kind and second.
 
     A line gives the number of those suppressed before it.
     """
 
-    counts: dict[str, int] = field(default_factory=dict)
-    #: By kind: the time of the last line, and how many were suppressed since.
-    _logged: dict[str, tuple[float, int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._throttles: dict[str, LogThrottle] = {}
 
     def count(self, kind: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self._counts[kind] = self._counts.get(kind, 0) + 1
 
     def stats(self) -> ListenerStats:
-        return ListenerStats(**self.counts)
+        return ListenerStats(**self._counts)
 
     def log(
         self, kind: str, logger: logging.Logger, level: int, message: str, *args: object
     ) -> None:
         """Counts one event and logs it, unless the last line of its kind is too recent."""
         self.count(kind)
-        now = time.monotonic()
-        last, withheld = self._logged.get(kind, (-_QUIET, 0))
-        if now - last < _QUIET:
-            self._logged[kind] = last, withheld + 1
+        throttle = self._throttles.get(kind)
+        if throttle is None:
+            throttle = self._throttles[kind] = LogThrottle()
+        suppressed = throttle.note(time.monotonic())
+        if suppressed is None:
             return
-        self._logged[kind] = now, 0
-        if withheld:
+        if suppressed:
             message += " (and %d more since the last such line)"
-            args = (*args, withheld)
+            args = (*args, suppressed)
         logger.log(level, message, *args)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import anyio
 
-from p2pclient_rs._native import UNKNOWN_REQUEST, Multiaddr, Request
+from p2pclient_rs._native import (
+    UNKNOWN_REQUEST,
+    Multiaddr,
+    Registering,
+    Request,
+    refusal_kind,
+)
 from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
+    ControlTimeout,
     DaemonRefused,
     DaemonUnreachable,
     NotSupported,
@@ -24,6 +31,9 @@ __all__ = ["Registrations"]
 
 #: How long the removal of a former registration may take, in seconds, even for a cancelled caller.
 _REPLACING = 5.0
+
+
+Reply: TypeAlias = Literal["done", "taken", "refused", "unreachable", "lost"]
 
 
 class Owner(Protocol):
@@ -47,6 +57,101 @@ class _Registration:
     balanced: bool
     #: By which `DaemonConnector.still_registered` knows the daemon again; None if it cannot.
     token: object | None
+
+
+class _Attempt:
+    """Carries out the requests that the registration policy asks for."""
+
+    def __init__(self, all: Registrations, owner: Owner, proto: str, balanced: bool) -> None:
+        self._all = all
+        self._owner = owner
+        self._connector = owner.daemon_connector
+        self._proto = proto
+        former = all._registered.get(proto)
+        maddr = Multiaddr(owner.listen_maddr)
+        self._former = former
+        self._current = _Registration(maddr, balanced, None)
+        self._policy = Registering(
+            balanced,
+            None
+            if former is None
+            else (
+                former.balanced,
+                former.maddr == maddr and former.balanced == balanced,
+                former.token is not None,
+            ),
+            owner._replaces_handlers,
+        )
+        #: The error of the first STREAM_HANDLER request, and of the last request.
+        self.first_error: ControlFailure | None = None
+        self.last_error: ControlFailure | None = None
+        #: The next action, and its argument.
+        self.action, self._flag = self._policy.first()
+
+    async def run(self, *actions: str) -> None:
+        """Carries out actions, as long as the next one is one of ``actions``."""
+        while self.action in actions:
+            self.last_error = None
+            try:
+                same = await self._carry_out()
+            except ControlFailure as error:
+                self.last_error = error
+                if self.action == "register" and self.first_error is None:
+                    self.first_error = error
+                reply = _reply(error)
+            else:
+                reply = "done" if same else "refused"
+            self.action, self._flag = self._policy.next(reply)
+            self._remember()
+
+    async def _carry_out(self) -> bool:
+        """Carries out one action. Returns whether the daemon is the same, if that is the action."""
+        if self.action == "probe":
+            assert self._former is not None
+            return await self._connector.still_registered(self._former.token)
+        if self.action == "remove":
+            registration = self._former if self._flag else self._current
+            assert registration is not None
+            await self._connector.request(
+                "REMOVE_STREAM_HANDLER",
+                Request.remove_stream_handler(registration.maddr, self._proto),
+            )
+            return True
+        maddr, balanced = Multiaddr(self._owner.listen_maddr), self._flag
+        self._current = _Registration(maddr, balanced, None)
+        self._remember()
+        request = Request.stream_handler(maddr, self._proto, balanced)
+        await self._connector.request("STREAM_HANDLER", request)
+        self._current = _Registration(maddr, balanced, self._connector.registered())
+        return True
+
+    def _remember(self) -> None:
+        record = self._policy.record
+        if record == "former":
+            self._all._remember(self._proto, self._former)
+        else:
+            self._all._remember(self._proto, self._current if record == "current" else None)
+
+    def error(self) -> ControlFailure | None:
+        """The error to raise, if the registration has failed."""
+        if self.action == "registered":
+            return None
+        if self.action == "last error":
+            return self.last_error
+        if self.action == "first error" or self.first_error is not None:
+            return self.first_error
+        # The removal took too long: of a second entry, or of one that the daemon may not have.
+        if self._policy.record == "current":
+            return None
+        return ControlTimeout(f"no answer within {_REPLACING:g} s")
+
+
+def _reply(error: ControlFailure) -> Reply:
+    """What the registration policy needs to know of an error."""
+    if isinstance(error, DaemonRefused):
+        kind = refusal_kind(error.daemon_message or "")
+        return "taken" if kind == "already registered" else "refused"
+    return "unreachable" if isinstance(error, DaemonUnreachable) else "lost"
 
 
 class Registrations:
@@ -78,91 +183,27 @@ class Registrations:
         """Registers a protocol at the daemon, unless it has the registration already.
 
         Raises:
-            DaemonRefused: Another client does.
+            DaemonRefused: Another client serves the protocol.
         """
-        connector = owner.daemon_connector
-        maddr = Multiaddr(owner.listen_maddr)
-        before = self._registered.get(proto)
+        attempt = _Attempt(self, owner, proto, balanced)
         try:
-            await self._register_once(connector, maddr, proto, balanced)
-        except DaemonRefused:
-            # hivemind's fork refuses every name that is taken, even by this client, with the same
-            # words.
-            if before is None or not owner._replaces_handlers:
-                self._restore(proto, before)
-                raise
-            self._registered[proto] = before
-            same = before.maddr == maddr and before.balanced == balanced
-            if same and await connector.still_registered(before.token):
-                return
-            # A removal that is cancelled could overtake a later registration.
-            with UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)):
-                if await self._replace(owner, connector, proto, balanced):
-                    return
-                # Others may share the name: this client goes on sharing it.
-                if before.balanced and not balanced:
-                    try:
-                        await self._register_once(
-                            connector, Multiaddr(owner.listen_maddr), proto, True
-                        )
-                    except DaemonRefused:
-                        del self._registered[proto]
-            raise
-        except DaemonUnreachable:
-            self._restore(proto, before)
-            raise
-        if balanced and before is not None and await connector.still_registered(before.token):
-            # The fork has appended another entry, so that this client would get twice its share.
-            with (
-                UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)),
-                suppress(ControlFailure),
-            ):
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(before.maddr, proto)
-                )
+            await attempt.run("register", "probe")
+            if attempt.action == "remove":
+                # A removal that is cancelled could overtake a later registration.
+                with UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)):
+                    await attempt.run("register", "probe", "remove")
+            error = attempt.error()
+            if error is not None:
+                raise error
+        finally:
+            # The tracebacks of the errors have this frame.
+            attempt.first_error = attempt.last_error = error = None
 
-    async def _replace(
-        self, owner: Owner, connector: DaemonConnector, proto: str, balanced: bool
-    ) -> bool:
-        """Registers a name that is taken; returns False if it is another client's.
-
-        The daemon may have been restarted, and another client may have taken the name: the removal
-        succeeds only if the registration has this client's address.
-        """
-        maddr = Multiaddr(owner.listen_maddr)
-        former = self._registered[proto].maddr
-        while True:
-            try:
-                await connector.request(
-                    "REMOVE_STREAM_HANDLER", Request.remove_stream_handler(former, proto)
-                )
-            except DaemonRefused:
-                del self._registered[proto]
-                return False
-            with suppress(DaemonRefused):
-                await self._register_once(connector, Multiaddr(owner.listen_maddr), proto, balanced)
-                return True
-            # The daemon may have carried out a cancelled request of this client in between.
-            former = maddr
-
-    async def _register_once(
-        self, connector: DaemonConnector, maddr: Multiaddr, proto: str, balanced: bool
-    ) -> None:
-        """Registers a name.
-
-        Raises:
-            DaemonRefused: The name is taken.
-        """
-        # Until the daemon answers, it may have it or not.
-        self._registered[proto] = _Registration(maddr, balanced, None)
-        await connector.request("STREAM_HANDLER", Request.stream_handler(maddr, proto, balanced))
-        self._registered[proto] = _Registration(maddr, balanced, connector.registered())
-
-    def _restore(self, proto: str, before: _Registration | None) -> None:
-        if before is None:
+    def _remember(self, proto: str, registration: _Registration | None) -> None:
+        if registration is None:
             self._registered.pop(proto, None)
         else:
-            self._registered[proto] = before
+            self._registered[proto] = registration
 
     async def unregister(self, owner: Owner, proto: str, timeout: float | None) -> None:
         """Removes a protocol from the daemon.

@@ -24,6 +24,7 @@ mod listener;
 mod multiaddr;
 mod peer_id;
 mod pipeline;
+mod policy;
 mod pool;
 mod process;
 mod public_key;
@@ -67,6 +68,8 @@ mod _native {
     #[pymodule_export]
     use super::pipeline::Pipeline;
     #[pymodule_export]
+    use super::policy::{HalfOpen, LogThrottle, Registering};
+    #[pymodule_export]
     use super::pool::{may_retry, ConnectionPool};
     #[pymodule_export]
     use super::readiness::Readiness;
@@ -106,6 +109,7 @@ mod _native {
         super::shutdown_guard::watch(m)?;
         m.add("Identity", super::datastructures::identity_type(m.py())?)?;
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        super::policy::add_constants(m)?;
         m.add("MAX_IDLE", super::pool::MAX_IDLE)?;
         m.add("MAX_SLOW_REQUESTS", super::pool::MAX_SLOW_REQUESTS)?;
         m.add("UNKNOWN_REQUEST", super::errors::UNKNOWN_REQUEST)?;
