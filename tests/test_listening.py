@@ -37,7 +37,7 @@ from support import new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
 from p2pclient_rs.control import ListenerStats
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 if TYPE_CHECKING:
     from conftest import Pair

@@ -12,7 +12,7 @@ import pytest
 from support import DaemonProcess, eventually
 
 from p2pclient_rs import Client, ControlFailure, DaemonRefused, StreamInfo
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind")]
 

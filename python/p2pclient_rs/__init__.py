@@ -47,11 +47,12 @@ from p2pclient_rs.exceptions import (
     P2PHandlerError,
     ProtocolViolation,
 )
-from p2pclient_rs.opened import OpenedStream
+from p2pclient_rs.opened_stream import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.results import Results
-from p2pclient_rs.streams import IncompleteRead, Stream, StreamAttribute, Subscription
+from p2pclient_rs.stream import IncompleteRead, Stream, StreamAttribute
+from p2pclient_rs.subscription import Subscription
 from p2pclient_rs.unary import UnaryClient
 
 if _DEBUG_BUILD:

@@ -15,11 +15,11 @@ from p2pclient_rs.dht import DHTClient
 from p2pclient_rs.exceptions import DaemonRefused
 from p2pclient_rs.handlers import DEFAULT_LINGER
 from p2pclient_rs.listening import ListenerStats, Listening
-from p2pclient_rs.opened import OpenedStream
+from p2pclient_rs.opened_stream import OpenedStream
 from p2pclient_rs.peerstore import PeerstoreClient
 from p2pclient_rs.pubsub import PubSubClient
 from p2pclient_rs.results import Results
-from p2pclient_rs.streams import Subscription
+from p2pclient_rs.subscription import Subscription
 from p2pclient_rs.unary import (
     DEFAULT_HOLD,
     DEFAULT_MAX_UNANSWERED,

@@ -40,7 +40,7 @@ from p2pclient_rs.loops import (
     run_ready,
 )
 from p2pclient_rs.pool import Pool, PooledConnection
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 from p2pclient_rs.types import MultiaddrLike, PeerIDLike, Types
 
 __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDLike", "Types"]

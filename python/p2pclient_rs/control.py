@@ -34,9 +34,9 @@ from p2pclient_rs.listening import (
     pause,
 )
 from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, watch
-from p2pclient_rs.opened import OpenedStream
+from p2pclient_rs.opened_stream import OpenedStream
 from p2pclient_rs.registration import Registrations
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self

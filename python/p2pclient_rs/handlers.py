@@ -13,7 +13,7 @@ import anyio
 
 from p2pclient_rs._native import StreamInfo
 from p2pclient_rs.loops import current_loop
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 __all__ = ["DEFAULT_LINGER", "HandlerOptions", "Lingering", "StreamHandler", "takes_info"]
 

@@ -28,7 +28,7 @@ from p2pclient_rs.exceptions import DispatchFailure
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler, logger
 from p2pclient_rs.listening import ListenerStats, Refusals, Start
 from p2pclient_rs.loops import UnlessClosed, current_loop, watch
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 __all__ = ["InboundStreams"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from p2pclient_rs._native import PeerID, Request
 from p2pclient_rs.connector import DaemonConnector
-from p2pclient_rs.streams import Subscription
+from p2pclient_rs.subscription import Subscription
 
 __all__ = ["PubSubClient"]
 

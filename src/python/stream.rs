@@ -1,5 +1,5 @@
 //! A byte stream over a non-blocking socket. Nothing here waits: what cannot be done at once
-//! answers `None` (or a count of 0), and `streams.py` waits and tries again.
+//! answers `None` (or a count of 0), and `stream.py` waits and tries again.
 //!
 //! No Python runs while the state is locked. Methods of `Half` report errors as `StreamError`,
 //! which `RawStream::with` turns into an exception after it has released the lock: creating one

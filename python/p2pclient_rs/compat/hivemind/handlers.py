@@ -12,7 +12,7 @@ from typing import Any
 
 from p2pclient_rs._native import RawStream
 from p2pclient_rs.loops import current_loop
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 __all__ = ["HandlerTasks"]
 

@@ -17,7 +17,7 @@ import anyio
 
 from p2pclient_rs.exceptions import ForkedClientError
 from p2pclient_rs.loops import call_in_its_thread
-from p2pclient_rs.streams import HIGH_WATER, LOW_WATER, IncompleteRead, Stream, _bytes
+from p2pclient_rs.stream import HIGH_WATER, LOW_WATER, IncompleteRead, Stream, _bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -20,8 +20,8 @@ from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2 as p2pd_pb
 from p2pclient_rs.compat.p2pclient.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from p2pclient_rs.compat.values import ConvertedTypes, connection_protocol
 from p2pclient_rs.handlers import DEFAULT_LINGER
-from p2pclient_rs.opened import OpenedStream
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.opened_stream import OpenedStream
+from p2pclient_rs.stream import Stream
 
 __all__ = [
     "ID",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from anyio.abc import ByteStream
 
-from p2pclient_rs.streams import Stream
+from p2pclient_rs.stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

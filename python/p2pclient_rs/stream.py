@@ -1,4 +1,4 @@
-"""Streams: the bytes between two peers, and the messages of a subscription."""
+"""Streams: the bytes between two peers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import SocketAttribute
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from p2pclient_rs._native import (
-    PubsubMessage,
-    RawStream,
-    StreamInfo,
-    decode_pubsub_message,
-)
+from p2pclient_rs._native import RawStream, StreamInfo
+from p2pclient_rs.anyio1 import IncompleteRead, SocketStream
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Buffer
 
     from p2pclient_rs.loops import Watch
 
-__all__ = ["IncompleteRead", "Stream", "StreamAttribute", "Subscription"]
+__all__ = ["IncompleteRead", "Stream", "StreamAttribute"]
 
 T = TypeVar("T")
 
@@ -33,27 +29,6 @@ T = TypeVar("T")
 HIGH_WATER = 64 * 1024
 #: … until no more than this is.
 LOW_WATER = 16 * 1024
-
-#: How long the end of a subscription may take, in seconds.
-_UNSUBSCRIBE_TIMEOUT = 1.0
-
-
-class IncompleteRead(asyncio.IncompleteReadError, anyio.IncompleteRead):
-    """The stream ended within what was to be read, under asyncio's and anyio's names.
-
-    Attributes:
-        partial: The bytes that came before the end.
-        expected: How many were wanted, or None if that was not known.
-    """
-
-    def __init__(self, partial: bytes, expected: int | None) -> None:
-        # asyncio's calls super().__init__(message), which from Python 3.15 on is anyio's, without
-        # arguments.
-        total = "undefined" if expected is None else repr(expected)
-        message = f"{len(partial)} bytes read on a total of {total} expected bytes"
-        Exception.__init__(self, message)
-        self.partial = partial
-        self.expected = expected
 
 
 class StreamAttribute(anyio.TypedAttributeSet):
@@ -63,7 +38,7 @@ class StreamAttribute(anyio.TypedAttributeSet):
     stream_info: StreamInfo = anyio.typed_attribute()
 
 
-class Stream(ByteStream):
+class Stream(SocketStream):
     """A stream of bytes, as an anyio ``ByteStream`` and as asyncio's reader and writer.
 
     ``receive``, ``send``, ``send_eof`` and ``aclose`` follow anyio: they raise ``EndOfStream`` at
@@ -378,108 +353,6 @@ class Stream(ByteStream):
         except anyio.ClosedResourceError:
             return default
 
-    # --- anyio 1's SocketStream, which programs for p2pclient 0.2 use ---
-
-    async def send_all(self, data: Buffer) -> None:
-        """As ``send``: anyio 1's name of it."""
-        await self.send(data)
-
-    async def receive_some(self, max_bytes: int) -> bytes:
-        """As ``receive``, but returns ``b""`` at the end of the stream, as in anyio 1."""
-        if max_bytes < 0:
-            raise ValueError("max_bytes must not be negative")
-        await checkpoint_if_cancelled()
-        return await self.read(max_bytes)
-
-    async def receive_exactly(self, nbytes: int) -> bytes:
-        """As ``readexactly``, but leaves an incomplete rest to be read, as anyio 1 does.
-
-        Raises:
-            IncompleteRead: The stream ended before; anyio's ``IncompleteRead`` too.
-        """
-        await checkpoint_if_cancelled()
-        try:
-            return await self.readexactly(nbytes)
-        except IncompleteRead as error:
-            self._raw.put_back(error.partial)
-            raise
-
-    async def receive_until(self, delimiter: Buffer, max_bytes: int) -> bytes:
-        """Reads up to ``delimiter`` and returns the bytes before it, as anyio 1 does.
-
-        Args:
-            delimiter: One or more bytes, which are read too.
-            max_bytes: How many bytes to look for it in.
-
-        Raises:
-            anyio.DelimiterNotFound: It does not end within ``max_bytes``. The data stays.
-            IncompleteRead: The stream ended before; anyio's ``IncompleteRead`` too. The data stays.
-        """
-        sought = bytes(delimiter)
-        if not sought:
-            raise ValueError("delimiter must not be empty")
-        limit = min(max(max_bytes, 0), sys.maxsize)
-        await checkpoint_if_cancelled()
-        try:
-            data = await self._pull(self._raw.try_read_until, sought, limit, True)
-        except asyncio.LimitOverrunError:
-            raise anyio.DelimiterNotFound(max_bytes) from None
-        if not data.endswith(sought):
-            self._raw.put_back(data)
-            raise IncompleteRead(data, None)
-        return data[: -len(sought)]
-
-    def receive_chunks(self, max_size: int) -> AsyncIterator[bytes]:
-        """Iterates over what ``receive_some`` returns, up to the end of the stream."""
-
-        async def next_chunk() -> bytes | None:
-            return await self.receive_some(max_size) or None
-
-        return _Chunks(next_chunk)
-
-    def receive_delimited_chunks(
-        self, delimiter: Buffer, max_chunk_size: int
-    ) -> AsyncIterator[bytes]:
-        """Iterates over what ``receive_until`` returns, up to the end of the stream.
-
-        Raises:
-            anyio.DelimiterNotFound, IncompleteRead: As from ``receive_until``, but the stream may
-                end after a delimiter.
-        """
-
-        async def next_chunk() -> bytes | None:
-            try:
-                return await self.receive_until(delimiter, max_chunk_size)
-            except IncompleteRead as error:
-                if error.partial:
-                    raise
-                return None
-
-        return _Chunks(next_chunk)
-
-    @property
-    def buffered_data(self) -> bytes:
-        """Bytes received from the socket and not read yet."""
-        return self._raw.read_ahead
-
-    @property
-    def address(self) -> Any:
-        """The local address of the socket to the daemon: a path, or ``(host, port)``."""
-        return self._raw.local_address
-
-    @property
-    def peer_address(self) -> Any:
-        """The daemon's address of that socket: a path, or ``(host, port)``."""
-        return self._raw.remote_address
-
-    def getsockopt(self, level: int, optname: int, *args: int) -> int | bytes:
-        """An option of the socket to the daemon, as from ``socket.socket.getsockopt``."""
-        return self._raw_socket().getsockopt(level, optname, *args)
-
-    def setsockopt(self, level: int, optname: int, value: Any, *args: int) -> None:
-        """Sets an option of the socket to the daemon, as ``socket.socket.setsockopt`` does."""
-        self._raw_socket().setsockopt(level, optname, value, *args)
-
     # --- ours ---
 
     def abort(self) -> None:
@@ -588,75 +461,6 @@ class Stream(ByteStream):
         raw = getattr(self, "_raw", None)
         if raw is not None and not raw.closed and os.getpid() == self._pid:
             self._watch.abandon(raw)
-
-
-class Subscription(Stream):
-    """The messages published to a topic, until it is closed, which unsubscribes.
-
-    An async iterator of ``PubsubMessage``. As a stream it carries the messages as the daemon
-    sends them, PSMessages with their lengths in front, for programs that read those themselves.
-    """
-
-    _max_message_size = (4 << 20) + (64 << 10)
-
-    async def aclose(self) -> None:
-        """Unsubscribes: after it, the daemon no longer names the topic among its own.
-
-        It waits for that for up to a second; cancelled, or while another task receives, it closes
-        at once.
-        """
-        if not self._raw.closed and not self._reading and os.getpid() == self._pid:
-            with anyio.move_on_after(_UNSUBSCRIBE_TIMEOUT):
-                try:
-                    await self.send_eof()
-                    # The daemon ends its side once it has unsubscribed.
-                    while await self.read(65536):
-                        pass
-                except (
-                    anyio.BrokenResourceError,
-                    anyio.ClosedResourceError,
-                    anyio.BusyResourceError,
-                ):
-                    pass
-                except BaseException:
-                    self._close()
-                    raise
-        await super().aclose()
-
-    async def receive_message(self) -> PubsubMessage:
-        """The next message.
-
-        Raises:
-            anyio.EndOfStream: The daemon has ended the subscription.
-            ProtocolViolation: The daemon sent something else.
-        """
-        await checkpoint_if_cancelled()
-        return decode_pubsub_message(await self.receive_frame(self._max_message_size))
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> PubsubMessage:  # type: ignore[override]
-        try:
-            return await self.receive_message()
-        except anyio.EndOfStream:
-            raise StopAsyncIteration from None
-
-
-class _Chunks(AsyncIterator[bytes]):
-    """Iterates over the results of a function until it returns None.
-
-    No generator: trio warns of one that is left before its end.
-    """
-
-    def __init__(self, next_chunk: Callable[[], Awaitable[bytes | None]]) -> None:
-        self._next_chunk = next_chunk
-
-    async def __anext__(self) -> bytes:
-        chunk = await self._next_chunk()
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
 
 
 class _Later:
