@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+from adapters import BODY, StreamAdapter
 from contenders import Contender, contender
-from faces import BODY, Face
 
 PING = b"p" * 100
 #: Size of the data that checks an echo before its first measurement, in bytes.
@@ -154,120 +154,120 @@ class Rounds:
 
     async def ping_pong(self, count: int, proto: str = "/echo") -> Answer:
         await self.check_stream(proto)
-        face = await self.contender.open(proto)
+        stream = await self.contender.open(proto)
         back = b""
 
         async def work() -> None:
             nonlocal back
-            back = await face.exchange(PING, count)
+            back = await stream.exchange(PING, count)
 
         answer = await timed(work())
         if back != PING:
             raise SystemExit("the echo is wrong")
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def readexactly(self, count: int, size: int) -> Answer:
-        face = await self.contender.open("/source")
+        stream = await self.contender.open("/source")
         data = b""
 
         async def work() -> None:
             nonlocal data
             for _ in range(count):
-                data = await face.readexactly(size)
+                data = await stream.readexactly(size)
 
         answer = await timed(work())
         if data != bytes(size):
             raise SystemExit("what was read is wrong")
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def bulk_read(self, size: int) -> Answer:
-        face = await self.contender.open("/source")
-        answer = await timed(face.read_bulk(size))
-        await face.aclose()
+        stream = await self.contender.open("/source")
+        answer = await timed(stream.read_bulk(size))
+        await stream.aclose()
         return answer
 
     async def bulk_write(self, size: int) -> Answer:
-        face = await self.contender.open("/framed-sink")
+        stream = await self.contender.open("/framed-sink")
 
         async def work() -> None:
-            await face.send(b"\x01" + size.to_bytes(8, "big"))
-            await face.write_bulk(size)
-            await wait_received(face, size)
+            await stream.send(b"\x01" + size.to_bytes(8, "big"))
+            await stream.write_bulk(size)
+            await wait_received(stream, size)
 
         answer = await timed(work())
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def framed_read(self, count: int, size: int) -> Answer:
-        face = await self.contender.open(f"/framed-source/{size}")
+        stream = await self.contender.open(f"/framed-source/{size}")
         body = b""
 
         async def work() -> None:
             nonlocal body
             for _ in range(count):
-                body = await face.receive_message()
+                body = await stream.receive_message()
                 if len(body) != size:
                     raise SystemExit("what was read is wrong")
 
         answer = await timed(work())
         if body != BODY * size:
             raise SystemExit("what was read is wrong")
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def framed_write(self, count: int, size: int) -> Answer:
         await self.check_stream("/echo")
-        face = await self.contender.open("/framed-sink")
+        stream = await self.contender.open("/framed-sink")
         body = BODY * size
 
         async def work() -> None:
             for _ in range(count - 1):
-                await face.send_message(body, b"\x00")
-            await face.send_message(body, b"\x01")
-            await wait_received(face, count * size)
+                await stream.send_message(body, b"\x00")
+            await stream.send_message(body, b"\x01")
+            await wait_received(stream, count * size)
 
         answer = await timed(work())
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def framed_echo(self, count: int, size: int, proto: str) -> Answer:
-        face = await self.contender.open(proto)
+        stream = await self.contender.open(proto)
         body, back = os.urandom(size), b""
 
         async def work() -> None:
             nonlocal back
             for _ in range(count):
-                await face.send_message(body, b"\x00")
-                back = await face.receive_message()
+                await stream.send_message(body, b"\x00")
+                back = await stream.receive_message()
 
         answer = await timed(work())
         if back != body:
             raise SystemExit("the echo is wrong")
-        await face.aclose()
+        await stream.aclose()
         return answer
 
     async def check_stream(self, proto: str) -> None:
         """Sends a message to an echo handler while reading it back, and compares the two."""
         if not self.first_time(f"stream {proto}"):
             return
-        face = await self.contender.open(proto)
+        stream = await self.contender.open(proto)
         body = os.urandom(SAMPLE)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(face.send_message, body, b"\x00")
-            if await face.receive_message() != body:
+            tasks.start_soon(stream.send_message, body, b"\x00")
+            if await stream.receive_message() != body:
                 raise SystemExit("the echo is wrong")
-        await face.aclose()
+        await stream.aclose()
 
     async def memory(self, count: int) -> Answer:
         await self.contender.open_and_close("/echo", 16)
         gc.collect()
         before = memory("VmRSS")
-        faces = [await self.contender.open("/echo") for _ in range(count)]
+        streams = [await self.contender.open("/echo") for _ in range(count)]
         gc.collect()
         grown = memory("VmRSS") - before
-        if await faces[-1].exchange(PING, 1) != PING:
+        if await streams[-1].exchange(PING, 1) != PING:
             raise SystemExit("the echo is wrong")
         return {"memory": grown}
 
@@ -287,23 +287,23 @@ async def echo_call(data: bytes, peer_id: object) -> bytes:
     return data
 
 
-async def echo_stream(face: Face) -> None:
-    while data := await face.receive():
-        await face.send(data)
-    await face.aclose()
+async def echo_stream(stream: StreamAdapter) -> None:
+    while data := await stream.receive():
+        await stream.send(data)
+    await stream.aclose()
 
 
-async def echo_messages(face: Face) -> None:
+async def echo_messages(stream: StreamAdapter) -> None:
     try:
         while True:
-            await face.send_message(await face.receive_message(), b"\x00")
+            await stream.send_message(await stream.receive_message(), b"\x00")
     except asyncio.IncompleteReadError:
-        await face.aclose()
+        await stream.aclose()
 
 
-async def wait_received(face: Face, size: int) -> None:
+async def wait_received(stream: StreamAdapter, size: int) -> None:
     """Waits until the mock daemon confirms that it has received ``size`` bytes."""
-    if int.from_bytes(await face.readexactly(8), "big") != size:
+    if int.from_bytes(await stream.readexactly(8), "big") != size:
         raise SystemExit("not all of it arrived")
 
 

@@ -5,10 +5,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from faces import Face
+from adapters import StreamAdapter
 
 UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
-StreamHandler: TypeAlias = Callable[[Face], Awaitable[None]]
+StreamHandler: TypeAlias = Callable[[StreamAdapter], Awaitable[None]]
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Contender:
 
     identify: Callable[[], Awaitable[Any]]
     #: Opens a stream of a protocol.
-    open: Callable[[str], Awaitable[Face]]
+    open: Callable[[str], Awaitable[StreamAdapter]]
     #: Opens and closes streams of a protocol, one after another, this many times.
     open_and_close: Callable[[str, int], Awaitable[None]]
     #: Makes a unary call.

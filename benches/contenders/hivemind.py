@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import incumbents
-from faces import AsyncioFace
+from adapters import AsyncioAdapter
 
 from contenders import Contender, StreamHandler, UnaryHandler
 
@@ -20,9 +20,9 @@ async def hivemind(control: str, peer: str, listen: str) -> AsyncIterator[Conten
 
     peer_id = PeerID.from_base58(peer)
 
-    async def open(proto: str) -> AsyncioFace:
+    async def open(proto: str) -> AsyncioAdapter:
         _, reader, writer = await client.stream_open(peer_id, [proto])
-        return AsyncioFace(reader, writer)
+        return AsyncioAdapter(reader, writer)
 
     async def open_and_close(proto: str, count: int) -> None:
         for _ in range(count):
@@ -32,7 +32,7 @@ async def hivemind(control: str, peer: str, listen: str) -> AsyncIterator[Conten
 
     async def serve_streams(proto: str, handler: StreamHandler) -> None:
         async def handle(info: Any, reader: Any, writer: Any) -> None:
-            await handler(AsyncioFace(reader, writer))
+            await handler(AsyncioAdapter(reader, writer))
 
         await client.stream_handler(proto, handle)
 

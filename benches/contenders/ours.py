@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from faces import OurFace
+from adapters import OurAdapter
 
 from contenders import Contender, StreamHandler, UnaryHandler
 from p2pclient_rs import Client, PeerID, Stream, StreamInfo
@@ -14,9 +14,9 @@ from p2pclient_rs import Client, PeerID, Stream, StreamInfo
 async def ours(control: str, peer: str, listen: str) -> AsyncIterator[Contender]:
     peer_id = PeerID(peer)
 
-    async def open(proto: str) -> OurFace:
+    async def open(proto: str) -> OurAdapter:
         _, stream = await client.stream_open(peer_id, [proto])
-        return OurFace(stream)
+        return OurAdapter(stream)
 
     async def open_and_close(proto: str, count: int) -> None:
         for _ in range(count):
@@ -25,7 +25,7 @@ async def ours(control: str, peer: str, listen: str) -> AsyncIterator[Contender]
 
     async def serve_streams(proto: str, handler: StreamHandler) -> None:
         async def handle(info: StreamInfo, stream: Stream) -> None:
-            await handler(OurFace(stream))
+            await handler(OurAdapter(stream))
 
         await client.stream_handler(proto, handle)
 

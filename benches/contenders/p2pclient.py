@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import incumbents
-from faces import AnyioFace
+from adapters import AnyioAdapter
 
 from contenders import Contender
 
@@ -19,9 +19,9 @@ async def p2pclient(control: str, peer: str, listen: str) -> AsyncIterator[Conte
 
     peer_id = ID.from_base58(peer)
 
-    async def open(proto: str) -> AnyioFace:
+    async def open(proto: str) -> AnyioAdapter:
         _, stream = await client.stream_open(peer_id, [proto])
-        return AnyioFace(stream, receive_exactly)
+        return AnyioAdapter(stream, receive_exactly)
 
     async def open_and_close(proto: str, count: int) -> None:
         for _ in range(count):

@@ -14,7 +14,7 @@ HIVEMIND_CHUNK = 64 << 10
 BODY = b"\x07"
 
 
-class Face(Protocol):
+class StreamAdapter(Protocol):
     """A stream of one of the clients."""
 
     async def receive(self) -> bytes:
@@ -45,7 +45,7 @@ class Face(Protocol):
         """Closes the stream."""
 
 
-class AsyncioFace:
+class AsyncioAdapter:
     """asyncio's reader and writer, as returned by hivemind's bindings.
 
     Messages are framed like ``P2P.send_raw_data`` and ``receive_raw_data``, after the marker.
@@ -119,7 +119,7 @@ async def send_bulk(stream: Any, count: int) -> None:
         await stream.send(chunk)
 
 
-class OurFace(AsyncioFace):
+class OurAdapter(AsyncioAdapter):
     """Our stream, which has the methods of asyncio's and of anyio's streams."""
 
     def __init__(self, stream: Any) -> None:
@@ -143,7 +143,7 @@ class OurFace(AsyncioFace):
         await self.stream.aclose()
 
 
-class AnyioFace:
+class AnyioAdapter:
     """anyio's stream, as returned by p2pclient, with its helper for exact reads."""
 
     def __init__(self, stream: Any, exactly: Callable[[Any, int], Awaitable[bytes]]) -> None:
