@@ -433,5 +433,6 @@ class Client:
             async with await client.pubsub_subscribe("news") as subscription:
                 async for message in subscription:
                     print(message.peer_id, message.data)
+                    break
         """
         return await self.pubsub.subscribe(topic, timeout=timeout)

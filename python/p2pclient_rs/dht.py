@@ -1,4 +1,4 @@
-"""DHT requests."""
+"""DHT requests: peers, providers and records."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ __all__ = ["DHTClient"]
 
 
 class DHTClient:
-    """The daemon's Kademlia DHT, if it was started with one.
+    """The Kademlia DHT of a daemon that was started with one.
 
-    Every ``timeout`` is in seconds; the daemon gets it too, in whole seconds, and gives up by
-    itself after 60 s if there is none. All raise subclasses of ``ControlFailure``:
-    ``DaemonRefused`` where nothing was found, ``NotSupported`` where the daemon has no DHT,
-    ``ControlTimeout``.
+    Queries with any number of results return ``Results``: ``await`` them for all results as a
+    tuple, or iterate over them with ``async for`` to get each as soon as it is found.
+
+    Every ``timeout`` is in seconds. The daemon is told too, in whole seconds; without a timeout it
+    gives up after 60 s. All requests raise subclasses of ``ControlFailure``: ``DaemonRefused`` if
+    nothing was found, ``NotSupported`` if the daemon has no DHT, ``ControlTimeout``.
 
     Args:
-        daemon_connector: The way to the daemon.
+        daemon_connector: The connections to the daemon.
     """
 
     def __init__(self, daemon_connector: DaemonConnector) -> None:
         self.daemon_connector = daemon_connector
 
     async def find_peer(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
-        """FIND_PEER: the ``PeerInfo`` of a peer."""
+        """FIND_PEER: finds the addresses of a peer.
+
+        Raises:
+            DaemonRefused: The peer was not found.
+
+        Example:
+            info = await client.dht.find_peer(peer_id, timeout=10)
+            await client.connect(info.peer_id, info.addrs)
+        """
         info = await self.daemon_connector.request(
             "DHT FIND_PEER",
             Request.dht_find_peer(peer_id, timeout),
@@ -38,8 +48,11 @@ class DHTClient:
     def find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """FIND_PEERS_CONNECTED_TO_PEER: a ``PeerInfo`` of each. Today's Go daemons refuse it as
-        not supported."""
+        """FIND_PEERS_CONNECTED_TO_PEER: finds the peers connected to a peer.
+
+        Raises:
+            NotSupported: Current Go daemons do not support it.
+        """
         return Results(
             self.daemon_connector,
             "DHT FIND_PEERS_CONNECTED_TO_PEER",
@@ -52,11 +65,19 @@ class DHTClient:
     def find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """FIND_PROVIDERS: a ``PeerInfo`` of each provider of a content.
+        """FIND_PROVIDERS: finds peers that provide a content.
 
         Args:
-            content_id_bytes: The content's CID in binary.
-            count: How many providers at the most; 0 for the daemon's default.
+            content_id_bytes: The binary CID of the content.
+            count: The maximum number of providers; 0 means the daemon's default of 20.
+            timeout: In seconds.
+
+        Raises:
+            DaemonRefused: ``content_id_bytes`` is not a CID.
+
+        Example:
+            async for provider in client.dht.find_providers(cid, 20):
+                print(provider.peer_id, provider.addrs)
         """
         return Results(
             self.daemon_connector,
@@ -67,7 +88,11 @@ class DHTClient:
         )
 
     def get_closest_peers(self, key: bytes, *, timeout: float | None = None) -> Results[PeerID]:
-        """GET_CLOSEST_PEERS: the peers closest to a key."""
+        """GET_CLOSEST_PEERS: finds the peers closest to a key.
+
+        Example:
+            peers = await client.dht.get_closest_peers(b"some key")
+        """
         return Results(
             self.daemon_connector,
             "DHT GET_CLOSEST_PEERS",
@@ -78,7 +103,12 @@ class DHTClient:
     async def get_public_key(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> PublicKey:
-        """GET_PUBLIC_KEY: the ``PublicKey`` of a peer."""
+        """GET_PUBLIC_KEY: finds the public key of a peer.
+
+        Raises:
+            DaemonRefused: The key was not found.
+            ProtocolViolation: The daemon returned an invalid public key.
+        """
         name = "DHT GET_PUBLIC_KEY"
         serialized = await self.daemon_connector.request(
             name,
@@ -89,18 +119,30 @@ class DHTClient:
         try:
             key = PublicKey.from_bytes(serialized)
         except ValueError as error:
-            violation = ProtocolViolation(f"the daemon sent what is {error}")
+            violation = ProtocolViolation(f"the daemon's reply is {error}")
             raise self.daemon_connector.describe(violation, name, peer_id) from error
         return self.daemon_connector.types.public_key(key)
 
     async def get_value(self, key: bytes, *, timeout: float | None = None) -> bytes:
-        """GET_VALUE: the best value found for a key."""
+        """GET_VALUE: finds the best value for a key.
+
+        Raises:
+            DaemonRefused: No value was found.
+
+        Example:
+            record = await client.dht.get_value(b"/pk/" + peer_id.to_bytes())
+        """
         return await self.daemon_connector.request(
             "DHT GET_VALUE", Request.dht_get_value(key, timeout), timeout=timeout
         )
 
     def search_value(self, key: bytes, *, timeout: float | None = None) -> Results[bytes]:
-        """SEARCH_VALUE: the values found for a key, each better than the one before."""
+        """SEARCH_VALUE: finds values for a key, each better than the one before.
+
+        Example:
+            async for record in client.dht.search_value(b"/pk/" + peer_id.to_bytes()):
+                print(len(record))
+        """
         return Results(
             self.daemon_connector,
             "DHT SEARCH_VALUE",
@@ -109,14 +151,37 @@ class DHTClient:
         )
 
     async def put_value(self, key: bytes, value: bytes, *, timeout: float | None = None) -> None:
-        """PUT_VALUE: stores a record, which the daemons validate: only ``/pk/…`` and ``/ipns/…``
-        keys will do."""
+        """PUT_VALUE: stores a record.
+
+        Args:
+            key: A key that begins with ``/pk/`` or ``/ipns/``; the daemons accept no others.
+            value: A value that is valid for this key.
+            timeout: In seconds.
+
+        Raises:
+            DaemonRefused: The record is invalid, or no peer has taken it.
+
+        Example:
+            key = await client.dht.get_public_key(peer_id)
+            await client.dht.put_value(b"/pk/" + peer_id.to_bytes(), key.serialize())
+        """
         await self.daemon_connector.request(
             "DHT PUT_VALUE", Request.dht_put_value(key, value, timeout), timeout=timeout
         )
 
     async def provide(self, cid: bytes, *, timeout: float | None = None) -> None:
-        """PROVIDE: announces that this peer has the content with the binary CID ``cid``."""
+        """PROVIDE: announces that the daemon's peer provides a content.
+
+        Args:
+            cid: The binary CID of the content.
+            timeout: In seconds.
+
+        Raises:
+            DaemonRefused: ``cid`` is not a CID, or no peer was there to be told.
+
+        Example:
+            await client.dht.provide(cid)
+        """
         await self.daemon_connector.request(
             "DHT PROVIDE", Request.dht_provide(cid, timeout), timeout=timeout
         )

@@ -1,4 +1,4 @@
-"""Peerstore requests."""
+"""Peerstore requests: what the JavaScript daemon knows about peers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ __all__ = ["PeerstoreClient"]
 
 
 class PeerstoreClient:
-    """What the JavaScript daemon knows of a peer. The Go daemons have no such requests.
+    """The peerstore of the JavaScript daemon. The Go daemons have no such requests.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``: ``NotSupported``
-    where the daemon is another.
+    Every ``timeout`` is in seconds. All requests raise subclasses of ``ControlFailure``:
+    ``NotSupported`` from a Go daemon.
 
     Args:
-        daemon_connector: The way to the daemon.
+        daemon_connector: The connections to the daemon.
+
+    Example:
+        try:
+            protocols = await client.peerstore.get_protocols(peer_id)
+        except NotSupported:  # not the JavaScript daemon
+            protocols = ()
     """
 
     def __init__(self, daemon_connector: DaemonConnector) -> None:
@@ -24,10 +30,11 @@ class PeerstoreClient:
     async def get_protocols(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> tuple[str, ...]:
-        """GET_PROTOCOLS: the protocols that a peer is known to speak.
+        """GET_PROTOCOLS: returns the protocols that a peer is known to support.
 
-        jsp2pd 0.10.2 crashes when it is asked about a peer it has not heard of, which shows as
-        ``ConnectionLost``.
+        Raises:
+            NotSupported: The daemon is not the JavaScript one.
+            ConnectionLost: jsp2pd 0.10.2 crashes if it has not heard of the peer.
         """
         return await self.daemon_connector.request_peerstore(
             "PEERSTORE GET_PROTOCOLS",
@@ -37,8 +44,12 @@ class PeerstoreClient:
         )
 
     async def get_peer_info(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> PeerInfo:
-        """GET_PEER_INFO: the ``PeerInfo`` of a peer, with the addresses that are known. jsp2pd
-        0.10.2 refuses it as not implemented, which is ``NotSupported``."""
+        """GET_PEER_INFO: returns the known addresses of a peer.
+
+        Raises:
+            NotSupported: The daemon is not the JavaScript one, or it is jsp2pd 0.10.2, which does
+                not implement the request.
+        """
         info = await self.daemon_connector.request_peerstore(
             "PEERSTORE GET_PEER_INFO",
             Request.peerstore_get_peer_info(peer_id),

@@ -1,4 +1,4 @@
-"""Pubsub requests."""
+"""Pubsub requests: topics, publishing and subscribing."""
 
 from __future__ import annotations
 
@@ -10,37 +10,60 @@ __all__ = ["PubSubClient"]
 
 
 class PubSubClient:
-    """The daemon's pubsub, if it was started with it.
+    """Publish and subscribe, for a daemon that was started with it.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``.
+    Every ``timeout`` is in seconds. All requests raise subclasses of ``ControlFailure``:
+    ``NotSupported`` if the daemon was started without pubsub.
 
     Args:
-        daemon_connector: The way to the daemon.
+        daemon_connector: The connections to the daemon.
     """
 
     def __init__(self, daemon_connector: DaemonConnector) -> None:
         self.daemon_connector = daemon_connector
 
     async def get_topics(self, *, timeout: float | None = None) -> tuple[str, ...]:
-        """GET_TOPICS: the topics that the daemon is subscribed to."""
+        """GET_TOPICS: returns the topics that the daemon is subscribed to."""
         return await self.daemon_connector.request(
             "PUBSUB GET_TOPICS", Request.pubsub_get_topics(), timeout=timeout
         )
 
     async def list_peers(self, topic: str, *, timeout: float | None = None) -> tuple[PeerID, ...]:
-        """LIST_PEERS: the peers known to be subscribed to a topic."""
+        """LIST_PEERS: returns the peers known to be subscribed to a topic."""
         return await self.daemon_connector.request(
             "PUBSUB LIST_PEERS", Request.pubsub_list_peers(topic), timeout=timeout
         )
 
     async def publish(self, topic: str, data: bytes, *, timeout: float | None = None) -> None:
-        """PUBLISH: sends data to the subscribers of a topic."""
+        """PUBLISH: publishes data on a topic.
+
+        Messages reach only peers that this peer knows to be subscribed; see ``list_peers``.
+
+        Args:
+            topic: The topic.
+            data: The data. The Go daemons drop messages that exceed 1 MiB with their envelope.
+            timeout: In seconds.
+
+        Example:
+            await client.pubsub.publish("news", b"hello, subscribers")
+        """
         await self.daemon_connector.request(
             "PUBSUB PUBLISH", Request.pubsub_publish(topic, data), timeout=timeout
         )
 
     async def subscribe(self, topic: str, *, timeout: float | None = None) -> Subscription:
-        """SUBSCRIBE: the messages published to a topic from now on, until it is closed."""
+        """SUBSCRIBE: subscribes to a topic.
+
+        Returns:
+            The messages from now on, including those published through this daemon: an async
+            iterator of ``PubsubMessage``. Closing it unsubscribes.
+
+        Example:
+            async with await client.pubsub.subscribe("news") as subscription:
+                async for message in subscription:
+                    print(message.peer_id, message.data)
+                    break
+        """
         _, subscription = await self.daemon_connector.request_stream(
             Subscription, "PUBSUB SUBSCRIBE", Request.pubsub_subscribe(topic), timeout=timeout
         )
