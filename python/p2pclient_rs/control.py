@@ -1,4 +1,4 @@
-"""Control requests: peers, connections and streams, and the listener for inbound streams."""
+"""Control requests: peers, connections, streams, and listening for inbound streams."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHand
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
 
-#: How long saying goodbye to the daemon may take, in seconds.
+#: How long removing the handlers from the daemon may take at the end, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
 _IDENTIFY = Request.identify()
@@ -54,20 +54,26 @@ _IDENTIFY = Request.identify()
 class ControlClient(InboundStreams):
     """Peers, connections and streams.
 
-    Every ``timeout`` is in seconds; CONNECT and STREAM_OPEN pass it on to the daemon, in whole
-    seconds, which otherwise gives up after 60 s. All raise subclasses of ``ControlFailure``.
+    Every ``timeout`` is in seconds. CONNECT and STREAM_OPEN pass it on to the daemon, in whole
+    seconds; without one the daemon gives up after 60 s. All requests raise subclasses of
+    ``ControlFailure``.
 
     Args:
-        daemon_connector: The way to the daemon.
-        listen_maddr: Where the daemon is to connect to for inbound streams. If none, a unix socket
-            in a new directory that only this user can look into: a daemon that runs as another
-            user, or on another machine, needs an address it can reach. With TCP port 0 a free one
-            is taken, and the attribute says which while listening.
+        daemon_connector: The connections to the daemon.
+        listen_maddr: The address at which the client listens for inbound streams. The default is a
+            unix socket in a new directory that only this user can read. A daemon that runs as
+            another user or on another machine needs an address that it can reach. With TCP port 0
+            the client chooses a free port; while it listens, the attribute shows the port.
+
+    Example:
+        async with client.control.listen():
+            await client.control.stream_handler("/echo/1", echo)
+            print(client.control.listen_maddr, client.control.stats)
     """
 
-    #: Whether a handler takes the place of another one of this client.
+    #: Whether registering a handler replaces this client's former one.
     _replaces_handlers = True
-    #: Whether handlers are cancelled that outlive their peers.
+    #: Whether handlers that outlive their peers are cancelled.
     _lingers = True
 
     def __init__(
@@ -75,7 +81,7 @@ class ControlClient(InboundStreams):
     ) -> None:
         super().__init__()
         self.daemon_connector = daemon_connector
-        #: The address asked for, and the one listened at, if that is another.
+        #: The address that was asked for, and the one in use, if that differs.
         self._wanted_maddr: Multiaddr | None = None
         self._bound_maddr: Multiaddr | None = None
         self._private: PrivateSocket | None = None
@@ -92,14 +98,14 @@ class ControlClient(InboundStreams):
 
     @property
     def listen_maddr(self) -> Multiaddr:
-        """Where the daemon is to connect to for inbound streams.
+        """The address at which the client listens for inbound streams, or will listen.
 
-        Setting it while this client listens affects the handlers registered from then on; the
-        listener stays at its address.
+        Setting it while the client listens affects only handlers that are registered later; the
+        listener keeps its address.
 
         Raises:
-            InvalidMultiaddr: The new value is no multiaddr (a ValueError).
-            ControlFailure: It is the default one, which the daemon cannot reach.
+            InvalidMultiaddr: The new value is not a multiaddr (a ValueError).
+            ControlFailure: It is the default, which the daemon cannot reach.
         """
         if self._bound_maddr is not None:
             return self._bound_maddr
@@ -126,7 +132,14 @@ class ControlClient(InboundStreams):
     # --- peers ---
 
     async def identify(self, *, timeout: float | None = None) -> Identity:
-        """IDENTIFY: the daemon's ``Identity``, which unpacks as ``(peer_id, addrs)``."""
+        """IDENTIFY: returns the daemon's peer id and addresses.
+
+        Raises:
+            DaemonUnreachable: There is no daemon at the control address.
+
+        Example:
+            peer_id, addrs = await client.control.identify()
+        """
         connector = self.daemon_connector
         identity = await connector.request("IDENTIFY", _IDENTIFY, timeout=timeout)
         return connector.types.identity(identity)
@@ -138,23 +151,40 @@ class ControlClient(InboundStreams):
         *,
         timeout: float | None = None,
     ) -> None:
-        """CONNECT: connects to a peer at any of its addresses.
+        """CONNECT: connects to a peer.
+
+        Args:
+            peer_id: The peer.
+            maddrs: Its addresses. One that works is enough.
+            timeout: In seconds.
 
         Raises:
-            DaemonRefused: It cannot be reached there, or is another peer.
+            DaemonRefused: The peer cannot be reached, or another peer answers there.
+
+        Example:
+            await client.control.connect(peer_id, addrs, timeout=10)
         """
         await self.daemon_connector.request(
             "CONNECT", Request.connect(peer_id, maddrs, timeout), timeout=timeout, peer_id=peer_id
         )
 
     async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
-        """DISCONNECT: closes every connection to a peer; there need be none."""
+        """DISCONNECT: closes all connections to a peer. It is no error if there are none.
+
+        Raises:
+            NotSupported: The daemon is the JavaScript one.
+        """
         await self.daemon_connector.request(
             "DISCONNECT", Request.disconnect(peer_id), timeout=timeout, peer_id=peer_id
         )
 
     async def list_peers(self, *, timeout: float | None = None) -> tuple[PeerInfo, ...]:
-        """LIST_PEERS: a ``PeerInfo`` for each connection; a peer can have several."""
+        """LIST_PEERS: returns the connected peers, one entry for each connection.
+
+        Example:
+            for info in await client.control.list_peers():
+                print(info.peer_id, info.addrs)
+        """
         infos = await self.daemon_connector.request(
             "LIST_PEERS", Request.list_peers(), timeout=timeout
         )
@@ -169,14 +199,20 @@ class ControlClient(InboundStreams):
 
         Args:
             peer_id: The peer.
-            protocols: Protocol ids, the one liked best first.
+            protocols: Protocol ids, the preferred one first.
+            timeout: In seconds.
 
         Returns:
-            The stream. It also unpacks as ``(info, stream)``; its ``info`` is a ``StreamInfo`` with
-            the protocol agreed on.
+            The stream. It also unpacks as ``(info, stream)``; ``info`` has the protocol that was
+            agreed on.
 
         Raises:
-            DaemonRefused: The peer cannot be reached or speaks none of the protocols.
+            DaemonRefused: The peer cannot be reached or supports none of the protocols.
+
+        Example:
+            info, stream = await client.control.stream_open(peer_id, ["/echo/2", "/echo/1"])
+            print(info.proto)
+            await stream.aclose()
         """
         if isinstance(protocols, str):
             raise TypeError("protocols is a sequence of protocol ids, not a string")
@@ -205,30 +241,40 @@ class ControlClient(InboundStreams):
         linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
-        """STREAM_HANDLER: has inbound streams of a protocol handled while this client listens.
+        """STREAM_HANDLER: registers a handler for the inbound streams of a protocol.
 
-        A handler registered before for the protocol, by this client, is replaced.
+        The handler is called while the client listens. It replaces a former handler of this client
+        for the protocol.
 
         Args:
             proto: The protocol id.
             handler_cb: An async function of a ``StreamInfo`` and a ``Stream``, or of a ``Stream``
-                alone, whose ``info`` is the same. One that accepts both is called with two
-                arguments. An exception is logged and resets that stream alone. When it returns,
-                the stream stays open as long as something holds it.
-            balanced: Whether several clients may serve the protocol in turn (hivemind's fork).
-            linger: How long a handler may go on without reading from or writing to its stream once
-                the peer has closed it in both directions, in seconds; None for no limit. After
-                that the handler is cancelled, which is logged, and its stream aborted. If the
-                handler left input unread, the time counts from its last use of the stream.
+                alone, whose ``info`` is the same. A handler that accepts both gets two arguments.
+                An exception is logged and resets that stream alone. After the handler returns, the
+                stream stays open as long as the program holds it.
+            balanced: Whether several clients may share the protocol and serve it in turn
+                (hivemind's daemon).
+            linger: How long a handler may leave its stream unused after the peer has closed it in
+                both directions, in seconds; None for no limit. Then the handler is cancelled, which
+                is logged, and its stream aborted. If the handler left input unread, the time
+                counts from its last use of the stream.
+            timeout: In seconds.
 
         Raises:
-            DaemonRefused: Another client serves the protocol (hivemind's fork).
+            DaemonRefused: Another client serves the protocol (hivemind's daemon).
             TypeError: The handler cannot be called with one or two arguments.
             ValueError: ``linger`` is negative or not a number.
+
+        Example:
+            async def reverse(stream: Stream) -> None:
+                async with stream:
+                    await stream.send((await stream.read())[::-1])
+
+            await client.control.stream_handler("/reverse/1", reverse, linger=60)
         """
         registration = HandlerOptions.of(handler_cb, linger)
         before = self._options.get(proto)
-        # In place before a stream can come.
+        # Before the daemon can open a stream.
         self._options[proto] = registration
         try:
             await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
@@ -241,17 +287,17 @@ class ControlClient(InboundStreams):
     async def _register(
         self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
     ) -> None:
-        work = self._enter(proto, handler_cb, balanced)
+        work = self._add(proto, handler_cb, balanced)
         await self.daemon_connector.described(work, "STREAM_HANDLER", timeout, protocol=proto)
 
-    async def _enter(self, proto: str, handler_cb: StreamHandler, balanced: bool) -> None:
+    async def _add(self, proto: str, handler_cb: StreamHandler, balanced: bool) -> None:
         async with self._registrations.changing(proto):
             before, was_balanced = self.handlers.get(proto), proto in self._balanced
             self._note_balanced(proto, balanced)
-            # In place before the daemon has it: a stream can come sooner than the daemon's answer.
+            # Before the daemon has it: a stream can arrive before the daemon's reply.
             self.handlers[proto] = handler_cb
             try:
-                await self._tell(proto, balanced)
+                await self._register_at_daemon(proto, balanced)
             except BaseException:
                 if before is None:
                     self.handlers.pop(proto, None)
@@ -260,11 +306,12 @@ class ControlClient(InboundStreams):
                 self._note_balanced(proto, was_balanced)
                 raise
 
-    async def _tell(self, proto: str, balanced: bool) -> None:
-        """Registers a protocol at the daemon, unless it has the registration already.
+    async def _register_at_daemon(self, proto: str, balanced: bool) -> None:
+        """Registers a protocol at the daemon, unless the daemon already has the registration.
 
         Raises:
-            DaemonRefused: Another client does.
+            ControlFailure: The port of the listen address is not known yet.
+            DaemonRefused: Another client serves the protocol.
         """
         maddr = Multiaddr(self.listen_maddr)
         kind, _, port = endpoint(maddr)
@@ -278,12 +325,15 @@ class ControlClient(InboundStreams):
         (self._balanced.add if balanced else self._balanced.discard)(proto)
 
     async def register_again(self, *, timeout: float | None = None) -> None:
-        """Registers this client's handlers at a restarted daemon.
+        """Registers the stream handlers of this client at a restarted daemon.
 
-        Does nothing unless this client listens: it would take protocols from others.
+        Does nothing unless the client listens, since it would take protocols from others.
+
+        Args:
+            timeout: For each handler, in seconds.
 
         Raises:
-            DaemonRefused: Another client has taken a protocol. The other ones are registered.
+            DaemonRefused: Another client has taken a protocol. All others are registered.
         """
         if not self._listening:
             return
@@ -291,7 +341,7 @@ class ControlClient(InboundStreams):
         for proto in list(self.handlers):
             try:
                 await self.daemon_connector.described(
-                    self._tell_again(proto), "STREAM_HANDLER", timeout, protocol=proto
+                    self._register_one_again(proto), "STREAM_HANDLER", timeout, protocol=proto
                 )
             except DaemonRefused as error:
                 self.logger.error("the daemon has not taken a handler again: %s", error)
@@ -302,17 +352,17 @@ class ControlClient(InboundStreams):
             finally:
                 del refused  # its traceback has this frame
 
-    async def _tell_again(self, proto: str) -> None:
+    async def _register_one_again(self, proto: str) -> None:
         async with self._registrations.changing(proto):
             if proto in self.handlers:
-                await self._tell(proto, proto in self._balanced)
+                await self._register_at_daemon(proto, proto in self._balanced)
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:
-        """REMOVE_STREAM_HANDLER: takes back ``stream_handler``.
+        """REMOVE_STREAM_HANDLER: removes the handler of a protocol.
 
         Raises:
-            NotSupported: The daemon is not hivemind's: it goes on offering the protocol to its
-                peers, but their streams are refused here.
+            NotSupported: The daemon is not hivemind's. It still offers the protocol to its peers,
+                but this client refuses their streams.
             DaemonRefused: There is no such handler.
         """
         self.handlers.pop(proto, None)
@@ -322,17 +372,22 @@ class ControlClient(InboundStreams):
     # --- inbound streams ---
 
     def listen(self) -> Listening[Self]:
-        """Accepts inbound streams, and has them handled.
+        """Accepts inbound streams and calls their handlers.
 
-        ``async with client.listen():`` listens until the block is left. Running handlers are then
-        cancelled, and their protocols are removed from the daemon, if it supports that.
+        ``async with client.listen():`` listens until the block ends. It then cancels the running
+        handlers and removes their protocols from the daemon, if the daemon supports that.
         ``await client.listen()`` returns at once and listens until ``close()``, which does the
-        same. It also stops when the event loop ends or the client is garbage-collected, so keep a
-        reference to the client. A handler at work keeps the client too.
+        same. Listening also ends with the event loop, and when the client is garbage-collected, so
+        keep a reference to the client. A running handler keeps one too.
 
         Raises:
-            ControlFailure: This client listens already.
-            OSError: The address cannot be listened at.
+            ControlFailure: The client is already listening.
+            OSError: The address cannot be listened on.
+
+        Example:
+            await client.control.listen()
+            await client.control.stream_handler("/echo/1", echo)
+            await client.control.close()
         """
         return Listening(self._listen_within, self._listen_from_now_on)
 
@@ -345,7 +400,7 @@ class ControlClient(InboundStreams):
                 try:
                     yield self
                 except GeneratorExit:
-                    # By the collector, or with the loop: nothing can be awaited here.
+                    # The garbage collector or the end of the loop: no await is possible.
                     closed = True
                     raise
                 finally:
@@ -403,17 +458,17 @@ class ControlClient(InboundStreams):
             private.remove()
 
     def _stopped_listening(self, listener: BackgroundListener) -> None:
-        """Called by a listener that has ended."""
+        """Resets the state after a background listener has ended."""
         if self._background is listener:
             self._ended()
 
     async def close(self) -> None:
-        """Stops listening, cancels the handlers at work and closes the idle connections.
+        """Stops listening, cancels running handlers, and closes idle connections.
 
-        After ``await listen()`` it also removes the protocols from the daemon, and waits for the
-        handlers to end.
+        After ``await listen()`` it also removes the protocols from the daemon and waits until the
+        handlers have ended.
         """
-        # In a forked child the tasks are the parent's, whose epoll cancelling them would touch.
+        # In a forked child, cancelling the parent's tasks would change the parent's epoll.
         here = os.getpid() == self._pid
         background = self._background if here else None
         try:
@@ -422,7 +477,7 @@ class ControlClient(InboundStreams):
             elif background is not None and not background.loop_ended:
                 await self._unregister_all()
         finally:
-            # Also if the caller is cancelled while the daemon does not answer.
+            # Runs even if the caller is cancelled while the daemon does not reply.
             if background is not None:
                 background.close()
             self.daemon_connector.close()
@@ -438,10 +493,10 @@ class ControlClient(InboundStreams):
             except OSError as error:
                 if attempt < len(addresses):
                     continue
-                words = f"cannot listen at {maddr}: {error.strerror}"
+                message = f"cannot listen at {maddr}: {error.strerror}"
                 if error.errno == errno.EADDRINUSE:
-                    words += "; another program listens there: pass another listen_maddr"
-                raise OSError(error.errno, words) from None
+                    message += "; another program listens there: pass another listen_maddr"
+                raise OSError(error.errno, message) from None
             if isinstance(address, str):
                 return listener, self.listen_maddr
             host, port = listener.local_address
@@ -451,7 +506,7 @@ class ControlClient(InboundStreams):
 
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
-        """Serves the listener until the context is left."""
+        """Accepts streams until the context ends."""
         self._scope = scope = anyio.CancelScope()
         async with _ungrouped_task_group() as tasks:
             self._task_group = tasks
@@ -479,14 +534,14 @@ class ControlClient(InboundStreams):
             listener.close()
 
     async def _unregister_all(self) -> None:
-        """Tells the daemon that nobody will be there; its answer does not matter."""
+        """Removes all handlers from the daemon, as far as it replies in time."""
         with UnlessClosed(anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True)):
             for proto in list(self.handlers):
                 try:
                     await self._registrations.unregister(self, proto, None)
                 except DaemonRefused as error:
                     if isinstance(error, NotSupported):
-                        # The daemon goes on offering the protocol: for the next listen() to serve.
+                        # The daemon still offers the protocol, so the next listen() serves it.
                         break
                 except ControlFailure:
                     break
@@ -496,7 +551,7 @@ class ControlClient(InboundStreams):
 
 @asynccontextmanager
 async def _ungrouped_task_group() -> AsyncIterator[TaskGroup]:
-    """A task group whose tasks do not fail: what its body raises comes out as it is."""
+    """A task group that raises the exception of its body itself, not an exception group."""
     failure = None
     async with UnlessClosedAsync(anyio.create_task_group()) as tasks:
         try:

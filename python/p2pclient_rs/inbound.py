@@ -1,4 +1,4 @@
-"""Inbound streams: each is accepted, its header read, and its handler called."""
+"""Inbound streams: accepting each, reading its header, and calling its handler."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHORTEST_PAUSE = 0.02
 
 
 class InboundStreams:
-    """Gives inbound streams to their handlers: the base of ``ControlClient``.
+    """Dispatches inbound streams to their handlers: the base class of ``ControlClient``.
 
     Attributes:
         daemon_connector: Says which types handlers get.
@@ -48,7 +48,7 @@ class InboundStreams:
 
     #: Receives the log lines about inbound streams.
     logger: logging.Logger = logger
-    #: Whether tasks that the client started itself are being cancelled.
+    #: Whether the client is cancelling the tasks that it started.
     _stopping = False
 
     daemon_connector: DaemonConnector
@@ -67,7 +67,7 @@ class InboundStreams:
 
     @property
     def stats(self) -> ListenerStats:
-        """The numbers of accepted and refused inbound streams since this client was made."""
+        """The numbers of accepted and refused inbound streams since the client was created."""
         return self._refusals.stats()
 
     def _accept_one(self, listener: RawListener, start: Start) -> float | None:
@@ -82,9 +82,9 @@ class InboundStreams:
             raw = listener.try_accept()
         except OSError as error:
             # Most likely out of descriptors. Streams wait in the socket until some are closed.
-            words = "cannot accept a stream at %s: %s"
+            message = "cannot accept a stream at %s: %s"
             self._refusals.log(
-                "accept_errors", self.logger, logging.ERROR, words, self.listen_maddr, error
+                "accept_errors", self.logger, logging.ERROR, message, self.listen_maddr, error
             )
             return ACCEPT_PAUSE
         if raw is None:
@@ -119,7 +119,7 @@ class InboundStreams:
         try:
             await self._handle(handler, info, stream)
         except GeneratorExit:
-            # The garbage collector ends the task, and closes the stream in the loop's thread.
+            # Garbage collection ends the task and closes the stream, in the thread of the loop.
             raise
         except Exception:
             self.logger.exception(
@@ -130,7 +130,7 @@ class InboundStreams:
             stream.abort()
             if not _is_stray(error):
                 raise
-            if not (self._stopping or _is_asked_for()):
+            if not (self._stopping or _is_cancelled()):
                 self.logger.warning(
                     "the handler of %r was cancelled on a stream from %s, and by nobody",
                     info.proto,
@@ -140,9 +140,9 @@ class InboundStreams:
 
     def _refused(self, error: Exception) -> None:
         kind = "no_handler" if isinstance(error, _NoHandler) else "bad_header"
-        words = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         self._refusals.log(
-            kind, self.logger, logging.WARNING, "refused an inbound stream: %s", words
+            kind, self.logger, logging.WARNING, "refused an inbound stream: %s", reason
         )
 
     async def _header(self, stream: Stream) -> bytes:
@@ -164,7 +164,7 @@ class InboundStreams:
     ) -> None:
         registration = self._options.get(info.proto)
         if registration is None or registration.handler is not handler:
-            # It was put into ``handlers`` directly.
+            # The program has set an item of ``handlers`` itself.
             registration = HandlerOptions.of(handler, DEFAULT_LINGER)
         if registration.linger is None or self._lingering is None:
             await (handler(info, stream) if registration.takes_info else handler(stream))
@@ -178,21 +178,21 @@ class InboundStreams:
 
 
 class _NoHandler(DispatchFailure):
-    """No handler is there for the protocol of an inbound stream."""
+    """There is no handler for the protocol of an inbound stream."""
 
 
 def _is_stray(error: BaseException) -> bool:
-    """Whether this is a cancellation of asyncio's that no scope asked for, as one that comes from
-    awaiting a cancelled task. A task group would take it for its own, and end."""
+    """Returns whether an asyncio cancellation comes from no scope of anyio's, for example from
+    awaiting a cancelled task. A task group would take it for its own and end."""
     return (
         isinstance(error, asyncio.CancelledError)
         and anyio.current_effective_deadline() != -math.inf
     )
 
 
-def _is_asked_for() -> bool:
-    """Whether somebody has cancelled this task, as the end of the event loop does."""
+def _is_cancelled() -> bool:
+    """Returns whether this task was cancelled, for example by the end of the event loop."""
     if not isinstance(current_loop(), asyncio.AbstractEventLoop):
         return False
-    # Python 3.10 does not tell.
+    # Python 3.10 has no `cancelling`.
     return bool(getattr(asyncio.current_task(), "cancelling", int)())
