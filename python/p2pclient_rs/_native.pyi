@@ -9,14 +9,28 @@ from typing import (
     Any,
     Generic,
     Literal,
-    NamedTuple,
-    Protocol as TypingProtocol,
     TypeAlias,
     TypeVar,
     final,
 )
 
-from typing_extensions import Buffer, Self, disjoint_base
+from typing_extensions import Buffer, Self
+
+from p2pclient_rs._native_values import (
+    Identity as Identity,
+    InvalidMultiaddr as InvalidMultiaddr,
+    InvalidPeerID as InvalidPeerID,
+    Multiaddr as Multiaddr,
+    MultiaddrLike,
+    PeerID as PeerID,
+    PeerIDLike,
+    PeerInfo as PeerInfo,
+    Protocol as Protocol,
+    ProtocolLookupError as ProtocolLookupError,
+    PublicKey as PublicKey,
+    PubsubMessage as PubsubMessage,
+    StreamInfo as StreamInfo,
+)
 
 __all__ = [
     "ACCEPT_PAUSE",
@@ -107,268 +121,11 @@ _Action: TypeAlias = Literal[
 ]
 _ConnectionT = TypeVar("_ConnectionT", bound=tuple[ControlConnection, object])
 
-class _ToBytes(TypingProtocol):
-    def to_bytes(self) -> bytes: ...
-
-class _Serialize(TypingProtocol):
-    def serialize(self) -> bytes: ...
-
-class _HasCode(TypingProtocol):
-    @property
-    def code(self) -> int: ...
-
-_Bytes: TypeAlias = bytes | bytearray | memoryview
-_PeerIDLike: TypeAlias = PeerID | str | _Bytes | _ToBytes
-_MultiaddrLike: TypeAlias = Multiaddr | str | _Bytes | _ToBytes
-
-class InvalidPeerID(ValueError):
-    """Something is not a peer id; the message says why."""
-
-class InvalidMultiaddr(ValueError):
-    """Something is not a multiaddr, or not one that can be taken apart; the message says why."""
-
-class ProtocolLookupError(LookupError):
-    """A multiaddr has no such protocol in it."""
-
-@disjoint_base
-class PeerID:
-    """The identity of a libp2p peer.
-
-    Takes the bytes of a multihash (as they are: the daemon judges them), a text (base58 or CID),
-    or another peer id. Raises InvalidPeerID for a text that is none.
-
-    Equal also to its base58 or CID text, to its bytes, and to the same PeerID or ID of another
-    library; orders by its base58 text; hashes as its bytes.
-    """
-
-    def __new__(cls, peer_id_bytes: _PeerIDLike) -> Self: ...
-    @classmethod
-    def from_base58(cls, b58_encoded_peer_id_str: str) -> Self:
-        """The peer id in a base58 text. Raises InvalidPeerID."""
-    @classmethod
-    def from_string(cls, text: str) -> Self:
-        """The peer id in a base58 text or a CIDv1 text. Raises InvalidPeerID."""
-    @classmethod
-    def from_bytes(cls, data: _Bytes) -> Self:
-        """The peer id of these bytes, taken as they are."""
-    @classmethod
-    def from_pubkey(cls, key: PublicKey | _Bytes | _Serialize) -> Self:
-        """The id of the peer that has a public key: a PublicKey, a serialised one, or an object
-        whose serialize() gives one. Raises InvalidPeerID for bytes that are no public key."""
-    def to_bytes(self) -> bytes:
-        """The bytes of the multihash."""
-    def to_base58(self) -> str:
-        """The base58 text: Qm… or 12D3Koo…."""
-    def to_string(self) -> str:
-        """The base58 text."""
-    def pretty(self) -> str:
-        """The base58 text."""
-    def to_cid(self) -> str:
-        """The text as a CIDv1 in base32: bafz…."""
-    def is_valid(self) -> bool:
-        """Whether the bytes are a multihash, as those of every real peer id are."""
-    @property
-    def xor_id(self) -> int:
-        """The SHA-256 of the bytes as a number: the position in a Kademlia table."""
-    def __bytes__(self) -> bytes: ...
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __lt__(self, other: PeerID, /) -> bool: ...
-    def __le__(self, other: PeerID, /) -> bool: ...
-    def __gt__(self, other: PeerID, /) -> bool: ...
-    def __ge__(self, other: PeerID, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]: ...
-
-@final
-class Multiaddr:
-    """A network address: a sequence of protocols with their values.
-
-    Takes a text such as "/ip4/127.0.0.1/tcp/4001" or "/unix/tmp/p2pd.sock", the binary form, or an
-    object whose to_bytes() gives that. Raises InvalidMultiaddr. In binary, a protocol unknown to
-    this version is accepted; such an address is printed with "/unknown/" and hexadecimal digits
-    from there on, and cannot be taken apart.
-
-    Equal also to the same Multiaddr of another library; orders by the binary form.
-    """
-
-    def __new__(cls, addr: _MultiaddrLike) -> Self: ...
-    @staticmethod
-    def from_bytes(data: _Bytes) -> Multiaddr:
-        """The address with this binary form, taken as it is, not checked."""
-    @staticmethod
-    def join(*addrs: _MultiaddrLike) -> Multiaddr:
-        """These addresses one after the other. Raises InvalidMultiaddr."""
-    def to_bytes(self) -> bytes:
-        """The binary form. The path of /unix has its leading slash there, as in Go."""
-    def protocols(self) -> list[Protocol]:
-        """The protocols in it, in order. Raises InvalidMultiaddr."""
-    def items(self) -> list[tuple[Protocol, str | None]]:
-        """The protocols in it and their values, None where a protocol takes none. Raises
-        InvalidMultiaddr."""
-    def value_for_protocol(self, proto: str | int | _HasCode) -> str | None:
-        """The value of the first of its protocols with this name or code, None where the protocol
-        takes none. That of "unix" is the path, with its leading slash. Raises
-        ProtocolLookupError when there is none, InvalidMultiaddr."""
-    def split(self, maxsplit: int = -1) -> list[Multiaddr]:
-        """Each protocol with its value as an address of its own; after maxsplit of them, if that
-        is not negative, the rest as one. Raises InvalidMultiaddr."""
-    def encapsulate(self, other: _MultiaddrLike) -> Multiaddr:
-        """This address and another after it. Raises InvalidMultiaddr, also for anything after
-        /unix."""
-    def decapsulate(self, addr: _MultiaddrLike) -> Multiaddr:
-        """This address up to the last place where the other is in it. Raises ValueError when it
-        is not, InvalidMultiaddr."""
-    def __getitem__(self, proto: str | int | _HasCode, /) -> str | None: ...
-    def __bytes__(self) -> bytes: ...
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __lt__(self, other: Multiaddr, /) -> bool: ...
-    def __le__(self, other: Multiaddr, /) -> bool: ...
-    def __gt__(self, other: Multiaddr, /) -> bool: ...
-    def __ge__(self, other: Multiaddr, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
-
-@final
-class Protocol:
-    """One of the protocols of a multiaddr."""
-
-    @property
-    def code(self) -> int:
-        """Its number."""
-    @property
-    def name(self) -> str:
-        """Its name in the text of a multiaddr."""
-    @property
-    def vcode(self) -> bytes:
-        """Its number as the varint that stands for it in binary."""
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-
-@final
-class PublicKey:
-    """A peer's public key, as libp2p serialises it (crypto.pb.PublicKey)."""
-
-    def __new__(cls, key_type: int, data: _Bytes) -> Self: ...
-    @staticmethod
-    def from_bytes(data: _Bytes) -> PublicKey:
-        """The key in these bytes, a serialised crypto.pb.PublicKey. Raises ValueError."""
-    @property
-    def key_type(self) -> int:
-        """0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA."""
-    @property
-    def data(self) -> bytes:
-        """The key, in the encoding usual for its type."""
-    @property
-    def peer_id(self) -> PeerID:
-        """The id of the peer that has this key."""
-    def serialize(self) -> bytes:
-        """The key as a serialised crypto.pb.PublicKey."""
-    def SerializeToString(self) -> bytes:
-        """The same as serialize(), under the name protobuf messages give it."""
-    def __bytes__(self) -> bytes: ...
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(self) -> tuple[type[Self], tuple[int, bytes]]: ...
-
-@disjoint_base
-class PeerInfo:
-    """A peer and the addresses it can be reached at."""
-
-    def __new__(cls, peer_id: _PeerIDLike, addrs: Iterable[_MultiaddrLike]) -> Self: ...
-    @property
-    def peer_id(self) -> PeerID:
-        """The peer."""
-    @property
-    def id(self) -> PeerID:
-        """The same, as `Identity` has it."""
-    @property
-    def addrs(self) -> list[Multiaddr]:
-        """Its addresses, in a new list."""
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(self) -> tuple[type[Self], tuple[PeerID, list[Multiaddr]]]: ...
-
-@disjoint_base
-class StreamInfo:
-    """An open stream: its remote peer, the address it came from or goes to, and its protocol."""
-
-    def __new__(cls, peer_id: _PeerIDLike, addr: _MultiaddrLike, proto: str) -> Self: ...
-    @property
-    def peer_id(self) -> PeerID:
-        """The remote peer."""
-    @property
-    def addr(self) -> Multiaddr:
-        """The address of its end of the connection."""
-    @property
-    def proto(self) -> str:
-        """The protocol agreed on."""
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(self) -> tuple[type[Self], tuple[PeerID, Multiaddr, str]]: ...
-
-class Identity(NamedTuple):
-    """Who a daemon is: its peer id (also as id) and the addresses it listens on.
-
-    Unpacks as the two: `peer_id, addrs = await client.identify()`.
-    """
-
-    peer_id: PeerID
-    addrs: tuple[Multiaddr, ...]
-    @property
-    def id(self) -> PeerID: ...
-
-@final
-class PubsubMessage:
-    """A message received on a pubsub topic.
-
-    The author's raw bytes are also at `getattr(message, "from")`, their name in the protocol.
-    """
-
-    def __new__(
-        cls,
-        peer_id: _PeerIDLike | None,
-        data: _Bytes,
-        seqno: _Bytes,
-        topic_ids: Iterable[str],
-        signature: _Bytes = b"",
-        key: _Bytes = b"",
-    ) -> Self: ...
-    @property
-    def peer_id(self) -> PeerID | None:
-        """The author, None of an anonymous message."""
-    @property
-    def data(self) -> bytes:
-        """What was published."""
-    @property
-    def seqno(self) -> bytes:
-        """The author's number for the message; with the author, it names the message."""
-    @property
-    def topic_ids(self) -> tuple[str, ...]:
-        """The topics it was published on."""
-    @property
-    def signature(self) -> bytes:
-        """The author's signature, empty of an unsigned message."""
-    @property
-    def key(self) -> bytes:
-        """The author's serialised public key, empty where the peer id holds it."""
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-    def __reduce__(
-        self,
-    ) -> tuple[type[Self], tuple[PeerID | None, bytes, bytes, tuple[str, ...], bytes, bytes]]: ...
-
 # --- driver: what client, connector, control and streams are made of ---
 
 _Address: TypeAlias = str | tuple[str, int]
 
-def endpoint(addr: _MultiaddrLike) -> tuple[str, str, int]:
+def endpoint(addr: MultiaddrLike) -> tuple[str, str, int]:
     """Where a control or listen address points: ("unix", path, 0) or (kind, host, port)."""
 
 def decode_stream_info(frame: bytes) -> StreamInfo:
@@ -392,25 +149,25 @@ class Request(Generic[_ReplyT]):
     def persistent_conn_upgrade() -> Request[None]: ...
     @staticmethod
     def connect(
-        peer: _PeerIDLike, addrs: Iterable[_MultiaddrLike], timeout: float | None
+        peer: PeerIDLike, addrs: Iterable[MultiaddrLike], timeout: float | None
     ) -> Request[None]: ...
     @staticmethod
-    def disconnect(peer: _PeerIDLike) -> Request[None]: ...
+    def disconnect(peer: PeerIDLike) -> Request[None]: ...
     @staticmethod
     def list_peers() -> Request[tuple[PeerInfo, ...]]: ...
     @staticmethod
     def stream_open(
-        peer: _PeerIDLike, protocols: list[str], timeout: float | None
+        peer: PeerIDLike, protocols: list[str], timeout: float | None
     ) -> Request[StreamInfo]: ...
     @staticmethod
-    def stream_handler(addr: _MultiaddrLike, proto: str, balanced: bool) -> Request[None]: ...
+    def stream_handler(addr: MultiaddrLike, proto: str, balanced: bool) -> Request[None]: ...
     @staticmethod
-    def remove_stream_handler(addr: _MultiaddrLike, proto: str) -> Request[None]: ...
+    def remove_stream_handler(addr: MultiaddrLike, proto: str) -> Request[None]: ...
     @staticmethod
-    def dht_find_peer(peer: _PeerIDLike, timeout: float | None) -> Request[PeerInfo]: ...
+    def dht_find_peer(peer: PeerIDLike, timeout: float | None) -> Request[PeerInfo]: ...
     @staticmethod
     def dht_find_peers_connected_to_peer(
-        peer: _PeerIDLike, timeout: float | None
+        peer: PeerIDLike, timeout: float | None
     ) -> Request[tuple[PeerInfo, ...]]: ...
     @staticmethod
     def dht_find_providers(
@@ -419,7 +176,7 @@ class Request(Generic[_ReplyT]):
     @staticmethod
     def dht_get_closest_peers(key: bytes, timeout: float | None) -> Request[tuple[PeerID, ...]]: ...
     @staticmethod
-    def dht_get_public_key(peer: _PeerIDLike, timeout: float | None) -> Request[bytes]: ...
+    def dht_get_public_key(peer: PeerIDLike, timeout: float | None) -> Request[bytes]: ...
     @staticmethod
     def dht_get_value(key: bytes, timeout: float | None) -> Request[bytes]: ...
     @staticmethod
@@ -429,17 +186,17 @@ class Request(Generic[_ReplyT]):
     @staticmethod
     def dht_provide(cid: bytes, timeout: float | None) -> Request[None]: ...
     @staticmethod
-    def connmgr_tag_peer(peer: _PeerIDLike, tag: str, weight: int) -> Request[None]: ...
+    def connmgr_tag_peer(peer: PeerIDLike, tag: str, weight: int) -> Request[None]: ...
     @staticmethod
-    def connmgr_untag_peer(peer: _PeerIDLike, tag: str) -> Request[None]: ...
+    def connmgr_untag_peer(peer: PeerIDLike, tag: str) -> Request[None]: ...
     @staticmethod
     def connmgr_trim() -> Request[None]: ...
     @staticmethod
     def peerstore_is_there() -> Request[None]: ...
     @staticmethod
-    def peerstore_get_protocols(peer: _PeerIDLike) -> Request[tuple[str, ...]]: ...
+    def peerstore_get_protocols(peer: PeerIDLike) -> Request[tuple[str, ...]]: ...
     @staticmethod
-    def peerstore_get_peer_info(peer: _PeerIDLike) -> Request[PeerInfo]: ...
+    def peerstore_get_peer_info(peer: PeerIDLike) -> Request[PeerInfo]: ...
     @staticmethod
     def pubsub_get_topics() -> Request[tuple[str, ...]]: ...
     @staticmethod
@@ -737,7 +494,7 @@ class PersistentConnection:
     def read(self, ready: list[_WakeUp]) -> None: ...
     def flush(self, now: bool) -> None: ...
     def call(
-        self, peer: _PeerIDLike, protocol: str, data: Buffer
+        self, peer: PeerIDLike, protocol: str, data: Buffer
     ) -> tuple[Awaitable[bytes], bytes] | None:
         """What to await for the reply, and the call's id."""
     def add_handler(self, protocol: str, balanced: bool, token: object) -> None: ...

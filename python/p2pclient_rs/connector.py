@@ -75,6 +75,10 @@ class DaemonConnector:
     Raises:
         InvalidMultiaddr: ``control_maddr`` is no multiaddr (a ValueError). Whether it can be a
             control address shows when it is used.
+
+    Example:
+        async with await connector.open_connection(timeout=5) as connection:
+            print(connection.get_extra_info("peername"))
     """
 
     def __init__(

@@ -102,6 +102,10 @@ class Daemon:
         ValueError: An address cannot be used as what it is given for, options contradict each
             other, or a timeout is negative.
         TypeError: An option is of another type; a timeout is None, which no daemon is given.
+
+    Example:
+        async with Daemon(dht="server", pubsub=True) as daemon, daemon.client() as client:
+            print(await client.identify())
     """
 
     def __init__(

@@ -28,6 +28,11 @@ class OpenedStream(tuple[InfoT, Stream], Generic[InfoT]):
     Attributes:
         info: The ``StreamInfo``: the peer, its address and the protocol agreed on.
         stream: The ``Stream``, whose methods these are.
+
+    Example:
+        async with await client.stream_open(peer_id, ["/echo/1"]) as opened:
+            await opened.send(b"ping")
+            print(opened.info.proto, await opened.receive())
     """
 
     __slots__ = ()

@@ -32,7 +32,12 @@ LOW_WATER = 16 * 1024
 
 
 class StreamAttribute(anyio.TypedAttributeSet):
-    """Extra attributes of a stream to a peer, beside those of ``anyio.abc.SocketAttribute``."""
+    """Extra attributes of a stream to a peer, beside those of ``anyio.abc.SocketAttribute``.
+
+    Example:
+        async with await client.stream_open(peer_id, ["/echo/1"]) as stream:
+            print(stream.extra(StreamAttribute.stream_info).proto)
+    """
 
     #: The remote peer, its address and the protocol.
     stream_info: StreamInfo = anyio.typed_attribute()
@@ -52,6 +57,12 @@ class Stream(SocketStream):
     ``send`` an unknown part of the data has been sent.
 
     Closed by garbage collection like a file, if it comes to that.
+
+    Example:
+        info, stream = await client.stream_open(peer_id, ["/echo/1"])
+        async with stream:
+            await stream.send(b"ping")
+            assert await stream.receive(1024) == b"ping"
     """
 
     def __init__(self, raw: RawStream, watch: Watch, info: StreamInfo | None = None) -> None:

@@ -25,6 +25,13 @@ class Subscription(Stream):
 
     An async iterator of ``PubsubMessage``. As a stream it carries the messages as the daemon
     sends them, PSMessages with their lengths in front, for programs that read those themselves.
+
+    Example:
+        subscription = await client.pubsub_subscribe("news")
+        async for message in subscription:
+            print(message.peer_id, message.data)
+            break
+        await subscription.aclose()
     """
 
     _max_message_size = (4 << 20) + (64 << 10)

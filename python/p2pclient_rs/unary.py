@@ -80,6 +80,14 @@ class UnaryClient:
 
     Raises:
         ValueError: A limit is negative or no number.
+
+    Example:
+        async def double(request: bytes, caller: PeerID) -> bytes:
+            return 2 * request
+
+        await client.unary.add_handler("double", double)
+        reply = await client.unary.call(peer_id, "square", b"12", timeout=5)
+        await client.unary.remove_handler("double")
     """
 
     def __init__(

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{IntoPyDict, PyBytes, PyList, PyString, PyTuple, PyType};
 
-/// A peer and the addresses it can be reached at.
+/// A peer and its addresses.
 #[pyclass(
     frozen,
     subclass,
@@ -27,7 +27,7 @@ pub struct PyPeerInfo {
 }
 
 impl PyPeerInfo {
-    /// From what a daemon said.
+    /// From a daemon's reply.
     pub fn from_core(peer_id: PeerId, addrs: Vec<Multiaddr>) -> Self {
         Self { peer_id, addrs }
     }
@@ -50,13 +50,13 @@ impl PyPeerInfo {
         self.peer_id.clone().into()
     }
 
-    /// The same, as `Identity` has it.
+    /// Same as peer_id.
     #[getter]
     fn id(&self) -> PyPeerId {
         self.peer_id()
     }
 
-    /// Its addresses, in a new list.
+    /// The addresses, in a new list.
     #[getter]
     fn addrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, multiaddrs(py, &self.addrs)?)
@@ -86,7 +86,7 @@ impl PyPeerInfo {
     }
 }
 
-/// An open stream: its remote peer, the address it came from or goes to, and its protocol.
+/// The remote peer of a stream, its address, and the protocol of the stream.
 #[pyclass(
     frozen,
     subclass,
@@ -104,7 +104,7 @@ pub struct PyStreamInfo {
 }
 
 impl PyStreamInfo {
-    /// From what a daemon said.
+    /// From a daemon's reply.
     pub fn from_core(peer_id: PeerId, addr: Multiaddr, proto: String) -> Self {
         Self {
             peer_id,
@@ -131,13 +131,13 @@ impl PyStreamInfo {
         self.peer_id.clone().into()
     }
 
-    /// The address of its end of the connection.
+    /// The address of the remote peer.
     #[getter]
     fn addr(&self) -> PyMultiaddr {
         self.addr.clone().into()
     }
 
-    /// The protocol agreed on.
+    /// The protocol that was agreed on.
     #[getter]
     fn proto(&self) -> &str {
         &self.proto
@@ -164,10 +164,10 @@ impl PyStreamInfo {
     }
 }
 
-/// The class `Identity`: who a daemon is.
+/// The class `Identity`: a daemon's peer id and addresses.
 ///
-/// A named tuple, since that is what type checkers unpack item by item and what the incumbents'
-/// callers expect, and no `#[pyclass]` can be a tuple.
+/// A named tuple, because programs for p2pclient and hivemind unpack a tuple, and a `#[pyclass]`
+/// cannot be one.
 pub fn identity_type(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     static IDENTITY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let class = IDENTITY.get_or_try_init(py, || {
@@ -182,7 +182,7 @@ pub fn identity_type(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     Ok(class.bind(py))
 }
 
-/// An `Identity` from what a daemon said.
+/// An `Identity` with the values of a daemon's reply.
 pub fn identity<'py>(
     py: Python<'py>,
     peer_id: PeerId,
@@ -194,7 +194,7 @@ pub fn identity<'py>(
 
 /// A message received on a pubsub topic.
 ///
-/// The author's raw bytes are also at `getattr(message, "from")`, their name in the protocol.
+/// The raw bytes of the author are also at `getattr(message, "from")`, their name in the protocol.
 #[pyclass(
     frozen,
     eq,
@@ -258,37 +258,37 @@ impl PyPubsubMessage {
         })
     }
 
-    /// The author, None of an anonymous message.
+    /// The author; None if the message is anonymous.
     #[getter]
     fn peer_id(&self) -> Option<PyPeerId> {
         (!self.from.is_empty()).then(|| PeerId::from_bytes(self.from.clone()).into())
     }
 
-    /// What was published.
+    /// The published data.
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.data)
     }
 
-    /// The author's number for the message; with the author, it names the message.
+    /// The author's number for the message. Together with the author it identifies it.
     #[getter]
     fn seqno<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.seqno)
     }
 
-    /// The topics it was published on.
+    /// The topics on which the message was published.
     #[getter]
     fn topic_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         PyTuple::new(py, &self.topic_ids)
     }
 
-    /// The author's signature, empty of an unsigned message.
+    /// The author's signature; empty if the message is unsigned.
     #[getter]
     fn signature<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.signature)
     }
 
-    /// The author's serialised public key, empty where the peer id holds it.
+    /// The author's serialised public key; empty if the peer id contains it.
     #[getter]
     fn key<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.key)
@@ -323,7 +323,7 @@ impl PyPubsubMessage {
     }
 }
 
-/// What `__reduce__` returns: a class and its constructor's arguments.
+/// The return type of `__reduce__`: a class and the arguments of its constructor.
 type Reduced<'py> = (Bound<'py, PyType>, Bound<'py, PyTuple>);
 
 fn multiaddrs<'py>(py: Python<'py>, addrs: &[Multiaddr]) -> PyResult<Vec<Bound<'py, PyMultiaddr>>> {

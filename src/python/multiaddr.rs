@@ -14,7 +14,7 @@ pyo3::create_exception!(
     p2pclient_rs,
     InvalidMultiaddr,
     PyValueError,
-    "Something is not a multiaddr, or not one that can be taken apart; the message says why."
+    "A value is not a multiaddr, or is one that cannot be taken apart; the message says why."
 );
 
 pyo3::create_exception!(
@@ -24,17 +24,16 @@ pyo3::create_exception!(
     "A multiaddr has no such protocol in it."
 );
 
-/// The exception for what is no multiaddr, shown as `shown`.
+/// The exception for a value that is not a multiaddr, shown as `shown`.
 pub fn invalid_multiaddr(shown: &str, error: &MultiaddrError) -> PyErr {
     InvalidMultiaddr::new_err(format!("{shown} is not a multiaddr: {error}"))
 }
 
-/// A multiaddr out of a `Multiaddr`, text, bytes, or any object with `to_bytes()` (such as
-/// py-multiaddr's). A unix path without its leading slash gets one, see
-/// [`Multiaddr::with_absolute_path`].
+/// Converts a `Multiaddr`, text, bytes, or an object with `to_bytes()`, such as py-multiaddr's. A
+/// unix path without its leading slash gets one; see [`Multiaddr::with_absolute_path`].
 ///
 /// # Errors
-/// `InvalidMultiaddr` for what is no multiaddr, `TypeError` for other objects.
+/// `InvalidMultiaddr` for a value that is not a multiaddr, `TypeError` for other objects.
 pub fn extract_multiaddr(object: &Bound<'_, PyAny>) -> PyResult<Multiaddr> {
     if let Ok(addr) = object.cast::<PyMultiaddr>() {
         return Ok(addr.get().core().clone());
@@ -57,10 +56,10 @@ pub fn extract_multiaddr(object: &Bound<'_, PyAny>) -> PyResult<Multiaddr> {
     }
 }
 
-/// As [`extract_multiaddr`], of each item of an iterable.
+/// Converts each item of an iterable as [`extract_multiaddr`] does.
 ///
 /// # Errors
-/// Also `TypeError` for a single text, each character of which would be an item.
+/// Also `TypeError` for a single text, whose items would be its characters.
 pub fn extract_multiaddrs(iterable: &Bound<'_, PyAny>) -> PyResult<Vec<Multiaddr>> {
     if iterable.is_instance_of::<PyString>() {
         return Err(wrong_type("an iterable of multiaddrs", iterable));
@@ -74,9 +73,9 @@ pub fn extract_multiaddrs(iterable: &Bound<'_, PyAny>) -> PyResult<Vec<Multiaddr
 /// A network address: a sequence of protocols with their values.
 ///
 /// Takes a text such as "/ip4/127.0.0.1/tcp/4001" or "/unix/tmp/p2pd.sock", the binary form, or an
-/// object whose to_bytes() gives that. Raises InvalidMultiaddr. In binary, a protocol unknown to
-/// this version is accepted; such an address is printed with "/unknown/" and hexadecimal digits
-/// from there on, and cannot be taken apart.
+/// object whose to_bytes() returns that. Raises InvalidMultiaddr. A binary form may contain a
+/// protocol that this version does not know. Such an address prints as "/unknown/" and hexadecimal
+/// digits from there on, and cannot be taken apart.
 #[pyclass(frozen, weakref, name = "Multiaddr", module = "p2pclient_rs")]
 pub struct PyMultiaddr(Multiaddr);
 
@@ -106,13 +105,13 @@ impl PyMultiaddr {
         extract_multiaddr(addr).map(Self)
     }
 
-    /// The address with this binary form, taken as it is, not checked.
+    /// Returns the address with this binary form, which is not validated.
     #[staticmethod]
     fn from_bytes(data: &Bound<'_, PyAny>) -> PyResult<Self> {
         extract_bytes(data).map(|bytes| Self(Multiaddr::from_bytes(bytes)))
     }
 
-    /// These addresses one after the other. Raises InvalidMultiaddr.
+    /// Returns these addresses, one after the other. Raises InvalidMultiaddr.
     #[staticmethod]
     #[pyo3(signature = (*addrs))]
     fn join(addrs: &Bound<'_, PyTuple>) -> PyResult<Self> {
@@ -127,7 +126,7 @@ impl PyMultiaddr {
         }
     }
 
-    /// The binary form. The path of /unix has its leading slash there, as in Go.
+    /// Returns the binary form. In it the path of /unix has its leading slash, as in Go.
     fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, self.0.as_bytes())
     }
@@ -144,12 +143,12 @@ impl PyMultiaddr {
         format!("<Multiaddr {}>", self.0)
     }
 
-    /// The protocols in it, in order. Raises InvalidMultiaddr.
+    /// Returns the protocols, in order. Raises InvalidMultiaddr.
     fn protocols(&self) -> PyResult<Vec<PyProtocol>> {
         Ok(self.components()?.iter().map(PyProtocol::from).collect())
     }
 
-    /// The protocols in it and their values, None where a protocol takes none. Raises
+    /// Returns the protocols with their values; None for a protocol without a value. Raises
     /// InvalidMultiaddr.
     fn items(&self) -> PyResult<Vec<(PyProtocol, Option<String>)>> {
         let parts = self.components()?;
@@ -159,9 +158,9 @@ impl PyMultiaddr {
             .collect())
     }
 
-    /// The value of the first of its protocols with this name or code, None where the protocol
-    /// takes none. That of "unix" is the path, with its leading slash. Raises
-    /// ProtocolLookupError when there is none, InvalidMultiaddr.
+    /// Returns the value of the first protocol with this name or code; None for a protocol without
+    /// a value. The value of "unix" is the path with its leading slash. Raises ProtocolLookupError
+    /// if there is no such protocol, InvalidMultiaddr.
     fn value_for_protocol(&self, proto: WantedProtocol) -> PyResult<Option<String>> {
         let found = self.components()?.into_iter().find(|part| match &proto {
             WantedProtocol::Name(name) => part.name == &**name,
@@ -181,8 +180,8 @@ impl PyMultiaddr {
         self.value_for_protocol(proto)
     }
 
-    /// Each protocol with its value as an address of its own; after maxsplit of them, if that is
-    /// not negative, the rest as one. Raises InvalidMultiaddr.
+    /// Returns each protocol with its value as an address; after maxsplit of them, if that is not
+    /// negative, the rest as one address. Raises InvalidMultiaddr.
     #[pyo3(signature = (maxsplit = -1), text_signature = "($self, maxsplit=-1)")]
     fn split(&self, maxsplit: isize) -> PyResult<Vec<Self>> {
         let mut rest = self.0.to_bytes();
@@ -199,13 +198,14 @@ impl PyMultiaddr {
         Ok(addrs)
     }
 
-    /// This address and another after it. Raises InvalidMultiaddr, also for anything after /unix.
+    /// Returns this address followed by another. Raises InvalidMultiaddr, also if this address
+    /// ends with /unix.
     fn encapsulate(slf: &Bound<'_, Self>, other: &Bound<'_, PyAny>) -> PyResult<Self> {
         Self::join(&PyTuple::new(slf.py(), [slf.as_any(), other])?)
     }
 
-    /// This address up to the last place where the other is in it. Raises ValueError when it is
-    /// not, InvalidMultiaddr.
+    /// Returns this address up to the last occurrence of the other. Raises ValueError if there is
+    /// none, InvalidMultiaddr.
     fn decapsulate(&self, addr: &Bound<'_, PyAny>) -> PyResult<Self> {
         let inner = Self(extract_multiaddr(addr)?);
         let (mine, theirs) = (self.components()?, inner.components()?);
@@ -270,13 +270,13 @@ enum WantedProtocol {
     },
 }
 
-/// One of the protocols of a multiaddr.
+/// A protocol of a multiaddr.
 #[pyclass(frozen, eq, hash, get_all, name = "Protocol", module = "p2pclient_rs")]
 #[derive(PartialEq, Eq, Hash)]
 pub struct PyProtocol {
-    /// Its number.
+    /// The number.
     code: u32,
-    /// Its name in the text of a multiaddr.
+    /// The name in the text of a multiaddr.
     name: &'static str,
 }
 
@@ -291,7 +291,7 @@ impl From<&Component<'_>> for PyProtocol {
 
 #[pymethods]
 impl PyProtocol {
-    /// Its number as the varint that stands for it in binary.
+    /// The number as a varint, as it is in the binary form.
     #[getter]
     fn vcode<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, encode::u32(self.code, &mut encode::u32_buffer()))
@@ -302,11 +302,11 @@ impl PyProtocol {
     }
 }
 
-/// Where a control or listen address points: `("unix", path, 0)`, or
+/// Returns the endpoint of a control or listen address: `("unix", path, 0)`, or
 /// `("ip4" | "ip6" | "dns" | "dns4" | "dns6", host, port)`.
 ///
 /// # Errors
-/// `InvalidMultiaddr` if it is no such address.
+/// `InvalidMultiaddr` if it is another kind of address.
 #[pyfunction]
 pub fn endpoint(addr: &Bound<'_, PyAny>) -> PyResult<(&'static str, String, u16)> {
     let endpoint = extract_multiaddr(addr)?

@@ -1,4 +1,4 @@
-//! `PeerID`, and the exception for what is none.
+//! `PeerID`, and the exception for invalid ones.
 
 use super::buffer::{bytes_of, extract_bytes, is_named, wrong_type};
 use p2pd_protocol::peer_id::ParsePeerIdError;
@@ -15,19 +15,18 @@ pyo3::create_exception!(
     p2pclient_rs,
     InvalidPeerID,
     PyValueError,
-    "Something is not a peer id; the message says why."
+    "A value is not a peer id; the message says why."
 );
 
-/// The exception for a text that is no peer id.
+/// The exception for a text that is not a peer id.
 pub fn invalid_peer_id(text: &str, error: &ParsePeerIdError) -> PyErr {
     InvalidPeerID::new_err(format!("{text:?} is not a peer id: {error}"))
 }
 
-/// A peer id out of a `PeerID`, text, bytes, or any object with `to_bytes()`. Bytes are taken as
-/// they are.
+/// Converts a `PeerID`, text, bytes, or an object with `to_bytes()`. Bytes are not validated.
 ///
 /// # Errors
-/// `InvalidPeerID` for text that is no peer id, `TypeError` for other objects.
+/// `InvalidPeerID` for a text that is not a peer id, `TypeError` for other objects.
 pub fn extract_peer_id(object: &Bound<'_, PyAny>) -> PyResult<PeerId> {
     if let Ok(peer_id) = object.cast::<PyPeerId>() {
         return Ok(peer_id.get().core().clone());
@@ -41,7 +40,7 @@ pub fn extract_peer_id(object: &Bound<'_, PyAny>) -> PyResult<PeerId> {
     }
 }
 
-/// The peer id in a text.
+/// Parses a text.
 ///
 /// # Errors
 /// `InvalidPeerID`.
@@ -54,8 +53,8 @@ pub fn parse_peer_id(text: &Bound<'_, PyString>) -> PyResult<PeerId> {
 
 /// The identity of a libp2p peer.
 ///
-/// Takes the bytes of a multihash (as they are: the daemon judges them), a text (base58 or CID),
-/// or another peer id. Raises InvalidPeerID for a text that is none.
+/// Takes the bytes of a multihash, which are not validated; a text, base58 or CID; or another peer
+/// id. Raises InvalidPeerID if the text is not a peer id.
 #[pyclass(frozen, subclass, weakref, name = "PeerID", module = "p2pclient_rs")]
 pub struct PyPeerId {
     peer_id: PeerId,
@@ -121,7 +120,7 @@ impl PyPeerId {
         extract_peer_id(peer_id_bytes).map(Self::from)
     }
 
-    /// The peer id in a base58 text. Raises InvalidPeerID.
+    /// Parses a base58 text. Raises InvalidPeerID.
     #[classmethod]
     fn from_base58<'py>(
         cls: &Bound<'py, PyType>,
@@ -130,7 +129,7 @@ impl PyPeerId {
         Self::instance(cls, parse_peer_id(b58_encoded_peer_id_str)?)
     }
 
-    /// The peer id in a base58 text or a CIDv1 text. Raises InvalidPeerID.
+    /// Parses a base58 text or a CIDv1 text. Raises InvalidPeerID.
     #[classmethod]
     fn from_string<'py>(
         cls: &Bound<'py, PyType>,
@@ -139,7 +138,7 @@ impl PyPeerId {
         Self::instance(cls, parse_peer_id(text)?)
     }
 
-    /// The peer id of these bytes, taken as they are.
+    /// Returns the peer id with these bytes, which are not validated.
     #[classmethod]
     fn from_bytes<'py>(
         cls: &Bound<'py, PyType>,
@@ -148,8 +147,8 @@ impl PyPeerId {
         Self::instance(cls, PeerId::from_bytes(extract_bytes(data)?))
     }
 
-    /// The id of the peer that has a public key: a PublicKey, a serialised one, or an object whose
-    /// serialize() gives one. Raises InvalidPeerID for bytes that are no public key.
+    /// Returns the id of the peer with a public key: a PublicKey, a serialised one, or an object
+    /// with serialize(). Raises InvalidPeerID if the bytes are not a public key.
     #[classmethod]
     fn from_pubkey<'py>(
         cls: &Bound<'py, PyType>,
@@ -164,7 +163,7 @@ impl PyPeerId {
         Self::instance(cls, PeerId::from_public_key(&serialized))
     }
 
-    /// The bytes of the multihash.
+    /// Returns the bytes of the multihash.
     fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         let new = || PyBytes::new(py, self.peer_id.as_bytes()).unbind();
         self.bytes.get_or_init(py, new).bind(py).clone()
@@ -174,27 +173,27 @@ impl PyPeerId {
         self.to_bytes(py)
     }
 
-    /// The base58 text: Qm… or 12D3Koo….
+    /// Returns the base58 text: Qm… or 12D3Koo….
     fn to_base58<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.text(py)
     }
 
-    /// The base58 text.
+    /// Returns the base58 text.
     fn to_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.text(py)
     }
 
-    /// The base58 text.
+    /// Returns the base58 text.
     fn pretty<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.text(py)
     }
 
-    /// The text as a CIDv1 in base32: bafz….
+    /// Returns the text as a CIDv1 in base32: bafz….
     fn to_cid(&self) -> String {
         self.peer_id.to_cid()
     }
 
-    /// Whether the bytes are a multihash, as those of every real peer id are.
+    /// Returns whether the bytes are a multihash, as those of every real peer id are.
     fn is_valid(&self) -> bool {
         self.peer_id.is_valid()
     }

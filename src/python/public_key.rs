@@ -1,4 +1,4 @@
-//! `PublicKey`.
+//! `PublicKey`: a peer's public key.
 
 use super::buffer::extract_bytes;
 use super::peer_id::PyPeerId;
@@ -26,7 +26,7 @@ impl PyPublicKey {
         Ok(Self(PublicKey { key_type, data }))
     }
 
-    /// The key in these bytes, a serialised crypto.pb.PublicKey. Raises ValueError.
+    /// Decodes a serialised crypto.pb.PublicKey. Raises ValueError.
     #[staticmethod]
     fn from_bytes(data: &Bound<'_, PyAny>) -> PyResult<Self> {
         let key = PublicKey::decode(&extract_bytes(data)?);
@@ -40,24 +40,24 @@ impl PyPublicKey {
         self.0.key_type
     }
 
-    /// The key, in the encoding usual for its type.
+    /// The key, in the usual encoding for its type.
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.0.data)
     }
 
-    /// The id of the peer that has this key.
+    /// The id of the peer with this key.
     #[getter]
     fn peer_id(&self) -> PyPeerId {
         self.0.peer_id().into()
     }
 
-    /// The key as a serialised crypto.pb.PublicKey.
+    /// Returns the key as a serialised crypto.pb.PublicKey.
     fn serialize<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.0.encode())
     }
 
-    /// The same as serialize(), under the name protobuf messages give it.
+    /// Same as serialize(), under the name that protobuf messages use.
     #[pyo3(name = "SerializeToString")]
     fn serialize_to_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         self.serialize(py)
