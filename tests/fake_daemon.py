@@ -267,6 +267,16 @@ def honest(connection: Connection) -> None:
         connection.answer(IDENTITY)
 
 
+def by_connection(*scripts: Script, then: Script = honest) -> Script:
+    """Runs one script per connection, in order, and ``then`` on further connections."""
+
+    def run(connection: Connection) -> None:
+        number = connection.number
+        (scripts[number - 1] if number <= len(scripts) else then)(connection)
+
+    return run
+
+
 def unary_echo(connection: Connection) -> None:
     """Accepts the upgrade, and echoes every call."""
     connection.upgrade()
@@ -296,7 +306,7 @@ class Plan:
         self._next: tuple[str, Answer] | None = None
 
     def next(self, kind: str, fault: Answer) -> None:
-        """Answers the next request of ``kind`` by ``fault``, called with the call id, if any.
+        """Answers the next request of ``kind`` by calling ``fault`` with the call id, if any.
 
         The connection is closed if that returns None. Otherwise it continues: after UPGRADE as a
         persistent connection if true, as a control connection if false.

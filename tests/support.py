@@ -280,3 +280,28 @@ def child_processes() -> set[int]:
             if int(fields[1]) == os.getpid():
                 children.add(int(entry))
     return children
+
+
+def resident_memory() -> int:
+    """Returns the resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the peer of a non-blocking socket has closed it."""
+    try:
+        return sock.recv(100) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def connect_to_listener(client: Client) -> socket.socket:
+    """Connects to a client's listener, as the daemon would."""
+    _, kind, *rest = str(client.control.listen_maddr).split("/")
+    if kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect("/" + "/".join(rest))
+        return sock
+    return socket.create_connection((rest[0], int(rest[2])))

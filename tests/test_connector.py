@@ -23,6 +23,7 @@ from fake_daemon import (
     FakeDaemon,
     Gone,
     Script,
+    by_connection,
     decode,
     dht,
     field,
@@ -52,17 +53,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 FAKE_PEER = PeerID(PEER)
 
 transports = pytest.mark.parametrize("transport", ["unix", "tcp"])
-
-
-def first(script: Script, *others: Script) -> Script:
-    """Runs one script per connection; further connections get ``honest``."""
-    scripts = (script, *others)
-
-    def run(connection: Connection) -> None:
-        number = connection.number
-        (scripts[number - 1] if number <= len(scripts) else honest)(connection)
-
-    return run
 
 
 async def assert_usable(client: Client) -> None:
@@ -232,7 +222,7 @@ async def test_cancelled_call_closes_its_connection() -> None:
         connection.read_request()
         connection.wait_closed()
 
-    with FakeDaemon(first(silent)) as fake:
+    with FakeDaemon(by_connection(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(client.identify)
@@ -268,7 +258,7 @@ async def test_call_cancelled_while_waiting_for_a_permit_sends_nothing() -> None
 
 @transports
 async def test_idle_connection_closed_by_the_daemon_is_replaced(transport: str) -> None:
-    with FakeDaemon(first(lambda c: c.answer(IDENTITY)), transport) as fake:
+    with FakeDaemon(by_connection(lambda c: c.answer(IDENTITY)), transport) as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             await until(lambda: fake.open == 0)
@@ -289,7 +279,7 @@ async def test_request_that_could_not_be_written_is_retried() -> None:
         assert poll.poll(10_000)
 
     stopped: list[int] = []
-    with FakeDaemon(first(deaf)) as fake:
+    with FakeDaemon(by_connection(deaf)) as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             await until(lambda: stopped)
@@ -302,7 +292,7 @@ async def test_request_left_unread_by_a_unix_daemon_is_retried() -> None:
         connection.answer(IDENTITY)
         connection.wait_readable()
 
-    with FakeDaemon(first(closes_unread)) as fake:
+    with FakeDaemon(by_connection(closes_unread)) as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             await assert_usable(client)
@@ -319,7 +309,7 @@ async def test_request_read_by_the_daemon_is_never_retried(
             connection.answer(IDENTITY)
         connection.read_request()
 
-    with FakeDaemon(first(reads_and_closes), transport) as fake:
+    with FakeDaemon(by_connection(reads_and_closes), transport) as fake:
         async with Client(fake.control_maddr) as client:
             if idle_before:
                 await assert_usable(client)
@@ -339,7 +329,7 @@ async def test_request_is_not_retried_after_a_tcp_reset() -> None:
         connection.wait_readable()
         connection.reset()
 
-    with FakeDaemon(first(resets), "tcp") as fake:
+    with FakeDaemon(by_connection(resets), "tcp") as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             with pytest.raises(ConnectionLost, match="reset") as error:
@@ -350,7 +340,7 @@ async def test_request_is_not_retried_after_a_tcp_reset() -> None:
 
 
 async def test_failure_on_a_new_connection_is_not_retried() -> None:
-    with FakeDaemon(first(lambda c: c.wait_readable())) as fake:
+    with FakeDaemon(by_connection(lambda c: c.wait_readable())) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ConnectionLost):
                 await client.identify()
@@ -430,7 +420,7 @@ async def test_unanswered_call_times_out(timeout: float) -> None:
         connection.read_request()
         connection.wait_closed()
 
-    with FakeDaemon(first(silent)) as fake:
+    with FakeDaemon(by_connection(silent)) as fake:
         async with Client(fake.control_maddr) as client:
             start = time.monotonic()
             with pytest.raises(ControlTimeout, match=f"no answer within {timeout:g} s") as error:
@@ -450,7 +440,7 @@ async def test_incomplete_reply_times_out() -> None:
         connection.send(frame(IDENTITY)[:-1])
         connection.wait_closed()
 
-    with FakeDaemon(first(half)) as fake:
+    with FakeDaemon(by_connection(half)) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
                 await client.identify(timeout=0.2)
@@ -526,7 +516,7 @@ def sends(data: bytes, close: bool) -> Script:
 async def test_reply_cut_off_anywhere_raises_connection_lost(transport: str) -> None:
     answer = frame(IDENTITY)
     scripts = [sends(answer[:size], close=True) for size in range(len(answer))]
-    with FakeDaemon(first(*scripts), transport) as fake:
+    with FakeDaemon(by_connection(*scripts), transport) as fake:
         async with Client(fake.control_maddr) as client:
             for size in range(len(answer)):
                 message = "in the middle of its answer" if size else "without answering"
@@ -555,7 +545,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("data", "message"), BROKEN.values(), ids=BROKEN)
 async def test_invalid_reply_raises_protocol_violation_at_once(data: bytes, message: str) -> None:
-    with FakeDaemon(first(sends(data, close=False))) as fake:
+    with FakeDaemon(by_connection(sends(data, close=False))) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ProtocolViolation, match=message) as error:
                 await client.identify(timeout=10)
@@ -587,7 +577,7 @@ BROKEN_DHT = {
 async def test_invalid_sequence_of_dht_values_raises_at_once(
     data: bytes, close: bool, message: str
 ) -> None:
-    with FakeDaemon(first(sends(data, close))) as fake:
+    with FakeDaemon(by_connection(sends(data, close))) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ConnectionLost if close else ProtocolViolation, match=message):
                 await client.dht_search_value(b"key", timeout=10)
@@ -668,7 +658,7 @@ async def test_reply_may_arrive_one_byte_at_a_time() -> None:
 
 @pytest.mark.parametrize("extra", [b"\x00", frame(IDENTITY)])
 async def test_connection_with_bytes_after_the_reply_is_not_reused(extra: bytes) -> None:
-    with FakeDaemon(first(sends(frame(IDENTITY) + extra, close=False))) as fake:
+    with FakeDaemon(by_connection(sends(frame(IDENTITY) + extra, close=False))) as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             await assert_usable(client)
@@ -686,7 +676,7 @@ async def test_connection_with_unsolicited_data_is_not_reused() -> None:
         connection.wait_closed()
 
     answered = threading.Event()
-    with FakeDaemon(first(talks)) as fake:
+    with FakeDaemon(by_connection(talks)) as fake:
         async with Client(fake.control_maddr) as client:
             await assert_usable(client)
             answered.set()
@@ -698,7 +688,7 @@ async def test_connection_with_unsolicited_data_is_not_reused() -> None:
 async def test_random_replies_never_hang_or_break_the_client() -> None:
     rng = random.Random(7)
     blobs = [rng.randbytes(rng.randrange(1, 60)) for _ in range(100)]
-    with FakeDaemon(first(*(sends(blob, close=True) for blob in blobs))) as fake:
+    with FakeDaemon(by_connection(*(sends(blob, close=True) for blob in blobs))) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in blobs:
                 with pytest.raises(ControlFailure) as error:

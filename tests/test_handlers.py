@@ -17,7 +17,7 @@ from unittest import mock
 import anyio
 import pytest
 from fake_daemon import ADDR, IDENTITY, PEER, Connection, FakeDaemon, field, frame, honest
-from support import DaemonProcess, new_directory, open_descriptors, until
+from support import DaemonProcess, connect_to_listener, new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ConnectionLost, PeerID, Stream, StreamInfo, handlers
 from p2pclient_rs.handlers import takes_info
@@ -66,12 +66,7 @@ async def listening(transport: str = "unix") -> AsyncIterator[Client]:
 
 def inbound(client: Client, protocol: str) -> socket.socket:
     """Opens an inbound stream to ``client``, as its daemon would."""
-    _, kind, *rest = str(client.control.listen_maddr).split("/")
-    if kind == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect("/" + "/".join(rest))
-    else:
-        sock = socket.create_connection((rest[0], int(rest[2])))
+    sock = connect_to_listener(client)
     sock.sendall(frame(field(1, PEER) + field(2, ADDR) + field(3, protocol.encode())))
     return sock
 

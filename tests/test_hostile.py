@@ -39,7 +39,7 @@ from fake_daemon import (
     reply,
     varint,
 )
-from support import new_directory, open_descriptors, until
+from support import is_closed, new_directory, open_descriptors, until
 
 from p2pclient_rs import (
     Client,
@@ -809,16 +809,6 @@ async def assert_served(connect: Callable[[], socket.socket], got: list[bytes]) 
     await until(lambda: got)
     assert got == [b"data"]
     await until(lambda: is_closed(good))
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Whether the peer of a non-blocking socket has closed it."""
-    try:
-        return sock.recv(100) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
 
 
 BAD_HEADS = {

@@ -33,7 +33,7 @@ from fake_daemon import (
     field,
     frame,
 )
-from support import new_directory, open_descriptors, until
+from support import connect_to_listener, is_closed, new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
 from p2pclient_rs.control import ListenerStats
@@ -64,8 +64,7 @@ def private_path(client: Client) -> Path:
 
 def dial(client: Client) -> socket.socket:
     """Connects to a client's listener, as the daemon would."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(str(private_path(client)))
+    connection = connect_to_listener(client)
     connection.setblocking(False)
     return connection
 
@@ -467,16 +466,7 @@ async def flood(client: Client, count: int, header: bytes) -> None:
     for _ in range(count):
         with dial(client) as connection:
             connection.sendall(header)
-            await until(lambda: is_ended(connection))  # noqa: B023
-
-
-def is_ended(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
+            await until(lambda: is_closed(connection))  # noqa: B023
 
 
 @pytest.mark.independent

@@ -1,5 +1,5 @@
-"""The soak scenarios of benches/soak at a small scale, and that they detect what they should:
-corrupted, repeated and unserved payloads, a leak, growth, a stall."""
+"""Runs the soak scenarios of benches/soak at a small scale, and checks that they detect corrupted,
+repeated and unserved payloads, a leak, growth and a stall."""
 
 from __future__ import annotations
 

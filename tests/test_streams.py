@@ -26,7 +26,15 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute
 from fake_daemon import ADDR, PEER, STREAM_INFO, Connection, FakeDaemon, Script, field, frame
-from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
+from support import (
+    BACKENDS,
+    DaemonProcess,
+    connect_to_listener,
+    is_closed,
+    new_directory,
+    open_descriptors,
+    until,
+)
 
 from p2pclient_rs import (
     Client,
@@ -1377,16 +1385,6 @@ async def test_listen_on_an_address_in_use_raises_os_error_naming_it() -> None:
             pass
 
 
-def connect_to_listener(client: Client) -> socket.socket:
-    """Connects to a client's listener, as the daemon would."""
-    _, kind, *rest = str(client.control.listen_maddr).split("/")
-    if kind == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect("/" + "/".join(rest))
-        return sock
-    return socket.create_connection((rest[0], int(rest[2])))
-
-
 HEADER = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
 NONSENSE = {
     "nothing": b"",
@@ -1427,16 +1425,6 @@ def peek(sock: socket.socket) -> bytes:
         return sock.recv(100, socket.MSG_PEEK)
     except BlockingIOError:
         return b""
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Whether the peer of a non-blocking socket has closed it."""
-    try:
-        return sock.recv(100) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
 
 
 async def test_listener_out_of_descriptors_logs_once_and_accepts_later(

@@ -29,6 +29,7 @@ from fake_daemon import (
     Message,
     Script,
     acknowledgement,
+    by_connection,
     cancellation,
     daemon_error,
     field,
@@ -41,7 +42,7 @@ from fake_daemon import (
     varint,
 )
 from forking import in_child, run_in_thread
-from support import BACKENDS, DaemonProcess, all_of, open_descriptors, until
+from support import BACKENDS, DaemonProcess, all_of, open_descriptors, resident_memory, until
 
 from p2pclient_rs import (
     Client,
@@ -65,17 +66,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 FAKE_PEER = PeerID(PEER)
 #: Call ids of incoming calls.
 IDS = [bytes([number]) * 16 for number in range(1, 100)]
-
-
-def first(script: Script, *others: Script) -> Script:
-    """Runs one script per connection; further connections echo every call."""
-    scripts = (script, *others)
-
-    def run(connection: Connection) -> None:
-        number = connection.number
-        (scripts[number - 1] if number <= len(scripts) else unary_echo)(connection)
-
-    return run
 
 
 async def call_echo(client: Client, data: bytes = b"data", timeout: float | None = None) -> bytes:
@@ -162,7 +152,7 @@ async def test_missing_daemon_raises_daemon_unreachable(tmp_path: Path) -> None:
 
 
 async def test_unanswered_upgrade_delays_each_call_only_by_its_own_timeout() -> None:
-    with FakeDaemon(first(silent)) as fake:
+    with FakeDaemon(by_connection(silent, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(2):
                 with pytest.raises(ControlTimeout):
@@ -178,7 +168,7 @@ async def test_unanswered_upgrade_times_out_by_itself(
 ) -> None:
     quick = functools.partial(Lifecycle, open_timeout=0.2)
     monkeypatch.setattr("p2pclient_rs.persistent.Lifecycle", quick)
-    with FakeDaemon(first(silent)) as fake:
+    with FakeDaemon(by_connection(silent, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ControlTimeout):
                 await call_echo(client)
@@ -263,7 +253,7 @@ async def test_lost_connection_fails_every_pending_call_at_once(how: str) -> Non
         if how == "reset":
             connection.reset()
 
-    with FakeDaemon(first(script), "tcp") as fake:
+    with FakeDaemon(by_connection(script, then=unary_echo), "tcp") as fake:
         async with Client(fake.control_maddr) as client:
 
             async def lose_it() -> None:
@@ -308,7 +298,7 @@ async def test_connection_lost_while_idle_is_reopened_with_its_handlers() -> Non
             if len(again) == 3:
                 connection.send(frame(incoming(IDS[0], "kept", b"hello")))
 
-    with FakeDaemon(first(loses, second)) as fake:
+    with FakeDaemon(by_connection(loses, second, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("kept", echo)
             await client.add_unary_handler("shared", echo, balanced=True)
@@ -343,7 +333,7 @@ async def test_reconnect_retries_handlers_until_the_daemon_drops_the_old_connect
             connection.send(frame(daemon_error(refused[-1].call_id, text)))
         serve_echo(connection)
 
-    with FakeDaemon(first(loses, second)) as fake:
+    with FakeDaemon(by_connection(loses, second, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("kept", echo)
             lose.set()
@@ -373,7 +363,7 @@ async def test_running_handlers_are_cancelled_when_the_connection_is_lost() -> N
             events.append("left")
         raise AssertionError
 
-    with FakeDaemon(first(loses)) as fake:
+    with FakeDaemon(by_connection(loses, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("waits", waits)
             await until(lambda: events == ["entered"] * 5)
@@ -389,7 +379,7 @@ async def test_connection_lost_during_a_registration_fails_and_forgets_it() -> N
         connection.upgrade()
         connection.read_message()
 
-    with FakeDaemon(first(loses)) as fake:
+    with FakeDaemon(by_connection(loses, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             with pytest.raises(ConnectionLost) as error:
                 await client.add_unary_handler("echo", echo, timeout=10)
@@ -741,7 +731,7 @@ async def test_invalid_reply_fails_all_pending_calls_at_once(
         if not close:
             connection.wait_closed()
 
-    with FakeDaemon(first(broken)) as fake:
+    with FakeDaemon(by_connection(broken, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             errors = await all_of(call_echo(client, timeout=10) for _ in range(5))
             # By name: errors with an errno are of a subclass with the same name.
@@ -765,7 +755,7 @@ async def test_reply_received_before_an_invalid_message_is_delivered() -> None:
         connection.send(frame(reply(call.call_id, b"good")) + frame(b"\xff\xff\xff"))
         connection.wait_closed()
 
-    with FakeDaemon(first(script)) as fake:
+    with FakeDaemon(by_connection(script, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             assert await call_echo(client) == b"good"
             await assert_usable(client)
@@ -791,7 +781,7 @@ async def test_random_replies_never_hang_or_break_the_client(close: bool) -> Non
         return run
 
     scripts = [script(rng.randbytes(rng.randrange(3, 60))) for _ in range(100)]
-    with FakeDaemon(first(*scripts)) as fake:
+    with FakeDaemon(by_connection(*scripts, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             for _ in range(300):
                 try:
@@ -1018,11 +1008,6 @@ class Flood:
             self.answers[message.call_id] = message
 
 
-def resident() -> int:
-    """Returns the resident memory of this process, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize(
     ("count", "size"), [(20_000, 4), (400, 1 << 20)], ids=["many small", "large"]
 )
@@ -1037,14 +1022,14 @@ async def test_flood_of_calls_is_held_back_and_loses_no_call(count: int, size: i
         assert data == data[:4] * (flood.size // 4)
         return data[:4]
 
-    before = resident()
+    before = resident_memory()
     with FakeDaemon(flood.script) as fake:
         async with Client(fake.control_maddr) as client:
             await client.add_unary_handler("handler", handler)
             await until(flood.blocked.is_set)
             assert flood.sent < count
             assert len(entered) <= client.unary.unanswered_calls < count
-            assert resident() - before < 128 << 20
+            assert resident_memory() - before < 128 << 20
             assert flood.answers == {}
             go_on.set()
             await until(lambda: len(flood.answers) == count, within=25)
@@ -1114,13 +1099,13 @@ async def test_calls_wait_while_the_daemon_does_not_read() -> None:
     with FakeDaemon(deaf) as fake:
         async with Client(fake.control_maddr) as client:
             await client.unary.open()
-            before = resident()
+            before = resident_memory()
             async with anyio.create_task_group() as tasks:
                 for _ in range(300):
                     tasks.start_soon(call_echo, client, data)
                 await until(lambda: client.unary.pending_calls)
                 await anyio.sleep(0.3)  # the client signals nothing when it stops accepting
-                assert resident() - before < 128 << 20
+                assert resident_memory() - before < 128 << 20
                 # A waiting call can still be cancelled or time out.
                 with pytest.raises(ControlTimeout):
                     await call_echo(client, data, timeout=0.1)
@@ -1182,7 +1167,7 @@ async def test_daemon_that_dies_without_reading_fails_all_calls() -> None:
         connection.upgrade()
         die.wait(PATIENCE)
 
-    with FakeDaemon(first(deaf)) as fake:
+    with FakeDaemon(by_connection(deaf, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             await client.unary.open()
             pending: list[Awaitable[Any]] = [call_echo(client, bytes(1 << 20)) for _ in range(50)]
@@ -1345,10 +1330,10 @@ def test_forks_that_use_the_parents_daemon_leak_nothing(backend: Any, rounds: in
                         await anyio.lowlevel.checkpoint()  # leaves a call pending
                         await in_child(lambda: run_in_thread(backend, child))
                     if number == rounds // 10:
-                        before = resident()
+                        before = resident_memory()
                 await parent(rounds)
                 assert open_descriptors() == descriptors
-                assert resident() - before < 16 << 20
+                assert resident_memory() - before < 16 << 20
                 await until(lambda: daemons_descriptors() <= theirs + 2)
 
     anyio.run(main, backend=backend[0], backend_options=backend[1])

@@ -27,7 +27,7 @@ from fake_daemon import (
     varint,
 )
 from forking import in_child
-from support import BACKENDS, DaemonProcess, all_of, eventually, until
+from support import BACKENDS, DaemonProcess, all_of, eventually, resident_memory, until
 
 from p2pclient_rs import (
     Client,
@@ -179,16 +179,12 @@ async def test_message_over_the_limit_is_not_stored() -> None:
             connection.send(bytes(MIB))
         serve_echo(connection)
 
-    def resident() -> int:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
-            before = resident()
+            before = resident_memory()
             with pytest.raises(MessageTooLarge, match=str(size)[:4]):
                 await client.call_unary(FAKE_PEER, "echo", b"")
-            assert resident() - before < 32 * MIB
+            assert resident_memory() - before < 32 * MIB
             assert await call_echo(client, b"next") == b"next"
 
 

@@ -295,8 +295,7 @@ class Soak:
         self.done()
 
     async def count(self, name: str, expected: int) -> int:
-        """Returns a counter's sum over all peers, once it has reached ``expected`` or after 15
-        s."""
+        """Returns a counter's sum over all peers; waits up to 15 s for ``expected``."""
         with anyio.move_on_after(15):
             while True:
                 counted: int = sum(s["counts"].get(name, 0) for s in await self.ask_all("state"))

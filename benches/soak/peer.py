@@ -159,7 +159,7 @@ class Peer:
             self._held -= 1
 
     async def _frames(self, info: StreamInfo, stream: Stream) -> None:
-        """Answers frames, and ends the stream on the caller's request or after the caller."""
+        """Answers frames. Ends the stream when the caller asks for it or has ended its side."""
         try:
             async with stream:
                 while (head := await stream.read(1)) == b"f":
