@@ -129,7 +129,7 @@ def test_every_method_of_asyncios_stream_classes_is_overridden(ours: type) -> No
     assert special - vars(ours).keys() <= {"__aiter__", "__anext__"}
 
 
-def test_callbacks_of_the_collector_are_told_the_generation() -> None:
+def test_gc_callbacks_receive_the_generation() -> None:
     seen = []
 
     def callback(phase: str, info: dict[str, int]) -> None:

@@ -18,7 +18,7 @@ KNOWN_CYCLES = ("client", "protocol")
 
 
 def cycle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Returns one cycle of a graph of dependencies; empty if there is none."""
+    """Returns one cycle of a dependency graph; an empty list if it has no cycle."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -99,7 +99,7 @@ class Crate:
         rest = re.sub(r"^\s*(pub(\([^)]*\))? )?use [^;]*;", "", code, flags=re.MULTILINE)
         paths = re.findall(rf"(?<![\w:])(?:{'|'.join(names)})(?:::\w+)+", rest)
         paths += [path for _, path in self._uses(module, code, "(?<!pub )(?<!\\) )use")]
-        # What is re-exported counts if the file itself works with it.
+        # A re-export counts as a dependency if the file uses the name itself.
         own = self.exports[module].items()
         paths += [path for name, path in own if re.search(rf"\b{name}\b", rest)]
         found = {self._file_of(module, path) for path in paths}
