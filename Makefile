@@ -82,8 +82,8 @@ test-p2pclient: $(VENV)/.wheel
 
 # Swarms of real hivemind, first with its own bindings, then with this package.
 test-hivemind: hivemind-env
-	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=off $(PYTEST_ARGS)
-	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --swap=on $(PYTEST_ARGS)
+	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --bindings=original $(PYTEST_ARGS)
+	$(HIVEMIND_BIN)/python -m pytest tests/hivemind_swarm --bindings=ours $(PYTEST_ARGS)
 
 hivemind-env: $(HIVEMIND_VENV)/.wheel
 

@@ -1,4 +1,4 @@
-"""The option --swap, which selects the bindings; and the check that no test leaves a process."""
+"""The option --bindings; and the check that no test leaves a process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ _reports = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--swap",
-        choices=["off", "on"],
-        default="off",
-        help="whether hivemind runs on p2pclient_rs or on its own bindings (the default)",
+        "--bindings",
+        choices=["original", "ours"],
+        default="original",
+        help="the bindings that hivemind runs on: its own (the default) or those of p2pclient_rs",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_reports] = []
-    swap = config.getoption("--swap")
-    if swap == "on":
+    bindings = config.getoption("--bindings")
+    if bindings == "ours":
         import p2pclient_rs
 
         p2pclient_rs.install()
     module = _bindings_client().__module__
-    if module.startswith("p2pclient_rs") != (swap == "on"):
-        raise pytest.UsageError(f"with --swap={swap} hivemind's Client is defined in {module}")
+    if module.startswith("p2pclient_rs") != (bindings == "ours"):
+        raise pytest.UsageError(
+            f"with --bindings={bindings} hivemind's Client is defined in {module}"
+        )
 
     import torch
 
@@ -53,13 +55,13 @@ def _bindings_client() -> Any:
 
 def pytest_report_header(config: pytest.Config) -> str:
     client = _bindings_client()
-    swap = config.getoption("--swap")
-    return f"swap: {swap}: hivemind runs on {client.__module__}.{client.__qualname__}"
+    bindings = config.getoption("--bindings")
+    return f"bindings: {bindings}: hivemind runs on {client.__module__}.{client.__qualname__}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if config.stash[_reports]:
-        terminalreporter.section(f"measured, swap {config.getoption('--swap')}")
+        terminalreporter.section(f"measured, bindings {config.getoption('--bindings')}")
     for line in config.stash[_reports]:
         terminalreporter.line(line)
 
@@ -71,9 +73,9 @@ def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def swapped(pytestconfig: pytest.Config) -> bool:
+def replaced(pytestconfig: pytest.Config) -> bool:
     """Whether hivemind runs on this package's bindings."""
-    return bool(pytestconfig.getoption("--swap") == "on")
+    return bool(pytestconfig.getoption("--bindings") == "ours")
 
 
 @pytest.fixture(

@@ -23,9 +23,9 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def programs(swapped: bool) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def programs(replaced: bool) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """Runs all programs at once, because each waits most of the time."""
-    if not swapped:
+    if not replaced:
         pytest.skip("needs install()")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     programs = {

@@ -161,10 +161,10 @@ async def _taking(p2p: P2P) -> None:
 
 
 async def test_replica_sends_messages_up_to_the_daemons_limit(
-    swapped: bool, anyio_backend: Any
+    replaced: bool, anyio_backend: Any
 ) -> None:
     """hivemind's own bindings limit the messages of a replica to 4 MiB."""
-    if not swapped:
+    if not replaced:
         pytest.skip("hivemind's own bindings cannot do this")
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
     other = await P2P.create(
@@ -219,7 +219,7 @@ async def test_serves_sixty_calls_of_two_mebibytes_at_once(anyio_backend: Any) -
 
 PROGRAM = """
 import asyncio, gc, os, sys
-{swap}
+{install}
 from hivemind.p2p import P2P
 
 async def handler(*_):
@@ -267,9 +267,9 @@ p2p = asyncio.run(main())
         "listening,forked",
     ],
 )
-def test_replica_without_shutdown_prints_nothing(swapped: bool, how: str) -> None:
-    swap = "import p2pclient_rs; p2pclient_rs.install()" if swapped else ""
-    program = textwrap.dedent(PROGRAM).format(swap=swap)
+def test_replica_without_shutdown_prints_nothing(replaced: bool, how: str) -> None:
+    install = "import p2pclient_rs; p2pclient_rs.install()" if replaced else ""
+    program = textwrap.dedent(PROGRAM).format(install=install)
     done = subprocess.run(
         [sys.executable, "-c", program, *how.split(",")],
         capture_output=True,

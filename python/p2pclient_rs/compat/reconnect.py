@@ -154,8 +154,8 @@ class _Watchdog:
                 self._isolated = False
                 return pause
         except ControlFailure as failure:
-            pause, news = schedule.failed(_reason(failure))
-            if news and self._control() is not None:
+            pause, is_new = schedule.failed(_reason(failure))
+            if is_new and self._control() is not None:
                 logger.warning("%s: its peers are unknown: %s", self._name, _reason(failure))
             return pause
         if not self._isolated:
@@ -178,8 +178,8 @@ class _Watchdog:
             f"{address}: {reason}"
             for (address, *_), reason in zip(self._peers, reasons, strict=True)
         )
-        pause, news = schedule.failed(failures)
-        if news and self._control() is not None:
+        pause, is_new = schedule.failed(failures)
+        if is_new and self._control() is not None:
             logger.warning("%s cannot connect to its bootstrap peers: %s", self._name, failures)
         return pause
 
