@@ -878,17 +878,17 @@ async fn drop_does_not_block_the_runtime_for_long() {
         .unwrap();
     // The watchdog's command line contains the socket.
     let socket = format!("{}/c.sock", directory.path().display());
-    let janitors = || {
+    let watchdogs = || {
         let listed = Command::new("ps").args(["-ax", "-o", "command="]).output();
         let listed = String::from_utf8_lossy(&listed.unwrap().stdout).into_owned();
-        let ours = |line: &&str| line.contains("p2pd-janitor") && line.contains(&socket);
+        let ours = |line: &&str| line.contains("p2pd-watchdog") && line.contains(&socket);
         // Counts one line of its multi-line script.
         listed.lines().filter(ours).count()
     };
-    assert_eq!(janitors(), 1);
+    assert_eq!(watchdogs(), 1);
     let ((), stall) = longest_stall(async { drop(daemon) }).await;
     assert!(stall < STALL, "{stall:?}");
-    until(|| janitors() == 0).await;
+    until(|| watchdogs() == 0).await;
 }
 
 #[tokio::test]

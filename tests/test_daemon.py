@@ -1323,13 +1323,13 @@ async def test_every_concurrent_stop_waits_for_the_end(
 ) -> None:
     daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", stop_timeout=0)
     await daemon.start()
-    janitor = daemon._process.janitor_pid  # type: ignore[union-attr]
+    watchdog = daemon._process.watchdog_pid  # type: ignore[union-attr]
     ended: list[bool] = []
 
     async def stop(later: float) -> None:
         await anyio.sleep(later)
         await daemon.stop()
-        ended.append(not is_alive(janitor))
+        ended.append(not is_alive(watchdog))
 
     async with anyio.create_task_group() as tasks:
         for later in (0, 0.1, 0.2):
@@ -1808,8 +1808,8 @@ from p2pclient_rs.daemon import Daemon
 async def main():
     daemon = await Daemon(stop_timeout=60{options}).start()
     {before}
-    janitor = daemon._process.janitor_pid
-    print(json.dumps([daemon.pid, janitor, str(daemon.control_maddr)]), flush=True)
+    watchdog = daemon._process.watchdog_pid
+    print(json.dumps([daemon.pid, watchdog, str(daemon.control_maddr)]), flush=True)
     sys.stdin.readline()
     {then}
 
@@ -1840,9 +1840,9 @@ class Program:
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
-        self.daemon, self.janitor, control = json.loads(line)
+        self.daemon, self.watchdog, control = json.loads(line)
         self.directory = Path(f"{root or ''}{control.removeprefix('/unix')}").parent
-        assert is_alive(self.daemon) and is_alive(self.janitor) and self.directory.is_dir()
+        assert is_alive(self.daemon) and is_alive(self.watchdog) and self.directory.is_dir()
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
@@ -1857,7 +1857,7 @@ class Program:
         return self.process.returncode, out.decode()
 
     def left(self) -> bool:
-        alive = is_alive(self.daemon) or is_alive(self.janitor)
+        alive = is_alive(self.daemon) or is_alive(self.watchdog)
         return alive or self.directory.exists()
 
 
@@ -1893,7 +1893,7 @@ def test_killed_parent_leaves_no_orphan_after_a_restart(
 FORKED = """
 import functools, p2pclient_rs.daemon
 p2pclient_rs.daemon.DaemonProcess = functools.partial(
-    p2pclient_rs.daemon.DaemonProcess, janitor="forked"
+    p2pclient_rs.daemon.DaemonProcess, watchdog="forked"
 )
 """
 
@@ -1903,7 +1903,7 @@ def test_forked_watchdog_cleans_up_after_a_killed_parent(
     anyio_backend: Backend, number: signal.Signals
 ) -> None:
     program = Program(anyio_backend, FOREVER, setup=FORKED)
-    command = Path(f"/proc/{program.janitor}/cmdline").read_bytes()
+    command = Path(f"/proc/{program.watchdog}/cmdline").read_bytes()
     assert b"/bin/sh" not in command
     program.end(number)
     eventually(lambda: not program.left(), 5)
@@ -1934,7 +1934,7 @@ def test_forked_watchdog_releases_its_parents_memory(anyio_backend: Backend) -> 
     # The parent's pages are no longer shared once the child has unmapped them.
     setup = FORKED + "\nmemory = bytearray(os.urandom(1 << 20) * 100)\n"
     program = Program(anyio_backend, FOREVER, setup=setup)
-    statm = Path(f"/proc/{program.janitor}/statm")
+    statm = Path(f"/proc/{program.watchdog}/statm")
     page = os.sysconf("SC_PAGE_SIZE")
     eventually(lambda: int(statm.read_text().split()[1]) * page < 32 << 20, 5)
     program.end(signal.SIGKILL)
@@ -1943,8 +1943,8 @@ def test_forked_watchdog_releases_its_parents_memory(anyio_backend: Backend) -> 
 
 def test_forked_watchdog_keeps_only_its_pipe_open(anyio_backend: Backend) -> None:
     program = Program(anyio_backend, FOREVER, setup=FORKED)
-    eventually(lambda: len(links(program.janitor)) == 1)
-    assert links(program.janitor)[0].startswith("pipe:")
+    eventually(lambda: len(links(program.watchdog)) == 1)
+    assert links(program.watchdog)[0].startswith("pipe:")
     program.end(signal.SIGTERM)
     eventually(lambda: not program.left(), 5)
 
@@ -1985,7 +1985,7 @@ os.environ["P2PD_PATH"] = "/bin/p2pd"
 """
     try:
         program = Program(anyio_backend, FOREVER, setup=setup, root=root)
-        assert b"/bin/sh" not in Path(f"/proc/{program.janitor}/cmdline").read_bytes()
+        assert b"/bin/sh" not in Path(f"/proc/{program.watchdog}/cmdline").read_bytes()
         program.end(number)
         eventually(lambda: not program.left(), 10)
         assert list((root / "tmp").iterdir()) == []

@@ -49,7 +49,7 @@ def after_fork_in_parent() -> None:
     """Undoes ``before_fork``. Does nothing if that did not run."""
 
 def after_fork_in_child() -> None:
-    """Lets other threads use daemons again, and has the janitors not take the child for its
+    """Lets other threads use daemons again, and has the watchdogs not take the child for its
     parent."""
 
 def unused_tcp_port(host: str = "127.0.0.1") -> int:
@@ -60,7 +60,7 @@ def unused_tcp_port(host: str = "127.0.0.1") -> int:
 
 @final
 class DaemonProcess:
-    """A daemon's process, its janitor and its files. Knows no event loop: only `destroy` waits.
+    """A daemon's process, its watchdog and its files. Knows no event loop: only `destroy` waits.
 
     Whatever becomes of this process, neither the daemon nor its files outlive it. It belongs to
     this process: in a forked child nothing is signalled or removed.
@@ -69,7 +69,7 @@ class DaemonProcess:
         binary: The daemon's binary.
         options: Its options.
         parent: Where its private directory is made, if that gives paths short enough for sockets.
-        janitor: The kind of process that clears up if this one is killed: "shell" or "forked". By
+        watchdog: The kind of process that clears up if this one is killed: "shell" or "forked". By
             default "shell", or "forked" where there is no shell.
 
     Raises ValueError for what this kind of daemon cannot do, DaemonStartError if something could
@@ -81,7 +81,7 @@ class DaemonProcess:
         options: DaemonOptions,
         parent: str,
         *,
-        janitor: str | None = None,
+        watchdog: str | None = None,
     ) -> Self: ...
     def without_bootstrap(self) -> DaemonProcess:
         """The same daemon in a process of its own, which does not connect to its bootstrap
@@ -132,7 +132,7 @@ class DaemonProcess:
         """The daemon's process id, which is its process group's too; None before it ran."""
 
     @property
-    def janitor_pid(self) -> int: ...
+    def watchdog_pid(self) -> int: ...
     @property
     def owned(self) -> bool:
         """Whether this is the process that started the daemon."""

@@ -31,6 +31,7 @@ pub struct Search<'a> {
 
 /// Why what is at a path will not do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rejection {
     /// There is nothing.
     Missing,

@@ -59,56 +59,54 @@ impl DaemonOptions {
         restart: Restart,
     ) -> PyResult<Self> {
         let control = control_maddr.map(extract_multiaddr).transpose()?;
-        let options = manager::DaemonOptions {
-            dht: match dht {
-                Switch::Flag(on) => on.into(),
-                Switch::Choice(mode) => match mode.as_str() {
-                    "client" => Dht::Client,
-                    "server" => Dht::Server,
-                    _ => return Err(no_choice("dht", ["client", "server"], &mode)),
-                },
+        let mut options = manager::DaemonOptions::default();
+        options.dht = match dht {
+            Switch::Flag(on) => on.into(),
+            Switch::Choice(mode) => match mode.as_str() {
+                "client" => Dht::Client,
+                "server" => Dht::Server,
+                _ => return Err(no_choice("dht", ["client", "server"], &mode)),
             },
-            pubsub: match pubsub {
-                Switch::Flag(on) => on.into(),
-                Switch::Choice(router) => match router.as_str() {
-                    "gossipsub" => Pubsub::Gossipsub,
-                    "floodsub" => Pubsub::Floodsub,
-                    _ => return Err(no_choice("pubsub", ["gossipsub", "floodsub"], &router)),
-                },
+        };
+        options.pubsub = match pubsub {
+            Switch::Flag(on) => on.into(),
+            Switch::Choice(router) => match router.as_str() {
+                "gossipsub" => Pubsub::Gossipsub,
+                "floodsub" => Pubsub::Floodsub,
+                _ => return Err(no_choice("pubsub", ["gossipsub", "floodsub"], &router)),
             },
-            connection_manager: match connmgr {
-                Manager::Flag(on) => on.into(),
-                Manager::Limits(low, high, grace) => {
-                    let grace = Duration::try_from_secs_f64(grace).map_err(|error| {
-                        PyValueError::new_err(format!("connmgr: grace period {grace}: {error}"))
-                    })?;
-                    ConnectionManager::Limits { low, high, grace }
-                }
-            },
-            relay,
-            control,
-            host_addrs,
-            announce_addrs,
-            bootstrap_peers,
-            bootstrap: match bootstrap {
-                "required" => Bootstrap::Required,
-                "background" => Bootstrap::Background,
-                _ => {
-                    return Err(PyValueError::new_err(format!(
-                        "bootstrap is \"required\" or \"background\", not {bootstrap:?}"
-                    )))
-                }
-            },
-            identity,
-            extra_args,
-            restart: match restart {
-                Restart::Flag(false) => 0,
-                Restart::Flag(true) => RESTART_LIMIT,
-                Restart::Limit(limit) => limit.try_into().map_err(|_| {
-                    PyValueError::new_err(format!("restart cannot be {limit} deaths"))
-                })?,
-            },
-            ..Default::default()
+        };
+        options.connection_manager = match connmgr {
+            Manager::Flag(on) => on.into(),
+            Manager::Limits(low, high, grace) => {
+                let grace = Duration::try_from_secs_f64(grace).map_err(|error| {
+                    PyValueError::new_err(format!("connmgr: grace period {grace}: {error}"))
+                })?;
+                ConnectionManager::Limits { low, high, grace }
+            }
+        };
+        options.relay = relay;
+        options.control = control;
+        options.host_addrs = host_addrs;
+        options.announce_addrs = announce_addrs;
+        options.bootstrap_peers = bootstrap_peers;
+        options.bootstrap = match bootstrap {
+            "required" => Bootstrap::Required,
+            "background" => Bootstrap::Background,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "bootstrap is \"required\" or \"background\", not {bootstrap:?}"
+                )))
+            }
+        };
+        options.identity = identity;
+        options.extra_args = extra_args;
+        options.restart = match restart {
+            Restart::Flag(false) => 0,
+            Restart::Flag(true) => RESTART_LIMIT,
+            Restart::Limit(limit) => limit
+                .try_into()
+                .map_err(|_| PyValueError::new_err(format!("restart cannot be {limit} deaths")))?,
         };
         options.validate().map_err(value_error)?;
         Ok(DaemonOptions(options))

@@ -1,5 +1,5 @@
 //! What daemons need when this process forks: a lock that another thread holds would never be released
-//! in the child, and a janitor would take a child that holds its lifeline for the parent.
+//! in the child, and a watchdog would take a child that holds its lifeline for the parent.
 //!
 //! The hooks are native functions: between two of their steps nothing can raise, as a signal handler
 //! in Python could.

@@ -21,7 +21,7 @@ fn outside<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     py.detach(|| fork_hooks::GATE.pass(work))
 }
 
-/// A daemon's process, its janitor and its files.
+/// A daemon's process, its watchdog and its files.
 ///
 /// Whatever takes a lock of it lets go of the interpreter first. A forked child never waits for one.
 #[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
@@ -29,29 +29,31 @@ pub struct DaemonProcess(Arc<Process>);
 
 #[pymethods]
 impl DaemonProcess {
-    /// `janitor` is "shell" or "forked"; by default "forked" only if there is no shell.
+    /// `watchdog` is "shell" or "forked"; by default "forked" only if there is no shell.
     #[new]
-    #[pyo3(signature = (binary, options, parent, *, janitor = None))]
+    #[pyo3(signature = (binary, options, parent, *, watchdog = None))]
     fn new(
         py: Python<'_>,
         binary: PathBuf,
         options: &Bound<'_, DaemonOptions>,
         parent: PathBuf,
-        janitor: Option<&str>,
+        watchdog: Option<&str>,
     ) -> PyResult<Self> {
-        let janitor = match janitor {
+        let watchdog = match watchdog {
             None => None,
             #[cfg(unix)]
-            Some("shell") => Some(process::Kind::Shell),
+            Some("shell") => Some(process::WatchdogKind::Shell),
             #[cfg(target_os = "linux")]
-            Some("forked") => Some(process::Kind::Forked),
+            Some("forked") => Some(process::WatchdogKind::Forked),
             Some(other) => {
-                return Err(PyValueError::new_err(format!("no such janitor: {other:?}")));
+                return Err(PyValueError::new_err(format!(
+                    "no such watchdog: {other:?}"
+                )));
             }
         };
         let options = &options.get().0;
         outside(py, || {
-            Process::prepare_with(binary, options, Some(&parent), janitor)
+            Process::prepare_with(binary, options, Some(&parent), watchdog)
                 .map(fork_hooks::registered)
         })
         .map(DaemonProcess)
@@ -131,8 +133,8 @@ impl DaemonProcess {
     }
 
     #[getter]
-    fn janitor_pid(&self) -> u32 {
-        self.0.janitor_pid()
+    fn watchdog_pid(&self) -> u32 {
+        self.0.watchdog_pid()
     }
 
     #[getter]

@@ -12,16 +12,19 @@
 //! Nor by `execvp`, which gives to a shell whatever the kernel refuses: of a binary for another
 //! machine one would be told syntax errors.
 
+use super::child::Child;
+#[cfg(target_os = "linux")]
+use super::signals::with_signals_blocked;
 use p2pd_sockets::Failed;
-use rustix::process::{self, Pid, Resource, WaitId, WaitIdOptions, WaitOptions};
+use rustix::process::{self, Resource};
+#[cfg(target_os = "linux")]
+use rustix::process::{Pid, WaitOptions};
 use std::ffi::{c_char, c_int, CString, OsStr, OsString};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::ExitStatus;
 use std::ptr;
 
 /// How many descriptors are marked one by one, where they cannot be all at once.
@@ -31,7 +34,7 @@ const MARKED_ONE_BY_ONE: u64 = 1 << 16;
 const STACK_SIZE: usize = 64 * 1024;
 
 /// A program to run. Everything is made ready here: the child makes system calls only.
-pub(super) struct Launch {
+pub(super) struct Program {
     words: Vec<CString>,
     environment: Vec<CString>,
     stdio: [OwnedFd; 3],
@@ -40,7 +43,7 @@ pub(super) struct Launch {
     by_range: bool,
 }
 
-impl Launch {
+impl Program {
     /// The program is a path. It gets this process's environment.
     ///
     /// # Errors
@@ -55,7 +58,7 @@ impl Launch {
             .map(CString::new);
         let words = words.collect::<Result<_, _>>().map_err(io::Error::from);
         let operation = || format!("cannot pass these arguments to {}", program.display());
-        Ok(Launch {
+        Ok(Program {
             words: words.map_err(Failed::at(operation))?,
             environment: environment(std::env::vars_os()),
             stdio: [above(input)?, above(output)?, above(errors)?],
@@ -67,7 +70,7 @@ impl Launch {
     /// Gives the program this environment instead.
     pub(super) fn environment(self, variables: [(OsString, OsString); 1]) -> Self {
         let environment = environment(variables);
-        Launch {
+        Program {
             environment,
             ..self
         }
@@ -82,7 +85,7 @@ impl Launch {
 
     /// # Errors
     /// It cannot be executed, or no process can be made.
-    pub(super) fn run(&self) -> Result<Child, Failed> {
+    pub(super) fn spawn(&self) -> Result<Child, Failed> {
         let [argv, envp] = [&self.words, &self.environment].map(|words| -> Vec<*const c_char> {
             let words = words.iter().map(|word| word.as_ptr());
             words.chain([ptr::null()]).collect()
@@ -261,22 +264,6 @@ fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(-1)
 }
 
-/// Calls what makes a child or a thread with all signals blocked, and so blocked in that too.
-#[allow(unsafe_code)]
-pub(super) fn with_signals_blocked<T>(make: impl FnOnce() -> T) -> T {
-    // SAFETY: the mask is this thread's; the sets are filled before they are read.
-    let before = unsafe {
-        let [mut all, mut before]: [libc::sigset_t; 2] = mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        before
-    };
-    let made = make();
-    // SAFETY: as above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, ptr::null_mut()) };
-    made
-}
-
 /// The child's process id, unless none was made.
 #[cfg(target_os = "linux")]
 pub(super) fn child_made(pid: c_int) -> io::Result<c_int> {
@@ -351,201 +338,5 @@ fn start(mut body: Body) -> Result<c_int, NotStarted> {
     Ok(child.id() as c_int)
 }
 
-/// A child of this process. Others may reap it too, after which its number may be another's: it is
-/// looked at before it is signalled or reaped.
-#[derive(Debug)]
-pub(super) struct Child {
-    pid: Pid,
-}
-
-impl Child {
-    pub(super) fn new(pid: c_int) -> io::Result<Self> {
-        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
-        Ok(Child { pid })
-    }
-
-    pub(super) fn id(&self) -> u32 {
-        self.pid.as_raw_nonzero().get().unsigned_abs()
-    }
-
-    /// Whether it has ended, and is there to be reaped.
-    ///
-    /// # Errors
-    /// Somebody else has reaped it.
-    pub(super) fn has_ended(&self) -> io::Result<bool> {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        Ok(process::waitid(WaitId::Pid(self.pid), options)?.is_some())
-    }
-
-    /// Its exit status; none if it is running, or somebody else has reaped it.
-    pub(super) fn reap(&self) -> Option<ExitStatus> {
-        let (_, status) = process::waitpid(Some(self.pid), WaitOptions::NOHANG).ok()??;
-        Some(ExitStatus::from_raw(status.as_raw()))
-    }
-
-    /// Kills it if it is running, without waiting. Returns whether it has ended and was reaped.
-    pub(super) fn kill(&self) -> bool {
-        if let Ok(false) = self.has_ended() {
-            let _ = process::kill_process(self.pid, process::Signal::KILL);
-        }
-        if let Ok(false) = self.has_ended() {
-            return false;
-        }
-        self.reap();
-        true
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs::File;
-    use std::io::Read as _;
-    use std::time::{Duration, Instant};
-
-    fn wait_a_little(ended: impl Fn() -> bool) {
-        let begun = Instant::now();
-        while !ended() && begun.elapsed() < Duration::from_secs(5) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn launch(words: &[&str], output: &dyn AsFd) -> Launch {
-        let null = File::open("/dev/null").unwrap();
-        let arguments = words[1..].iter().map(|word| word.as_bytes());
-        Launch::new(Path::new(words[0]), arguments, [&null, output, output]).unwrap()
-    }
-
-    /// What a program prints, once it has ended.
-    fn printed(launch: impl FnOnce(&dyn AsFd) -> Launch) -> String {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let launch = launch(&writer);
-        let child = launch.run().unwrap();
-        drop((launch, writer));
-        let mut printed = String::new();
-        reader.read_to_string(&mut printed).unwrap();
-        wait_a_little(|| child.has_ended().unwrap());
-        assert_eq!(child.reap(), Some(ExitStatus::default()));
-        assert!(child.has_ended().is_err());
-        printed
-    }
-
-    #[test]
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    #[allow(unsafe_code)]
-    fn what_others_want_done_at_a_fork_is_not_done() {
-        use std::cell::Cell;
-        thread_local!(static FORKED: Cell<bool> = const { Cell::new(false) });
-        extern "C" fn forking() {
-            FORKED.set(true);
-        }
-        // SAFETY: the handler is there for good, and runs in the thread that forks.
-        assert_eq!(
-            unsafe { libc::pthread_atfork(Some(forking), None, None) },
-            0
-        );
-        printed(|output| launch(&["/bin/sh", "-c", ":"], output));
-        assert!(!FORKED.get());
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn what_is_inheritable_is_not_inherited_by_an_old_kernels_means_either() {
-        let inheritable = rustix::io::dup(File::open("/dev/null").unwrap()).unwrap();
-        assert!(inheritable.as_raw_fd() > 2);
-        for by_range in [true, false] {
-            let listed = printed(|output| {
-                // The last one is that of `ls`.
-                let launch = launch(&["/bin/ls", "/proc/self/fd"], output);
-                Launch { by_range, ..launch }
-            });
-            assert_eq!(listed, "0\n1\n2\n3\n");
-        }
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    #[allow(unsafe_code)]
-    fn no_handler_and_no_mask_is_inherited_but_what_is_meant_to_be_ignored() {
-        extern "C" fn handler(_: c_int) {}
-        let handler: extern "C" fn(c_int) = handler;
-        let bit = |signal: c_int| 1u64 << (signal - 1);
-        // SAFETY: the handler does nothing; nobody else here uses these signals; the mask is this
-        // thread's, and its set is filled before it is read.
-        unsafe {
-            libc::signal(libc::SIGUSR1, handler as libc::sighandler_t);
-            libc::signal(libc::SIGUSR2, libc::SIG_IGN);
-            let mut mask = mem::zeroed();
-            libc::sigemptyset(&mut mask);
-            libc::sigaddset(&mut mask, libc::SIGTERM);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &mask, ptr::null_mut());
-        }
-        let status = printed(|output| launch(&["/bin/cat", "/proc/self/status"], output));
-        let set = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
-        };
-        assert_eq!(set("SigBlk:"), 0);
-        assert_eq!(set("SigCgt:"), 0);
-        assert_eq!(set("SigIgn:") & bit(libc::SIGUSR2), bit(libc::SIGUSR2));
-        // As the test's own runtime has it.
-        assert_eq!(set("SigIgn:") & bit(libc::SIGPIPE), 0);
-        let mut mask: libc::sigset_t;
-        // SAFETY: as above. This thread may be another test's next.
-        unsafe {
-            mask = mem::zeroed();
-            libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), &mut mask);
-            assert_eq!(libc::sigismember(&mask, libc::SIGTERM), 1);
-            assert_eq!(libc::sigismember(&mask, libc::SIGHUP), 0);
-            libc::sigemptyset(&mut mask);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &mask, ptr::null_mut());
-        }
-    }
-
-    #[test]
-    fn it_says_its_number_before_it_is_the_program() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let output = File::open("/dev/null").unwrap();
-        let launch = launch(&["/bin/sh", "-c", "exit"], &output);
-        let launch = launch.announced_to(&writer).unwrap();
-        let child = launch.run().unwrap();
-        drop((launch, writer));
-        let mut line = String::new();
-        reader.read_to_string(&mut line).unwrap();
-        assert!(line.ends_with('\n'), "{line:?}");
-        assert_eq!(line.trim().parse(), Ok(child.id()));
-        wait_a_little(|| child.kill());
-    }
-
-    #[test]
-    fn it_runs_though_nobody_hears_its_number() {
-        let (reader, writer) = io::pipe().unwrap();
-        drop(reader);
-        let text = printed(|output| {
-            let launch = launch(&["/bin/sh", "-c", "echo here"], output);
-            launch.announced_to(&writer).unwrap()
-        });
-        assert_eq!(text, "here\n");
-    }
-
-    #[test]
-    fn the_environment_is_this_processs_or_the_one_given() {
-        let text = printed(|output| launch(&["/usr/bin/env"], output));
-        for (name, value) in std::env::vars() {
-            assert!(text.contains(&format!("{name}={value}\n")), "{name}");
-        }
-        let text = printed(|output| {
-            let launch = launch(&["/usr/bin/env"], output);
-            launch.environment([("A".into(), "b".into())])
-        });
-        assert_eq!(text, "A=b\n");
-    }
-
-    #[test]
-    fn what_cannot_be_executed_leaves_no_child() {
-        let output = File::open("/dev/null").unwrap();
-        let failed = launch(&["/no/such/program"], &output).run().unwrap_err();
-        assert_eq!(failed.error.raw_os_error(), Some(libc::ENOENT));
-        assert_eq!(failed.operation, "cannot execute /no/such/program");
-    }
-}
+mod tests;

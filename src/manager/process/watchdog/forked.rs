@@ -13,7 +13,9 @@
 //! beginning of such a region stays. From then on the child makes system calls by rustix alone, which
 //! makes them without libc, wherever it can: libc's functions may look at variables of libc's.
 
-use super::super::launch::{self, Child};
+use super::super::child::Child;
+use super::super::signals::with_signals_blocked;
+use super::super::spawn::child_made;
 use rustix::fd::{AsFd as _, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd, RawFd};
 use rustix::fs::{self, AtFlags, Mode, OFlags, RawDir, CWD};
 use rustix::io::Errno;
@@ -76,8 +78,8 @@ pub(super) fn fork(reader: &PipeReader, writer: &PipeWriter, files: &[&Path]) ->
         stack.start.cast::<Body>().write(body);
         let begin = stack.start.cast::<u8>().add(mem::size_of::<Body>());
         ptr::copy_nonoverlapping(paths.as_ptr(), begin, paths.len());
-        launch::with_signals_blocked(|| {
-            launch::child_made(libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
+        with_signals_blocked(|| {
+            child_made(libc::clone(watch, stack.top(), libc::SIGCHLD, stack.start))
         })
     }?;
     Child::new(pid)
@@ -135,7 +137,7 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     let body = unsafe { &*body.cast::<Body>() };
     let _ = process::setsid();
     let _ = process::chdir(c"/");
-    let _ = thread::set_name(c"p2pd-janitor");
+    let _ = thread::set_name(c"p2pd-watchdog");
     close_all_but(body.reader, body.writer);
     // SAFETY: what this child needs from now on is in its stack, in its thread's variables, and in
     // programs and libraries: in their files, which are mapped privately, and in the variables

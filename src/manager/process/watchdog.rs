@@ -13,7 +13,8 @@
 mod forked;
 
 use super::super::discovery;
-use super::launch::{Child, Launch};
+use super::child::Child;
+use super::spawn::Program;
 use p2pd_sockets::Failed;
 use std::ffi::OsString;
 use std::fs::File;
@@ -44,31 +45,31 @@ rm -rf -- "$@"
 /// What kind of watchdog to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[doc(hidden)]
-pub enum Kind {
+pub enum WatchdogKind {
     Shell,
     #[cfg(target_os = "linux")]
     Forked,
 }
 
 #[derive(Debug)]
-pub(super) struct Janitor {
+pub(super) struct Watchdog {
     child: Child,
     /// The pipe it reads from, which ends when this process does.
     lifeline: Mutex<Option<PipeWriter>>,
 }
 
-impl Janitor {
+impl Watchdog {
     /// Starts one that removes these files and directories. Without a `kind`, it is the shell
     /// script if that can run, else a forked child.
     pub(super) fn start<'a>(
         files: impl IntoIterator<Item = Option<&'a Path>>,
-        kind: Option<Kind>,
+        kind: Option<WatchdogKind>,
     ) -> Result<Self, Failed> {
         let files: Vec<_> = files.into_iter().flatten().collect();
         match kind {
-            Some(Kind::Shell) => Self::run_shell(&files),
+            Some(WatchdogKind::Shell) => Self::run_shell(&files),
             #[cfg(target_os = "linux")]
-            Some(Kind::Forked) => Self::fork(&files),
+            Some(WatchdogKind::Forked) => Self::fork(&files),
             #[cfg(target_os = "linux")]
             None if !has_shell() => Self::fork(&files),
             #[cfg(target_os = "linux")]
@@ -83,20 +84,20 @@ impl Janitor {
 
     fn run_shell(files: &[&Path]) -> Result<Self, Failed> {
         let (reader, lifeline) = pipe()?;
-        let arguments = ["-c", SCRIPT, "p2pd-janitor"].map(str::as_bytes);
+        let arguments = ["-c", SCRIPT, "p2pd-watchdog"].map(str::as_bytes);
         let files = files.iter().map(|file| file.as_os_str().as_bytes());
         let null = File::options()
             .write(true)
             .open("/dev/null")
             .map_err(Failed::at(|| "cannot open /dev/null"))?;
-        let child = Launch::new(
+        let child = Program::new(
             Path::new(SHELL),
             arguments.into_iter().chain(files),
             [&reader, &null, &null],
         )?
         .environment([("PATH".into(), path())])
-        .run()?;
-        Ok(Janitor {
+        .spawn()?;
+        Ok(Watchdog {
             child,
             lifeline: Mutex::new(Some(lifeline)),
         })
@@ -107,7 +108,7 @@ impl Janitor {
         let (reader, lifeline) = pipe()?;
         let child = forked::fork(&reader, &lifeline, files)
             .map_err(Failed::at(|| "cannot fork a process that clears up"))?;
-        Ok(Janitor {
+        Ok(Watchdog {
             child,
             lifeline: Mutex::new(Some(lifeline)),
         })
@@ -116,12 +117,12 @@ impl Janitor {
         self.child.id()
     }
 
-    /// Lets the launched process tell the janitor its number.
-    pub(super) fn announced(&self, launch: Launch) -> Result<Launch, Failed> {
+    /// Lets the spawned process tell the watchdog its number.
+    pub(super) fn announced(&self, program: Program) -> Result<Program, Failed> {
         let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
         match lifeline.as_ref() {
-            Some(lifeline) => launch.announced_to(lifeline),
-            None => Ok(launch),
+            Some(lifeline) => program.announced_to(lifeline),
+            None => Ok(program),
         }
     }
 
@@ -129,7 +130,7 @@ impl Janitor {
     pub(super) fn tell(&self, group: u32) {
         let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut lifeline) = lifeline.as_ref() {
-            // In one write. Fails if the janitor was killed.
+            // In one write. Fails if the watchdog was killed.
             let _ = lifeline.write_all(format!("{group}\n").as_bytes());
         }
     }

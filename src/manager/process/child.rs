@@ -1,0 +1,52 @@
+//! A child of this process that others may reap.
+
+use rustix::process::{self, Pid, WaitId, WaitIdOptions, WaitOptions};
+use std::ffi::c_int;
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+/// A child of this process. Others may reap it too, after which its number may be another's: it is
+/// looked at before it is signalled or reaped.
+#[derive(Debug)]
+pub(super) struct Child {
+    pid: Pid,
+}
+
+impl Child {
+    pub(super) fn new(pid: c_int) -> io::Result<Self> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
+        Ok(Child { pid })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Whether it has ended, and is there to be reaped.
+    ///
+    /// # Errors
+    /// Somebody else has reaped it.
+    pub(super) fn has_ended(&self) -> io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        Ok(process::waitid(WaitId::Pid(self.pid), options)?.is_some())
+    }
+
+    /// Its exit status; none if it is running, or somebody else has reaped it.
+    pub(super) fn reap(&self) -> Option<ExitStatus> {
+        let (_, status) = process::waitpid(Some(self.pid), WaitOptions::NOHANG).ok()??;
+        Some(ExitStatus::from_raw(status.as_raw()))
+    }
+
+    /// Kills it if it is running, without waiting. Returns whether it has ended and was reaped.
+    pub(super) fn kill(&self) -> bool {
+        if let Ok(false) = self.has_ended() {
+            let _ = process::kill_process(self.pid, process::Signal::KILL);
+        }
+        if let Ok(false) = self.has_ended() {
+            return false;
+        }
+        self.reap();
+        true
+    }
+}

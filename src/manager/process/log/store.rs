@@ -1,0 +1,244 @@
+//! The files of a daemon's log.
+
+use p2pd_sockets::{words_of, Failed};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, PipeReader, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The size of each of the two files, and of the output that is kept, in bytes.
+pub(in super::super) const LIMIT: u64 = 1 << 20;
+/// The size of one read, in bytes.
+pub(super) const READ_SIZE: usize = 16 * 1024;
+/// The most that is read at once, in bytes: the pipe may be refilled as fast as it is drained.
+#[cfg(unix)]
+const BUDGET: usize = 2 << 20;
+
+/// Where the older half of a log is.
+pub(super) fn older(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".1");
+    older.into()
+}
+
+/// The files. Positions count the bytes of all runs.
+#[derive(Debug)]
+pub(super) struct Store {
+    path: PathBuf,
+    /// None if there is nothing more to come.
+    pub(super) source: Option<Arc<PipeReader>>,
+    pub(super) file: Option<File>,
+    /// Position of the first byte of `log`.
+    pub(super) begin: u64,
+    /// Position of the first byte of `log.1`.
+    pub(super) oldest: u64,
+    pub(super) end: u64,
+    /// The bytes that could not be stored.
+    lost: Option<Lost>,
+}
+
+#[derive(Debug)]
+struct Lost {
+    bytes: u64,
+    error: io::Error,
+}
+
+impl Store {
+    /// Nothing is created before the first run.
+    pub(super) fn new(path: &Path) -> Self {
+        Store {
+            path: path.into(),
+            source: None,
+            file: None,
+            begin: 0,
+            oldest: 0,
+            end: 0,
+            lost: None,
+        }
+    }
+
+    pub(super) fn begin_run(&mut self, source: PipeReader) -> Result<u64, Failed> {
+        self.drain();
+        let create = || -> io::Result<(File, u64)> {
+            let file = File::options().create(true).append(true).open(&self.path)?;
+            let length = file.metadata()?.len();
+            Ok((file, length))
+        };
+        let (file, length) = create().map_err(Failed::at(|| {
+            format!("cannot create {}", self.path.display())
+        }))?;
+        self.begin = self.end.saturating_sub(length);
+        self.oldest = self.oldest.min(self.begin);
+        self.file = Some(file);
+        self.source = Some(Arc::new(source));
+        Ok(self.end)
+    }
+
+    /// Closes the pipe and the file.
+    pub(super) fn close(&mut self) {
+        self.source = None;
+        self.file = None;
+    }
+
+    /// Stores the content of the pipe, without waiting. Returns whether the output has ended.
+    pub(super) fn drain(&mut self) -> bool {
+        #[cfg(unix)]
+        if let Some(source) = self.source.clone() {
+            let mut buffer = [0; READ_SIZE];
+            let mut budget = BUDGET;
+            while budget > 0 {
+                match (&*source).read(&mut buffer) {
+                    Ok(0) => {
+                        self.source = None;
+                        break;
+                    }
+                    Ok(length) => {
+                        self.append(&buffer[..length]);
+                        budget = budget.saturating_sub(length);
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(_) => {
+                        self.source = None;
+                        break;
+                    }
+                }
+            }
+        }
+        self.source.is_none()
+    }
+
+    /// Never fails, since nothing may hold up the daemon: counts the bytes that cannot be stored.
+    pub(super) fn append(&mut self, mut data: &[u8]) {
+        while !data.is_empty() {
+            let room = match self.room() {
+                Ok(room) => room.min(data.len() as u64) as usize,
+                Err(error) => return self.lose(data.len(), error),
+            };
+            let (now, rest) = data.split_at(room);
+            let written = self.file.as_ref().map(|mut file| file.write_all(now));
+            match written {
+                Some(Ok(())) => self.end += room as u64,
+                Some(Err(error)) => {
+                    // Part of it may be there.
+                    let length = self.file.as_ref().and_then(|file| file.metadata().ok());
+                    self.end = self.begin + length.map_or(0, |file| file.len());
+                    return self.lose(data.len(), error);
+                }
+                None => return self.lose(data.len(), ErrorKind::NotFound.into()),
+            }
+            data = rest;
+        }
+    }
+
+    fn lose(&mut self, bytes: usize, error: io::Error) {
+        let before = self.lost.as_ref().map_or(0, |lost| lost.bytes);
+        let bytes = before + bytes as u64;
+        self.lost = Some(Lost { bytes, error });
+    }
+
+    /// How much fits into `log`; begins another one if nothing does.
+    fn room(&mut self) -> io::Result<u64> {
+        let room = LIMIT.saturating_sub(self.end - self.begin);
+        if room > 0 && self.file.is_some() {
+            return Ok(room);
+        }
+        // Closed first: elsewhere than on unix, an open file cannot be renamed.
+        self.file = None;
+        match fs::rename(&self.path, older(&self.path)) {
+            Ok(()) => (self.oldest, self.begin) = (self.begin, self.end),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            // It was renamed before, and then another one could not be created.
+            Err(_) if self.begin == self.end => {}
+            // The file was removed: the output from here on does not continue `log.1`.
+            Err(_) => (self.oldest, self.begin) = (self.end, self.end),
+        }
+        let created = File::options()
+            .create(true)
+            .append(true)
+            .truncate(false)
+            .open(&self.path);
+        self.file = Some(created?);
+        Ok(LIMIT)
+    }
+
+    pub(super) fn read(&self, begin: u64, limit: u64) -> (u64, Vec<u8>) {
+        let begin = begin.clamp(self.oldest, self.end);
+        let mut data = Vec::new();
+        let mut position = begin;
+        let files = [
+            (older(&self.path), self.oldest, self.begin),
+            (self.path.clone(), self.begin, self.end),
+        ];
+        for (path, first, last) in files {
+            let length = last
+                .saturating_sub(position)
+                .min(limit - (position - begin));
+            if position >= first && length > 0 {
+                // No error is expected from a file of our own; an unreadable part is left out.
+                let _ = read_at(&path, position - first, length, &mut data);
+                position += length;
+            }
+        }
+        (begin, data)
+    }
+
+    pub(super) fn note_what_is_lost(&self, data: &mut Vec<u8>) {
+        if let Some(Lost { bytes, error }) = &self.lost {
+            let error = words_of(error);
+            let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
+            if data.last().is_some_and(|last| *last != b'\n') {
+                data.push(b'\n');
+            }
+            data.extend(note.bytes());
+        }
+    }
+}
+
+fn read_at(path: &Path, offset: u64, length: u64, data: &mut Vec<u8>) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    file.take(length).read_to_end(data)?;
+    Ok(())
+}
+
+/// The end of the output, read from the files alone: for a forked child, in which the lock may be
+/// held by a thread that it does not have.
+pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
+    let mut data = Vec::new();
+    for _ in 0..10 {
+        data.clear();
+        let older_path = older(path);
+        let older = File::open(&older_path).ok();
+        let Ok(mut newer) = File::open(path) else {
+            continue;
+        };
+        if let Some(mut older) = older.as_ref() {
+            let _ = older.read_to_end(&mut data);
+        }
+        let _ = newer.read_to_end(&mut data);
+        // Otherwise they were renamed meanwhile.
+        let same = older.is_none_or(|older| is_still(&older, &older_path));
+        if same && is_still(&newer, path) {
+            break;
+        }
+    }
+    data.drain(..data.len().saturating_sub(LIMIT as usize));
+    data
+}
+
+#[cfg(unix)]
+fn is_still(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let number = |file: io::Result<fs::Metadata>| file.map(|file| file.ino()).ok();
+    number(file.metadata()) == number(fs::metadata(path))
+}
+
+#[cfg(not(unix))]
+fn is_still(_: &File, _: &Path) -> bool {
+    true
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
