@@ -134,6 +134,8 @@ lint: $(VENV)/.wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy python/p2pclient_rs examples benches tests
 	$(BIN)/python -m mypy.stubtest p2pclient_rs._native
+	PATH=$(CURDIR)/$(BIN):$$PATH pyright tests/typing_sample.py
+	PATH=$(CURDIR)/$(BIN):$$PATH pyright --verifytypes p2pclient_rs --ignoreexternal
 
 wheel: $(VENV)/.wheel
 

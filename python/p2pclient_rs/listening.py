@@ -246,8 +246,8 @@ class PrivateSocket:
         if not _fits(directory):
             os.rmdir(directory)
             directory = tempfile.mkdtemp(prefix="p2pclient-", dir="/tmp")
-        self.path = os.path.join(directory, _SOCKET)
-        self.remove = weakref.finalize(self, _remove, directory, os.getpid())
+        self.path: str = os.path.join(directory, _SOCKET)
+        self.remove: Callable[[], object] = weakref.finalize(self, _remove, directory, os.getpid())
 
 
 def _fits(directory: str) -> bool:

@@ -40,7 +40,7 @@ __all__ = [
     "watch",
 ]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -175,12 +175,12 @@ class AsyncioWatch:
         self._loop = loop
         self._pid = os.getpid()
         readiness = Readiness(loop, fd, _on_readable, _on_writable)
-        self.readable = readiness.readable
-        self.writable = readiness.writable
-        self.answer = readiness.answer
-        self.drained = readiness.drained
-        self.flush_later = readiness.flush_later
-        self.close = readiness.close
+        self.readable: Callable[[], Awaitable[None]] = readiness.readable
+        self.writable: Callable[[], Awaitable[None]] = readiness.writable
+        self.answer: Callable[[ControlConnection], Awaitable[Any]] = readiness.answer
+        self.drained: Callable[[int], Awaitable[None]] = readiness.drained
+        self.flush_later: Callable[[RawStream, object], None] = readiness.flush_later
+        self.close: Callable[[], None] = readiness.close
 
     async def checkpoint(self) -> None:
         # What anyio's does here, but for finding out that it is here.
@@ -377,15 +377,16 @@ class AsyncioReactor:
     """An asyncio or uvloop loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = self.event_loop = loop
-        self.add_reader = loop.add_reader
-        self.remove_reader = loop.remove_reader
-        self.add_writer = loop.add_writer
-        self.remove_writer = loop.remove_writer
-        self.call_soon = loop.call_soon
-        self.call_later = loop.call_later
+        self._loop = loop
+        self.event_loop: asyncio.AbstractEventLoop = loop
+        self.add_reader: Callable[..., None] = loop.add_reader
+        self.remove_reader: Callable[[int], bool] = loop.remove_reader
+        self.add_writer: Callable[..., None] = loop.add_writer
+        self.remove_writer: Callable[[int], bool] = loop.remove_writer
+        self.call_soon: Callable[..., object] = loop.call_soon
+        self.call_later: Callable[..., object] = loop.call_later
         self.create_future: Callable[[], Promise] = loop.create_future
-        self.is_closed = loop.is_closed
+        self.is_closed: Callable[[], bool] = loop.is_closed
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         loop = self._loop

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "Settings", "timed_out"]
 
-logger = logging.getLogger("p2pclient_rs.unary")
+logger: logging.Logger = logging.getLogger("p2pclient_rs.unary")
 
 
 @dataclass
@@ -119,10 +119,14 @@ class Session:
         self._carrying_out = False
         #: When the next timer goes off.
         self._timer: float | None = None
-        self.incoming = IncomingCalls(self._reactor, handlers, settings.peer_id)
+        self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
         # Called by the connection.
-        self.on_call = self.incoming.on_call
-        self.on_cancelled = self.incoming.on_cancelled
+        self.on_call: Callable[[PersistentConnection, bytes, str, bytes, bytes], None] = (
+            self.incoming.on_call
+        )
+        self.on_cancelled: Callable[[PersistentConnection, bytes], None] = (
+            self.incoming.on_cancelled
+        )
 
     # --- operations ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
@@ -49,11 +50,11 @@ class Pool:
         self._idle: ConnectionPool[PooledConnection] = ConnectionPool(max_idle)
         idle = self._idle
         #: Takes an idle connection, or returns None.
-        self.take = idle.take
+        self.take: Callable[[], PooledConnection | None] = idle.take
         #: Takes a connection back after a request, or closes it.
-        self.give_back = idle.give_back
+        self.give_back: Callable[[PooledConnection], None] = idle.give_back
         #: By ``Request.permit``: the permits of quick and of slow requests.
-        self.permits = (
+        self.permits: tuple[anyio.Semaphore, anyio.Semaphore] = (
             anyio.Semaphore(max_idle, fast_acquire=True),
             anyio.Semaphore(max_slow, fast_acquire=True),
         )

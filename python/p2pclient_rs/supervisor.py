@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from p2pclient_rs._native import DaemonProcess, Identity, SupervisionAction
 
 #: The messages are about `Daemon`, the public name.
-logger = logging.getLogger("p2pclient_rs.daemon")
+logger: logging.Logger = logging.getLogger("p2pclient_rs.daemon")
 
 
 class Supervisor:

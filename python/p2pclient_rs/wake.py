@@ -12,7 +12,7 @@ from p2pclient_rs._native import report_first_wake
 
 __all__ = ["first_wake", "shows_callbacks"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def shows_callbacks(loop: object) -> bool:

@@ -46,13 +46,13 @@ class Bindings:
 
     def __init__(self, package: str) -> None:
         self.package = package
-        self.p2p_daemon = f"{package}.p2p.p2p_daemon"
+        self.p2p_daemon: str = f"{package}.p2p.p2p_daemon"
         folder = f"{package}.p2p.p2p_daemon_bindings"
         self._replaced = {
             f"{folder}.control": ("control", ("ControlClient", "DaemonConnector")),
             f"{folder}.p2pclient": ("p2pclient", ("Client",)),
         }
-        self.modules = tuple(self._replaced)
+        self.modules: tuple[str, ...] = tuple(self._replaced)
         # From original classes to ours, and back.
         self._ours: dict[type, type] = {}
         self._originals: dict[type, type] = {}

@@ -22,7 +22,7 @@ from p2pclient_rs.exceptions import ControlFailure
 
 __all__ = ["restore", "wrap"]
 
-logger = logging.getLogger("p2pclient_rs.compat.hivemind")
+logger: logging.Logger = logging.getLogger("p2pclient_rs.compat.hivemind")
 
 #: The attribute of a ``P2P`` that holds its watchdog.
 _ATTRIBUTE = "_p2pclient_rs_reconnection"

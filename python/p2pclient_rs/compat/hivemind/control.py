@@ -108,7 +108,7 @@ _MAX_CONNECTIONS = 1024
 #: The size of the cache of peer ids. To make one, hivemind computes its base58 in Python.
 _MAX_PEER_IDS = 4096
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def parse_conn_protocol(maddr: Multiaddr) -> int:
@@ -306,7 +306,7 @@ class ControlClient(control.ControlClient):
         if unary is not None:
             unary.daemon_connector = daemon_connector
 
-    def _parse(self, listen_maddr: Any) -> Multiaddr:
+    def _parse(self, listen_maddr: Multiaddr | str) -> Multiaddr:  # type: ignore[override]
         if isinstance(listen_maddr, str):
             listen_maddr = Multiaddr(listen_maddr)
         parse_conn_protocol(listen_maddr)

@@ -8,12 +8,8 @@ from p2pclient_rs.compat.values import sha256_digest
 from .original import import_bindings
 
 if TYPE_CHECKING:
-    from hivemind.p2p.p2p_daemon_bindings.datastructures import (
-        Multiaddr,
-        PeerID,
-        PeerInfo,
-        StreamInfo,
-    )
+    # hivemind's have no annotations that a type checker could use.
+    from p2pclient_rs._native import Multiaddr, PeerID, PeerInfo, StreamInfo
 else:
     _types = import_bindings("datastructures") or _native
     Multiaddr, PeerID = _types.Multiaddr, _types.PeerID

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -343,8 +343,8 @@ class StreamWriter(asyncio.StreamWriter):
         self._transport = transport = StreamTransport(stream, reader)
         self._reader = reader
         # asyncio's methods would only pass these on.
-        self.write = transport.write  # type: ignore[method-assign]
-        self.drain = transport._drain  # type: ignore[method-assign]
+        self.write: Callable[[Buffer], None] = transport.write  # type: ignore[assignment]
+        self.drain: Callable[[], Coroutine[Any, Any, None]] = transport._drain
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._transport!r}>"

@@ -10,8 +10,8 @@ from p2pclient_rs.compat.p2pclient._extra import missing_dependency
 try:
     import google.protobuf  # noqa: F401
     import multiaddr  # noqa: F401
-except ImportError as error:
-    raise missing_dependency(error) from error
+except ImportError as _error:
+    raise missing_dependency(_error) from _error
 
 from p2pclient_rs.compat.p2pclient._version import __version__
 from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure, DispatchFailure

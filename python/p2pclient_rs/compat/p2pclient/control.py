@@ -5,12 +5,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anyio.abc import TaskGroup
-from multiaddr import Multiaddr
 
 import p2pclient_rs
 from p2pclient_rs import connector, control
 from p2pclient_rs._native import RawListener
 from p2pclient_rs.compat.p2pclient import config
+from p2pclient_rs.compat.p2pclient._multiaddr import Multiaddr
 from p2pclient_rs.compat.p2pclient.datastructures import PeerInfo, StreamInfo
 from p2pclient_rs.compat.p2pclient.exceptions import ControlFailure, DispatchFailure
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.crypto.pb import crypto_pb2
@@ -118,7 +118,7 @@ class ControlClient(control.ControlClient):
             daemon_connector, config.listen_maddr_str if listen_maddr is None else listen_maddr
         )
 
-    def _parse(self, listen_maddr: Any) -> Multiaddr:
+    def _parse(self, listen_maddr: Any) -> Multiaddr:  # type: ignore[override]
         return Multiaddr(listen_maddr) if isinstance(listen_maddr, str) else listen_maddr
 
     @property

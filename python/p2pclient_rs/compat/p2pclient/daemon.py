@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import anyio
-from multiaddr import Multiaddr
 
 from p2pclient_rs import daemon
 from p2pclient_rs._native import DaemonProcess
+from p2pclient_rs.compat.p2pclient._multiaddr import Multiaddr
 from p2pclient_rs.compat.p2pclient.p2pclient import Client
 from p2pclient_rs.compat.p2pclient.utils import get_unused_tcp_port
 
@@ -64,7 +64,7 @@ class Process:
 
     def __init__(self, process: DaemonProcess) -> None:
         self._process = process
-        self.args = process.command
+        self.args: list[str] = process.command
 
     @property
     def pid(self) -> int:
@@ -152,7 +152,7 @@ class Daemon(daemon.Daemon):
         self._popen = Process(self._running)
 
     @property
-    def control_maddr(self) -> Multiaddr:
+    def control_maddr(self) -> Multiaddr:  # type: ignore[override]
         """The address of the control socket."""
         return self._ecosystem_maddr
 

@@ -1,7 +1,6 @@
 """Streams and peers as the daemon describes them, in the ecosystem's types."""
 
-from multiaddr import Multiaddr
-
+from p2pclient_rs.compat.p2pclient._multiaddr import Multiaddr
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import PeerInfo as PeerInfoLibP2P
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2

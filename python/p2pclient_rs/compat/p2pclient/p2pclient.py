@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from multiaddr import Multiaddr
-
 from p2pclient_rs import OpenedStream, client
+from p2pclient_rs.compat.p2pclient._multiaddr import Multiaddr
 from p2pclient_rs.compat.p2pclient.connmgr import ConnectionManagerClient
 from p2pclient_rs.compat.p2pclient.control import ControlClient, DaemonConnector, StreamHandler
 from p2pclient_rs.compat.p2pclient.datastructures import PeerInfo, StreamInfo
@@ -45,6 +44,9 @@ class Client(client.Client):
 
     control: ControlClient
     dht: DHTClient
+    connmgr: ConnectionManagerClient
+    pubsub: PubSubClient
+    unary: UnaryClient
 
     def __init__(
         self,
@@ -63,10 +65,10 @@ class Client(client.Client):
         # The connector's types say what these return.
 
         @property
-        def control_maddr(self) -> Multiaddr: ...
+        def control_maddr(self) -> Multiaddr: ...  # type: ignore[override]
 
         @property
-        def listen_maddr(self) -> Multiaddr: ...
+        def listen_maddr(self) -> Multiaddr: ...  # type: ignore[override]
 
         async def identify(  # type: ignore[override]
             self, *, timeout: float | None = None

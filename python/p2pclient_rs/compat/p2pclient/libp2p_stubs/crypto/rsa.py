@@ -13,8 +13,8 @@ try:
     from Crypto.PublicKey import RSA
     from Crypto.PublicKey.RSA import RsaKey
     from Crypto.Signature import pkcs1_15
-except ImportError as error:
-    raise missing_dependency(error) from error
+except ImportError as _error:
+    raise missing_dependency(_error) from _error
 
 __all__ = [
     "KeyPair",

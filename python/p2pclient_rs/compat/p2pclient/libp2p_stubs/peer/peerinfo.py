@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from multiaddr import Multiaddr, protocols
+from multiaddr import protocols
 
+from p2pclient_rs.compat.p2pclient._multiaddr import Multiaddr
 from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.id import ID
 
 __all__ = ["ID", "InvalidAddrError", "PeerInfo", "info_from_p2p_addr"]
@@ -51,8 +52,9 @@ def info_from_p2p_addr(addr: Multiaddr) -> PeerInfo:
     *transport, last = parts
     if last.protocols()[0].code != protocols.P_P2P:
         raise InvalidAddrError(f"{addr} should end in /p2p/<peer id>")
-    peer_id = ID.from_base58(last.value_for_protocol(protocols.P_P2P))
-    return PeerInfo(peer_id, [Multiaddr.join(*transport) if transport else addr])
+    peer_id = last.value_for_protocol(protocols.P_P2P)
+    assert peer_id is not None, "/p2p has a value"
+    return PeerInfo(ID.from_base58(peer_id), [Multiaddr.join(*transport) if transport else addr])
 
 
 class InvalidAddrError(ValueError):
