@@ -74,12 +74,16 @@ def test_no_python_module_imports_itself_through_others() -> None:
 # --- Rust: every path into the same crate, outside of comments and tests ---
 
 
+USE = re.compile(r"^\s*(pub )?use ([^;]*);", re.MULTILINE)
+
+
 class Crate:
     """The files of one crate, by module path; the crate's root is ``crate``."""
 
     def __init__(self, folder: Path) -> None:
         self.code: dict[str, str] = {}
-        self.exports: dict[str, dict[str, str]] = {}
+        #: The paths of the names that ``use`` brings into each module; its submodules can use them.
+        self.imported: dict[str, dict[str, str]] = {}
         nested = {crate for crate in CRATES if crate != folder and crate.is_relative_to(folder)}
         for file in sorted(folder.rglob("*.rs")):
             parts = file.relative_to(folder).with_suffix("").parts
@@ -89,28 +93,22 @@ class Crate:
                 parts = parts[:-1]
             self.code["::".join(("crate", *parts))] = without_tests(file.read_text())
         for module, code in self.code.items():
-            self.exports[module] = dict(self._uses(module, code, r"pub(?:\([^)]*\))? use"))
+            self.imported[module] = dict(uses(code))
 
     def graph(self) -> dict[str, set[str]]:
         return {module: self._dependencies(module, code) for module, code in self.code.items()}
 
     def _dependencies(self, module: str, code: str) -> set[str]:
         names = {"crate", "super", "self", *self._children(module)}
-        rest = re.sub(r"^\s*(pub(\([^)]*\))? )?use [^;]*;", "", code, flags=re.MULTILINE)
+        rest = re.sub(USE, "", code)
         paths = re.findall(rf"(?<![\w:])(?:{'|'.join(names)})(?:::\w+)+", rest)
-        paths += [path for _, path in self._uses(module, code, "(?<!pub )(?<!\\) )use")]
-        # A re-export counts as a dependency if the file uses the name itself.
-        own = self.exports[module].items()
-        paths += [path for name, path in own if re.search(rf"\b{name}\b", rest)]
+        # Traits need not be named. A re-export counts if the file uses the name itself.
+        exported = dict(uses(code, "pub "))
+        for name, path in uses(code):
+            if name not in exported or re.search(rf"\b{name}\b", rest):
+                paths.append(path)
         found = {self._file_of(module, path) for path in paths}
         return {target for target in found if target is not None} - {module}
-
-    def _uses(self, module: str, code: str, keyword: str) -> Iterator[tuple[str, str]]:
-        """Yields the name and the path of everything that the ``use`` statements import."""
-        for tree in re.findall(rf"^\s*{keyword} ([^;]*);", code, flags=re.MULTILINE):
-            for path, _, alias in (each.partition(" as ") for each in leaves(tree)):
-                path = path.removesuffix("::self")
-                yield alias.strip() or path.rpartition("::")[2], path
 
     def _children(self, module: str) -> set[str]:
         return {m.rpartition("::")[2] for m in self.code if m.rpartition("::")[0] == module}
@@ -134,12 +132,21 @@ class Crate:
                 at = at.rpartition("::")[0]
             elif f"{at}::{name}" in self.code:
                 at = f"{at}::{name}"
-            elif depth and name in self.exports.get(at, {}):
-                onward = "::".join((self.exports[at][name], *names[i + 1 :]))
+            elif depth and name in self.imported.get(at, {}):
+                onward = "::".join((self.imported[at][name], *names[i + 1 :]))
                 return self._file_of(at, onward, depth - 1)
             else:
                 break
         return at if at in self.code else None
+
+
+def uses(code: str, visibility: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the name and the path of everything that ``use`` statements import."""
+    for found in USE.finditer(code):
+        if visibility in ("", found[1]):
+            for path, _, alias in (leaf.partition(" as ") for leaf in leaves(found[2])):
+                path = path.removesuffix("::self")
+                yield alias.strip() or path.rpartition("::")[2], path
 
 
 def leaves(tree: str) -> Iterator[str]:
@@ -159,7 +166,9 @@ def leaves(tree: str) -> Iterator[str]:
 
 
 def without_tests(code: str) -> str:
+    """Removes comments, tests and the scopes of visibility."""
     code = re.sub(r"//.*", "", code)
+    code = re.sub(r"\bpub\([^)]*\)", "pub", code)
     code = re.split(r"^#\[cfg\(test\)\]\s*(?:pub\S* )?mod tests", code, flags=re.MULTILINE)[0]
     # What an inline module calls ``super`` is the file itself.
     inline = re.compile(r"^mod \w+ \{.*?^\}", re.MULTILINE | re.DOTALL)
