@@ -1,4 +1,4 @@
-//! Starts a libp2p daemon, asks it who it is, and stops it.
+//! Starts a libp2p daemon, requests its identity, and stops it.
 //!
 //! `cargo run --example daemon_test`, with p2pd in PATH or its path in P2PD_PATH.
 
@@ -23,7 +23,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     daemon.shutdown().await;
     match client.identify().await {
         Err(error @ ClientError::Unreachable { .. }) => println!("stopped: {error}"),
-        other => return Err(format!("it should be gone: {other:?}").into()),
+        other => return Err(format!("the daemon should have stopped: {other:?}").into()),
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Two daemons and what they keep for each other in the DHT: a public key record, put by one and got by
-//! the other, and a file that one provides and the other finds.
+//! Two daemons share data in the DHT: a public key record that one puts and the other gets, and a file
+//! that one provides and the other finds.
 //!
 //! `cargo run --example dht_test`, with p2pd in PATH or its path in P2PD_PATH.
 
@@ -16,7 +16,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    // On one machine nobody is publicly reachable, so they are told to serve.
+    // On one machine no peer is publicly reachable, so the daemons must be DHT servers explicitly.
     let alice_daemon = P2PDaemon::builder().dht(Dht::Server).spawn().await?;
     let bob_daemon = P2PDaemon::builder().dht(Dht::Server).spawn().await?;
     let (alice, bob) = (alice_daemon.client().await?, bob_daemon.client().await?);
@@ -25,10 +25,10 @@ async fn run() -> Result<(), Box<dyn Error>> {
     alice
         .connect(bob_daemon.peer_id(), bob_daemon.addrs())
         .await?;
-    knows_somebody(&alice).await;
-    knows_somebody(&bob).await;
+    wait_for_routing_table(&alice).await;
+    wait_for_routing_table(&bob).await;
 
-    // The daemons check what they store: under /pk/ and a peer id, they take that peer's public key.
+    // The daemons validate records: under /pk/ and a peer id they accept only that peer's public key.
     let key = alice.dht_get_public_key(alice_daemon.peer_id()).await?;
     let name = [b"/pk/", alice_daemon.peer_id().as_bytes()].concat();
     alice.dht_put_value(name.clone(), key.encode()).await?;
@@ -39,15 +39,15 @@ async fn run() -> Result<(), Box<dyn Error>> {
     );
     assert_eq!(found, key.encode());
     match alice.dht_put_value(name, "something else").await {
-        Err(error) => println!("nothing else can be put there: {error}"),
-        Ok(()) => return Err("a wrong key was taken".into()),
+        Err(error) => println!("another value is refused: {error}"),
+        Ok(()) => return Err("an invalid record was accepted".into()),
     }
 
     // A file is named by the CID of its content: version 1, raw bytes, sha2-256 of 32 bytes.
     let cid = [&[1, 0x55, 0x12, 32][..], &Sha256::digest("a file")].concat();
     alice.dht_provide(cid.clone()).await?;
     let provider = loop {
-        // As they come: there can be many.
+        // Results arrive one by one; there can be many.
         let mut providers = bob.dht_find_providers(cid.clone(), 10);
         if let Some(provider) = providers.next().await {
             break provider?;
@@ -59,8 +59,8 @@ async fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Waits until a peer is in the routing table, which takes a moment after it was connected to.
-async fn knows_somebody(client: &Client) {
+/// Waits until a peer is in the routing table, a moment after it was connected.
+async fn wait_for_routing_table(client: &Client) {
     while !matches!(
         client.dht_get_closest_peers("anybody").next().await,
         Some(Ok(_))

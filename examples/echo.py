@@ -11,7 +11,7 @@ from p2pclient_rs import Daemon, DaemonRefused, Stream, StreamInfo
 
 
 async def echo(info: StreamInfo, stream: Stream) -> None:
-    """Sends everything back until the caller is done."""
+    """Echoes everything until the caller closes the stream."""
     async with stream:
         async for chunk in stream:
             await stream.send(chunk)

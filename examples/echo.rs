@@ -7,7 +7,7 @@ use p2pd_client::{Error as ClientError, IncomingStreams};
 use std::error::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Sends everything back until the caller is done, each caller in a task of its own.
+/// Echoes everything until the caller closes the stream, in one task per stream.
 async fn serve(mut incoming: IncomingStreams) {
     while let Some(stream) = incoming.next().await {
         println!("server: a stream from {}", stream.info().peer_id);
@@ -38,7 +38,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     match caller.stream_open(peer, ["/unknown/1"]).await {
         Err(ClientError::Refused { message, .. }) => println!("refused: {message}"),
-        other => return Err(format!("nobody serves /unknown/1: {other:?}").into()),
+        other => return Err(format!("/unknown/1 should have no handler: {other:?}").into()),
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-"""Three daemons in a row: what the first publishes reaches the last through the one between."""
+"""Three daemons in a row: messages of the first reach the last through the middle one."""
 
 import anyio
 
@@ -8,7 +8,7 @@ TOPIC = "news"
 
 
 async def wait_for_mesh(client: Client) -> None:
-    """Until a neighbour is known to be subscribed: nothing published before would arrive."""
+    """Waits until a neighbour is subscribed; earlier messages would be lost."""
     while not await client.pubsub_list_peers(TOPIC):
         await anyio.sleep(0.05)
 
@@ -35,7 +35,7 @@ async def main() -> None:
 
 
 async def publish_until_cancelled(client: Client) -> None:
-    """Gossipsub forwards only once its mesh has formed, about a second after subscribing."""
+    """Publishes repeatedly: gossipsub forwards only once its mesh has formed, after about 1 s."""
     while True:
         await client.pubsub_publish(TOPIC, b"hello, subscribers")
         await anyio.sleep(0.2)

@@ -1,6 +1,6 @@
-//! A bootstrap node and two that join. Each joiner is told of the bootstrap node alone, and finds the
-//! other one: the bootstrap node learns from Identify where each joiner listens, and passes it on in the
-//! Kademlia DHT.
+//! A bootstrap node and two joining nodes. Each joining node knows only the bootstrap node, and finds the
+//! other one through it: the bootstrap node learns from Identify where each node listens, and passes this
+//! on in the Kademlia DHT.
 //!
 //! `cargo run --example three_nodes`, with p2pd in PATH or its path in P2PD_PATH.
 
@@ -17,7 +17,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    // On one machine nobody is publicly reachable, so they are told to serve the DHT.
+    // On one machine no peer is publicly reachable, so the daemons must be DHT servers explicitly.
     let bootstrap = P2PDaemon::builder().dht(Dht::Server).spawn().await?;
     println!("bootstrap is {}", bootstrap.peer_id());
     let join = || {
@@ -31,10 +31,10 @@ async fn run() -> Result<(), Box<dyn Error>> {
         peer if peer == bootstrap.peer_id() => "bootstrap".to_owned(),
         peer if peer == one.peer_id() => "one".to_owned(),
         peer if peer == two.peer_id() => "two".to_owned(),
-        stranger => stranger.to_string(),
+        unknown => unknown.to_string(),
     };
 
-    // The joiners have connected from ports of the moment. Where they listen, Identify tells.
+    // The joining nodes connected from ephemeral ports. Identify has their listen addresses.
     let center = bootstrap.client().await?;
     for joiner in [&one, &two] {
         let info = find(&center, joiner.peer_id()).await?;
@@ -61,7 +61,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
     for daemon in [&bootstrap, &one, &two] {
         let peers = daemon.client().await?.list_peers().await?;
         let mut names: Vec<_> = peers.iter().map(|info| name(&info.peer_id)).collect();
-        // There is an entry for each connection.
+        // The list has one entry per connection.
         names.sort();
         names.dedup();
         println!(
@@ -74,7 +74,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Finds a peer's addresses, asking again while it is still joining.
+/// Finds a peer's addresses; retries while the peer is still joining.
 async fn find(client: &Client, peer: &PeerId) -> Result<PeerInfo, Box<dyn Error>> {
     let mut attempts = 0;
     loop {

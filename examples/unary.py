@@ -1,6 +1,6 @@
-"""Unary calls between two peers: each of two servers on one daemon answers its share.
+"""Unary calls between two peers: two servers on one daemon answer in turn.
 
-Usage: unary.py [asyncio|trio]. Needs hivemind's p2pd: the others have no unary calls.
+Usage: unary.py [asyncio|trio]. Needs hivemind's p2pd: other daemons have no unary calls.
 """
 
 import sys

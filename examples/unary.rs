@@ -1,7 +1,7 @@
-//! Unary calls between two peers: each of two servers on one daemon answers its share.
+//! Unary calls between two peers: two servers on one daemon answer in turn.
 //!
-//! `cargo run --example unary`, with hivemind's p2pd in PATH or its path in P2PD_PATH: the others have
-//! no unary calls.
+//! `cargo run --example unary`, with hivemind's p2pd in PATH or its path in P2PD_PATH: other daemons
+//! have no unary calls.
 
 use p2pclient_rs::P2PDaemon;
 use p2pd_client::{Client, Error as ClientError, UnaryCall};
