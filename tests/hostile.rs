@@ -1,5 +1,5 @@
-//! Every call of the client for tokio against every way in which a daemon can misbehave: each has
-//! an error that says what happened, in its time, and does not disturb the next one.
+//! Every call of the tokio client against every way in which a daemon can misbehave. Each call
+//! assert_fails with the error that names the fault, in time, and does not affect the next one.
 #![cfg(unix)]
 
 use bytes::Bytes;
@@ -27,33 +27,33 @@ use tokio::task::JoinHandle;
 
 const SOON: Duration = Duration::from_millis(50);
 
-/// How long a call may take that fails at once.
+/// Time limit of a call that assert_fails at once.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 // --- the daemon ---
 
-/// What is said, given a call id if there is one.
-type Saying = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
+/// Returns the bytes to send, given the call id if there is one.
+type MakeAnswer = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
 
-/// Which message is answered by something else, and by what.
+/// The next message of a kind gets this answer.
 struct Planned {
     kind: Kind,
-    answer: Saying,
+    answer: MakeAnswer,
     end: bool,
-    /// One byte at a time.
+    /// Sends one byte at a time.
     trickles: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A request of this type.
+    /// A control request of this type.
     Request(Type),
     Call,
     AddHandler,
     RemoveHandler,
 }
 
-/// A daemon that does as it should, but for what is planned.
+/// A daemon that behaves correctly except for what is planned.
 struct Daemon {
     client: Client,
     plan: Arc<Mutex<Option<Planned>>>,
@@ -96,13 +96,13 @@ impl Daemon {
         });
     }
 
-    async fn works(&self) {
+    async fn assert_usable(&self) {
         let identity = within("the next call", self.client.identify()).await;
         assert_eq!(identity.unwrap().peer_id, peer());
     }
 
-    /// The client leaves no connections, or so many.
-    async fn ends(self, left: usize) {
+    /// Closes the client, and checks how many connections it leaves open.
+    async fn assert_left_open(self, left: usize) {
         self.client.close().await;
         drop(self.client);
         eventually(async || must(self.open.load(Ordering::Relaxed) == left, "it leaves some"))
@@ -111,7 +111,7 @@ impl Daemon {
     }
 }
 
-/// Sends what is planned; false if that ends the connection, `None` if nothing is.
+/// Sends the planned answer, if any. Returns whether the connection stays open.
 async fn planned(
     connection: &mut Connection,
     plan: &Mutex<Option<Planned>>,
@@ -129,12 +129,14 @@ async fn planned(
 
 async fn serve(mut connection: Connection, plan: &Mutex<Option<Planned>>) {
     while let Some(frame) = connection.frame().await {
-        // Of a type that there is not, by which the client finds out that there is a peerstore.
+        // The client probes for a peerstore with an unknown request type; jsp2pd, which has one,
+        // replies:
         if frame[..] == [8, 0xff, 0xff, 0xff, 0xff, 7] {
             connection.answer(refusal("ERR_INVALID_REQUEST_TYPE")).await;
             continue;
         }
-        // Not all: PEERSTORE has numbers that mean something else to other daemons.
+        // Reads the type only: PEERSTORE requests use numbers that mean something else to other
+        // daemons.
         let [8, number, ..] = frame[..] else {
             panic!("{frame:?} has no type");
         };
@@ -186,7 +188,7 @@ fn frame(message: &impl prost::Message) -> Vec<u8> {
 
 // --- the calls ---
 
-/// A call, and what a daemon answers.
+/// A call, and the daemon's valid reply.
 struct Call {
     name: &'static str,
     kind: Kind,
@@ -195,13 +197,13 @@ struct Call {
 }
 
 impl Call {
-    /// Whether a daemon that closes the connection says that it does not know the request.
+    /// Whether closing the connection is how a daemon rejects this request as unknown.
     fn means_unknown(&self) -> bool {
         self.name == "PERSISTENT_CONN_UPGRADE"
     }
 }
 
-/// A call whose result does not matter.
+/// Makes a call and drops its result.
 macro_rules! made {
     (|$client:ident| $call:expr) => {
         |$client| Box::pin(async move { $call.await.map(drop) })
@@ -407,7 +409,7 @@ fn calls() -> Vec<Call> {
     ]
 }
 
-/// The calls on the persistent connection; their answers are to the call id given.
+/// The calls on the persistent connection, with replies to this call id.
 fn unary_calls(id: &[u8]) -> Vec<Call> {
     let call = |name, kind, make, answer| Call {
         name,
@@ -451,18 +453,18 @@ enum Expected {
     NotSupported,
 }
 
-/// What comes in the place of an answer, and whether the connection ends then.
+/// What a daemon sends instead of a reply, and whether it then closes the connection.
 #[derive(Clone, Copy)]
 struct Fault {
     data: fn(&[u8]) -> Vec<u8>,
     end: bool,
     expected: Expected,
-    /// Of a call on the persistent connection.
+    /// The error of calls on the persistent connection.
     unary: Expected,
 }
 
-/// The call fails, with this and in its time.
-async fn fails(call: &Call, client: &Client, expected: Expected) {
+/// Asserts that the call assert_fails with this error, in time.
+async fn assert_fails(call: &Call, client: &Client, expected: Expected) {
     let client = match expected {
         Expected::Timeout => client.with_timeout(SOON),
         _ => client.clone(),
@@ -472,7 +474,7 @@ async fn fails(call: &Call, client: &Client, expected: Expected) {
     assert!(begun.elapsed() < AT_ONCE, "{}", call.name);
     let error = match outcome {
         Err(error) => error,
-        // The daemon forgets its handlers with the connection.
+        // The daemon drops its handlers together with the connection.
         Ok(()) if call.kind == Kind::RemoveHandler && expected != Expected::Timeout => return,
         Ok(()) => panic!("{} succeeds", call.name),
     };
@@ -487,7 +489,7 @@ async fn fails(call: &Call, client: &Client, expected: Expected) {
     assert_eq!(error.context().unwrap().request, call.name, "{error}");
 }
 
-async fn every_call_against(fault: Fault) {
+async fn assert_every_call_fails_on(fault: Fault) {
     let daemon = Daemon::new();
     for call in calls() {
         let answer = (fault.data)(&call.answer);
@@ -498,10 +500,10 @@ async fn every_call_against(fault: Fault) {
         } else {
             fault.expected
         };
-        fails(&call, &daemon.client, expected).await;
+        assert_fails(&call, &daemon.client, expected).await;
         assert!(daemon.plan.lock().unwrap().is_none(), "{}", call.name);
-        daemon.works().await;
-        // What is being opened is so for all who may wait for it.
+        daemon.assert_usable().await;
+        // A connection being opened is shared by all waiting calls, so start over.
         daemon.client.close().await;
     }
     for number in 0..unary_calls(&[]).len() {
@@ -511,31 +513,31 @@ async fn every_call_against(fault: Fault) {
         daemon.plan(call.kind, fault.end, move |id| {
             (fault.data)(&unary_calls(id).swap_remove(number).answer)
         });
-        fails(&call, client, fault.unary).await;
+        assert_fails(&call, client, fault.unary).await;
         if fault.unary == Expected::Timeout {
-            // The rest of it may still come, and does not.
+            // The connection still waits for the rest of the message.
             client.close().await;
         }
         let next = within("the next call", client.call_unary(&peer(), "echo", "next")).await;
         assert_eq!(next.unwrap(), "next", "{}", call.name);
-        daemon.works().await;
+        daemon.assert_usable().await;
         client.close().await;
     }
-    // A STREAM_HANDLER that nobody waits for any more has half a minute for its answer, since it may
-    // have to be taken back.
+    // A STREAM_HANDLER request that timed out waits 30 s for its reply, since it may have to be
+    // undone.
     daemon
-        .ends(usize::from(fault.expected == Expected::Timeout))
+        .assert_left_open(usize::from(fault.expected == Expected::Timeout))
         .await;
 }
 
-/// A test for each fault.
-macro_rules! against {
+/// Defines a test for each fault.
+macro_rules! every_call {
     ($(
         $name:ident: $data:expr $(, then $end:ident)? => $expected:ident $(, unary $unary:ident)?;
     )*) => {$(
         #[tokio::test]
         async fn $name() {
-            every_call_against(Fault {
+            assert_every_call_fails_on(Fault {
                 data: $data,
                 end: [$(stringify!($end) == "end",)? false][0],
                 expected: Expected::$expected,
@@ -546,44 +548,44 @@ macro_rules! against {
     )*};
 }
 
-against! {
-    against_the_end: |_| vec![], then end => Lost;
-    against_half_a_length: |_| vec![0x80], then end => Lost;
-    against_an_answer_cut_short: |answer| answer[..answer.len() - 1].to_vec(), then end => Lost;
-    against_silence: |_| vec![] => Timeout;
-    against_half_an_answer_and_no_more: |answer| answer[..answer.len() - 1].to_vec() => Timeout;
-    against_garbage: |answer| [b"\x05hello", answer].concat() => Protocol;
-    against_text: |_| b"HTTP/1.1 400 Bad Request\r\n\r\n".repeat(9) => Protocol;
-    against_a_length_of_eleven_bytes: |_| [&[0x80; 10][..], &[1]].concat() => Protocol;
-    against_a_length_that_is_not_minimal: |_| vec![0x80, 0] => Protocol;
-    against_a_length_of_2_to_the_63: |_| [&[0x80; 9][..], &[1]].concat() => Protocol;
-    against_a_length_of_65_bits: |_| [&[0x80; 9][..], &[2]].concat() => Protocol;
-    against_the_largest_length: |_| [&[0xff; 9][..], &[1]].concat() => Protocol;
-    // 4 MiB, 64 KiB and 1. A message so large is skipped on a persistent connection, for which the
-    // rest of it must come.
-    against_a_length_just_over_the_limit: |_| vec![0x81, 0x80, 0x84, 0x02] => Protocol, unary Timeout;
-    against_an_empty_message: |answer| [&[0], answer].concat() => Protocol;
-    against_a_message_of_another_type: |_| frame(&stream_info("/echo")) => Protocol;
-    against_a_field_that_ends_too_late: |_| vec![2, 0x0a, 0x7f] => Protocol;
-    against_a_field_number_of_0: |_| vec![2, 0x02, 0] => Protocol;
+every_call! {
+    fails_on_eof: |_| vec![], then end => Lost;
+    fails_on_eof_within_a_length: |_| vec![0x80], then end => Lost;
+    fails_on_eof_within_a_reply: |answer| answer[..answer.len() - 1].to_vec(), then end => Lost;
+    times_out_on_silence: |_| vec![] => Timeout;
+    times_out_on_an_incomplete_reply: |answer| answer[..answer.len() - 1].to_vec() => Timeout;
+    fails_on_garbage: |answer| [b"\x05hello", answer].concat() => Protocol;
+    fails_on_text: |_| b"HTTP/1.1 400 Bad Request\r\n\r\n".repeat(9) => Protocol;
+    fails_on_a_length_of_eleven_bytes: |_| [&[0x80; 10][..], &[1]].concat() => Protocol;
+    fails_on_a_length_that_is_not_minimal: |_| vec![0x80, 0] => Protocol;
+    fails_on_a_length_of_2_to_the_63: |_| [&[0x80; 9][..], &[1]].concat() => Protocol;
+    fails_on_a_length_of_65_bits: |_| [&[0x80; 9][..], &[2]].concat() => Protocol;
+    fails_on_the_largest_length: |_| [&[0xff; 9][..], &[1]].concat() => Protocol;
+    // 4 MiB + 64 KiB + 1. A persistent connection skips a message of this size, so it waits for the
+    // rest of it.
+    fails_on_a_length_just_over_the_limit: |_| vec![0x81, 0x80, 0x84, 0x02] => Protocol, unary Timeout;
+    fails_on_an_empty_message: |answer| [&[0], answer].concat() => Protocol;
+    fails_on_a_message_of_another_type: |_| frame(&stream_info("/echo")) => Protocol;
+    fails_on_a_field_that_ends_too_late: |_| vec![2, 0x0a, 0x7f] => Protocol;
+    fails_on_a_field_number_of_0: |_| vec![2, 0x02, 0] => Protocol;
 }
 
 #[tokio::test]
-async fn against_every_beginning_of_an_answer() {
+async fn every_call_fails_on_a_reply_cut_off_anywhere() {
     let daemon = Daemon::new();
     for call in calls() {
         for size in 1..call.answer.len() {
             let answer = call.answer[..size].to_vec();
             daemon.plan(call.kind, true, move |_| answer);
-            fails(&call, &daemon.client, Expected::Lost).await;
+            assert_fails(&call, &daemon.client, Expected::Lost).await;
         }
-        daemon.works().await;
+        daemon.assert_usable().await;
     }
-    daemon.ends(0).await;
+    daemon.assert_left_open(0).await;
 }
 
 #[tokio::test]
-async fn against_a_refusal() {
+async fn every_call_is_refused_with_the_daemons_message() {
     let daemon = Daemon::new();
     for call in calls().iter().filter(|call| !call.means_unknown()) {
         daemon.plan(call.kind, false, |_| frame(&refusal("no such luck")));
@@ -591,12 +593,12 @@ async fn against_a_refusal() {
         let error = outcome.unwrap_err();
         assert!(matches!(&error, Error::Refused { message, .. } if message == "no such luck"));
         assert_eq!(error.context().unwrap().request, call.name);
-        daemon.works().await;
+        daemon.assert_usable().await;
     }
-    daemon.ends(0).await;
+    daemon.assert_left_open(0).await;
 }
 
-/// Fields of every wire type that no version of the protocol has.
+/// Unknown fields of every wire type.
 fn unknown() -> Vec<u8> {
     let mut bytes = vec![0xc0, 0x3e, 7]; // 1000: a varint
     bytes.extend([0xca, 0x3e, 3, b'n', b'e', b'w']); // 1001: bytes
@@ -606,7 +608,7 @@ fn unknown() -> Vec<u8> {
     bytes
 }
 
-/// The same messages with unknown fields behind their own.
+/// Appends unknown fields to each message.
 fn with_unknown(mut messages: &[u8]) -> Vec<u8> {
     let mut all = Vec::new();
     while let Some((prefix, len)) = framing::split_length(messages, usize::MAX).unwrap() {
@@ -620,10 +622,10 @@ fn with_unknown(mut messages: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn unknown_fields_one_byte_at_a_time_and_answers_to_nobody_are_no_fault() {
+async fn unknown_fields_single_bytes_and_unknown_call_ids_are_accepted() {
     let daemon = Daemon::new();
     for trickles in [false, true] {
-        let set = |kind, answer: Saying| {
+        let set = |kind, answer: MakeAnswer| {
             let planned = Planned {
                 kind,
                 answer,
@@ -637,7 +639,7 @@ async fn unknown_fields_one_byte_at_a_time_and_answers_to_nobody_are_no_fault() 
             set(call.kind, Box::new(move |_| answer));
             let outcome = within(call.name, (call.make)(daemon.client.clone())).await;
             outcome.unwrap_or_else(|error| panic!("{}: {error}", call.name));
-            daemon.works().await;
+            daemon.assert_usable().await;
         }
         let client = &daemon.client;
         client.add_unary_handler("echo", false, echo).await.unwrap();
@@ -647,8 +649,8 @@ async fn unknown_fields_one_byte_at_a_time_and_answers_to_nobody_are_no_fault() 
                 call.kind,
                 Box::new(move |id| {
                     let answer = with_unknown(&unary_calls(id).swap_remove(number).answer);
-                    let stranger = response(&[9; 16], Some(reply(Bytes::from_static(b"?"))));
-                    [&stranger[..], &answer, &answer].concat()
+                    let unknown_id = response(&[9; 16], Some(reply(Bytes::from_static(b"?"))));
+                    [&unknown_id[..], &answer, &answer].concat()
                 }),
             );
             within(call.name, (call.make)(client.clone()))
@@ -659,26 +661,26 @@ async fn unknown_fields_one_byte_at_a_time_and_answers_to_nobody_are_no_fault() 
         }
         client.close().await;
     }
-    daemon.ends(0).await;
+    daemon.assert_left_open(0).await;
 }
 
-// --- strangers at the listener ---
+// --- invalid connections to the listener ---
 
 #[tokio::test]
-async fn strangers_who_say_nothing_do_not_keep_a_stream_from_its_handler() {
+async fn silent_inbound_connections_do_not_block_a_stream() {
     let daemon = Daemon::new();
     let mut streams = daemon.client.stream_handler("/echo", false).await.unwrap();
     let listening: Multiaddr = daemon.client.listen_maddr().unwrap();
     let path = listening.to_string().replacen("/unix", "", 1);
-    let mut strangers = Vec::new();
-    // As many as may be on their way, and more.
+    let mut silent = Vec::new();
+    // More than the listener keeps without a header.
     for _ in 0..300 {
-        let mut stranger = within("room", UnixStream::connect(&path)).await.unwrap();
-        stranger
+        let mut connection = within("room", UnixStream::connect(&path)).await.unwrap();
+        connection
             .write_all(&frame(&stream_info("/echo"))[..5])
             .await
             .unwrap();
-        strangers.push(stranger);
+        silent.push(connection);
         tokio::task::yield_now().await;
     }
     let mut good = within("room", UnixStream::connect(&path)).await.unwrap();
@@ -686,11 +688,9 @@ async fn strangers_who_say_nothing_do_not_keep_a_stream_from_its_handler() {
     let stream = within("the stream", streams.next()).await.unwrap();
     assert_eq!(stream.info().protocol, "/echo");
     assert_eq!(
-        within("its end", strangers[0].read(&mut [0]))
-            .await
-            .unwrap(),
+        within("its end", silent[0].read(&mut [0])).await.unwrap(),
         0
     );
-    drop((stream, streams, strangers));
-    daemon.ends(0).await;
+    drop((stream, streams, silent));
+    daemon.assert_left_open(0).await;
 }

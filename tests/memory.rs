@@ -1,4 +1,4 @@
-//! What the daemon's bytes can make us allocate, counted at the allocator.
+//! Memory that received bytes can make the library allocate, counted by the allocator.
 
 use bytes::BytesMut;
 use p2pd_protocol::command::{control, dht, pubsub, Typed};
@@ -13,7 +13,7 @@ thread_local! {
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
-/// The system's, counting what each thread takes.
+/// The system's allocator, counting the memory of each thread.
 struct Counting;
 
 fn count(size: isize) {
@@ -22,7 +22,7 @@ fn count(size: isize) {
 }
 
 #[allow(unsafe_code)]
-// SAFETY: it hands everything on as it is; counting neither allocates nor panics.
+// SAFETY: calls are passed on unchanged; counting neither allocates nor panics.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
@@ -46,7 +46,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The most that `work` had at a time, in bytes.
+/// Returns the peak memory of `work`, in bytes.
 fn peak(work: impl FnOnce()) -> usize {
     let before = USED.get();
     PEAK.set(before);
@@ -76,20 +76,20 @@ fn frame(message: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A Response{OK} with this content.
+/// Encodes Response{OK} with this content.
 fn ok(content: &[u8]) -> Vec<u8> {
     [&[8, 0], content].concat()
 }
 
-const ANNOUNCED: [usize; 5] = [1 << 10, 20_000, 1 << 20, 4 << 20, (4 << 20) + (63 << 10)];
+const DECLARED: [usize; 5] = [1 << 10, 20_000, 1 << 20, 4 << 20, (4 << 20) + (63 << 10)];
 const SENT: [usize; 6] = [0, 1, 100, 5_000, 64 << 10, 1 << 20];
 
 #[test]
-fn what_is_announced_and_does_not_come_takes_no_memory() {
-    for announced in ANNOUNCED {
-        for sent in SENT.into_iter().filter(|sent| *sent < announced) {
+fn declared_length_alone_allocates_no_memory() {
+    for declared in DECLARED {
+        for sent in SENT.into_iter().filter(|sent| *sent < declared) {
             let mut bytes = Vec::new();
-            varint(announced, &mut bytes);
+            varint(declared, &mut bytes);
             bytes.resize(bytes.len() + sent, 0);
             let used = peak(|| {
                 let mut exchange = ClientExchange::new(Limits::default());
@@ -97,34 +97,34 @@ fn what_is_announced_and_does_not_come_takes_no_memory() {
                 exchange.receive(&bytes);
                 assert_eq!(exchange.poll(), Ok(None));
             });
-            assert!(used <= 3 * sent + 1024, "{used} for {sent} of {announced}");
+            assert!(used <= 3 * sent + 1024, "{used} for {sent} of {declared}");
             let used = peak(|| {
                 let mut decoder = FrameDecoder::new(8 << 20);
                 decoder.extend(&bytes);
                 assert_eq!(decoder.next_frame(), Ok(None));
             });
-            assert!(used <= 3 * sent + 1024, "{used} for {sent} of {announced}");
+            assert!(used <= 3 * sent + 1024, "{used} for {sent} of {declared}");
         }
     }
 }
 
 #[test]
-fn a_payload_that_is_announced_takes_memory_as_it_comes() {
-    for announced in ANNOUNCED {
-        for sent in SENT.into_iter().filter(|sent| *sent < announced) {
+fn payload_takes_memory_only_as_it_arrives() {
+    for declared in DECLARED {
+        for sent in SENT.into_iter().filter(|sent| *sent < declared) {
             let mut connection =
                 PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
             let mut out = BytesMut::new();
             let now = Instant::now();
             let id = connection.call(b"", "", 0, (), now, &mut out).unwrap();
-            // A reply whose last field, the payload, is as long as announced.
+            // A reply whose last field, the payload, has the declared length.
             let mut payload = vec![10];
-            varint(announced, &mut payload);
+            varint(declared, &mut payload);
             let mut reply = [&[10, 16], &id[..], &[18]].concat();
-            varint(payload.len() + announced, &mut reply);
+            varint(payload.len() + declared, &mut reply);
             reply.extend_from_slice(&payload);
             let mut bytes = Vec::new();
-            varint(reply.len() + announced, &mut bytes);
+            varint(reply.len() + declared, &mut bytes);
             bytes.extend_from_slice(&reply);
             bytes.resize(bytes.len() + sent, 0);
             for piece in [1000, usize::MAX] {
@@ -134,13 +134,13 @@ fn a_payload_that_is_announced_takes_memory_as_it_comes() {
                         assert_eq!(connection.poll(&mut &part[..]), Ok(None));
                     }
                 });
-                assert!(used <= 20 * sent + 8192, "{used} for {sent} of {announced}");
+                assert!(used <= 20 * sent + 8192, "{used} for {sent} of {declared}");
             }
         }
     }
 }
 
-/// A connection that waits for the answer to its first call, whose id is always the same.
+/// Returns a connection that waits for the reply to its first call, whose id is always the same.
 fn connection_like(id: &[u8; 16]) -> PersistentClient<(), Vec<u8>> {
     let mut connection = PersistentClient::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
@@ -149,24 +149,24 @@ fn connection_like(id: &[u8; 16]) -> PersistentClient<(), Vec<u8>> {
     connection
 }
 
-/// What a Response that is nothing but empty things takes, in multiples of its size.
+/// Returns how many times its size a Response of empty fields takes in memory.
 fn multiple(request: EncodedRequest, message: Vec<u8>) -> usize {
     let bytes = frame(&message);
     let used = peak(|| {
         let mut exchange = ClientExchange::new(Limits::default());
         exchange.send(&request).unwrap();
         exchange.receive(&bytes);
-        // Whatever it is, it is decided.
+        // The exchange has ended, whatever the result.
         assert_ne!(exchange.poll(), Ok(None));
     });
     used / bytes.len()
 }
 
 #[test]
-fn what_comes_takes_a_bounded_multiple_of_its_size() {
+fn received_messages_take_a_bounded_multiple_of_their_size() {
     let many = |element: &[u8]| element.repeat(100_000 / element.len());
     let empty = |number: u8| many(&[number << 3 | 2, 0]);
-    // The smallest PeerInfo that is taken.
+    // The smallest valid PeerInfo.
     let peer = [10, 0];
     let answers = [
         (control::ListPeers.encoded(), ok(&empty(6))),
