@@ -18,6 +18,7 @@ pub mod diagnosis;
 pub mod discovery;
 #[cfg(feature = "tokio")]
 mod guard;
+mod locks;
 pub mod options;
 pub mod process;
 pub mod start;

@@ -33,6 +33,7 @@ use self::watchdog::Watchdog;
 #[cfg(unix)]
 #[doc(hidden)]
 pub use self::watchdog::WatchdogKind;
+use super::locks::{lock, try_lock};
 use super::options::{Bootstrap, BootstrapPeer, DaemonOptions, Flavour};
 use super::start::{self, DaemonError, StartError};
 use p2pd_protocol::multiaddr::Endpoint;
@@ -42,7 +43,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -238,7 +239,7 @@ impl Process {
                 "it belongs to the process that made it, of which this is a forked child",
             ));
         }
-        let shutdown = self.shutdown.lock().unwrap_or_else(PoisonError::into_inner);
+        let shutdown = lock(&self.shutdown);
         if shutdown.has_begun() {
             return Err(refused("it was stopped"));
         }
@@ -336,7 +337,7 @@ impl Process {
     pub fn poll(&self) -> Option<ExitStatus> {
         if !self.owned() {
             // Another thread of the parent may have held it.
-            return self.run.try_lock().ok()?.status();
+            return try_lock(&self.run)?.status();
         }
         self.log.retry();
         let mut run = self.run();
@@ -427,10 +428,8 @@ impl Process {
         if !self.owned() || self.destroyed() {
             return true;
         }
-        let mut shutdown = match self.shutdown.try_lock() {
-            Ok(shutdown) => shutdown,
-            Err(TryLockError::Poisoned(error)) => error.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
+        let Some(mut shutdown) = try_lock(&self.shutdown) else {
+            return false;
         };
         loop {
             let (phase, waited) = shutdown.waiting_for();
@@ -534,7 +533,7 @@ impl Process {
     }
 
     fn run(&self) -> MutexGuard<'_, Run> {
-        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.run)
     }
 
     /// Takes the daemon's status if it has ended.

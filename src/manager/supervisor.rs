@@ -1,6 +1,7 @@
 //! Supervises a daemon on tokio: carries out what [`Supervision`] decides.
 
 use super::guard::ended;
+use super::locks::lock;
 use super::options::BootstrapPeer;
 use super::process::Process;
 use super::start::StartError;
@@ -9,7 +10,7 @@ use p2pd_client::{Client, Error, WeakClient};
 use p2pd_protocol::policy::reconnection::CONNECT_TIMEOUT;
 use p2pd_protocol::policy::supervision::{Action, Event, Report, Supervision, REGISTER_TIMEOUT};
 use std::future::pending;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -57,14 +58,14 @@ impl Supervisor {
 
     /// Registers the handlers of this client again after each restart.
     pub(super) fn remember(&self, client: &Client) {
-        let mut clients = locked(&self.shared.clients);
+        let mut clients = lock(&self.shared.clients);
         clients.retain(|client| client.upgrade().is_some());
         clients.push(client.downgrade());
     }
 
     /// Why the daemon was given up, if it was.
     pub(super) fn failure(&self) -> Option<StartError> {
-        locked(&self.shared.failure).clone()
+        lock(&self.shared.failure).clone()
     }
 
     /// Waits until the task has ended.
@@ -84,10 +85,6 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// While it exists, the end of the process is not the end of the daemon, if that is restarted.
@@ -186,7 +183,7 @@ impl Driver {
                 }
             }
             Action::Register => {
-                for client in locked(&self.shared.clients).iter() {
+                for client in lock(&self.shared.clients).iter() {
                     if let Some(client) = client.upgrade() {
                         self.tasks.spawn(register(client));
                     }
@@ -203,7 +200,7 @@ impl Driver {
                     log::error!(
                         "the daemon has died {deaths} times in a row and is given up: {failure}"
                     );
-                    *locked(&self.shared.failure) = Some(failure);
+                    *lock(&self.shared.failure) = Some(failure);
                 }
             }
         }

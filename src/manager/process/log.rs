@@ -12,11 +12,12 @@ mod store;
 
 use self::drainer::Drainer;
 pub(super) use self::store::LIMIT;
-use self::store::{lock, tail_of_files, Store};
+use self::store::{tail_of_files, Store};
+use crate::locks::{lock, try_lock};
 use p2pd_sockets::Failed;
 use std::io::{self, PipeWriter};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The wanted capacity of the pipe, in bytes. The daemon blocks when the pipe is full.
@@ -103,11 +104,8 @@ impl Log {
     /// Starts the thread if it is missing, whatever became of it: without it, the daemon blocks
     /// when the pipe is full.
     pub(super) fn retry(&self) {
-        let mut draining = match self.draining.try_lock() {
-            Ok(draining) => draining,
-            Err(TryLockError::Poisoned(error)) => error.into_inner(),
-            // Another thread is at it.
-            Err(TryLockError::WouldBlock) => return,
+        let Some(mut draining) = try_lock(&self.draining) else {
+            return; // another thread is here
         };
         if draining.pauses > 0 {
             let recent = |begun: Instant| begun.elapsed() < LONGEST_PAUSE;

@@ -40,6 +40,7 @@ pub(super) struct Program {
     stdio: [OwnedFd; 3],
     announce: Option<OwnedFd>,
     /// Whether the kernel can mark all descriptors at once. (Some tests say it cannot.)
+    #[cfg(target_os = "linux")]
     by_range: bool,
 }
 
@@ -63,6 +64,7 @@ impl Program {
             environment: environment(std::env::vars_os()),
             stdio: [above(input)?, above(output)?, above(errors)?],
             announce: None,
+            #[cfg(target_os = "linux")]
             by_range: true,
         })
     }
@@ -97,8 +99,10 @@ impl Program {
             envp: envp.as_ptr(),
             stdio: self.stdio.each_ref().map(|fd| fd.as_raw_fd()),
             announce: self.announce.as_ref().map_or(-1, |fd| fd.as_raw_fd()),
+            #[cfg(target_os = "linux")]
             by_range: self.by_range,
             limit: limit as c_int,
+            #[cfg(target_os = "linux")]
             error: 0,
         })
         .map_err(|failed| self.explained(failed))?;
@@ -154,11 +158,11 @@ struct Body {
     stdio: [c_int; 3],
     /// Or -1.
     announce: c_int,
-    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+    #[cfg(target_os = "linux")]
     by_range: bool,
     limit: c_int,
     /// What the child says, if it cannot execute the program.
-    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+    #[cfg(target_os = "linux")]
     error: c_int,
 }
 

@@ -12,7 +12,9 @@
 #[cfg(target_os = "linux")]
 mod forked;
 
+#[cfg(target_os = "linux")]
 use super::super::discovery;
+use super::super::locks::{lock, try_lock};
 use super::child::Child;
 use super::spawn::Program;
 use p2pd_sockets::Failed;
@@ -21,10 +23,11 @@ use std::fs::File;
 use std::io::{self, PipeWriter, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::Mutex;
 
 const SHELL: &str = "/bin/sh";
 /// The programs that the script needs.
+#[cfg(target_os = "linux")]
 const PROGRAMS: [&str; 2] = ["rm", "sleep"];
 const SCRIPT: &str = r#"
 cd /
@@ -119,7 +122,7 @@ impl Watchdog {
 
     /// Lets the spawned process tell the watchdog its number.
     pub(super) fn announced(&self, program: Program) -> Result<Program, Failed> {
-        let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
+        let lifeline = lock(&self.lifeline);
         match lifeline.as_ref() {
             Some(lifeline) => program.announced_to(lifeline),
             None => Ok(program),
@@ -128,7 +131,7 @@ impl Watchdog {
 
     /// Tells it the process group to end, or 0.
     pub(super) fn tell(&self, group: u32) {
-        let lifeline = self.lifeline.lock().unwrap_or_else(PoisonError::into_inner);
+        let lifeline = lock(&self.lifeline);
         if let Some(mut lifeline) = lifeline.as_ref() {
             // In one write. Fails if the watchdog was killed.
             let _ = lifeline.write_all(format!("{group}\n").as_bytes());
@@ -155,11 +158,9 @@ impl Watchdog {
     }
 
     pub(super) fn cut_lifeline(&self) {
-        match self.lifeline.try_lock() {
-            Ok(mut lifeline) => *lifeline = None,
-            Err(TryLockError::Poisoned(error)) => *error.into_inner() = None,
-            // In a forked child, by a thread that is not there. It was writing its last.
-            Err(TryLockError::WouldBlock) => {}
+        // None in a forked child, if another thread of the parent was writing.
+        if let Some(mut lifeline) = try_lock(&self.lifeline) {
+            *lifeline = None;
         }
     }
 }
@@ -176,7 +177,7 @@ fn path() -> OsString {
 }
 
 /// Whether the script can be run.
-#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+#[cfg(target_os = "linux")]
 fn has_shell() -> bool {
     let path = path();
     let in_path = |program: &&str| -> bool {

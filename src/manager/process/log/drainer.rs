@@ -2,9 +2,10 @@
 
 #[cfg(unix)]
 use super::super::signals::with_signals_blocked;
+use super::store::Store;
 #[cfg(not(unix))]
 use super::store::READ_SIZE;
-use super::store::{lock, Store};
+use crate::locks::lock;
 #[cfg(unix)]
 use std::io::PipeWriter;
 use std::io::{self, PipeReader};

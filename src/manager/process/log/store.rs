@@ -4,7 +4,7 @@ use p2pd_sockets::{words_of, Failed};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, PipeReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// The size of each of the two files, and of the output that is kept, in bytes.
 pub(in super::super) const LIMIT: u64 = 1 << 20;
@@ -237,8 +237,4 @@ fn is_still(file: &File, path: &Path) -> bool {
 #[cfg(not(unix))]
 fn is_still(_: &File, _: &Path) -> bool {
     true
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
