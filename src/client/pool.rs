@@ -283,5 +283,5 @@ impl Drop for PooledConnection {
 /// Converts a reply to the output of its request. The exchange reads no other replies.
 pub fn typed<R: Typed>(reply: Option<Reply>) -> Result<R::Output, Error> {
     let unexpected = || protocol::Error::Unexpected("the reply to another request".to_owned());
-    Ok(reply.and_then(R::unwrap).ok_or_else(unexpected)?)
+    Ok(reply.and_then(R::from_reply).ok_or_else(unexpected)?)
 }

@@ -25,7 +25,7 @@
 //! assert_eq!(exchange.poll()?, None);
 //! exchange.receive(&[1, 2]);
 //! let Some(Event::Reply(reply)) = exchange.poll()? else { panic!() };
-//! let identity = Identify::unwrap(reply).expect("it was asked for");
+//! let identity = Identify::from_reply(reply).expect("it was asked for");
 //! assert_eq!(identity.peer_id.as_bytes(), [1, 2]);
 //! # Ok::<(), p2pd_protocol::Error>(())
 //! ```

@@ -1,11 +1,13 @@
 //! CONNMANAGER: which connections the daemon keeps. The JavaScript daemon has no such requests.
 
-use super::{encode, family, peer_id, replies_done, required, Request};
+use super::family::{family, replies_done};
+use super::message::{encode, peer_id, required};
+use super::request::Request;
 use crate::pb::p2pd::{self, conn_manager_request::Type, request};
 use crate::{Error, PeerId};
 use bytes::Bytes;
 
-family!(ConnManager: requests { TagPeer, UntagPeer, Trim } queries {});
+family!(requests { TagPeer, UntagPeer, Trim } queries {});
 
 /// Tags a peer. Connections to peers with more weight are kept longer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,14 +74,20 @@ impl Request for Trim {
 }
 
 impl Command {
-    pub(super) fn decode(request: p2pd::Request) -> Result<Self, Error> {
+    pub(super) fn decode(
+        r#type: request::Type,
+        request: &mut p2pd::Request,
+    ) -> Result<Option<Self>, Error> {
+        if r#type != request::Type::Connmanager {
+            return Ok(None);
+        }
         const MESSAGE: &str = "ConnManagerRequest";
-        let request = required(request.conn_manager, "Request", "connManager")?;
+        let request = required(request.conn_manager.take(), "Request", "connManager")?;
         let number = required(request.r#type, MESSAGE, "type")?;
         let r#type = Type::try_from(number).map_err(|_| {
             Error::Unexpected(format!("a ConnManagerRequest of unknown type {number}"))
         })?;
-        Ok(match r#type {
+        Ok(Some(match r#type {
             Type::TagPeer => Self::TagPeer(TagPeer {
                 peer: peer_id(request.peer, MESSAGE)?,
                 tag: required(request.tag, MESSAGE, "tag")?,
@@ -90,7 +98,7 @@ impl Command {
                 tag: required(request.tag, MESSAGE, "tag")?,
             }),
             Type::Trim => Self::Trim(Trim),
-        })
+        }))
     }
 }
 

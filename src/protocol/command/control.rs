@@ -1,15 +1,14 @@
 //! IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
 
-use super::{
-    duration, encode, family, multiaddrs, ok, peer_id, replies_done, required, whole_seconds,
-    Answered, Request,
-};
+use super::family::{family, replies_done};
+use super::message::{duration, encode, multiaddrs, ok, peer_id, required, whole_seconds};
+use super::request::{Answered, Request};
 use crate::pb::p2pd::{self, request::Type};
 use crate::{Error, Multiaddr, PeerId};
 use bytes::Bytes;
 use std::time::Duration;
 
-family!(Control: requests { Identify, Connect, Disconnect, ListPeers } queries {});
+family!(requests { Identify, Connect, Disconnect, ListPeers } queries {});
 
 /// A peer and its addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,10 +142,10 @@ impl Request for ListPeers {
 }
 
 impl Command {
-    pub(super) fn decode(r#type: Type, request: p2pd::Request) -> Result<Self, Error> {
-        Ok(match r#type {
+    pub(super) fn decode(r#type: Type, request: &mut p2pd::Request) -> Result<Option<Self>, Error> {
+        Ok(Some(match r#type {
             Type::Connect => {
-                let connect = required(request.connect, "Request", "connect")?;
+                let connect = required(request.connect.take(), "Request", "connect")?;
                 Self::Connect(Connect {
                     peer: peer_id(connect.peer, "ConnectRequest")?,
                     addrs: multiaddrs(connect.addrs),
@@ -154,14 +153,15 @@ impl Command {
                 })
             }
             Type::Disconnect => {
-                let disconnect = required(request.disconnect, "Request", "disconnect")?;
+                let disconnect = required(request.disconnect.take(), "Request", "disconnect")?;
                 Self::Disconnect(Disconnect {
                     peer: peer_id(disconnect.peer, "DisconnectRequest")?,
                 })
             }
             Type::ListPeers => Self::ListPeers(ListPeers),
-            _ => Self::Identify(Identify),
-        })
+            Type::Identify => Self::Identify(Identify),
+            _ => return Ok(None),
+        }))
     }
 }
 

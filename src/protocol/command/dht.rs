@@ -1,17 +1,15 @@
 //! DHT requests. A query is answered with one value, or with BEGIN, any number of values, and END.
 
 use super::control::{decode_peer_info, encode_peer_info};
-use super::{
-    duration, encode, family, ok, peer_id, replies_done, required, whole_seconds, Answered, Query,
-    Request,
-};
+use super::family::{family, replies_done};
+use super::message::{duration, encode, ok, peer_id, required, whole_seconds};
+use super::request::{Answered, Query, Request};
 use crate::pb::p2pd::{self, dht_request::Type, dht_response, request};
 use crate::{Error, PeerId, PeerInfo};
 use bytes::Bytes;
 use std::time::Duration;
 
-family!(Dht:
-    requests { PutValue, Provide }
+family!(requests { PutValue, Provide }
     queries {
         FindPeer, FindPeersConnectedToPeer, FindProviders, GetClosestPeers, GetPublicKey,
         GetValue, SearchValue,
@@ -173,9 +171,15 @@ impl Request for Provide {
 }
 
 impl Command {
-    pub(super) fn decode(request: p2pd::Request) -> Result<Self, Error> {
+    pub(super) fn decode(
+        r#type: request::Type,
+        request: &mut p2pd::Request,
+    ) -> Result<Option<Self>, Error> {
+        if r#type != request::Type::Dht {
+            return Ok(None);
+        }
         const MESSAGE: &str = "DHTRequest";
-        let dht = required(request.dht, "Request", "dht")?;
+        let dht = required(request.dht.take(), "Request", "dht")?;
         let timeout = duration(dht.timeout);
         let (peer, cid, key) = (dht.peer, dht.cid, dht.key);
         let peer = || peer_id(peer, MESSAGE);
@@ -184,7 +188,7 @@ impl Command {
         let number = required(dht.r#type, MESSAGE, "type")?;
         let r#type = Type::try_from(number)
             .map_err(|_| Error::Unexpected(format!("a DHTRequest of unknown type {number}")))?;
-        Ok(match r#type {
+        Ok(Some(match r#type {
             Type::FindPeer => Self::FindPeer(FindPeer {
                 peer: peer()?,
                 timeout,
@@ -225,7 +229,7 @@ impl Command {
                 cid: cid()?,
                 timeout,
             }),
-        })
+        }))
     }
 }
 

@@ -2,14 +2,16 @@
 //! hivemind's fork gives their number another meaning, which can end the daemon: see [`Probe`].
 
 use super::control::{decode_peer_info, encode_peer_info};
-use super::{family, ok, replies_done, required, Request};
+use super::family::{family, replies_done};
+use super::message::{ok, required};
+use super::request::Request;
 use crate::fields::Fields;
 use crate::pb::p2pd::{self, peerstore_request, request::Type};
 use crate::{framing, Error, PeerId, PeerInfo};
 use bytes::Bytes;
 use prost::Message as _;
 
-family!(Peerstore: requests { Probe, GetProtocols, GetPeerInfo } queries {});
+family!(requests { Probe, GetProtocols, GetPeerInfo } queries {});
 
 /// The number of a request type that no daemon has.
 const UNKNOWN: i32 = i32::MAX;
@@ -90,8 +92,13 @@ impl Request for GetPeerInfo {
 }
 
 impl Command {
-    /// Reads a request if it is of this family.
-    pub(super) fn decode(frame: &Bytes) -> Result<Option<Self>, Error> {
+    /// Reads no request: see `decode_frame`.
+    pub(super) fn decode(_: Type, _: &mut p2pd::Request) -> Result<Option<Self>, Error> {
+        Ok(None)
+    }
+
+    /// Reads a request if it is of this family, whose message differs from that of all others.
+    pub(super) fn decode_frame(frame: &Bytes) -> Result<Option<Self>, Error> {
         // Only the type and the first byte of field 9 are looked at: what else the message holds is
         // another family's to judge.
         let mut fields = Fields::new(frame);

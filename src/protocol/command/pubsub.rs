@@ -1,12 +1,14 @@
 //! PUBSUB: topics, their peers, publishing, and the messages of a subscription.
 
-use super::{encode, family, ok, replies_done, required, Answered, Request};
+use super::family::{family, replies_done};
+use super::message::{encode, ok, required};
+use super::request::{Answered, Request};
 use crate::pb::p2pd::{self, ps_request::Type, request};
 use crate::{framing, Error, PeerId};
 use bytes::Bytes;
 use prost::Message as _;
 
-family!(Pubsub: requests { GetTopics, ListTopicPeers, Publish, Subscribe } queries {});
+family!(requests { GetTopics, ListTopicPeers, Publish, Subscribe } queries {});
 
 /// A message published to a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,14 +125,20 @@ impl Request for Subscribe {
 }
 
 impl Command {
-    pub(super) fn decode(request: p2pd::Request) -> Result<Self, Error> {
+    pub(super) fn decode(
+        r#type: request::Type,
+        request: &mut p2pd::Request,
+    ) -> Result<Option<Self>, Error> {
+        if r#type != request::Type::Pubsub {
+            return Ok(None);
+        }
         const MESSAGE: &str = "PSRequest";
-        let request = required(request.pubsub, "Request", "pubsub")?;
+        let request = required(request.pubsub.take(), "Request", "pubsub")?;
         let number = required(request.r#type, MESSAGE, "type")?;
         let r#type = Type::try_from(number)
             .map_err(|_| Error::Unexpected(format!("a PSRequest of unknown type {number}")))?;
         let topic = || required(request.topic, MESSAGE, "topic");
-        Ok(match r#type {
+        Ok(Some(match r#type {
             Type::GetTopics => Self::GetTopics(GetTopics),
             Type::ListPeers => Self::ListTopicPeers(ListTopicPeers { topic: topic()? }),
             Type::Publish => Self::Publish(Publish {
@@ -138,7 +146,7 @@ impl Command {
                 data: request.data.unwrap_or_default(),
             }),
             Type::Subscribe => Self::Subscribe(Subscribe { topic: topic()? }),
-        })
+        }))
     }
 }
 

@@ -1,15 +1,15 @@
 //! STREAM_OPEN, STREAM_HANDLER, REMOVE_STREAM_HANDLER, and the header of an inbound stream.
 
-use super::{
-    duration, encode, family, ok, peer_id, replies_done, required, whole_seconds, Answered, Request,
-};
+use super::family::{family, replies_done};
+use super::message::{duration, encode, ok, peer_id, required, whole_seconds};
+use super::request::{Answered, Request};
 use crate::pb::p2pd::{self, request::Type};
 use crate::{framing, Error, Multiaddr, PeerId};
 use bytes::Bytes;
 use prost::Message as _;
 use std::time::Duration;
 
-family!(Streams: requests { StreamOpen, StreamHandler, RemoveStreamHandler } queries {});
+family!(requests { StreamOpen, StreamHandler, RemoveStreamHandler } queries {});
 
 /// What the daemon says of a stream: the peer at the other end, and the protocol agreed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,11 +113,11 @@ impl Request for RemoveStreamHandler {
 }
 
 impl Command {
-    pub(super) fn decode(r#type: Type, request: p2pd::Request) -> Result<Self, Error> {
+    pub(super) fn decode(r#type: Type, request: &mut p2pd::Request) -> Result<Option<Self>, Error> {
         let addr = |value, message| required(value, message, "addr").map(Multiaddr::from_bytes);
-        Ok(match r#type {
+        Ok(Some(match r#type {
             Type::StreamHandler => {
-                let handler = required(request.stream_handler, "Request", "streamHandler")?;
+                let handler = required(request.stream_handler.take(), "Request", "streamHandler")?;
                 Self::StreamHandler(StreamHandler {
                     addr: addr(handler.addr, "StreamHandlerRequest")?,
                     protocols: handler.proto,
@@ -126,22 +126,23 @@ impl Command {
                 })
             }
             Type::RemoveStreamHandler => {
-                let handler = request.remove_stream_handler;
+                let handler = request.remove_stream_handler.take();
                 let handler = required(handler, "Request", "removeStreamHandler")?;
                 Self::RemoveStreamHandler(RemoveStreamHandler {
                     addr: addr(handler.addr, "RemoveStreamHandlerRequest")?,
                     protocols: handler.proto,
                 })
             }
-            _ => {
-                let open = required(request.stream_open, "Request", "streamOpen")?;
+            Type::StreamOpen => {
+                let open = required(request.stream_open.take(), "Request", "streamOpen")?;
                 Self::StreamOpen(StreamOpen {
                     peer: peer_id(open.peer, "StreamOpenRequest")?,
                     protocols: open.proto,
                     timeout: duration(open.timeout),
                 })
             }
-        })
+            _ => return Ok(None),
+        }))
     }
 }
 

@@ -1,8 +1,11 @@
 //! Every request and reply, encoded and decoded again.
 
+use super::message::{duration, whole_seconds};
 use super::*;
+use crate::{framing, Multiaddr, PeerId};
 use crate::{PeerInfo, PubsubMessage, StreamInfo};
 use proptest::prelude::*;
+use std::time::Duration;
 
 fn bytes() -> impl Strategy<Value = Bytes> {
     prop::collection::vec(any::<u8>(), 0..40).prop_map(Bytes::from)

@@ -1,10 +1,13 @@
 //! PERSISTENT_CONN_UPGRADE, which makes a control connection one for unary calls.
 
-use super::{encode, family, replies_done, Answered, Request};
+use super::family::{family, replies_done};
+use super::message::encode;
+use super::request::{Answered, Request};
 use crate::pb::p2pd::{self, request::Type};
+use crate::Error;
 use bytes::Bytes;
 
-family!(Unary: requests { Upgrade } queries {});
+family!(requests { Upgrade } queries {});
 
 /// Upgrades a control connection to a persistent one. After the answer the connection takes no
 /// more requests, but the messages of unary calls.
@@ -27,5 +30,11 @@ impl Request for Upgrade {
                 proto: Vec::new(),
             });
         })
+    }
+}
+
+impl Command {
+    pub(super) fn decode(r#type: Type, _: &mut p2pd::Request) -> Result<Option<Self>, Error> {
+        Ok((r#type == Type::PersistentConnUpgrade).then_some(Self::Upgrade(Upgrade)))
     }
 }

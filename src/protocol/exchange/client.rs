@@ -43,7 +43,7 @@ impl Event {
 #[derive(Debug, Clone, Copy)]
 struct Expected {
     answered: Answered,
-    reader: Reader,
+    reader: Reader<Reply>,
 }
 
 impl Expected {

@@ -335,7 +335,8 @@ fn bytes_one_at_a_time_give_the_same_events() {
 fn a_dht_query_with_values_gives_each_and_then_its_end() {
     let (request, frames) = &exchanges()[10];
     let (exchange, events) = events(request, [&frames.concat()[..]]);
-    let id = |id: &'static [u8]| Event::Value(dht::GetClosestPeers::wrap(PeerId::from_bytes(id)));
+    let id =
+        |id: &'static [u8]| Event::Value(dht::GetClosestPeers::into_reply(PeerId::from_bytes(id)));
     assert_eq!(events.unwrap(), [id(b"one"), id(b"two"), Event::End]);
     assert!(exchange.is_reusable());
 }
@@ -412,7 +413,7 @@ fn a_busy_connection_takes_no_request_and_goes_on() {
     exchange.receive(&encode_frame(&ok()));
     assert_eq!(
         exchange.poll(),
-        Ok(Some(Event::Reply(connmgr::Trim::wrap(()))))
+        Ok(Some(Event::Reply(connmgr::Trim::into_reply(()))))
     );
 }
 

@@ -183,14 +183,14 @@ proptest! {
         };
         let (mut client, mut server) = client_of(&control::ListPeers.into());
         client.receive(&server.reply::<control::ListPeers>(&peers).unwrap());
-        let reply = control::ListPeers::wrap(peers.clone());
+        let reply = control::ListPeers::into_reply(peers.clone());
         prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(reply))));
 
         let addrs: Vec<_> = addrs.into_iter().map(Multiaddr::from_bytes).collect();
         let identity = control::Identity::new(PeerId::from_bytes(vec![7]), addrs);
         let (mut client, mut server) = client_of(&control::Identify.into());
         client.receive(&server.reply::<control::Identify>(&identity).unwrap());
-        let reply = control::Identify::wrap(identity);
+        let reply = control::Identify::into_reply(identity);
         prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(reply))));
 
         let (mut client, mut server) = client_of(&control::ListPeers.into());
@@ -202,7 +202,7 @@ proptest! {
         let (mut client, mut server) = client_of(&query.into());
         for peer in &peers {
             client.receive(&server.value::<dht::FindProviders>(peer).unwrap());
-            let value = dht::FindProviders::wrap(peer.clone());
+            let value = dht::FindProviders::into_reply(peer.clone());
             prop_assert_eq!(client.poll(), Ok(Some(Event::Value(value))));
         }
         client.receive(&server.end().unwrap());
@@ -213,7 +213,7 @@ proptest! {
             let query = dht::FindPeer { peer: peer.peer_id.clone(), timeout: None };
             let (mut client, mut server) = client_of(&query.into());
             client.receive(&server.value::<dht::FindPeer>(peer).unwrap());
-            let value = dht::FindPeer::wrap(peer.clone());
+            let value = dht::FindPeer::into_reply(peer.clone());
             prop_assert_eq!(client.poll(), Ok(Some(Event::Value(value))));
             prop_assert_eq!(client.poll(), Ok(Some(Event::End)));
             prop_assert_eq!(server.state(), State::Ready);
@@ -233,7 +233,7 @@ proptest! {
         let (mut client, mut server) = client_of(&open.into());
         client.receive(&server.reply::<streams::StreamOpen>(&info).unwrap());
         client.receive(b"rest");
-        prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(streams::StreamOpen::wrap(info)))));
+        prop_assert_eq!(client.poll(), Ok(Some(Event::Reply(streams::StreamOpen::into_reply(info)))));
         prop_assert_eq!(client.state(), State::Consumed);
         prop_assert_eq!(&client.into_remainder()[..], b"rest");
     }
