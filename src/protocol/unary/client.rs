@@ -1,193 +1,33 @@
 //! The client's end of a persistent connection.
 
-use super::wire::{
-    call_len, check_size, empty_reply, head_len, put_call, put_cancel, put_handler_error,
-    put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
-    Head, IdHasher, Message, Payload, Reader, ADD_HANDLER, CALL, CANCEL, INVALID_CALL,
-    REMOVE_HANDLER,
+mod cancel;
+mod event;
+mod limits;
+
+pub use event::UnaryEvent;
+pub use limits::UnaryLimits;
+
+use super::call_id::{CallId, CallIds, IdHasher};
+use super::encode::{
+    call_len, check_size, head_len, put_call, put_cancel, put_handler_error, put_message,
+    put_reply, reply_len,
 };
-use super::{CANCEL_DELAY, CANCEL_INTERVAL, HOLD};
+use super::message::{
+    empty_reply, too_large_a_reply, why_skipped, Direction, Head, Message, ADD_HANDLER, CALL,
+    CANCEL, INVALID_CALL, REMOVE_HANDLER,
+};
+use super::payload::Payload;
+use super::reader::Reader;
 use crate::fields::Fields;
 use crate::pb::p2pd;
 use crate::Error;
 use bytes::{Bytes, BytesMut};
+use cancel::Cancels;
 use prost::Message as _;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
-use std::time::{Duration, Instant};
-
-/// How often the daemon is told of a cancelled call, if it does not answer.
-const MAX_TOLD: u32 = 7;
-
-/// How many cancelled calls are remembered, to tell the daemon later or again.
-const MAX_CANCELLED: usize = 64 * 1024;
-
-/// Difference between the largest message to send and the largest one taken, in bytes: the daemon
-/// checks what a peer sent before it replaces our peer id with the caller's.
-const INCOMING_ALLOWANCE: usize = 64 << 10;
-
-/// Limits of a persistent connection. [`PersistentClient::set_limits`] changes them at any time.
-///
-/// ```
-/// use p2pd_protocol::UnaryLimits;
-///
-/// // Messages of up to 16 MiB, and at most 100 incoming calls at once.
-/// let limits = UnaryLimits::default()
-///     .with_max_message(16 << 20)
-///     .with_max_unanswered(100);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct UnaryLimits {
-    /// Largest message to send, without its length prefix, in bytes. The daemon closes the
-    /// connection on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
-    pub max_message: usize,
-    /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
-    /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`](super::MAX_PROTOBUF) for no limit.
-    pub max_incoming: Option<usize>,
-    /// Number of incoming calls in progress above which no more are read. Default: 4096; `usize::MAX`
-    /// for no limit.
-    pub max_unanswered: usize,
-    /// Size of their payloads, in bytes, above which no more are read. Default: 64 MiB;
-    /// `usize::MAX` for no limit.
-    pub max_unanswered_bytes: usize,
-    /// Time that reading may pause because of the two limits above. After that the calls over the
-    /// limits are refused, so that cancels and the end of the connection behind them are seen.
-    /// Default: 5 s; `None` never refuses.
-    pub hold: Option<Duration>,
-}
-
-impl Default for UnaryLimits {
-    fn default() -> Self {
-        Self {
-            max_message: 4 << 20,
-            max_incoming: None,
-            max_unanswered: 4096,
-            max_unanswered_bytes: 64 << 20,
-            hold: Some(HOLD),
-        }
-    }
-}
-
-impl UnaryLimits {
-    /// Sets [`max_message`](Self::max_message), in bytes.
-    #[must_use]
-    pub fn with_max_message(mut self, bytes: usize) -> Self {
-        self.max_message = bytes;
-        self
-    }
-
-    /// Sets [`max_incoming`](Self::max_incoming), in bytes.
-    #[must_use]
-    pub fn with_max_incoming(mut self, bytes: impl Into<Option<usize>>) -> Self {
-        self.max_incoming = bytes.into();
-        self
-    }
-
-    /// Sets [`max_unanswered`](Self::max_unanswered), a number of calls.
-    #[must_use]
-    pub fn with_max_unanswered(mut self, calls: usize) -> Self {
-        self.max_unanswered = calls;
-        self
-    }
-
-    /// Sets [`max_unanswered_bytes`](Self::max_unanswered_bytes).
-    #[must_use]
-    pub fn with_max_unanswered_bytes(mut self, bytes: usize) -> Self {
-        self.max_unanswered_bytes = bytes;
-        self
-    }
-
-    /// Sets [`hold`](Self::hold).
-    #[must_use]
-    pub fn with_hold(mut self, hold: impl Into<Option<Duration>>) -> Self {
-        self.hold = hold.into();
-        self
-    }
-
-    /// Largest message taken, in bytes.
-    fn incoming(&self) -> usize {
-        let default = self.max_message.saturating_add(INCOMING_ALLOWANCE);
-        self.max_incoming.unwrap_or(default)
-    }
-}
-
-/// What the bytes received amount to. `T` is the driver's token of a call, `P` a payload.
-///
-/// The enum is exhaustive on purpose: a driver that ignores a new event would leave a caller waiting.
-#[derive(Debug, PartialEq, Eq)]
-pub enum UnaryEvent<T, P> {
-    /// The reply to a call.
-    Reply {
-        /// The call.
-        token: T,
-        /// What the handler returned.
-        payload: P,
-    },
-    /// A handler was added or removed.
-    Acknowledged {
-        /// The request to do so.
-        token: T,
-    },
-    /// The peer's handler failed, in these words.
-    HandlerFailed {
-        /// The call.
-        token: T,
-        /// The words.
-        error: String,
-    },
-    /// The daemon refused a call, or to add or remove a handler, in these words.
-    Refused {
-        /// The call.
-        token: T,
-        /// The words.
-        error: String,
-    },
-    /// The answer is none. The connection is good still: it is the peer that sent it.
-    InvalidReply {
-        /// The call.
-        token: T,
-        /// What is wrong with it.
-        error: Error,
-    },
-    /// A peer calls.
-    Call {
-        /// What the reply must carry.
-        id: CallId,
-        /// The caller.
-        peer: Bytes,
-        /// The handler.
-        protocol: String,
-        /// What it is called with.
-        payload: P,
-    },
-    /// Whoever made the call with this id is gone: there is nobody to reply to. The call counts as
-    /// at work until it is replied to all the same, which sends nothing.
-    Cancelled {
-        /// The call.
-        id: CallId,
-    },
-    /// A peer calls, and is to be [refused](PersistentClient::refuse).
-    Rejected {
-        /// The call.
-        id: CallId,
-        /// Why.
-        reason: Cow<'static, str>,
-    },
-    /// The answer was too large, and was skipped. The connection stays usable.
-    Oversized {
-        /// The call.
-        token: T,
-        /// [`Error::ReplyTooLarge`] or [`Error::NoMemory`].
-        error: Error,
-    },
-    /// A message that was too large was skipped, and no call id was found in it. The driver logs it.
-    Skipped {
-        /// As in [`UnaryEvent::Oversized`].
-        error: Error,
-    },
-}
+use std::time::Instant;
 
 /// An incoming call.
 #[derive(Debug)]
@@ -203,26 +43,6 @@ struct Pending<T> {
     token: T,
     /// When it was sent, if it is a call.
     called: Option<Instant>,
-}
-
-/// What is still to be said of a call that was cancelled.
-#[derive(Debug)]
-struct Cancelled {
-    /// When the daemon is to be told.
-    due: Instant,
-    /// How often it was, but can have taken the cancel before the call, and then does not know it.
-    told: u32,
-}
-
-impl Cancelled {
-    /// Tells the daemon, if it is time; twice as long after each time.
-    fn tell(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) {
-        if self.due <= now {
-            put_cancel(out, id);
-            self.due = now + CANCEL_INTERVAL * (1 << self.told);
-            self.told += 1;
-        }
-    }
 }
 
 /// A persistent connection: frames out, bytes in, events out.
@@ -249,8 +69,7 @@ pub struct PersistentClient<T, P> {
     limits: UnaryLimits,
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
-    /// The calls that were cancelled and the daemon may not know it.
-    cancelled: HashMap<CallId, Cancelled, BuildHasherDefault<IdHasher>>,
+    cancels: Cancels,
     /// The incoming calls at work. The ids are the peers' choice, hence the standard hasher.
     unanswered: HashMap<CallId, Incoming>,
     unanswered_bytes: usize,
@@ -266,7 +85,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
             limits,
             ids: CallIds::new(seed),
             pending: HashMap::default(),
-            cancelled: HashMap::default(),
+            cancels: Cancels::default(),
             unanswered: HashMap::new(),
             unanswered_bytes: 0,
             pressed: false,
@@ -342,12 +161,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
     pub fn cancel(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
         if let Some(called) = pending.called {
-            let due = called + CANCEL_DELAY;
-            let mut cancelled = Cancelled { due, told: 0 };
-            cancelled.tell(id, now, out);
-            if self.cancelled.len() < MAX_CANCELLED {
-                self.cancelled.insert(*id, cancelled);
-            }
+            self.cancels.add(*id, called, now, out);
         }
         Some(pending.token)
     }
@@ -359,16 +173,13 @@ impl<T, P: Payload> PersistentClient<T, P> {
 
     /// Whether there are cancelled calls of which the daemon has not said that it knows.
     pub fn has_unconfirmed_cancels(&self) -> bool {
-        !self.cancelled.is_empty()
+        !self.cancels.is_empty()
     }
 
     /// To be called every [`CANCEL_INTERVAL`] while [`has_unconfirmed_cancels`](Self::has_unconfirmed_cancels): cancels what was
     /// too young for it, and again what the daemon may not have understood.
     pub fn repeat_cancels(&mut self, now: Instant, out: &mut BytesMut) {
-        self.cancelled.retain(|id, cancelled| {
-            cancelled.tell(id, now, out);
-            cancelled.told < MAX_TOLD
-        });
+        self.cancels.repeat(now, out);
     }
 
     /// Replies to a call, if the caller is still there. Appends to `out` the head of the frame and
@@ -412,13 +223,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         for (id, _) in calls.filter(|(_, pending)| pending.called.is_some()) {
             put_cancel(out, id);
         }
-        for (id, _) in self
-            .cancelled
-            .drain()
-            .filter(|(_, cancelled)| cancelled.told == 0)
-        {
-            put_cancel(out, &id);
-        }
+        self.cancels.finish(out);
     }
 
     // --- in ---
@@ -560,7 +365,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         id: &CallId,
         event: impl FnOnce(T) -> UnaryEvent<T, P>,
     ) -> Option<UnaryEvent<T, P>> {
-        self.cancelled.remove(id);
+        self.cancels.confirm(id);
         let Pending { token, called } = self.pending.remove(id)?;
         if called.is_none() {
             let error = Error::Unexpected("a reply to what is no call".to_owned());
@@ -585,12 +390,12 @@ impl<T, P: Payload> PersistentClient<T, P> {
             }),
             Message::Other { id, field, content } => match field {
                 None => {
-                    self.cancelled.remove(&id);
+                    self.cancels.confirm(&id);
                     self.acknowledged(id)
                 }
                 Some(field) if field == u64::from(CANCEL) => self.cancel_came(id),
                 Some(_) => {
-                    self.cancelled.remove(&id);
+                    self.cancels.confirm(&id);
                     let words = Fields::new(&content).last(1).unwrap_or_default();
                     self.refused(&id, String::from_utf8_lossy(words).into_owned())
                 }
@@ -602,7 +407,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
                 error,
             } => self.skipped(id, field, is_sound, error),
             Message::UnwantedReply { id } => {
-                self.cancelled.remove(&id);
+                self.cancels.confirm(&id);
                 None
             }
             Message::Reply { .. } | Message::Call { .. } => None, // see `came`
@@ -627,7 +432,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         if field == Some(u64::from(CANCEL)) {
             return self.cancel_came(id);
         }
-        self.cancelled.remove(&id);
+        self.cancels.confirm(&id);
         let Pending { token, called } = self.pending.remove(&id)?;
         Some(if field.is_none() && called.is_none() && is_sound {
             UnaryEvent::Acknowledged { token }
@@ -638,7 +443,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
 
     /// The daemon says that a call was cancelled: one of ours, or a peer's.
     fn cancel_came(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
-        self.cancelled.remove(&id);
+        self.cancels.confirm(&id);
         if self.pending.contains_key(&id) {
             return self.refused(&id, "the call was cancelled".to_owned());
         }

@@ -1,11 +1,16 @@
 //! The daemon's end of a persistent connection.
 
-use super::wire::{
-    call_len, check_size, cut, empty_reply, head_len, put_call, put_cancel, put_handler_error,
-    put_message, put_reply, reply_len, too_large_a_reply, why_skipped, CallId, CallIds, Direction,
-    Head, IdHasher, Message, Payload, Reader, Receiving, ADD_HANDLER, CALL, CANCEL, INVALID_CALL,
-    REMOVE_HANDLER,
+use super::call_id::{CallId, CallIds, IdHasher};
+use super::encode::{
+    call_len, check_size, cut, head_len, put_call, put_cancel, put_handler_error, put_message,
+    put_reply, reply_len,
 };
+use super::message::{
+    empty_reply, too_large_a_reply, why_skipped, Direction, Head, Message, ADD_HANDLER, CALL,
+    CANCEL, INVALID_CALL, REMOVE_HANDLER,
+};
+use super::payload::Payload;
+use super::reader::{Reader, Receiving};
 use crate::pb::p2pd;
 use crate::Error;
 use bytes::{Bytes, BytesMut};

@@ -1,6 +1,7 @@
 //! Frames that are too large: their bytes are dropped as they come, except for the call id.
 
-use super::wire::{CallId, Direction};
+use super::call_id::CallId;
+use super::message::Direction;
 use crate::Error;
 
 /// A frame that is skipped, and the fields found in it so far.

@@ -6,7 +6,10 @@ use super::p2pd::{
 };
 use super::*;
 use crate::framing::encode_frame;
-use crate::unary::wire::{put_field, scan, Head, Scan, DIRECT, KEPT_BUFFER};
+use crate::unary::encode::put_field;
+use crate::unary::reader::{DIRECT, KEPT_BUFFER};
+use crate::unary::scan::{scan, Scan};
+use crate::unary::tuning::{CANCEL_DELAY, CANCEL_INTERVAL};
 use crate::unary::{MAX_PROTOBUF, READ_SIZE};
 use proptest::prelude::*;
 use prost::encoding::{encode_varint, WireType};

@@ -1,0 +1,69 @@
+//! Parts of messages that several families of requests use.
+
+use crate::pb::p2pd::{self, request::Type, response};
+use crate::{framing, Error, Multiaddr, PeerId};
+use bytes::Bytes;
+use std::time::Duration;
+
+/// The response OK, and nothing else yet.
+pub(crate) fn ok() -> p2pd::Response {
+    p2pd::Response {
+        r#type: Some(response::Type::Ok as i32),
+        ..Default::default()
+    }
+}
+
+/// The response to a request that the daemon refuses.
+pub fn refusal(words: &str) -> p2pd::Response {
+    p2pd::Response {
+        r#type: Some(response::Type::Error as i32),
+        error: Some(p2pd::ErrorResponse {
+            msg: Some(Bytes::copy_from_slice(words.as_bytes())),
+        }),
+        ..Default::default()
+    }
+}
+
+/// A request of type `r#type`, length first, with what `fill` adds to it.
+pub(super) fn encode(r#type: Type, fill: impl FnOnce(&mut p2pd::Request)) -> Bytes {
+    let mut request = p2pd::Request {
+        r#type: Some(r#type as i32),
+        ..Default::default()
+    };
+    fill(&mut request);
+    framing::encode_frame(&request)
+}
+
+/// A field that a message must have.
+pub(super) fn required<T>(
+    value: Option<T>,
+    message: &'static str,
+    field: &'static str,
+) -> Result<T, Error> {
+    value.ok_or(Error::MissingField { message, field })
+}
+
+pub(super) fn peer_id(value: Option<Bytes>, message: &'static str) -> Result<PeerId, Error> {
+    required(value, message, "peer").map(PeerId::from_bytes)
+}
+
+pub(super) fn multiaddrs(addrs: Vec<Bytes>) -> Vec<Multiaddr> {
+    addrs.into_iter().map(Multiaddr::from_bytes).collect()
+}
+
+/// A timeout as the protocol has it: whole seconds, rounded up. A zero would mean the daemon's
+/// default of 60 s.
+pub(super) fn whole_seconds(timeout: Option<Duration>) -> Option<i64> {
+    timeout.map(|timeout| {
+        let partial = u64::from(timeout.subsec_nanos() > 0);
+        let seconds = timeout.as_secs().saturating_add(partial);
+        // The Go daemons multiply by 10^9 in 64 bits. More than a century is as good as no limit.
+        i64::try_from(seconds.clamp(1, 100 * 366 * 86_400)).unwrap_or(i64::MAX)
+    })
+}
+
+/// The timeout that a server reads: none if the client left it to the daemon.
+pub(super) fn duration(seconds: Option<i64>) -> Option<Duration> {
+    let seconds = u64::try_from(seconds?).ok()?;
+    (seconds > 0).then(|| Duration::from_secs(seconds))
+}

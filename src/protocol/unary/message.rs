@@ -1,0 +1,156 @@
+//! The messages of a persistent connection, for both ends.
+//!
+//! A call and its reply have the same content in both directions; only the number of the field that
+//! holds the reply differs.
+
+use super::call_id::CallId;
+use crate::Error;
+use bytes::Bytes;
+
+/// The field that holds a call, in both directions.
+pub(super) const CALL: u32 = 3;
+/// The fields of a client's requests, which have no payload.
+pub(super) const ADD_HANDLER: u32 = 2;
+pub(super) const REMOVE_HANDLER: u32 = 6;
+/// The field of a cancel, in both directions.
+pub(super) const CANCEL: u32 = 5;
+
+/// Why a [`Message::InvalidCall`] is refused.
+pub(super) const INVALID_CALL: &str = "the call has no peer, protocol or data";
+
+/// The error of a [`Message::EmptyReply`].
+pub(super) fn empty_reply() -> Error {
+    Error::MissingField {
+        message: "CallUnaryResponse",
+        field: "response",
+    }
+}
+
+/// Why a call that was skipped is refused.
+pub(super) fn why_skipped(error: &Error) -> String {
+    match error {
+        Error::ReplyTooLarge { size, limit } => {
+            format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
+        }
+        error => error.to_string(),
+    }
+}
+
+/// The error that is sent for a reply of `len` bytes that is too large.
+pub(super) fn too_large_a_reply(len: usize, limit: usize) -> String {
+    format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes")
+}
+
+/// Which way messages go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// `PersistentConnectionRequest`: from the client to the daemon.
+    ToDaemon,
+    /// `PersistentConnectionResponse`: from the daemon to the client.
+    ToClient,
+}
+
+impl Direction {
+    /// The field that holds the reply to a call.
+    pub(super) fn reply(self) -> u32 {
+        match self {
+            Self::ToDaemon => 4,
+            Self::ToClient => 2,
+        }
+    }
+
+    /// Whether a field says what the message is.
+    pub(super) fn is_content(self, field: u64) -> bool {
+        match self {
+            Self::ToDaemon => (2..=6).contains(&field),
+            Self::ToClient => (2..=5).contains(&field),
+        }
+    }
+
+    pub(super) fn message(self) -> &'static str {
+        match self {
+            Self::ToDaemon => "PersistentConnectionRequest",
+            Self::ToClient => "PersistentConnectionResponse",
+        }
+    }
+}
+
+/// A message that has arrived. `P` is a payload.
+#[derive(Debug)]
+pub(super) enum Message<P> {
+    /// A call.
+    Call {
+        id: CallId,
+        peer: Bytes,
+        protocol: String,
+        payload: P,
+        /// Size of the payload, in bytes.
+        size: usize,
+    },
+    /// A call without a peer, a protocol or data. A peer wrote it, so only that call fails.
+    InvalidCall { id: CallId },
+    /// What a handler returned.
+    Reply { id: CallId, payload: P },
+    /// A handler's error.
+    HandlerError { id: CallId, error: String },
+    /// A reply that has neither.
+    EmptyReply { id: CallId },
+    /// A reply that is not wanted, and was not copied.
+    UnwantedReply { id: CallId },
+    /// Another message: the field that says which, if any, and its content.
+    Other {
+        id: CallId,
+        field: Option<u64>,
+        content: Bytes,
+    },
+    /// A message that was too large, and was skipped.
+    Skipped {
+        id: Option<CallId>,
+        field: Option<u64>,
+        /// Whether all of its fields could be told apart.
+        is_sound: bool,
+        error: Error,
+    },
+}
+
+/// The part of a frame in front of its payload. `B` is bytes and `S` a string, borrowed from the frame
+/// or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Head<B, S> {
+    Reply { id: CallId },
+    Call { id: CallId, peer: B, protocol: S },
+}
+
+/// A head that borrows from its frame.
+pub(super) type HeadRef<'a> = Head<&'a [u8], &'a str>;
+
+impl HeadRef<'_> {
+    #[inline]
+    pub(super) fn to_owned(self) -> Head<Bytes, String> {
+        match self {
+            Self::Reply { id } => Head::Reply { id },
+            Self::Call { id, peer, protocol } => Head::Call {
+                id,
+                peer: Bytes::copy_from_slice(peer),
+                protocol: protocol.to_owned(),
+            },
+        }
+    }
+}
+
+impl Head<Bytes, String> {
+    /// The message that this is the head of.
+    #[inline]
+    pub(super) fn with<P>(self, payload: P, size: usize) -> Message<P> {
+        match self {
+            Self::Reply { id } => Message::Reply { id, payload },
+            Self::Call { id, peer, protocol } => Message::Call {
+                id,
+                peer,
+                protocol,
+                payload,
+                size,
+            },
+        }
+    }
+}
