@@ -11,7 +11,7 @@ use criterion::{
 };
 use p2pd_client::{Client, UnaryCall};
 use p2pd_protocol::command::{control::Identify, streams::StreamOpen, Typed as _};
-use p2pd_protocol::{multiaddr::Endpoint, Multiaddr, PeerId};
+use p2pd_protocol::{Endpoint, Multiaddr, PeerId};
 use p2pd_test_support::blocking_client::{per_call, serve, BlockingClient, Calls, CHUNK};
 use p2pd_test_support::mock_daemon::{
     MockDaemon, STREAM_ECHO, STREAM_SINK, STREAM_SOURCE, UNARY_ECHO,

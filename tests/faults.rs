@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use futures_util::StreamExt as _;
 use p2pd_client::{Client, Error, IncomingStreams, Results, Subscription};
 use p2pd_protocol::command::{dht::in_response as dht_response, refusal};
-use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::endpoint::Endpoint;
 use p2pd_protocol::pb::p2pd::{self, dht_response::Type::*, request::Type};
 use p2pd_protocol::{framing, Limits, Multiaddr};
 use p2pd_test_support::fake_daemon::{

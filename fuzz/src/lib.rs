@@ -19,7 +19,7 @@ pub use seeds::seeds;
 use allocations::measured;
 use bytes::Bytes;
 use p2pd_protocol::command::{pubsub, streams};
-use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::endpoint::Endpoint;
 use p2pd_protocol::pb::p2pd;
 use p2pd_protocol::{FrameDecoder, Multiaddr, PeerId, PublicKey};
 use prost::Message as _;

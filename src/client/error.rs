@@ -1,6 +1,6 @@
 //! What a request can fail with: who failed, at what, and in whose words.
 
-use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::endpoint::EndpointError;
 use p2pd_protocol::policy::refusal::Refusal;
 use p2pd_protocol::{self as protocol, Multiaddr, PeerId};
 use std::fmt;

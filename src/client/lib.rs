@@ -44,7 +44,7 @@ pub use unary::UnaryCall;
 pub use p2pd_protocol::Identity;
 
 use p2pd_protocol::command::Typed;
-use p2pd_protocol::multiaddr::EndpointError;
+use p2pd_protocol::endpoint::EndpointError;
 use p2pd_protocol::policy::pool::MAX_SLOW_REQUESTS;
 use p2pd_protocol::{Limits, Multiaddr, UnaryLimits};
 use pool::Pool;

@@ -8,7 +8,7 @@ use super::stream::Stream;
 use super::{lock, Error};
 use bytes::{Bytes, BytesMut};
 use p2pd_protocol::command::streams::decode_stream_info;
-use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::endpoint::Endpoint;
 use p2pd_protocol::policy::inbound::{
     Admission, HalfOpen, LogThrottle, ACCEPT_PAUSE, HEADER_TIMEOUT, MAX_HEADER,
 };

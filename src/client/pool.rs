@@ -6,7 +6,7 @@ use super::lock;
 use super::socket::Socket;
 use bytes::Bytes;
 use p2pd_protocol::command::{control::Identify, unary::Upgrade, Typed};
-use p2pd_protocol::multiaddr::{Endpoint, EndpointError};
+use p2pd_protocol::endpoint::{Endpoint, EndpointError};
 use p2pd_protocol::policy::pool::{self as policy, Fitness, Generation, Permit, MAX_IDLE};
 use p2pd_protocol::policy::refusal::{may_be_unknown_request, UNKNOWN_REQUEST};
 use p2pd_protocol::policy::retry::{Attempt, Progress};

@@ -1,6 +1,6 @@
 //! A connection to the daemon or from it: a unix socket or, anywhere, TCP.
 
-use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::endpoint::{Endpoint, Host};
 use p2pd_protocol::policy::retry::Transport;
 use socket2::{SockAddr, SockRef};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};

@@ -2,7 +2,8 @@
 //!
 //! An option that is not set is not passed, so that an older daemon is not given a flag it lacks.
 
-use p2pd_protocol::multiaddr::{EndpointError, MultiaddrError};
+use p2pd_protocol::endpoint::EndpointError;
+use p2pd_protocol::multiaddr::MultiaddrError;
 use p2pd_protocol::{Multiaddr, PeerId};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -36,7 +36,7 @@ pub use self::watchdog::WatchdogKind;
 use super::locks::{lock, try_lock};
 use super::options::{Bootstrap, BootstrapPeer, DaemonOptions, Flavour};
 use super::start::{self, DaemonError, StartError};
-use p2pd_protocol::multiaddr::Endpoint;
+use p2pd_protocol::endpoint::Endpoint;
 use p2pd_protocol::policy::supervision::Supervision;
 use p2pd_protocol::{Multiaddr, PeerId};
 use std::io;

@@ -51,6 +51,7 @@ pub use exchange::server::ServerExchange;
 pub use exchange::State;
 pub use framing::{FrameDecoder, Limits};
 pub use output::Output;
+pub use types::endpoint::{self, Endpoint};
 pub use types::multiaddr::{self, Multiaddr};
 pub use types::peer_id::{self, PeerId};
 pub use types::public_key::{self, PublicKey};

@@ -1,7 +1,8 @@
 //! `Multiaddr` and `Protocol`, and their exceptions.
 
 use super::buffer::{bytes_of, extract_bytes, is_named, wrong_type};
-use p2pd_protocol::multiaddr::{Component, Endpoint, Host, MultiaddrError};
+use p2pd_protocol::endpoint::{Endpoint, Host};
+use p2pd_protocol::multiaddr::{Component, MultiaddrError};
 use p2pd_protocol::Multiaddr;
 use pyo3::exceptions::{PyLookupError, PyValueError};
 use pyo3::prelude::*;

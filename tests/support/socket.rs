@@ -1,6 +1,6 @@
 //! Blocking sockets, of Unix or TCP.
 
-use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::endpoint::{Endpoint, Host};
 use p2pd_protocol::Multiaddr;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

@@ -1,7 +1,7 @@
 //! What a daemon is given before it is spawned: its addresses, ports and identity.
 
 use super::super::options::DaemonOptions;
-use p2pd_protocol::multiaddr::{Endpoint, Host};
+use p2pd_protocol::endpoint::{Endpoint, Host};
 use p2pd_protocol::Multiaddr;
 use p2pd_sockets::Failed;
 use std::fs::File;
