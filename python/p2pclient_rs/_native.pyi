@@ -78,7 +78,6 @@ __all__ = [
     "Reconnection",
     "Registering",
     "Request",
-    "Retry",
     "Startup",
     "StreamInfo",
     "Supervision",
@@ -488,14 +487,6 @@ class Lifecycle:
     @property
     def handlers(self) -> list[str]:
         """The names of the handlers."""
-
-@final
-class Retry:
-    """Decides whether a call is sent again: only if nothing of it was sent, and only once."""
-
-    def __new__(cls) -> Self: ...
-    def allows(self, unsent: bool) -> bool:
-        """Whether to send the call again after a failure."""
 
 @final
 class PersistentConnection:

@@ -18,7 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from p2pclient_rs import daemon_limit
-from p2pclient_rs._native import Lifecycle, PeerID, PersistentConnection, Retry
+from p2pclient_rs._native import Lifecycle, PeerID, PersistentConnection, may_retry
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
 from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, ControlTimeout
@@ -137,14 +137,14 @@ class Session:
             await self._operate(self._lifecycle.connect)
 
     async def call(
-        self, peer_id: PeerIDLike, proto: str, data: Buffer, retry: Retry | None = None
+        self, peer_id: PeerIDLike, proto: str, data: Buffer, repeated: bool = False
     ) -> tuple[PersistentConnection, tuple[Awaitable[bytes], bytes]]:
-        """Sends a call as soon as there are a connection and room.
+        """Sends a call as soon as there are a connection and room. ``repeated`` says that this is
+        the second attempt.
 
         Returns:
             The connection, and what to await for the reply with the call's id.
         """
-        retry = retry or Retry()
         while True:
             await self.connect()
             connection = self.current
@@ -155,8 +155,9 @@ class Session:
                     raise lost
                 called = connection.call(peer_id, proto, data)
             except ConnectionLost as error:
-                if not retry.allows(error.unexecuted):
+                if not may_retry(True, repeated, error.unexecuted):
                     raise
+                repeated = True
                 continue
             if called is not None:
                 return connection, called

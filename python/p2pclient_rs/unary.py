@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from p2pclient_rs._native import PeerID, Retry
+from p2pclient_rs._native import PeerID, may_retry
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
 from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, P2PHandlerError
@@ -232,16 +232,16 @@ class UnaryClient:
             session = self._session()
             connection = session.current
         try:
-            called = retry = None
+            called, repeated = None, False
             if connection is not None:
                 try:
                     called = connection.call(peer_id, proto, data)
                 except ConnectionLost as error:
-                    retry = Retry()
-                    if not retry.allows(error.unexecuted):
+                    if not may_retry(True, False, error.unexecuted):
                         raise
+                    repeated = True
             if connection is None or called is None:
-                connection, called = await session.call(peer_id, proto, data, retry)
+                connection, called = await session.call(peer_id, proto, data, repeated)
             reply, call_id = called
             try:
                 return await reply

@@ -277,6 +277,15 @@ impl Error {
         }
     }
 
+    pub(super) fn runtime_ended() -> Self {
+        Self::lost("its tokio runtime has ended", false)
+    }
+
+    /// The client was closed while the operation was under way.
+    pub(super) fn closed() -> Self {
+        Self::lost("the client was closed", false)
+    }
+
     pub(super) fn timeout(after: Duration) -> Self {
         Self::Timeout {
             after: Some(after),

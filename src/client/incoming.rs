@@ -3,7 +3,7 @@
 use super::handlers::Name;
 use super::listener::ListenerStats;
 use super::stream::Stream;
-use super::{runtime_ended, Client, Context, Error};
+use super::{Client, Context, Error};
 use p2pd_protocol::command::streams::{RemoveStreamHandler, StreamHandler};
 use p2pd_protocol::policy::refusal::Refusal;
 use p2pd_protocol::policy::registration::{Action, Ending, Former, Record, Registering, Reply};
@@ -151,7 +151,9 @@ impl Client {
             // If the caller has given up, this drops the handler, which removes it.
             drop(caller.send(registered));
         });
-        let mut incoming = outcome.await.unwrap_or_else(|_| Err(runtime_ended()))?;
+        let mut incoming = outcome
+            .await
+            .unwrap_or_else(|_| Err(Error::runtime_ended()))?;
         incoming._wanted = Some(wanted);
         Ok(incoming)
     }
@@ -271,7 +273,9 @@ impl IncomingStreams {
         };
         // In a task, so that it completes if the caller gives up.
         let removing = tokio::spawn(registration.remove());
-        removing.await.unwrap_or_else(|_| Err(runtime_ended()))
+        removing
+            .await
+            .unwrap_or_else(|_| Err(Error::runtime_ended()))
     }
 }
 

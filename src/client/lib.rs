@@ -31,6 +31,7 @@ mod pubsub;
 mod results;
 mod socket;
 mod stream;
+mod sync;
 mod unary;
 
 pub use error::{Context, Error};
@@ -41,6 +42,8 @@ pub use results::Results;
 pub use stream::Stream;
 pub use unary::UnaryCall;
 
+pub(crate) use sync::lock;
+
 pub use p2pd_protocol::Identity;
 
 use p2pd_protocol::command::Typed;
@@ -50,8 +53,9 @@ use p2pd_protocol::{Limits, Multiaddr, UnaryLimits};
 use pool::Pool;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
+use unary::calls::UnaryCalls;
 
 /// A client of one libp2p daemon.
 ///
@@ -79,7 +83,7 @@ pub struct Client {
 struct Shared {
     pool: Arc<Pool>,
     inbound: listener::Inbound,
-    unary: Arc<unary::Unary>,
+    unary: UnaryCalls,
 }
 
 /// A client that lives only as long as others have it.
@@ -260,7 +264,7 @@ impl ClientBuilder {
         Ok(Client {
             shared: Arc::new(Shared {
                 inbound: listener::Inbound::new(listen),
-                unary: Arc::new(unary::Unary::new(Arc::clone(&pool), self.unary_limits)),
+                unary: UnaryCalls::new(Arc::clone(&pool), self.unary_limits),
                 pool,
             }),
             timeout: None,
@@ -275,12 +279,4 @@ impl fmt::Debug for Client {
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn runtime_ended() -> Error {
-    Error::lost("its tokio runtime has ended", false)
 }

@@ -62,7 +62,7 @@ mod _native {
     #[pymodule_export]
     use super::errors::refusal_kind;
     #[pymodule_export]
-    use super::lifecycle::{Lifecycle, Retry};
+    use super::lifecycle::Lifecycle;
     #[pymodule_export]
     use super::listener::RawListener;
     #[pymodule_export]

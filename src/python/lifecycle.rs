@@ -164,21 +164,3 @@ fn to_tuple(py: Python<'_>, action: Action<u64, Error>) -> PyResult<Bound<'_, Py
 fn duration(seconds: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))
 }
-
-/// Decides whether a call is sent again: only if nothing of it was sent, and only once.
-#[pyclass(frozen, module = "p2pclient_rs._native")]
-#[derive(Default)]
-pub struct Retry(Mutex<policy::Retry>);
-
-#[pymethods]
-impl Retry {
-    #[new]
-    fn new() -> Self {
-        Self::default()
-    }
-
-    fn allows(&self, unsent: bool) -> bool {
-        let mut retry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        retry.allows(unsent)
-    }
-}

@@ -3,7 +3,6 @@
 //! Callers encode their calls and send them, as far as the socket takes them. The
 //! [reader](super::reader) does the rest.
 
-use super::session::closed;
 use crate::error::Error;
 use crate::lock;
 use crate::socket::Socket;
@@ -235,7 +234,7 @@ impl Connection {
         self.shut_down();
         let is_broken = lock(&self.inner).broken.is_some();
         if !is_broken {
-            self.lose(&closed());
+            self.lose(&Error::closed());
         }
     }
 
@@ -312,11 +311,11 @@ pub struct PendingCall {
 impl PendingCall {
     pub async fn reply(mut self) -> Result<Bytes, Error> {
         let Some(reply) = &mut self.reply else {
-            return Err(closed());
+            return Err(Error::closed());
         };
         let outcome = reply.await;
         self.reply = None;
-        outcome.unwrap_or_else(|_| Err(closed()))
+        outcome.unwrap_or_else(|_| Err(Error::closed()))
     }
 }
 

@@ -1,9 +1,9 @@
 //! The user's handlers of unary calls, and the replies to their callers.
 
 use super::connection::Connection;
-use super::UnaryCall;
 use bytes::Bytes;
 use p2pd_protocol::unary::CallId;
+use p2pd_protocol::PeerId;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -11,6 +11,16 @@ use std::sync::Arc;
 
 type Outcome = Result<Bytes, String>;
 type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+
+/// A call of a peer, given to a handler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UnaryCall {
+    /// The caller.
+    pub peer: PeerId,
+    /// What it is called with.
+    pub payload: Bytes,
+}
 
 /// A handler of unary calls.
 pub struct Handler {

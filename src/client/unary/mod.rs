@@ -1,36 +1,27 @@
 //! Unary calls: requests to a peer's handlers, and handlers for the requests of peers.
 //!
+//! - `calls`: calls to peers, over the present session.
 //! - `session`: opens the persistent connection and registers handlers on it.
 //! - `connection`: one persistent connection; `reader` is the task that reads it.
-//! - `handler`: the users' handlers and their replies.
+//! - `handler`: the user's handlers and their replies.
 
+pub(super) mod calls;
 mod connection;
 mod handler;
 mod reader;
 mod session;
 
+pub use handler::UnaryCall;
+
 use super::error::{Context, Error};
-use super::pool::Pool;
-use super::{lock, Client};
+use super::Client;
 use bytes::Bytes;
+use calls::UnaryCalls;
 use handler::Handler;
-use p2pd_protocol::policy::persistent::Retry;
-use p2pd_protocol::{PeerId, UnaryLimits};
-use session::Session;
+use p2pd_protocol::PeerId;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex};
-use tokio::time::Instant;
-
-/// A call of a peer, given to a handler.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct UnaryCall {
-    /// The caller.
-    pub peer: PeerId,
-    /// What it is called with.
-    pub payload: Bytes,
-}
+use std::sync::Arc;
 
 impl Client {
     /// Calls a peer's handler and returns its reply.
@@ -148,63 +139,7 @@ impl Client {
         self.unary().close().await;
     }
 
-    fn unary(&self) -> &Unary {
+    fn unary(&self) -> &UnaryCalls {
         &self.shared.unary
-    }
-}
-
-/// The unary calls of a client.
-pub struct Unary {
-    pool: Arc<Pool>,
-    limits: UnaryLimits,
-    /// Closing the client replaces it.
-    session: Mutex<Arc<Session>>,
-}
-
-impl Unary {
-    pub fn new(pool: Arc<Pool>, limits: UnaryLimits) -> Self {
-        let session = Session::new(Arc::clone(&pool), limits);
-        Self {
-            pool,
-            limits,
-            session: Mutex::new(session),
-        }
-    }
-
-    fn session(&self) -> Arc<Session> {
-        Arc::clone(&lock(&self.session))
-    }
-
-    async fn call(&self, peer: &PeerId, protocol: &str, payload: Bytes) -> Result<Bytes, Error> {
-        let session = self.session();
-        let mut retry = Retry::default();
-        let call = loop {
-            let Some(connection) = session.connection() else {
-                session.connect().await?;
-                if session.connection().is_none() && !retry.allows(true) {
-                    return Err(Error::lost("it was lost as soon as it was open", true));
-                }
-                continue;
-            };
-            connection.room().await;
-            let sent = connection.call(&payload, |core, token, head| {
-                let (len, now) = (payload.len(), Instant::now().into_std());
-                core.call(peer.as_bytes(), protocol, len, token, now, head)
-            });
-            match sent {
-                Err(error) if retry.allows(error.is_unsent()) => {
-                    session.lost(&connection, error);
-                }
-                sent => break sent?,
-            }
-        };
-        drop((session, payload));
-        call.reply().await
-    }
-
-    async fn close(&self) {
-        let next = Session::new(Arc::clone(&self.pool), self.limits);
-        let session = std::mem::replace(&mut *lock(&self.session), next);
-        session.close().await;
     }
 }

@@ -2,11 +2,9 @@
 //! each call of a peer, and sends what did not fit into the socket before.
 
 use super::connection::{complete, Awaited, Connection, Event, Token};
-use super::handler::Reply;
-use super::session::{closed, Session};
-use super::UnaryCall;
+use super::handler::{Handler, Reply, UnaryCall};
 use crate::error::Error;
-use crate::{lock, runtime_ended};
+use crate::lock;
 use bytes::Bytes;
 use p2pd_protocol::unary::{self, CallId};
 use p2pd_protocol::{PeerId, UnaryEvent};
@@ -15,29 +13,41 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::{sleep_until, Instant};
 
+/// Owner of a connection: learns of answers to its own requests, and has the handlers.
+pub trait Owner: Send + Sync {
+    /// The handler for the calls of a name.
+    fn handler(&self, protocol: &str) -> Option<Arc<Handler>>;
+
+    /// The daemon has answered a request to register a handler.
+    fn registered(self: Arc<Self>, connection: &Connection, name: &str, outcome: Result<(), Error>);
+
+    /// The daemon has answered a request to unregister a handler.
+    fn unregistered(self: Arc<Self>, connection: &Connection, name: &str);
+
+    /// The connection is lost.
+    fn lost(self: Arc<Self>, connection: &Connection, error: Error);
+}
+
 /// Reads a connection until it is lost.
 pub struct Reader {
     connection: Arc<Connection>,
-    session: Weak<Session>,
+    owner: Weak<dyn Owner>,
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
         // Does nothing unless the task was dropped with its runtime.
-        self.connection.lose(&runtime_ended());
+        self.connection.lose(&Error::runtime_ended());
         let error = lock(&self.connection.inner).lost.clone();
-        if let (Some(session), Some(error)) = (self.session.upgrade(), error) {
-            session.lost(&self.connection, error);
+        if let (Some(owner), Some(error)) = (self.owner.upgrade(), error) {
+            owner.lost(&self.connection, error);
         }
     }
 }
 
 impl Reader {
-    pub fn new(connection: Arc<Connection>, session: Weak<Session>) -> Self {
-        Self {
-            connection,
-            session,
-        }
+    pub fn new(connection: Arc<Connection>, owner: Weak<dyn Owner>) -> Self {
+        Self { connection, owner }
     }
 
     /// Reads until the connection is lost. `ahead` arrived right behind the answer to the upgrade.
@@ -141,7 +151,7 @@ impl Reader {
             inner.broken.clone()
         };
         self.hand_out(events);
-        self.connection.lose(&broken.unwrap_or_else(closed));
+        self.connection.lose(&broken.unwrap_or_else(Error::closed));
     }
 
     fn hand_out(&self, events: &mut Vec<Event>) {
@@ -191,21 +201,21 @@ impl Reader {
             Token::Call(caller) => return complete(caller, outcome),
             Token::Register(ref name) | Token::Unregister(ref name) => name,
         };
-        let Some(session) = self.session.upgrade() else {
+        let Some(owner) = self.owner.upgrade() else {
             return;
         };
         if let Token::Register(_) = token {
-            session.registered(&self.connection, name, outcome.map(drop));
+            owner.registered(&self.connection, name, outcome.map(drop));
         } else {
-            session.unregistered(&self.connection, name);
+            owner.unregistered(&self.connection, name);
         }
     }
 
     /// Starts a task for a call.
     fn serve(&self, id: CallId, peer: Bytes, protocol: &str, payload: Bytes) {
         let reply = Reply::new(Arc::clone(&self.connection), id);
-        let session = self.session.upgrade();
-        let Some(handler) = session.and_then(|session| session.handler(protocol)) else {
+        let owner = self.owner.upgrade();
+        let Some(handler) = owner.and_then(|owner| owner.handler(protocol)) else {
             return reply.send(Err(format!("no handler for the protocol {protocol:?}")));
         };
         let peer = PeerId::from_bytes(peer);

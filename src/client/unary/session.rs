@@ -4,11 +4,11 @@
 
 use super::connection::{Connection, Token};
 use super::handler::Handler;
-use super::reader::Reader;
+use super::reader::{Owner, Reader};
 use crate::error::Error;
+use crate::lock;
 use crate::pool::Pool;
 use crate::socket::Socket;
-use crate::{lock, runtime_ended};
 use bytes::Bytes;
 use p2pd_protocol::policy::persistent::{
     Action, ConnectionId, Failure, Lifecycle, Registration, Timing,
@@ -111,49 +111,9 @@ impl Session {
         .await
     }
 
-    /// The handler for the calls of a name.
-    pub fn handler(&self, protocol: &str) -> Option<Arc<Handler>> {
-        lock(&self.state).handlers.get(protocol).cloned()
-    }
-
     /// Names of the handlers.
     pub fn handlers(&self) -> Vec<String> {
         lock(&self.state).handlers.keys().cloned().collect()
-    }
-
-    /// A connection is lost, or about to be.
-    pub fn lost(self: &Arc<Self>, connection: &Connection, error: Error) {
-        self.drive(|state, now| {
-            if matches!(&state.connection, Some(current) if current.id == connection.id) {
-                state.connection = None;
-                state.ready = false;
-            }
-            state.lifecycle.lost(connection.id, error, now);
-        });
-    }
-
-    /// The daemon has answered a request to register a handler.
-    pub fn registered(
-        self: &Arc<Self>,
-        connection: &Connection,
-        name: &str,
-        outcome: Result<(), Error>,
-    ) {
-        let outcome = match outcome {
-            Ok(()) => Registration::Accepted,
-            Err(error @ Error::Refused { .. }) => Registration::Refused(error),
-            Err(error) => Registration::Failed(error),
-        };
-        self.drive(|state, now| {
-            state
-                .lifecycle
-                .registered(connection.id, name, outcome, now);
-        });
-    }
-
-    /// The daemon has answered a request to unregister a handler.
-    pub fn unregistered(self: &Arc<Self>, connection: &Connection, name: &str) {
-        self.drive(|state, now| state.lifecycle.unregistered(connection.id, name, now));
     }
 
     /// Closes the connection, once its last messages are sent, and drops the handlers.
@@ -191,7 +151,9 @@ impl Session {
             token,
             finished: false,
         };
-        let outcome = (&mut outcome).await.unwrap_or_else(|_| Err(closed()));
+        let outcome = (&mut outcome)
+            .await
+            .unwrap_or_else(|_| Err(Error::closed()));
         guard.finished = true;
         outcome
     }
@@ -235,7 +197,7 @@ impl Session {
         let report = OpeningReport {
             session: Arc::downgrade(self),
             id,
-            error: Some(runtime_ended()),
+            error: Some(Error::runtime_ended()),
         };
         let pool = Arc::clone(&self.pool);
         let opening = async move {
@@ -265,7 +227,8 @@ impl Session {
         getrandom::fill(&mut seed).map_err(|error| Error::lost(error, true))?;
         let core = PersistentClient::new(seed, self.limits);
         let connection = Arc::new(Connection::new(id, socket, core));
-        let reader = Reader::new(Arc::clone(&connection), Arc::downgrade(self));
+        let owner = Arc::downgrade(self) as Weak<dyn Owner>;
+        let reader = Reader::new(Arc::clone(&connection), owner);
         let mut is_wanted = false;
         self.drive(|state, now| {
             state.opening = None;
@@ -279,7 +242,7 @@ impl Session {
         if is_wanted {
             spawn(reader.run(ahead));
         } else {
-            connection.lose(&closed());
+            connection.lose(&Error::closed());
         }
         Ok(())
     }
@@ -312,6 +275,44 @@ impl Session {
             }
         });
         lock(&self.state).timer = task.map(|task| (deadline, task));
+    }
+}
+
+impl Owner for Session {
+    fn handler(&self, protocol: &str) -> Option<Arc<Handler>> {
+        lock(&self.state).handlers.get(protocol).cloned()
+    }
+
+    fn lost(self: Arc<Self>, connection: &Connection, error: Error) {
+        self.drive(|state, now| {
+            if matches!(&state.connection, Some(current) if current.id == connection.id) {
+                state.connection = None;
+                state.ready = false;
+            }
+            state.lifecycle.lost(connection.id, error, now);
+        });
+    }
+
+    fn registered(
+        self: Arc<Self>,
+        connection: &Connection,
+        name: &str,
+        outcome: Result<(), Error>,
+    ) {
+        let outcome = match outcome {
+            Ok(()) => Registration::Accepted,
+            Err(error @ Error::Refused { .. }) => Registration::Refused(error),
+            Err(error) => Registration::Failed(error),
+        };
+        self.drive(|state, now| {
+            state
+                .lifecycle
+                .registered(connection.id, name, outcome, now);
+        });
+    }
+
+    fn unregistered(self: Arc<Self>, connection: &Connection, name: &str) {
+        self.drive(|state, now| state.lifecycle.unregistered(connection.id, name, now));
     }
 }
 
@@ -460,7 +461,7 @@ struct CloseGuard(Arc<Connection>);
 
 impl Drop for CloseGuard {
     fn drop(&mut self) {
-        self.0.lose(&closed());
+        self.0.lose(&Error::closed());
     }
 }
 
@@ -481,11 +482,6 @@ fn error_of(outcome: &Result<(), Failure<Error>>) -> Result<(), Error> {
             context: Box::default(),
         },
         Err(Failure::TimedOut(after)) => Error::timeout(*after),
-        Err(Failure::Closed) => closed(),
+        Err(Failure::Closed) => Error::closed(),
     })
-}
-
-/// The error of operations on a client that was closed.
-pub fn closed() -> Error {
-    Error::lost("the client was closed", false)
 }

@@ -1,22 +1,11 @@
-//! Lifecycle of a client's persistent connection: when it is opened, which handlers are registered
-//! on it, and which operations wait for that.
-//!
-//! [`Lifecycle`] is a state machine without I/O. A driver reports events through its methods, takes
-//! [`Action`]s from [`Lifecycle::poll`] until there are none, and calls [`Lifecycle::time`] at
-//! [`Lifecycle::deadline`].
-//!
-//! - All operations that need a connection share one attempt to open it.
-//! - A lost connection is replaced by the next operation, and, while there are handlers, by attempts
-//!   with exponential backoff. A connection is ready when all handlers are registered on it again.
-//! - Changes of one name follow one another, because the daemon does not keep the order of requests.
-//! - A registration is sent a second time only if the first was not sent, and only once.
+//! The state machine.
 
-use super::backoff::Backoff;
-use std::collections::{BTreeMap, VecDeque};
+use super::action::{Action, ConnectionId, Failure, Registration};
+use super::handlers::{Addition, Change, Handler, Handlers, Request};
+use super::reconnect::{Reconnect, Timing};
+use crate::policy::backoff::Backoff;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
-
-/// Time in which a connection must be opened, with all handlers registered.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time in which the daemon notices that the previous connection is lost. Until then it refuses to
 /// register that connection's handlers on another one.
@@ -24,121 +13,6 @@ const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Pauses between attempts to register a handler that the daemon refuses for that reason.
 const REGISTER_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(50));
-
-/// Pauses between attempts to replace a lost connection.
-const OPEN_BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
-
-/// A connection that lasted this long resets the backoff.
-const STABLE: Duration = Duration::from_secs(1);
-
-/// Identifies a connection from the attempt to open it until it is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ConnectionId(pub u64);
-
-/// Request to the driver.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Action<T, E> {
-    /// Open a connection, and report [`Lifecycle::opened`] or [`Lifecycle::open_failed`].
-    Open(ConnectionId),
-    /// Stop opening the connection. No report is expected any more.
-    CancelOpen(ConnectionId),
-    /// Close the connection, and do not use it any more.
-    Close,
-    /// The connection can be used for calls.
-    Ready,
-    /// Give the calls for `name` to the handler that was added with `token`.
-    Serve {
-        /// Name of the handler.
-        name: String,
-        /// Token of [`Lifecycle::add`].
-        token: T,
-    },
-    /// Drop the handler of this name.
-    Forget(String),
-    /// Send a request to register the handler, and report [`Lifecycle::registered`].
-    Register {
-        /// Name of the handler.
-        name: String,
-        /// Whether several clients may serve the name.
-        balanced: bool,
-    },
-    /// Send a request to unregister the handler, and report [`Lifecycle::unregistered`].
-    Unregister(String),
-    /// Tell the user that a handler was dropped: another client has taken its name.
-    Report {
-        /// Name of the handler.
-        name: String,
-        /// The daemon's refusal.
-        error: E,
-    },
-    /// Complete these operations.
-    Complete {
-        /// Tokens of the operations.
-        tokens: Vec<T>,
-        /// Their result.
-        outcome: Result<(), Failure<E>>,
-    },
-}
-
-/// Reason why an operation failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure<E> {
-    /// An error that the driver reported.
-    Driver(E),
-    /// This client serves the name.
-    AlreadyRegistered,
-    /// This client does not serve the name.
-    NotRegistered,
-    /// The connection could not be opened within this time.
-    TimedOut(Duration),
-    /// The client was closed.
-    Closed,
-}
-
-/// Outcome of a request to register a handler.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Registration<E> {
-    /// The daemon acknowledged it.
-    Accepted,
-    /// The daemon refused it.
-    Refused(E),
-    /// The connection was lost before the whole request was sent.
-    Unsent(E),
-    /// There is no valid reply: the daemon may have carried it out.
-    Failed(E),
-}
-
-/// Decides whether a request is sent again: only if nothing of it was sent, and only once.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Retry {
-    used: bool,
-}
-
-impl Retry {
-    /// Whether to send the request again after a failure. `unsent`: the daemon cannot have read it.
-    pub fn allows(&mut self, unsent: bool) -> bool {
-        unsent && !std::mem::replace(&mut self.used, true)
-    }
-}
-
-/// Timeouts of a [`Lifecycle`].
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Timing {
-    /// Time in which a connection must be opened, with all handlers registered. Default: 30 s.
-    pub open_timeout: Duration,
-    /// Pauses between attempts to replace a lost connection. Default: from 50 ms to 5 s.
-    pub backoff: Backoff,
-}
-
-impl Default for Timing {
-    fn default() -> Self {
-        Timing {
-            open_timeout: OPEN_TIMEOUT,
-            backoff: OPEN_BACKOFF,
-        }
-    }
-}
 
 /// Lifecycle of a persistent connection and of its handlers. See the [module](self).
 ///
@@ -164,15 +38,13 @@ impl Default for Timing {
 /// ```
 #[derive(Debug)]
 pub struct Lifecycle<T, E> {
-    timing: Timing,
-    random: u64,
+    open_timeout: Duration,
     phase: Phase,
     last_id: u64,
-    /// When to replace a lost connection.
-    retry_at: Option<Instant>,
+    reconnect: Reconnect,
     /// Operations that wait for the connection.
     waiting: Vec<T>,
-    names: BTreeMap<String, Name<T>>,
+    handlers: Handlers<T>,
     actions: VecDeque<Action<T, E>>,
 }
 
@@ -199,70 +71,16 @@ enum Phase {
     Closed,
 }
 
-/// A name of which the client serves, or is about to serve, the handler.
-#[derive(Debug)]
-struct Name<T> {
-    /// The handler that is served, until the daemon acknowledged its removal.
-    handler: Option<Handler<T>>,
-    /// Whether the daemon has the handler registered.
-    registered: bool,
-    /// The request that the daemon has not answered.
-    in_flight: Option<Request<T>>,
-    /// What follows, in order.
-    queue: VecDeque<Change<T>>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Handler<T> {
-    token: T,
-    balanced: bool,
-}
-
-#[derive(Debug)]
-enum Request<T> {
-    Register(Addition<T>),
-    RegisterAgain,
-    /// The caller gave up: to be undone once the daemon has answered.
-    RegisterAbandoned,
-    Unregister(Option<T>),
-}
-
-#[derive(Debug)]
-enum Change<T> {
-    Add(Addition<T>),
-    /// A cancelled removal has no token.
-    Remove(Option<T>),
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Addition<T> {
-    token: T,
-    balanced: bool,
-    retry: Retry,
-}
-
-impl<T> Default for Name<T> {
-    fn default() -> Self {
-        Name {
-            handler: None,
-            registered: false,
-            in_flight: None,
-            queue: VecDeque::new(),
-        }
-    }
-}
-
 impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     /// Starts without a connection. `random` is a random number, used for jitter.
     pub fn new(timing: Timing, random: u64) -> Self {
         Lifecycle {
-            timing,
-            random,
+            open_timeout: timing.open_timeout,
             phase: Phase::Disconnected,
             last_id: 0,
-            retry_at: None,
+            reconnect: Reconnect::new(timing.backoff, random),
             waiting: Vec::new(),
-            names: BTreeMap::new(),
+            handlers: Handlers::new(),
             actions: VecDeque::new(),
         }
     }
@@ -286,11 +104,11 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         if matches!(self.phase, Phase::Closed) {
             return self.complete(token, Err(Failure::Closed));
         }
-        let entry = self.names.entry(name.to_owned()).or_default();
+        let entry = self.handlers.entry(name);
         entry.queue.push_back(Change::Add(Addition {
             token,
             balanced,
-            retry: Retry::default(),
+            repeated: false,
         }));
         self.advance(name, now);
     }
@@ -298,7 +116,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     /// Removes a handler, once changes of its name that were requested before are done. It serves
     /// the calls that come before the daemon has acknowledged its removal.
     pub fn remove(&mut self, token: T, name: &str, now: Instant) {
-        let entry = self.names.entry(name.to_owned()).or_default();
+        let entry = self.handlers.entry(name);
         entry.queue.push_back(Change::Remove(Some(token)));
         self.advance(name, now);
         self.finish_registering(now);
@@ -311,28 +129,10 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             self.waiting.remove(place);
             return;
         }
-        let mut names = self.names.iter_mut();
-        let Some((name, entry)) = names.find(|(_, entry)| entry.concerns(token)) else {
+        let Some(name) = self.handlers.find(token) else {
             return;
         };
-        let name = name.clone();
-        entry.queue.retain_mut(|change| match change {
-            Change::Add(addition) => addition.token != token,
-            Change::Remove(removal) => {
-                if *removal == Some(token) {
-                    *removal = None;
-                }
-                true
-            }
-        });
-        let mut drops = entry.handler.is_some_and(|handler| handler.token == token);
-        if let Some(Request::Unregister(removal)) = &mut entry.in_flight {
-            if *removal == Some(token) {
-                *removal = None;
-                drops = true;
-            }
-        }
-        if drops {
+        if self.handlers.entry(&name).cancel(token) {
             self.drop_handler(&name, now);
         }
         self.advance(&name, now);
@@ -340,7 +140,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     /// Drops a handler now, and unregisters it in the background. One that is still being added stays.
     pub fn withdraw(&mut self, name: &str, now: Instant) {
-        let in_flight = self.names.get(name).map(|entry| &entry.in_flight);
+        let in_flight = self.handlers.get(name).map(|entry| &entry.in_flight);
         if !matches!(in_flight, Some(Some(Request::Register(_)))) {
             self.drop_handler(name, now);
         }
@@ -354,20 +154,20 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             Phase::Registering { .. } | Phase::Open { .. } => self.actions.push_back(Action::Close),
             Phase::Disconnected | Phase::Closed => {}
         }
-        self.retry_at = None;
+        self.reconnect.cancel();
         let mut failed = std::mem::take(&mut self.waiting);
-        self.disconnect_names(&mut failed);
-        for (name, entry) in std::mem::take(&mut self.names) {
-            if entry.handler.is_some() {
-                self.actions.push_back(Action::Forget(name));
-            }
-            for change in entry.queue {
-                match change {
-                    Change::Add(addition) => failed.push(addition.token),
-                    Change::Remove(Some(token)) => self.complete(token, Ok(())),
-                    Change::Remove(None) => {}
+        self.disconnect(&mut failed);
+        failed.extend(self.handlers.take_additions());
+        for name in self.handlers.names() {
+            let entry = self.handlers.entry(&name);
+            let removals = std::mem::take(&mut entry.queue);
+            self.removed(&name, None);
+            for removal in removals {
+                if let Change::Remove(Some(token)) = removal {
+                    self.complete(token, Ok(()));
                 }
             }
+            self.handlers.remove_unused(&name);
         }
         self.complete_all(failed, Err(Failure::Closed));
     }
@@ -411,14 +211,13 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
                 self.fail_opening(Failure::Driver(error), now);
             }
             Phase::Open { id: current, since } if current == id => {
-                if now.saturating_duration_since(since) >= STABLE {
-                    self.timing.backoff.reset();
-                }
+                let lasted = now.saturating_duration_since(since);
+                self.reconnect.lost_after(lasted);
                 self.phase = Phase::Disconnected;
                 let mut failed = Vec::new();
-                self.disconnect_names(&mut failed);
+                self.disconnect(&mut failed);
                 self.complete_all(failed, Err(Failure::Driver(error)));
-                self.schedule_retry(now);
+                self.schedule_reconnect(now);
                 self.advance_all(now);
             }
             _ => {}
@@ -436,18 +235,14 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         if self.connection() != Some(id) {
             return;
         }
-        let Some(entry) = self.names.get_mut(name) else {
+        let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
         match (entry.in_flight.take(), outcome) {
             (request, Registration::Unsent(error)) => {
                 match request {
-                    Some(Request::Register(mut addition)) => {
-                        if addition.retry.allows(true) {
-                            self.try_again(name, addition);
-                        } else {
-                            entry.in_flight = Some(Request::Register(addition));
-                        }
+                    Some(Request::Register(addition)) if addition.may_repeat() => {
+                        self.add_again(name, addition);
                     }
                     request => entry.in_flight = request,
                 }
@@ -474,7 +269,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         if self.connection() != Some(id) {
             return;
         }
-        let Some(entry) = self.names.get_mut(name) else {
+        let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
         let Some(Request::Unregister(token)) = &entry.in_flight else {
@@ -493,21 +288,21 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         match &mut self.phase {
             Phase::Opening { id, deadline } if *deadline <= now => {
                 self.actions.push_back(Action::CancelOpen(*id));
-                self.fail_opening(Failure::TimedOut(self.timing.open_timeout), now);
+                self.fail_opening(Failure::TimedOut(self.open_timeout), now);
             }
             Phase::Registering { deadline, .. } if *deadline <= now => {
                 self.actions.push_back(Action::Close);
-                self.fail_opening(Failure::TimedOut(self.timing.open_timeout), now);
+                self.fail_opening(Failure::TimedOut(self.open_timeout), now);
             }
             Phase::Registering { retry_at, .. } if retry_at.is_some_and(|at| at <= now) => {
                 *retry_at = None;
                 self.register_again();
             }
-            Phase::Disconnected if self.retry_at.is_some_and(|at| at <= now) => {
+            Phase::Disconnected if self.reconnect.is_due(now) => {
                 if self.serves() {
                     self.want_connection(now);
                 } else {
-                    self.retry_at = None;
+                    self.reconnect.cancel();
                 }
             }
             _ => {}
@@ -528,22 +323,19 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             Phase::Registering {
                 deadline, retry_at, ..
             } => Some(retry_at.map_or(deadline, |at| at.min(deadline))),
-            Phase::Disconnected => self.retry_at,
+            Phase::Disconnected => self.reconnect.at(),
             Phase::Open { .. } | Phase::Closed => None,
         }
     }
 
     /// Whether there are handlers.
     pub fn serves(&self) -> bool {
-        self.names.values().any(|entry| entry.handler.is_some())
+        self.handlers.served().next().is_some()
     }
 
     /// Names of the handlers.
     pub fn handlers(&self) -> impl Iterator<Item = &str> {
-        let names = self.names.iter();
-        names
-            .filter(|(_, entry)| entry.handler.is_some())
-            .map(|(name, _)| name.as_str())
+        self.handlers.served()
     }
 
     /// The connection that the driver is opening.
@@ -570,52 +362,35 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             let id = ConnectionId(self.last_id);
             self.phase = Phase::Opening {
                 id,
-                deadline: now + self.timing.open_timeout,
+                deadline: now + self.open_timeout,
             };
             self.actions.push_back(Action::Open(id));
         }
     }
 
-    fn schedule_retry(&mut self, now: Instant) {
-        if !self.serves() {
-            self.retry_at = None;
-        } else if self.retry_at.is_none_or(|at| at <= now) {
-            // Knuth's linear congruential generator; its upper bits are the better ones.
-            self.random = self
-                .random
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            let pause = self.timing.backoff.next(self.random >> 33);
-            self.retry_at = Some(now + pause);
+    fn schedule_reconnect(&mut self, now: Instant) {
+        if self.serves() {
+            self.reconnect.schedule(now);
+        } else {
+            self.reconnect.cancel();
         }
     }
 
     fn fail_opening(&mut self, failure: Failure<E>, now: Instant) {
         self.phase = Phase::Disconnected;
         let mut failed = std::mem::take(&mut self.waiting);
-        self.disconnect_names(&mut failed);
-        for entry in self.names.values_mut() {
-            entry.queue.retain(|change| match change {
-                Change::Add(addition) => {
-                    failed.push(addition.token);
-                    false
-                }
-                Change::Remove(_) => true,
-            });
-        }
+        self.disconnect(&mut failed);
+        failed.extend(self.handlers.take_additions());
         self.complete_all(failed, Err(failure));
-        self.schedule_retry(now);
+        self.schedule_reconnect(now);
         self.advance_all(now);
     }
 
     /// Ends the requests that are in flight on a lost connection. Adds to `failed` the operations that
     /// fail with it.
-    fn disconnect_names(&mut self, failed: &mut Vec<T>) {
-        let names: Vec<_> = self.names.keys().cloned().collect();
-        for name in names {
-            let Some(entry) = self.names.get_mut(&name) else {
-                continue;
-            };
+    fn disconnect(&mut self, failed: &mut Vec<T>) {
+        for name in self.handlers.names() {
+            let entry = self.handlers.entry(&name);
             entry.registered = false;
             match entry.in_flight.take() {
                 Some(Request::Register(addition)) => {
@@ -632,7 +407,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     /// The daemon does not know the handler any more.
     fn removed(&mut self, name: &str, token: Option<T>) {
-        let entry = self.names.get_mut(name);
+        let entry = self.handlers.get_mut(name);
         if entry.is_some_and(|entry| entry.handler.take().is_some()) {
             self.actions.push_back(Action::Forget(name.to_owned()));
         }
@@ -642,7 +417,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     }
 
     fn drop_handler(&mut self, name: &str, now: Instant) {
-        let Some(entry) = self.names.get_mut(name) else {
+        let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
         if entry.handler.take().is_some() {
@@ -664,37 +439,32 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     }
 
     fn added(&mut self, name: &str, addition: Addition<T>, outcome: Registration<E>) {
-        let Some(entry) = self.names.get_mut(name) else {
+        let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
-        let outcome = match outcome {
-            Registration::Accepted => {
-                entry.registered = true;
-                Ok(())
-            }
-            Registration::Refused(error)
-            | Registration::Failed(error)
-            | Registration::Unsent(error) => {
-                entry.handler = None;
-                self.actions.push_back(Action::Forget(name.to_owned()));
-                Err(Failure::Driver(error))
-            }
-        };
+        let outcome = outcome.into_result().map_err(Failure::Driver);
+        if outcome.is_ok() {
+            entry.registered = true;
+        } else {
+            entry.handler = None;
+            self.actions.push_back(Action::Forget(name.to_owned()));
+        }
         self.complete(addition.token, outcome);
     }
 
     /// Adds the handler on the next connection.
-    fn try_again(&mut self, name: &str, addition: Addition<T>) {
-        let Some(entry) = self.names.get_mut(name) else {
-            return;
-        };
+    fn add_again(&mut self, name: &str, addition: Addition<T>) {
+        let entry = self.handlers.entry(name);
         entry.handler = None;
-        entry.queue.push_front(Change::Add(addition));
+        entry.queue.push_front(Change::Add(Addition {
+            repeated: true,
+            ..addition
+        }));
         self.actions.push_back(Action::Forget(name.to_owned()));
     }
 
     fn registered_again(&mut self, name: &str, outcome: Registration<E>, now: Instant) {
-        let Some(entry) = self.names.get_mut(name) else {
+        let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
         match outcome {
@@ -730,7 +500,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     /// Registers the handlers that the daemon does not have on this connection.
     fn register_again(&mut self) {
-        for (name, entry) in &mut self.names {
+        for (name, entry) in self.handlers.iter_mut() {
             let Some(handler) = &entry.handler else {
                 continue;
             };
@@ -749,12 +519,11 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         let Phase::Registering { id, .. } = self.phase else {
             return;
         };
-        let is_missing = |entry: &Name<T>| entry.handler.is_some() && !entry.registered;
-        if self.names.values().any(is_missing) {
+        if !self.handlers.are_registered() {
             return;
         }
         self.phase = Phase::Open { id, since: now };
-        self.retry_at = None;
+        self.reconnect.cancel();
         self.actions.push_back(Action::Ready);
         let waiting = std::mem::take(&mut self.waiting);
         self.complete_all(waiting, Ok(()));
@@ -762,8 +531,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     }
 
     fn advance_all(&mut self, now: Instant) {
-        let names: Vec<_> = self.names.keys().cloned().collect();
-        for name in names {
+        for name in self.handlers.names() {
             self.advance(&name, now);
         }
     }
@@ -771,7 +539,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     /// Carries out the changes of a name that need not wait.
     fn advance(&mut self, name: &str, now: Instant) {
         loop {
-            let Some(entry) = self.names.get_mut(name) else {
+            let Some(entry) = self.handlers.get_mut(name) else {
                 return;
             };
             if entry.in_flight.is_some() {
@@ -809,12 +577,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
                     self.actions.push_back(Action::Unregister(name.to_owned()));
                 }
                 Some(Change::Remove(token)) => self.removed(name, token),
-                None => {
-                    if entry.handler.is_none() && !entry.registered {
-                        self.names.remove(name);
-                    }
-                    return;
-                }
+                None => return self.handlers.remove_unused(name),
             }
         }
     }
@@ -827,19 +590,6 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         if !tokens.is_empty() {
             self.actions.push_back(Action::Complete { tokens, outcome });
         }
-    }
-}
-
-impl<T: Copy + PartialEq> Name<T> {
-    /// Whether an operation of this token changes, or has added, the handler.
-    fn concerns(&self, token: T) -> bool {
-        let queued = |change: &Change<T>| match change {
-            Change::Add(addition) => addition.token == token,
-            Change::Remove(removal) => *removal == Some(token),
-        };
-        let in_flight = matches!(self.in_flight, Some(Request::Unregister(Some(t))) if t == token);
-        let added = self.handler.is_some_and(|handler| handler.token == token);
-        added || in_flight || self.queue.iter().any(queued)
     }
 }
 

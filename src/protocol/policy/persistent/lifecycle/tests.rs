@@ -1,6 +1,6 @@
 use super::*;
 use proptest::prelude::*;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 type Machine = Lifecycle<u32, &'static str>;
 type Act = Action<u32, &'static str>;
@@ -148,8 +148,8 @@ fn opening_times_out() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     let id = fixture.opening();
-    assert_eq!(fixture.pass_deadline(), OPEN_TIMEOUT);
-    let timed_out = Err(Failure::TimedOut(OPEN_TIMEOUT));
+    assert_eq!(fixture.pass_deadline(), Timing::default().open_timeout);
+    let timed_out = Err(Failure::TimedOut(Timing::default().open_timeout));
     assert_eq!(
         fixture.actions(),
         [Action::CancelOpen(id), complete(&[1], timed_out)]
@@ -246,7 +246,7 @@ fn a_handler_that_is_not_there_cannot_be_removed() {
     fixture.machine.remove(1, "a", fixture.now);
     let missing = complete(&[1], Err(Failure::NotRegistered));
     assert_eq!(fixture.actions(), [missing]);
-    assert!(fixture.machine.names.is_empty());
+    assert!(fixture.machine.handlers.names().is_empty());
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn a_cancelled_addition_that_was_refused_leaves_nothing_to_undo() {
     fixture.actions();
     fixture.registered(id, "a", Registration::Refused("taken"));
     assert_eq!(fixture.actions(), []);
-    assert!(fixture.machine.names.is_empty());
+    assert!(fixture.machine.handlers.names().is_empty());
 }
 
 #[test]
@@ -336,7 +336,7 @@ fn a_cancelled_removal_is_carried_out() {
     assert_eq!(fixture.actions(), [unregister("a"), forget("a")]);
     fixture.machine.unregistered(id, "a", fixture.now);
     assert_eq!(fixture.actions(), []);
-    assert!(fixture.machine.names.is_empty());
+    assert!(fixture.machine.handlers.names().is_empty());
 }
 
 #[test]
@@ -458,8 +458,8 @@ fn registering_again_times_out() {
     let id = fixture.opening();
     assert!(fixture.machine.opened(id, fixture.now));
     fixture.actions();
-    assert_eq!(fixture.pass_deadline(), OPEN_TIMEOUT);
-    let timed_out = Err(Failure::TimedOut(OPEN_TIMEOUT));
+    assert_eq!(fixture.pass_deadline(), Timing::default().open_timeout);
+    let timed_out = Err(Failure::TimedOut(Timing::default().open_timeout));
     assert_eq!(
         fixture.actions(),
         [Action::Close, complete(&[1], timed_out)]
@@ -490,14 +490,6 @@ fn an_unsent_registration_is_tried_once_more() {
 }
 
 #[test]
-fn a_request_is_retried_only_if_unsent_and_only_once() {
-    let mut retry = Retry::default();
-    assert!(!retry.allows(false));
-    assert!(retry.allows(true));
-    assert!(!retry.allows(true));
-}
-
-#[test]
 fn a_loss_fails_what_is_in_flight_and_ends_removals() {
     let (mut fixture, id) = Fixture::serving(&["removed"]);
     fixture.machine.add(1, "added", false, fixture.now);
@@ -517,7 +509,7 @@ fn a_loss_fails_what_is_in_flight_and_ends_removals() {
     fixture.registered(id, "added", Registration::Accepted);
     fixture.machine.unregistered(id, "removed", fixture.now);
     assert_eq!(fixture.actions(), []);
-    assert!(fixture.machine.names.is_empty());
+    assert!(fixture.machine.handlers.names().is_empty());
 }
 
 #[test]
