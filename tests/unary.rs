@@ -10,7 +10,7 @@ use p2pd_protocol::pb::p2pd::{
     self, call_unary_response::Result as Reply, persistent_connection_request::Message,
     persistent_connection_response::Message as Answer, request::Type,
 };
-use p2pd_protocol::{framing, UnaryLimits};
+use p2pd_protocol::{framing, Multiaddr, UnaryLimits};
 use p2pd_test_support::fake_daemon::{ok, peer, Connection, FakeDaemon};
 use p2pd_test_support::{
     bare_daemon, begin, endless, eventually, must, pair, pattern, stranger, within, Limit,
@@ -355,8 +355,15 @@ async fn close_fails_pending_calls_and_sends_errors_to_callers_of_handlers() {
 #[tokio::test]
 async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_back() {
     let _limit = Limit::new();
-    let daemon = bare_daemon().spawn().await.unwrap();
-    let control = daemon.control_maddr().clone();
+    // In a directory that is not removed with the first daemon.
+    let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
+    let socket = directory.path().join("control.sock");
+    let control: Multiaddr = format!("/unix{}", socket.display()).parse().unwrap();
+    let daemon = bare_daemon()
+        .control_maddr(control.clone())
+        .spawn()
+        .await
+        .unwrap();
     let far_daemon = bare_daemon().spawn().await.unwrap();
     let far = far_daemon.client().await.unwrap();
     let (handler, mut events) = endless();
@@ -386,10 +393,8 @@ async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_
     let error = client.call_unary(far_daemon.peer_id(), "endless", "").await;
     assert!(matches!(error, Err(Error::Unreachable { .. })));
 
-    // Restart at the same address, whose directory was removed with the first daemon.
-    let path = control.to_string();
-    let path = std::path::Path::new(path.strip_prefix("/unix").unwrap());
-    std::fs::create_dir(path.parent().unwrap()).unwrap();
+    // Restart at the same address.
+    let _ = std::fs::remove_file(&socket);
     let daemon = bare_daemon()
         .control_maddr(control.clone())
         .spawn()
@@ -403,7 +408,6 @@ async fn daemon_death_fails_all_pending_calls_and_a_restart_brings_the_handlers_
     let again = async || Ok(far.call_unary(daemon.peer_id(), "echo", "again").await?);
     assert_eq!(eventually(again).await, "again");
     daemon.shutdown().await;
-    std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
 }
 
 #[test]
