@@ -1,11 +1,10 @@
 //! A control connection: the protocol's exchange over a non-blocking socket. As in `stream`, nothing
 //! waits here; `connector.py` does. As there, errors stay Rust values while the state is locked.
 
-use super::answer;
 use super::channel::{is_unread, READ_BUDGET};
 use super::errors::{self, ConnectionLost};
 use super::pipeline::Pipeline;
-use super::request::PyRequest;
+use super::request::{self, PyRequest};
 use super::socket::{Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
 use super::unary::{Limits as UnaryLimits, PersistentConnection};
@@ -152,7 +151,7 @@ impl ControlConnection {
         Ok(match self.with(Inner::next_value)? {
             None => None,
             Some(Outcome::Reply(value)) => {
-                Some((answer::to_python(py, value)?,).into_pyobject(py)?)
+                Some((request::reply_to_python(py, value)?,).into_pyobject(py)?)
             }
             Some(Outcome::Values(_)) => Some(PyTuple::empty(py)),
             Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
@@ -264,8 +263,8 @@ impl ControlConnection {
     pub fn step(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         Ok(match self.with(Inner::step)? {
             None => None,
-            Some(Outcome::Reply(reply)) => Some(answer::to_python(py, reply)?.unbind()),
-            Some(Outcome::Values(values)) => Some(answer::all_to_python(py, values)?.unbind()),
+            Some(Outcome::Reply(reply)) => Some(request::reply_to_python(py, reply)?.unbind()),
+            Some(Outcome::Values(values)) => Some(request::replies_to_python(py, values)?.unbind()),
             Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
         })
     }

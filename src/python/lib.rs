@@ -7,7 +7,6 @@ use pyo3::prelude::*;
 #[cfg(not(panic = "unwind"))]
 compile_error!("the extension module is to be built with panic = \"unwind\"");
 
-mod answer;
 mod buffer;
 mod bytes_builder;
 mod channel;
@@ -56,7 +55,6 @@ mod _native {
 
     // --- driver ---
     #[pymodule_export]
-    use super::answer::{decode_pubsub_message, decode_stream_info};
     #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
@@ -74,7 +72,7 @@ mod _native {
     #[pymodule_export]
     use super::readiness::Readiness;
     #[pymodule_export]
-    use super::request::PyRequest;
+    use super::request::{decode_pubsub_message, decode_stream_info, PyRequest};
     #[pymodule_export]
     use super::shutdown_guard::_the_end_is_near;
     #[pymodule_export]

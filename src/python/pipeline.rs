@@ -2,12 +2,11 @@
 //! replies. One read brings the replies to many queries, and one write sends the queries that the woken
 //! tasks make next.
 
-use super::answer;
 use super::channel::{is_unread, Channel, Decoder, ReadError, Tail, READ_BUDGET};
 use super::driver::{self, lock, Attempts, Driven, DrivenState, Driver, Registered, Registrations};
 use super::errors::{self, Loss};
 use super::future;
-use super::request::PyRequest;
+use super::request::{self, PyRequest};
 use super::shutdown_guard::enter;
 use super::socket::{Socket, READ_SIZE};
 use super::wake::WakeUp;
@@ -237,7 +236,7 @@ impl Driven for Pipeline {
             return Ok(None);
         };
         let reply = match event {
-            Event::Reply(reply) | Event::Value(reply) => answer::to_python(py, reply),
+            Event::Reply(reply) | Event::Value(reply) => request::reply_to_python(py, reply),
             Event::Refused(message) => Err(errors::refused(py, &message)),
             Event::End => Ok(py.None().into_bound(py)),
             other => Err(errors::from_core(other.unexpected())),
