@@ -18,7 +18,7 @@ from support import BACKENDS, new_directory, until
 
 from p2pclient_rs import DaemonConnector, Stream
 from p2pclient_rs._native import ControlConnection, RawListener, Request
-from p2pclient_rs.loops import Watch, watch
+from p2pclient_rs.readiness import Watch, watch
 
 pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 

@@ -45,7 +45,8 @@ from p2pclient_rs import (
     P2PHandlerError,
     PeerID,
 )
-from p2pclient_rs.loops import AsyncioWatch, _on_readable, _on_writable, on_readable, run_ready
+from p2pclient_rs.driver import on_readable, run_ready
+from p2pclient_rs.readiness import AsyncioWatch, _on_readable, _on_writable
 
 pytestmark = [
     pytest.mark.anyio,

@@ -23,6 +23,7 @@ from p2pclient_rs._native import (
     refusal_kind,
 )
 from p2pclient_rs.dial import dial
+from p2pclient_rs.driver import on_readable, run_ready
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
@@ -31,15 +32,9 @@ from p2pclient_rs.exceptions import (
     ForkedClientError,
     NotSupported,
 )
-from p2pclient_rs.loops import (
-    Reactor,
-    UnlessClosed,
-    current_loop,
-    is_current,
-    on_readable,
-    run_ready,
-)
+from p2pclient_rs.loops import UnlessClosed, current_loop, is_current
 from p2pclient_rs.pool import Pool, PooledConnection
+from p2pclient_rs.reactor import Reactor
 from p2pclient_rs.stream import Stream
 from p2pclient_rs.types import MultiaddrLike, PeerIDLike, Types
 
@@ -300,11 +295,15 @@ class DaemonConnector:
 
     async def _answer(self, request: Request[T]) -> T:
         repeated = False
-        pool = self._recent  # None on trio
-        if request.is_query and pool is not None:
-            # Fast path.
-            pipeline = pool.pipeline
-            if pipeline is None or not (pipeline.in_wake_batch or is_current(self._loop)):
+        if request.is_query:
+            pool = self._recent  # None on trio
+            pipeline = None if pool is None else pool.pipeline
+            # Fast path: no lookup of the running loop.
+            if (
+                pool is None
+                or pipeline is None
+                or not (pipeline.in_wake_batch or is_current(self._loop))
+            ):
                 pool = self._pool()
                 pipeline = pool.pipeline
             if pipeline is None or pipeline.retired:

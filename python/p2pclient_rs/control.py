@@ -33,8 +33,9 @@ from p2pclient_rs.listening import (
     check_same_machine,
     pause,
 )
-from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync, watch
+from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync
 from p2pclient_rs.opened_stream import OpenedStream
+from p2pclient_rs.readiness import watch
 from p2pclient_rs.registration import Registrations
 from p2pclient_rs.stream import Stream
 

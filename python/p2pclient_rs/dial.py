@@ -8,8 +8,8 @@ import anyio
 
 from p2pclient_rs._native import ControlConnection, Multiaddr, endpoint
 from p2pclient_rs.exceptions import DaemonUnreachable, from_os_error
-from p2pclient_rs.loops import watch
 from p2pclient_rs.pool import PooledConnection
+from p2pclient_rs.readiness import watch
 
 __all__ = ["dial", "resolve"]
 

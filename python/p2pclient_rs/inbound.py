@@ -27,7 +27,8 @@ from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import DispatchFailure
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler, logger
 from p2pclient_rs.listening import ListenerStats, Refusals, Start
-from p2pclient_rs.loops import UnlessClosed, current_loop, watch
+from p2pclient_rs.loops import UnlessClosed, current_loop
+from p2pclient_rs.readiness import watch
 from p2pclient_rs.stream import Stream
 
 __all__ = ["InboundStreams"]

@@ -7,7 +7,7 @@ from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from p2pclient_rs._native import PeerID, PersistentConnection
-from p2pclient_rs.loops import Reactor, Work
+from p2pclient_rs.reactor import Reactor, Work
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

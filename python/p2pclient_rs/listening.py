@@ -21,7 +21,9 @@ import anyio
 
 from p2pclient_rs._native import LogThrottle, Multiaddr, RawListener, endpoint
 from p2pclient_rs.exceptions import ControlFailure
-from p2pclient_rs.loops import Work, current_loop, reactor, watch
+from p2pclient_rs.loops import current_loop
+from p2pclient_rs.reactor import Work, reactor
+from p2pclient_rs.readiness import watch
 
 __all__ = ["BackgroundListener", "ListenerStats", "Listening", "PrivateSocket", "Refusals"]
 

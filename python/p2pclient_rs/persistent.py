@@ -23,7 +23,7 @@ from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
 from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, ControlTimeout
 from p2pclient_rs.incoming_calls import IncomingCalls, UnaryHandler
-from p2pclient_rs.loops import Promise, Work, reactor
+from p2pclient_rs.reactor import Future, Work, reactor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -90,7 +90,7 @@ class _Addition:
 class _Operation:
     """An operation of the lifecycle, for the task that waits for it."""
 
-    promise: Promise
+    promise: Future
     name: str | None = None
     addition: _Addition | None = None
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
 
 from p2pclient_rs._native import ConnectionPool, ControlConnection, Pipeline, Request
+from p2pclient_rs.driver import on_readable
 from p2pclient_rs.exceptions import ControlFailure
-from p2pclient_rs.loops import Watch, current_loop, on_readable
+from p2pclient_rs.reactor import Reactor, reactor
+from p2pclient_rs.readiness import Watch
 
 __all__ = ["Pool", "PooledConnection", "send"]
 
@@ -58,30 +59,30 @@ class Pool:
             anyio.Semaphore(max_idle, fast_acquire=True),
             anyio.Semaphore(max_slow, fast_acquire=True),
         )
-        #: For the queries of asyncio's tasks, once there was a connection to spare.
+        #: For queries, once there was a connection to spare.
         self.pipeline: Pipeline | None = None
         #: That one, and those that take no more queries and are not yet closed.
         self._pipelines: list[Pipeline] = []
-        self._pipeline_watch: Watch | None = None
+        #: The reactor of the pipelines. Made with the first, since it keeps the loop alive.
+        self._reactor: Reactor | None = None
         #: Identifies this pool in the tokens of its witnesses.
         self._key = object()
         self._probing = anyio.Lock()
 
     def open_pipeline(self) -> Pipeline | None:
-        """Turns an idle connection into one for queries, on an event loop that runs callbacks."""
+        """Turns an idle connection into one for queries."""
         self.pipeline = None
         self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
-        loop = current_loop()
         # If callers gave up on that many, the next callers wait for a permit.
-        full = len(self._pipelines) >= self._max_idle
-        if full or not isinstance(loop, asyncio.AbstractEventLoop):
+        if len(self._pipelines) >= self._max_idle:
             return None
         connection = self.take()
         if connection is not None:
             connection.watch.close()
-            self.pipeline = connection.raw.take_pipeline(loop, on_readable)
+            if self._reactor is None:
+                self._reactor = reactor()
+            self.pipeline = connection.raw.take_pipeline(self._reactor.event_loop, on_readable)
             self._pipelines.append(self.pipeline)
-            self._pipeline_watch = connection.watch
         return self.pipeline
 
     def choose_witness(self) -> object | None:
@@ -122,5 +123,5 @@ class Pool:
     def __del__(self) -> None:
         for connection in self._idle.close():
             connection.watch.abandon(connection.raw)
-        if self.pipeline is not None and self._pipeline_watch is not None:
-            self._pipeline_watch.abandon(self.pipeline)
+        if self.pipeline is not None and self._reactor is not None:
+            self._reactor.call_from_anywhere(self.pipeline.close)

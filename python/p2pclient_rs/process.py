@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from p2pclient_rs.loops import watch
+from p2pclient_rs.readiness import watch
 
 if TYPE_CHECKING:
     from p2pclient_rs._native import DaemonProcess

@@ -19,7 +19,7 @@ from p2pclient_rs.anyio1 import IncompleteRead, SocketStream
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from p2pclient_rs.loops import Watch
+    from p2pclient_rs.readiness import Watch
 
 __all__ = ["IncompleteRead", "Stream", "StreamAttribute"]
 

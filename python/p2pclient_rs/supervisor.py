@@ -13,8 +13,8 @@ import anyio
 from p2pclient_rs._native import Reconnection, Supervision
 from p2pclient_rs.client import Client
 from p2pclient_rs.exceptions import ControlFailure, DaemonStartError
-from p2pclient_rs.loops import reactor
 from p2pclient_rs.process import poll_exit, wait_exit
+from p2pclient_rs.reactor import reactor
 from p2pclient_rs.startup import ready, reason
 
 if TYPE_CHECKING:

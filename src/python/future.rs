@@ -38,6 +38,12 @@ pub fn complete(
     Ok(wake_up)
 }
 
+/// Keeps asyncio from reporting the exception of a completed future that nobody awaits any more.
+pub fn mark_retrieved(future: &Bound<'_, PyAny>) {
+    // Fails only if the future was cancelled.
+    let _ = future.call_method0(intern!(future.py(), "exception"));
+}
+
 /// Appends what `complete` returned to `ready`. An error is reported and does not stop the batch.
 pub fn push(ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
     let pushed = match completed {

@@ -185,6 +185,8 @@ impl Readiness {
             }
             if let Some((_, future)) = answering {
                 future::complete(future.bind(py), Err(closed()), false)?;
+                // The garbage collector may have closed the coroutine that awaited it.
+                future::mark_retrieved(future.bind(py));
             }
         }
         Ok(())

@@ -30,7 +30,7 @@ from p2pclient_rs.compat.values import (
 )
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.listening import Start
-from p2pclient_rs.loops import reactor
+from p2pclient_rs.reactor import reactor
 from p2pclient_rs.stream import Stream
 from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 

@@ -1,0 +1,270 @@
+"""An event loop as something that calls back: for connections that are served without a task that
+waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any, Protocol
+
+from p2pclient_rs.loops import call_in_its_thread, current_loop
+
+__all__ = ["Future", "Reactor", "Work", "reactor"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+
+class Future(Protocol):
+    """Something to await that is set from outside, once."""
+
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, exception: Any, /) -> None: ...
+    def done(self) -> bool: ...
+    def __await__(self) -> Generator[Any, None, Any]: ...
+
+
+class Work(Protocol):
+    """A task of its own, which can be cancelled."""
+
+    def cancel(self) -> object: ...
+
+
+class Reactor(Protocol):
+    """An event loop as something that calls back, for what is served without a task that waits."""
+
+    @property
+    def event_loop(self) -> Any:
+        """What the native drivers call: asyncio's loop, or this, which has the same methods."""
+
+    def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
+    def remove_reader(self, fd: int, /) -> object: ...
+    def add_writer(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
+    def remove_writer(self, fd: int, /) -> object: ...
+    def call_soon(self, callback: Callable[[], object], /) -> object: ...
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
+
+    def create_future(self) -> Future:
+        """Something new to wait for."""
+
+    def is_closed(self) -> bool:
+        """Whether the loop is no more."""
+
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
+        """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        """Calls back when work that was cancelled has ended, if it may never have begun."""
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        """Calls back in the loop's thread, now or soon; here and now if the loop has stopped, or in
+        a forked child."""
+
+
+def reactor() -> Reactor:
+    """The running event loop.
+
+    Raises:
+        RuntimeError: None is running.
+    """
+    loop = current_loop()
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return AsyncioReactor(loop)
+    return TrioReactor(loop)
+
+
+class AsyncioReactor:
+    """An asyncio or uvloop loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.event_loop: asyncio.AbstractEventLoop = loop
+        self._pid = os.getpid()
+        self.add_reader: Callable[..., None] = loop.add_reader
+        self.remove_reader: Callable[[int], bool] = loop.remove_reader
+        self.add_writer: Callable[..., None] = loop.add_writer
+        self.remove_writer: Callable[[int], bool] = loop.remove_writer
+        self.call_soon: Callable[..., object] = loop.call_soon
+        self.call_later: Callable[..., object] = loop.call_later
+        self.create_future: Callable[[], Future] = loop.create_future
+        self.is_closed: Callable[[], bool] = loop.is_closed
+
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
+        loop = self._loop
+        if loop.get_task_factory() is not None or sys.version_info < (3, 11):
+            # A new task copies the context that it is made in.
+            return context.run(loop.create_task, work)
+        # As the loop would do it, without the detour.
+        if sys.version_info >= (3, 12):
+            # It ends here and now if it can, which is 1 us less than another turn of the loop.
+            return asyncio.Task(work, loop=loop, context=context.copy(), eager_start=True)
+        return asyncio.Task(work, loop=loop, context=context.copy())
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        work.add_done_callback(lambda _: callback())
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        if os.getpid() != self._pid:
+            callback()
+        else:
+            call_in_its_thread(self._loop, callback)
+
+
+class TrioReactor:
+    """A trio run. Each callback has a system task, which waits for its descriptor.
+
+    The tasks end with the run, and complete no futures then: nobody is left to await them.
+    """
+
+    def __init__(self, token: Any) -> None:
+        import trio
+
+        from p2pclient_rs.trio_future import TrioFuture
+
+        self.event_loop: TrioReactor = self
+        self.create_future: Callable[[], Future] = TrioFuture
+        self._trio: Any = trio  # typed as it is, whatever stubs of an older trio are installed
+        # Weak, since a pool belongs to the token: it would live as long as itself.
+        self._token = weakref.ref(token)
+        self._pid = os.getpid()
+        self._scopes: dict[tuple[int, str], Any] = {}
+        #: Whether a system task is in a callback, after which it makes these calls.
+        self._in_callback = False
+        self._soon: list[Callable[[], object]] = []
+
+    def is_closed(self) -> bool:
+        token = self._token()
+        if token is None:
+            return True
+        try:
+            token.run_sync_soon(_nothing, idempotent=True)
+        except self._trio.RunFinishedError:
+            return True
+        return False
+
+    def add_reader(self, fd: int, callback: Callable[..., object], *args: Any) -> None:
+        self._add(fd, "wait_readable", callback, args)
+
+    def remove_reader(self, fd: int) -> None:
+        self._remove(fd, "wait_readable")
+
+    def add_writer(self, fd: int, callback: Callable[..., object], *args: Any) -> None:
+        self._add(fd, "wait_writable", callback, args)
+
+    def remove_writer(self, fd: int) -> None:
+        self._remove(fd, "wait_writable")
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        if self._in_callback:
+            self._soon.append(callback)
+        else:
+            token = self._token()
+            if token is not None:
+                token.run_sync_soon(_log_errors, callback)
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> None:
+        async def run() -> None:
+            await self._trio.sleep(delay)
+            _log_errors(callback)
+
+        if self._trio.lowlevel.in_trio_run():
+            self._trio.lowlevel.spawn_system_task(run)
+
+    def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
+        scope = self._trio.CancelScope()
+
+        async def run() -> None:
+            try:
+                with scope:
+                    await work
+            except Exception:
+                # What is left of a group with Cancelled in it: it must not end the whole run.
+                logger.exception("a handler failed when it was cancelled")
+
+        self._trio.lowlevel.spawn_system_task(run, context=context.copy())
+        return _TrioWork(scope)
+
+    def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
+        pass  # it always begins, and ends by itself
+
+    def call_from_anywhere(self, callback: Callable[[], object]) -> None:
+        lowlevel, token = self._trio.lowlevel, self._token()
+        if (
+            token is None
+            or os.getpid() != self._pid
+            or (lowlevel.in_trio_run() and lowlevel.current_trio_token() is token)
+        ):
+            callback()
+            return
+        try:
+            token.run_sync_soon(callback)
+        except self._trio.RunFinishedError:
+            callback()
+
+    def _add(
+        self, fd: int, wait: str, callback: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
+        scope = self._scopes[fd, wait] = self._trio.CancelScope()
+        spawn = self._trio.lowlevel.spawn_system_task
+        spawn(self._call_back, scope, getattr(self._trio.lowlevel, wait), fd, callback, args)
+
+    def _remove(self, fd: int, wait: str) -> None:
+        scope = self._scopes.pop((fd, wait), None)
+        if scope is not None:
+            # Takes the task off the descriptor at once, so that another can wait for it.
+            scope.cancel()
+
+    async def _call_back(
+        self,
+        scope: Any,
+        wait: Callable[[int], Any],
+        fd: int,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+    ) -> None:
+        try:
+            with scope:
+                while not scope.cancel_called:
+                    await wait(fd)
+                    self._in_callback = True
+                    try:
+                        _log_errors(callback, *args)
+                    finally:
+                        self._in_callback = False
+                    if self._soon:
+                        await self._call_soon()
+        except self._trio.ClosedResourceError:
+            pass
+
+    async def _call_soon(self) -> None:
+        # The tasks that were woken run in the next batch of trio's scheduler, in random order with
+        # this one: the batch after that is certainly behind them.
+        for _ in range(2):
+            await self._trio.lowlevel.cancel_shielded_checkpoint()
+        soon, self._soon = self._soon, []
+        for callback in soon:
+            _log_errors(callback)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _log_errors(callback: Callable[..., object], *args: Any) -> None:
+    # An exception in a system task would end the run.
+    try:
+        callback(*args)
+    except Exception:
+        logger.exception("a callback failed")
+
+
+class _TrioWork:
+    def __init__(self, scope: Any) -> None:
+        self._scope = scope
+
+    def cancel(self) -> None:
+        self._scope.cancel()
