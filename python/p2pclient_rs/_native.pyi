@@ -136,13 +136,14 @@ _ConnectionT = TypeVar("_ConnectionT", bound=tuple[ControlConnection, object])
 _Address: TypeAlias = str | tuple[str, int]
 
 def endpoint(addr: MultiaddrLike) -> tuple[str, str, int]:
-    """Where a control or listen address points: ("unix", path, 0) or (kind, host, port)."""
+    """Returns the endpoint of a control or listen address: ("unix", path, 0) or
+    (kind, host, port)."""
 
 def decode_stream_info(frame: bytes) -> StreamInfo:
-    """Reads the message that begins an inbound stream."""
+    """Decodes the header of an inbound stream."""
 
 def decode_pubsub_message(frame: bytes) -> PubsubMessage:
-    """Reads a message of a subscription."""
+    """Decodes a message of a subscription."""
 
 @final
 class Request(Generic[_ReplyT]):
@@ -202,7 +203,7 @@ class Request(Generic[_ReplyT]):
     @staticmethod
     def connmgr_trim() -> Request[None]: ...
     @staticmethod
-    def peerstore_is_there() -> Request[None]: ...
+    def peerstore_probe() -> Request[None]: ...
     @staticmethod
     def peerstore_get_protocols(peer: PeerIDLike) -> Request[tuple[str, ...]]: ...
     @staticmethod

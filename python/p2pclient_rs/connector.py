@@ -185,7 +185,7 @@ class DaemonConnector:
     async def _peerstore(self, request: Request[T]) -> T:
         # hivemind's daemon would take it for another request, and could end from that.
         try:
-            await self._exchange(Request.peerstore_is_there())
+            await self._exchange(Request.peerstore_probe())
         except DaemonRefused as error:
             if not isinstance(_precise(error), NotSupported):
                 raise

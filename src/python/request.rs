@@ -29,7 +29,7 @@ impl PyRequest {
         Permit::of(&self.0) as usize
     }
 
-    /// Whether it only asks what the daemon knows: such requests may follow each other.
+    /// Whether the daemon answers it from what it knows: such requests may be pipelined.
     #[getter]
     fn is_query(&self) -> bool {
         self.0.answered() == Answered::AtOnce
@@ -190,7 +190,7 @@ impl PyRequest {
     }
 
     #[staticmethod]
-    fn peerstore_is_there() -> Self {
+    fn peerstore_probe() -> Self {
         peerstore::Probe.into()
     }
 
@@ -234,7 +234,7 @@ impl<R: Typed> From<R> for PyRequest {
     }
 }
 
-/// A timeout; what is no length of time at all is a ValueError.
+/// A timeout in seconds. Negative numbers and NaN are a ValueError.
 fn seconds(timeout: Option<f64>) -> PyResult<Option<Duration>> {
     let Some(seconds) = timeout else {
         return Ok(None);
@@ -289,14 +289,14 @@ pub fn replies_to_python(py: Python<'_>, replies: Vec<Reply>) -> PyResult<Bound<
     Ok(PyTuple::new(py, replies.collect::<PyResult<Vec<_>>>()?)?.into_any())
 }
 
-/// Reads the message that begins an inbound stream.
+/// Decodes the header of an inbound stream.
 #[pyfunction]
 pub fn decode_stream_info(frame: &[u8]) -> PyResult<PyStreamInfo> {
     let info = streams::decode_stream_info(frame).map_err(errors::from_core)?;
     Ok(stream_info(info))
 }
 
-/// Reads a message of a subscription.
+/// Decodes a message of a subscription.
 #[pyfunction]
 pub fn decode_pubsub_message(frame: &[u8]) -> PyResult<PyPubsubMessage> {
     let message = pubsub::decode_message(frame).map_err(errors::from_core)?;
