@@ -1,29 +1,38 @@
-"""The exceptions of the package: who failed, at what, and in whose words.
+"""The exceptions of the package. The class says who failed, and when.
 
     P2PDaemonError
     ├── ControlFailure              a request to the daemon failed
-    │   ├── DaemonRefused           the daemon answered with an error
-    │   │   └── NotSupported        … because it cannot do this at all
+    │   ├── DaemonRefused           the daemon replied with an error
+    │   │   └── NotSupported        … because it does not support the request
     │   ├── DaemonUnreachable       no connection to the control socket (an OSError)
-    │   ├── ConnectionLost          the connection ended before the answer (an OSError)
-    │   ├── ControlTimeout          no answer in time (a TimeoutError)
-    │   ├── ProtocolViolation       the daemon sent what the protocol does not allow
+    │   ├── ConnectionLost          the connection ended before the reply (an OSError)
+    │   ├── ControlTimeout          no reply in time (a TimeoutError)
+    │   ├── ProtocolViolation       the daemon violated the protocol
     │   ├── MessageTooLarge         a sent or received message exceeds the limit
     │   └── ForkedClientError       a client was used in a forked child of its process
-    ├── DispatchFailure             an inbound stream could not be given to a handler
-    └── DaemonStartError            a daemon process did not come up (an OSError, if the operating
+    ├── DispatchFailure             an inbound stream could not be passed to a handler
+    └── DaemonStartError            a daemon process did not start (an OSError, if the operating
         │                           system refused something: a PermissionError, …)
-        └── DaemonNotFound          … for there is no binary to run (a FileNotFoundError)
+        └── DaemonNotFound          … because there is no binary (a FileNotFoundError)
     P2PHandlerError                 a peer's unary handler failed, not the daemon
 
-Those that an error of the operating system caused have its ``errno``, ``strerror`` and
-``filename``, and are instances of the built-in class for that number, too:
-``except FileNotFoundError`` and ``except ConnectionRefusedError`` catch a ``DaemonUnreachable``,
-``except ConnectionResetError`` and ``except BrokenPipeError`` a ``ConnectionLost``, each where that
-is what happened.
+An exception with an operating-system error behind it has the ``errno``, ``strerror`` and
+``filename`` of that error, and is also an instance of the built-in class for the number. So
+``except FileNotFoundError`` or ``except ConnectionRefusedError`` catches a ``DaemonUnreachable``
+with that cause, and ``except BrokenPipeError`` such a ``ConnectionLost``.
 
-All can be pickled and copied. Attributes live in the instance's ``__dict__``, and ``args`` is the
-message alone.
+All exceptions can be pickled and copied. Attributes are in the instance's ``__dict__``, and
+``args`` is the message alone.
+
+Example:
+    try:
+        await client.connect(peer_id, ["/ip4/127.0.0.1/tcp/1"], timeout=5)
+    except DaemonRefused as error:
+        print("refused:", error.daemon_message)
+    except ControlTimeout:
+        print("no reply in time")
+    except ControlFailure as error:
+        print(error.request, "failed:", error)
 """
 
 from __future__ import annotations
@@ -70,7 +79,7 @@ __all__ = [
 
 
 class P2PDaemonError(Exception):
-    """The base of every exception this package defines, but ``P2PHandlerError``."""
+    """The base class of all exceptions of this package but ``P2PHandlerError``."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return rebuild, parts(self)
@@ -79,7 +88,7 @@ class P2PDaemonError(Exception):
 #: The classes made by `combined`, by its arguments.
 _COMBINED: dict[tuple[type[Exception], tuple[type[Exception], ...]], type[Exception]] = {}
 
-#: What an OSError has besides its arguments.
+#: The attributes of an OSError besides its arguments.
 _OS_FIELDS = "errno", "strerror", "filename", "filename2"
 
 E = TypeVar("E", bound="ControlFailure")
@@ -89,11 +98,11 @@ class ControlFailure(P2PDaemonError):
     """A request to the daemon failed. The subclass says at what point.
 
     Args:
-        message: What went wrong, without the context given by the other arguments.
-        request: The request's name in the protocol, as ``"CONNECT"`` or ``"DHT GET_VALUE"``.
-        peer_id: The peer the request was about.
-        protocol: The protocol id the request was about, or several separated by commas.
-        daemon_message: The daemon's own words.
+        message: What went wrong, without the context in the other arguments.
+        request: The request's name in the protocol, such as ``"CONNECT"`` or ``"DHT GET_VALUE"``.
+        peer_id: The peer that the request was about.
+        protocol: The protocol id that the request was about, or several separated by commas.
+        daemon_message: The daemon's error message.
     """
 
     request: str | None
@@ -102,7 +111,7 @@ class ControlFailure(P2PDaemonError):
     daemon_message: str | None
     #: Whether its text is the message alone, for hivemind, whose users compare that.
     _terse: bool = False
-    #: For a class made by `combined`: its arguments.
+    #: In a class made by `combined`: the arguments of that.
     _made_of: tuple[type[Exception], tuple[type[Exception], ...]] | None = None
 
     def __init__(
@@ -140,16 +149,16 @@ class ControlFailure(P2PDaemonError):
         return f"{text} ({context})" if text else context
 
     def __repr__(self) -> str:
-        # Programs log it, and hivemind sends it to callers: with the daemon's words.
+        # Programs log it and hivemind sends it to callers, so it includes the daemon's message.
         return f"{type(self).__name__}({str(self)!r})"
 
 
 def combined(kind: type[Exception], also: tuple[type[Exception], ...]) -> type[Exception]:
-    """Returns the subclass of ``kind`` and of all of ``also``, which has the name of ``kind``.
+    """Returns a subclass of ``kind`` and of all of ``also``, with the name of ``kind``.
 
     Args:
         kind: A class of this package.
-        also: Built-in classes; those of which ``kind`` is a subclass already are ignored.
+        also: Built-in classes. Base classes of ``kind`` are ignored.
     """
     also = tuple(base for base in also if not issubclass(kind, base))
     if not also:
@@ -162,7 +171,7 @@ def combined(kind: type[Exception], also: tuple[type[Exception], ...]) -> type[E
             "__doc__": kind.__doc__,
             "_made_of": (kind, also),
         }
-        # Another thread may have made it meanwhile: all use the same one.
+        # Another thread may have made the class meanwhile; all threads use the same one.
         made = _COMBINED.setdefault((kind, also), type(kind.__name__, (kind, *also), namespace))
     return made
 
@@ -176,16 +185,16 @@ def with_errno(
     filename: str | None = None,
     also: tuple[type[Exception], ...] = (),
 ) -> E:
-    """Makes an exception of ours that an operating-system error caused.
+    """Creates an exception of this package for an operating-system error.
 
     Args:
         kind: The class, a subclass of OSError.
         message: The message.
-        number: The ``errno``; with it the result is an instance of the built-in class for that
-            number, too, as FileNotFoundError for ENOENT.
-        strerror: The words for it; the system's if none.
-        filename: The path it was about.
-        also: More base classes for the result.
+        number: The ``errno``. The result is also an instance of the built-in class for it, for
+            example FileNotFoundError for ENOENT.
+        strerror: The text for the number; the system's by default.
+        filename: The path that the error is about.
+        also: More base classes of the result.
     """
     if number is not None:
         also = (type(OSError(number, "")), *also)
@@ -200,8 +209,8 @@ def with_errno(
 
 
 def from_os_error(kind: type[E], message: str, cause: OSError, filename: str | None = None) -> E:
-    """As ``with_errno``, with the number, words, class and file name of ``cause``."""
-    # The numbers of a failed name resolution are others, which no built-in class stands for.
+    """Creates an exception with the number, text, class and file name of ``cause``."""
+    # Name resolution has numbers of its own, without built-in classes.
     if isinstance(cause, (socket.gaierror, socket.herror)):
         error = with_errno(kind, message, None, strerror=cause.strerror, also=(type(cause),))
         error.errno = cause.errno  # type: ignore[attr-defined]
@@ -211,15 +220,15 @@ def from_os_error(kind: type[E], message: str, cause: OSError, filename: str | N
 
 
 def connection_lost(message: str, number: int | None = None) -> ConnectionLost:
-    """Makes a ``ConnectionLost`` with an ``errno``; ECONNRESET if none."""
+    """Creates a ``ConnectionLost`` with an ``errno``; the default is ECONNRESET."""
     return with_errno(ConnectionLost, message, number)
 
 
 def parts(error: Exception) -> tuple[Any, ...]:
-    """The arguments with which ``rebuild`` makes a copy of ``error``.
+    """Returns the arguments with which ``rebuild`` creates a copy of ``error``.
 
-    A combined class cannot be pickled by its name, which is the other's, and neither can an errno
-    that is not in ``args``.
+    Pickle finds a class by its name, but a combined class has the name of another, and pickle
+    drops an ``errno`` that is not in ``args``.
     """
     kind, also = getattr(error, "_made_of", None) or (type(error), ())
     fields = tuple(getattr(error, name, None) for name in _OS_FIELDS)
@@ -233,7 +242,7 @@ def rebuild(
     fields: tuple[object, ...],
     attributes: dict[str, Any],
 ) -> Exception:
-    """An exception from its ``parts``."""
+    """Creates an exception from its ``parts``."""
     error = combined(kind, also)(*args)
     for name, value in zip(_OS_FIELDS, fields, strict=True):
         if value is not None:
@@ -243,34 +252,37 @@ def rebuild(
 
 
 class DaemonRefused(ControlFailure):
-    """The daemon answered with an error; its words are in ``daemon_message``."""
+    """The daemon replied with an error; ``daemon_message`` is its message."""
 
 
 class NotSupported(DaemonRefused):
-    """This daemon cannot do what was asked: another kind, an older version, or not switched on."""
+    """This daemon does not support the request: it is another kind of daemon or an older version,
+    or the feature is off."""
 
 
 class DaemonUnreachable(ControlFailure, ConnectionError):
-    """No connection to the daemon's control socket could be made: nothing was sent.
+    """The client could not connect to the daemon's control socket: nothing was sent.
 
-    It is an instance of the built-in class for its ``errno``, too: FileNotFoundError if there is no
-    socket, ConnectionRefusedError if nothing listens at it, PermissionError, ``socket.gaierror``.
+    It is also an instance of the built-in class for its ``errno``: FileNotFoundError if there is no
+    socket, ConnectionRefusedError if no daemon listens on it, PermissionError, or
+    ``socket.gaierror``.
     """
 
-    #: The message without what to do about it, for those who say that themselves.
+    #: The message without the hint, for callers that add a hint of their own.
     _without_hint: str | None = None
 
 
 class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
-    """The control connection ended before the answer: the request may have been carried out.
+    """The control connection ended before the reply: the daemon may have executed the request.
 
-    It is a ConnectionResetError and an EOFError, and the ``errno`` is ECONNRESET, unless the
-    operating system gave another: then it is an instance of the built-in class for that, too, as
-    BrokenPipeError.
+    It is a ConnectionResetError and an EOFError. The ``errno`` is ECONNRESET unless the operating
+    system reported another one; then it is also an instance of the built-in class for that, for
+    example BrokenPipeError.
 
     Attributes:
-        unexecuted: It cannot have been: the daemon did not read the whole request.
-        mid_answer: The answer had begun to come.
+        unexecuted: Whether the daemon cannot have executed the request, because it did not read all
+            of it.
+        mid_answer: Whether a part of the reply had arrived.
     """
 
     unexecuted: bool = False
@@ -285,7 +297,7 @@ class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):
 
 
 class ControlTimeout(ControlFailure, TimeoutError):
-    """The daemon did not answer in time: the request may have been carried out."""
+    """The daemon did not reply in time: it may have executed the request."""
 
     errno: int | None
     strerror: str | None
@@ -296,18 +308,18 @@ class ControlTimeout(ControlFailure, TimeoutError):
 
 
 class ProtocolViolation(ControlFailure):
-    """The daemon sent something that the control protocol does not allow."""
+    """The daemon violated the control protocol."""
 
 
 class MessageTooLarge(ControlFailure):
-    """A message exceeds a limit. Only this call fails: the connection stays usable.
+    """A message exceeds a limit. Only this call fails; the connection stays usable.
 
-    A request over the limit was not sent. A reply over the limit was skipped: the handler ran.
+    A request over the limit was not sent. A reply over the limit was skipped, but the handler ran.
 
     Attributes:
         size: The size of the message, in bytes.
         limit: The limit, in bytes; None if there was no memory for the message.
-        received: Whether it is a reply. If not, nothing was sent.
+        received: Whether the message is a reply. Otherwise nothing was sent.
     """
 
     size: int | None = None
@@ -316,18 +328,18 @@ class MessageTooLarge(ControlFailure):
 
 
 class ForkedClientError(ControlFailure):
-    """A client was used in a forked child of the process that made it; make a new one there."""
+    """A client was used in a forked child of its process. Create a new one in the child."""
 
 
 class P2PHandlerError(Exception):
-    """A unary handler failed at the peer that was called: no fault of a daemon, and, as in
-    hivemind, no ``P2PDaemonError``.
+    """A unary handler failed at the called peer. The daemons are not at fault, so this is no
+    ``P2PDaemonError``, as in hivemind.
 
     Args:
-        message: What the peer says of it: with this package's handlers, and hivemind's, the
-            ``repr`` of what the handler raised.
-        peer_id: The peer that was called.
-        protocol: The handler's name.
+        message: The peer's message. Handlers of this package and of hivemind send the ``repr`` of
+            the exception.
+        peer_id: The called peer.
+        protocol: The name of the handler.
     """
 
     peer_id: PeerID | None
@@ -346,25 +358,25 @@ class P2PHandlerError(Exception):
 
 
 class DispatchFailure(P2PDaemonError):
-    """A stream the daemon handed over could not be given to a handler."""
+    """An inbound stream could not be passed to a handler."""
 
 
 class DaemonStartError(P2PDaemonError):
-    """A daemon process could not be started, died, or did not answer in time.
+    """A daemon process could not be started, died, or did not reply in time.
 
-    If the operating system refused something that the start needs, this is also an instance of
-    the built-in class for that: ``except PermissionError`` catches it.
+    If the operating system refused something that the start needs, this is also an instance of the
+    built-in class for that, so ``except PermissionError`` catches it.
 
     Args:
         message: What happened.
         command: The command line.
-        returncode: The exit status, negative for a signal; None if it never ran or was still
-            running.
+        returncode: The exit status, negative for a signal; None if the daemon never ran or was
+            still running.
         logs: The last lines of the daemon's output.
-        cause: The cause in one line, where it can be told. Names the file or the operation that
-            the operating system refused.
-        hint: What to do about it, in one line, where that can be told.
-        errno: The operating system's number of the error, if it refused something.
+        cause: The cause in one line, if it is known. It names the file or the operation that the
+            operating system refused.
+        hint: A fix in one line, if one is known.
+        errno: The number of the operating-system error, if there was one.
     """
 
     command: list[str]
@@ -407,7 +419,7 @@ class DaemonStartError(P2PDaemonError):
 
     @staticmethod
     def _of_errno(number: int | None) -> type[DaemonStartError]:
-        """Returns the class for an error of the operating system; this one without a number."""
+        """Returns the class for an operating-system error; this class if there is no number."""
         also = () if number is None else (type(OSError(number, "")),)
         return cast("type[DaemonStartError]", combined(DaemonStartError, also))
 
@@ -416,9 +428,9 @@ class DaemonNotFound(DaemonStartError, FileNotFoundError):
     """There is no daemon binary to run.
 
     Args:
-        message: What was wanted.
-        looked_at: Every place looked at, each with the reason it would not do.
-        hint: What to do about it, in one line.
+        message: What was searched for.
+        looked_at: All places searched, each with the reason why it was rejected.
+        hint: A fix in one line.
     """
 
     looked_at: list[str]
