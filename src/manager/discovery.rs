@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn each_source_gives_way_to_those_before_it() {
+    fn prefers_earlier_sources() {
         let dir = Dir::new("order");
         let [argument, variable] = ["argument", "variable"].map(|name| dir.file(name, 0o755));
         let in_path = dir.file("bin/p2pd", 0o755);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_name_is_looked_up_in_path() {
+    fn searches_path_for_a_bare_name() {
         let dir = Dir::new("bare");
         let js = dir.file("jsp2pd", 0o755);
         let search = Search {
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_wish_is_not_replaced_by_another_daemon() {
+    fn does_not_replace_a_wrong_choice_by_another_daemon() {
         let dir = Dir::new("wish");
         dir.file("p2pd", 0o755);
         let missing = dir.0.join("missing");
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_names_every_place_and_what_is_wrong_with_it() {
+    fn error_names_every_place_and_its_problem() {
         let dir = Dir::new("reasons");
         let plain = dir.file("plain/p2pd", 0o644);
         let directory = dir.0.join("directory/p2pd");
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn with_nothing_to_look_through_it_says_so() {
+    fn says_if_there_is_nothing_to_search() {
         let expected = [
             "P2PD_PATH: not set",
             "PATH: no p2pd",

@@ -1,9 +1,9 @@
-//! A daemon's process, its files, and the watchdog that clears up after it. Knows no event loop:
-//! nothing here waits, except [`Process::destroy`], for killed processes and up to a limit.
+//! A daemon's process, its files, and the watchdog that cleans up after it. It needs no event loop:
+//! nothing here waits, except [`Process::destroy`], which waits for killed processes up to a limit.
 //!
-//! The daemon's sockets and its output are in a private directory, and whatever becomes of this
-//! process, neither the daemon nor that directory outlives it. That is so on unix; on Windows a
-//! daemon outlives a process that is killed.
+//! The daemon's sockets and log are in a private directory. On unix, neither the daemon nor that
+//! directory outlives this process, however it ends. On Windows, the daemon outlives a process that
+//! is killed.
 
 #[cfg(unix)]
 mod child;
@@ -47,12 +47,13 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The name of a client's socket, at its longest.
+/// The longest name of a client's socket.
 const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
+
 /// A daemon's process and its files.
 ///
-/// It belongs to the process that made it: in a forked child nothing is signalled, reaped or
-/// removed, and no lock is waited for, which another thread of the parent may have held.
+/// It belongs to the process that created it. In a forked child, methods do not signal, reap or
+/// remove anything, and do not wait for locks, which another thread of the parent may have held.
 ///
 /// ```no_run
 /// use p2pd_manager::process::Process;
@@ -61,7 +62,7 @@ const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
 /// let process = Process::prepare("/usr/bin/p2pd".into(), &DaemonOptions::default(), None)?;
 /// process.spawn()?;
 /// println!("process {:?} will be at {}", process.pid(), process.control());
-/// // … talk to it, and ask `poll` from time to time whether it is still there.
+/// // … talk to it, and call `poll` from time to time to see whether it still runs.
 /// process.destroy();
 /// # Ok::<(), p2pd_manager::DaemonError>(())
 /// ```
@@ -74,18 +75,18 @@ pub struct Process {
     owner: u32,
     directory: PathBuf,
     log: Log,
-    /// The control socket, if that is a file outside the directory that was not there before.
+    /// The control socket, if it is a file outside the directory and did not exist before.
     socket: Option<PathBuf>,
     clients: AtomicU64,
-    /// Of the last run; 0 before the first.
+    /// The process id of the last run; 0 before the first.
     pid: AtomicU32,
-    /// Where the output of the last run begins in the log.
+    /// Position in the log at which the output of the last run begins.
     begun: AtomicU64,
     /// Whether a supervisor starts it again when it ends.
     supervised: AtomicBool,
-    /// Whether nothing is left of it.
+    /// Whether the shutdown is complete.
     destroyed: AtomicBool,
-    /// Held for no longer than it takes to look.
+    /// Never held while waiting.
     run: Mutex<Run>,
     /// Held for one step of the shutdown, and while the daemon is spawned.
     shutdown: Mutex<Shutdown>,
@@ -94,14 +95,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// Makes everything a daemon with these options needs, and its command line. Its private
-    /// directory is made in `parent`, or where temporary files go.
+    /// Creates the private directory, starts the watchdog, and chooses addresses and ports.
     ///
-    /// `binary` is a path, for a name is not looked for in `PATH`: that is what
-    /// [`find`](super::find) does.
+    /// `binary` is a path; [`find`](super::find) searches `PATH`. The directory is created in
+    /// `parent`, by default in the system's directory for temporary files.
     ///
     /// # Errors
-    /// The options are wrong, or something could not be made: the [`StartError`] names it.
+    /// The options are invalid, or the operating system refused something; the [`StartError`] says
+    /// what.
     pub fn prepare(
         binary: PathBuf,
         options: &DaemonOptions,
@@ -145,12 +146,12 @@ impl Process {
         };
         let socket = socket.filter(|path| {
             #[cfg(unix)]
-            // If it cannot be removed, the daemon will say what is wrong with it.
+            // If this fails, the daemon reports what is wrong with the file.
             let _ = p2pd_sockets::remove_stale(path);
             path.symlink_metadata().is_err()
         });
         #[cfg(unix)]
-        // Before the daemon, so that there is no time at which nobody would clear up.
+        // Before the daemon, so that something always cleans up after it.
         let watchdog = Watchdog::start([Some(directory.path()), socket.as_deref()], watchdog)
             .map_err(StartError::not_prepared)?;
         let directory = directory.keep();
@@ -175,14 +176,14 @@ impl Process {
         })
     }
 
-    /// The same daemon, in a process and a directory of its own, but for the bootstrap peers, to
-    /// which it does not connect: those can be asked what is wrong with them.
+    /// A second daemon with the same options that does not connect to the bootstrap peers, to find
+    /// out why each of them is unreachable.
     #[doc(hidden)]
     pub fn without_bootstrap(&self) -> Result<Self, DaemonError> {
         let options = DaemonOptions {
             bootstrap: Bootstrap::Background,
             restart: 0,
-            // Nobody but who asks is to talk to it.
+            // Only the caller connects to it.
             control: None,
             ..self.options.clone()
         };
@@ -228,10 +229,10 @@ impl Process {
         self.ended() || !supervised && self.poll().is_some()
     }
 
-    /// Runs the daemon; again, if it has ended.
+    /// Spawns the daemon, for the first time or after it has ended.
     ///
     /// # Errors
-    /// It cannot be executed, is running, or was destroyed.
+    /// The binary cannot be executed, or the daemon is running or was destroyed.
     pub fn spawn(&self) -> Result<(), StartError> {
         let refused = |why: &str| StartError::not_run(self.command(), io::Error::other(why));
         if !self.owned() {
@@ -250,7 +251,7 @@ impl Process {
             return Err(refused("it is running"));
         }
         #[cfg(unix)]
-        // It may have died without removing it.
+        // The last run may have died without removing its socket.
         if let (true, Ok(Endpoint::Unix(path))) = (ran, self.control.endpoint()) {
             let _ = p2pd_sockets::remove_stale(Path::new(&path));
         }
@@ -268,7 +269,7 @@ impl Process {
         Ok(())
     }
 
-    /// The command line.
+    /// The binary and its arguments.
     pub fn command(&self) -> Vec<String> {
         let binary = self.binary.display().to_string();
         std::iter::once(binary)
@@ -276,55 +277,55 @@ impl Process {
             .collect()
     }
 
-    /// Where the daemon is to serve the control protocol.
+    /// The address at which the daemon serves the control protocol.
     pub fn control(&self) -> &Multiaddr {
         &self.control
     }
 
-    /// A new address for a client of the daemon to listen at, in the private directory.
+    /// A new address at which a client can listen for inbound streams, in the private directory.
     pub fn listen_maddr(&self) -> Multiaddr {
         if cfg!(not(unix)) {
             return loopback();
         }
-        // The process id, for a forked child counts from the same number as its parent.
+        // With the process id, since a forked child continues its parent's count.
         let number = self.clients.fetch_add(1, Ordering::Relaxed);
         let name = format!("client-{}-{number}.sock", std::process::id());
         unix_maddr(&self.directory.join(name))
     }
 
-    /// The file with the daemon's newest output, at most a MiB; the file with `.1` added to its
-    /// name has up to a MiB more, from before. They go with [`destroy`](Self::destroy).
+    /// The file with the daemon's newest output, at most 1 MiB. A second file, with `.1` added to
+    /// the name, has up to 1 MiB of older output. [`destroy`](Self::destroy) removes both.
     pub fn log(&self) -> &Path {
         self.log.path()
     }
 
-    /// The daemon's process id, which on unix is its process group's too; none before it ran.
+    /// The daemon's process id, on unix also the id of its process group; none before it ran.
     pub fn pid(&self) -> Option<u32> {
         Some(self.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
     }
 
-    /// Whether this is the process that started the daemon.
+    /// Whether this process created it; false in a forked child.
     #[doc(hidden)]
     pub fn owned(&self) -> bool {
         self.owner == std::process::id()
     }
 
-    /// Whether it was destroyed, though some of its files or processes may be there still.
+    /// Whether it was destroyed. Files or processes may be left: see [`destroyed`](Self::destroyed).
     #[doc(hidden)]
     pub fn ended(&self) -> bool {
         self.log.is_closed()
     }
 
-    /// Whether it was destroyed and nothing is left of it.
+    /// Whether it was destroyed, and no file and no process is left.
     #[doc(hidden)]
     pub fn destroyed(&self) -> bool {
         self.destroyed.load(Ordering::Acquire)
     }
 
-    /// Whether the daemon is running; a forked child can tell too.
+    /// Whether the daemon is running. Works in a forked child, too.
     pub fn alive(&self) -> bool {
         let Some(pid) = self.pid() else { return false };
-        // Nobody forks on Windows.
+        // Windows has no fork.
         #[cfg(unix)]
         let seen = self.owned() || exists(pid);
         #[cfg(not(unix))]
@@ -332,11 +333,11 @@ impl Process {
         self.poll().is_none() && seen
     }
 
-    /// The exit status; none if the daemon is running, or if only its parent can tell. Of a daemon
-    /// that somebody else has reaped, nobody knows it, and it is 0.
+    /// The exit status; none while the daemon is running, and in a forked child, which cannot know
+    /// it. It is 0 if the daemon was reaped elsewhere, as the true status is then lost.
     pub fn poll(&self) -> Option<ExitStatus> {
         if !self.owned() {
-            // Another thread of the parent may have held it.
+            // In a forked child the lock may never be released.
             return try_lock(&self.run)?.status();
         }
         self.log.retry();
@@ -345,28 +346,26 @@ impl Process {
         run.status()
     }
 
-    /// Asks the daemon and its children to end, if it is running. (On Windows, where nothing can
-    /// be asked, it ends it.)
+    /// Sends SIGTERM to the daemon and its children, if it is running. On Windows, kills it.
     pub fn terminate(&self) {
         if self.owned() {
             self.signal(&mut self.run(), Signal::Terminate);
         }
     }
 
-    /// Kills the daemon and its children, if it is running. Once it has ended, it can be run again.
+    /// Kills the daemon and its children, if it is running. It can be spawned again.
     pub fn kill(&self) {
         if self.owned() {
             self.signal(&mut self.run(), Signal::Kill);
         }
     }
 
-    /// The end of what the daemon has printed: the last MiB. Once the daemon has ended, it is
-    /// complete.
+    /// The last MiB of the daemon's output. Complete once the daemon has ended.
     pub fn output(&self) -> String {
         self.output_from(0)
     }
 
-    /// What the last run has printed.
+    /// The output of the last run.
     fn output_of_run(&self) -> String {
         self.output_from(self.begun.load(Ordering::Relaxed))
     }
@@ -375,15 +374,15 @@ impl Process {
         self.log.text(begin, self.owned())
     }
 
-    /// At most `limit` bytes of the output from a position on, and the position of the first one:
-    /// a later one if the output there is no longer stored.
+    /// Reads at most `limit` bytes of the output at a position, in bytes. Returns the position of
+    /// the first byte, which is later than `begin` if older output is no longer stored, and the data.
     #[doc(hidden)]
     pub fn read_output(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
         self.log.read(begin, limit)
     }
 
-    /// Ends the thread that stores the output, until [`resume`](Self::resume). Before a fork: a
-    /// lock that the thread holds would never be released in the child.
+    /// Ends the thread that stores the output, until [`resume`](Self::resume). Called before a fork:
+    /// a lock that the thread holds would never be released in the child.
     #[doc(hidden)]
     pub fn pause(&self) {
         if self.owned() {
@@ -391,7 +390,7 @@ impl Process {
         }
     }
 
-    /// Undoes [`pause`](Self::pause).
+    /// Starts the thread again after [`pause`](Self::pause).
     #[doc(hidden)]
     pub fn resume(&self) {
         if self.owned() {
@@ -399,14 +398,16 @@ impl Process {
         }
     }
 
-    /// Ends all of it now; status and output can still be had. Waits for the daemon that was
-    /// killed, which takes milliseconds; one that the kernel does not let go of is given up after
-    /// five seconds. [`try_destroy`](Self::try_destroy) does not wait.
+    /// Kills the daemon and removes its files. Its status and output stay available.
+    ///
+    /// Blocks until the killed processes have ended, which takes milliseconds; gives up on one that
+    /// is in an uninterruptible system call after 5 seconds. [`try_destroy`](Self::try_destroy) does
+    /// not block.
     pub fn destroy(&self) {
         self.destroy_within(Duration::MAX);
     }
 
-    /// As [`destroy`](Self::destroy), but for no longer than `limit`. Returns whether it is done.
+    /// Like [`destroy`](Self::destroy), for at most `limit`. Returns whether the shutdown is complete.
     #[doc(hidden)]
     pub fn destroy_within(&self, limit: Duration) -> bool {
         let begun = Instant::now();
@@ -421,9 +422,9 @@ impl Process {
         true
     }
 
-    /// Does the next step of [`destroy`](Self::destroy) without waiting: kills the daemon, and
-    /// removes its files once it has ended. Returns whether nothing is left. The caller repeats it
-    /// every few milliseconds until then, for about ten seconds at most.
+    /// Takes the next step of [`destroy`](Self::destroy) without blocking. Returns whether the
+    /// shutdown is complete: the caller calls it every few milliseconds until then, for about 10
+    /// seconds at most.
     pub fn try_destroy(&self) -> bool {
         if !self.owned() || self.destroyed() {
             return true;
@@ -435,7 +436,7 @@ impl Process {
             let (phase, waited) = shutdown.waiting_for();
             let next = match phase {
                 Phase::Daemon if self.end_daemon() || waited >= LAST_WAIT => {
-                    // Before its files go.
+                    // Before its files are removed.
                     self.log.close();
                     let _ = p2pd_sockets::remove_directory(&self.directory);
                     #[cfg(unix)]
@@ -450,7 +451,7 @@ impl Process {
                 }
                 #[cfg(unix)]
                 Phase::Socket if self.end_socket() || waited >= LEFT_BEHIND => Phase::Watchdog,
-                // After the files: should this process be killed meanwhile, it removes them.
+                // After the files: if this process is killed in between, the watchdog removes them.
                 #[cfg(unix)]
                 Phase::Watchdog if self.end_watchdog() || waited >= LAST_WAIT => {
                     self.watchdog.cut_lifeline();
@@ -466,7 +467,7 @@ impl Process {
         }
     }
 
-    /// Kills the daemon; whether it has ended, or never ran.
+    /// Kills the daemon. Returns whether it has ended, or never ran.
     fn end_daemon(&self) -> bool {
         let mut run = self.run();
         self.signal(&mut run, Signal::Kill);
@@ -474,21 +475,21 @@ impl Process {
         !run.is_running()
     }
 
-    /// Removes the control socket; whether it is gone, or not this daemon's.
+    /// Removes the control socket. Returns whether it is gone, or belongs to another daemon.
     #[cfg(unix)]
     fn end_socket(&self) -> bool {
-        // Another daemon may serve there by now, and so may one that a wrapper has left behind:
-        // that was killed, but need not have ended.
+        // Another daemon may serve there by now; so may a process that a wrapper script left
+        // behind, which was killed but may not have ended yet.
         self.socket.as_ref().is_none_or(|socket| {
             let _ = p2pd_sockets::remove_stale(socket);
             socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
         })
     }
 
-    /// Ends the watchdog; whether it has ended.
+    /// Ends the watchdog. Returns whether it has ended.
     #[cfg(unix)]
     fn end_watchdog(&self) -> bool {
-        // It could not be removed if no descriptor was left. The watchdog has its own.
+        // Removing fails if no descriptor is left. The watchdog has its own.
         let left = self.directory.symlink_metadata().is_ok();
         if left && p2pd_sockets::remove_directory(&self.directory).is_err() {
             self.watchdog.finish()
@@ -497,8 +498,8 @@ impl Process {
         }
     }
 
-    /// Lets go of what tells the watchdog that this process lives. For a forked child, in which it
-    /// would be taken for its parent.
+    /// Closes this process's end of the watchdog's pipe. Called in a forked child, which would
+    /// otherwise keep the watchdog waiting after its parent has ended.
     #[cfg(unix)]
     #[doc(hidden)]
     pub fn cut_lifeline(&self) {
@@ -512,21 +513,22 @@ impl Process {
         self.watchdog.id()
     }
 
-    /// Why the daemon's answer to IDENTIFY is not to be believed yet; nothing if it is.
+    /// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready; none if it
+    /// does.
     pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
         let must_say_so = start::must_say_so(&self.options);
         start::doubt(&self.output_of_run(), peer_id, must_say_so)
     }
 
-    /// The error of a daemon that ended, or was not ready in `timeout` seconds. `obstacle` is why
-    /// its last answer was none.
+    /// The error for a daemon that ended, or was not ready in `timeout` seconds. `obstacle` says why
+    /// the last probe did not find it ready.
     pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
         let status = self.poll().map(exit_code);
         let output = self.output_of_run();
         StartError::not_ready(self.command(), &output, status, timeout, obstacle)
     }
 
-    /// The error of a daemon that was ready, and died.
+    /// The error for a daemon that was ready and died.
     pub fn died(&self) -> StartError {
         let status = self.poll().map(exit_code);
         StartError::died(self.command(), &self.output_of_run(), status)
@@ -536,7 +538,7 @@ impl Process {
         lock(&self.run)
     }
 
-    /// Takes the daemon's status if it has ended.
+    /// Reaps the daemon if it has ended.
     fn reap(&self, run: &mut Run) {
         #[cfg(unix)]
         run.reap(&self.watchdog);
@@ -556,7 +558,7 @@ impl Drop for Process {
     }
 }
 
-/// An exit status as one number, negative for a signal.
+/// Converts an exit status to a number, negative for a signal.
 #[doc(hidden)]
 pub fn exit_code(status: ExitStatus) -> i32 {
     #[cfg(unix)]

@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_believed_that_nothing_speaks_against() {
+    fn accepts_identify_unless_the_log_contradicts_it() {
         assert_eq!(doubted("", false), None);
         assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
         assert_eq!(doubted("daemon has started\n", true), None);
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_doubted_that_is_anothers_or_too_early() {
+    fn doubts_an_answer_of_another_daemon_or_before_the_start() {
         let other = doubted("Peer ID: QmOther\n", false).unwrap();
         assert_eq!(
             other,
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn it_must_say_so_where_others_may_answer_unless_it_is_told_to_be_quiet() {
+    fn requires_the_start_message_where_others_may_answer() {
         let private = DaemonOptions::default();
         assert_eq!(must_say_so(&private), cfg!(not(unix)));
         let bootstrapping = DaemonOptions {
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_shows_the_cause_the_command_and_the_last_lines() {
+    fn error_shows_cause_command_and_last_lines() {
         let output =
             "before\n2026/01/02 03:04:05 listen tcp4 127.0.0.1:1: bind: permission denied\n";
         let command = command(&["/a b/p2pd", "-id=it's", ""]);
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_line_is_cut() {
+    fn cuts_a_long_line() {
         // Three bytes each.
         let output = format!("{}\n{}\n", "…".repeat(500), "€".repeat(300_000));
         for error in [
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_is_named_and_silence_told() {
+    fn names_a_signal_and_reports_missing_output() {
         let killed = StartError::not_ready(command(&["p2pd"]), "", Some(-11), 30.0, None);
         assert_eq!(
             killed.message,
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn why_no_bootstrap_peer_was_reached_is_told_of_each() {
+    fn gives_the_reason_for_each_bootstrap_peer() {
         let output = "2026/01/02 03:04:05 failed to connect to bootstrap peers\n";
         let command = command(&["p2pd", "-bootstrapPeers=/a,/b", "-b"]);
         let error = StartError::not_ready(command.clone(), output, Some(1), 30.0, None);
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_death_is_told_with_its_cause_and_the_last_lines() {
+    fn death_shows_cause_and_last_lines() {
         let killed = StartError::died(command(&["p2pd"]), "before\nlast\n", Some(-9));
         assert_eq!(
             killed.to_string(),
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_operation_is_named_with_the_systems_words_and_a_hint() {
+    fn failed_operation_shows_the_systems_message_and_a_hint() {
         let failed = |operation: &str, number| Failed {
             operation: operation.into(),
             error: io::Error::from_raw_os_error(number),
@@ -459,13 +459,13 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_is_too_slow_has_a_hint() {
+    fn gives_a_hint_for_a_slow_daemon() {
         let silent = StartError::not_ready(command(&["p2pd"]), "", None, 0.2, None);
         assert!(silent.to_string().ends_with(TOO_SLOW));
     }
 
     #[test]
-    fn what_could_not_be_run_is_explained_with_the_systems_words() {
+    fn failed_spawn_shows_the_systems_message() {
         let missing = io::Error::from_raw_os_error(2);
         let error = StartError::not_run(command(&["p2pd"]), missing);
         let text = error.to_string();

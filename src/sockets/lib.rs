@@ -232,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_private_directory_goes_with_what_is_in_it_unless_it_is_kept() {
+    fn removes_a_private_directory_unless_kept() {
         let one = private_directory(None, "p2pd-", "c.sock").unwrap();
         let other = private_directory(None, "p2pd-", "c.sock").unwrap();
         assert_ne!(one.path(), other.path());
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_systems_number_for_why_there_is_no_directory_is_kept() {
+    fn keeps_the_error_number_of_a_failed_mkdir() {
         let missing = std::env::temp_dir().join("no-such");
         let error = private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error:?}");

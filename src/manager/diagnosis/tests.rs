@@ -11,7 +11,7 @@ fn cause(output: &str, arguments: &[&str]) -> Option<String> {
 }
 
 #[test]
-fn a_started_daemon_is_read() {
+fn reads_the_output_of_a_started_daemon() {
     let output = "Control socket: /unix/tmp/c.sock\nPeer ID: QmA\nPeer Addrs:\n\
                   /ip4/127.0.0.1/tcp/1\n/ip6/::1/tcp/2\nBootstrap peers:\n/ip4/1.2.3.4/tcp/3\n";
     let startup = Startup {
@@ -24,7 +24,7 @@ fn a_started_daemon_is_read() {
 }
 
 #[test]
-fn half_a_line_says_nothing_yet() {
+fn ignores_an_incomplete_line() {
     let startup = Startup::read("Control socket: /unix/c.sock\nPeer ID: QmYyQSo1c1Ym7orWx");
     assert_eq!(startup.control_socket.as_deref(), Some("/unix/c.sock"));
     assert_eq!(startup.peer_id, None);
@@ -32,7 +32,7 @@ fn half_a_line_says_nothing_yet() {
 }
 
 #[test]
-fn jsp2pd_says_only_that_it_has_started() {
+fn reads_jsp2pds_start_without_a_peer_id() {
     let startup = Startup {
         started: true,
         ..Startup::default()
@@ -41,7 +41,7 @@ fn jsp2pd_says_only_that_it_has_started() {
 }
 
 #[test]
-fn the_excerpt_is_the_end_without_the_list_of_flags() {
+fn excerpt_is_the_end_without_the_list_of_flags() {
     assert_eq!(excerpt("a\n\nb\nc  \n", 2), ["b", "c"]);
     assert_eq!(
         excerpt("flag x\nUsage of p2pd:\n  -a\n    \tthe a\n", 20),
@@ -51,7 +51,7 @@ fn the_excerpt_is_the_end_without_the_list_of_flags() {
 }
 
 #[test]
-fn each_known_message_has_its_cause() {
+fn finds_the_cause_of_each_known_message() {
     let time = "2026/11/21 04:24:53";
     for (line, arguments, expected) in [
         ("listen tcp4 127.0.0.1:39791: bind: address already in use", vec![],
@@ -91,7 +91,7 @@ fn each_known_message_has_its_cause() {
 }
 
 #[test]
-fn causes_without_a_time_before_them() {
+fn finds_causes_without_a_timestamp() {
     let flags = "flag provided but not defined: -nope\nUsage of p2pd:\n  -a string\n";
     assert_eq!(
         cause(flags, &[]).unwrap(),
@@ -128,7 +128,7 @@ fn causes_without_a_time_before_them() {
 }
 
 #[test]
-fn the_status_tells_what_the_output_does_not() {
+fn tells_a_cause_from_the_exit_status() {
     assert!(diagnose("", Some(-9), &[])
         .unwrap()
         .starts_with("something killed it"));
@@ -149,7 +149,7 @@ fn the_status_tells_what_the_output_does_not() {
 }
 
 #[test]
-fn each_cause_has_a_hint() {
+fn gives_a_hint_for_each_cause() {
     let time = "2026/11/21 04:24:53";
     let arguments = ["-bootstrapPeers=/a".to_string(), "-id=key".to_string()];
     for (line, expected) in [
@@ -206,7 +206,7 @@ fn each_cause_has_a_hint() {
 }
 
 #[test]
-fn what_the_system_refuses_the_daemon_is_not_blamed_on_the_daemon() {
+fn gives_the_systems_hint_for_the_systems_errors() {
     let no_thread = |number| {
         format!(
             "runtime: failed to create new OS thread (have 5 already; errno={number})\n\
@@ -269,7 +269,7 @@ fn what_the_system_refuses_the_daemon_is_not_blamed_on_the_daemon() {
 }
 
 #[test]
-fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
+fn searches_only_the_end_of_a_large_output() {
     let noise = "goroutine 7 [chan receive]:\n".repeat(END / 20);
     let early = format!("this daemon\nflag provided but not defined: -nope\n{noise}");
     assert_eq!(cause(&early, &[]), None);
@@ -297,7 +297,7 @@ fn the_cause_is_looked_for_at_the_end_of_a_large_output() {
 }
 
 #[test]
-fn what_cannot_be_told_is_not_made_up() {
+fn makes_no_cause_up() {
     assert_eq!(diagnose("", Some(1), &[]), None);
     assert_eq!(diagnose("", None, &[]), None);
     assert_eq!(diagnose("Peer ID: QmA\n", Some(3), &[]), None);

@@ -27,7 +27,7 @@ fn everything(flavour: Flavour) -> DaemonOptions {
 }
 
 #[test]
-fn nothing_set_passes_nothing() {
+fn default_options_pass_no_argument() {
     for flavour in [Flavour::Go, Flavour::Js] {
         let options = DaemonOptions {
             flavour,
@@ -38,7 +38,7 @@ fn nothing_set_passes_nothing() {
 }
 
 #[test]
-fn everything_for_go() {
+fn passes_every_option_to_go() {
     let expected = [
         "-listen=/unix/tmp/c.sock",
         "-id=key",
@@ -60,7 +60,7 @@ fn everything_for_go() {
 }
 
 #[test]
-fn everything_for_js() {
+fn passes_every_option_to_js() {
     let expected = [
         "--listen=/unix/tmp/c.sock",
         "--id=key",
@@ -80,7 +80,7 @@ fn everything_for_js() {
 }
 
 #[test]
-fn the_daemon_is_not_told_of_peers_that_it_is_not_to_wait_for() {
+fn does_not_pass_background_peers_to_the_daemon() {
     for flavour in [Flavour::Go, Flavour::Js] {
         let options = DaemonOptions {
             flavour,
@@ -93,7 +93,7 @@ fn the_daemon_is_not_told_of_peers_that_it_is_not_to_wait_for() {
 }
 
 #[test]
-fn a_bootstrap_peer_is_taken_apart() {
+fn parses_a_bootstrap_peer() {
     let peer = BootstrapPeer::parse(PEER).unwrap();
     assert_eq!(peer.addrs, ["/ip4/127.0.0.1/tcp/4001".parse().unwrap()]);
     assert!(PEER.ends_with(&peer.peer_id.to_string()));
@@ -105,7 +105,7 @@ fn a_bootstrap_peer_is_taken_apart() {
 }
 
 #[test]
-fn a_bootstrap_peer_that_is_none_is_named_with_what_is_wrong() {
+fn names_an_invalid_bootstrap_peer_and_the_reason() {
     for (address, words) in [
         ("/ip4/127.0.0.1/tcp/4001", "does not end in /p2p/<peer id>"),
         ("/ip4/300.0.0.1/tcp/4001/p2p/QmA", "300.0.0.1"),
@@ -123,7 +123,7 @@ fn a_bootstrap_peer_that_is_none_is_named_with_what_is_wrong() {
 }
 
 #[test]
-fn js_would_ignore_what_it_does_not_know() {
+fn refuses_arguments_that_js_would_ignore() {
     let with = |arg: &str| {
         let options = DaemonOptions {
             flavour: Flavour::Js,
@@ -144,7 +144,7 @@ fn js_would_ignore_what_it_does_not_know() {
 }
 
 #[test]
-fn the_daemons_own_choices_are_left_to_it() {
+fn passes_no_default_of_the_daemon() {
     let options = DaemonOptions {
         dht: true.into(),
         pubsub: true.into(),
@@ -158,7 +158,7 @@ fn the_daemons_own_choices_are_left_to_it() {
 }
 
 #[test]
-fn relay_off_is_passed_and_the_dht_client_has_its_flag() {
+fn passes_relay_off_and_the_dht_client_mode() {
     let options = DaemonOptions {
         dht: Dht::Client,
         relay: Some(false),
@@ -168,7 +168,7 @@ fn relay_off_is_passed_and_the_dht_client_has_its_flag() {
 }
 
 #[test]
-fn js_says_what_it_cannot_do() {
+fn refuses_options_that_js_lacks() {
     let js = DaemonOptions {
         flavour: Flavour::Js,
         ..Default::default()
@@ -194,7 +194,7 @@ fn js_says_what_it_cannot_do() {
 }
 
 #[test]
-fn an_address_with_a_comma_or_of_nothing_is_refused() {
+fn refuses_an_empty_address_or_one_with_a_comma() {
     for address in ["/ip4/127.0.0.1/tcp/0,/ip4/0.0.0.0/tcp/0", ""] {
         let options = DaemonOptions {
             host_addrs: vec![address.into()],
@@ -209,7 +209,7 @@ fn an_address_with_a_comma_or_of_nothing_is_refused() {
 }
 
 #[test]
-fn a_control_address_must_be_one() {
+fn refuses_an_invalid_control_address() {
     let options = DaemonOptions {
         control: Some("/ip4/127.0.0.1/udp/1".parse().unwrap()),
         ..Default::default()
@@ -222,7 +222,7 @@ fn a_control_address_must_be_one() {
 }
 
 #[test]
-fn crossed_water_marks_are_refused() {
+fn refuses_a_low_mark_above_the_high_mark() {
     let limits = ConnectionManager::Limits {
         low: 3,
         high: 2,
@@ -240,7 +240,7 @@ fn crossed_water_marks_are_refused() {
 
 #[test]
 #[cfg(unix)]
-fn a_path_that_is_no_text_is_refused() {
+fn refuses_a_path_that_is_not_utf8() {
     use std::os::unix::ffi::OsStrExt as _;
     let path = Path::new(OsStr::from_bytes(b"key-\xff"));
     let options = DaemonOptions {
@@ -254,7 +254,7 @@ fn a_path_that_is_no_text_is_refused() {
 }
 
 #[test]
-fn extra_args_cannot_move_the_control_socket() {
+fn refuses_extra_args_that_move_the_control_socket() {
     for arg in ["-listen=/unix/x", "--listen=/unix/x", "-listen"] {
         let options = DaemonOptions {
             extra_args: vec![arg.into()],
@@ -274,7 +274,7 @@ fn extra_args_cannot_move_the_control_socket() {
 }
 
 #[test]
-fn the_flavour_is_in_the_name() {
+fn tells_the_flavour_from_the_binarys_name() {
     assert_eq!(Flavour::of(Path::new("/usr/bin/p2pd")), Flavour::Go);
     assert_eq!(
         Flavour::of(Path::new("node_modules/.bin/jsp2pd")),

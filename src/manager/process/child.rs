@@ -1,4 +1,4 @@
-//! A child of this process that others may reap.
+//! A child process that other parts of the program may reap, too.
 
 use rustix::process::{self, Pid, WaitId, WaitIdOptions, WaitOptions};
 use std::ffi::c_int;
@@ -6,8 +6,10 @@ use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
-/// A child of this process. Others may reap it too, after which its number may be another's: it is
-/// looked at before it is signalled or reaped.
+/// A child process.
+///
+/// Other parts of the program may reap it (by waiting for any child), and the kernel may then reuse
+/// its process id. So it is examined before it is signalled or reaped.
 #[derive(Debug)]
 pub(super) struct Child {
     pid: Pid,
@@ -23,22 +25,22 @@ impl Child {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Whether it has ended, and is there to be reaped.
+    /// Whether it has ended and can be reaped.
     ///
     /// # Errors
-    /// Somebody else has reaped it.
+    /// It has been reaped elsewhere.
     pub(super) fn has_ended(&self) -> io::Result<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         Ok(process::waitid(WaitId::Pid(self.pid), options)?.is_some())
     }
 
-    /// Its exit status; none if it is running, or somebody else has reaped it.
+    /// Returns the exit status; none if it is running, or has been reaped elsewhere.
     pub(super) fn reap(&self) -> Option<ExitStatus> {
         let (_, status) = process::waitpid(Some(self.pid), WaitOptions::NOHANG).ok()??;
         Some(ExitStatus::from_raw(status.as_raw()))
     }
 
-    /// Kills it if it is running, without waiting. Returns whether it has ended and was reaped.
+    /// Kills it if it is running. Does not wait; returns whether it has been reaped.
     pub(super) fn kill(&self) -> bool {
         if let Ok(false) = self.has_ended() {
             let _ = process::kill_process(self.pid, process::Signal::KILL);

@@ -23,8 +23,7 @@ use std::time::{Duration, Instant};
 /// The wanted capacity of the pipe, in bytes. The daemon blocks when the pipe is full.
 #[cfg(target_os = "linux")]
 const PIPE_SIZE: usize = 1 << 20;
-/// How long [`Log::retry`] keeps to a pause. A hook after a fork may have failed, and nobody would
-/// end the pause.
+/// How long [`Log::retry`] respects a pause: the hook that ends it after a fork may have failed.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
@@ -40,14 +39,14 @@ pub(super) struct Log {
 #[derive(Debug, Default)]
 struct Draining {
     drainer: Option<Drainer>,
-    /// How many forks are in progress.
+    /// The number of forks in progress.
     pauses: u32,
     /// When the last pause began.
     paused: Option<Instant>,
 }
 
 impl Log {
-    /// Nothing is created before the first run.
+    /// Creates no file before the first run.
     pub(super) fn new(path: &Path) -> Self {
         Log {
             path: path.into(),
@@ -57,10 +56,10 @@ impl Log {
         }
     }
 
-    /// Prepares another run. Returns the pipe for the daemon's output, and the position at which
-    /// that output begins.
+    /// Prepares another run. Returns the pipe for the daemon's output, and the position in the log
+    /// at which that output begins.
     pub(super) fn begin_run(&self) -> Result<(PipeWriter, u64), Failed> {
-        // Held throughout: a thread that was started meanwhile would wait for the last run's pipe.
+        // Locked throughout: a thread started in between would wait for the last run's pipe.
         let mut draining = self.draining();
         draining.stop();
         let (source, writer) = io::pipe().map_err(Failed::at(|| {
@@ -73,7 +72,7 @@ impl Log {
                 "cannot set up the pipe of the daemon's output"
             }))?;
         #[cfg(target_os = "linux")]
-        // Optional: a user's pipes have a limit on their total size.
+        // Optional: the total size of a user's pipes is limited.
         let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
         let begin = self.store().begin_run(source)?;
         draining.start(&self.store).map_err(Failed::at(|| {
@@ -82,8 +81,8 @@ impl Log {
         Ok((writer, begin))
     }
 
-    /// Ends the thread until [`resume`](Self::resume). What the daemon prints meanwhile stays in
-    /// the pipe. Pauses add up, for several threads may fork at once.
+    /// Ends the thread until [`resume`](Self::resume); output stays in the pipe until then. Pauses
+    /// are counted, since several threads may fork at once.
     pub(super) fn pause(&self) {
         let mut draining = self.draining();
         draining.pauses += 1;
@@ -91,8 +90,8 @@ impl Log {
         draining.stop();
     }
 
-    /// Undoes a [`pause`](Self::pause). If the thread cannot be started, [`retry`](Self::retry)
-    /// tries again.
+    /// Ends a [`pause`](Self::pause). If the thread cannot be started, [`retry`](Self::retry) tries
+    /// again.
     pub(super) fn resume(&self) {
         let mut draining = self.draining();
         draining.pauses = draining.pauses.saturating_sub(1);
@@ -101,8 +100,8 @@ impl Log {
         }
     }
 
-    /// Starts the thread if it is missing, whatever became of it: without it, the daemon blocks
-    /// when the pipe is full.
+    /// Starts the thread if it is missing for any reason: without it, the daemon blocks once the
+    /// pipe is full.
     pub(super) fn retry(&self) {
         let Some(mut draining) = try_lock(&self.draining) else {
             return; // another thread is here
@@ -122,8 +121,8 @@ impl Log {
         &self.path
     }
 
-    /// Ends the thread, stores the rest of the pipe, closes the files, and keeps the end of the
-    /// output in memory: the files may be removed.
+    /// Ends the thread, stores the rest of the pipe, and closes the files. The end of the output
+    /// stays in memory, so that the files can be removed.
     pub(super) fn close(&self) {
         let mut draining = self.draining();
         draining.stop();
@@ -139,14 +138,14 @@ impl Log {
         self.last.get().is_some()
     }
 
-    /// The end of the output, at most [`LIMIT`] bytes, from a position on. Complete once the
-    /// daemon has ended.
+    /// Returns the output from a position on, at most the last [`LIMIT`] bytes. It is complete once
+    /// the daemon has ended.
     ///
-    /// `may_lock` is false in a forked child, in which another thread may hold the lock.
+    /// `may_lock` is false in a forked child, in which the lock may never be released.
     pub(super) fn text(&self, begin: u64, may_lock: bool) -> String {
         let (first, output) = if may_lock || self.is_closed() {
             let tail = self.tail(begin);
-            // It may have been closed meanwhile.
+            // The log may have been closed in between.
             self.last.get().cloned().unwrap_or(tail)
         } else {
             (begin, tail_of_files(&self.path))
@@ -156,7 +155,7 @@ impl Log {
         String::from_utf8_lossy(output).into_owned()
     }
 
-    /// The end of the output from a position on, and the position of its first byte.
+    /// Returns the position of the first byte, and the data.
     fn tail(&self, begin: u64) -> (u64, Vec<u8>) {
         let mut store = self.store();
         store.drain();
@@ -166,8 +165,8 @@ impl Log {
         (begin, data)
     }
 
-    /// At most `limit` bytes from a position on, or from the oldest stored if that is newer; and
-    /// the position of the first one.
+    /// Reads at most `limit` bytes at a position, or at the oldest stored byte if that is later.
+    /// Returns the position of the first byte, and the data.
     pub(super) fn read(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
         let mut store = self.store();
         store.drain();
@@ -191,7 +190,7 @@ impl Log {
 }
 
 impl Draining {
-    /// Starts the thread, if there is output to come and none runs.
+    /// Starts the thread, unless it runs or the output has ended.
     fn start(&mut self, store: &Arc<Mutex<Store>>) -> io::Result<()> {
         if self.drainer.as_ref().is_some_and(Drainer::runs) {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What a daemon is given before it is spawned: its addresses, ports and identity.
+//! Chooses what a daemon gets before it is spawned: addresses, ports and identity.
 
 use super::super::options::DaemonOptions;
 use p2pd_protocol::endpoint::{Endpoint, Host};
@@ -10,16 +10,15 @@ use std::net::TcpListener;
 use std::ops::Range;
 use std::path::Path;
 
-/// None of these does a system give to whoever asks for any port, or connects.
+/// Below the ephemeral port range of every system.
 pub(super) const PORTS: Range<u16> = 20_000..32_000;
 
-/// A TCP port that nobody listened on a moment ago, at an address or name of this machine.
+/// Returns a TCP port that was unused a moment ago, at an address or name of this machine.
 ///
-/// It is none of those that the system gives to whoever asks for any, or connects: one of these
-/// could be gone before it is used.
+/// It is below the ephemeral port range, from which the system could assign it before it is used.
 ///
 /// # Errors
-/// There is no such address, or no port.
+/// The machine has no such address, or all ports are in use.
 #[doc(hidden)]
 pub fn unused_tcp_port(host: &str) -> io::Result<u16> {
     for attempt in 0..100 {
@@ -35,10 +34,10 @@ pub fn unused_tcp_port(host: &str) -> io::Result<u16> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, message))
 }
 
-/// Gives the options an identity and ports that are the same at every start.
+/// Sets an identity and TCP ports that stay the same across restarts.
 pub(super) fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> Result<(), Failed> {
     for address in &mut options.host_addrs {
-        // Of others than plain TCP the port is left to the daemon.
+        // For transports other than plain TCP, the daemon chooses the port.
         if let Ok(maddr) = address.parse() {
             *address = with_free_port(maddr)?.to_string();
         }
@@ -53,8 +52,8 @@ pub(super) fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> 
     Ok(())
 }
 
-/// Writes a private key as libp2p encodes it: one for secp256k1, which is any 32 bytes, but for
-/// one set of them in 2^128.
+/// Writes a private key in libp2p's encoding. For secp256k1, all but one in 2^128 strings of 32 bytes
+/// are valid keys.
 fn new_identity(path: &Path) -> io::Result<()> {
     let mut key = *b"\x08\x02\x12\x20--------------------------------";
     getrandom::fill(&mut key[4..]).map_err(|error| match error.raw_os_error() {
@@ -68,7 +67,7 @@ fn new_identity(path: &Path) -> io::Result<()> {
     options.open(path)?.write_all(&key)
 }
 
-/// Replaces TCP port 0: not every daemon says which port it was given.
+/// Replaces TCP port 0, since not every daemon prints the port it was assigned.
 pub(super) fn with_free_port(control: Multiaddr) -> Result<Multiaddr, Failed> {
     let host = match control.endpoint() {
         Ok(Endpoint::Tcp { host, port: 0 }) => host,

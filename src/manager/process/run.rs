@@ -42,7 +42,7 @@ impl Run {
         let program = Program::new(binary, arguments, [&null, &output, &output])?;
         let spawned = watchdog.announced(program)?.spawn();
         if spawned.is_err() {
-            watchdog.tell(0);
+            watchdog.send(0);
         }
         spawned.map(Self::of)
     }
@@ -94,7 +94,7 @@ impl Run {
         self.status
     }
 
-    /// Takes the status if the daemon has ended.
+    /// Reaps the daemon if it has ended.
     #[cfg(unix)]
     pub(super) fn reap(&mut self, watchdog: &Watchdog) {
         let Some(child) = self.child.as_ref().filter(|_| self.status.is_none()) else {
@@ -103,22 +103,22 @@ impl Run {
         let status = match child.has_ended() {
             Ok(false) => return,
             Ok(true) => {
-                // A wrapper script may have left the real daemon behind. Before it is reaped:
-                // after that, its number may become another's.
+                // A wrapper script may have left the real daemon behind. Killed before the reaping,
+                // after which the kernel may reuse the process group's id.
                 signal_group(child.id(), Signal::Kill);
-                watchdog.tell(0);
+                watchdog.send(0);
                 child.reap()
             }
-            // Somebody else has reaped it, and its number may be another's already.
+            // Reaped elsewhere: the kernel may have reused the id.
             Err(_) => {
-                watchdog.tell(0);
+                watchdog.send(0);
                 None
             }
         };
         self.status = Some(status.unwrap_or_default());
     }
 
-    /// Takes the status if the daemon has ended.
+    /// Reaps the daemon if it has ended.
     #[cfg(not(unix))]
     pub(super) fn reap(&mut self) {
         let Some(child) = self.child.as_mut().filter(|_| self.status.is_none()) else {

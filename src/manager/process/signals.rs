@@ -18,7 +18,7 @@ pub(super) fn signal_group(group: u32, signal: Signal) {
         Signal::Kill => rustix::process::Signal::KILL,
     };
     if let Some(group) = unix_pid(group) {
-        // It may have ended; macOS says EPERM of a group of which only zombies are left.
+        // Fails if the group has ended; on macOS with EPERM if only zombies are left.
         let _ = rustix::process::kill_process_group(group, signal);
     }
 }
@@ -42,11 +42,12 @@ fn unix_pid(number: u32) -> Option<rustix::process::Pid> {
         .and_then(rustix::process::Pid::from_raw)
 }
 
-/// Calls what makes a child or a thread with all signals blocked, and so blocked in that too.
+/// Runs `make`, which creates a child or a thread, with all signals blocked. The new child or thread
+/// inherits that.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub(super) fn with_signals_blocked<T>(make: impl FnOnce() -> T) -> T {
-    // SAFETY: the mask is this thread's; the sets are filled before they are read.
+    // SAFETY: the mask belongs to this thread, and the sets are initialised before they are read.
     let before = unsafe {
         let [mut all, mut before]: [libc::sigset_t; 2] = mem::zeroed();
         libc::sigfillset(&mut all);

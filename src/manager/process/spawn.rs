@@ -1,16 +1,18 @@
-//! Runs a program in a session of its own, with none of this process's files, and makes what it
-//! makes reachable by this user only, at whatever path.
+//! Spawns a program: in a session of its own, with umask 077 and without inherited descriptors, and
+//! with its process id in the watchdog's pipe.
 //!
-//! Ctrl-C must reach this process alone, which then stops the daemon; and a wrapper script and what
-//! it runs are signalled together.
+//! In its own session, the program does not get Ctrl-C from the terminal: the caller stops the
+//! daemon instead. And a wrapper script and its children form one process group.
 //!
-//! Not by `std::process::Command`: for this it needs a hook, with which it forks. That copies the
-//! page tables, which in a process of some GiB takes a quarter of a second, in which Python's event
-//! loop stands still; and it runs what others want done at a fork. On Linux the child shares this
-//! process's memory until it executes the program. Elsewhere it is forked.
+//! `std::process::Command` can only make a process group on the `posix_spawn` path. The umask, the
+//! closed descriptors and the process id, which must be written before the program runs, need
+//! `pre_exec` and so a fork, which copies the page tables. In a process of 2 GiB, `spawn` then blocks
+//! the event loop for 315 to 390 ms, instead of 0.1 to 0.2 ms; it also runs `pthread_atfork` handlers.
+//! So on Linux the child shares this process's memory until it executes the program; elsewhere it is
+//! forked.
 //!
-//! Nor by `execvp`, which gives to a shell whatever the kernel refuses: of a binary for another
-//! machine one would be told syntax errors.
+//! Nor does `execvp` do: it passes a file that the kernel rejects, such as a binary for another
+//! machine, to a shell, whose syntax errors would hide the reason.
 
 use super::child::Child;
 #[cfg(target_os = "linux")]
@@ -27,28 +29,28 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr;
 
-/// How many descriptors are marked one by one, where they cannot be all at once.
+/// The descriptors that are marked close-on-exec one by one, where `close_range` is missing.
 const MARKED_ONE_BY_ONE: u64 = 1 << 16;
-/// In bytes.
+/// The size of the child's stack, in bytes.
 #[cfg(target_os = "linux")]
 const STACK_SIZE: usize = 64 * 1024;
 
-/// A program to run. Everything is made ready here: the child makes system calls only.
+/// A program to spawn. Everything is prepared here, so that the child only makes system calls.
 pub(super) struct Program {
     words: Vec<CString>,
     environment: Vec<CString>,
     stdio: [OwnedFd; 3],
     announce: Option<OwnedFd>,
-    /// Whether the kernel can mark all descriptors at once. (Some tests say it cannot.)
+    /// Whether to try `close_range` first; false in tests of the fallback.
     #[cfg(target_os = "linux")]
     by_range: bool,
 }
 
 impl Program {
-    /// The program is a path. It gets this process's environment.
+    /// `program` is a path. The child inherits this process's environment.
     ///
     /// # Errors
-    /// There is a NUL in a word, or no descriptor left.
+    /// An argument contains a NUL, or no descriptor is left.
     pub(super) fn new<'a>(
         program: &'a Path,
         arguments: impl IntoIterator<Item = &'a [u8]>,
@@ -69,7 +71,7 @@ impl Program {
         })
     }
 
-    /// Gives the program this environment instead.
+    /// Replaces the environment.
     pub(super) fn environment(self, variables: [(OsString, OsString); 1]) -> Self {
         let environment = environment(variables);
         Program {
@@ -78,15 +80,17 @@ impl Program {
         }
     }
 
-    /// Has the child write its process id and a newline there, before it executes the program: so
-    /// that whoever reads there knows of it even if this process is killed meanwhile.
+    /// Makes the child write its process id and a newline to the pipe before it executes the
+    /// program: the reader then knows it even if this process is killed in between.
     pub(super) fn announced_to(mut self, pipe: &dyn AsFd) -> Result<Self, Failed> {
         self.announce = Some(above(pipe)?);
         Ok(self)
     }
 
+    /// Spawns the program.
+    ///
     /// # Errors
-    /// It cannot be executed, or no process can be made.
+    /// The program cannot be executed, or no process can be created.
     pub(super) fn spawn(&self) -> Result<Child, Failed> {
         let [argv, envp] = [&self.words, &self.environment].map(|words| -> Vec<*const c_char> {
             let words = words.iter().map(|word| word.as_ptr());
@@ -106,19 +110,19 @@ impl Program {
             error: 0,
         })
         .map_err(|failed| self.explained(failed))?;
-        Child::new(pid).map_err(Failed::at(|| MAKE_PROCESS))
+        Child::new(pid).map_err(Failed::at(|| START_PROCESS))
     }
 
-    /// The error with the program's name.
+    /// Adds the program's name to the error.
     fn explained(&self, failed: NotStarted) -> Failed {
         let error = match failed {
-            NotStarted::Process(error) => return Failed::at(|| MAKE_PROCESS)(error),
+            NotStarted::Process(error) => return Failed::at(|| START_PROCESS)(error),
             NotStarted::Program(error) => error,
         };
         let program = self.words.first().map(|word| word.to_bytes());
         let program = Path::new(OsStr::from_bytes(program.unwrap_or_default()));
         let mut operation = format!("cannot execute {}", program.display());
-        // The kernel also says so of a program that is there, if what runs it is not.
+        // The kernel reports ENOENT also if the program's interpreter or loader is missing.
         if error.kind() == io::ErrorKind::NotFound && program.exists() {
             operation += " as its interpreter or loader is missing";
         }
@@ -126,9 +130,9 @@ impl Program {
     }
 }
 
-const MAKE_PROCESS: &str = "cannot start another process";
+const START_PROCESS: &str = "cannot start another process";
 
-/// At what the start of a program failed.
+/// Which step failed.
 enum NotStarted {
     Process(io::Error),
     Program(io::Error),
@@ -142,7 +146,7 @@ fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Vec
     variables.into_iter().filter_map(line).collect()
 }
 
-/// The same file, at none of the numbers that the child replaces.
+/// Duplicates the descriptor above 2: the child replaces 0 to 2.
 fn above(file: &dyn AsFd) -> Result<OwnedFd, Failed> {
     rustix::io::fcntl_dupfd_cloexec(file, 3)
         .map_err(io::Error::from)
@@ -151,32 +155,32 @@ fn above(file: &dyn AsFd) -> Result<OwnedFd, Failed> {
         }))
 }
 
-/// What the child needs to know.
+/// The child's data.
 struct Body {
     argv: *const *const c_char,
     envp: *const *const c_char,
     stdio: [c_int; 3],
-    /// Or -1.
+    /// The watchdog's pipe, or -1.
     announce: c_int,
     #[cfg(target_os = "linux")]
     by_range: bool,
     limit: c_int,
-    /// What the child says, if it cannot execute the program.
+    /// Set by the child if it cannot execute the program.
     #[cfg(target_os = "linux")]
     error: c_int,
 }
 
 impl Body {
-    /// Becomes the program; returns the error if it cannot.
+    /// Executes the program; returns the error number if that fails.
     ///
     /// # Safety
-    /// To be called in a child only, with what the pointers point to still there. That child may
-    /// share its parent's memory, other threads of which run on: this neither allocates nor waits
-    /// for a lock nor panics, and calls but what is safe in a signal handler.
+    /// The caller is a child process, and the pointers are valid. The child may share the memory of
+    /// its parent, whose other threads still run: this function does not allocate, lock or panic,
+    /// and only calls functions that are async-signal-safe.
     #[allow(unsafe_code)]
     unsafe fn execute(&self) -> c_int {
-        // SAFETY: system calls on what is the child's own, but for the pointers, which the caller
-        // vouches for. Zeroes are a valid `sigset_t`, which sigemptyset then fills.
+        // SAFETY: these system calls only affect the child, and the caller guarantees that the
+        // pointers are valid. A zeroed `sigset_t` is valid, and sigemptyset initialises it.
         unsafe {
             if libc::setsid() < 0 {
                 return errno();
@@ -188,7 +192,7 @@ impl Body {
                 }
             }
             if self.announce >= 0 {
-                // After setsid(): it is the number of a group too.
+                // After setsid(), so that it is the id of a process group too.
                 self.announce();
             }
             self.default_signals();
@@ -203,9 +207,9 @@ impl Body {
 
     #[allow(unsafe_code)]
     unsafe fn announce(&self) {
-        // Digits at the end, and blanks before, which a shell's `read` takes off.
+        // Right-aligned: the shell's `read` strips leading blanks.
         let mut line = *b"           \n";
-        // SAFETY: system calls that look at nothing but the line.
+        // SAFETY: these system calls read only the line.
         unsafe {
             let mut rest = libc::getpid().unsigned_abs();
             for place in line.iter_mut().rev().skip(1) {
@@ -214,39 +218,39 @@ impl Body {
                     rest /= 10;
                 }
             }
-            // It fails if somebody killed the reader, and SIGPIPE must not tell.
+            // The write raises SIGPIPE if the watchdog was killed.
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             libc::write(self.announce, line.as_ptr().cast(), line.len());
-            // Takes it back if it is only blocked.
+            // Discards a SIGPIPE that is pending because it is blocked.
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
         }
     }
 
-    /// Takes back this process's signal handlers, which would run in its memory. What it ignores
-    /// is ignored on (nohup), but for what runtimes ignore for themselves.
+    /// Resets this process's signal handlers, which would run in its memory. Ignored signals stay
+    /// ignored, as nohup needs, except those that language runtimes ignore.
     #[allow(unsafe_code)]
     unsafe fn default_signals(&self) {
-        // SAFETY: system calls that look at these two only; zeroes are valid for both, and mean
-        // SIG_DFL.
+        // SAFETY: these system calls access only the two structs. A zeroed `sigaction` is valid, and
+        // means SIG_DFL.
         unsafe {
             let default: libc::sigaction = mem::zeroed();
             for signal in 1..=64 {
                 let mut action: libc::sigaction = mem::zeroed();
                 let known = libc::sigaction(signal, ptr::null(), &mut action) == 0;
-                let meant = action.sa_sigaction == libc::SIG_IGN
+                let is_ignored = action.sa_sigaction == libc::SIG_IGN
                     && signal != libc::SIGPIPE
                     && signal != libc::SIGXFSZ;
-                if known && !meant {
+                if known && !is_ignored {
                     libc::sigaction(signal, &default, ptr::null_mut());
                 }
             }
         }
     }
 
-    /// Has every descriptor closed that others have left inheritable.
+    /// Marks every inherited descriptor close-on-exec.
     #[allow(unsafe_code)]
     unsafe fn close_on_exec(&self) {
-        // SAFETY: it changes but a flag, of the child's own descriptors.
+        // SAFETY: this changes a flag of the child's own descriptors.
         unsafe {
             #[cfg(target_os = "linux")]
             if self.by_range {
@@ -256,7 +260,7 @@ impl Body {
                     return;
                 }
             }
-            // The kernel is too old for it, or something between does not know it.
+            // The kernel or a sandbox does not know the call.
             for file in 3..self.limit {
                 libc::fcntl(file, libc::F_SETFD, libc::FD_CLOEXEC);
             }
@@ -268,7 +272,7 @@ fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(-1)
 }
 
-/// The child's process id, unless none was made.
+/// The process id that `clone` returned, or the error.
 #[cfg(target_os = "linux")]
 pub(super) fn child_made(pid: c_int) -> io::Result<c_int> {
     if pid < 0 {
@@ -277,7 +281,7 @@ pub(super) fn child_made(pid: c_int) -> io::Result<c_int> {
     Ok(pid)
 }
 
-/// Starts the child; returns once it has become the program, or has failed to.
+/// Starts the child; returns once it has executed the program, or failed to.
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 fn start(mut body: Body) -> Result<c_int, NotStarted> {
@@ -285,7 +289,7 @@ fn start(mut body: Body) -> Result<c_int, NotStarted> {
 
     extern "C" fn child(body: *mut c_void) -> c_int {
         let body = body.cast::<Body>();
-        // SAFETY: it is `start`'s, which waits for as long as this runs.
+        // SAFETY: `body` belongs to `start`, which waits while this function runs.
         unsafe {
             (&raw mut (*body).error).write_volatile((*body).execute());
             libc::_exit(127)
@@ -296,25 +300,25 @@ fn start(mut body: Body) -> Result<c_int, NotStarted> {
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
     let top = stack.as_mut_ptr_range().end;
     let body_of_child = (&raw mut body).cast();
-    // SAFETY: with CLONE_VFORK this thread stands still until the child has executed the program
-    // or ended, so that the stack and what `body` points to are the child's until then; the stack
-    // is many times what it needs, and no signal handler runs on it, as all are blocked.
+    // SAFETY: CLONE_VFORK suspends this thread until the child has executed the program or ended,
+    // so the stack and `body` are the child's until then. The stack is large enough, and no signal
+    // handler runs on it, since all signals are blocked.
     let pid = with_signals_blocked(|| unsafe {
         child_made(libc::clone(child, top.cast(), flags, body_of_child))
     })
     .map_err(NotStarted::Process)?;
-    // SAFETY: it is there. Volatile, as nothing else says that another has written it.
+    // SAFETY: the pointer is valid. Volatile, since the compiler does not see the child's write.
     match unsafe { (&raw const body.error).read_volatile() } {
         0 => Ok(pid),
         error => {
-            // It has ended already.
+            // The child has ended.
             let _ = process::waitpid(Pid::from_raw(pid), WaitOptions::empty());
             Err(NotStarted::Program(io::Error::from_raw_os_error(error)))
         }
     }
 }
 
-/// Starts the child; returns once it has become the program, or has failed to.
+/// Starts the child; returns once it has executed the program, or failed to.
 #[cfg(not(target_os = "linux"))]
 #[allow(unsafe_code)]
 fn start(mut body: Body) -> Result<c_int, NotStarted> {
@@ -322,23 +326,23 @@ fn start(mut body: Body) -> Result<c_int, NotStarted> {
     use std::os::unix::process::CommandExt as _;
     use std::sync::atomic::{AtomicPtr, Ordering};
 
-    // SAFETY: `argv` begins with the program, a C string that is there.
+    // SAFETY: the first element of `argv` is the program, a valid C string.
     let program = unsafe { CStr::from_ptr(*body.argv) };
     let mut command = std::process::Command::new(OsStr::from_bytes(program.to_bytes()));
-    // Atomic only for being `Send`.
+    // Atomic because the closure must be `Send`.
     let body = AtomicPtr::new(&raw mut body);
     let run = move || -> io::Result<()> {
-        // SAFETY: this is the child, a copy of a parent that is still in `start`.
+        // SAFETY: this is the child; its parent is still in `start`, so the body is valid.
         let error = unsafe { (*body.load(Ordering::Relaxed)).execute() };
         Err(io::Error::from_raw_os_error(error))
     };
-    // SAFETY: it does only what can be done after a fork; see `execute`.
+    // SAFETY: `execute` is async-signal-safe.
     let child = unsafe { command.pre_exec(run) }.spawn();
     let child = child.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => NotStarted::Process(error),
         _ => NotStarted::Program(error),
     })?;
-    // Dropping the `Child` does nothing to the child.
+    // Dropping std's `Child` does not affect the process.
     Ok(child.id() as c_int)
 }
 

@@ -70,7 +70,7 @@ fn printed(process: &Process) -> Vec<u32> {
 }
 
 #[test]
-fn status_and_output_can_be_had_when_everything_else_is_gone() {
+fn keeps_status_and_output_after_destroy() {
     let process = ended("echo out; echo err >&2; exit 3");
     assert_eq!(process.poll().map(exit_code), Some(3));
     assert!(!process.alive() && !process.ended());
@@ -83,14 +83,14 @@ fn status_and_output_can_be_had_when_everything_else_is_gone() {
 }
 
 #[test]
-fn only_the_end_of_a_long_output_is_kept() {
+fn keeps_only_the_end_of_a_long_output() {
     let process = ended("head -c 2000000 /dev/zero | tr '\\0' x; echo end");
     assert_eq!(process.output().len() as u64, log::LIMIT);
     assert!(process.output().ends_with("xend\n"));
 }
 
 #[test]
-fn it_runs_in_a_session_of_its_own_and_what_it_makes_is_for_its_user() {
+fn daemon_has_its_own_session_and_umask_077() {
     let process = ended("umask; ps -o sid= -p $$; echo $$; cat");
     let pid = process.pid().unwrap();
     let mode = process.directory.metadata().unwrap().permissions().mode();
@@ -103,7 +103,7 @@ fn it_runs_in_a_session_of_its_own_and_what_it_makes_is_for_its_user() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn it_has_none_of_this_processs_files() {
+fn daemon_inherits_no_descriptor() {
     use std::os::fd::AsRawFd as _;
     let file = File::open("/dev/null").unwrap();
     let inheritable = rustix::io::dup(&file).unwrap();
@@ -115,7 +115,7 @@ fn it_has_none_of_this_processs_files() {
 }
 
 #[test]
-fn asked_to_end_it_ends_with_its_children() {
+fn terminate_ends_the_daemon_and_its_children() {
     let process = running("trap 'exit 7' TERM; sleep 1000 & echo $!; echo ready");
     let child = printed(&process)[0];
     assert!(process.alive() && runs(child));
@@ -126,7 +126,7 @@ fn asked_to_end_it_ends_with_its_children() {
 }
 
 #[test]
-fn what_ignores_being_asked_is_killed() {
+fn destroy_kills_a_daemon_that_ignores_sigterm() {
     let process = running("trap '' TERM; echo ready");
     let pid = process.pid().unwrap();
     process.terminate();
@@ -137,7 +137,7 @@ fn what_ignores_being_asked_is_killed() {
 }
 
 #[test]
-fn it_can_be_asked_while_another_thread_waits_for_its_end() {
+fn poll_works_while_another_thread_destroys() {
     let process = running("trap '' TERM; echo ready");
     let shutdown = process.shutdown.lock().unwrap();
     std::thread::scope(|scope| {
@@ -151,7 +151,7 @@ fn it_can_be_asked_while_another_thread_waits_for_its_end() {
 }
 
 #[test]
-fn it_starts_though_somebody_killed_its_watchdog() {
+fn spawns_though_the_watchdog_was_killed() {
     let process = scripted("echo ready; sleep 1000");
     let watchdog = Pid::from_raw(process.watchdog_pid() as i32).unwrap();
     kill_process(watchdog, Signal::KILL).unwrap();
@@ -161,13 +161,13 @@ fn it_starts_though_somebody_killed_its_watchdog() {
 }
 
 #[test]
-fn what_a_wrapper_leaves_behind_ends_with_it() {
+fn kills_what_a_wrapper_left_behind() {
     let process = ended("sleep 1000 & echo $!");
     until(|| !runs(printed(&process)[0]));
 }
 
 #[test]
-fn dropping_it_ends_it_and_removes_its_files() {
+fn drop_ends_the_daemon_and_removes_its_files() {
     let process = running("echo ready");
     let (pid, watchdog) = (process.pid().unwrap(), process.watchdog_pid());
     let directory = process.directory.clone();
@@ -176,7 +176,7 @@ fn dropping_it_ends_it_and_removes_its_files() {
 }
 
 #[test]
-fn a_daemon_that_somebody_else_reaped_has_ended() {
+fn a_daemon_reaped_elsewhere_has_ended() {
     let process = scripted("sleep 1000 & echo $!; exit 5");
     process.spawn().unwrap();
     let pid = Pid::from_raw(process.pid().unwrap() as i32);
@@ -192,7 +192,7 @@ fn a_daemon_that_somebody_else_reaped_has_ended() {
 }
 
 #[test]
-fn what_cannot_be_executed_is_not_given_to_a_shell() {
+fn does_not_pass_a_bad_binary_to_a_shell() {
     let directory = p2pd_sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
     let binary = directory.path().join("p2pd");
     fs::write(&binary, "echo this is no binary").unwrap();
@@ -215,7 +215,7 @@ fn what_cannot_be_executed_is_not_given_to_a_shell() {
 }
 
 #[test]
-fn a_nul_in_an_argument_is_an_error() {
+fn refuses_a_nul_in_an_argument() {
     let mut process = scripted("");
     process.arguments.push("a\0b".into());
     assert!(process
@@ -226,7 +226,7 @@ fn a_nul_in_an_argument_is_an_error() {
 }
 
 #[test]
-fn the_control_socket_is_private_or_where_it_was_wanted() {
+fn control_socket_is_private_unless_an_address_is_given() {
     let process = scripted("");
     let directory = process.directory.display();
     assert_eq!(
@@ -249,7 +249,7 @@ fn the_control_socket_is_private_or_where_it_was_wanted() {
 }
 
 #[test]
-fn a_socket_left_behind_is_removed_and_one_in_use_is_not() {
+fn removes_a_stale_socket_but_not_one_in_use() {
     let directory = p2pd_sockets::private_directory(None, "p2pd-", LONGEST_SOCKET).unwrap();
     let path = directory.path().join("c.sock");
     let options = DaemonOptions {
@@ -282,7 +282,7 @@ fn a_socket_left_behind_is_removed_and_one_in_use_is_not() {
 }
 
 #[test]
-fn a_long_temporary_directory_is_avoided() {
+fn avoids_a_long_temporary_directory() {
     let long = std::env::temp_dir().join("x".repeat(100));
     let options = DaemonOptions::default();
     let process = Process::prepare("/bin/sh".into(), &options, Some(&long)).unwrap();
@@ -290,7 +290,7 @@ fn a_long_temporary_directory_is_avoided() {
 }
 
 #[test]
-fn an_unused_port_is_none_that_the_system_gives_away() {
+fn unused_port_is_below_the_ephemeral_range() {
     let ports: std::collections::HashSet<_> = (0..50)
         .map(|_| unused_tcp_port("127.0.0.1").unwrap())
         .collect();
@@ -300,7 +300,7 @@ fn an_unused_port_is_none_that_the_system_gives_away() {
 }
 
 #[test]
-fn the_watchdog_ends_the_group_it_was_told_unless_that_has_ended() {
+fn watchdog_ends_the_group_unless_it_has_ended() {
     for (kind, has_ended) in KINDS
         .iter()
         .flat_map(|kind| [(*kind, false), (*kind, true)])
@@ -316,9 +316,9 @@ fn the_watchdog_ends_the_group_it_was_told_unless_that_has_ended() {
         fs::write(files.join("within/file"), "").unwrap();
         std::os::unix::fs::symlink("/tmp", files.join("link")).unwrap();
         let watchdog = Watchdog::start([Some(files.as_path())], kind).unwrap();
-        watchdog.tell(other.id());
+        watchdog.send(other.id());
         if has_ended {
-            watchdog.tell(0);
+            watchdog.send(0);
         }
         watchdog.cut_lifeline();
         if has_ended {
@@ -335,7 +335,7 @@ fn the_watchdog_ends_the_group_it_was_told_unless_that_has_ended() {
 }
 
 #[test]
-fn a_failed_preparation_is_a_start_error_that_names_the_file() {
+fn failed_preparation_names_the_file() {
     let prepare = |parent: &Path, options: &DaemonOptions| match Process::prepare(
         "/bin/sh".into(),
         options,
@@ -365,7 +365,7 @@ fn a_failed_preparation_is_a_start_error_that_names_the_file() {
 }
 
 #[test]
-fn a_binary_that_vanished_is_named() {
+fn names_a_binary_that_vanished() {
     let binary = PathBuf::from("/no/such/p2pd");
     let process = Process::prepare(binary, &DaemonOptions::default(), None).unwrap();
     let error = process.spawn().unwrap_err();
@@ -380,7 +380,7 @@ fn a_binary_that_vanished_is_named() {
 }
 
 #[test]
-fn a_step_of_the_end_does_not_wait() {
+fn try_destroy_does_not_block() {
     let process = running("trap '' TERM; echo ready");
     let pid = process.pid().unwrap();
     let begun = Instant::now();
@@ -404,7 +404,7 @@ fn a_step_of_the_end_does_not_wait() {
 }
 
 #[test]
-fn it_is_not_started_again_once_its_end_has_begun() {
+fn refuses_to_spawn_once_the_shutdown_has_begun() {
     let process = ended("exit 0");
     // As after the first of several steps.
     process.shutdown.lock().unwrap().waiting_for();
@@ -415,7 +415,7 @@ fn it_is_not_started_again_once_its_end_has_begun() {
 /// The test starts itself, as the process that has no descriptor left.
 #[test]
 #[cfg(target_os = "linux")]
-fn no_file_is_left_though_no_descriptor_is() {
+fn removes_all_files_without_a_free_descriptor() {
     use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
     const IN_CHILD: &str = "P2PCLIENT_RS_TEST_DESCRIPTORS";
     if std::env::var_os(IN_CHILD).is_some() {
@@ -446,7 +446,7 @@ fn no_file_is_left_though_no_descriptor_is() {
     }
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
-            "no_file_is_left_though_no_descriptor_is",
+            "removes_all_files_without_a_free_descriptor",
             "--test-threads=1",
         ])
         .env(IN_CHILD, "")
@@ -457,7 +457,7 @@ fn no_file_is_left_though_no_descriptor_is() {
 
 /// The test starts itself, as the process that is to be killed.
 #[test]
-fn the_death_of_this_process_ends_the_daemon_and_removes_its_files() {
+fn killing_this_process_ends_the_daemon_and_removes_its_files() {
     const IN_CHILD: &str = "P2PCLIENT_RS_TEST_PARENT";
     if let Some(kind) = std::env::var_os(IN_CHILD) {
         let kind = KINDS[kind.to_str().unwrap().parse::<usize>().unwrap()];
@@ -471,7 +471,7 @@ fn the_death_of_this_process_ends_the_daemon_and_removes_its_files() {
         println!("\n{pid} {watchdog} {}", process.directory.display());
         kill_process(rustix::process::getpid(), Signal::KILL).unwrap();
     }
-    let name = "the_death_of_this_process_ends_the_daemon_and_removes_its_files";
+    let name = "killing_this_process_ends_the_daemon_and_removes_its_files";
     for kind in 0..KINDS.len() {
         let output = Command::new(std::env::current_exe().unwrap())
             .args([name, "--nocapture", "--test-threads=1"])

@@ -1,12 +1,12 @@
-//! The watchdog: a process that outlives this one if need be, to clear up after it.
+//! The watchdog: a process that outlives this one, if necessary, to clean up after it.
 //!
-//! It reads lines from a pipe until the pipe ends, as it does however this process ends. The last
-//! line is the daemon's process group, or 0 if that has ended. It then ends the group and removes
-//! the files.
+//! It reads lines from a pipe until the end of file, which comes when this process ends, however it
+//! does. The last line is the daemon's process group, or 0 if the daemon has ended. The watchdog then
+//! ends that group and removes the files.
 //!
 //! There are two kinds. A shell script (0.7 MB, 1 ms to start) is used where there is a shell with
-//! `rm` and `sleep`. Elsewhere, as in a container image without a shell, it is a forked child that
-//! executes no program; see [`forked`]. That kind costs a copy of this process's page tables, some
+//! `rm` and `sleep`. Elsewhere, as in a container image without a shell, the watchdog is a forked
+//! child that executes no program; see [`forked`]. That kind copies this process's page tables, some
 //! 10 ms for each GiB in use, which is why it is the second choice.
 
 #[cfg(target_os = "linux")]
@@ -57,13 +57,13 @@ pub enum WatchdogKind {
 #[derive(Debug)]
 pub(super) struct Watchdog {
     child: Child,
-    /// The pipe it reads from, which ends when this process does.
+    /// The write end of its pipe; the kernel closes it when this process ends.
     lifeline: Mutex<Option<PipeWriter>>,
 }
 
 impl Watchdog {
-    /// Starts one that removes these files and directories. Without a `kind`, it is the shell
-    /// script if that can run, else a forked child.
+    /// Starts a watchdog that will remove these files and directories. Without a `kind`, it is the
+    /// shell script if that can run, else a forked child.
     pub(super) fn start<'a>(
         files: impl IntoIterator<Item = Option<&'a Path>>,
         kind: Option<WatchdogKind>,
@@ -77,7 +77,7 @@ impl Watchdog {
             None if !has_shell() => Self::fork(&files),
             #[cfg(target_os = "linux")]
             None => Self::run_shell(&files).or_else(|failed| {
-                // It may be there and still not run: another platform's, or without its loader.
+                // The shell may exist and still not run: for another platform, or without its loader.
                 Self::fork(&files).map_err(|_| failed)
             }),
             #[cfg(not(target_os = "linux"))]
@@ -110,7 +110,7 @@ impl Watchdog {
     fn fork(files: &[&Path]) -> Result<Self, Failed> {
         let (reader, lifeline) = pipe()?;
         let child = forked::fork(&reader, &lifeline, files)
-            .map_err(Failed::at(|| "cannot fork a process that clears up"))?;
+            .map_err(Failed::at(|| "cannot fork the watchdog"))?;
         Ok(Watchdog {
             child,
             lifeline: Mutex::new(Some(lifeline)),
@@ -120,7 +120,7 @@ impl Watchdog {
         self.child.id()
     }
 
-    /// Lets the spawned process tell the watchdog its number.
+    /// Makes the spawned process write its process id to the pipe.
     pub(super) fn announced(&self, program: Program) -> Result<Program, Failed> {
         let lifeline = lock(&self.lifeline);
         match lifeline.as_ref() {
@@ -129,16 +129,16 @@ impl Watchdog {
         }
     }
 
-    /// Tells it the process group to end, or 0.
-    pub(super) fn tell(&self, group: u32) {
+    /// Sends the process group that it has to end, or 0.
+    pub(super) fn send(&self, group: u32) {
         let lifeline = lock(&self.lifeline);
         if let Some(mut lifeline) = lifeline.as_ref() {
-            // In one write. Fails if the watchdog was killed.
+            // One write, so that lines do not mix. Fails if the watchdog was killed.
             let _ = lifeline.write_all(format!("{group}\n").as_bytes());
         }
     }
 
-    /// Kills it, with nothing done. Returns whether it has ended; to be called again until then.
+    /// Kills it before it cleans up. Returns whether it has ended; call again until then.
     pub(super) fn dismiss(&self) -> bool {
         let ended = self.child.kill();
         if ended {
@@ -147,7 +147,7 @@ impl Watchdog {
         ended
     }
 
-    /// Lets it clear up. Returns whether it has ended; call again until then.
+    /// Lets it clean up. Returns whether it has ended; call again until then.
     pub(super) fn finish(&self) -> bool {
         self.cut_lifeline();
         let ended = !matches!(self.child.has_ended(), Ok(false));
@@ -158,7 +158,7 @@ impl Watchdog {
     }
 
     pub(super) fn cut_lifeline(&self) {
-        // None in a forked child, if another thread of the parent was writing.
+        // The lock is held forever in a forked child if another thread of the parent was writing.
         if let Some(mut lifeline) = try_lock(&self.lifeline) {
             *lifeline = None;
         }
@@ -169,14 +169,14 @@ fn pipe() -> Result<(io::PipeReader, PipeWriter), Failed> {
     io::pipe().map_err(Failed::at(|| "cannot create a pipe"))
 }
 
-/// Where the script's programs are.
+/// `PATH` for the script.
 fn path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(":/bin:/usr/bin");
     path
 }
 
-/// Whether the script can be run.
+/// Whether the script's programs exist.
 #[cfg(target_os = "linux")]
 fn has_shell() -> bool {
     let path = path();

@@ -18,7 +18,7 @@ use std::thread::{self, JoinHandle};
 #[cfg(target_os = "linux")]
 use std::time::{Duration, Instant};
 
-/// In bytes.
+/// The size of the thread's stack, in bytes.
 const STACK_SIZE: usize = 64 * 1024;
 
 /// The thread that drains the pipe.
@@ -26,7 +26,7 @@ const STACK_SIZE: usize = 64 * 1024;
 pub(super) struct Drainer {
     thread: JoinHandle<()>,
     owner: u32,
-    /// The thread ends when this is closed.
+    /// Closing it ends the thread.
     #[cfg(unix)]
     stop: PipeWriter,
     #[cfg(target_os = "linux")]
@@ -43,7 +43,7 @@ impl Drainer {
         let thread = thread::Builder::new()
             .name("p2pd-log".into())
             .stack_size(STACK_SIZE);
-        // The program's signals are not for this thread: a program may block one to wait for it.
+        // This thread must not take the program's signals, which may block one to wait for it.
         let thread = with_signals_blocked(|| {
             thread.spawn(move || {
                 #[cfg(target_os = "linux")]
@@ -78,15 +78,15 @@ impl Drainer {
         })
     }
 
-    /// Whether it runs, or has nothing left to do.
+    /// Whether the thread runs, or has nothing left to do.
     pub(super) fn runs(&self) -> bool {
-        // Elsewhere than on unix, it ends with the output only.
+        // Except on unix, it ends only with the output.
         cfg!(not(unix)) || !self.thread.is_finished()
     }
 
     pub(super) fn stop(self) {
         if self.owner != std::process::id() {
-            // A forked child does not have the thread.
+            // The thread does not exist in a forked child.
             std::mem::forget(self.thread);
         } else {
             #[cfg(unix)]
@@ -100,8 +100,8 @@ impl Drainer {
         let _ = self.thread.join();
         #[cfg(target_os = "linux")]
         {
-            // The kernel counts a thread for a moment longer, and so would CPython, which warns of
-            // a fork with threads.
+            // The kernel lists the thread for a moment longer. CPython would count it, and warn of a
+            // fork with several threads.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
                 thread::yield_now();
@@ -110,7 +110,7 @@ impl Drainer {
     }
 }
 
-/// Stores the output until it ends, or `stopped` does.
+/// Stores the output until its end, or the end of `stopped`.
 #[cfg(unix)]
 fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
     use rustix::event::{poll, PollFd, PollFlags};
@@ -130,7 +130,7 @@ fn drain(store: &Mutex<Store>, source: &PipeReader, stopped: &PipeReader) {
     }
 }
 
-/// Stores the output until it ends.
+/// Stores the output until its end.
 #[cfg(not(unix))]
 fn drain(store: &Mutex<Store>, mut source: &PipeReader) {
     let mut buffer = vec![0; READ_SIZE];

@@ -6,26 +6,26 @@ use std::io::{self, ErrorKind, PipeReader, Read as _, Seek as _, SeekFrom, Write
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The size of each of the two files, and of the output that is kept, in bytes.
+/// The maximum size of each of the two files and of the output in memory, in bytes.
 pub(in super::super) const LIMIT: u64 = 1 << 20;
 /// The size of one read, in bytes.
 pub(super) const READ_SIZE: usize = 16 * 1024;
-/// The most that is read at once, in bytes: the pipe may be refilled as fast as it is drained.
+/// The read budget of one `drain`, in bytes: the daemon may refill the pipe as fast as it is read.
 #[cfg(unix)]
 const BUDGET: usize = 2 << 20;
 
-/// Where the older half of a log is.
+/// The path of the older file.
 pub(super) fn older(path: &Path) -> PathBuf {
     let mut older = path.as_os_str().to_owned();
     older.push(".1");
     older.into()
 }
 
-/// The files. Positions count the bytes of all runs.
+/// The two files. A position counts the bytes of all runs.
 #[derive(Debug)]
 pub(super) struct Store {
     path: PathBuf,
-    /// None if there is nothing more to come.
+    /// The pipe; none after its end.
     pub(super) source: Option<Arc<PipeReader>>,
     pub(super) file: Option<File>,
     /// Position of the first byte of `log`.
@@ -33,7 +33,7 @@ pub(super) struct Store {
     /// Position of the first byte of `log.1`.
     pub(super) oldest: u64,
     pub(super) end: u64,
-    /// The bytes that could not be stored.
+    /// Output that could not be stored.
     lost: Option<Lost>,
 }
 
@@ -44,7 +44,7 @@ struct Lost {
 }
 
 impl Store {
-    /// Nothing is created before the first run.
+    /// Creates no file before the first run.
     pub(super) fn new(path: &Path) -> Self {
         Store {
             path: path.into(),
@@ -80,7 +80,7 @@ impl Store {
         self.file = None;
     }
 
-    /// Stores the content of the pipe, without waiting. Returns whether the output has ended.
+    /// Stores the content of the pipe without blocking. Returns whether the output has ended.
     pub(super) fn drain(&mut self) -> bool {
         #[cfg(unix)]
         if let Some(source) = self.source.clone() {
@@ -108,7 +108,7 @@ impl Store {
         self.source.is_none()
     }
 
-    /// Never fails, since nothing may hold up the daemon: counts the bytes that cannot be stored.
+    /// Never fails, as a full pipe would block the daemon: counts the bytes that cannot be stored.
     pub(super) fn append(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
             let room = match self.room() {
@@ -120,7 +120,7 @@ impl Store {
             match written {
                 Some(Ok(())) => self.end += room as u64,
                 Some(Err(error)) => {
-                    // Part of it may be there.
+                    // Part of it may have been written.
                     let length = self.file.as_ref().and_then(|file| file.metadata().ok());
                     self.end = self.begin + length.map_or(0, |file| file.len());
                     return self.lose(data.len(), error);
@@ -137,20 +137,20 @@ impl Store {
         self.lost = Some(Lost { bytes, error });
     }
 
-    /// How much fits into `log`; begins another one if nothing does.
+    /// Returns how much fits into `log`, and begins another one if it is full.
     fn room(&mut self) -> io::Result<u64> {
         let room = LIMIT.saturating_sub(self.end - self.begin);
         if room > 0 && self.file.is_some() {
             return Ok(room);
         }
-        // Closed first: elsewhere than on unix, an open file cannot be renamed.
+        // Closed first: on Windows, an open file cannot be renamed.
         self.file = None;
         match fs::rename(&self.path, older(&self.path)) {
             Ok(()) => (self.oldest, self.begin) = (self.begin, self.end),
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            // It was renamed before, and then another one could not be created.
+            // An earlier call renamed it, and then could not create another one.
             Err(_) if self.begin == self.end => {}
-            // The file was removed: the output from here on does not continue `log.1`.
+            // The file was removed, so new output does not continue `log.1`.
             Err(_) => (self.oldest, self.begin) = (self.end, self.end),
         }
         let created = File::options()
@@ -175,7 +175,7 @@ impl Store {
                 .saturating_sub(position)
                 .min(limit - (position - begin));
             if position >= first && length > 0 {
-                // No error is expected from a file of our own; an unreadable part is left out.
+                // Leaves out a part that cannot be read.
                 let _ = read_at(&path, position - first, length, &mut data);
                 position += length;
             }
@@ -202,8 +202,8 @@ fn read_at(path: &Path, offset: u64, length: u64, data: &mut Vec<u8>) -> io::Res
     Ok(())
 }
 
-/// The end of the output, read from the files alone: for a forked child, in which the lock may be
-/// held by a thread that it does not have.
+/// Reads the last [`LIMIT`] bytes of the output from the files alone, without the lock, which may
+/// never be released in a forked child.
 pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
     let mut data = Vec::new();
     for _ in 0..10 {
@@ -217,7 +217,7 @@ pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
             let _ = older.read_to_end(&mut data);
         }
         let _ = newer.read_to_end(&mut data);
-        // Otherwise they were renamed meanwhile.
+        // Otherwise the files were renamed while they were read.
         let same = older.is_none_or(|older| is_still(&older, &older_path));
         if same && is_still(&newer, path) {
             break;

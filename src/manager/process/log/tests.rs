@@ -53,7 +53,7 @@ fn files_stay_within_the_bound_and_keep_the_newest_output() {
 }
 
 #[test]
-fn output_is_there_when_the_writer_has_closed_though_the_thread_is_late() {
+fn output_is_complete_once_the_writer_has_closed() {
     let (_directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
     log.pause();
@@ -67,7 +67,7 @@ fn output_is_there_when_the_writer_has_closed_though_the_thread_is_late() {
 }
 
 #[test]
-fn a_position_that_is_no_longer_stored_gives_the_oldest() {
+fn reads_the_oldest_output_for_an_older_position() {
     let (_directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
     for number in 0..60_000u64 {
@@ -94,7 +94,7 @@ fn a_position_that_is_no_longer_stored_gives_the_oldest() {
 }
 
 #[test]
-fn runs_follow_each_other() {
+fn positions_continue_across_runs() {
     let (directory, log) = log();
     for run in 0..5u64 {
         let (mut pipe, begin) = log.begin_run().unwrap();
@@ -112,7 +112,7 @@ fn runs_follow_each_other() {
 }
 
 #[test]
-fn output_that_cannot_be_stored_is_counted_and_does_not_block() {
+fn counts_output_that_cannot_be_stored_without_blocking() {
     let (directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
     // The second file cannot be made, nor the first be moved away.
@@ -133,7 +133,7 @@ fn output_that_cannot_be_stored_is_counted_and_does_not_block() {
 }
 
 #[test]
-fn the_thread_ends_with_the_output_and_when_stopped() {
+fn thread_ends_with_the_output_and_when_stopped() {
     let (_directory, log) = log();
     let (pipe, _) = log.begin_run().unwrap();
     let first = task(&log).unwrap();
@@ -150,7 +150,7 @@ fn the_thread_ends_with_the_output_and_when_stopped() {
 }
 
 #[test]
-fn a_thread_that_is_missing_is_started_again_but_not_during_a_fork() {
+fn starts_a_missing_thread_again_except_during_a_fork() {
     let (_directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
     // As two threads fork.
@@ -188,7 +188,7 @@ fn a_thread_that_is_missing_is_started_again_but_not_during_a_fork() {
 }
 
 #[test]
-fn the_thread_takes_no_signal() {
+fn thread_blocks_all_signals() {
     let (_directory, log) = log();
     let blocked = |task: &Path| {
         let status = fs::read_to_string(task.join("status")).unwrap();
@@ -207,7 +207,7 @@ fn the_thread_takes_no_signal() {
 }
 
 #[test]
-fn a_file_that_could_not_be_created_leaves_the_older_one() {
+fn keeps_the_older_file_if_a_new_one_cannot_be_created() {
     let (directory, log) = log();
     let _pipe = log.begin_run().unwrap();
     let path = directory.path().join("log");

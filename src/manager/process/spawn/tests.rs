@@ -36,7 +36,7 @@ fn printed(program: impl FnOnce(&dyn AsFd) -> Program) -> String {
 #[test]
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[allow(unsafe_code)]
-fn what_others_want_done_at_a_fork_is_not_done() {
+fn runs_no_atfork_handlers() {
     use std::cell::Cell;
     thread_local!(static FORKED: Cell<bool> = const { Cell::new(false) });
     extern "C" fn forking() {
@@ -53,7 +53,7 @@ fn what_others_want_done_at_a_fork_is_not_done() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn what_is_inheritable_is_not_inherited_by_an_old_kernels_means_either() {
+fn inherits_no_descriptor_with_or_without_close_range() {
     let inheritable = rustix::io::dup(File::open("/dev/null").unwrap()).unwrap();
     assert!(inheritable.as_raw_fd() > 2);
     for by_range in [true, false] {
@@ -72,7 +72,7 @@ fn what_is_inheritable_is_not_inherited_by_an_old_kernels_means_either() {
 #[test]
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
-fn no_handler_and_no_mask_is_inherited_but_what_is_meant_to_be_ignored() {
+fn resets_handlers_and_mask_but_keeps_ignored_signals() {
     extern "C" fn handler(_: c_int) {}
     let handler: extern "C" fn(c_int) = handler;
     let bit = |signal: c_int| 1u64 << (signal - 1);
@@ -109,7 +109,7 @@ fn no_handler_and_no_mask_is_inherited_but_what_is_meant_to_be_ignored() {
 }
 
 #[test]
-fn it_says_its_number_before_it_is_the_program() {
+fn announces_its_process_id_before_the_program_runs() {
     let (mut reader, writer) = io::pipe().unwrap();
     let output = File::open("/dev/null").unwrap();
     let program = program(&["/bin/sh", "-c", "exit"], &output);
@@ -124,7 +124,7 @@ fn it_says_its_number_before_it_is_the_program() {
 }
 
 #[test]
-fn it_runs_though_nobody_hears_its_number() {
+fn runs_though_the_announcement_has_no_reader() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     let text = printed(|output| {
@@ -135,7 +135,7 @@ fn it_runs_though_nobody_hears_its_number() {
 }
 
 #[test]
-fn the_environment_is_this_processs_or_the_one_given() {
+fn inherits_the_environment_unless_one_is_given() {
     let text = printed(|output| program(&["/usr/bin/env"], output));
     for (name, value) in std::env::vars() {
         assert!(text.contains(&format!("{name}={value}\n")), "{name}");
@@ -148,7 +148,7 @@ fn the_environment_is_this_processs_or_the_one_given() {
 }
 
 #[test]
-fn what_cannot_be_executed_leaves_no_child() {
+fn a_failed_spawn_leaves_no_child() {
     let output = File::open("/dev/null").unwrap();
     let failed = program(&["/no/such/program"], &output).spawn().unwrap_err();
     assert_eq!(failed.error.raw_os_error(), Some(libc::ENOENT));

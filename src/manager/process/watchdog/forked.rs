@@ -1,17 +1,18 @@
-//! The watchdog as a forked child that executes no program, for where there is no shell.
+//! The watchdog as a forked child that executes no program, for systems without a shell.
 //!
-//! The child is a copy of a process whose other threads may have held any lock, so it only makes
-//! system calls: no allocation, no lock, no panic, nothing of Python's. All signals are blocked.
+//! The child is a copy of a process whose other threads may have held any lock. So it only makes
+//! system calls: it does not allocate, lock or panic, and never touches Python. All signals are
+//! blocked.
 //!
-//! A copy also keeps this process's memory as it was at the fork: each page that this process then
-//! writes to would be there twice. So the child first unmaps the large regions, which it finds in
-//! `/proc/self/maps`: those without a file, and those shared with others. Small regions stay, and so
-//! do files that are mapped privately, as libraries are.
+//! A copy also keeps this process's memory as it was at the fork: each page that this process writes
+//! to afterwards would exist twice. So the child first unmaps the large regions of
+//! `/proc/self/maps` that have no file or are shared with others. Small regions stay, and so do
+//! files that are mapped privately, such as libraries.
 //!
-//! The variables of a library that are zero at first are in a region without a file, right behind
-//! the library's file. The kernel may have made one region of that and a large one above it. So the
-//! beginning of such a region stays. From then on the child makes system calls by rustix alone, which
-//! makes them without libc, wherever it can: libc's functions may look at variables of libc's.
+//! A library's zero-initialised variables are in a region without a file, right behind the library's
+//! file. The kernel may have merged that region with a large one above it, so the beginning of such a
+//! region stays. From then on the child makes system calls through rustix where it can, which makes
+//! them without libc: libc's functions may access libc's variables.
 
 use super::super::child::Child;
 use super::super::signals::with_signals_blocked;
@@ -28,28 +29,28 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr;
 
-/// In bytes. Each directory level that is removed takes about 3 KiB.
+/// The size of the child's stack, in bytes. Removing a directory takes about 3 KiB for each level.
 const STACK_SIZE: usize = 256 * 1024;
-/// The directories within directories that are removed.
+/// The levels of nested directories that are removed.
 const DEPTH: u32 = 16;
-/// Regions of this size on are unmapped, in bytes. Libraries' own variables take less.
+/// The smallest region that is unmapped, in bytes. The variables of libraries take less.
 const LARGE: usize = 1 << 20;
-/// The descriptors that are closed where they cannot be closed all at once.
+/// The descriptors that are closed one by one where `close_range` is missing.
 const CLOSED_ONE_BY_ONE: RawFd = 1 << 16;
 
-/// What the child needs to know. It lies in the memory of its stack, which is not unmapped.
+/// The child's data, in the memory of its stack, which stays mapped.
 struct Body {
     reader: RawFd,
     writer: RawFd,
-    /// The paths, one after another, each with a NUL at its end.
+    /// The paths, each terminated by a NUL.
     paths: *const u8,
     paths_length: usize,
-    /// An address in the memory that holds the thread's own variables.
+    /// An address in the thread-local storage.
     thread: usize,
 }
 
-/// Forks a child that waits for the end of `reader`, and then ends the process group it was last
-/// told and removes these files.
+/// Forks a child that waits for the end of `reader`, then ends the last process group it has read
+/// and removes these files.
 #[allow(unsafe_code)]
 pub(super) fn fork(reader: &PipeReader, writer: &PipeWriter, files: &[&Path]) -> io::Result<Child> {
     let files = files
@@ -72,8 +73,8 @@ pub(super) fn fork(reader: &PipeReader, writer: &PipeWriter, files: &[&Path]) ->
         paths_length: paths.len(),
         thread: errno_address(),
     };
-    // SAFETY: the memory is large enough for both and aligned to a page. The child is a copy of
-    // this process with a stack of its own in that memory, the copy of which is not freed there.
+    // SAFETY: the memory is page-aligned and large enough for both. The child is a copy of this
+    // process, runs on a stack in its copy of that memory, and never frees it.
     let pid = unsafe {
         stack.start.cast::<Body>().write(body);
         let begin = stack.start.cast::<u8>().add(mem::size_of::<Body>());
@@ -98,7 +99,7 @@ impl Stack {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: a new mapping, at an address of the kernel's choice.
+        // SAFETY: this creates a mapping at an address that the kernel chooses.
         let start = unsafe { libc::mmap(ptr::null_mut(), size, access, kind, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -106,7 +107,7 @@ impl Stack {
         Ok(Stack { start, size })
     }
 
-    /// The end of it, aligned as a stack must be.
+    /// The top of the stack, aligned.
     fn top(&mut self) -> *mut c_void {
         let top = self.start.cast::<u8>().wrapping_add(self.size);
         top.wrapping_sub(top as usize % 64).cast()
@@ -116,14 +117,14 @@ impl Stack {
 impl Drop for Stack {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: it is this one's, and nothing else refers to it.
+        // SAFETY: this owns the mapping, and nothing else refers to it.
         unsafe { libc::munmap(self.start, self.size) };
     }
 }
 
 #[allow(unsafe_code)]
 fn errno_address() -> usize {
-    // SAFETY: it gives the address of a variable of this thread.
+    // SAFETY: this returns the address of a thread-local variable.
     #[cfg(not(target_os = "android"))]
     return unsafe { libc::__errno_location() } as usize;
     #[cfg(target_os = "android")]
@@ -133,36 +134,36 @@ fn errno_address() -> usize {
 
 #[allow(unsafe_code)]
 extern "C" fn watch(body: *mut c_void) -> c_int {
-    // SAFETY: `fork` has written it there. Only this child has this copy of it.
+    // SAFETY: `fork` wrote the body there, and only this child has this copy.
     let body = unsafe { &*body.cast::<Body>() };
     let _ = process::setsid();
     let _ = process::chdir(c"/");
     let _ = thread::set_name(c"p2pd-watchdog");
     close_all_but(body.reader, body.writer);
-    // SAFETY: what this child needs from now on is in its stack, in its thread's variables, and in
-    // programs and libraries: in their files, which are mapped privately, and in the variables
-    // behind them. All that stays.
+    // SAFETY: from now on this child uses only its stack, its thread-local storage, and programs and
+    // libraries: their files, which are mapped privately, and the variables behind them. All that
+    // stays mapped.
     unsafe { unmap_large_regions(&[body as *const Body as usize, body.thread]) };
-    // SAFETY: it was open at the fork, and is left open.
+    // SAFETY: it was open at the fork and stays open.
     let reader = unsafe { BorrowedFd::borrow_raw(body.reader) };
     if let Some(group) = last_number(reader) {
         end_group(group);
     }
-    // SAFETY: `fork` has written them there.
+    // SAFETY: `fork` wrote the paths there.
     let mut paths = unsafe { std::slice::from_raw_parts(body.paths, body.paths_length) };
     while let Ok(path) = CStr::from_bytes_until_nul(paths) {
         remove(CWD, path, DEPTH);
         paths = paths.get(path.count_bytes() + 1..).unwrap_or_default();
     }
-    // SAFETY: it ends this process, with nothing of its parent's done. It is but a system call.
+    // SAFETY: a system call that ends this process without running exit handlers.
     unsafe { libc::_exit(0) }
 }
 
-/// Closes all descriptors but one. `writer` is the end that this process would wait for.
+/// Closes all descriptors except `kept`; certainly `writer`, which would delay the end of the pipe.
 #[allow(unsafe_code)]
 fn close_all_but(kept: RawFd, writer: RawFd) {
     let close_range = |first: RawFd, last: libc::c_uint| {
-        // SAFETY: nothing in this process uses the other descriptors.
+        // SAFETY: this process uses no other descriptor.
         first as libc::c_uint > last
             || unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0
     };
@@ -172,7 +173,7 @@ fn close_all_but(kept: RawFd, writer: RawFd) {
     if below && close_range(kept + 1, libc::c_uint::MAX) {
         return;
     }
-    // The kernel is older than that call.
+    // The kernel does not know the call.
     for number in (0..CLOSED_ONE_BY_ONE).chain([writer]) {
         if number != kept {
             // SAFETY: as above.
@@ -181,11 +182,11 @@ fn close_all_but(kept: RawFd, writer: RawFd) {
     }
 }
 
-/// Unmaps the large regions without a file or shared with others, but those with these addresses,
-/// and but what may be a library's variables.
+/// Unmaps the large regions that have no file or are shared, except those that contain one of these
+/// addresses or may contain a library's variables.
 ///
 /// # Safety
-/// Nothing in this process may use these regions afterwards.
+/// This process must not use these regions afterwards.
 #[allow(unsafe_code)]
 unsafe fn unmap_large_regions(kept: &[usize]) {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -206,7 +207,7 @@ unsafe fn unmap_large_regions(kept: &[usize]) {
                 continue;
             }
             if let Some((start, end)) = region.unneeded(kept) {
-                // SAFETY: the caller does not use it.
+                // SAFETY: the caller guarantees that it is unused.
                 let _ = unsafe { rustix::mm::munmap(start as *mut c_void, end - start) };
             }
             region = region.next();
@@ -215,29 +216,29 @@ unsafe fn unmap_large_regions(kept: &[usize]) {
     close(maps);
 }
 
-/// Closes it by the system call alone. The standard library calls libc's `close`, which looks at a
-/// variable of libc's.
+/// Closes the file by the system call alone. The standard library calls libc's `close`, which
+/// accesses a variable of libc.
 #[allow(unsafe_code)]
 fn close(file: OwnedFd) {
-    // SAFETY: it is open, and nobody else closes it.
+    // SAFETY: the descriptor is open, and its owner was consumed.
     unsafe { rustix::io::close(file.into_raw_fd()) };
 }
 
 /// A line of `/proc/self/maps`: `start-end perms offset device inode path`.
 #[derive(Debug, Clone, Copy, Default)]
 struct Region {
-    /// How many separators have come.
+    /// The number of separators read.
     field: u32,
     start: usize,
     end: usize,
     shared: bool,
     of_file: bool,
-    /// The end of the last region of a file that came before.
+    /// The end of the last region with a file before this one.
     file_end: usize,
 }
 
 impl Region {
-    /// Takes one more character; whether that was the last one.
+    /// Takes the next character. Returns whether it was the last one.
     fn take(&mut self, byte: u8) -> bool {
         let digit = (byte as char).to_digit(16).unwrap_or(0) as usize;
         match (self.field, byte) {
@@ -253,7 +254,7 @@ impl Region {
         false
     }
 
-    /// To take the next line.
+    /// An empty region, for the next line.
     fn next(&self) -> Self {
         let file_end = if self.of_file {
             self.end
@@ -266,12 +267,12 @@ impl Region {
         }
     }
 
-    /// What of it can be unmapped, if no more than these addresses is needed.
+    /// The part that can be unmapped if only these addresses are needed.
     fn unneeded(&self, kept: &[usize]) -> Option<(usize, usize)> {
         if self.of_file && !self.shared || self.end.saturating_sub(self.start) < LARGE {
             return None;
         }
-        // Behind a file may be the variables of the library in it.
+        // The variables of a library may follow its file.
         let start = match self.start == self.file_end && !self.shared {
             true => self.start + LARGE,
             false => self.start,
@@ -281,7 +282,7 @@ impl Region {
     }
 }
 
-/// The number in the last line that comes until the end; none if that is 0.
+/// Reads until the end of file. Returns the number in the last line; none if that is 0.
 fn last_number(reader: BorrowedFd<'_>) -> Option<Pid> {
     let mut buffer = [0; 256];
     let (mut last, mut number) = (0i32, 0i32);
@@ -306,7 +307,7 @@ fn last_number(reader: BorrowedFd<'_>) -> Option<Pid> {
     }
 }
 
-/// Asks a process group to end, and kills it if it has not after five seconds.
+/// Sends SIGTERM to a process group, and SIGKILL if it has not ended after 5 seconds.
 fn end_group(group: Pid) {
     let _ = process::kill_process_group(group, Signal::TERM);
     for _ in 0..50 {
@@ -325,14 +326,14 @@ fn pause(milliseconds: i64) {
     });
 }
 
-/// Removes a file, or a directory with all that is in it.
+/// Removes a file, or a directory with its content.
 fn remove(parent: BorrowedFd<'_>, name: &CStr, depth: u32) {
     let gone = fs::unlinkat(parent, name, AtFlags::empty());
     if gone != Err(Errno::ISDIR) || depth == 0 {
         return;
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    // A killed process may add a file until it has ended.
+    // A killed process may still create files until it has ended.
     for _ in 0..10 {
         if let Ok(directory) = fs::openat(parent, name, flags, Mode::empty()) {
             remove_entries(directory.as_fd(), depth);
@@ -361,7 +362,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn large_regions_are_unneeded_but_libraries_and_what_is_behind_them_and_what_is_kept() {
+    fn unmaps_large_regions_except_libraries_and_kept_addresses() {
         const BASE: usize = 0x4000_0000;
         let maps = "\
 40000000-40100000 rw-p 00000000 00:00 0
@@ -391,7 +392,7 @@ mod tests {
         let all = [
             [0x0, 0x10_0000],
             [0x30_0000, 0x50_0000],
-            // Without the variables of libc.
+            // Without libc's variables.
             [0xb0_2000, 0xf0_2000],
             [0x120_0000, 0x140_0000],
             [0x140_0000, 0x180_0000],
