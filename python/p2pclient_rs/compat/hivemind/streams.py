@@ -232,7 +232,7 @@ class StreamTransport(asyncio.Transport):
             self._reader._lose(error)
 
     def can_write_eof(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def is_closing(self) -> bool:
@@ -364,7 +364,7 @@ class StreamWriter(asyncio.StreamWriter):
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def close(self) -> None:
