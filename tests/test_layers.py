@@ -13,9 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CRATES = [file.parent for file in sorted(ROOT.glob("src/**/Cargo.toml"))]
 
-# Crates that still have a cycle.
-KNOWN_CYCLES = ("client",)
-
 
 def cycle(graph: Mapping[str, set[str]]) -> list[str]:
     """Returns one cycle of a dependency graph; an empty list if it has no cycle."""
@@ -175,14 +172,7 @@ def without_tests(code: str) -> str:
     return inline.sub(lambda found: found[0].replace("super::", "self::"), code)
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        pytest.param(folder, marks=pytest.mark.xfail(folder.name in KNOWN_CYCLES, reason="later"))
-        for folder in CRATES
-    ],
-    ids=lambda folder: folder.name,
-)
+@pytest.mark.parametrize("folder", CRATES, ids=lambda folder: folder.name)
 def test_no_file_of_a_crate_depends_on_itself_through_others(folder: Path) -> None:
     assert cycle(Crate(folder).graph()) == []
 

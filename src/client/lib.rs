@@ -31,6 +31,7 @@ mod pubsub;
 mod results;
 mod socket;
 mod stream;
+mod streams;
 mod sync;
 mod unary;
 

@@ -1,10 +1,8 @@
-//! Streams to and from peers.
+//! A stream to or from a peer.
 
 use super::socket::Socket;
-use super::{Client, Context, Error};
 use bytes::{Buf, Bytes};
-use p2pd_protocol::command::streams::StreamOpen;
-use p2pd_protocol::{PeerId, StreamInfo};
+use p2pd_protocol::StreamInfo;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{self, Poll};
@@ -33,33 +31,6 @@ pub struct Stream {
     /// Look-ahead data: the stream's first bytes, if they arrived together with the header.
     ahead: Bytes,
     info: StreamInfo,
-}
-
-impl Client {
-    /// STREAM_OPEN: opens a stream to a peer for the first of `protocols` that it speaks.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] if the peer cannot be reached or speaks none of the protocols.
-    pub async fn stream_open<S: Into<String>>(
-        &self,
-        peer: &PeerId,
-        protocols: impl IntoIterator<Item = S>,
-    ) -> Result<Stream, Error> {
-        let protocols: Vec<String> = protocols.into_iter().map(Into::into).collect();
-        let about = Context::new("STREAM_OPEN").peer(peer);
-        let about = about.protocol(protocols.join(", "));
-        let request = StreamOpen {
-            peer: peer.clone(),
-            protocols,
-            timeout: self.timeout,
-        };
-        self.within(about, async {
-            let (info, pooled) = self.pool().request(&request).await?;
-            let (socket, ahead) = pooled.into_socket();
-            Ok(Stream::new(socket, ahead, info))
-        })
-        .await
-    }
 }
 
 impl Stream {
