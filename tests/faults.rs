@@ -714,6 +714,70 @@ async fn client_has_one_handler_per_protocol() {
     listening.daemon.nobody_connects();
 }
 
+/// Replies to each request of a registration, which must be of these types.
+async fn registration(control: &mut Connection, replies: [(Type, p2pd::Response); 3]) {
+    for (kind, reply) in replies {
+        assert_eq!(control.request().await.r#type, Some(kind as i32));
+        control.answer(reply).await;
+    }
+}
+
+#[tokio::test]
+async fn replaced_handler_ends_and_its_successor_gets_the_streams() {
+    let Listening {
+        client,
+        mut incoming,
+        listen,
+        mut control,
+        daemon,
+    } = listening().await;
+    let replies = [
+        (
+            Type::StreamHandler,
+            refusal("handler for /echo already set"),
+        ),
+        (Type::RemoveStreamHandler, ok()),
+        (Type::StreamHandler, ok()),
+    ];
+    let (outcome, ()) = join!(
+        client.replace_stream_handler("/echo", false),
+        registration(&mut control, replies)
+    );
+    let mut successor = outcome.unwrap();
+    assert!(within("the end", incoming.next()).await.is_none());
+    drop(incoming);
+    dial(&listen).await.answer(stream_info("/echo")).await;
+    assert!(within("a stream", successor.next()).await.is_some());
+    daemon.nobody_connects();
+}
+
+#[tokio::test]
+async fn handler_stays_if_replacing_it_fails() {
+    let Listening {
+        client,
+        mut incoming,
+        listen,
+        mut control,
+        ..
+    } = listening().await;
+    // Other clients share the protocol, and this one goes on sharing it.
+    let replies = [
+        (
+            Type::StreamHandler,
+            refusal("handler for /echo already set"),
+        ),
+        (Type::RemoveStreamHandler, refusal("does not exist")),
+        (Type::StreamHandler, ok()),
+    ];
+    let (outcome, ()) = join!(
+        client.replace_stream_handler("/echo", false),
+        registration(&mut control, replies)
+    );
+    assert!(matches!(outcome, Err(Error::Refused { .. })), "{outcome:?}");
+    dial(&listen).await.answer(stream_info("/echo")).await;
+    assert!(within("a stream", incoming.next()).await.is_some());
+}
+
 #[tokio::test]
 async fn protocol_of_a_dropped_handler_is_free_once_the_daemon_has_removed_it() {
     let Listening {

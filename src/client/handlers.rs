@@ -40,24 +40,57 @@ pub struct Name {
     number: u64,
 }
 
+/// A name just taken, with the streams that arrive for it.
+#[derive(Debug)]
+pub struct Entered {
+    pub name: Name,
+    pub streams: mpsc::Receiver<Stream>,
+    /// The handler from which the name was taken. Dropping it ends its streams.
+    pub replaced: Option<Replaced>,
+}
+
+/// A handler whose name was taken by another one.
+#[derive(Debug)]
+pub struct Replaced(Entry);
+
+impl Replaced {
+    /// Whether it was registered as balanced.
+    pub fn balanced(&self) -> bool {
+        self.0.balanced
+    }
+}
+
 impl Handlers {
     /// Takes a name. If its handler was dropped, waits until the daemon has removed that.
     ///
+    /// # Arguments
+    /// - `wanted`: dangling once the caller has dropped the handler.
+    /// - `replace`: whether to take the name from a handler that is still in use.
+    ///
     /// # Errors
-    /// [`Error::AlreadyRegistered`] if its handler is still in use.
+    /// [`Error::AlreadyRegistered`] if the handler is still in use, unless `replace`.
     pub async fn enter(
         self: &Arc<Self>,
         protocol: String,
         balanced: bool,
         wanted: Weak<()>,
-    ) -> Result<(Name, mpsc::Receiver<Stream>), Error> {
+        replace: bool,
+    ) -> Result<Entered, Error> {
         loop {
             let left = self.left.notified();
             {
                 let mut handlers = lock(&self.by_protocol);
-                match handlers.get(&protocol) {
-                    None => {
-                        let (sender, receiver) = mpsc::channel(MAX_WAITING);
+                let in_use = handlers
+                    .get(&protocol)
+                    .map(|entry| entry.wanted.strong_count() > 0);
+                match in_use {
+                    Some(true) if !replace => {
+                        let context = Box::default();
+                        return Err(Error::AlreadyRegistered { context });
+                    }
+                    Some(false) => {}
+                    _ => {
+                        let (sender, streams) = mpsc::channel(MAX_WAITING);
                         let number = self.entered.fetch_add(1, Ordering::Relaxed);
                         let entry = Entry {
                             number,
@@ -65,19 +98,18 @@ impl Handlers {
                             sender,
                             wanted,
                         };
-                        handlers.insert(protocol.clone(), entry);
+                        let replaced = handlers.insert(protocol.clone(), entry).map(Replaced);
                         let name = Name {
                             handlers: Arc::clone(self),
                             protocol,
                             number,
                         };
-                        return Ok((name, receiver));
+                        return Ok(Entered {
+                            name,
+                            streams,
+                            replaced,
+                        });
                     }
-                    Some(entry) if entry.wanted.strong_count() > 0 => {
-                        let context = Box::default();
-                        return Err(Error::AlreadyRegistered { context });
-                    }
-                    Some(_) => {}
                 }
             }
             left.await;
@@ -116,6 +148,16 @@ impl Name {
     /// The protocol.
     pub fn protocol(&self) -> &str {
         &self.protocol
+    }
+
+    /// Gives the name back to the handler that had it.
+    pub fn restore(self, replaced: Replaced) {
+        if self.is_taken() {
+            let mut handlers = lock(&self.handlers.by_protocol);
+            let entry = handlers.insert(self.protocol.clone(), replaced.0);
+            drop(handlers);
+            drop(entry);
+        }
     }
 
     /// Whether the name is still this one's. When the runtime ends, all names become free, and

@@ -1,6 +1,6 @@
 //! Inbound streams: registers their handlers at the daemon, and gives the streams to the program.
 
-use super::handlers::Name;
+use super::handlers::{Entered, Name};
 use super::listener::ListenerStats;
 use super::stream::Stream;
 use super::{Client, Context, Error};
@@ -36,7 +36,27 @@ impl Client {
     ) -> Result<IncomingStreams, Error> {
         let protocol = protocol.into();
         let about = Context::new("STREAM_HANDLER").protocol(&protocol);
-        self.within(about, self.register(protocol, balanced)).await
+        let work = self.register(protocol, balanced, false);
+        self.within(about, work).await
+    }
+
+    /// As [`stream_handler`](Self::stream_handler), but takes the protocol over from a handler of
+    /// this client if there is one: the [`IncomingStreams`] of that handler end. If this fails, that
+    /// handler stays.
+    ///
+    /// hivemind's daemon has no handler for the protocol for a moment.
+    ///
+    /// # Errors
+    /// As for [`stream_handler`](Self::stream_handler), but for [`Error::AlreadyRegistered`].
+    pub async fn replace_stream_handler(
+        &self,
+        protocol: impl Into<String>,
+        balanced: bool,
+    ) -> Result<IncomingStreams, Error> {
+        let protocol = protocol.into();
+        let about = Context::new("STREAM_HANDLER").protocol(&protocol);
+        let work = self.register(protocol, balanced, true);
+        self.within(about, work).await
     }
 
     /// Registers all handlers of this client, of streams and of unary calls, at a daemon that was
@@ -81,6 +101,16 @@ impl Client {
             witnessed: false,
         };
         let mut registering = Registering::new(balanced, Some(former), true);
+        self.carry_out(&mut registering, addr, protocol).await
+    }
+
+    /// Sends the requests that the policy asks for.
+    async fn carry_out(
+        &self,
+        registering: &mut Registering,
+        addr: &Multiaddr,
+        protocol: &str,
+    ) -> Result<(), Error> {
         let mut action = registering.first();
         let mut first_error = None;
         loop {
@@ -127,7 +157,12 @@ impl Client {
     /// Registers a handler in a task of its own. If the caller gives up, the task still waits for
     /// the daemon's reply, and then removes the handler. A removal that is sent sooner could
     /// overtake the registration.
-    async fn register(&self, protocol: String, balanced: bool) -> Result<IncomingStreams, Error> {
+    async fn register(
+        &self,
+        protocol: String,
+        balanced: bool,
+        replace: bool,
+    ) -> Result<IncomingStreams, Error> {
         let (mut caller, outcome) = oneshot::channel();
         let client = self.clone();
         let wanted = Arc::new(());
@@ -141,7 +176,8 @@ impl Client {
                 ready = async {
                     let addr = inbound.listen(client.pool()).await?;
                     let handlers = &inbound.handlers;
-                    Ok((addr, handlers.enter(protocol, balanced, still_wanted).await?))
+                    let entered = handlers.enter(protocol, balanced, still_wanted, replace);
+                    Ok((addr, entered.await?))
                 } => ready,
             };
             let registered = match ready {
@@ -161,32 +197,49 @@ impl Client {
     async fn try_register(
         &self,
         addr: Multiaddr,
-        (name, streams): (Name, mpsc::Receiver<Stream>),
+        entered: Entered,
         balanced: bool,
     ) -> Result<IncomingStreams, Error> {
-        let request = register_request(&addr, name.protocol(), balanced);
-        let mut handler = IncomingStreams {
+        let Entered {
+            name,
+            streams,
+            replaced,
+        } = entered;
+        let handler = |name, streams| IncomingStreams {
             streams,
             registration: Some(Registration {
                 client: self.clone(),
-                addr,
+                addr: addr.clone(),
                 runtime: Handle::current(),
                 name,
             }),
             _wanted: None,
         };
-        // The policy needs no second request for a name that is new to this client.
-        let mut registering = Registering::new(balanced, None, true);
-        registering.first();
-        let outcome = timeout(DETACHED_TIMEOUT, self.pool().request(&request)).await;
+        let former = replaced.as_ref().map(|replaced| Former {
+            balanced: replaced.balanced(),
+            unchanged: replaced.balanced() == balanced,
+            witnessed: false,
+        });
+        let mut registering = Registering::new(balanced, former, true);
+        let work = self.carry_out(&mut registering, &addr, name.protocol());
+        let outcome = timeout(DETACHED_TIMEOUT, work).await;
         let outcome = outcome.unwrap_or_else(|_| Err(Error::timeout(DETACHED_TIMEOUT)));
-        let outcome = outcome.map(drop);
-        registering.next(reply(&outcome));
-        if registering.record() == Record::Former {
-            // The daemon has no registration to remove.
-            handler.registration = None;
+        if let Err(error) = outcome {
+            return Err(match replaced {
+                Some(replaced) => {
+                    name.restore(replaced);
+                    error
+                }
+                // The daemon has no registration to remove.
+                None if registering.record() != Record::Current => error,
+                // Dropping the handler removes it.
+                None => {
+                    drop(handler(name, streams));
+                    error
+                }
+            });
         }
-        outcome.map(|()| handler)
+        Ok(handler(name, streams))
     }
 }
 
