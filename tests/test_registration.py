@@ -86,6 +86,18 @@ async def test_handler_can_be_replaced_after_a_daemon_restart() -> None:
                 assert await greeting(caller, daemon, "/name") == b"newest"
 
 
+async def test_handler_is_replaced_only_if_that_is_allowed() -> None:
+    with DaemonProcess() as daemon:
+        async with daemon.client() as client, client.listen():
+            await client.stream_handler("/name", greeter(b"first"), replace=False)
+            with pytest.raises(ControlFailure, match="already registered") as failure:
+                await client.stream_handler("/name", greeter(b"second"), replace=False)
+            assert failure.value.request == "STREAM_HANDLER"
+            assert failure.value.protocol == "/name"
+            async with connected(daemon) as caller:
+                assert await greeting(caller, daemon, "/name") == b"first"
+
+
 async def test_replacing_a_handler_drops_no_streams() -> None:
     with DaemonProcess() as daemon:
         async with daemon.client() as client, client.listen(), connected(daemon) as caller:

@@ -242,6 +242,7 @@ class Client:
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        replace: bool = True,
         linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
@@ -255,7 +256,7 @@ class Client:
             await client.stream_handler("/echo/1", echo)
         """
         await self.control.stream_handler(
-            proto, handler_cb, balanced=balanced, linger=linger, timeout=timeout
+            proto, handler_cb, balanced=balanced, replace=replace, linger=linger, timeout=timeout
         )
 
     async def remove_stream_handler(self, proto: str, *, timeout: float | None = None) -> None:

@@ -239,13 +239,13 @@ class ControlClient(InboundStreams):
         handler_cb: StreamHandler,
         *,
         balanced: bool = False,
+        replace: bool = True,
         linger: float | None = DEFAULT_LINGER,
         timeout: float | None = None,
     ) -> None:
         """STREAM_HANDLER: registers a handler for the inbound streams of a protocol.
 
-        The handler is called while the client listens. It replaces a former handler of this client
-        for the protocol.
+        The handler is called while the client listens.
 
         Args:
             proto: The protocol id.
@@ -255,6 +255,8 @@ class ControlClient(InboundStreams):
                 stream stays open as long as the program holds it.
             balanced: Whether several clients may share the protocol and serve it in turn
                 (hivemind's daemon).
+            replace: Whether to replace a former handler of this client for the protocol. If that
+                fails, the former one stays.
             linger: How long a handler may leave its stream unused after the peer has closed it in
                 both directions, in seconds; None for no limit. Then the handler is cancelled, which
                 is logged, and its stream aborted. If the handler left input unread, the time
@@ -262,6 +264,7 @@ class ControlClient(InboundStreams):
             timeout: In seconds.
 
         Raises:
+            ControlFailure: This client serves the protocol, and ``replace`` is false.
             DaemonRefused: Another client serves the protocol (hivemind's daemon).
             TypeError: The handler cannot be called with one or two arguments.
             ValueError: ``linger`` is negative or not a number.
@@ -278,7 +281,9 @@ class ControlClient(InboundStreams):
         # Before the daemon can open a stream.
         self._options[proto] = registration
         try:
-            await self._register(proto, handler_cb, balanced=balanced, timeout=timeout)
+            await self._register(
+                proto, handler_cb, balanced=balanced, replace=replace, timeout=timeout
+            )
         except BaseException:
             self._options.pop(proto, None)
             if before is not None:
@@ -286,13 +291,23 @@ class ControlClient(InboundStreams):
             raise
 
     async def _register(
-        self, proto: str, handler_cb: StreamHandler, *, balanced: bool, timeout: float | None
+        self,
+        proto: str,
+        handler_cb: StreamHandler,
+        *,
+        balanced: bool,
+        replace: bool = True,
+        timeout: float | None,
     ) -> None:
-        work = self._add(proto, handler_cb, balanced)
+        work = self._add(proto, handler_cb, balanced, replace)
         await self.daemon_connector.described(work, "STREAM_HANDLER", timeout, protocol=proto)
 
-    async def _add(self, proto: str, handler_cb: StreamHandler, balanced: bool) -> None:
+    async def _add(
+        self, proto: str, handler_cb: StreamHandler, balanced: bool, replace: bool
+    ) -> None:
         async with self._registrations.changing(proto):
+            if not replace and proto in self.handlers:
+                raise ControlFailure(f"Handler for protocol {proto} already registered")
             before, was_balanced = self.handlers.get(proto), proto in self._balanced
             self._note_balanced(proto, balanced)
             # Before the daemon has it: a stream can arrive before the daemon's reply.
