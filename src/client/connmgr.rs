@@ -1,14 +1,15 @@
-//! CONNMANAGER: which connections to keep. (The JS daemon has no such requests.)
+//! Connection manager requests: which connections the daemon keeps.
 
 use super::{Client, Context, Error};
 use p2pd_protocol::command::connmgr::{TagPeer, Trim, UntagPeer};
 use p2pd_protocol::PeerId;
 
 impl Client {
-    /// TAG_PEER: gives a peer a tag; connections to peers with more weight are kept longer.
+    /// TAG_PEER: tags a peer. The higher the total weight of its tags, the longer the daemon keeps
+    /// its connections. Tagging again with the same name sets the weight.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] from the JS daemon.
+    /// [`Error::NotSupported`] from the JavaScript daemon.
     pub async fn connmgr_tag_peer(
         &self,
         peer: &PeerId,
@@ -24,10 +25,10 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// UNTAG_PEER: takes a tag off a peer.
+    /// UNTAG_PEER: removes a tag from a peer.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] from the JS daemon.
+    /// [`Error::NotSupported`] from the JavaScript daemon.
     pub async fn connmgr_untag_peer(
         &self,
         peer: &PeerId,
@@ -41,10 +42,10 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// TRIM: closes connections down to the low-water mark.
+    /// TRIM: closes connections until the low-water mark is reached.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] from the JS daemon.
+    /// [`Error::NotSupported`] from the JavaScript daemon.
     pub async fn connmgr_trim(&self) -> Result<(), Error> {
         let about = Context::new("CONNMANAGER TRIM");
         self.request(about, Trim).await

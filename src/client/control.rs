@@ -1,11 +1,11 @@
-//! IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
+//! Control requests: IDENTIFY, CONNECT, DISCONNECT, LIST_PEERS.
 
 use super::{Client, Context, Error};
 use p2pd_protocol::command::control::{Connect, Disconnect, Identify, ListPeers};
 use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo};
 
 impl Client {
-    /// IDENTIFY: the daemon's peer id and addresses.
+    /// IDENTIFY: returns the daemon's peer id and addresses.
     ///
     /// # Errors
     /// [`Error::Unreachable`] if there is no daemon.
@@ -14,10 +14,10 @@ impl Client {
         self.request(about, Identify).await
     }
 
-    /// CONNECT: connects to a peer at any of its addresses.
+    /// CONNECT: connects to a peer. One address that works is enough.
     ///
     /// # Errors
-    /// [`Error::Refused`] if it cannot be reached there, or is another peer.
+    /// [`Error::Refused`] if the peer cannot be reached, or another peer answers there.
     pub async fn connect(&self, peer: &PeerId, addrs: &[Multiaddr]) -> Result<(), Error> {
         let about = Context::new("CONNECT").peer(peer);
         let request = Connect {
@@ -28,21 +28,19 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// DISCONNECT: closes every connection to a peer; there need be none. The JS daemon has no such
-    /// request.
+    /// DISCONNECT: closes all connections to a peer. A peer without connections is no error.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] from the JS daemon.
+    /// [`Error::NotSupported`] from the JavaScript daemon.
     pub async fn disconnect(&self, peer: &PeerId) -> Result<(), Error> {
         let about = Context::new("DISCONNECT").peer(peer);
         self.request(about, Disconnect { peer: peer.clone() }).await
     }
 
-    /// LIST_PEERS: the connected peers, with one entry for each connection: a peer can be there
-    /// twice.
+    /// LIST_PEERS: returns the connected peers, one entry for each connection.
     ///
     /// # Errors
-    /// When the daemon cannot be asked.
+    /// [`Error::Unreachable`] if there is no daemon.
     pub async fn list_peers(&self) -> Result<Vec<PeerInfo>, Error> {
         let about = Context::new("LIST_PEERS");
         self.request(about, ListPeers).await

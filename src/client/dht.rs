@@ -1,4 +1,5 @@
-//! DHT: peers, providers, records. Queries with any number of results return them as [`Results`].
+//! DHT requests: peers, providers and records. Queries with any number of results return
+//! [`Results`].
 
 use super::{Client, Context, Error, Results};
 use bytes::Bytes;
@@ -10,10 +11,10 @@ use p2pd_protocol::command::Typed;
 use p2pd_protocol::{PeerId, PeerInfo, PublicKey};
 
 impl Client {
-    /// FIND_PEER: the addresses of a peer.
+    /// FIND_PEER: finds the addresses of a peer.
     ///
     /// # Errors
-    /// [`Error::Refused`] if it cannot be found.
+    /// [`Error::Refused`] if the peer was not found.
     pub async fn dht_find_peer(&self, peer: &PeerId) -> Result<PeerInfo, Error> {
         let about = Context::new("DHT FIND_PEER").peer(peer);
         let request = FindPeer {
@@ -23,8 +24,8 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// FIND_PEERS_CONNECTED_TO_PEER: the peers connected to a peer. Today's Go daemons refuse it:
-    /// [`Error::NotSupported`].
+    /// FIND_PEERS_CONNECTED_TO_PEER: finds the peers connected to a peer. Current Go daemons do not
+    /// support it: [`Error::NotSupported`].
     pub fn dht_find_peers_connected_to_peer(&self, peer: &PeerId) -> Results<PeerInfo> {
         let about = Context::new("DHT FIND_PEERS_CONNECTED_TO_PEER").peer(peer);
         let request = FindPeersConnectedToPeer {
@@ -34,8 +35,8 @@ impl Client {
         self.query(about, request)
     }
 
-    /// FIND_PROVIDERS: at most `count` providers of the content with the binary CID `cid`; with 0,
-    /// as many as the daemon thinks fit, which is 20.
+    /// FIND_PROVIDERS: finds at most `count` peers that provide the content with the binary CID
+    /// `cid`; 0 means the daemon's default of 20.
     pub fn dht_find_providers(&self, cid: impl Into<Bytes>, count: u32) -> Results<PeerInfo> {
         let about = Context::new("DHT FIND_PROVIDERS");
         let request = FindProviders {
@@ -46,7 +47,7 @@ impl Client {
         self.query(about, request)
     }
 
-    /// GET_CLOSEST_PEERS: the peers closest to a key.
+    /// GET_CLOSEST_PEERS: finds the peers closest to a key.
     pub fn dht_get_closest_peers(&self, key: impl Into<Bytes>) -> Results<PeerId> {
         let about = Context::new("DHT GET_CLOSEST_PEERS");
         let request = GetClosestPeers {
@@ -56,10 +57,11 @@ impl Client {
         self.query(about, request)
     }
 
-    /// GET_PUBLIC_KEY: the public key of a peer.
+    /// GET_PUBLIC_KEY: finds the public key of a peer.
     ///
     /// # Errors
-    /// [`Error::Refused`] if it cannot be found; [`Error::Protocol`] if what was found is no key.
+    /// [`Error::Refused`] if the key was not found; [`Error::Protocol`] if the daemon returned an
+    /// invalid key.
     pub async fn dht_get_public_key(&self, peer: &PeerId) -> Result<PublicKey, Error> {
         let about = Context::new("DHT GET_PUBLIC_KEY").peer(peer);
         let request = GetPublicKey {
@@ -76,10 +78,10 @@ impl Client {
         })
     }
 
-    /// GET_VALUE: the best value found for a key.
+    /// GET_VALUE: finds the best value for a key.
     ///
     /// # Errors
-    /// [`Error::Refused`] if there is none.
+    /// [`Error::Refused`] if no value was found.
     pub async fn dht_get_value(&self, key: impl Into<Bytes>) -> Result<Bytes, Error> {
         let about = Context::new("DHT GET_VALUE");
         let request = GetValue {
@@ -89,7 +91,7 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// SEARCH_VALUE: the values found for a key, each better than the one before.
+    /// SEARCH_VALUE: finds values for a key, each better than the one before.
     pub fn dht_search_value(&self, key: impl Into<Bytes>) -> Results<Bytes> {
         let about = Context::new("DHT SEARCH_VALUE");
         let request = SearchValue {
@@ -99,11 +101,11 @@ impl Client {
         self.query(about, request)
     }
 
-    /// PUT_VALUE: stores a record, which the daemons validate: only `/pk/…` and `/ipns/…` keys with
-    /// valid values will do.
+    /// PUT_VALUE: stores a record. The key must begin with `/pk/` or `/ipns/`, and the value must be
+    /// valid for it; the daemons accept no others.
     ///
     /// # Errors
-    /// [`Error::Refused`] if the record is not valid, or nobody took it.
+    /// [`Error::Refused`] if the record is invalid, or no peer has taken it.
     pub async fn dht_put_value(
         &self,
         key: impl Into<Bytes>,
@@ -118,10 +120,10 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// PROVIDE: announces that this peer has the content with the binary CID `cid`.
+    /// PROVIDE: announces that the daemon's peer provides the content with the binary CID `cid`.
     ///
     /// # Errors
-    /// [`Error::Refused`] if it is no CID, or nobody could be told.
+    /// [`Error::Refused`] if `cid` is not a CID, or no peer was there to be told.
     pub async fn dht_provide(&self, cid: impl Into<Bytes>) -> Result<(), Error> {
         let about = Context::new("DHT PROVIDE");
         let request = Provide {

@@ -1,4 +1,4 @@
-//! PUBSUB: topics, their peers, publishing, subscribing.
+//! Pubsub requests: topics, publishing and subscribing.
 
 use super::socket::Socket;
 use super::{Client, Context, Error};
@@ -14,11 +14,11 @@ use std::task::{self, ready, Poll};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 
-/// How long the daemon is waited for to have unsubscribed.
+/// How long to wait until the daemon has unsubscribed.
 const UNSUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Client {
-    /// GET_TOPICS: the topics that the daemon is subscribed to.
+    /// GET_TOPICS: returns the topics that the daemon is subscribed to.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
@@ -27,7 +27,7 @@ impl Client {
         self.request(about, GetTopics).await
     }
 
-    /// LIST_PEERS: the peers known to be subscribed to a topic.
+    /// LIST_PEERS: returns the peers known to be subscribed to a topic.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
@@ -37,8 +37,8 @@ impl Client {
         self.request(about, ListTopicPeers { topic }).await
     }
 
-    /// PUBLISH: sends data to the subscribers of a topic. The Go daemons drop messages of more than
-    /// 1 MiB, with what surrounds the data.
+    /// PUBLISH: publishes data on a topic. The Go daemons drop messages that exceed 1 MiB with their
+    /// envelope.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
@@ -55,7 +55,8 @@ impl Client {
         self.request(about, request).await
     }
 
-    /// SUBSCRIBE: the messages published to a topic from now on, this daemon's own included.
+    /// SUBSCRIBE: subscribes to a topic. Returns the messages from now on, including those
+    /// published through this daemon.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if the daemon was started without pubsub.
@@ -80,8 +81,8 @@ impl Client {
     }
 }
 
-/// The messages published to a topic, as they come: a [`Stream`] of them, which ends after an error:
-/// a subscription ends only when the daemon does. Dropping it unsubscribes.
+/// The messages published on a topic, as a [`Stream`]. It ends only after an error, since a
+/// subscription ends with its daemon. Dropping it unsubscribes.
 ///
 /// ```no_run
 /// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
@@ -94,7 +95,7 @@ impl Client {
 #[derive(Debug)]
 #[must_use = "dropping it unsubscribes"]
 pub struct Subscription {
-    /// `None` after its end.
+    /// `None` after the end.
     socket: Option<Socket>,
     decoder: FrameDecoder,
     about: Context,
@@ -106,14 +107,13 @@ impl Subscription {
         poll_fn(|cx| self.poll_message(cx)).await
     }
 
-    /// Unsubscribes, and waits, for up to a second, until the daemon no longer names the topic among
-    /// its own.
+    /// Unsubscribes, and waits up to a second until the daemon no longer lists the topic.
     pub async fn close(mut self) {
         let Some(mut socket) = self.socket.take() else {
             return;
         };
         let _ = tokio::time::timeout(UNSUBSCRIBE_TIMEOUT, async {
-            // The daemon ends its side once it has unsubscribed.
+            // The daemon closes its end once it has unsubscribed.
             if socket.shutdown().await.is_ok() {
                 let read = |cx: &mut task::Context<'_>| socket.poll_read_with(cx, <[u8]>::len);
                 let mut read = Box::new(read);
@@ -137,7 +137,7 @@ impl Subscription {
         }))
     }
 
-    /// The next message as it is; `None` after the end.
+    /// The next message, encoded; `None` after the end.
     fn poll_frame(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<Option<Bytes>, Error>> {
         let Some(socket) = &mut self.socket else {
             return Poll::Ready(Ok(None));

@@ -73,10 +73,10 @@ impl<T> Results<T> {
         poll_fn(|cx| self.poll_result(cx)).await
     }
 
-    /// All results, once the query has ended. As `.await`.
+    /// All results, after the end of the query; the same as `.await`.
     ///
     /// # Errors
-    /// The query failed; what it had found is lost.
+    /// The query failed. The results found before are lost.
     pub async fn collect_all(mut self) -> Result<Vec<T>, Error> {
         let mut results = Vec::new();
         while let Some(result) = self.next().await {
@@ -116,7 +116,7 @@ impl<T> Results<T> {
         match &mut self.stage {
             Stage::Starting(starting) => {
                 let (mut pooled, event) = ready!(starting.as_mut().poll(cx))?;
-                // The next query may depend on what is done with these results.
+                // The caller may need another query for what it does with these results.
                 pooled.release_permit();
                 self.stage = Stage::Running(Box::new(pooled));
                 Poll::Ready(Ok(event))
