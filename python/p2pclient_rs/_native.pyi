@@ -1,4 +1,4 @@
-# The Rust half of the package, typed. The order is that of src/python/.
+# The extension module, typed. The value types and the daemon's process have stubs of their own.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -120,9 +120,10 @@ UNKNOWN_REQUEST: str
 
 # --- types ---
 
-# Of a persistent connection: the largest message to send and to receive, in bytes; the number of
-# incoming calls in progress and the size of their payloads, in bytes; how long, in seconds, reading
-# may pause above these. None is no limit; for the second it is the first and 64 KiB.
+# The limits of a persistent connection: the largest message to send and to receive, in bytes; the
+# number of incoming calls in progress and the size of their payloads, in bytes; how long reading
+# may pause above these two, in seconds. None means no limit, except that the second is then the
+# first plus 64 KiB.
 _UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 _ReplyT = TypeVar("_ReplyT", covariant=True)
@@ -223,17 +224,17 @@ class ControlConnection:
 
     @staticmethod
     def connect(address: _Address, *, max_frame: int | None = None) -> ControlConnection | None:
-        """Begins to connect; None if the daemon's queue of connections is full."""
+        """Begins to connect. Returns None if the daemon's queue of connections is full."""
     @property
     def connected(self) -> bool: ...
     def finish_connect(self) -> None: ...
     def start(self, request: Request[object]) -> bool: ...
     def flush(self) -> bool: ...
     def step(self) -> tuple[Any] | None:
-        """Goes on with the exchange as far as the socket allows; (answer,) at its end."""
+        """Continues the exchange as far as the socket allows. Returns (reply,) at its end."""
     def next_value(self) -> tuple[Any, ...] | None:
-        """Goes on with a DHT query as far as the socket allows, one value at a time. None while
-        the next value is not there, then (value,); () at the end."""
+        """Continues a DHT query as far as the socket allows, up to its next value. Returns (value,)
+        once the value has arrived, () at the end of the query, and None before."""
     @property
     def reusable(self) -> bool: ...
     @property
@@ -340,14 +341,14 @@ def may_retry(pooled: bool, repeated: bool, unsent: bool) -> bool:
 
 @final
 class Pipeline:
-    """A control connection on which queries follow each other, for one asyncio or uvloop loop."""
+    """A control connection with pipelined queries, for one event loop."""
 
     def request(self, request: Request[_ReplyT]) -> asyncio.Future[_ReplyT] | None:
-        """Sends a query; what to await for the answer, or None if this takes it not."""
+        """Sends a query. Returns the future of its reply, or None if the pipeline takes no more."""
     def read(self, ready: list[_WakeUp]) -> None: ...
     def flush(self, now: bool) -> None: ...
     def retire(self) -> None:
-        """Takes no more queries, and closes when those under way are answered or given up."""
+        """Takes no more queries, and closes once all pending ones have replies or are cancelled."""
     def close(self) -> None: ...
     @property
     def in_wake_batch(self) -> bool:
@@ -361,7 +362,7 @@ class Pipeline:
 
 @final
 class RawStream:
-    """The socket of a stream. Nothing waits: None, or a count of 0, says that it would block."""
+    """The socket of a stream. No method blocks: None, or a count of 0, means that it would."""
 
     def try_receive(self, max_bytes: int) -> bytes | None: ...
     def try_read_exactly(self, count: int) -> bytes | None: ...
@@ -436,7 +437,7 @@ class Readiness:
     def remove_idle_writer(self) -> None: ...
     def close(self) -> None: ...
 
-# What is to be called, in a context with one argument, or without one with several.
+# A function to call: in a context with one argument, or without a context with several.
 _WakeUp: TypeAlias = tuple[Context | None, Callable[..., object], Any]
 
 @final
@@ -466,7 +467,7 @@ class Lifecycle:
         """Drops a handler now, and unregisters it in the background."""
     def close(self) -> None: ...
     def opened(self, connection_id: int) -> bool:
-        """Returns False if the connection is not wanted any more: the owner closes it."""
+        """Returns whether the connection is still needed. If not, the owner closes it."""
     def open_failed(self, connection_id: int, error: BaseException) -> None: ...
     def lost(self, connection_id: int, error: BaseException) -> None: ...
     def registered(
@@ -484,14 +485,14 @@ class Lifecycle:
         """The next action: its name and its arguments."""
     @property
     def deadline(self) -> float | None:
-        """Seconds until ``time`` is to be called."""
+        """When to call ``time``, in seconds from now."""
     @property
     def handlers(self) -> list[str]:
         """The names of the handlers."""
 
 @final
 class PersistentConnection:
-    """A connection upgraded for unary calls. Its reactor calls back, nothing waits."""
+    """A connection upgraded for unary calls. The event loop calls it back; no method blocks."""
 
     def start(self, input: bytes, ready: list[_WakeUp]) -> None: ...
     def read(self, ready: list[_WakeUp]) -> None: ...
@@ -499,7 +500,7 @@ class PersistentConnection:
     def call(
         self, peer: PeerIDLike, protocol: str, data: Buffer
     ) -> tuple[Awaitable[bytes], bytes] | None:
-        """What to await for the reply, and the call's id."""
+        """Sends a call. Returns the future of its reply and the call's id."""
     def add_handler(self, protocol: str, balanced: bool, token: object) -> None: ...
     def remove_handler(self, protocol: str, token: object) -> None: ...
     def cancel(self, id: bytes) -> None: ...
@@ -522,8 +523,8 @@ class PersistentConnection:
 # --- the interpreter's end, waking, refusals ---
 
 def _the_end_is_near() -> None:
-    """Says that the interpreter is about to end: waits until no other thread is on its way through
-    Rust into Python, which would end the process, and has those held up that come later."""
+    """Prepares for the end of the interpreter: waits until no other thread calls Python from Rust,
+    which would abort the process, and delays threads that would call it later."""
 
 def report_first_wake(event_loop: object, resumed: bool) -> None: ...
 def set_inplace_wake(enabled: bool) -> None:
@@ -537,7 +538,7 @@ def set_inplace_wake(enabled: bool) -> None:
 def refusal_kind(
     message: str,
 ) -> Literal["not supported", "timed out", "already registered"] | None:
-    """What a daemon means by refusing a request in these words."""
+    """Returns why a daemon refused a request with this message; None if the reason is another."""
 
 # --- schema ---
 

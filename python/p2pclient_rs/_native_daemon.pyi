@@ -10,7 +10,7 @@ from p2pclient_rs._native_values import Multiaddr, PeerID
 
 @final
 class DaemonOptions:
-    """A daemon's options, checked. Raises ValueError when they contradict each other."""
+    """A daemon's options, validated. Raises ValueError if they contradict each other."""
 
     def __new__(
         cls,
@@ -49,31 +49,30 @@ def after_fork_in_parent() -> None:
     """Undoes ``before_fork``. Does nothing if that did not run."""
 
 def after_fork_in_child() -> None:
-    """Lets other threads use daemons again, and has the watchdogs not take the child for its
-    parent."""
+    """Lets other threads use daemons again, and closes the child's pipes to the watchdogs."""
 
 def unused_tcp_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago, at an address or name of this machine.
+    """Returns a TCP port that is free at an address or name of this machine.
 
-    It is none of those that the system gives to whoever asks for any, or connects: one of these
-    could be gone before it is used. Raises OSError if there is no such address, or no port."""
+    The port is below the ephemeral range, so that no other program gets it by chance before it is
+    used. Raises OSError if there is no such address, or no free port."""
 
 @final
 class DaemonProcess:
     """A daemon's process, its watchdog and its files. Knows no event loop: only `destroy` waits.
 
-    Whatever becomes of this process, neither the daemon nor its files outlive it. It belongs to
-    this process: in a forked child nothing is signalled or removed.
+    The daemon and its files never outlive this process, even if it is killed. The object belongs to
+    this process: in a forked child it signals and removes nothing.
 
     Args:
         binary: The daemon's binary.
         options: Its options.
-        parent: Where its private directory is made, if that gives paths short enough for sockets.
-        watchdog: The kind of process that clears up if this one is killed: "shell" or "forked". By
+        parent: The parent of its private directory, unless paths there are too long for sockets.
+        watchdog: The kind of process that cleans up if this one is killed: "shell" or "forked". By
             default "shell", or "forked" where there is no shell.
 
-    Raises ValueError for what this kind of daemon cannot do, DaemonStartError if something could
-    not be made."""
+    Raises ValueError for options that this kind of daemon does not support, DaemonStartError if a
+    file or process could not be created."""
 
     def __new__(
         cls,
@@ -88,10 +87,10 @@ class DaemonProcess:
         peers."""
 
     def bootstrap_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
-        """Each with its address as it was given."""
+        """Returns the bootstrap peers, each with its address as it was given."""
 
     def background_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
-        """Those that are not for the daemon itself to connect to."""
+        """Returns the bootstrap peers that the supervisor connects to, not the daemon."""
 
     def supervision(self) -> Supervision | None:
         """The decisions of a supervisor for this daemon; None if it needs no supervisor."""
@@ -117,19 +116,19 @@ class DaemonProcess:
 
     @property
     def control_maddr(self) -> Multiaddr:
-        """Where the daemon is to serve the control protocol."""
+        """The address at which the daemon serves the control protocol."""
 
     def listen_maddr(self) -> Multiaddr:
-        """A new address for a client to listen at, in the private directory."""
+        """Returns a new address in the private directory, for a client to listen on."""
 
     @property
     def log(self) -> str:
-        """The file with its newest output, at most a MiB, which goes with `destroy`. Up to a MiB
-        more from before is in the file with ".1" at the end of its name."""
+        """The file with the daemon's newest output, at most 1 MiB; `destroy` removes it. Up to
+        1 MiB of earlier output is in the file with the same name and ".1"."""
 
     @property
     def pid(self) -> int | None:
-        """The daemon's process id, which is its process group's too; None before it ran."""
+        """The id of the daemon's process and process group; None before it ran."""
 
     @property
     def watchdog_pid(self) -> int: ...
@@ -139,61 +138,63 @@ class DaemonProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it was destroyed, though some of its files or processes may be there still."""
+        """Whether `destroy` has begun. Some files or processes may still exist."""
 
     @property
     def destroyed(self) -> bool:
-        """Whether it was destroyed and nothing is left of it."""
+        """Whether it was destroyed, with all files and processes."""
 
     @property
     def alive(self) -> bool:
-        """Whether the daemon is running; a forked child can tell too."""
+        """Whether the daemon is running. Also works in a forked child."""
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None if the daemon is running, or if only its
-        parent can tell."""
+        """Returns the exit status, negative for a signal; None if the daemon is running, or in a
+        forked child."""
 
     def terminate(self) -> None:
-        """Asks the daemon and its children to end, if it is running."""
+        """Sends SIGTERM to the daemon and its children, if it is running."""
 
     def kill(self) -> None:
         """Kills the daemon and its children, if it is running."""
 
     def output(self) -> str:
-        """The end of what the daemon has printed: the last MiB."""
+        """Returns the last MiB of the daemon's output."""
 
     def try_destroy(self) -> bool:
-        """Does the next step of `destroy` without waiting. Returns whether nothing is left. The
-        caller repeats it every few milliseconds until then, for about ten seconds at most."""
+        """Does the next step of `destroy` without waiting. Returns whether it is complete. The
+        caller repeats it every few milliseconds until then, for about 10 s at most."""
 
     def destroy(self) -> None:
-        """Ends all of it now; status and output can still be had. Waits, with the interpreter
-        released: milliseconds, or some seconds for a process that cannot be interrupted."""
+        """Ends the daemon and removes its files. The exit status and the output stay available.
+        Waits with the interpreter released: milliseconds, or some seconds for a process that
+        cannot be interrupted."""
 
     def doubt(self, peer_id: PeerID) -> str | None:
-        """Why the answer to IDENTIFY with this peer id is not to be believed yet; None if it is."""
+        """Returns why an IDENTIFY reply with this peer id may come from another daemon; None if it
+        comes from this one."""
 
     def not_ready(
         self, timeout: float, obstacle: str | None, reasons: list[tuple[str, str]] = ...
     ) -> Exception:
-        """The DaemonStartError of a daemon that ended, or was not ready in this many seconds, its
-        last answer being none because of this obstacle. `reasons` says why which bootstrap peer
-        could not be reached."""
+        """Returns the DaemonStartError of a daemon that ended, or was not ready within this many
+        seconds because of this obstacle. `reasons` has the unreachable bootstrap peers, each with
+        the reason."""
 
     @property
     def unconnected(self) -> bool:
-        """Whether it ended since it reached none of its bootstrap peers."""
+        """Whether it ended because it reached none of its bootstrap peers."""
 
     def died(self) -> Exception:
-        """The DaemonStartError of a daemon that was ready, and died."""
+        """Returns the DaemonStartError of a daemon that was ready and died."""
 
 @final
 class Supervision:
     """When to start a daemon again, when to connect it to its bootstrap peers, and what to report.
-    Times are seconds of any clock that does not go back.
+    Times are in seconds of any monotonic clock.
 
-    The driver calls a method for each event, does what ``poll`` returns until that is None, and
-    calls ``timeout`` at ``deadline``.
+    The driver calls a method for each event, carries out the actions of ``poll`` until that returns
+    None, and calls ``timeout`` at ``deadline``.
 
     Args:
         restart_limit: Deaths in a row, within 10 seconds of the start each, after which the daemon
@@ -203,7 +204,7 @@ class Supervision:
     REGISTER_TIMEOUT: float
     def __new__(cls, restart_limit: int, peers: int) -> Self: ...
     def poll(self) -> SupervisionAction | None:
-        """The next thing to do, until there is nothing more."""
+        """Returns the next action, or None."""
 
     @property
     def deadline(self) -> float | None:
@@ -237,7 +238,7 @@ class Supervision:
 
 @final
 class SupervisionAction:
-    """What the driver of a ``Supervision`` has to do. Fields that its kind does not use are 0 or
+    """An action for the driver of a ``Supervision``. Fields that its kind does not use are 0 or
     empty."""
 
     @property
@@ -273,8 +274,8 @@ class SupervisionAction:
 
 @final
 class Startup:
-    """When to probe a daemon that was spawned, and when to give it up. Times are seconds of any
-    clock that does not go back; `limit` may be infinite."""
+    """When to probe a spawned daemon, and when to stop waiting for it. Times are in seconds of any
+    monotonic clock; `limit` may be infinite."""
 
     EXPLAIN_TIMEOUT: float
     def __new__(cls, now: float, limit: float) -> Self: ...
@@ -282,8 +283,7 @@ class Startup:
         """What to do next, and until when for "wait"."""
 
     def probed(self, obstacle: str | None, now: float) -> None:
-        """Takes the outcome of a probe: None if the daemon is ready, else what speaks against
-        that."""
+        """Takes the outcome of a probe: None if the daemon is ready, otherwise the obstacle."""
 
     def ended(self) -> None:
         """The process has ended, even if it was ready a moment ago."""
