@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import os
 import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar, copy_context
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -44,9 +47,11 @@ from p2pclient_rs import (
     NotSupported,
     P2PHandlerError,
     PeerID,
+    set_inplace_wake,
 )
 from p2pclient_rs.driver import on_readable, run_ready
 from p2pclient_rs.readiness import AsyncioWatch, _on_readable, _on_writable
+from p2pclient_rs.wake import first_wake
 
 pytestmark = [
     pytest.mark.anyio,
@@ -60,6 +65,17 @@ LOOPS = {False: asyncio.new_event_loop, True: uvloop.new_event_loop}
 @pytest.fixture(params=BACKENDS[:2])
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param  # trio wakes its tasks itself
+
+
+@pytest.fixture(params=[True, False], ids=["in place", "ordinary"], autouse=True)
+def in_place(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether the switch lets tasks be resumed in place."""
+    set_inplace_wake(request.param)
+    yield request.param
+    set_inplace_wake(True)
+
+
+only_in_place = pytest.mark.parametrize("in_place", [True], ids=["in place"], indirect=True)
 
 
 class Batches:
@@ -203,7 +219,7 @@ async def test_woken_task_that_stops_the_loop_does_not_lose_the_other_replies(
     assert results[0] == b"second" and isinstance(results[1], Ended)
 
 
-async def test_in_wake_batch_is_true_only_for_the_woken_task_in_its_thread() -> None:
+async def test_in_wake_batch_is_true_only_for_the_woken_task_in_its_thread(in_place: bool) -> None:
     def elsewhere(function: Any) -> bool:
         answers: list[bool] = []
         thread = threading.Thread(target=lambda: answers.append(function()))
@@ -222,7 +238,7 @@ async def test_in_wake_batch_is_true_only_for_the_woken_task_in_its_thread() -> 
         await until(lambda: batches.arrived == 1)
         assert not connection.in_wake_batch
         batches.answer()
-        assert await task == (True, False)
+        assert await task == (in_place, False)
         assert not connection.in_wake_batch
 
 
@@ -305,6 +321,7 @@ def on_readable_interrupted(loop: InterruptedLoop, connection: Any) -> None:
 looked_up = pytest.mark.skipif(sys.version_info >= (3, 14), reason="the loop is not hashed")
 
 
+@only_in_place
 @looked_up
 def test_interrupt_before_any_task_is_woken_loses_no_reply() -> None:
     async def program() -> tuple[bytes, bytes]:
@@ -322,6 +339,7 @@ def test_interrupt_before_any_task_is_woken_loses_no_reply() -> None:
         assert list(loop.run_until_complete(program())) == [b"one", b"other"]
 
 
+@only_in_place
 @looked_up
 def test_interrupt_before_any_task_is_woken_mixes_up_no_replies() -> None:
     def script(connection: Connection) -> None:
@@ -407,7 +425,10 @@ async def test_futures_that_hide_their_callbacks_wake_their_tasks_the_ordinary_w
         else:
             honest(connection)
 
-    for kind in (Shy, Sticky):
+    class Wrong(asyncio.Future[Any]):
+        _callbacks = [(print, copy_context())]
+
+    for kind in (Shy, Sticky, Wrong):
 
         class Loop(asyncio.SelectorEventLoop):
             def create_future(self) -> asyncio.Future[Any]:
@@ -422,6 +443,121 @@ async def test_futures_that_hide_their_callbacks_wake_their_tasks_the_ordinary_w
 
         with FakeDaemon(script) as fake:
             await anyio.to_thread.run_sync(run)
+
+
+def kind_of_wake(loop: asyncio.AbstractEventLoop) -> bool:
+    """Returns whether a task of ``loop`` is resumed in the callback that reads its reply."""
+
+    async def program() -> bool:
+        async with client_of(batches) as client:
+            connection: Any = client.unary._recent.current  # type: ignore[union-attr]
+
+            async def call() -> bool:
+                assert await call_echo(client, b"data") == b"data"
+                return bool(connection.in_wake_batch)
+
+            task = asyncio.ensure_future(call())
+            await until(lambda: batches.arrived == 1)
+            batches.answer()
+            return await task
+
+    batches = Batches(1)
+    try:
+        return loop.run_until_complete(program())
+    finally:
+        loop.close()
+
+
+def new_loop(anyio_backend: Any) -> asyncio.AbstractEventLoop:
+    loop: asyncio.AbstractEventLoop = LOOPS[anyio_backend[1]["use_uvloop"]]()
+    return loop
+
+
+async def test_switch_turns_waking_in_place_off_and_on(anyio_backend: Any) -> None:
+    def wakes_in_place() -> bool:
+        return kind_of_wake(new_loop(anyio_backend))
+
+    for enabled in (True, False, True):
+        set_inplace_wake(enabled)
+        assert await anyio.to_thread.run_sync(wakes_in_place) is enabled
+
+
+@only_in_place
+@pytest.mark.parametrize("value", ["0", "1"])
+async def test_environment_variable_turns_waking_in_place_off(value: str) -> None:
+    program = "import asyncio, test_waking as t; print(t.kind_of_wake(asyncio.new_event_loop()))"
+    env = {**os.environ, "P2PCLIENT_RS_INPLACE_WAKE": value}
+    folder = Path(__file__).parent
+    ended = await anyio.run_process([sys.executable, "-c", program], env=env, cwd=folder)
+    assert ended.stdout.decode().strip() == str(value != "0")
+
+
+def log_of(loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Runs a call on ``loop``, which may not resume its task in place; returns what was logged."""
+    with caplog.at_level(logging.DEBUG, "p2pclient_rs.wake"):
+        assert not kind_of_wake(loop)
+    return [record.message for record in caplog.records if record.name == "p2pclient_rs.wake"]
+
+
+@only_in_place
+async def test_loop_that_fails_the_test_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Future(asyncio.Future[Any]):
+        _callbacks: Any = None
+
+    class Loop(asyncio.SelectorEventLoop):
+        def create_future(self) -> asyncio.Future[Any]:
+            return Future(loop=self)
+
+    def run() -> list[str]:
+        first = log_of(Loop(), caplog)
+        assert log_of(Loop(), caplog) == first
+        return first
+
+    (message,) = await anyio.to_thread.run_sync(run)
+    assert "Loop" in message and "ordinary way" in message
+
+
+@only_in_place
+async def test_first_wake_that_resumes_no_task_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop calls the callback again, and then resumes tasks in the ordinary way."""
+
+    class Loop(asyncio.SelectorEventLoop):
+        pass
+
+    class Callback:
+        """Of a task that awaits ``future``: does not resume it the first time."""
+
+        def __init__(self, task: asyncio.Task[None]) -> None:
+            self.__self__ = task
+            self.calls = 0
+
+        def __call__(self, future: asyncio.Future[None]) -> None:
+            self.calls += 1
+            if self.calls > 1:
+                future.set_result(None)
+
+    async def program() -> None:
+        future = asyncio.get_running_loop().create_future()
+
+        async def wait() -> None:
+            await future
+
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        callback = Callback(task)
+        first_wake(asyncio.get_running_loop(), copy_context(), callback, future)
+        assert callback.calls == 1
+        await asyncio.wait_for(task, PATIENCE)
+
+    def run() -> list[str]:
+        loop = Loop()
+        with caplog.at_level(logging.DEBUG, "p2pclient_rs.wake"):
+            loop.run_until_complete(program())
+        loop.close()
+        return log_of(Loop(), caplog)
+
+    (message,) = await anyio.to_thread.run_sync(run)
+    assert "do not resume tasks" in message
 
 
 async def test_nested_callback_defers_waking_until_no_task_is_running() -> None:

@@ -16,6 +16,7 @@ from p2pclient_rs._native import (
     PubsubMessage,
     StreamInfo,
     __version__,
+    set_inplace_wake,
 )
 from p2pclient_rs.client import Client
 from p2pclient_rs.compat.install import (
@@ -113,5 +114,6 @@ __all__ = [
     "UnsupportedVersion",
     "__version__",
     "install",
+    "set_inplace_wake",
     "uninstall",
 ]
