@@ -1,17 +1,17 @@
-//! What a daemon's output says: that it has started, or why it has not.
+//! Diagnosis of a daemon's output: whether it has started, or why it has not.
 //!
-//! The wordings are those of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
+//! Knows the messages of Go's `p2pd` (upstream and hivemind's fork) and of `jsp2pd`.
 
 use std::io::{self, ErrorKind};
 
-/// How the cause begins if no bootstrap peer could be reached.
+/// The prefix of the cause if no bootstrap peer could be reached.
 pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
 
-/// What to do about a daemon that was not ready in time.
+/// The hint for a daemon that was not ready in time.
 pub(crate) const TOO_SLOW: &str =
     "allow it more time (start_timeout) if this machine is slow; else see what it printed last";
 
-/// What to do about the causes that [`diagnose`] tells, by words in them.
+/// The hints for the causes that [`diagnose`] finds, by a part of their text.
 const HINTS: [(&str, &str); 21] = [
     (UNCONNECTED, "check that a bootstrap peer runs and can be reached from here, or have the \
                    daemon start without them (bootstrap \"background\")"),
@@ -48,18 +48,18 @@ const HINTS: [(&str, &str); 21] = [
     ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
 ];
 
-/// The last part of the output, in which the cause is looked for: it has to be found while a start
-/// is awaited, and the output may be large.
+/// The size of the last part of the output, in bytes, which is searched for the cause. The search
+/// blocks the event loop, and the output may be large.
 const END: usize = 64 << 10;
 
-/// How many characters of a line are shown.
+/// The number of characters of a line that are shown.
 const LINE: usize = 500;
 
-/// The line with which Go ends for lack of a thread, and how the one begins that has the reason.
+/// Go's last line when it cannot create a thread, and the beginning of the line with the reason.
 const NO_THREAD: &str = "fatal error: newosproc";
 const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
 
-/// The error of the operating system that these words of a daemon stand for, if they do.
+/// Returns the operating system's error that a daemon's message stands for, if any.
 fn of_system(words: &str) -> Option<io::Error> {
     const EMFILE: i32 = 24;
     let words = words.to_lowercase();
@@ -83,10 +83,10 @@ fn of_system(words: &str) -> Option<io::Error> {
     )
 }
 
-/// What to do about a cause that [`diagnose`] told, in one line.
+/// Returns a hint for a cause that [`diagnose`] found, in one line.
 #[doc(hidden)]
 pub fn hint(cause: &str) -> Option<&'static str> {
-    // First, since what the system refuses a daemon is not the daemon's fault, nor an address's.
+    // First: what the operating system refuses is not the fault of the daemon or an address.
     if let Some(hint) = of_system(cause).and_then(|error| hint_of_system(cause, &error)) {
         return Some(hint);
     }
@@ -94,10 +94,10 @@ pub fn hint(cause: &str) -> Option<&'static str> {
     known.map(|(_, hint)| *hint)
 }
 
-/// What to do about an operating-system error; `operation` is what failed.
+/// Returns a hint for an operating-system error; `operation` is what failed.
 #[doc(hidden)]
 pub fn hint_of_system(operation: &str, error: &io::Error) -> Option<&'static str> {
-    // The same numbers on all unix systems; the standard library has no kinds for them.
+    // These numbers are the same on all unix systems; `ErrorKind` does not have them.
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     let executing = operation.starts_with("cannot execute");
@@ -133,11 +133,11 @@ pub fn hint_of_system(operation: &str, error: &io::Error) -> Option<&'static str
     Some(hint)
 }
 
-/// What a daemon prints once it has started.
+/// The messages that a daemon prints once it has started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Startup {
-    /// Whether it said that it has started.
+    /// Whether it printed that it has started.
     pub started: bool,
     /// `Control socket:`, a multiaddr.
     pub control_socket: Option<String>,
@@ -148,7 +148,7 @@ pub struct Startup {
 }
 
 impl Startup {
-    /// Reads the output so far; a last line without its newline may still grow and is left out.
+    /// Parses the output so far, except a last line without its newline, which may still grow.
     pub fn read(output: &str) -> Self {
         let mut startup = Startup::default();
         let mut in_addrs = false;
@@ -175,18 +175,18 @@ impl Startup {
     }
 }
 
-/// Whether a daemon has printed that it has started, and its peer id if it did: what
-/// [`Startup::read`] says, but quick on a large output, as it is asked again and again.
+/// Whether a daemon has printed that it has started, and its peer id if it printed that. Faster
+/// than [`Startup::read`] on a large output, since it is called repeatedly.
 #[doc(hidden)]
 pub fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
-    // A last line without its newline may still grow.
+    // Without the last line if it is incomplete.
     let lines = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
     let peer_id = last_line(lines, "Peer ID: ").and_then(|line| line.strip_prefix("Peer ID: "));
     let started = || last_line(lines, "daemon has started") == Some("daemon has started");
     (peer_id.is_some() || started(), peer_id)
 }
 
-/// The last part of an output.
+/// Returns the last part of an output, at most [`END`] bytes.
 #[doc(hidden)]
 pub fn end_of(output: &str) -> &str {
     let mut begin = output.len().saturating_sub(END);
@@ -196,7 +196,7 @@ pub fn end_of(output: &str) -> &str {
     &output[begin..]
 }
 
-/// A line, cut where it is too long to be shown.
+/// Cuts a line that is too long to be shown.
 #[doc(hidden)]
 pub fn shortened(line: &str) -> String {
     match line.char_indices().nth(LINE) {
@@ -205,8 +205,8 @@ pub fn shortened(line: &str) -> String {
     }
 }
 
-/// The lines of the output worth showing: the last `limit` ones, without the list of flags that
-/// Go prints after the line that says which one was wrong.
+/// Returns the last `limit` lines of the output, without the list of flags that Go prints after the
+/// line that names a wrong one.
 pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
     let lines = output
         .lines()
@@ -219,10 +219,10 @@ pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
     lines
 }
 
-/// Tells the cause of a failed start in one line, where it can be told.
+/// Finds the cause of a failed start, in one line; none if it is unknown.
 ///
-/// `status` is the exit status, negative for a signal, `None` if the daemon is still running;
-/// `arguments` are those it was started with.
+/// `status` is the exit status, negative for a signal, and none if the daemon is still running;
+/// `arguments` are the daemon's.
 ///
 /// ```
 /// use p2pd_manager::diagnose;
@@ -237,7 +237,7 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
         .iter()
         .rev()
         .find_map(|line| known(without_time(line), arguments));
-    // The goroutines that Go lists after these may take more than the end.
+    // In the whole output, since Go prints a long list of goroutines after these lines.
     let crash = || {
         ["fatal error: ", "panic: "]
             .iter()
@@ -262,7 +262,7 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
         Some(127) => Some("a command was not found".into()),
         Some(-9) => Some("something killed it, maybe for lack of memory".into()),
         Some(_) => {
-            // Go's `log.Fatal` is the last thing a daemon says.
+            // The last line is that of Go's `log.Fatal`.
             let last = lines.last()?;
             let message = without_time(last);
             (message != *last || of_system(message).is_some()).then(|| shortened(message))
@@ -270,14 +270,14 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
     })
 }
 
-/// The last line of the output that begins with these words.
+/// Returns the last line of the output that begins with these words.
 fn last_line<'a>(output: &'a str, words: &str) -> Option<&'a str> {
     let mut found = output.rmatch_indices(words).map(|(begin, _)| begin);
     let begin = found.find(|&begin| begin == 0 || output[..begin].ends_with('\n'))?;
     output[begin..].lines().next().map(str::trim_end)
 }
 
-/// The cause, if this is a message whose meaning is known.
+/// Returns the cause if the message is known.
 fn known(message: &str, arguments: &[String]) -> Option<String> {
     let lower = message.to_lowercase();
     if let Some(flag) = message.strip_prefix("flag provided but not defined: ") {
@@ -318,14 +318,14 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
         return Some(cause);
     }
     of_listening(message).or_else(|| {
-        // What Node says of an error that nobody caught: "TypeError: …", or plainly "Error: …".
+        // Node reports an uncaught error as "TypeError: …", or plainly "Error: …".
         let (kind, rest) = message.split_once(": ")?;
         let is_error = kind.ends_with("Error") && kind.chars().all(|c| c.is_ascii_alphabetic());
         is_error.then(|| shortened(if kind == "Error" { rest } else { message }))
     })
 }
 
-/// The cause, if it lies in the file given with `-id`.
+/// Returns the cause if it is the file given with `-id`.
 fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
     let file = option(arguments, "id")?;
     let of_file = message.strip_prefix(&format!("open {file}: "));
@@ -346,10 +346,10 @@ fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
     not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
 }
 
-/// The cause, if it lies in an address to listen on.
+/// Returns the cause if it is an address to listen on.
 fn of_listening(message: &str) -> Option<String> {
-    // "listen tcp4 127.0.0.1:4001: bind: address already in use", in Go's words, maybe in "[…]";
-    // "Error: listen EADDRINUSE: address already in use 127.0.0.1:4001", in those of Node.
+    // Go: "listen tcp4 127.0.0.1:4001: bind: address already in use", sometimes in "[…]".
+    // Node: "Error: listen EADDRINUSE: address already in use 127.0.0.1:4001".
     let (what, why) = if let Some((before, why)) = message.split_once(": bind: ") {
         let (_, address) = before.rsplit_once("listen ")?;
         let (_network, address) = address.split_once(' ')?;
@@ -359,7 +359,7 @@ fn of_listening(message: &str) -> Option<String> {
         let (_code, reason) = listen.split_once(": ")?;
         (reason.rsplit_once(' ')?.1, reason)
     };
-    // To Node, a missing directory is one without permission.
+    // Node reports a missing directory as a missing permission.
     let by_node = !message.contains(": bind: ") && what.starts_with('/');
     Some(if why.starts_with("address already in use") {
         format!("{what} is already in use")
@@ -378,7 +378,7 @@ fn of_listening(message: &str) -> Option<String> {
     })
 }
 
-/// The value of `-name=value` in the arguments.
+/// Returns the value of `-name=value` in the arguments.
 fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
     arguments.iter().rev().find_map(|argument| {
         argument
@@ -389,7 +389,7 @@ fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
     })
 }
 
-/// A line without the date and time that Go's `log` puts before it.
+/// Removes the date and time that Go's `log` puts before a line.
 fn without_time(line: &str) -> &str {
     let is = |text: &str, separator: char| {
         text.split(separator).count() == 3

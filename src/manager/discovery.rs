@@ -1,25 +1,25 @@
-//! Where the daemon's binary may be.
+//! Discovery of the daemon's binary.
 //!
-//! In this order: the path the caller gives, the variable `P2PD_PATH`, the directories of `PATH`,
-//! the binary that comes with an installed hivemind. The first two are somebody's explicit wish:
-//! if they are wrong, that is an error, and no other daemon is started in their place.
+//! Searches, in this order: the path that the caller gives, the variable `P2PD_PATH`, the
+//! directories of `PATH`, and the package of an installed hivemind. The first two are explicit
+//! choices: if one is wrong, that is an error, and no other daemon is used instead.
 
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The name looked for in `PATH`.
+/// The name searched for in `PATH`.
 pub const BINARY: &str = "p2pd";
 /// The variable that names the binary.
 pub const VARIABLE: &str = "P2PD_PATH";
-/// Where the binary is in the package directory of hivemind.
+/// The path of the binary in hivemind's package directory.
 const IN_HIVEMIND: &str = "hivemind_cli/p2pd";
 
-/// What to look through.
+/// The places to search.
 #[derive(Debug, Clone, Default)]
 pub struct Search<'a> {
-    /// The binary asked for: a path, or a bare name to look up in `path`.
+    /// The caller's choice: a path, or a bare name to search for in `path`.
     pub explicit: Option<&'a Path>,
     /// The value of `P2PD_PATH`; an empty one counts as unset.
     pub variable: Option<&'a OsStr>,
@@ -29,17 +29,17 @@ pub struct Search<'a> {
     pub hivemind: Vec<PathBuf>,
 }
 
-/// Why what is at a path will not do.
+/// Why a path was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rejection {
-    /// There is nothing.
+    /// It does not exist.
     Missing,
-    /// There is a directory, socket or other thing.
+    /// It is a directory, a socket or another special file.
     NotAFile,
-    /// There is a file without permission to execute it.
+    /// The file is not executable.
     NotExecutable,
-    /// It cannot be looked at.
+    /// It cannot be examined.
     Unreadable(io::ErrorKind),
 }
 
@@ -54,7 +54,7 @@ impl fmt::Display for Rejection {
     }
 }
 
-/// There is no binary.
+/// No binary was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no libp2p daemon binary found:{}\n  hint: {}",
@@ -63,13 +63,13 @@ impl fmt::Display for Rejection {
 )]
 #[non_exhaustive]
 pub struct NotFound {
-    /// Every place looked at, each with the reason it would not do.
+    /// Every place searched, each with the reason why it was rejected.
     pub looked_at: Vec<String>,
-    /// What to do about it, in one line.
+    /// A hint for the user, in one line.
     pub hint: &'static str,
 }
 
-/// Finds the binary to run.
+/// Finds the daemon's binary.
 ///
 /// ```
 /// use p2pd_manager::{find, Search};
@@ -160,7 +160,7 @@ fn try_one(source: &str, path: PathBuf, looked_at: &mut Vec<String>) -> Option<P
     }
 }
 
-/// Tells whether there is a program at a path.
+/// Checks that a path is an executable file.
 pub fn check(path: &Path) -> Result<(), Rejection> {
     let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Rejection::Missing,
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
 
-    /// A directory of this test's own, removed at its end.
+    /// A directory that is removed at the end of the test.
     struct Dir(PathBuf);
 
     impl Dir {

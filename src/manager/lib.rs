@@ -1,16 +1,15 @@
-//! Starting a libp2p daemon (`p2pd`), watching and stopping it.
+//! Finds, starts, supervises and stops a libp2p daemon (`p2pd`).
 //!
-//! - [`P2PDaemon`] (feature `tokio`, on by default), a daemon from its start to its
-//!   end.
-//! - [`process`]: its process, its files, and what clears up after it; with no event loop. The
-//!   Python `Daemon` rests on it too.
+//! - [`P2PDaemon`] (feature `tokio`, on by default): a daemon, from its start to its end.
+//! - [`process`]: its process, its files, and the watchdog that cleans up after it. It needs no event
+//!   loop; the Python `Daemon` uses it, too.
 //!
-//! The rest is without I/O:
+//! Without I/O:
 //!
-//! - [`options`]: one list of options, and the arguments it makes for each daemon.
-//! - [`discovery`]: where the binary may be, and why what is there will not do.
-//! - [`diagnosis`]: what the daemon's output says, and what its end was caused by.
-//! - [`start`]: whether an answer may be believed, and the error of a daemon that does not come up.
+//! - [`options`]: the options, and the arguments that they become for each daemon.
+//! - [`discovery`]: the search for the binary, and why a path was rejected.
+//! - [`diagnosis`]: what the daemon's output says, and why it ended.
+//! - [`start`]: whether a daemon that was spawned is ready, and the errors of a failed start.
 
 #[cfg(feature = "tokio")]
 mod daemon;
@@ -19,6 +18,8 @@ pub mod discovery;
 #[cfg(feature = "tokio")]
 mod guard;
 mod locks;
+#[cfg(feature = "tokio")]
+mod logs;
 pub mod options;
 pub mod process;
 pub mod start;
@@ -28,9 +29,11 @@ mod startup;
 mod supervisor;
 
 #[cfg(feature = "tokio")]
-pub use daemon::{Logs, P2PDaemon, P2PDaemonBuilder};
+pub use daemon::{P2PDaemon, P2PDaemonBuilder};
 pub use diagnosis::{diagnose, excerpt, Startup};
 pub use discovery::{find, NotFound, Search};
+#[cfg(feature = "tokio")]
+pub use logs::Logs;
 pub use options::{
     Bootstrap, BootstrapPeer, ConnectionManager, DaemonOptions, Dht, Flavour, OptionsError, Pubsub,
 };

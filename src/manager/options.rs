@@ -1,6 +1,6 @@
-//! A daemon's options, and the command-line arguments they make.
+//! A daemon's options, and the command-line arguments they become.
 //!
-//! An option that is not set is not passed, so that an older daemon is not given a flag it lacks.
+//! An option that is not set is not passed, so an older daemon does not get a flag it lacks.
 
 use p2pd_protocol::endpoint::EndpointError;
 use p2pd_protocol::multiaddr::MultiaddrError;
@@ -9,11 +9,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Whose daemon it is: they spell their flags differently.
+/// The implementation of the daemon, which determines its flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Flavour {
-    /// `p2pd`: upstream's, hivemind's fork, and those that copy their flags.
+    /// `p2pd`: upstream's, hivemind's fork, and others with the same flags.
     #[default]
     Go,
     /// `jsp2pd`, of the npm package `libp2p-daemon`.
@@ -32,15 +32,15 @@ impl Flavour {
     }
 }
 
-/// The part the daemon plays in the DHT. Out of a bool: true is [`Auto`](Dht::Auto).
+/// The daemon's role in the DHT. Converts from a bool: true is [`Auto`](Dht::Auto).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Dht {
     /// None.
     #[default]
     Off,
-    /// A client, and a server too once the daemon finds that it is publicly reachable. On
-    /// loopback that never happens: daemons on one machine need [`Dht::Server`].
+    /// A client, which becomes a server once the daemon finds that it is publicly reachable. That
+    /// never happens on loopback: daemons on one machine need [`Dht::Server`].
     Auto,
     /// Queries the DHT and stores nothing for others.
     Client,
@@ -65,7 +65,7 @@ pub enum Pubsub {
     /// None.
     #[default]
     Off,
-    /// With the router of the daemon's own choice, which for today's daemons is gossipsub.
+    /// With the daemon's default router, which is gossipsub.
     On,
     /// With gossipsub.
     Gossipsub,
@@ -83,23 +83,23 @@ impl From<bool> for Pubsub {
     }
 }
 
-/// The connection manager, which closes connections when there are too many. Out of a bool: true
-/// is [`Default`](ConnectionManager::Default).
+/// The connection manager, which closes connections when there are too many. Converts from a bool:
+/// true is [`Default`](ConnectionManager::Default).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[non_exhaustive]
 pub enum ConnectionManager {
     /// None.
     #[default]
     Off,
-    /// With the daemon's own limits.
+    /// With the daemon's default limits.
     Default,
     /// With these limits.
     Limits {
-        /// The number of connections it trims down to.
+        /// The number of connections that trimming leaves.
         low: u32,
-        /// The number of connections that makes it trim.
+        /// The number of connections above which it trims.
         high: u32,
-        /// The age up to which a connection is spared. `jsp2pd` has no such option.
+        /// The age below which a connection is kept. `jsp2pd` has no such option.
         grace: Duration,
     },
 }
@@ -114,33 +114,32 @@ impl From<bool> for ConnectionManager {
     }
 }
 
-/// When the bootstrap peers are connected to.
+/// Who connects to the bootstrap peers, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Bootstrap {
-    /// By the daemon, before it counts as started. One of them must be reachable (Go).
+    /// The daemon, before it is ready. With Go's daemon, one of them must be reachable.
     #[default]
     Required,
-    /// By CONNECT requests once the daemon has started, again and again until they are connected,
-    /// and again when they no longer are. None of them need be reachable.
+    /// The supervisor, once the daemon is ready, with backoff. None of them need be reachable.
     Background,
 }
 
-/// A peer to join others through: what a multiaddr that ends in `/p2p/<peer id>` says.
+/// A peer to join the network through, parsed from a multiaddr that ends in `/p2p/<peer id>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootstrapPeer {
-    /// Who it is.
+    /// Its peer id.
     pub peer_id: PeerId,
-    /// Where it is; nothing if that is for the daemon to find out.
+    /// Its addresses; empty if the daemon has to find them.
     pub addrs: Vec<Multiaddr>,
 }
 
 impl BootstrapPeer {
-    /// Takes the multiaddr apart.
+    /// Parses the multiaddr.
     ///
     /// # Errors
-    /// Says what is wrong with it.
+    /// The address is invalid; the error says why.
     pub fn parse(address: &str) -> Result<Self, OptionsError> {
         let malformed = |error: MultiaddrError| OptionsError::BootstrapPeer {
             address: address.into(),
@@ -168,7 +167,7 @@ impl BootstrapPeer {
     }
 }
 
-/// Everything a daemon can be told when it is started.
+/// The options of a daemon.
 ///
 /// ```
 /// use p2pd_manager::{DaemonOptions, Dht};
@@ -182,63 +181,63 @@ impl BootstrapPeer {
 #[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub struct DaemonOptions {
-    /// Whose daemon the arguments are for.
+    /// The daemon's implementation.
     pub flavour: Flavour,
-    /// Where to serve the control protocol: a unix or TCP multiaddr. With none, a daemon takes
-    /// `/unix/tmp/p2pd.sock`; [`Process`](super::process::Process) gives it a private socket, and
-    /// in place of TCP port 0 a free one.
+    /// The address at which to serve the control protocol, a unix or TCP multiaddr.
+    /// [`Process`](super::process::Process) replaces none by a private socket, and TCP port 0 by an
+    /// unused port; a daemon's own default is `/unix/tmp/p2pd.sock`.
     pub control: Option<Multiaddr>,
-    /// A file with a private key in libp2p's protobuf encoding; a new identity if none.
+    /// A file with a private key in libp2p's protobuf encoding. None means a new identity.
     pub identity: Option<PathBuf>,
-    /// The multiaddrs to listen on for peers. With none, daemons listen on *every* interface.
+    /// The multiaddrs to listen on for peers. If empty, daemons listen on *every* interface.
     pub host_addrs: Vec<String>,
-    /// The multiaddrs to tell peers instead of those listened on.
+    /// The multiaddrs to announce to peers instead of those listened on.
     pub announce_addrs: Vec<String>,
-    /// Peers to connect to at the start, each a multiaddr that ends in `/p2p/<peer id>`. With
-    /// none, the daemon connects to nobody, its built-in list of IPFS peers included.
+    /// Peers to connect to at the start, each a multiaddr that ends in `/p2p/<peer id>`. If empty,
+    /// the daemon connects to no peer, not even to its built-in list of IPFS peers.
     pub bootstrap_peers: Vec<String>,
-    /// When they are connected to.
+    /// Who connects to them, and when.
     pub bootstrap: Bootstrap,
     /// The DHT.
     pub dht: Dht,
-    /// Circuit relay; the daemon's own default if none.
+    /// Circuit relay. None means the daemon's default.
     pub relay: Option<bool>,
     /// Pubsub.
     pub pubsub: Pubsub,
     /// The connection manager.
     pub connection_manager: ConnectionManager,
-    /// Arguments to pass as they are, after all others.
+    /// Further arguments, passed unchanged after all others.
     pub extra_args: Vec<String>,
-    /// After how many quick deaths in a row a daemon that is started again is given up; with 0, it
-    /// is not started again. If it may be, it has the same identity each time, with no file a
-    /// temporary one, and a free TCP port in place of port 0 of `host_addrs`.
+    /// The number of quick deaths in a row after which the daemon is given up; with 0, it is never
+    /// started again. Otherwise it keeps its identity (without a file, a temporary one) and its TCP
+    /// ports across restarts.
     pub restart: u32,
 }
 
-/// Options that no arguments can be made of.
+/// Options that are invalid, or that the daemon lacks.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OptionsError {
-    /// A control address that is none.
+    /// The control address is invalid.
     #[error(transparent)]
     Control(#[from] EndpointError),
-    /// Daemons take lists separated by commas, so a comma would make two addresses of one.
+    /// Daemons take lists separated by commas, so a comma would split the address.
     #[error("an address of {option} is empty or has a comma in it: {address:?}")]
     Address {
-        /// The field it is in.
+        /// The field that contains it.
         option: &'static str,
         /// The address.
         address: String,
     },
-    /// A bootstrap peer that no daemon could connect to.
+    /// No daemon could connect to this bootstrap peer.
     #[error("the bootstrap peer {address:?} cannot be one: {reason}")]
     BootstrapPeer {
         /// Its address.
         address: String,
-        /// What is wrong with it.
+        /// Why it is invalid.
         reason: String,
     },
-    /// A connection manager that could never be satisfied.
+    /// The low water mark is above the high one.
     #[error(
         "the connection manager's low water mark ({low}) is over its high water mark ({high})"
     )]
@@ -248,25 +247,25 @@ pub enum OptionsError {
         /// The high water mark.
         high: u32,
     },
-    /// An extra argument that would move the control socket from where the client looks for it.
+    /// An extra argument would move the control socket, and the client would not find it.
     #[error("the extra argument {0:?} sets the control address; use the option for that")]
     ControlInExtraArgs(String),
-    /// A path that the command line could not name.
+    /// The path cannot be passed on the command line.
     #[error("the path of the identity file is not UTF-8: {0:?}")]
     Identity(PathBuf),
-    /// Something that this flavour of daemon has no flag for.
+    /// `jsp2pd` has no flag for this option.
     #[error("jsp2pd has no option for {0}")]
     NotInJs(&'static str),
-    /// An extra argument that jsp2pd would ignore without a word.
+    /// `jsp2pd` would silently ignore this extra argument.
     #[error("jsp2pd has no option {0}")]
     UnknownToJs(String),
 }
 
 impl DaemonOptions {
-    /// Checks what can be checked without knowing which daemon it will be.
+    /// Checks the options as far as possible without knowing the daemon.
     ///
     /// # Errors
-    /// Says which option is wrong.
+    /// An option is invalid; the error names it.
     pub fn validate(&self) -> Result<(), OptionsError> {
         if let Some(control) = &self.control {
             control.endpoint()?;
@@ -307,10 +306,10 @@ impl DaemonOptions {
         }
     }
 
-    /// The arguments to start the daemon with, without the binary itself.
+    /// Returns the arguments for the daemon, without the binary.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate), and for what this flavour of daemon has no flag for.
+    /// As [`validate`](Self::validate); or this flavour of daemon lacks an option.
     pub fn arguments(&self) -> Result<Vec<String>, OptionsError> {
         self.validate()?;
         let mut arguments = match self.flavour {
@@ -321,7 +320,7 @@ impl DaemonOptions {
         Ok(arguments)
     }
 
-    /// The peers that the daemon itself is to connect to.
+    /// The peers that the daemon itself connects to.
     #[doc(hidden)]
     pub fn required_peers(&self) -> &[String] {
         match self.bootstrap {
@@ -330,7 +329,7 @@ impl DaemonOptions {
         }
     }
 
-    /// The flags that both flavours have, but for the number of dashes.
+    /// The flags that both flavours share, except for the number of dashes.
     fn common_arguments(&self, dashes: &str) -> Vec<String> {
         let identity = self
             .identity
@@ -351,7 +350,7 @@ impl DaemonOptions {
 
     fn go_arguments(&self) -> Vec<String> {
         let mut arguments = self.common_arguments("-");
-        // Without `-b` the list would be ignored; `-b` without a list would mean the IPFS peers.
+        // Without `-b` the daemon ignores the list; `-b` without a list means the IPFS peers.
         if !self.required_peers().is_empty() {
             arguments.push("-b".into());
         }
@@ -374,14 +373,14 @@ impl DaemonOptions {
         if let ConnectionManager::Limits { low, high, grace } = self.connection_manager {
             arguments.push(format!("-connLo={low}"));
             arguments.push(format!("-connHi={high}"));
-            // A Go duration: a bare number is refused.
+            // A Go duration needs a unit.
             arguments.push(format!("-connGrace={}s", grace.as_secs_f64()));
         }
         arguments
     }
 
     fn js_arguments(&self) -> Result<Vec<String>, OptionsError> {
-        // Go's daemons end when they are given a flag they do not know.
+        // Go's daemons exit on an unknown flag by themselves.
         if let Some(flag) = self.extra_args.iter().find_map(|arg| unknown_to_js(arg)) {
             return Err(OptionsError::UnknownToJs(flag.into()));
         }
@@ -415,7 +414,7 @@ impl DaemonOptions {
     }
 }
 
-/// The flag of an argument, if it is one that jsp2pd does not know.
+/// Returns the flag of an argument if jsp2pd does not know it.
 fn unknown_to_js(arg: &str) -> Option<&str> {
     let flag = arg.split('=').next().filter(|flag| flag.starts_with('-'))?;
     let known = match flag.strip_prefix("--") {

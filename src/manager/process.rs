@@ -310,7 +310,8 @@ impl Process {
         self.owner == std::process::id()
     }
 
-    /// Whether it was destroyed. Files or processes may be left: see [`destroyed`](Self::destroyed).
+    /// Whether it was destroyed. Files or processes may be left: see
+    /// [`destroyed`](Self::destroyed).
     #[doc(hidden)]
     pub fn ended(&self) -> bool {
         self.log.is_closed()
@@ -375,14 +376,15 @@ impl Process {
     }
 
     /// Reads at most `limit` bytes of the output at a position, in bytes. Returns the position of
-    /// the first byte, which is later than `begin` if older output is no longer stored, and the data.
+    /// the first byte, which is later than `begin` if older output is no longer stored, and the
+    /// data.
     #[doc(hidden)]
     pub fn read_output(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
         self.log.read(begin, limit)
     }
 
-    /// Ends the thread that stores the output, until [`resume`](Self::resume). Called before a fork:
-    /// a lock that the thread holds would never be released in the child.
+    /// Ends the thread that stores the output, until [`resume`](Self::resume). Called before a
+    /// fork: a lock that the thread holds would never be released in the child.
     #[doc(hidden)]
     pub fn pause(&self) {
         if self.owned() {
@@ -401,13 +403,14 @@ impl Process {
     /// Kills the daemon and removes its files. Its status and output stay available.
     ///
     /// Blocks until the killed processes have ended, which takes milliseconds; gives up on one that
-    /// is in an uninterruptible system call after 5 seconds. [`try_destroy`](Self::try_destroy) does
-    /// not block.
+    /// is in an uninterruptible system call after 5 seconds. [`try_destroy`](Self::try_destroy)
+    /// does not block.
     pub fn destroy(&self) {
         self.destroy_within(Duration::MAX);
     }
 
-    /// Like [`destroy`](Self::destroy), for at most `limit`. Returns whether the shutdown is complete.
+    /// Like [`destroy`](Self::destroy), for at most `limit`. Returns whether the shutdown is
+    /// complete.
     #[doc(hidden)]
     pub fn destroy_within(&self, limit: Duration) -> bool {
         let begun = Instant::now();
@@ -520,8 +523,8 @@ impl Process {
         start::doubt(&self.output_of_run(), peer_id, must_say_so)
     }
 
-    /// The error for a daemon that ended, or was not ready in `timeout` seconds. `obstacle` says why
-    /// the last probe did not find it ready.
+    /// The error for a daemon that ended, or was not ready in `timeout` seconds. `obstacle` says
+    /// why the last probe did not find it ready.
     pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
         let status = self.poll().map(exit_code);
         let output = self.output_of_run();

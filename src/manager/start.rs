@@ -1,6 +1,6 @@
-//! Whether a daemon that was just started is ready, and what to say of one that does not come up.
+//! Whether a daemon that was spawned is ready, and the errors of a failed start.
 //!
-//! Without I/O: what the daemon has printed and answered comes from the driver.
+//! Without I/O: the driver passes the daemon's output and replies.
 
 use super::diagnosis::{
     diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
@@ -14,42 +14,42 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-/// How many lines of its output the error of a failed start shows.
+/// The number of output lines that the error of a failed start shows.
 const LOG_LINES: usize = 20;
 
-/// In the message of a daemon that was given up.
+/// Part of the message for a daemon that was not ready in time.
 const NOT_READY: &str = "was not ready";
 
 /// A daemon could not be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DaemonError {
-    /// The options make no sense, or not for this daemon.
+    /// The options are invalid, or this daemon lacks them.
     #[error(transparent)]
     Options(#[from] OptionsError),
-    /// There is no binary.
+    /// No binary was found.
     #[error(transparent)]
     NotFound(#[from] NotFound),
-    /// It could not be prepared or run, ended, or was not ready in time.
+    /// The daemon could not be prepared or spawned, ended, or was not ready in time.
     #[error(transparent)]
     Start(#[from] StartError),
 }
 
-/// A daemon could not be prepared or run, ended before it was ready, or was not ready in time.
+/// A daemon could not be prepared or spawned, ended before it was ready, or was not ready in time.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StartError {
-    /// What happened.
+    /// What failed.
     pub message: String,
-    /// The command line.
+    /// The binary and its arguments; empty if it was not spawned.
     pub command: Vec<String>,
-    /// The exit status, negative for a signal; none if it never ran or was still running.
+    /// The exit status, negative for a signal; none if it never ran or is still running.
     pub status: Option<i32>,
     /// The last lines of its output.
     pub logs: Vec<String>,
-    /// The cause in one line, where it can be told.
+    /// The cause in one line, if it is known.
     pub cause: Option<String>,
-    /// The operating system's error, if it could not be prepared or run.
+    /// The operating system's error, if the daemon could not be prepared or spawned.
     pub source: Option<Arc<io::Error>>,
 }
 
@@ -77,9 +77,9 @@ impl std::error::Error for StartError {
 }
 
 impl StartError {
-    /// The operating system would not run it.
+    /// The operating system refused to run the binary.
     pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
-        // The operating system's words are the shell's, which the diagnosis knows.
+        // The diagnosis knows the operating system's messages, as shells print them.
         let reason = words_of(&error);
         let cause = diagnose(&reason, None, &[]).unwrap_or(reason);
         StartError {
@@ -92,7 +92,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused something that running the daemon needs.
+    /// The operating system refused something that spawning the daemon needs.
     #[doc(hidden)]
     pub fn failed(command: Vec<String>, failed: Failed) -> Self {
         let cause = failed.to_string();
@@ -103,7 +103,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused something before the daemon was run.
+    /// The operating system refused something before the daemon was spawned.
     #[doc(hidden)]
     pub fn not_prepared(failed: Failed) -> Self {
         StartError {
@@ -112,8 +112,9 @@ impl StartError {
         }
     }
 
-    /// It ended with `status`, or has none and was not ready in `timeout` seconds, having printed
-    /// `output`. `obstacle` is why its last answer was none.
+    /// The daemon ended with `status` before it was ready, or has no status and was not ready in
+    /// `timeout` seconds. `output` is what it printed; `obstacle` says why the last probe did not
+    /// find it ready.
     pub fn not_ready(
         command: Vec<String>,
         output: &str,
@@ -144,7 +145,7 @@ impl StartError {
         }
     }
 
-    /// It was ready, and ended with `status`.
+    /// The daemon was ready and ended with `status`.
     pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
         let arguments = command.get(1..).unwrap_or_default();
         let cause = status.and_then(|status| diagnose(output, Some(status), arguments));
@@ -161,7 +162,7 @@ impl StartError {
         }
     }
 
-    /// What to do about it, in one line, where that can be told.
+    /// Returns a hint for the user in one line, if there is one.
     pub fn hint(&self) -> Option<&'static str> {
         let of_cause = || hint(self.cause.as_deref()?);
         if let Some(source) = &self.source {
@@ -171,14 +172,14 @@ impl StartError {
         of_cause().or_else(|| self.message.contains(NOT_READY).then_some(TOO_SLOW))
     }
 
-    /// What happened and why, without the command line and the output.
+    /// The message and the cause, without the command line and the output.
     #[doc(hidden)]
     pub fn brief(&self) -> String {
         let cause = self.cause.as_ref().map(|cause| format!(": {cause}"));
         format!("{}{}", self.message, cause.unwrap_or_default())
     }
 
-    /// Whether it ended since it reached none of its bootstrap peers.
+    /// Whether the daemon ended because it could not reach any bootstrap peer.
     #[doc(hidden)]
     pub fn is_unconnected(&self) -> bool {
         let cause = self.cause.as_deref();
@@ -204,18 +205,17 @@ fn last_lines(output: &str) -> Vec<String> {
     lines.into_iter().map(shortened).collect()
 }
 
-/// Words of a daemon that may go over several lines.
+/// Joins the lines of a daemon's message.
 #[doc(hidden)]
 pub fn one_line(words: &str) -> String {
     words.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Whether an answer means that a daemon with these options is ready only once it has also printed
-/// so.
+/// Whether a daemon with these options is ready only once it has also printed that it has started.
 ///
-/// An answer on a private socket can only be this daemon's, and means that it is ready. But others
-/// may serve an address that was chosen for it, or a port, and some daemons (upstream's) answer
-/// before they have reached their bootstrap peers.
+/// A reply on a private socket can only come from this daemon, and means that it is ready. But
+/// another daemon may serve an address that the caller chose, or a TCP port; and upstream's daemons
+/// reply before they have reached their bootstrap peers.
 #[doc(hidden)]
 pub fn must_say_so(options: &DaemonOptions) -> bool {
     let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
@@ -223,8 +223,8 @@ pub fn must_say_so(options: &DaemonOptions) -> bool {
         && !options.extra_args.iter().any(quiet)
 }
 
-/// Why the answer to IDENTIFY that this peer id came in is not to be believed, or not yet; nothing
-/// if it is.
+/// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready; none if it
+/// does.
 #[doc(hidden)]
 pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
     let (started, own) = said_to_have_started(output);
@@ -235,7 +235,7 @@ pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String
     (must_say_so && !started).then(|| "it answers, but has not printed that it has started".into())
 }
 
-/// What an exit status, negative for a signal, says in words.
+/// Describes an exit status, negative for a signal.
 fn describe(status: i32) -> String {
     if status >= 0 {
         return format!("exited with status {status}");
@@ -264,7 +264,8 @@ fn describe(status: i32) -> String {
     format!("was killed by {name}")
 }
 
-/// A word as a shell takes it.
+/// Quotes a word like Python's `shlex.join`, which shows the same command in Python's exception.
+/// (The crate `shlex` also quotes `=` and `,`, which most arguments contain.)
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

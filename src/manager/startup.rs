@@ -1,5 +1,5 @@
 //! Waits on tokio until a daemon that was spawned is ready, as [`Startup`] decides, and finds out
-//! why it is not.
+//! why a start failed.
 
 use super::guard::{destroyed, ended, ProcessGuard};
 use super::process::Process;

@@ -34,7 +34,7 @@ enum Restart {
     Limit(i64),
 }
 
-/// A daemon's options, checked.
+/// A daemon's validated options.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct DaemonOptions(pub(super) manager::DaemonOptions);
 
@@ -127,7 +127,7 @@ pub(super) fn value_error(error: OptionsError) -> PyErr {
     }
 }
 
-/// Finds the daemon's binary; returns it, or None, the places searched, and a hint.
+/// Finds the daemon's binary. Returns it; or None, the places searched, and a hint.
 #[pyfunction]
 #[pyo3(signature = (explicit, variable, path, hivemind))]
 pub fn find_daemon(
@@ -148,10 +148,10 @@ pub fn find_daemon(
     }
 }
 
-/// A TCP port that nobody listened on a moment ago, at an address or name of this machine.
+/// Returns a TCP port that was unused a moment ago, at an address or name of this machine.
 ///
-/// It is none of those that the system gives to whoever asks for any, or connects: one of these
-/// could be gone before it is used. Raises OSError if there is no such address, or no port.
+/// It is below the ephemeral port range, from which the system could assign it before it is used.
+/// Raises OSError if the machine has no such address, or all ports are in use.
 #[pyfunction]
 #[pyo3(signature = (host = "127.0.0.1"))]
 pub fn unused_tcp_port(py: Python<'_>, host: &str) -> PyResult<u16> {

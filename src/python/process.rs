@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-/// Does what may wait for a lock of a daemon, with the interpreter released.
+/// Runs work that may wait for a lock of a daemon, with the GIL released.
 fn outside<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     py.detach(|| fork_hooks::GATE.pass(work))
 }
 
 /// A daemon's process, its watchdog and its files.
 ///
-/// Whatever takes a lock of it lets go of the interpreter first. A forked child never waits for one.
+/// Methods that take a lock release the GIL first. A forked child never waits for one.
 #[pyclass(frozen, weakref, module = "p2pclient_rs._native")]
 pub struct DaemonProcess(Arc<Process>);
 
@@ -60,7 +60,7 @@ impl DaemonProcess {
         .map_err(|error| prepare_error(py, error))
     }
 
-    /// The same daemon in a process of its own, which does not connect to its bootstrap peers.
+    /// A second daemon with the same options that does not connect to the bootstrap peers.
     fn without_bootstrap(&self, py: Python<'_>) -> PyResult<Self> {
         outside(py, || {
             self.0.without_bootstrap().map(fork_hooks::registered)
@@ -69,12 +69,12 @@ impl DaemonProcess {
         .map_err(|error| prepare_error(py, error))
     }
 
-    /// Each with its address as it was given.
+    /// The bootstrap peers, each with its address as the caller gave it.
     fn bootstrap_peers(&self) -> Vec<(String, PyPeerId, Vec<PyMultiaddr>)> {
         peers(self.0.bootstrap_peers())
     }
 
-    /// Those that are not for the daemon itself to connect to.
+    /// The bootstrap peers that a supervisor connects the daemon to, instead of the daemon itself.
     fn background_peers(&self) -> Vec<(String, PyPeerId, Vec<PyMultiaddr>)> {
         peers(self.0.background_peers())
     }
@@ -101,7 +101,8 @@ impl DaemonProcess {
         outside(py, || self.0.finished())
     }
 
-    /// Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be executed.
+    /// Spawns the daemon, for the first time or after it has ended. Raises DaemonStartError if the
+    /// binary cannot be executed.
     fn spawn(&self, py: Python<'_>) -> PyResult<()> {
         outside(py, || self.0.spawn()).map_err(|error| start_error(py, error))
     }
@@ -116,7 +117,7 @@ impl DaemonProcess {
         self.0.control().clone().into()
     }
 
-    /// A new address for a client to listen at, in the private directory.
+    /// A new address at which a client can listen, in the private directory.
     fn listen_maddr(&self) -> PyMultiaddr {
         self.0.listen_maddr().into()
     }
@@ -162,7 +163,7 @@ impl DaemonProcess {
         outside(py, || self.0.poll()).map(exit_code)
     }
 
-    /// Asks the daemon and its children to end, if it is running.
+    /// Sends SIGTERM to the daemon and its children, if it is running.
     fn terminate(&self, py: Python<'_>) {
         outside(py, || self.0.terminate());
     }
@@ -172,17 +173,17 @@ impl DaemonProcess {
         outside(py, || self.0.kill());
     }
 
-    /// The end of what the daemon has printed.
+    /// The last MiB of the daemon's output.
     fn output(&self, py: Python<'_>) -> String {
         outside(py, || self.0.output())
     }
 
-    /// Does the next step of `destroy` without waiting; returns whether nothing is left.
+    /// Takes the next step of `destroy` without blocking. Returns whether the shutdown is complete.
     fn try_destroy(&self, py: Python<'_>) -> bool {
         outside(py, || self.0.try_destroy())
     }
 
-    /// Ends all of it now.
+    /// Kills the daemon and removes its files.
     fn destroy(&self, py: Python<'_>) {
         let mut pause = Duration::from_micros(200);
         while !self.try_destroy(py) {
@@ -191,14 +192,14 @@ impl DaemonProcess {
         }
     }
 
-    /// Why the answer to IDENTIFY that this peer id came in is not to be believed yet, or None.
+    /// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready, or None.
     fn doubt(&self, py: Python<'_>, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
         let peer_id = extract_peer_id(peer_id)?;
         Ok(outside(py, || self.0.doubt(&peer_id)))
     }
 
-    /// The DaemonStartError of a daemon that ended, or was not ready in this many seconds.
-    /// `reasons` says why which bootstrap peer could not be reached.
+    /// Returns the DaemonStartError for a daemon that ended, or was not ready in `timeout` seconds.
+    /// `reasons` has each bootstrap peer and why it could not be reached.
     #[pyo3(signature = (timeout, obstacle, reasons = Vec::new()))]
     fn not_ready(
         &self,
@@ -211,13 +212,13 @@ impl DaemonProcess {
         start_error(py, error.with_reasons(&reasons))
     }
 
-    /// Whether it ended since it reached none of its bootstrap peers.
+    /// Whether the daemon ended because it could not reach any bootstrap peer.
     #[getter]
     fn unconnected(&self, py: Python<'_>) -> bool {
         outside(py, || self.0.not_ready(0.0, None).is_unconnected())
     }
 
-    /// The DaemonStartError of a daemon that was ready, and died.
+    /// Returns the DaemonStartError for a daemon that was ready and died.
     fn died(&self, py: Python<'_>) -> PyErr {
         start_error(py, outside(py, || self.0.died()))
     }
@@ -240,8 +241,9 @@ fn peers(peers: Vec<(String, BootstrapPeer)>) -> Vec<(String, PyPeerId, Vec<PyMu
     peers.map(converted).collect()
 }
 
-/// The DaemonStartError. One for which the operating system is to blame has its error as the
-/// `__cause__`, its number, and also the built-in class for that.
+/// Converts to a DaemonStartError. If the operating system refused something, the exception has the
+/// error number and the OSError as its `__cause__`, and is also an instance of that OSError's
+/// class.
 fn start_error(py: Python<'_>, error: StartError) -> PyErr {
     let make = || -> PyResult<PyErr> {
         let details = PyDict::new(py);

@@ -1,5 +1,5 @@
-//! The decisions of a daemon's supervision for `p2pclient_rs.supervisor` and `p2pclient_rs.startup`,
-//! which carry them out. Times are seconds of the event loop's clock.
+//! The decisions of a daemon's supervision for `p2pclient_rs.supervisor` and
+//! `p2pclient_rs.startup`, which carry them out. Times are seconds of the event loop's clock.
 
 use p2pd_protocol::policy::reconnection::{self, CONNECT_TIMEOUT};
 use p2pd_protocol::policy::startup::{self, Step, EXPLAIN_TIMEOUT};

@@ -1,4 +1,4 @@
-//! Listening sockets, as every driver wants them: with no event loop.
+//! Listening sockets and private directories, without an event loop.
 
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fmt;
@@ -12,8 +12,12 @@ use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt, MetadataExt, Permission
 
 const BACKLOG: i32 = 1024;
 
-/// A listening, non-blocking socket. A socket file that nobody listens at any more is replaced; one
-/// that somebody does is an error.
+/// Returns a listening, non-blocking socket, and the file of a unix socket.
+///
+/// A stale socket file is replaced.
+///
+/// # Errors
+/// Another process listens at the address, or the operating system refuses it.
 pub fn listen(target: &SockAddr) -> io::Result<(Socket, Option<SocketFile>)> {
     let socket = new(target)?;
     #[cfg(unix)]
@@ -25,7 +29,7 @@ pub fn listen(target: &SockAddr) -> io::Result<(Socket, Option<SocketFile>)> {
         socket.listen(BACKLOG)?;
         return Ok((socket, Some(file)));
     }
-    // Elsewhere it would let others take the port over.
+    // Only on unix: on Windows, this option lets other processes take the port over.
     #[cfg(unix)]
     socket.set_reuse_address(true)?;
     socket.bind(target)?;
@@ -33,9 +37,9 @@ pub fn listen(target: &SockAddr) -> io::Result<(Socket, Option<SocketFile>)> {
     Ok((socket, None))
 }
 
-/// A non-blocking socket for that address.
+/// Returns a non-blocking stream socket for an address.
 pub fn new(address: &SockAddr) -> io::Result<Socket> {
-    // Where the kernel takes it with the type, that saves two system calls.
+    // Linux takes the flag with the type, which saves two system calls.
     #[cfg(target_os = "linux")]
     let socket = Socket::new(address.domain(), Type::STREAM.nonblocking(), None)?;
     #[cfg(not(target_os = "linux"))]
@@ -48,7 +52,7 @@ pub fn new(address: &SockAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// The file of a unix socket, removed when dropped; another's file at that path is left alone.
+/// The file of a unix socket, removed on drop, unless another file has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     #[cfg(unix)]
@@ -77,12 +81,12 @@ impl Drop for SocketFile {
     }
 }
 
-/// Removes a socket file that refuses connections: its listener is gone.
+/// Removes a socket file that refuses connections, since its listener has ended.
 #[cfg(unix)]
 pub fn remove_stale(path: &Path) -> io::Result<()> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
     if !is_socket {
-        return Ok(()); // nothing there, or something that `bind` will refuse
+        return Ok(()); // there is no file, or one that `bind` will refuse
     }
     let address = SockAddr::unix(path)?;
     match new(&address)?.connect(&address) {
@@ -94,14 +98,14 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
 /// An operating-system error, and the operation that failed with it.
 #[derive(Debug)]
 pub struct Failed {
-    /// What failed, with the file's name: "cannot create /tmp/file".
+    /// What failed, with the file's name, such as "cannot create /tmp/file".
     pub operation: String,
-    /// The error; it has the system's number, if there is one.
+    /// The error; keeps the operating system's error number.
     pub error: io::Error,
 }
 
 impl Failed {
-    /// For `map_err`: `.map_err(Failed::at(|| format!("cannot open {path}")))`.
+    /// Adds the operation to an error: `.map_err(Failed::at(|| format!("cannot open {path}")))`.
     pub fn at<O: Into<String>>(operation: impl FnOnce() -> O) -> impl FnOnce(io::Error) -> Self {
         |error| Failed {
             operation: operation().into(),
@@ -116,7 +120,7 @@ impl fmt::Display for Failed {
     }
 }
 
-/// What the system calls an error, without Rust's "(os error 2)".
+/// Returns the operating system's message, without Rust's "(os error 2)".
 pub fn words_of(error: &io::Error) -> String {
     let words = error.to_string();
     let words = words.split(" (os error ").next().unwrap_or(&words);
@@ -129,17 +133,20 @@ impl From<Failed> for io::Error {
     }
 }
 
-/// A directory that only this user can look into, removed with all that is in it when dropped.
+/// A directory that only this user can access, removed with its content on drop.
+///
+/// Not `tempfile::TempDir`: its error hides the operating system's number, and its removal fails
+/// when no descriptor is free.
 #[derive(Debug)]
 pub struct PrivateDirectory(PathBuf);
 
 impl PrivateDirectory {
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Leaves its removal to the caller.
+    /// Returns the path, and leaves the removal to the caller.
     pub fn keep(mut self) -> PathBuf {
         mem::take(&mut self.0)
     }
@@ -153,14 +160,15 @@ impl Drop for PrivateDirectory {
     }
 }
 
-/// Removes a directory with all that is in it. An empty one, even if no descriptor is left with
-/// which to look into it.
+/// Removes a directory with its content. Removes an empty one even if no descriptor is free.
 pub fn remove_directory(path: &Path) -> io::Result<()> {
     fs::remove_dir(path).or_else(|_| fs::remove_dir_all(path))
 }
 
-/// A private directory in `parent` or where temporary files go, in which a socket of that name
-/// fits.
+/// Creates a private directory in `parent`, by default in the system's directory for temporary
+/// files.
+///
+/// If the path of a socket called `name` would be too long there, it is created in `/tmp`.
 pub fn private_directory(
     parent: Option<&Path>,
     prefix: &str,
@@ -169,7 +177,7 @@ pub fn private_directory(
     make_private_directory(parent, prefix, name).map_err(io::Error::from)
 }
 
-/// As [`private_directory`]; the error names the directory.
+/// Like [`private_directory`]; the error names the directory.
 pub fn make_private_directory(
     parent: Option<&Path>,
     prefix: &str,
@@ -187,7 +195,7 @@ pub fn make_private_directory(
         #[cfg_attr(not(unix), allow(unused_mut))]
         let mut builder = fs::DirBuilder::new();
         #[cfg(unix)]
-        // By default others can look into it, as the umask has it.
+        // The umask alone usually lets other users read it.
         builder.mode(0o700);
         match builder.create(&path) {
             Ok(()) => return Ok(PrivateDirectory(path)),
@@ -204,7 +212,7 @@ pub fn make_private_directory(
     })
 }
 
-/// A random number, another one for each `attempt` and in a forked child.
+/// Returns a random number, a different one for each `attempt` and in a forked child.
 pub fn random(attempt: u32) -> u64 {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
@@ -221,10 +229,10 @@ fn base36(mut number: u64) -> String {
     (0..RANDOM).map(|_| digit()).collect()
 }
 
-/// How many letters are added to the prefix.
+/// The number of random characters after the prefix.
 const RANDOM: usize = 8;
 
-/// The kernel's limit on the path of a unix socket, where it is lowest (macOS: 104 with the NUL).
+/// The longest path of a unix socket on any system, in bytes (macOS: 104 with the NUL).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! A daemon's output: a pipe, drained by a thread into two files of bounded size.
 //!
 //! The daemon writes to a pipe rather than to a file, since only the reader of a pipe can limit the
-//! size of the log. The thread runs from the start of a daemon until its output ends. It never takes
-//! Python's global interpreter lock, so a program that computes does not hold up its daemon.
+//! size of the log. The thread runs from the start of a daemon until its output ends. It never
+//! takes Python's global interpreter lock, so a program that computes does not hold up its daemon.
 //!
 //! `log` holds the newest output. Once it is full, it is renamed to `log.1`, replacing the previous
 //! one.

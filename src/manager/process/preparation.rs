@@ -52,8 +52,8 @@ pub(super) fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> 
     Ok(())
 }
 
-/// Writes a private key in libp2p's encoding. For secp256k1, all but one in 2^128 strings of 32 bytes
-/// are valid keys.
+/// Writes a private key in libp2p's encoding. For secp256k1, all but one in 2^128 strings of 32
+/// bytes are valid keys.
 fn new_identity(path: &Path) -> io::Result<()> {
     let mut key = *b"\x08\x02\x12\x20--------------------------------";
     getrandom::fill(&mut key[4..]).map_err(|error| match error.raw_os_error() {

@@ -42,8 +42,8 @@ fn unix_pid(number: u32) -> Option<rustix::process::Pid> {
         .and_then(rustix::process::Pid::from_raw)
 }
 
-/// Runs `make`, which creates a child or a thread, with all signals blocked. The new child or thread
-/// inherits that.
+/// Runs `make`, which creates a child or a thread, with all signals blocked. The new child or
+/// thread inherits that.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub(super) fn with_signals_blocked<T>(make: impl FnOnce() -> T) -> T {

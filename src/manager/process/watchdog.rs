@@ -1,13 +1,13 @@
 //! The watchdog: a process that outlives this one, if necessary, to clean up after it.
 //!
 //! It reads lines from a pipe until the end of file, which comes when this process ends, however it
-//! does. The last line is the daemon's process group, or 0 if the daemon has ended. The watchdog then
-//! ends that group and removes the files.
+//! does. The last line is the daemon's process group, or 0 if the daemon has ended. The watchdog
+//! then ends that group and removes the files.
 //!
 //! There are two kinds. A shell script (0.7 MB, 1 ms to start) is used where there is a shell with
 //! `rm` and `sleep`. Elsewhere, as in a container image without a shell, the watchdog is a forked
-//! child that executes no program; see [`forked`]. That kind copies this process's page tables, some
-//! 10 ms for each GiB in use, which is why it is the second choice.
+//! child that executes no program; see [`forked`]. That kind copies this process's page tables,
+//! some 10 ms for each GiB in use, which is why it is the second choice.
 
 #[cfg(target_os = "linux")]
 mod forked;
@@ -77,7 +77,8 @@ impl Watchdog {
             None if !has_shell() => Self::fork(&files),
             #[cfg(target_os = "linux")]
             None => Self::run_shell(&files).or_else(|failed| {
-                // The shell may exist and still not run: for another platform, or without its loader.
+                // The shell may exist and still not run: for another platform, or without its
+                // loader.
                 Self::fork(&files).map_err(|_| failed)
             }),
             #[cfg(not(target_os = "linux"))]

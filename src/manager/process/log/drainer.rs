@@ -100,8 +100,8 @@ impl Drainer {
         let _ = self.thread.join();
         #[cfg(target_os = "linux")]
         {
-            // The kernel lists the thread for a moment longer. CPython would count it, and warn of a
-            // fork with several threads.
+            // The kernel lists the thread for a moment longer. CPython would count it, and warn of
+            // a fork with several threads.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
                 thread::yield_now();

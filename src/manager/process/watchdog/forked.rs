@@ -4,15 +4,15 @@
 //! system calls: it does not allocate, lock or panic, and never touches Python. All signals are
 //! blocked.
 //!
-//! A copy also keeps this process's memory as it was at the fork: each page that this process writes
-//! to afterwards would exist twice. So the child first unmaps the large regions of
+//! A copy also keeps this process's memory as it was at the fork: each page that this process
+//! writes to afterwards would exist twice. So the child first unmaps the large regions of
 //! `/proc/self/maps` that have no file or are shared with others. Small regions stay, and so do
 //! files that are mapped privately, such as libraries.
 //!
-//! A library's zero-initialised variables are in a region without a file, right behind the library's
-//! file. The kernel may have merged that region with a large one above it, so the beginning of such a
-//! region stays. From then on the child makes system calls through rustix where it can, which makes
-//! them without libc: libc's functions may access libc's variables.
+//! A library's zero-initialised variables are in a region without a file, right behind the
+//! library's file. The kernel may have merged that region with a large one above it, so the
+//! beginning of such a region stays. From then on the child makes system calls through rustix where
+//! it can, which makes them without libc: libc's functions may access libc's variables.
 
 use super::super::child::Child;
 use super::super::signals::with_signals_blocked;
@@ -140,9 +140,9 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     let _ = process::chdir(c"/");
     let _ = thread::set_name(c"p2pd-watchdog");
     close_all_but(body.reader, body.writer);
-    // SAFETY: from now on this child uses only its stack, its thread-local storage, and programs and
-    // libraries: their files, which are mapped privately, and the variables behind them. All that
-    // stays mapped.
+    // SAFETY: from now on this child uses only its stack, its thread-local storage, and programs
+    // and libraries: their files, which are mapped privately, and the variables behind them. All
+    // that stays mapped.
     unsafe { unmap_large_regions(&[body as *const Body as usize, body.thread]) };
     // SAFETY: it was open at the fork and stays open.
     let reader = unsafe { BorrowedFd::borrow_raw(body.reader) };
