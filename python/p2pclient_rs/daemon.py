@@ -3,9 +3,8 @@
     async with Daemon(dht="server") as daemon, daemon.client() as client:
         print(await client.identify())
 
-What the daemon is given, its process and its files are Rust's (``src/manager``), for other programs
-too; whatever becomes of this process, they do not outlive it. This module waits for it, on any
-event loop.
+Rust (``src/manager``) chooses the daemon's arguments and owns its process and its files, which do
+not outlive this process, however it ends. This module waits for the daemon, on any event loop.
 """
 
 from __future__ import annotations
@@ -58,50 +57,49 @@ os.register_at_fork(
 class Daemon:
     """A libp2p daemon in a process of its own.
 
-    ``async with Daemon() as daemon`` starts it and stops it; ``start()`` and ``stop()`` do so one
-    at a time. Runs on asyncio, uvloop and trio. The object belongs to the process that made it: a
-    forked child can make clients of the daemon, but its ``stop()`` leaves the daemon alone.
+    ``async with Daemon() as daemon`` starts and stops it, as ``start()`` and ``stop()`` do. Runs on
+    asyncio, uvloop and trio. The object belongs to the process that created it: a forked child can
+    create clients of the daemon, but its ``stop()`` does nothing.
 
     Args:
         binary: The daemon's binary, a path or a name in ``PATH``. By default the path in the
             environment variable ``P2PD_PATH``, else ``p2pd`` in ``PATH``, else the one of an
-            installed hivemind. One named ``jsp2pd`` is given the arguments of the JavaScript
+            installed hivemind. A binary named ``jsp2pd`` gets the arguments of the JavaScript
             daemon.
-        dht: The DHT. True lets the daemon become a server once it finds itself publicly
-            reachable, so that daemons on one machine need ``"server"``.
-        relay: Circuit relay; None leaves it to the daemon, which switches it on.
-        pubsub: Pubsub; True leaves the router to the daemon.
-        connmgr: The connection manager, with the daemon's own limits or with
-            ``(low, high, grace)``: when there are over `high` connections, those older than
-            `grace` seconds are closed until `low` are left.
-        host_addrs: Multiaddrs to listen on for peers. With an empty sequence the daemon chooses,
-            which means every interface.
-        announce_addrs: Multiaddrs to tell peers instead of those.
-        bootstrap_peers: Peers to join others through, each a multiaddr that ends in
+        dht: The DHT. With True, the daemon becomes a server once it finds itself publicly
+            reachable; daemons on one machine need ``"server"``.
+        relay: Circuit relay. None means the daemon's default, which is on.
+        pubsub: Pubsub. True means the daemon's default router.
+        connmgr: The connection manager, with the daemon's default limits or with
+            ``(low, high, grace)``: above `high` connections, it closes those older than `grace`
+            seconds until `low` are left.
+        host_addrs: Multiaddrs to listen on for peers. With an empty sequence, the daemon listens on
+            every interface.
+        announce_addrs: Multiaddrs to announce to peers instead of those.
+        bootstrap_peers: Peers to join the network through, each a multiaddr that ends in
             ``/p2p/<peer id>``.
-        bootstrap: With ``"required"``, the daemon connects to the bootstrap peers before it counts
-            as started, and one of them must be reachable. With ``"background"`` none need be: they
-            are connected to once it has started, again and again, with pauses that grow from a
-            second to a minute, and are looked after every 15 seconds from then on. Failures, with
-            the peer and the reason, are logged to ``p2pclient_rs.daemon``.
-        identity: A file with a private key as libp2p encodes it; by default, a new identity.
-        control_maddr: Where to serve the control protocol: a unix or TCP multiaddr; for TCP port
-            0, a free port is chosen. By default a unix socket only this user can reach.
-        extra_args: More arguments for the daemon, as they are.
-        restart: Whether a daemon that dies by itself is started again: with the same options and
-            control address, the same identity (without a file, a temporary one) and, of TCP, the
-            same ports. The pauses before that grow from 0.1 to 30 seconds. It is given up after
-            10 deaths in a row within 10 seconds of the start, or, with a number, after so many.
-            Clients made by ``client()`` have their handlers registered again. Restarts are logged
-            to ``p2pclient_rs.daemon``, and happen as long as the event loop runs on which it was
-            started.
-        start_timeout: Seconds until a daemon that does not answer is given up.
-        stop_timeout: Seconds until a daemon that does not end on SIGTERM is killed.
+        bootstrap: With ``"required"``, the daemon connects to the bootstrap peers before it is
+            ready, and one of them must be reachable. With ``"background"`` none need be: once the
+            daemon is ready, its supervisor connects to each with a backoff of 1 to 60 seconds, and
+            again every 15 seconds in case the connection was lost. Failures are logged to
+            ``p2pclient_rs.daemon``, with the peer and the reason.
+        identity: A file with a private key in libp2p's encoding; by default, a new identity.
+        control_maddr: The address at which to serve the control protocol, a unix or TCP multiaddr;
+            TCP port 0 is replaced by an unused port. By default a unix socket only this user can
+            reach.
+        extra_args: Further arguments for the daemon, passed unchanged.
+        restart: Whether to restart a daemon that dies by itself, with a backoff of 0.1 to 30
+            seconds: with the same options and control address, the same identity (without a file,
+            a temporary one) and the same TCP ports. After 10 deaths in a row, each within 10
+            seconds of the start, it is given up; a number sets another limit. The supervisor
+            registers the handlers of clients made by ``client()`` again. It logs restarts to
+            ``p2pclient_rs.daemon``, and runs on the event loop on which the daemon was started.
+        start_timeout: Seconds within which the daemon must be ready.
+        stop_timeout: Seconds within which the daemon must end after SIGTERM, before it is killed.
 
     Raises:
-        ValueError: An address cannot be used as what it is given for, options contradict each
-            other, or a timeout is negative.
-        TypeError: An option is of another type; a timeout is None, which no daemon is given.
+        ValueError: An address is invalid, options contradict each other, or a timeout is negative.
+        TypeError: An option has the wrong type; a timeout cannot be None.
 
     Example:
         async with Daemon(dht="server", pubsub=True) as daemon, daemon.client() as client:
@@ -169,16 +167,16 @@ class Daemon:
         await self.stop()
 
     async def start(self) -> Self:
-        """Starts the daemon and returns this object once the daemon answers.
+        """Starts the daemon and returns this object once the daemon is ready.
 
         Raises:
-            DaemonNotFound: There is no binary; lists every place looked at.
-            ValueError: This kind of daemon has no such option.
-            DaemonStartError: The daemon ended, at once when it does, or did not answer in
-                `start_timeout` seconds. Or the operating system refused something that the start
-                needs: then this is an OSError too, with its ``errno``, and ``cause`` names the
-                file or the operation. No process and no file is left.
-            RuntimeError: It is running, or being stopped.
+            DaemonNotFound: No binary was found; the error lists every place searched.
+            ValueError: This kind of daemon lacks an option.
+            DaemonStartError: The daemon ended, or was not ready in `start_timeout` seconds; if it
+                ends, the error comes at once. Or the operating system refused something that the
+                start needs: then this is an OSError too, with its ``errno``, and ``cause`` names
+                the file or the operation. No process and no file is left.
+            RuntimeError: The daemon is running, or being stopped.
         """
         process = self._prepare()
         try:
@@ -192,10 +190,10 @@ class Daemon:
     async def stop(self) -> None:
         """Stops the daemon, kills it if it does not stop, and removes its files.
 
-        Does nothing if it is not running, was never started, or belongs to a parent process.
-        Cancelling a scope does not interrupt it. asyncio's own cancellation (``task.cancel()``,
-        ``asyncio.timeout()``) leaves the daemon no `stop_timeout`: it is killed at once, and the
-        cancellation goes on once all is gone.
+        Does nothing if the daemon is not running, was never started, or belongs to a parent
+        process. Cancelling an anyio or trio scope does not interrupt it. asyncio's own cancellation
+        (``task.cancel()``, ``asyncio.timeout()``) skips the rest of `stop_timeout`: the daemon is
+        killed at once, and the ``CancelledError`` is raised once nothing is left.
         """
         process = self._process
         if process is None or process.destroyed or not process.owned:
@@ -203,7 +201,7 @@ class Daemon:
         try:
             with anyio.CancelScope(shield=True):
                 if self._supervisor is not None:
-                    # Its event loop may be another, that does not run.
+                    # With a timeout, as the supervisor's event loop may no longer run.
                     with anyio.move_on_after(self._stop_timeout):
                         await self._supervisor.stop()
                 with anyio.move_on_after(self._stop_timeout):
@@ -217,8 +215,8 @@ class Daemon:
     async def wait(self) -> int:
         """Waits until the daemon has ended, and returns its exit status, negative for a signal.
 
-        One that is started again (``restart``) has ended when it was stopped, or given up: see
-        ``failure``. Any number of tasks may wait.
+        With ``restart``, waits until the daemon was stopped or given up: see ``failure``. Any
+        number of tasks may wait.
 
         Raises:
             RuntimeError: The daemon has not been started, or belongs to a parent process.
@@ -231,7 +229,7 @@ class Daemon:
             if self._supervisor is not None and self._supervisor.loop_closed:
                 process.set_supervised(False)
             await wait_exit(process)
-            if not process.finished:  # it is being started again
+            if not process.finished:  # it is being restarted
                 await pause()
         return process.poll() or 0
 
@@ -239,8 +237,8 @@ class Daemon:
         """Returns a new client of this daemon, to be used with ``async with``.
 
         Args:
-            listen_maddr: Where the client takes inbound streams from the daemon; by default a
-                unix socket of its own in the daemon's private directory.
+            listen_maddr: The address at which the client listens for inbound streams; by default a
+                new unix socket in the daemon's private directory.
 
         Raises:
             RuntimeError: The daemon has not been started, or has been stopped.
@@ -266,14 +264,14 @@ class Daemon:
 
     @property
     def addrs(self) -> tuple[Multiaddr, ...]:
-        """The multiaddrs it listened on for peers when it had started, without its peer id.
+        """The multiaddrs on which it listened for peers after its last start, without its peer id.
         Raises RuntimeError before it has started."""
         return tuple(self._identified().addrs)
 
     @property
     def control_maddr(self) -> Multiaddr:
-        """Where the control protocol is served. Raises RuntimeError before the start, if no
-        address was given."""
+        """The address at which it serves the control protocol. Raises RuntimeError before the start
+        if no address was given."""
         if self._control_maddr is None:
             raise RuntimeError("the daemon has not been started")
         return self._control_maddr
@@ -290,7 +288,7 @@ class Daemon:
 
     @property
     def failure(self) -> DaemonStartError | None:
-        """Why a daemon that is started again (``restart``) was given up; None if it was not."""
+        """Why a daemon with ``restart`` was given up; None if it was not."""
         return None if self._supervisor is None else self._supervisor.failure
 
     @property
@@ -300,8 +298,7 @@ class Daemon:
 
     @property
     def logs(self) -> list[str]:
-        """The lines of the daemon's output so far, or until it was stopped; of a long output, the
-        last MiB."""
+        """The lines of the daemon's output, at most its last MiB; also after it was stopped."""
         return [] if self._process is None else self._process.output().splitlines()
 
     def _identified(self) -> Identity:
@@ -311,7 +308,7 @@ class Daemon:
         return restarted or self._identity
 
     def _prepare(self) -> DaemonProcess:
-        """Makes what the daemon needs to run."""
+        """Prepares a process."""
         if self._process is not None and not self._process.destroyed:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
@@ -322,7 +319,7 @@ class Daemon:
         return process
 
     def _spawn(self) -> DaemonProcess:
-        """Runs the daemon, without waiting for it, and without an event loop."""
+        """Spawns the daemon without waiting until it is ready. Needs no event loop."""
         process = self._prepare()
         try:
             process.spawn()
@@ -332,7 +329,7 @@ class Daemon:
         return process
 
     def _end_now(self, process: DaemonProcess) -> None:
-        """Ends all of it, and blocks until then."""
+        """Destroys the process. Blocks."""
         process.destroy()
         if self._finalizer is not None and process is self._process:
             self._finalizer.detach()
@@ -353,7 +350,7 @@ class Daemon:
 
 
 def _abandoned(process: DaemonProcess) -> None:
-    """Ends a daemon whose Daemon object went away, or was there still at the interpreter's end."""
+    """Destroys the process of a Daemon that was collected, or still alive at interpreter exit."""
     if process.owned and not process.ended:
         warnings.warn(f"daemon {process.pid} was not stopped", ResourceWarning, stacklevel=2)
         process.destroy()
@@ -362,11 +359,11 @@ def _abandoned(process: DaemonProcess) -> None:
 def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
     failure: OSError | None = None
     try:
-        # Does not import it: that takes seconds, and torch.
+        # Does not import hivemind, which would take seconds and need torch.
         spec = importlib.util.find_spec("hivemind")
     except (ImportError, ValueError):
         spec = None
-    except OSError as error:  # of a directory in sys.path
+    except OSError as error:  # from a directory in sys.path
         spec, failure = None, error
     hivemind: Iterable[str] = (spec and spec.submodule_search_locations) or ()
     environ = os.environ
@@ -397,8 +394,8 @@ def _temporary_directory() -> str:
 
 
 def _refusal_to_open() -> OSError | None:
-    """The error, if no file at all can be opened: for lack of a descriptor, every directory seems
-    unusable to ``tempfile``, which does not say so."""
+    """Returns the error if no descriptor is left: every directory then seems unusable to
+    ``tempfile``, which hides the reason."""
     try:
         os.close(os.open("/", os.O_RDONLY))
     except OSError as error:
@@ -415,5 +412,5 @@ def _seconds(option: str, timeout: float) -> float:
 
 
 def _texts(addresses: Sequence[Multiaddr | str]) -> list[str]:
-    # A single address is a sequence too, of letters.
+    # A single address is a sequence too: of characters.
     return [str(a) for a in ([addresses] if isinstance(addresses, (str, Multiaddr)) else addresses)]
