@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn cuts_a_long_line() {
-        // Three bytes each.
+        // Each character has three bytes.
         let output = format!("{}\n{}\n", "…".repeat(500), "€".repeat(300_000));
         for error in [
             StartError::not_ready(command(&["p2pd"]), &output, Some(1), 30.0, None),

@@ -6,10 +6,10 @@
 //!
 //! `std::process::Command` can only make a process group on the `posix_spawn` path. The umask, the
 //! closed descriptors and the process id, which must be written before the program runs, need
-//! `pre_exec` and so a fork, which copies the page tables. In a process of 2 GiB, `spawn` then
-//! blocks the event loop for 315 to 390 ms, instead of 0.1 to 0.2 ms; it also runs `pthread_atfork`
-//! handlers. So on Linux the child shares this process's memory until it executes the program;
-//! elsewhere it is forked.
+//! `pre_exec` and so a fork, which copies the page tables: measured on two busy cores, `spawn` in a
+//! process of 2 GiB then blocks the event loop for over 300 ms, instead of 0.1 ms. A fork also runs
+//! `pthread_atfork` handlers. So on Linux the child shares this process's memory until it executes
+//! the program; elsewhere it is forked.
 //!
 //! Nor does `execvp` do: it passes a file that the kernel rejects, such as a binary for another
 //! machine, to a shell, whose syntax errors would hide the reason.

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::process::Command;
 use std::time::Instant;
 
-/// A process that runs a script, once it has said that its traps are set.
+/// Runs a script, and waits until it has printed "ready", when its traps are set.
 fn running(body: &str) -> Process {
     let process = scripted(&format!("{body}\nwhile :; do sleep 0.02; done"));
     process.spawn().unwrap();
@@ -38,13 +38,13 @@ fn until(condition: impl Fn() -> bool) {
     while !condition() {
         assert!(
             begun.elapsed() < Duration::from_secs(15),
-            "it did not come true"
+            "the condition stayed false"
         );
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// Whether it runs; a zombie, which is init's to reap or nobody's, does not.
+/// Whether a process runs. A zombie does not.
 fn runs(pid: u32) -> bool {
     let state = Command::new("ps")
         .args(["-o", "stat=", "-p", &pid.to_string()])
@@ -60,7 +60,7 @@ const KINDS: &[Option<WatchdogKind>] =
 #[cfg(not(target_os = "linux"))]
 const KINDS: &[Option<WatchdogKind>] = &[None, Some(WatchdogKind::Shell)];
 
-/// The numbers that the script printed, one a line.
+/// The numbers that the script printed, one on each line.
 fn printed(process: &Process) -> Vec<u32> {
     let output = process.output();
     output
@@ -184,7 +184,7 @@ fn a_daemon_reaped_elsewhere_has_ended() {
     rustix::process::waitpid(pid, options).unwrap().unwrap();
     assert_eq!(process.poll().map(exit_code), Some(0));
     assert!(!process.alive());
-    // The number of its group may be another's by now.
+    // The kernel may have reused the id of its process group.
     process.terminate();
     process.destroy();
     let left = Pid::from_raw(printed(&process)[0] as i32).unwrap();
@@ -198,7 +198,7 @@ fn does_not_pass_a_bad_binary_to_a_shell() {
     fs::write(&binary, "echo this is no binary").unwrap();
     fs::set_permissions(&binary, fs::Permissions::from_mode(0o700)).unwrap();
     let process = Process::prepare(binary, &DaemonOptions::default(), None).unwrap();
-    // While another test is between fork and exec, the file is open for writing there.
+    // A concurrent test between fork and exec holds the file open for writing.
     let busy = |error: &StartError| error.to_string().contains("Text file busy");
     let error = loop {
         match process.spawn().unwrap_err() {
@@ -260,7 +260,7 @@ fn removes_a_stale_socket_but_not_one_in_use() {
     drop(Process::prepare("/bin/sh".into(), &options, None).unwrap());
     assert!(path.exists());
     drop(listener);
-    // While another test is between fork and exec, it is still open there.
+    // A concurrent test between fork and exec holds the listener open.
     let process = RefCell::new(None);
     until(|| {
         process.replace(Some(
@@ -268,7 +268,7 @@ fn removes_a_stale_socket_but_not_one_in_use() {
         ));
         !path.exists()
     });
-    // What the daemon leaves there goes with it, but not what another serves there by then.
+    // The socket that the daemon leaves is removed, but not one that another process serves.
     let listener = UnixListener::bind(&path).unwrap();
     drop(process.take());
     assert!(path.exists());
@@ -375,7 +375,7 @@ fn names_a_binary_that_vanished() {
         "{cause}"
     );
     assert_eq!(error.source.unwrap().raw_os_error(), Some(2));
-    // It can be tried again.
+    // Another attempt is possible.
     assert!(process.spawn().is_err());
 }
 
@@ -406,13 +406,13 @@ fn try_destroy_does_not_block() {
 #[test]
 fn refuses_to_spawn_once_the_shutdown_has_begun() {
     let process = ended("exit 0");
-    // As after the first of several steps.
+    // The state after the first step of a shutdown.
     process.shutdown.lock().unwrap().waiting_for();
     let error = process.spawn().unwrap_err();
     assert_eq!(error.cause.as_deref(), Some("it was stopped"));
 }
 
-/// The test starts itself, as the process that has no descriptor left.
+/// The test starts itself as the process that has no free descriptor.
 #[test]
 #[cfg(target_os = "linux")]
 fn removes_all_files_without_a_free_descriptor() {
@@ -455,7 +455,7 @@ fn removes_all_files_without_a_free_descriptor() {
     assert!(output.status.success(), "{output:?}");
 }
 
-/// The test starts itself, as the process that is to be killed.
+/// The test starts itself as the process to be killed.
 #[test]
 fn killing_this_process_ends_the_daemon_and_removes_its_files() {
     const IN_CHILD: &str = "P2PCLIENT_RS_TEST_PARENT";

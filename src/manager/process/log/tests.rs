@@ -100,7 +100,7 @@ fn positions_continue_across_runs() {
         let (mut pipe, begin) = log.begin_run().unwrap();
         assert_eq!(begin, run * 700_000);
         pipe.write_all(&vec![b'0' + run as u8; 700_000]).unwrap();
-        // A process that was left behind still has it.
+        // A process left behind still holds the pipe.
         let left = pipe.try_clone().unwrap();
         drop(pipe);
         let (first, tail) = log.tail(begin);
@@ -115,7 +115,7 @@ fn positions_continue_across_runs() {
 fn counts_output_that_cannot_be_stored_without_blocking() {
     let (directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
-    // The second file cannot be made, nor the first be moved away.
+    // The second file cannot be created, and the first cannot be renamed.
     fs::create_dir_all(directory.path().join("log.1/full")).unwrap();
     for _ in 0..3 * LIMIT / 1000 {
         pipe.write_all(&[b'x'; 1000]).unwrap();
@@ -153,7 +153,7 @@ fn thread_ends_with_the_output_and_when_stopped() {
 fn starts_a_missing_thread_again_except_during_a_fork() {
     let (_directory, log) = log();
     let (mut pipe, _) = log.begin_run().unwrap();
-    // As two threads fork.
+    // Two threads fork.
     log.pause();
     log.pause();
     log.retry();
@@ -162,7 +162,7 @@ fn starts_a_missing_thread_again_except_during_a_fork() {
     assert!(task(&log).is_none());
     log.resume();
     assert!(task(&log).unwrap().exists());
-    // Not resumed.
+    // The pause never ends.
     log.pause();
     log.draining().paused = Instant::now().checked_sub(LONGEST_PAUSE);
     log.retry();
@@ -170,7 +170,7 @@ fn starts_a_missing_thread_again_except_during_a_fork() {
     assert!(first.exists());
     log.retry();
     assert_eq!(task(&log), Some(first.clone()));
-    // It ends by itself, though there is output to come.
+    // The thread ends by itself before the end of the output.
     let source = log.store().source.take();
     pipe.write_all(b"x").unwrap();
     until(|| !first.exists());
@@ -182,7 +182,7 @@ fn starts_a_missing_thread_again_except_during_a_fork() {
     drop(pipe);
     until(|| !second.exists());
     assert_eq!(log.tail(0), (0, b"xy".to_vec()));
-    // There is no more to come.
+    // The output has ended.
     log.retry();
     assert_eq!(task(&log), Some(second));
 }
@@ -199,7 +199,7 @@ fn thread_blocks_all_signals() {
     let before = blocked(Path::new("/proc/thread-self"));
     let _pipe = log.begin_run().unwrap();
     assert_eq!(blocked(Path::new("/proc/thread-self")), before);
-    // No thread can block SIGKILL and SIGSTOP. The real-time signals are glibc's to keep.
+    // No thread can block SIGKILL and SIGSTOP. glibc reserves real-time signals.
     let standard = (1 << 31) - 1;
     let unblockable = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
     let mask = blocked(&task(&log).unwrap()) & standard;
@@ -213,7 +213,7 @@ fn keeps_the_older_file_if_a_new_one_cannot_be_created() {
     let path = directory.path().join("log");
     let mut store = log.store();
     store.append(&vec![b'a'; LIMIT as usize]);
-    // As if `log` had been renamed, and another one not been created.
+    // `log` was renamed, and then a new one could not be created.
     store.file = None;
     fs::rename(&path, older(&path)).unwrap();
     (store.oldest, store.begin) = (store.begin, store.end);
@@ -221,7 +221,7 @@ fn keeps_the_older_file_if_a_new_one_cannot_be_created() {
     let (begin, data) = store.read(LIMIT - 1, 10);
     assert_eq!((begin, &*data), (LIMIT - 1, &b"abc"[..]));
     assert_eq!(store.read(0, 10), (0, vec![b'a'; 10]));
-    // One that somebody removed is missing, and nothing else is taken for it.
+    // A removed file is missing, and no other file is read in its place.
     store.append(&vec![b'd'; LIMIT as usize - 2]);
     fs::remove_file(&path).unwrap();
     store.append(b"ef");

@@ -19,7 +19,7 @@ fn program(words: &[&str], output: &dyn AsFd) -> Program {
     Program::new(Path::new(words[0]), arguments, [&null, output, output]).unwrap()
 }
 
-/// What a program prints, once it has ended.
+/// Returns a program's output, once it has ended.
 fn printed(program: impl FnOnce(&dyn AsFd) -> Program) -> String {
     let (mut reader, writer) = io::pipe().unwrap();
     let program = program(&writer);
@@ -42,7 +42,7 @@ fn runs_no_atfork_handlers() {
     extern "C" fn forking() {
         FORKED.set(true);
     }
-    // SAFETY: the handler is there for good, and runs in the thread that forks.
+    // SAFETY: the handler is a static function, and runs in the thread that forks.
     assert_eq!(
         unsafe { libc::pthread_atfork(Some(forking), None, None) },
         0
@@ -58,7 +58,7 @@ fn inherits_no_descriptor_with_or_without_close_range() {
     assert!(inheritable.as_raw_fd() > 2);
     for by_range in [true, false] {
         let listed = printed(|output| {
-            // The last one is that of `ls`.
+            // Descriptor 3 is the directory that `ls` reads.
             let program = program(&["/bin/ls", "/proc/self/fd"], output);
             Program {
                 by_range,
@@ -76,8 +76,8 @@ fn resets_handlers_and_mask_but_keeps_ignored_signals() {
     extern "C" fn handler(_: c_int) {}
     let handler: extern "C" fn(c_int) = handler;
     let bit = |signal: c_int| 1u64 << (signal - 1);
-    // SAFETY: the handler does nothing; nobody else here uses these signals; the mask is this
-    // thread's, and its set is filled before it is read.
+    // SAFETY: the handler does nothing, and no other test uses these signals. The mask belongs to
+    // this thread, and the set is initialised before it is read.
     unsafe {
         libc::signal(libc::SIGUSR1, handler as libc::sighandler_t);
         libc::signal(libc::SIGUSR2, libc::SIG_IGN);
@@ -94,10 +94,10 @@ fn resets_handlers_and_mask_but_keeps_ignored_signals() {
     assert_eq!(set("SigBlk:"), 0);
     assert_eq!(set("SigCgt:"), 0);
     assert_eq!(set("SigIgn:") & bit(libc::SIGUSR2), bit(libc::SIGUSR2));
-    // As the test's own runtime has it.
+    // Rust's runtime ignores it in the test's own process.
     assert_eq!(set("SigIgn:") & bit(libc::SIGPIPE), 0);
     let mut mask: libc::sigset_t;
-    // SAFETY: as above. This thread may be another test's next.
+    // SAFETY: as above. Restores the mask, since another test may run on this thread next.
     unsafe {
         mask = mem::zeroed();
         libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), &mut mask);
