@@ -1,4 +1,4 @@
-//! What a request can fail with: who failed, at what, and in whose words.
+//! The errors of requests, each with the request that failed.
 
 use p2pd_protocol::endpoint::EndpointError;
 use p2pd_protocol::policy::refusal::Refusal;
@@ -8,68 +8,69 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A failed request. All but [`Error::Listen`] and [`Error::Address`] carry the request, and the peer
-/// and protocol it was about: [`Error::context`].
+/// A failed request. All errors but [`Error::Listen`] and [`Error::Address`] name the request, its
+/// peer and its protocol: [`Error::context`].
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The daemon answered with an error.
     #[error("the daemon refused: {message}{context}")]
     Refused {
-        /// The daemon's words.
+        /// The daemon's error message.
         message: String,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// This daemon cannot do what was asked: another kind, an older version, or not switched on.
+    /// This daemon lacks the feature, or was started without it.
     #[error("the daemon does not support this: {message}{context}")]
     NotSupported {
-        /// The daemon's words, or how it came to light where it had none.
+        /// The daemon's error message, or how the client found out.
         message: String,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// No connection to the control socket could be made: nothing was sent.
+    /// No connection to the control socket could be opened. Nothing was sent.
     #[error("no connection to the daemon's control socket at {addr}: {source}{context}")]
     Unreachable {
         /// The control address.
         addr: Multiaddr,
-        /// The operating system's reason.
+        /// The operating system's error.
         source: Arc<io::Error>,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// The control connection ended before the answer: unless `unexecuted`, the request may have
-    /// been carried out.
+    /// The control connection ended before the reply. Unless `unexecuted`, the daemon may have carried
+    /// out the request.
     #[error("the connection to the daemon was lost: {reason}{context}")]
     ConnectionLost {
         /// How it ended.
         reason: String,
-        /// The operating system's reason, if it gave one; `UnexpectedEof` if the daemon ended it.
+        /// The operating system's error, if there was one; `UnexpectedEof` if the daemon closed the
+        /// connection.
         source: Option<Arc<io::Error>>,
-        /// The daemon did not read the whole request.
+        /// Whether the daemon cannot have read the whole request.
         unexecuted: bool,
-        /// The answer had begun to come.
+        /// Whether a part of the reply had arrived.
         mid_answer: bool,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// No answer in time: the request may have been carried out.
+    /// No reply in time. The daemon may have carried out the request.
     #[error("{}{context}", timed_out(*.after, .message.as_deref()))]
     Timeout {
-        /// The client's own limit, if it was that.
+        /// The client's timeout, if that has expired.
         after: Option<Duration>,
-        /// The daemon's words, if it was the daemon that gave up.
+        /// The daemon's error message, if the timeout in the request has expired.
         message: Option<String>,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// The daemon, or a peer through it, sent what the protocol does not allow.
+    /// The daemon, or a peer through it, violated the protocol.
     #[error("{source}{context}")]
     Protocol {
-        /// What it was.
+        /// The violation.
         source: protocol::Error,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
     /// A message exceeds a limit of [`UnaryLimits`](protocol::UnaryLimits). Only this call fails: the
@@ -82,27 +83,27 @@ pub enum Error {
         limit: usize,
         /// Whether it is a reply. If not, nothing was sent.
         received: bool,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
-    /// The peer's unary handler failed: no fault of a daemon.
+    /// The peer's unary handler failed. No daemon is at fault.
     #[error("the handler failed: {message}{context}")]
     HandlerFailed {
-        /// What the peer says of it.
+        /// The handler's error message.
         message: String,
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
     /// This client serves the protocol already.
     #[error("there is a handler for this protocol already{context}")]
     AlreadyRegistered {
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
     /// This client does not serve the protocol.
     #[error("there is no handler for this protocol{context}")]
     NotRegistered {
-        /// What it was about.
+        /// The request that failed.
         context: Box<Context>,
     },
     /// The client cannot listen for inbound streams.
@@ -110,21 +111,21 @@ pub enum Error {
     Listen {
         /// The address.
         addr: Multiaddr,
-        /// The operating system's reason.
+        /// The operating system's error.
         source: Arc<io::Error>,
     },
-    /// An address that is none of a socket.
+    /// An address that is not a unix or TCP socket's.
     #[error(transparent)]
     Address(#[from] EndpointError),
 }
 
-/// What a failed request was about.
+/// The request that failed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Context {
     /// The request's name in the protocol, as `CONNECT` or `DHT GET_VALUE`.
     pub request: &'static str,
-    /// The peer it was about.
+    /// The peer, if it is about one.
     pub peer: Option<PeerId>,
     /// The protocol, several separated by commas.
     pub protocol: Option<String>,
@@ -166,7 +167,7 @@ impl fmt::Display for Context {
 }
 
 impl Error {
-    /// What the request was about; `None` where there was none.
+    /// The request that failed; `None` if there was no request.
     pub fn context(&self) -> Option<&Context> {
         match self {
             Self::Listen { .. } | Self::Address(_) => None,
@@ -183,7 +184,7 @@ impl Error {
         }
     }
 
-    /// The daemon's own words, if it said something.
+    /// The daemon's error message, if it sent one.
     pub fn daemon_message(&self) -> Option<&str> {
         match self {
             Self::Refused { message, .. } | Self::NotSupported { message, .. } => Some(message),
@@ -201,7 +202,7 @@ impl Error {
         }
     }
 
-    /// What kind of I/O error it is: `NotFound` or `ConnectionRefused` if there is no daemon,
+    /// The kind of the I/O error: `NotFound` or `ConnectionRefused` if there is no daemon,
     /// `ConnectionReset`, `BrokenPipe` or `UnexpectedEof` if the connection was lost, `TimedOut`.
     ///
     /// ```
@@ -220,7 +221,7 @@ impl Error {
         }
     }
 
-    /// The same error, of a request about `about`.
+    /// Adds the request that failed.
     pub(super) fn about(mut self, about: &Context) -> Self {
         match &mut self {
             Self::Listen { .. } | Self::Address(_) => {}
@@ -234,7 +235,7 @@ impl Error {
             | Self::HandlerFailed { context, .. }
             | Self::AlreadyRegistered { context }
             | Self::NotRegistered { context } => {
-                // What another request was needed for first keeps its own name.
+                // The error of another request that had to come first keeps that request's name.
                 if context.request.is_empty() {
                     **context = about.clone();
                 } else {
@@ -246,7 +247,7 @@ impl Error {
         self
     }
 
-    /// What a refusal in these words is.
+    /// The error for a refusal with this message.
     pub(super) fn refused(message: String) -> Self {
         let context = Box::default();
         match Refusal::of(&message) {
@@ -331,7 +332,7 @@ impl Reason for &io::Error {
     }
 }
 
-/// Keeps the kind, so that a program whose functions return `io::Result` can tell.
+/// Keeps the kind, for programs whose functions return `io::Result`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = error.io_kind().unwrap_or(io::ErrorKind::Other);

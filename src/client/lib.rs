@@ -1,11 +1,12 @@
-//! The client for tokio: everything that can be asked of a daemon.
+//! The client for tokio: a method for each request that a daemon serves.
 //!
 //! - [`Client`]: cheap to clone, shared between tasks. Each family of requests is a file with its
 //!   methods: `control`, `stream`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
-//! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: what they return that goes on.
-//! - [`Error`]: what they fail with.
+//! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: results that arrive over time.
+//! - [`Error`]: the failures.
 //!
-//! This is a driver: the protocol is in [`p2pd_protocol`], and its sockets, timers and tasks are here.
+//! The crate is a driver with sockets, timers and tasks. [`p2pd_protocol`] has the protocol, and the
+//! decisions about pooling, retries and registrations.
 //!
 //! ```no_run
 //! use p2pd_client::Client;
@@ -60,16 +61,16 @@ use unary::calls::UnaryCalls;
 
 /// A client of one libp2p daemon.
 ///
-/// Clones are cheap and share their connections and handlers. Connections are made when needed, on
-/// the tokio runtime of whoever needs them, and kept for the next request. Dropping a future gives
-/// the request up; so does [`with_timeout`](Self::with_timeout), which also tells the daemon.
+/// Clones are cheap and share their connections and handlers. A request opens a connection on the
+/// caller's tokio runtime, or uses one that an earlier request has left. Dropping a future cancels
+/// the request. [`with_timeout`](Self::with_timeout) cancels it after a time, which the daemon is
+/// told, too.
 ///
-/// The last clone to be dropped closes the idle connections and the persistent one. Streams and
-/// subscriptions live on. An [`IncomingStreams`] has a clone of its own.
+/// Dropping the last clone closes the idle connections and the persistent connection. Streams and
+/// subscriptions stay open. An [`IncomingStreams`] holds a clone.
 ///
 /// The persistent connection and the listener for inbound streams belong to the runtime on which they
-/// were opened. Calls from another one wait for that to be running; when it has ended, they are opened
-/// anew.
+/// were opened, and work only while that runs. After it has ended, the next use opens them again.
 ///
 /// # Panics
 /// Its methods panic on a tokio runtime without I/O or time: build it with
@@ -80,14 +81,14 @@ pub struct Client {
     timeout: Option<Duration>,
 }
 
-/// What the clones of a client share.
+/// The state that the clones of a client share.
 struct Shared {
     pool: Arc<Pool>,
     inbound: listener::Inbound,
     unary: UnaryCalls,
 }
 
-/// A client that lives only as long as others have it.
+/// A weak reference to a client.
 #[derive(Clone)]
 #[doc(hidden)]
 pub struct WeakClient {
@@ -133,11 +134,12 @@ pub struct ClientBuilder {
 }
 
 impl Client {
-    /// A client of the daemon with that control address: `/unix/PATH` or
+    /// Makes a client of the daemon with this control address: `/unix/PATH` or
     /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`.
     ///
     /// # Errors
-    /// It is another kind of address. Whether a daemon is there shows when it is used.
+    /// The address is of another kind. This does not connect: a missing daemon shows at the first
+    /// request.
     pub fn new(control: Multiaddr) -> Result<Self, EndpointError> {
         let built = Self::builder(control).build();
         built.map_err(|error| match error {
@@ -146,7 +148,7 @@ impl Client {
         })
     }
 
-    /// A client with other settings than the default ones.
+    /// Makes a client with settings of its own.
     pub fn builder(control: Multiaddr) -> ClientBuilder {
         ClientBuilder {
             control,
@@ -157,9 +159,9 @@ impl Client {
         }
     }
 
-    /// The same client, with the same connections and handlers, whose calls may take so long, all
-    /// together; with `None`, the default, as long as the daemon takes, which is 60 s where it has a
-    /// limit. The daemon is told in CONNECT, STREAM_OPEN and the DHT's requests, in whole seconds.
+    /// Returns a clone whose calls may take this long, each from beginning to end. `None`, the default,
+    /// sets no limit; the daemons themselves give up CONNECT, STREAM_OPEN and DHT requests after 60 s.
+    /// In these requests the daemon is told the timeout, in whole seconds.
     ///
     /// ```
     /// # use p2pd_client::Client;
@@ -176,7 +178,7 @@ impl Client {
         }
     }
 
-    /// How long calls may take.
+    /// How long each call may take.
     pub fn timeout(&self) -> Option<Duration> {
         self.timeout
     }
@@ -225,39 +227,39 @@ impl Client {
 }
 
 impl ClientBuilder {
-    /// Where the daemon is to connect to for inbound streams; for TCP port 0, a free port is taken.
-    /// By default a unix socket in a private directory, or, if the control address is no unix
-    /// socket, a free TCP port of the same host.
+    /// Sets the address that the daemon connects to for inbound streams. TCP port 0 stands for any free
+    /// port. The default is a unix socket in a private directory, or, if the control address is TCP, a
+    /// free port of the same host.
     pub fn listen_maddr(mut self, listen: Multiaddr) -> Self {
         self.listen = Some(listen);
         self
     }
 
-    /// What is taken from the daemon.
+    /// Sets limits on messages from the daemon.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// What unary calls may come to; the largest message must not exceed the daemon's
+    /// Sets limits on unary calls. The largest message must not exceed the daemon's
     /// `-persistentConnMaxMsgSize`.
     pub fn unary_limits(mut self, limits: UnaryLimits) -> Self {
         self.unary_limits = limits;
         self
     }
 
-    /// How many requests for which the daemon asks other peers (CONNECT, STREAM_OPEN, DHT) may be
-    /// under way at once, each on a connection of its own; further ones wait their turn. 64 by
-    /// default, at least 1. Open streams do not count.
+    /// Sets how many requests may run at once that make the daemon ask other peers (CONNECT,
+    /// STREAM_OPEN, DHT), each on a connection of its own. Further ones wait. 64 by default, at least 1.
+    /// Open streams do not count.
     pub fn max_connections(mut self, count: usize) -> Self {
         self.max_connections = count.max(1);
         self
     }
 
-    /// The client.
+    /// Makes the client.
     ///
     /// # Errors
-    /// [`Error::Address`]: an address is none of a unix or TCP socket.
+    /// [`Error::Address`]: an address is not a unix or TCP socket's.
     pub fn build(self) -> Result<Client, Error> {
         let pool = Pool::new(self.control, self.limits, self.max_connections)?;
         let pool = Arc::new(pool);

@@ -12,10 +12,10 @@ use tokio::net::{TcpListener, TcpStream};
 #[cfg(unix)]
 use tokio::net::{UnixListener, UnixStream};
 
-/// How much one read takes, in bytes, where it is not known how much is to come.
+/// The size of a read if the size of the message is not known, in bytes.
 const READ: usize = 16 * 1024;
 
-/// How much unread input is thrown away when a socket is closed, in bytes.
+/// How much unread input is discarded when a socket is closed, in bytes.
 const DRAIN_LIMIT: usize = 1024 * 1024;
 
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub enum Socket {
     Tcp(TcpStream),
 }
 
-/// Does the same to either.
+/// Evaluates an expression for either kind of socket.
 macro_rules! either {
     ($socket:expr, $inner:ident => $body:expr) => {
         match $socket {
@@ -37,7 +37,7 @@ macro_rules! either {
 }
 
 impl Socket {
-    /// Connects.
+    /// Connects to the first address that accepts.
     pub async fn connect(endpoint: &Endpoint) -> io::Result<Self> {
         let (host, port) = match endpoint {
             #[cfg(unix)]
@@ -59,7 +59,7 @@ impl Socket {
         Err(last)
     }
 
-    /// The same endpoint with an address for its name, if it has one: what can be listened at.
+    /// Resolves the host name of an endpoint, so that a socket can listen there.
     pub async fn resolve_endpoint(endpoint: &Endpoint) -> io::Result<Endpoint> {
         match endpoint {
             Endpoint::Tcp { host, port } => {
@@ -71,7 +71,7 @@ impl Socket {
         }
     }
 
-    /// Whether nothing has come, not even the end.
+    /// Whether nothing has arrived, not even the end.
     pub fn is_silent(&self) -> bool {
         let blocked = self.read_now(&mut [IoSliceMut::new(&mut [0])]);
         matches!(blocked, Err(error) if error.kind() == ErrorKind::WouldBlock)
@@ -85,22 +85,22 @@ impl Socket {
         }
     }
 
-    /// Reads what there is. Tokio's own would not do: it asks the operating system only where the
-    /// reactor has had its turn since something came.
+    /// Reads the available input. Unlike tokio's read, this always asks the operating system; tokio's
+    /// knows only what the reactor has seen so far.
     pub fn read_now(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         either!(self, socket => (&*SockRef::from(socket)).read_vectored(pieces))
     }
 
-    /// Reads what there is, once `readable` has said that there is something. Where that is less than
-    /// there was room for, `readable` waits for more: with tokio's own, another read would have to find
-    /// nothing first.
+    /// Reads the available input after `readable`. If the buffers are not full afterwards, the next
+    /// `readable` waits for more. With tokio's own read, another system call would have to find nothing
+    /// first.
     pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let room: usize = pieces.iter().map(|piece| piece.len()).sum();
         let mut read = None;
         let outcome = either!(self, socket => socket.try_io(Interest::READABLE, || {
             let count = self.read_now(pieces)?;
             read = Some(count);
-            // So it is with epoll and kqueue.
+            // A short read empties the socket; epoll and kqueue then report the next input.
             if cfg!(unix) && count > 0 && count < room {
                 return Err(ErrorKind::WouldBlock.into());
             }
@@ -124,12 +124,12 @@ impl Socket {
         either!(self, socket => socket.writable().await)
     }
 
-    /// Ends the connection although somebody may hold the socket still.
+    /// Ends the connection, even if another task holds the socket.
     pub fn end(&self) {
         let _ = either!(self, socket => SockRef::from(socket).shutdown(Shutdown::Both));
     }
 
-    /// Reads what there is and hands it over: nothing at all means the end.
+    /// Reads the available input and passes it to `take`. No bytes mean the end.
     pub fn poll_read_with<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -141,8 +141,8 @@ impl Socket {
         read.map_ok(|()| take(buffer.filled()))
     }
 
-    /// Throws away what has come and was not read: closed with that, the connection would seem to
-    /// have failed, and the daemon would drop what was sent last.
+    /// Discards unread input. A socket that is closed with unread input is reset, and the daemon would
+    /// then drop the data sent last.
     pub fn drain(&self) {
         let mut room = [0; READ];
         let mut drained = 0;
@@ -162,7 +162,7 @@ async fn connect_unix(path: &str) -> io::Result<Socket> {
     let mut delay = Duration::from_millis(1);
     loop {
         match UnixStream::connect(path).await {
-            // The daemon's queue of connections is full, and nothing says when it is not.
+            // The daemon's queue of connections is full, and nothing tells when that changes.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 tokio::time::sleep(delay).await;
                 delay = Duration::from_millis(50).min(2 * delay);
@@ -253,7 +253,7 @@ enum Listening {
 }
 
 impl Listener {
-    /// Listens; TCP port 0 is any free one.
+    /// Listens. TCP port 0 stands for any free port.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         #[cfg(not(unix))]
         if let Endpoint::Unix(_) = endpoint {
@@ -272,7 +272,7 @@ impl Listener {
         })
     }
 
-    /// The port that a TCP listener was given.
+    /// The address of a TCP listener.
     pub fn tcp_address(&self) -> io::Result<Option<SocketAddr>> {
         match &self.socket {
             Listening::Tcp(listener) => listener.local_addr().map(Some),
@@ -299,7 +299,7 @@ impl Listener {
     }
 }
 
-/// The address of an endpoint whose host is none that must be resolved.
+/// The socket address of an endpoint without a host name.
 fn sock_addr(endpoint: &Endpoint) -> io::Result<SockAddr> {
     let ip = match endpoint {
         Endpoint::Unix(path) => return SockAddr::unix(path),
