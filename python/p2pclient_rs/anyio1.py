@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class IncompleteRead(asyncio.IncompleteReadError, anyio.IncompleteRead):
-    """The stream ended within what was to be read, under asyncio's and anyio's names.
+    """The stream ended before a read was complete. A subclass of asyncio's and anyio's errors.
 
     Attributes:
-        partial: The bytes that came before the end.
-        expected: How many were wanted, or None if that was not known.
+        partial: The bytes before the end.
+        expected: The number of bytes wanted, or None if it was not known.
     """
 
     def __init__(self, partial: bytes, expected: int | None) -> None:
@@ -58,7 +58,7 @@ class SocketStream(ByteStream):
     def _raw_socket(self) -> socket.socket: ...
 
     async def send_all(self, data: Buffer) -> None:
-        """As ``send``: anyio 1's name of it."""
+        """As ``send``, under anyio 1's name."""
         await self.send(data)
 
     async def receive_some(self, max_bytes: int) -> bytes:
@@ -69,10 +69,10 @@ class SocketStream(ByteStream):
         return await self.read(max_bytes)
 
     async def receive_exactly(self, nbytes: int) -> bytes:
-        """As ``readexactly``, but leaves an incomplete rest to be read, as anyio 1 does.
+        """As ``readexactly``. If the stream ends first, the data can still be read, as in anyio 1.
 
         Raises:
-            IncompleteRead: The stream ended before; anyio's ``IncompleteRead`` too.
+            IncompleteRead: The stream ended first; a subclass of ``anyio.IncompleteRead``.
         """
         await checkpoint_if_cancelled()
         try:
@@ -85,12 +85,14 @@ class SocketStream(ByteStream):
         """Reads up to ``delimiter`` and returns the bytes before it, as anyio 1 does.
 
         Args:
-            delimiter: One or more bytes, which are read too.
-            max_bytes: How many bytes to look for it in.
+            delimiter: One or more bytes, which are read and dropped.
+            max_bytes: How many bytes to search.
 
         Raises:
-            anyio.DelimiterNotFound: It does not end within ``max_bytes``. The data stays.
-            IncompleteRead: The stream ended before; anyio's ``IncompleteRead`` too. The data stays.
+            anyio.DelimiterNotFound: No delimiter ends within ``max_bytes``. The data can still be
+                read.
+            IncompleteRead: The stream ended first; a subclass of ``anyio.IncompleteRead``. The data
+                can still be read.
         """
         sought = bytes(delimiter)
         if not sought:
@@ -107,7 +109,7 @@ class SocketStream(ByteStream):
         return data[: -len(sought)]
 
     def receive_chunks(self, max_size: int) -> AsyncIterator[bytes]:
-        """Iterates over what ``receive_some`` returns, up to the end of the stream."""
+        """Iterates over the results of ``receive_some``, up to the end of the stream."""
 
         async def next_chunk() -> bytes | None:
             return await self.receive_some(max_size) or None
@@ -117,7 +119,7 @@ class SocketStream(ByteStream):
     def receive_delimited_chunks(
         self, delimiter: Buffer, max_chunk_size: int
     ) -> AsyncIterator[bytes]:
-        """Iterates over what ``receive_until`` returns, up to the end of the stream.
+        """Iterates over the results of ``receive_until``, up to the end of the stream.
 
         Raises:
             anyio.DelimiterNotFound, IncompleteRead: As from ``receive_until``, but the stream may
@@ -136,7 +138,7 @@ class SocketStream(ByteStream):
 
     @property
     def buffered_data(self) -> bytes:
-        """Bytes received from the socket and not read yet."""
+        """The bytes that were received from the socket and not read yet."""
         return self._raw.read_ahead
 
     @property
@@ -150,7 +152,7 @@ class SocketStream(ByteStream):
         return self._raw.remote_address
 
     def getsockopt(self, level: int, optname: int, *args: int) -> int | bytes:
-        """An option of the socket to the daemon, as from ``socket.socket.getsockopt``."""
+        """Returns an option of the socket to the daemon, as ``socket.socket.getsockopt`` does."""
         return self._raw_socket().getsockopt(level, optname, *args)
 
     def setsockopt(self, level: int, optname: int, value: Any, *args: int) -> None:
@@ -161,7 +163,7 @@ class SocketStream(ByteStream):
 class _Chunks(AsyncIterator[bytes]):
     """Iterates over the results of a function until it returns None.
 
-    No generator: trio warns of one that is left before its end.
+    Not a generator, as trio warns when a generator is not run to its end.
     """
 
     def __init__(self, next_chunk: Callable[[], Awaitable[bytes | None]]) -> None:

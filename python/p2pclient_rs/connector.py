@@ -1,4 +1,4 @@
-"""Requests to the daemon over a small pool of reused control connections."""
+"""Sends requests to the daemon, over a pool of control connections for each event loop."""
 
 from __future__ import annotations
 
@@ -51,25 +51,24 @@ S = TypeVar("S", bound=Stream)
 
 
 class DaemonConnector:
-    """The way to one daemon's control socket.
+    """Sends requests to one daemon.
 
     Args:
         control_maddr: ``/unix/PATH`` or ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``;
-            ``/unix/tmp/p2pd.sock`` if none.
-        max_connections: How many requests for which the daemon asks other peers (CONNECT,
-            STREAM_OPEN, DHT) may be under way at once in one event loop, each on a connection of
-            its own; further ones wait their turn. Open streams do not count.
-        max_idle: How many connections are kept for the next requests, and how many of the other
-            requests, which the daemon answers at once, may be under way. Those that only ask what
-            it knows (IDENTIFY, LIST_PEERS, pubsub's lists) follow each other on one more
-            connection, on asyncio and uvloop.
-        max_message_size: The largest message taken from the daemon, in bytes; 4 MiB and a
-            little if none.
-        types: What requests return.
+            ``/unix/tmp/p2pd.sock`` by default.
+        max_connections: How many requests may run at once in one event loop that make the daemon
+            ask other peers (CONNECT, STREAM_OPEN, DHT), each on a connection of its own. Further
+            ones wait. Open streams do not count.
+        max_idle: How many other requests may run at once, and how many idle connections are kept.
+            Queries, which only ask what the daemon knows (IDENTIFY, LIST_PEERS, pubsub's lists),
+            are pipelined on one more connection.
+        max_message_size: The largest message accepted from the daemon, in bytes; 4 MiB and 64 KiB
+            by default.
+        types: Converts results. The default converts nothing.
 
     Raises:
-        InvalidMultiaddr: ``control_maddr`` is no multiaddr (a ValueError). Whether it can be a
-            control address shows when it is used.
+        InvalidMultiaddr: ``control_maddr`` is not a multiaddr (a ValueError). An address of the
+            wrong kind fails at the first request.
 
     Example:
         async with await connector.open_connection(timeout=5) as connection:
@@ -94,7 +93,7 @@ class DaemonConnector:
         self._max_message_size = max_message_size
         self._pid = os.getpid()
         self._pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()
-        #: The last one used, and its asyncio loop.
+        #: The pool used last, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: Pool | None = None
 
@@ -105,11 +104,11 @@ class DaemonConnector:
     def control_maddr(self) -> Multiaddr:
         """The daemon's control address. Requests made after setting it go to the new address.
 
-        The idle connections to the former address are closed. Requests in flight end as they would;
+        Setting it closes the idle connections. Requests in flight complete at the former address;
         streams, subscriptions and an open persistent connection stay with the former daemon.
 
         Raises:
-            InvalidMultiaddr: The new value is no multiaddr (a ValueError).
+            InvalidMultiaddr: The new value is not a multiaddr (a ValueError).
         """
         return self._shown_maddr
 
@@ -121,7 +120,7 @@ class DaemonConnector:
             self.close()
 
     def _parse(self, control_maddr: MultiaddrLike) -> tuple[Multiaddr, Multiaddr]:
-        """A control address, and how the attribute shows it."""
+        """Returns a control address, and the value of the attribute for it."""
         maddr = Multiaddr(control_maddr)
         return maddr, self.types.multiaddr(maddr)
 
@@ -134,16 +133,16 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> T:
-        """Sends a request and returns what the daemon answered.
+        """Sends a request and returns the daemon's reply.
 
         Args:
             name: The request's name, for errors.
             request: The request.
-            timeout: How long to wait, in seconds, for everything together.
-            peer_id, protocol: What it is about, for errors.
+            timeout: How long the request may take from beginning to end, in seconds.
+            peer_id, protocol: The peer and protocol that it is about, for errors.
 
         Raises:
-            ControlFailure: One of its subclasses, with the arguments above.
+            ControlFailure: A subclass, with the arguments above.
         """
         if timeout is not None:
             return await self.described(self._answer(request), name, timeout, peer_id, protocol)
@@ -162,7 +161,7 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> tuple[T, S]:
-        """As ``request``, for one whose success makes its connection a stream."""
+        """As ``request``, for a request that turns its connection into a stream."""
         work = self._exchange(request)
         reply, connection = await self.described(work, name, timeout, peer_id, protocol)
         return reply, stream_type(connection.raw.take_stream(), connection.watch)
@@ -175,15 +174,15 @@ class DaemonConnector:
         timeout: float | None = None,
         peer_id: PeerIDLike | None = None,
     ) -> T:
-        """As ``request``, for those that only the JavaScript daemon has.
+        """As ``request``, for requests that only the JavaScript daemon has.
 
         Raises:
-            NotSupported: It is another.
+            NotSupported: The daemon is another one.
         """
         return await self.described(self._peerstore(request), name, timeout, peer_id)
 
     async def _peerstore(self, request: Request[T]) -> T:
-        # hivemind's daemon would take it for another request, and could end from that.
+        # hivemind's daemon would take the request for another one, and could exit because of it.
         try:
             await self._exchange(Request.peerstore_probe())
         except DaemonRefused as error:
@@ -208,7 +207,7 @@ class DaemonConnector:
     async def still_registered(self, token: object | None) -> bool:
         """Returns whether the daemon is certainly the one that ``token`` came from.
 
-        If not, it may have been restarted since, and have lost the registration.
+        If not, the daemon may have been restarted since, and have lost the registration.
         """
         self.check_fork()
         return await self._pool().is_same_daemon(token)
@@ -221,12 +220,12 @@ class DaemonConnector:
         *,
         timeout: float | None = None,
     ) -> PersistentConnection:
-        """A new persistent connection, for unary calls.
+        """Opens a persistent connection, for unary calls.
 
         Args:
-            limits: Gives the connection's limits, for its descriptor.
+            limits: Returns the connection's limits, given its descriptor.
             reactor: The running event loop.
-            owner: Gives what incoming calls are handed to, or None if that is gone.
+            owner: Returns the object that handles incoming calls, or None if it is gone.
 
         Raises:
             NotSupported: The daemon is not hivemind's.
@@ -259,8 +258,10 @@ class DaemonConnector:
         return connection
 
     async def is_unknown_request(self, error: ConnectionLost) -> bool:
-        """Whether the daemon closed the connection because it does not know the request: it is
-        there still."""
+        """Returns whether the daemon closed the connection because it does not know the request.
+
+        If so, the daemon still answers others.
+        """
         if error.mid_answer:
             return False
         try:
@@ -270,7 +271,7 @@ class DaemonConnector:
         return True
 
     async def open_connection(self, *, timeout: float | None = None) -> Stream:
-        """A new connection to the control socket, on which nothing was said yet.
+        """Opens a connection to the control socket, for a caller that speaks the protocol itself.
 
         Raises:
             DaemonUnreachable: There is no daemon at the address.
@@ -281,8 +282,7 @@ class DaemonConnector:
         return Stream(connection.raw.take_stream(), connection.watch)
 
     async def aclose(self) -> None:
-        """Closes the idle connections. Requests in flight end as they would; the connector can
-        be used again."""
+        """Closes the idle connections. Requests in flight complete. The connector stays usable."""
         self.close()
 
     def close(self) -> None:
@@ -320,12 +320,12 @@ class DaemonConnector:
                     raise
                 except BaseException:
                     with suppress(RuntimeError):  # from a closed loop
-                        answer.cancel()  # if it was not: the coroutine may have been closed
-                    # The daemon may be slow for what this asked: nobody is to wait behind it.
+                        answer.cancel()  # not yet done if the coroutine was closed
+                    # The daemon may be slow with this query. Others must not queue behind it.
                     pipeline.retire()
                     raise
                 finally:
-                    del answer  # which has the exception, whose traceback has this frame
+                    del answer  # breaks a cycle: its exception's traceback has this frame
         return (await self._exchange(request, repeated))[0]
 
     async def start_query(
@@ -333,15 +333,15 @@ class DaemonConnector:
     ) -> tuple[tuple[T, ...], PooledConnection]:
         """Sends a DHT query and waits for its first result.
 
-        The query no longer counts as a request under way after that, since the caller may need
-        others for what it does with the results.
+        The permit is released then, as the caller may send other requests while it reads the
+        results.
 
         Returns:
-            The first result, or an empty tuple if there are none. The connection, on which the
-            others follow: pass it to ``give_back`` after the last one, or close it.
+            The first result, or an empty tuple if there are no results. The connection, on which
+            the others follow: pass it to ``give_back`` after the last one, or close it.
 
         Raises:
-            ControlFailure: One of its subclasses.
+            ControlFailure: A subclass.
         """
         exchange: Any = self._exchange(request, read=_first_result)
         result, connection = await exchange
@@ -369,7 +369,7 @@ class DaemonConnector:
             has returned a part of the reply.
         """
         self.check_fork()
-        # Fast path.
+        # Fast path: no lookup of the pool.
         pool = self._recent
         if pool is None or not is_current(self._loop):
             pool = self._pool()
@@ -411,11 +411,11 @@ class DaemonConnector:
             permit.release()
 
     def _pool(self) -> Pool:
-        """This loop's."""
+        """Returns the pool of the running event loop."""
         loop = current_loop()
         pool = self._pools.get(loop)
         if pool is None:
-            # A closed loop can live on, with what was idle on it.
+            # Something may still refer to a closed loop, which keeps its pool.
             for other in list(self._pools):
                 if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
                     self._pools.pop(other).close()
@@ -474,14 +474,14 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> NoReturn:
-        """Raises ``error``, or what stands for it, saying what it was about."""
+        """Raises the exception for ``error``, with the context of the request."""
         raised = self.describe(error, name, peer_id, protocol)
         try:
             if raised is error:
                 raise error
             raise raised from error.__cause__
         finally:
-            # Its traceback has this frame, which is not to have it.
+            # Breaks a cycle: the traceback has this frame.
             del error, raised
 
     def describe(
@@ -491,9 +491,10 @@ class DaemonConnector:
         peer_id: PeerIDLike | None = None,
         protocol: str | None = None,
     ) -> Exception:
-        """What is raised for ``error``, which says what it was about."""
+        """Returns the exception to raise for ``error``, with the context of the request."""
         precise = _precise(error)
-        if not (isinstance(precise, NotSupported) and precise.request):  # of what it needed first
+        # The error of another request that had to come first keeps that request's name.
+        if not (isinstance(precise, NotSupported) and precise.request):
             precise.request = request
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
         precise.protocol = protocol
@@ -507,12 +508,12 @@ async def _first_result(connection: PooledConnection) -> tuple[Any, ...]:
 
 
 def _precise(error: ControlFailure) -> ControlFailure:
-    """The subclass that the daemon's words call for."""
-    words = error.daemon_message
-    if isinstance(error, DaemonRefused) and words is not None:
-        kind = refusal_kind(words)
+    """Returns the error of the subclass for the daemon's message."""
+    message = error.daemon_message
+    if isinstance(error, DaemonRefused) and message is not None:
+        kind = refusal_kind(message)
         if kind == "not supported":
-            return NotSupported(str(error.args[0]), daemon_message=words)
+            return NotSupported(str(error.args[0]), daemon_message=message)
         if kind == "timed out":
-            return ControlTimeout("the daemon gave up", daemon_message=words)
+            return ControlTimeout("the daemon gave up", daemon_message=message)
     return error

@@ -25,9 +25,9 @@ __all__ = ["IncompleteRead", "Stream", "StreamAttribute"]
 
 T = TypeVar("T")
 
-#: ``drain`` waits while more than this is buffered, in bytes, …
+#: ``drain`` waits if more than this is buffered, in bytes.
 HIGH_WATER = 64 * 1024
-#: … until no more than this is.
+#: It returns when no more than this is buffered, in bytes.
 LOW_WATER = 16 * 1024
 
 
@@ -46,17 +46,17 @@ class StreamAttribute(anyio.TypedAttributeSet):
 class Stream(SocketStream):
     """A stream of bytes, as an anyio ``ByteStream`` and as asyncio's reader and writer.
 
-    ``receive``, ``send``, ``send_eof`` and ``aclose`` follow anyio: they raise ``EndOfStream`` at
-    the end, ``ClosedResourceError`` once closed on this side, ``BrokenResourceError`` when the
-    connection was lost, ``BusyResourceError`` when another task is doing the same.
+    ``receive``, ``send``, ``send_eof`` and ``aclose`` follow anyio. They raise ``EndOfStream`` at
+    the end, ``ClosedResourceError`` after a close on this side, ``BrokenResourceError`` after the
+    connection was lost, and ``BusyResourceError`` while another task does the same.
 
-    ``read…``, ``write`` and ``drain`` follow asyncio: ``read`` gives ``b""`` at the end,
-    ``readexactly`` raises ``IncompleteReadError``; the other errors are as above.
+    ``read…``, ``write`` and ``drain`` follow asyncio. ``read`` returns ``b""`` at the end, and
+    ``readexactly`` raises ``IncompleteReadError``. Other errors are as above.
 
-    A cancelled read loses nothing: what had come is there for the next. After a cancelled
-    ``send`` an unknown part of the data has been sent.
+    A cancelled read loses no data: the next read returns it. After a cancelled ``send``, an unknown
+    part of the data has been sent.
 
-    Closed by garbage collection like a file, if it comes to that.
+    The garbage collector closes a stream as it closes a file.
 
     Example:
         info, stream = await client.stream_open(peer_id, ["/echo/1"])
@@ -76,11 +76,11 @@ class Stream(SocketStream):
         self._reading = False
         self._sending = False
         self._turns = watch.turns
-        #: The loop calls back once everything is written.
+        #: Whether the event loop calls back once the buffer is empty.
         self._finishing = False
         self._ending = False
         self._closing = False
-        #: Whether closing leaves what had come to be read: asyncio's way, not anyio's.
+        #: Whether received data can be read after a close, as with asyncio but not with anyio.
         self._keep_input = False
         self._socket: socket.socket | None = None
 
@@ -92,13 +92,13 @@ class Stream(SocketStream):
     # --- anyio's ByteStream ---
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Receives what is there, waiting for the first byte of it.
+        """Receives the available data. Waits if there is none.
 
         Args:
-            max_bytes: How many bytes at the most.
+            max_bytes: The maximum number of bytes to return.
 
         Raises:
-            anyio.EndOfStream: The other side has sent everything.
+            anyio.EndOfStream: The other side has ended its direction.
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
         """
         if max_bytes < 1:
@@ -116,7 +116,7 @@ class Stream(SocketStream):
         return data
 
     async def send(self, item: Buffer) -> None:
-        """Sends all of ``item``, any buffer of bytes, which is not copied.
+        """Sends all of ``item``, any buffer of bytes, without copying it.
 
         Raises:
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
@@ -128,7 +128,7 @@ class Stream(SocketStream):
             await self._turn()
         data = _bytes(item)
         if isinstance(data, bytearray):
-            data = memoryview(data)  # which keeps it from shrinking
+            data = memoryview(data)  # keeps the bytearray from shrinking
         size = len(data)
         self._begin_sending()
         try:
@@ -141,11 +141,11 @@ class Stream(SocketStream):
             self._sending = False
 
     async def send_eof(self) -> None:
-        """Tells the other side that nothing more will be sent.
+        """Ends this side's direction of the stream.
 
-        With the Go daemons this ends the whole stream: the other peer gets every byte and then
-        the end, but this side reads the end at once, and what the other peer sends from then on
-        is lost. See ``docs/streams.md``.
+        The Go daemons then end the whole stream. The other peer receives every byte and then the
+        end, but this side reads the end at once, and data that the other peer sends later is lost.
+        See ``docs/streams.md``.
 
         Raises:
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
@@ -159,9 +159,9 @@ class Stream(SocketStream):
             self._sending = False
 
     async def aclose(self) -> None:
-        """Closes the stream, after sending what ``write`` has left in the buffer.
+        """Sends the data that ``write`` has buffered, and closes the stream.
 
-        If that is cancelled, or the connection is lost, the stream is closed all the same.
+        It is closed even if sending is cancelled or the connection is lost.
         """
         try:
             if not self._raw.closed and self._raw.buffered and os.getpid() == self._pid:
@@ -193,7 +193,10 @@ class Stream(SocketStream):
     # --- asyncio's StreamReader ---
 
     async def read(self, n: int = -1) -> bytes:
-        """Reads up to ``n`` bytes, waiting for the first; all up to the end if negative.
+        """Reads the available data, up to ``n`` bytes. Waits if there is none.
+
+        Args:
+            n: The maximum number of bytes; if negative, everything up to the end.
 
         Returns:
             The bytes; ``b""`` at the end of the stream, or if ``n`` is 0.
@@ -215,8 +218,8 @@ class Stream(SocketStream):
         """Reads ``n`` bytes.
 
         Raises:
-            IncompleteRead: The stream ended before; asyncio's ``IncompleteReadError`` too. Its
-                ``partial`` has what there was.
+            IncompleteRead: The stream ended first. It is an ``asyncio.IncompleteReadError``, whose
+                ``partial`` has the data up to the end.
         """
         if n < 0:
             raise ValueError("readexactly size can not be less than zero")
@@ -239,11 +242,12 @@ class Stream(SocketStream):
 
         Args:
             separator: One or more bytes.
-            limit: How many bytes may come before it is given up, in bytes.
+            limit: How many bytes to search.
 
         Raises:
-            IncompleteRead: The stream ended before.
-            asyncio.LimitOverrunError: There was no separator within ``limit``. The data stays.
+            IncompleteRead: The stream ended first.
+            asyncio.LimitOverrunError: There was no separator within ``limit``. The data can still
+                be read.
         """
         sought = bytes(separator)
         if not sought:
@@ -254,22 +258,22 @@ class Stream(SocketStream):
         return data
 
     async def readline(self) -> bytes:
-        """Reads a line with its newline; what is left if the stream ends before one."""
+        """Reads a line with its newline, or the rest of the stream if there is no newline."""
         try:
             return await self.readuntil(b"\n")
         except IncompleteRead as error:
             return error.partial
 
     async def receive_frame(self, max_bytes: int = 4 << 20) -> bytes:
-        """Reads a message with its length, an unsigned varint, in front of it.
+        """Reads a message that follows its length, an unsigned varint.
 
         Args:
-            max_bytes: How long it may be. More is refused before anything is allocated for it.
+            max_bytes: The maximum length. A longer message is refused before memory is allocated.
 
         Raises:
-            anyio.EndOfStream: The stream ended before it.
-            ConnectionLost: The stream ended within it.
-            ProtocolViolation: It is longer, or its length is malformed.
+            anyio.EndOfStream: The stream ended before the message.
+            ConnectionLost: The stream ended within the message.
+            ProtocolViolation: The message is longer, or its length is malformed.
         """
         frames = await self._pull(self._raw.try_read_frame, max_bytes)
         if not frames:
@@ -277,22 +281,22 @@ class Stream(SocketStream):
         return frames[0]
 
     def at_eof(self) -> bool:
-        """Whether the end was reached and everything before it was read."""
+        """Whether the program has read everything up to the end."""
         return self._raw.at_eof
 
     # --- asyncio's StreamWriter ---
 
     def write(self, data: Buffer) -> Awaitable[None]:
-        """Writes ``data``, buffering what the socket does not take at once.
+        """Writes ``data``. Buffers the part that the socket does not take at once.
 
         Returns:
-            Something to await, as ``drain()``. It need not be awaited.
+            An awaitable with the effect of ``drain()``. It need not be awaited.
 
         Raises:
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
         """
         if self._sending:
-            # It would land in the middle of what the other task has sent a part of.
+            # The data would land in the middle of the other task's.
             raise anyio.BusyResourceError("writing to")
         if self._raw.write(_bytes(data)):
             self._watch.flush_later(self._raw, self)
@@ -304,10 +308,9 @@ class Stream(SocketStream):
             self.write(item)
 
     async def drain(self) -> None:
-        """Waits until little enough is buffered to go on writing.
+        """Waits until the buffer has room.
 
-        On trio, where nothing runs by itself, what ``write`` left over is sent only by this,
-        ``send``, ``send_eof`` and ``aclose``.
+        On trio, buffered data is sent only by this, ``send``, ``send_eof`` and ``aclose``.
         """
         if not self._watch.runs_callbacks:
             await self._flush(0)
@@ -319,21 +322,21 @@ class Stream(SocketStream):
             await self._turn()
 
     def can_write_eof(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def write_eof(self) -> None:
-        """As ``send_eof``, after what is left in the buffer."""
+        """As ``send_eof``, once the buffered data is sent."""
         self._ending = True
         self._raw.flush()
         self._after_flush()
 
     def close(self) -> Awaitable[None]:
-        """Closes the stream, after sending what is left in the buffer.
+        """Closes the stream once the buffered data is sent.
 
         Returns:
-            Something to await, as ``wait_closed()``. It need not be awaited on asyncio; on trio
-            what is left in the buffer is only sent if it is.
+            An awaitable with the effect of ``wait_closed()``. On asyncio it need not be awaited; on
+            trio, awaiting it sends the buffered data.
         """
         self._closing = True
         if self._raw.closed or not self._raw.buffered or os.getpid() != self._pid:
@@ -347,11 +350,11 @@ class Stream(SocketStream):
         return self._closing or self._raw.closed
 
     async def wait_closed(self) -> None:
-        """Waits until the stream, on which ``close`` was called, is closed."""
+        """Waits until the stream is closed, after ``close``."""
         await self.aclose()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """asyncio's ``"socket"``, ``"sockname"`` and ``"peername"``."""
+        """Returns asyncio's ``"socket"``, ``"sockname"`` or ``"peername"``."""
         sources: dict[str, Callable[[], Any]] = {
             "socket": self._raw_socket,
             "sockname": lambda: self._raw.local_address,
@@ -367,21 +370,23 @@ class Stream(SocketStream):
     # --- ours ---
 
     def abort(self) -> None:
-        """Closes the stream at once: what is buffered is lost, and the other side is to see that
-        as far as the daemon passes it on."""
+        """Closes the stream at once and discards buffered data.
+
+        The other side sees a reset if the daemon passes it on.
+        """
         self._close(abort=True)
 
     async def _pull(self, attempt: Callable[..., T | None], *args: Any) -> T:
-        """What ``attempt`` gives, once the socket has enough for it to give something."""
+        """Calls ``attempt`` until it returns a result, and waits for input in between."""
         await self._turn()
         if self._reading:
             raise anyio.BusyResourceError("reading from")
-        # Nothing has been taken before: nothing was lost by being cancelled until here.
+        # Cancellation before this point loses no data.
         result = attempt(*args)
         return await self._pull_later(attempt, *args) if result is None else result
 
     async def _pull_later(self, attempt: Callable[..., T | None], *args: Any) -> T:
-        """As ``_pull``, when the first attempt has come to nothing."""
+        """As ``_pull``, after a first attempt without a result."""
         self._reading = True
         try:
             while True:
@@ -394,7 +399,7 @@ class Stream(SocketStream):
             self._reading = False
 
     async def _turn(self) -> None:
-        """Lets the loop do other things, if this stream has kept it busy for long."""
+        """Lets other tasks run if this stream has kept the event loop busy for long."""
         self._turns -= 1
         if self._turns < 0:
             self._turns = self._watch.turns
@@ -406,7 +411,7 @@ class Stream(SocketStream):
         self._sending = True
 
     async def _flush(self, until: int) -> None:
-        """Sends what is buffered until no more than ``until`` bytes are."""
+        """Sends buffered data until no more than ``until`` bytes are left."""
         raw = self._raw
         left = raw.buffered if raw.blocked else raw.flush()
         while left > until:
@@ -416,7 +421,8 @@ class Stream(SocketStream):
         self._after_flush()
 
     def _after_flush(self) -> None:
-        """Does what waited for the buffer to be empty, or sees to it that it will be done."""
+        """Ends or closes the stream if that is due and the buffer is empty. Otherwise arranges for
+        the event loop to do so later."""
         if not self._raw.buffered:
             if self._closing:
                 self._close()
@@ -436,7 +442,7 @@ class Stream(SocketStream):
             self._raw.flush()
             self._after_flush()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            # Whoever reads or writes next is told.
+            # The next read or write raises the error.
             if self._closing:
                 self._close()
 
@@ -453,7 +459,7 @@ class Stream(SocketStream):
         return socket.AF_INET6 if ":" in self._raw.local_address[0] else socket.AF_INET
 
     def _raw_socket(self) -> socket.socket:
-        """Another descriptor of the same socket, for its options. It is closed with the stream."""
+        """Returns the socket under another descriptor, which is closed with the stream."""
         if self._raw.closed:
             raise anyio.ClosedResourceError("the stream is closed")
         if self._socket is None:
@@ -463,7 +469,7 @@ class Stream(SocketStream):
             except BaseException:
                 os.close(fd)
                 raise
-            if self._raw.closed:  # meanwhile, in another thread or by a signal's handler
+            if self._raw.closed:  # by another thread or a signal handler
                 self._socket.close()
                 raise anyio.ClosedResourceError("the stream is closed")
         return self._socket
@@ -475,7 +481,7 @@ class Stream(SocketStream):
 
 
 class _Later:
-    """Something already under way, whose end can be awaited or not."""
+    """An operation that is already running. Awaiting it is optional."""
 
     __slots__ = ("_wait",)
 

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Subscription"]
 
-#: How long the end of a subscription may take, in seconds.
+#: How long to wait for the daemon to unsubscribe, in seconds.
 _UNSUBSCRIBE_TIMEOUT = 1.0
 
 
 class Subscription(Stream):
-    """The messages published to a topic, until it is closed, which unsubscribes.
+    """The messages published to a topic: an async iterator of ``PubsubMessage``.
 
-    An async iterator of ``PubsubMessage``. As a stream it carries the messages as the daemon
-    sends them, PSMessages with their lengths in front, for programs that read those themselves.
+    Closing it unsubscribes. The bytes of the stream are the daemon's PSMessages, each after its
+    length, for programs that read these themselves.
 
     Example:
         subscription = await client.pubsub_subscribe("news")
@@ -37,10 +37,10 @@ class Subscription(Stream):
     _max_message_size = (4 << 20) + (64 << 10)
 
     async def aclose(self) -> None:
-        """Unsubscribes: after it, the daemon no longer names the topic among its own.
+        """Unsubscribes. Afterwards the daemon no longer lists the topic among its own.
 
-        It waits for that for up to a second; cancelled, or while another task receives, it closes
-        at once.
+        Waits up to a second for the daemon. If cancelled, or while another task receives, it closes
+        the connection at once.
         """
         if not self._raw.closed and not self._reading and os.getpid() == self._pid:
             with anyio.move_on_after(_UNSUBSCRIBE_TIMEOUT):
@@ -61,7 +61,7 @@ class Subscription(Stream):
         await super().aclose()
 
     async def receive_message(self) -> PubsubMessage:
-        """The next message.
+        """Returns the next message.
 
         Raises:
             anyio.EndOfStream: The daemon has ended the subscription.

@@ -10,7 +10,7 @@ __all__ = ["MultiaddrLike", "PeerIDLike", "SupportsToBytes", "Types"]
 
 
 class SupportsToBytes(Protocol):
-    """A peer id or multiaddr of another library, as py-multiaddr's."""
+    """A peer id or multiaddr of another library, such as py-multiaddr."""
 
     def to_bytes(self) -> bytes: ...
 
@@ -22,33 +22,36 @@ MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | Su
 
 
 class Types:
-    """What requests return. An API compatibility layer overrides these to return the types of its
-    ecosystem, and declares the methods of its clients accordingly."""
+    """Converts the results of requests. The default returns them unchanged.
+
+    An API compatibility layer overrides these methods to return the types of its ecosystem, and
+    declares the methods of its clients accordingly.
+    """
 
     def multiaddr(self, addr: Multiaddr) -> Multiaddr:
-        """A multiaddr, wherever one is returned by itself."""
+        """Converts a multiaddr that is returned by itself."""
         return addr
 
     def peer_info(self, info: PeerInfo) -> PeerInfo:
-        """An entry of ``list_peers`` and of the DHT's answers."""
+        """Converts an entry of ``list_peers`` or a result of a DHT query."""
         return info
 
     def stream_info(self, info: StreamInfo) -> StreamInfo:
-        """What is said of a stream, opened or inbound."""
+        """Converts the description of an opened or inbound stream."""
         return info
 
     def public_key(self, key: PublicKey) -> PublicKey:
-        """The answer to ``dht_get_public_key``."""
+        """Converts the result of ``dht_get_public_key``."""
         return key
 
     def identity(self, identity: Identity) -> Identity:
-        """The answer to ``identify``."""
+        """Converts the result of ``identify``."""
         return identity
 
     def peer_id(self, peer_id: PeerID) -> PeerID:
-        """The caller that a unary handler is told. What is returned is kept for the next call."""
+        """Converts the caller's id for a unary handler. The result is cached."""
         return peer_id
 
     def error(self, error: Exception) -> Exception:
-        """What is raised in the place of a ``ControlFailure`` or a ``P2PHandlerError``."""
+        """Converts a ``ControlFailure`` or a ``P2PHandlerError`` that is about to be raised."""
         return error
