@@ -1,4 +1,4 @@
-"""The results of DHT queries, awaited and iterated, on real daemons and on a scripted one."""
+"""Results of DHT queries, awaited and iterated: real daemons, and a scripted one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_iterating_yields_what_awaiting_returns(dht_pair: Pair) -> None:
 
 
 @pytest.mark.needs("dht_no_providers")
-async def test_iterating_yields_the_providers_and_the_connection_is_used_again(
+async def test_iterating_yields_providers_and_keeps_the_connection(
     dht_pair: Pair,
 ) -> None:
     cid = b"\x01\x55\x12\x20" + hashlib.sha256(os.urandom(8)).digest()
@@ -97,7 +97,7 @@ async def test_iterating_yields_the_providers_and_the_connection_is_used_again(
     assert len(open_descriptors()) <= before
 
 
-# jsp2pd ends when a client closes a connection on which it is at a query.
+# jsp2pd crashes when a client closes a connection with a query in progress.
 @pytest.mark.daemons("hivemind", "go")
 async def test_leaving_the_loop_early_closes_the_connection(
     dht_pair: Pair, nothing_left_open: None
@@ -111,7 +111,7 @@ async def test_leaving_the_loop_early_closes_the_connection(
     assert (await dht_pair.alice.identify()).peer_id == dht_pair.alice_daemon.peer_id
 
 
-async def test_a_refused_query_raises_at_the_first_result(
+async def test_refused_query_raises_at_the_first_result(
     bare_daemon: DaemonProcess, nothing_left_open: None
 ) -> None:
     if bare_daemon.kind == "js":
@@ -125,7 +125,7 @@ async def test_a_refused_query_raises_at_the_first_result(
         assert (await client.identify()).peer_id == bare_daemon.peer_id
 
 
-async def test_a_daemon_killed_between_two_results_is_connection_lost() -> None:
+async def test_daemon_killed_between_results_raises_connection_lost() -> None:
     with DaemonProcess(*FULL) as near, DaemonProcess(*FULL) as far:
         async with near.client() as client:
             await client.connect(far.peer_id, far.addrs)
@@ -145,7 +145,7 @@ async def test_a_daemon_killed_between_two_results_is_connection_lost() -> None:
 
 @pytest.mark.daemons("hivemind", "go")
 @pytest.mark.parametrize("how", ["timeout", "cancelled"])
-async def test_a_query_to_a_frozen_daemon_ends_in_time_and_the_next_one_works(
+async def test_query_to_a_frozen_daemon_times_out_and_the_next_one_works(
     how: str, dht_pair: Pair, nothing_left_open: None
 ) -> None:
     alice, process = dht_pair.alice, dht_pair.alice_daemon.process
@@ -172,7 +172,7 @@ async def test_a_query_to_a_frozen_daemon_ends_in_time_and_the_next_one_works(
 
 @pytest.mark.independent
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-async def test_a_result_is_yielded_before_the_next_one_is_found(transport: str) -> None:
+async def test_result_is_yielded_before_the_next_one_is_found(transport: str) -> None:
     yielded = threading.Semaphore(0)
 
     def script(connection: Connection) -> None:
@@ -197,7 +197,7 @@ async def test_a_result_is_yielded_before_the_next_one_is_found(transport: str) 
 
 
 @pytest.mark.independent
-async def test_ten_thousand_results_that_come_at_once_let_other_tasks_run() -> None:
+async def test_buffered_results_let_other_tasks_run() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(begin() + b"".join(map(value, range(10_000))) + end())
@@ -221,7 +221,7 @@ async def test_ten_thousand_results_that_come_at_once_let_other_tasks_run() -> N
 
 
 def stalls(connection: Connection) -> None:
-    """Finds one value, and then nothing."""
+    """Finds one value, then hangs."""
     connection.read_request()
     connection.send(begin() + value(0))
     connection.wait_closed()
@@ -229,7 +229,7 @@ def stalls(connection: Connection) -> None:
 
 @pytest.mark.independent
 @pytest.mark.parametrize("how", ["break", "raise", "aclose", "async with", "cancel", "close"])
-async def test_an_iteration_that_ends_early_closes_its_connection(
+async def test_iteration_that_ends_early_closes_its_connection(
     how: str, nothing_left_open: None
 ) -> None:
     with FakeDaemon(stalls) as fake:
@@ -260,7 +260,7 @@ async def test_an_iteration_that_ends_early_closes_its_connection(
 
 
 @pytest.mark.independent
-async def test_a_cancelled_wait_for_the_next_result_loses_nothing() -> None:
+async def test_cancelled_wait_for_the_next_result_loses_nothing() -> None:
     go_on = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -283,7 +283,7 @@ async def test_a_cancelled_wait_for_the_next_result_loses_nothing() -> None:
 
 
 @pytest.mark.independent
-async def test_a_query_cancelled_before_its_first_result_is_sent_again() -> None:
+async def test_query_cancelled_before_its_first_result_is_sent_again() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         if connection.number == 1:
@@ -302,7 +302,7 @@ async def test_a_query_cancelled_before_its_first_result_is_sent_again() -> None
 
 
 @pytest.mark.independent
-async def test_the_timeout_bounds_the_whole_iteration(nothing_left_open: None) -> None:
+async def test_timeout_bounds_the_whole_iteration(nothing_left_open: None) -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(begin())
@@ -327,7 +327,7 @@ async def test_the_timeout_bounds_the_whole_iteration(nothing_left_open: None) -
 @pytest.mark.independent
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 @pytest.mark.parametrize("mid_message", [False, True])
-async def test_a_connection_lost_between_results_raises_after_those_that_came(
+async def test_connection_lost_between_results_raises_after_the_received_ones(
     transport: str, mid_message: bool
 ) -> None:
     def script(connection: Connection) -> None:
@@ -352,7 +352,7 @@ async def test_a_connection_lost_between_results_raises_after_those_that_came(
 
 
 @pytest.mark.independent
-async def test_a_query_on_a_connection_that_the_daemon_has_closed_is_sent_again() -> None:
+async def test_query_on_a_stale_connection_is_sent_again() -> None:
     closing = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -372,7 +372,7 @@ async def test_a_query_on_a_connection_that_the_daemon_has_closed_is_sent_again(
 
 
 @pytest.mark.independent
-async def test_an_unfinished_iteration_leaves_its_turn_to_other_queries() -> None:
+async def test_unfinished_iteration_does_not_hold_a_permit() -> None:
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(begin() + value(connection.number))
@@ -389,7 +389,7 @@ async def test_an_unfinished_iteration_leaves_its_turn_to_other_queries() -> Non
 
 
 @pytest.mark.independent
-async def test_results_serve_one_task_once_and_either_way() -> None:
+async def test_results_are_used_once_by_one_task_either_way() -> None:
     with FakeDaemon(stalls) as fake:
         async with Client(fake.control_maddr) as client:
             results = client.dht_search_value(b"key")
@@ -414,7 +414,7 @@ async def test_results_serve_one_task_once_and_either_way() -> None:
 
 
 @pytest.mark.independent
-async def test_results_are_a_coroutine_for_whatever_starts_tasks(anyio_backend: Any) -> None:
+async def test_results_are_a_coroutine_for_functions_that_start_tasks(anyio_backend: Any) -> None:
     def script(connection: Connection) -> None:
         while True:
             connection.answer(OK + field(5, dht(BEGIN)))
@@ -432,7 +432,7 @@ async def test_results_are_a_coroutine_for_whatever_starts_tasks(anyio_backend: 
 
 
 @pytest.mark.independent
-async def test_an_invalid_argument_raises_where_the_results_are_asked_for() -> None:
+async def test_invalid_argument_raises_on_await_and_on_iteration() -> None:
     client = Client("/unix/nowhere")
     for results in (client.dht_find_peers_connected_to_peer("no peer id"),):
         with pytest.raises(InvalidPeerID):
@@ -447,7 +447,7 @@ async def test_an_invalid_argument_raises_where_the_results_are_asked_for() -> N
 
 
 @pytest.mark.independent
-async def test_a_refusal_between_requests_keeps_the_connection() -> None:
+async def test_refused_iteration_keeps_the_connection() -> None:
     def script(connection: Connection) -> None:
         connection.answer(ERROR)
         connection.answer(IDENTITY)

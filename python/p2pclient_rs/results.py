@@ -27,11 +27,11 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
     """The results of a DHT query, which begins when they are asked for.
 
     ``await`` returns all of them as a tuple. ``async for`` yields each as soon as the daemon has
-    found it. One object serves one of the two, once.
+    found it. An object can be awaited or iterated, and only once.
 
-    Leaving the loop early ends the query: its connection is closed with this object. ``aclose()``
-    and ``async with`` do the same for an object that a variable keeps. A cancelled wait for the
-    next result loses nothing, so the iteration may go on.
+    Leaving the loop early ends the query: garbage collection of this object closes its connection.
+    If a variable keeps the object, use ``aclose()`` or ``async with``. A cancelled wait for the
+    next result loses nothing, so the iteration may continue.
 
     Example:
         async for provider in client.dht.find_providers(cid, 20):
@@ -57,12 +57,11 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         self._convert = convert
         #: The coroutine that collects all results, if this object is awaited.
         self._all: Coroutine[Any, Any, tuple[T, ...]] | None = None
-        # If it is iterated: the request, the time of its timeout, and the connection on which it
-        # is under way.
+        # If this object is iterated: the request, its deadline, and its connection.
         self._request: Request[tuple[T, ...]] | None = None
         self._deadline = math.inf
         self._connection: PooledConnection | None = None
-        #: How many results may be there already before the event loop gets a turn.
+        #: How many more results may be ready before other tasks get to run.
         self._turns = 0
         self._waiting = False
         self._ended = False
@@ -70,7 +69,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._name}>"
 
-    # --- all at once: a coroutine, for whatever starts tasks ---
+    # --- all at once: a coroutine, as functions that start tasks require ---
 
     def __await__(self) -> Generator[Any, Any, tuple[T, ...]]:
         return self._collected().__await__()
@@ -84,7 +83,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         return self._collected().throw(*error)
 
     def close(self) -> None:
-        """Ends the query and closes its connection. As ``aclose()``."""
+        """Ends the query and closes its connection. Same as ``aclose()``, without waiting."""
         self._ended = True
         if self._all is not None:
             self._all.close()
@@ -114,8 +113,8 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         """Waits for the next result.
 
         Raises:
-            ControlFailure: One of its subclasses; the iteration has ended.
-            ControlTimeout: ``timeout`` seconds have passed since the first result was asked for.
+            ControlFailure: The query failed, with one of the subclasses. The iteration has ended.
+            ControlTimeout: ``timeout`` seconds have passed since the first call.
             anyio.BusyResourceError: Another task is waiting for the next result.
         """
         if self._all is not None:
@@ -143,7 +142,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
             self._waiting = False
 
     async def _next(self, request: Request[tuple[T, ...]]) -> tuple[T, ...]:
-        """The next result, or an empty tuple after the last one."""
+        """Returns a tuple of the next result, or an empty one after the last."""
         connection = self._connection
         if connection is None:
             result, connection = await self._connector.start_query(request)
@@ -164,7 +163,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         return result
 
     async def aclose(self) -> None:
-        """Ends the query, if it is under way, and closes its connection."""
+        """Ends the query and closes its connection."""
         self.close()
         await anyio.lowlevel.checkpoint()
 
