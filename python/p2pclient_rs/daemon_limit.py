@@ -1,11 +1,11 @@
-"""The largest message that a daemon takes, for a client that was given no limit.
+"""Finds the largest message that a daemon accepts, for a client without an explicit limit.
 
 The control protocol has no request for it, and a daemon closes the persistent connection on a
-larger message. Two sources are safe enough to rely on:
+larger message. Two sources are reliable:
 
 - On Linux, the command line of the process that listens at the daemon's unix socket.
-- The limit that the creator of the daemon gave to its client, in this process or in one that it was
-  forked from.
+- The limit that the creator of the daemon gave to its client, in this process or in one from which
+  it was forked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 
 __all__ = ["DEFAULT_MAX_MESSAGE_SIZE", "find", "of_command", "remember"]
 
-#: What hivemind's daemon takes unless it is started with another limit, in bytes.
+#: The default limit of hivemind's daemon, in bytes.
 DEFAULT_MAX_MESSAGE_SIZE = 4 << 20
 
 #: The largest message of protobuf, in bytes.
@@ -33,13 +33,13 @@ _SWITCHES = frozenset(
     b"pprof noise tls forceReachabilityPublic forceReachabilityPrivate".split()
 )
 
-#: Limits that clients were given, in bytes, by control address. Forked children inherit it.
+#: Limits that clients were given, in bytes, by control address. Forked children inherit them.
 _told: dict[str, int] = {}
 _MAX_TOLD = 1024
 
 
 def remember(control_maddr: object, limit: int) -> None:
-    """Notes the limit of a daemon, for later clients of this process and of those forked from it.
+    """Records the limit of a daemon, for later clients of this process and of its forked children.
 
     Args:
         control_maddr: The daemon's control address.
@@ -53,14 +53,14 @@ def remember(control_maddr: object, limit: int) -> None:
 
 
 def find(fd: int, control_maddr: object) -> int | None:
-    """The limit of a daemon.
+    """Finds the limit of a daemon.
 
     Args:
-        fd: A connection to its control socket.
-        control_maddr: The address of that.
+        fd: The descriptor of a connection to its control socket.
+        control_maddr: The daemon's control address.
 
     Returns:
-        The largest message that it takes, in bytes; None if that cannot be found out.
+        The largest message that the daemon accepts, in bytes, or None if it is unknown.
     """
     found = None
     with suppress(OSError):
@@ -69,7 +69,7 @@ def find(fd: int, control_maddr: object) -> int | None:
 
 
 def _of_peer(fd: int) -> int | None:
-    """From the command line of the process on the other end of a unix socket."""
+    """Reads the command line of the process at the other end of a unix socket."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None
@@ -84,24 +84,24 @@ def _of_peer(fd: int) -> int | None:
             return None
         credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))
     pid, _, _ = struct.unpack("iII", credentials)
-    if pid <= 0:  # of another namespace
+    if pid <= 0:  # a process in another namespace
         return None
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         return of_command(file.read().split(b"\0")[:-1])
 
 
 def of_command(arguments: Sequence[bytes]) -> int | None:
-    """The limit that a command line gives to a daemon.
+    """Finds the limit in the command line of a daemon.
 
     Args:
-        arguments: The command line, read as Go's ``flag`` package does.
+        arguments: The command line. It is parsed like Go's ``flag`` package does.
 
     Returns:
-        The limit in bytes; None if this is no command line of p2pd, or is hard to read.
+        The limit in bytes, or None if this is not a command line of p2pd, or is invalid.
     """
     if not arguments:
         return None
-    # Without the flag it is the default one, but only p2pd's.
+    # Without the flag, p2pd uses its default.
     limit = DEFAULT_MAX_MESSAGE_SIZE if b"p2pd" in os.path.basename(arguments[0]) else None
     rest = iter(arguments[1:])
     for argument in rest:

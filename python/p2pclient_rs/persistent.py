@@ -1,6 +1,6 @@
-"""The persistent connection of one event loop, and the handlers that are served on it.
+"""The persistent connection of one event loop, with its handlers.
 
-``Lifecycle`` decides what is done; ``Session`` does it with the event loop's tasks and timers.
+``Lifecycle`` makes the decisions. ``Session`` has the connection, tasks and timers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger: logging.Logger = logging.getLogger("p2pclient_rs.unary")
 
 @dataclass
 class Settings:
-    """The settings of a client, which its sessions read."""
+    """The settings of a client, shared by its sessions."""
 
     connector: DaemonConnector
     max_message_size: int | None = None
@@ -43,9 +43,9 @@ class Settings:
     max_unanswered: int | None = None
     max_unanswered_bytes: int | None = None
     hold: float | None = None
-    #: The daemon's limit, in bytes, if it was found.
+    #: The daemon's limit on messages, in bytes, if known.
     found: int | None = None
-    #: The limit if it was not.
+    #: The limit if that is unknown, in bytes.
     fallback: int = DEFAULT_MAX_MESSAGE_SIZE
     #: The level of the log line about a lost connection.
     loss_level: int = logging.WARNING
@@ -63,7 +63,11 @@ class Settings:
         return self.connector.types.peer_id(peer_id)
 
     def find(self, fd: int) -> UnaryLimits:
-        """Looks for the daemon's limit on a connection; returns the limits of that."""
+        """Looks for the daemon's limit on messages, and returns the limits of a connection.
+
+        Args:
+            fd: The descriptor of that connection.
+        """
         self.found = daemon_limit.find(fd, self.connector.control_maddr)
         return self.limits()
 
@@ -88,7 +92,7 @@ class _Addition:
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operation of the lifecycle, for the task that waits for it."""
+    """A task that waits for the lifecycle."""
 
     promise: Future
     name: str | None = None
@@ -96,7 +100,7 @@ class _Operation:
 
 
 class Session:
-    """The persistent connection of one event loop, and the handlers that are served on it.
+    """The persistent connection of one event loop, with its handlers.
 
     Args:
         settings: The client's settings.
@@ -117,10 +121,10 @@ class Session:
         self._tokens = count()
         self._operations: dict[int, _Operation] = {}
         self._carrying_out = False
-        #: When the next timer goes off.
+        #: When the next timer fires.
         self._timer: float | None = None
         self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
-        # Called by the connection.
+        # The connection calls these.
         self.on_call: Callable[[PersistentConnection, bytes, str, bytes, bytes], None] = (
             self.incoming.on_call
         )
@@ -131,7 +135,7 @@ class Session:
     # --- operations ---
 
     async def connect(self) -> None:
-        """Opens the connection, with all handlers registered, if it is not open."""
+        """Opens the connection and registers all handlers, unless it is open."""
         self._settings.connector.check_fork()
         if self.current is None:
             await self._operate(self._lifecycle.connect)
@@ -178,7 +182,7 @@ class Session:
         )
 
     async def remove_handler(self, proto: str) -> None:
-        """Unregisters a handler. It is called until the daemon has acknowledged that."""
+        """Unregisters a handler. It serves calls until the daemon has acknowledged that."""
         self._settings.connector.check_fork()
         if proto not in self.handlers:
             raise _failure("not_registered", proto)
@@ -193,7 +197,7 @@ class Session:
         name: str | None = None,
         addition: _Addition | None = None,
     ) -> None:
-        """Begins an operation of the lifecycle and waits for it."""
+        """Begins an operation of the lifecycle and waits until it is complete."""
         token, promise = next(self._tokens), self._reactor.create_future()
         self._operations[token] = _Operation(promise, name, addition)
         try:
@@ -203,7 +207,7 @@ class Session:
         except BaseException:
             self._operations.pop(token, None)
             if os.getpid() == self._pid and not self.ended:
-                # Does nothing if the operation failed.
+                # If the operation has failed, this does nothing.
                 self._lifecycle.cancel(token)
                 self._carry_out()
             raise
@@ -220,7 +224,7 @@ class Session:
                 connection.pass_on(promise)
                 raise
 
-    # --- what the lifecycle asks for ---
+    # --- actions of the lifecycle ---
 
     def _carry_out(self) -> None:
         """Carries out the lifecycle's actions, and sets its timer."""
@@ -244,7 +248,7 @@ class Session:
             work._log_destroy_pending = False
 
         def ended() -> None:
-            # A task that was cancelled before it began has not reported it.
+            # A task that was cancelled before it began has reported nothing.
             error = ConnectionLost("the opening of the connection was cancelled")
             self._lifecycle.open_failed(connection_id, error)
             self._carry_out()
@@ -317,7 +321,7 @@ class Session:
                 if not promise.done():
                     promise.set_result(None)
 
-        # Handlers of calls that came with the acknowledgement go first.
+        # In the next iteration: calls that arrived with the acknowledgement are served first.
         self._reactor.call_soon(complete)
 
     def _do_fail(self, tokens: list[int], reason: str, detail: Any) -> None:
@@ -328,8 +332,8 @@ class Session:
                 operation.promise.set_exception(error)
 
     async def _open(self, connection_id: int) -> None:
-        """Opens a connection, in a task of its own so that no caller can cancel it: if the daemon
-        has no other persistent connection, it would end with this one."""
+        """Opens a connection, in a task of its own so that no caller can cancel it: hivemind's
+        daemon exits when its last persistent connection is closed."""
         self.incoming.tasks = {}
         try:
             opened = await self._settings.connector.open_persistent_connection(
@@ -341,7 +345,7 @@ class Session:
             _drop_frames(error)
             self._lifecycle.open_failed(connection_id, error)
         else:
-            # They may have changed since they were read.
+            # The settings may have changed in the meantime.
             opened.set_limits(self._settings.limits())
             self._drop_withdrawn()
             before, self._connection = self._connection, (connection_id, opened)
@@ -351,7 +355,7 @@ class Session:
         self._carry_out()
 
     def _drop_withdrawn(self) -> None:
-        """Tells the lifecycle of handlers that other code has taken out of the table."""
+        """Drops handlers that other code has removed from the table."""
         for name in self._lifecycle.handlers:
             if name not in self.handlers:
                 self._lifecycle.withdraw(name)
@@ -363,13 +367,13 @@ class Session:
         if seconds is None:
             return
         at = time.monotonic() + seconds
-        # A timer cannot be stopped; one that goes off too early does nothing.
+        # Timers cannot be cancelled; one that fires too early has no effect.
         if self._timer is None or at < self._timer - 0.001:
             self._timer = at
             self._reactor.call_later(seconds, functools.partial(_on_time, weakref.ref(self), at))
 
     def on_time(self, at: float) -> None:
-        """The timer for this time has gone off."""
+        """The timer for this time has fired."""
         if os.getpid() != self._pid:
             return
         if self._timer == at:
@@ -410,12 +414,12 @@ class Session:
 
     @property
     def serves(self) -> bool:
-        """Whether there are handlers that the daemon knows, or is to know."""
+        """Whether there are handlers to be registered with the daemon."""
         return any(name in self.handlers for name in self._lifecycle.handlers)
 
     @property
     def pending(self) -> int:
-        """Number of requests that wait for their answers."""
+        """Number of requests without an answer."""
         return self.current.pending if self.current is not None else 0
 
     @property
@@ -438,12 +442,13 @@ class Session:
     # --- end ---
 
     def close(self) -> None:
-        """Closes the connection and drops the handlers. May be called from any thread, and, where
-        it only closes the descriptor, in a forked child."""
+        """Closes the connection and drops the handlers. May be called from any thread.
+
+        In a forked child this only closes the descriptor."""
         if os.getpid() != self._pid:
             self._do_close()
         elif self.ended:
-            # There is no task to be resumed.
+            # No task can be resumed.
             self._operations.clear()
             self._close()
         else:
@@ -459,7 +464,6 @@ class Session:
 
 
 def _on_time(session: Callable[[], Session | None], at: float) -> None:
-    # A client that was dropped serves nobody.
     alive = session()
     if alive is not None:
         alive.on_time(at)

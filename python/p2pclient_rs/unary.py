@@ -32,54 +32,56 @@ __all__ = [
     "UnaryHandler",
 ]
 
-#: How many calls of peers may be in progress before no more are read.
+#: Default number of incoming calls in progress above which no more are read.
 DEFAULT_MAX_UNANSWERED = 4096
-#: How many bytes their payloads may have.
+#: Default size of their payloads above which no more are read, in bytes.
 DEFAULT_MAX_UNANSWERED_BYTES = 64 << 20
-#: How long reading may pause for that, in seconds.
+#: Default time for which reading may pause because of these two limits, in seconds.
 DEFAULT_HOLD = 5.0
 
-#: No message is larger, in bytes: it is protobuf's own limit.
+#: Protobuf's limit on the size of a message, in bytes.
 MAX_PROTOBUF_SIZE = 2**31 - 1
 
 
 class UnaryClient:
-    """Unary calls, for daemons that have them: hivemind's.
+    """Unary calls. Only hivemind's daemon supports them.
 
-    All calls, in both directions, share one persistent connection to the daemon, which the first of
-    them opens. When it is lost, everything that waits for it fails at once, handlers at work are
-    cancelled, and the next call opens another one and registers the handlers again; if there are
-    handlers, that is tried without a call, too, until the daemon is there again. hivemind's daemon
-    ends when its last persistent connection is closed.
+    All calls, in both directions, share one persistent connection to the daemon. The first call or
+    the first handler opens it. When it is lost, all pending calls fail and all handlers that are
+    running are cancelled. The next call opens a new connection and registers the handlers again. A
+    client with handlers also reconnects by itself, with exponential backoff. hivemind's daemon
+    exits when its last persistent connection is closed.
 
-    Calls of peers are bounded: when ``max_unanswered`` of them, or ``max_unanswered_bytes``, are in
-    progress, no more are read for up to ``hold`` seconds, so that the peers wait. After that the
-    calls over the bound are answered with an error. While a call of ours is under way, on which a
-    handler may depend, reading goes on, and calls over four times the bound are refused.
+    Incoming calls are limited: while ``max_unanswered`` of them, or ``max_unanswered_bytes``, are
+    in progress, the client stops reading for up to ``hold`` seconds, so that the peers wait. After
+    that it answers further calls with an error. While a call of its own is pending, on which a
+    handler may depend, the client continues to read, and refuses incoming calls over four times the
+    limit.
 
-    Every ``timeout`` is in seconds. All raise subclasses of ``ControlFailure``. The limits are
-    attributes, too, and can be set at any time: new values apply from the next message on.
+    Every ``timeout`` is in seconds. All errors are subclasses of ``ControlFailure``. The limits are
+    also attributes; a new value applies from the next message on.
 
     Args:
-        daemon_connector: The way to the daemon. Set later, it is used for the next persistent
+        daemon_connector: Opens the persistent connection. A new value is used for the next
             connection.
         max_message_size: The largest message to send, in bytes: the payload, the handler's name
             and less than 100 bytes more. It must not exceed the daemon's
-            ``-persistentConnMaxMsgSize``. None takes the daemon's limit if it can be found out when
-            the connection is opened (see ``p2pclient_rs.daemon_limit``), and 4 MiB otherwise; the
+            ``-persistentConnMaxMsgSize``. If None, the client uses the daemon's limit if it can
+            find it when it connects (see ``p2pclient_rs.daemon_limit``), and 4 MiB otherwise; the
             attribute then gives the limit in effect.
-        max_incoming_size: The largest message to receive, in bytes. A larger one is skipped: a
-            reply raises ``MessageTooLarge``, a peer's call is answered with an error. None is
-            ``max_message_size`` and 64 KiB.
-        max_unanswered: How many calls of peers may be in progress; None for any number.
-        max_unanswered_bytes: How many bytes their payloads may have; None for any number.
-        hold: How long reading may pause because of these two, in seconds; None for as long as
-            they are exceeded, during which neither cancels nor the connection's end are seen.
-        handlers: A table of handlers to read at each call, and to keep up to date; None for one
-            of its own for each event loop.
+        max_incoming_size: The largest message to receive, in bytes. Larger ones are skipped: a
+            reply raises ``MessageTooLarge``, an incoming call is answered with an error. If None,
+            64 KiB more than ``max_message_size``.
+        max_unanswered: Number of incoming calls in progress above which the client stops reading;
+            None for no limit.
+        max_unanswered_bytes: Size of their payloads above which it does so; None for no limit.
+        hold: How long it stops reading, in seconds. None for as long as a limit is exceeded; it
+            notices neither cancels nor a lost connection meanwhile.
+        handlers: A table of handlers, which is read for each call and kept up to date. None for a
+            table per event loop.
 
     Raises:
-        ValueError: A limit is negative or no number.
+        ValueError: A limit is negative or not a number.
 
     Example:
         async def double(request: bytes, caller: PeerID) -> bytes:
@@ -103,9 +105,9 @@ class UnaryClient:
     ) -> None:
         self._settings = Settings(daemon_connector)
         self._table = handlers
-        #: By event loop.
+        #: One per event loop.
         self._sessions: dict[Any, Session] = {}
-        #: The last one used, and its asyncio loop.
+        #: The session used last, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: Session | None = None
         self.max_message_size = max_message_size
@@ -116,8 +118,8 @@ class UnaryClient:
 
     @property
     def daemon_connector(self) -> DaemonConnector:
-        """The way to the daemon. Set later, it is used for the next persistent connection; one that
-        is open stays."""
+        """Opens the persistent connection. A new value is used for the next connection; an open one
+        stays."""
         return self._settings.connector
 
     @daemon_connector.setter
@@ -126,7 +128,7 @@ class UnaryClient:
 
     @property
     def max_message_size(self) -> int:
-        """The largest message to send, in bytes: the value that was set, or the daemon's."""
+        """The largest message to send, in bytes: the value set, or the daemon's limit."""
         return self._settings.largest
 
     @max_message_size.setter
@@ -146,7 +148,7 @@ class UnaryClient:
 
     @property
     def max_unanswered(self) -> int | None:
-        """How many calls of peers may be in progress."""
+        """Number of incoming calls in progress above which the client stops reading."""
         return self._settings.max_unanswered
 
     @max_unanswered.setter
@@ -156,7 +158,7 @@ class UnaryClient:
 
     @property
     def max_unanswered_bytes(self) -> int | None:
-        """How many bytes the payloads of calls in progress may have."""
+        """Size of their payloads above which the client stops reading, in bytes."""
         return self._settings.max_unanswered_bytes
 
     @max_unanswered_bytes.setter
@@ -166,27 +168,27 @@ class UnaryClient:
 
     @property
     def hold(self) -> float | None:
-        """How long reading may pause because of too many calls, in seconds."""
+        """How long the client stops reading because of these limits, in seconds."""
         return self._settings.hold
 
     @hold.setter
     def hold(self, seconds: float | None) -> None:
         if seconds is not None and not seconds >= 0:  # NaN, too
-            raise ValueError(f"hold is a number of seconds from 0 on, or None, not {seconds}")
+            raise ValueError(f"hold must be None or a number of seconds from 0 on, not {seconds}")
         self._settings.hold = None if seconds == math.inf else seconds
         self._apply()
 
     def _apply(self) -> None:
-        """Tells the open connections of limits that changed."""
+        """Applies changed limits to the open connections."""
         for session in list(self._sessions.values()):
             session.apply_limits()
 
     async def open(self, *, timeout: float | None = None) -> None:
-        """Opens the persistent connection, if it is not open.
+        """Opens the persistent connection, unless it is open.
 
         Raises:
             NotSupported: The daemon is not hivemind's.
-            DaemonUnreachable: There is no daemon.
+            DaemonUnreachable: No daemon listens at the control address.
         """
         session = self._session()
         with _deadline(timeout):
@@ -195,8 +197,8 @@ class UnaryClient:
         raise self.daemon_connector.describe(timed_out(timeout), "PERSISTENT_CONN_UPGRADE")
 
     async def register_again(self) -> None:
-        """Opens the persistent connection, if it is not open and there are handlers to be called
-        over it: for a daemon that was started anew."""
+        """Opens the persistent connection if there are handlers and it is not open: for a daemon
+        that was restarted."""
         session = self._sessions.get(current_loop())
         if session is not None and session.serves:
             await self.open()
@@ -206,20 +208,20 @@ class UnaryClient:
     ) -> bytes:
         """Calls a peer's handler and returns its reply.
 
-        Cancelling it, or running out of time, cancels the handler.
+        A call that is cancelled or times out cancels the handler.
 
         Args:
-            peer_id: The peer, to which the daemon must be connected or know the way.
-            proto: The handler's name.
-            data: What the handler gets.
+            peer_id: The peer. The daemon must be connected to it or know its address.
+            proto: Name of the handler.
+            data: The request, any buffer of bytes.
 
         Raises:
-            P2PHandlerError: The handler failed, or there is none of that name.
-            DaemonRefused: The peer cannot be reached, or does not serve calls of that name.
-            MessageTooLarge: The request exceeds ``max_message_size``, and was not sent, or the
+            P2PHandlerError: The handler failed, or the peer's client has none of that name.
+            DaemonRefused: The peer is not reachable, or serves no calls of that name.
+            MessageTooLarge: The request exceeds ``max_message_size``, and was not sent; or the
                 reply exceeds ``max_incoming_size``.
-            ConnectionLost: The connection to the daemon ended before the reply.
-            ControlTimeout: No reply within ``timeout`` seconds.
+            ConnectionLost: The connection to the daemon was lost before the reply arrived.
+            ControlTimeout: No reply arrived within ``timeout`` seconds.
         """
         if timeout is not None:
             return await self._call_within(timeout, peer_id, proto, data)
@@ -246,11 +248,11 @@ class UnaryClient:
             try:
                 return await reply
             except BaseException:
-                # Cancelled, most likely: whoever answered has no call to be given up.
+                # If the call has failed, this does nothing.
                 connection.cancel(call_id)
                 raise
             finally:
-                del called, reply  # which has the exception, whose traceback has this frame
+                del called, reply  # it has the exception, whose traceback has this frame
         except ControlFailure as error:
             self.daemon_connector.raise_described(error, "CALL_UNARY", peer_id, proto)
         except P2PHandlerError as error:
@@ -267,7 +269,7 @@ class UnaryClient:
         self, timeout: float, peer_id: PeerIDLike, proto: str, data: Buffer
     ) -> bytes:
         with _deadline(timeout):
-            # Not what a subclass has put in its place, which may have brought the timeout.
+            # Not self.call: a subclass may have overridden it to set a timeout.
             return await UnaryClient.call(self, peer_id, proto, data)
         raise self.daemon_connector.describe(timed_out(timeout), "CALL_UNARY", peer_id, proto)
 
@@ -279,20 +281,22 @@ class UnaryClient:
         balanced: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Serves the peers' calls of a handler, from now until ``remove_handler`` or ``close``.
+        """Registers a handler for incoming calls, until ``remove_handler`` or ``close``.
 
-        Each call runs in a task of its own, in a copy of the context of the call to this method,
-        and is cancelled if the caller is gone. On trio that is a system task.
+        Each call runs in a task of its own, in a copy of the context in which ``add_handler`` was
+        called; on trio, in a system task. The task is cancelled if the caller is gone. Cancelling
+        ``add_handler`` undoes the registration.
 
         Args:
-            proto: The handler's name.
-            handler: An async function of a request and the caller's peer id, which returns the
-                reply, any buffer of bytes. What it raises reaches the caller as its ``repr``.
-            balanced: Whether several clients may serve the name in turn.
+            proto: Name of the handler.
+            handler: An async function that gets the request and the caller's peer id, and returns
+                the reply, any buffer of bytes. The caller gets the ``repr`` of what it raises.
+            balanced: Whether several clients may serve the name. The daemon then gives each of them
+                a call in turn.
 
         Raises:
-            ControlFailure: This client serves the name already.
-            DaemonRefused: Another client does.
+            ControlFailure: This client has a handler of that name.
+            DaemonRefused: Another client has one.
         """
         session = self._session()
         try:
@@ -306,10 +310,10 @@ class UnaryClient:
             ) from error.__cause__
 
     async def remove_handler(self, proto: str, *, timeout: float | None = None) -> None:
-        """Takes back ``add_handler``. Calls at work are finished.
+        """Removes a handler. Calls that are running go on.
 
         Raises:
-            ControlFailure: This client does not serve the name.
+            ControlFailure: This client has no handler of that name.
         """
         session = self._session()
         try:
@@ -323,10 +327,10 @@ class UnaryClient:
             ) from error.__cause__
 
     def close(self) -> None:
-        """Closes the persistent connection, fails what waits for it, cancels the handlers at work
-        and forgets all handlers. A later call opens another connection.
+        """Closes the persistent connection and drops all handlers. Pending calls fail, and running
+        handlers are cancelled. A later call opens a new connection.
 
-        In a forked child only the descriptor is closed.
+        In a forked child this only closes the descriptor.
         """
         self._recent = self._loop = None
         for session in list(self._sessions.values()):
@@ -335,13 +339,12 @@ class UnaryClient:
 
     @property
     def handlers(self) -> Mapping[str, UnaryHandler]:
-        """The handlers by name, of whichever event loop. A copy, which cannot be changed: see
-        ``add_handler`` and ``remove_handler``."""
+        """The handlers of all event loops by name, as a read-only copy."""
         sessions = list(self._sessions.values())
         return MappingProxyType({name: h for s in sessions for name, h in s.handlers.items()})
 
     def _use_table(self, table: MutableMapping[str, UnaryHandler]) -> None:
-        """Reads the handlers from another table from now on."""
+        """Replaces the table of handlers."""
         self._table = table
         for session in list(self._sessions.values()):
             session.handlers = table
@@ -353,16 +356,16 @@ class UnaryClient:
 
     @property
     def pending_calls(self) -> int:
-        """How many calls, and changes of handlers, wait for their answers."""
+        """Number of calls, and of requests to add or remove a handler, without an answer."""
         return sum(s.pending for s in self._sessions.values())
 
     @property
     def unanswered_calls(self) -> int:
-        """How many calls of peers are at work here."""
+        """Number of incoming calls in progress."""
         return sum(s.unanswered for s in self._sessions.values())
 
     def _session(self) -> Session:
-        """This loop's."""
+        """Returns the session of the running event loop."""
         loop = current_loop()
         session = self._sessions.get(loop)
         if session is None:
@@ -381,12 +384,12 @@ def _limit(name: str, limit: int | None) -> int | None:
     if limit is None:
         return None
     if not limit >= 0:  # NaN, too
-        raise ValueError(f"{name} is a number from 0 on, or None, not {limit}")
-    # What fits nowhere is no limit.
+        raise ValueError(f"{name} must be None or a number from 0 on, not {limit}")
+    # The native code takes no larger numbers.
     return int(min(limit, sys.maxsize))
 
 
 def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
     if timeout is not None and not timeout >= 0:  # NaN, too
-        raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
+        raise ValueError(f"a timeout must be a number of seconds from 0 on, not {timeout}")
     return UnlessClosed(anyio.move_on_after(timeout))

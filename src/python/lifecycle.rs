@@ -1,5 +1,5 @@
-//! The lifecycle of a persistent connection, for `persistent.py`: it reports events and carries out
-//! actions. See `p2pd_protocol::policy::persistent`.
+//! The lifecycle of a persistent connection, for the driver in `persistent.py`. See
+//! `p2pd_protocol::policy::persistent`.
 
 use super::errors::DaemonRefused;
 use p2pd_protocol::policy::backoff::Backoff;
@@ -16,8 +16,8 @@ type Error = Py<PyAny>;
 
 /// Decides when a persistent connection is opened, and which handlers are registered on it.
 ///
-/// Errors are exceptions. The caller of a method holds its error, so no exception is dropped, and no
-/// Python code runs, under the lock.
+/// Errors are exceptions. The caller of a method holds a reference to its error, so that no exception
+/// is freed, and no Python code runs, under the lock.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct Lifecycle(Mutex<policy::Lifecycle<u64, Error>>);
 
@@ -117,7 +117,7 @@ impl Lifecycle {
         action.map(|action| to_tuple(py, action)).transpose()
     }
 
-    /// Seconds until `time` is to be called.
+    /// Seconds until the next call of `time`.
     #[getter]
     fn deadline(&self) -> Option<f64> {
         let deadline = self.lock().deadline()?;

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 pub struct UnaryCalls {
     pool: Arc<Pool>,
     limits: UnaryLimits,
-    /// Closing the client replaces it.
+    /// The present session. Closing the client replaces it.
     session: Mutex<Arc<Session>>,
 }
 
@@ -49,7 +49,10 @@ impl UnaryCalls {
                 session.connect().await?;
                 if session.connection().is_none() {
                     if !attempt.may_retry(true) {
-                        return Err(Error::lost("it was lost as soon as it was open", true));
+                        return Err(Error::lost(
+                            "the connection was lost as soon as it was open",
+                            true,
+                        ));
                     }
                     attempt.repeated = true;
                 }

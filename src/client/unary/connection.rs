@@ -1,7 +1,7 @@
 //! A persistent connection (hivemind's fork): the protocol's state machine and a socket.
 //!
-//! Callers encode their calls and send them, as far as the socket takes them. The
-//! [reader](super::reader) does the rest.
+//! Callers encode their calls and write as much as the socket accepts. The [reader](super::reader)
+//! writes the rest.
 
 use crate::error::Error;
 use crate::lock;
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 pub type Event = UnaryEvent<Token, Vec<u8>>;
 pub type Core = PersistentClient<Token, Vec<u8>>;
 
-/// What waits for an answer of the daemon.
+/// Recipient of an answer of the daemon.
 #[derive(Debug)]
 pub enum Token {
     Call(oneshot::Sender<Result<Bytes, Error>>),
@@ -35,7 +35,7 @@ pub struct Connection {
     pub id: ConnectionId,
     pub(super) socket: Socket,
     pub(super) inner: Mutex<Inner>,
-    /// Wakes the reader for a change that no socket tells it of.
+    /// Wakes the reader for a change other than a ready socket.
     pub(super) attention: Notify,
     /// The output has shrunk, or the connection is lost.
     room: Notify,
@@ -46,16 +46,16 @@ pub(super) struct Inner {
     output: Output<Bytes>,
     /// Buffer for the head of a frame.
     head: BytesMut,
-    /// Nothing is sent until the reader flushes: the replies to what one read brought go out
-    /// together.
+    /// Holds messages back until the reader flushes, so that the messages of all tasks that one read
+    /// has woken are written together.
     pub corked: bool,
-    /// What the reader waits for.
+    /// The events that the reader waits for.
     pub awaited: Awaited,
     /// The tasks of incoming calls.
     pub work: HashMap<CallId, Option<AbortHandle>>,
-    /// Why it cannot be written to. What has arrived is still handed out.
+    /// Error of a write. The reader still handles the input that has arrived.
     pub broken: Option<Error>,
-    /// Why it is lost.
+    /// Reason for the loss of the connection.
     pub lost: Option<Error>,
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Awaited {
     pub input: bool,
     pub room: bool,
     pub cancel_timer: bool,
-    /// Back-pressure on peers, which a timer stops.
+    /// Limits the time of back-pressure on peers.
     pub hold_timer: bool,
 }
 
@@ -115,7 +115,7 @@ impl Connection {
         }
     }
 
-    /// Waits until everything is sent.
+    /// Waits until the output is empty.
     pub async fn flushed(&self) {
         loop {
             let room = self.room.notified();
@@ -196,7 +196,7 @@ impl Connection {
         });
     }
 
-    /// Sends what `encode` makes, which has no payload.
+    /// Sends the message that `encode` appends to the buffer, which has no payload.
     pub fn send_head(&self, encode: impl FnOnce(&mut Core, &mut BytesMut)) {
         self.send(&Bytes::new(), |inner| {
             encode(&mut inner.core, &mut inner.head);
@@ -204,7 +204,7 @@ impl Connection {
         });
     }
 
-    /// Sends what `encode` makes, and `payload` if it returns true.
+    /// Sends the message that `encode` appends to the buffer, followed by `payload` if it returns true.
     fn send(&self, payload: &Bytes, encode: impl FnOnce(&mut Inner) -> bool) {
         let mut inner = lock(&self.inner);
         if inner.is_gone() {
@@ -228,8 +228,8 @@ impl Connection {
         self.flush();
     }
 
-    /// Closes the connection. If it is broken the reader does so, once it has handed out what has
-    /// arrived.
+    /// Closes the connection. After a failed write the reader closes it, once it has handled the
+    /// input that has arrived.
     pub fn close(&self) {
         self.shut_down();
         let is_broken = lock(&self.inner).broken.is_some();
@@ -238,7 +238,7 @@ impl Connection {
         }
     }
 
-    /// Sends what waits, as far as the socket takes it.
+    /// Writes as much of the output as the socket accepts.
     pub fn flush(&self) {
         let mut sent = Vec::new();
         let mut rest = Output::default();
@@ -256,7 +256,7 @@ impl Connection {
         }
     }
 
-    /// Wakes the reader if it has to wait for something else now.
+    /// Wakes the reader if it must wait for other events now.
     fn changed(&self, mut inner: MutexGuard<'_, Inner>) {
         let wanted = inner.wants();
         if wanted != inner.awaited {
@@ -279,11 +279,11 @@ impl Connection {
             (pending, work, std::mem::take(&mut inner.output))
         };
         drop(output);
-        // Unread input would reset the connection, and the peer lose what was sent last.
+        // Closing a socket with unread input resets it, and the daemon would lose the last messages.
         self.socket.drain();
         self.socket.end();
         for token in pending {
-            // The session learns of the others with the loss.
+            // The session fails the others when it learns of the loss.
             if let Token::Call(caller) = token {
                 complete(caller, Err(error.clone()));
             }
@@ -296,7 +296,7 @@ impl Connection {
     }
 }
 
-/// Gives a caller the outcome. It may have given up.
+/// Gives the outcome to a caller, unless it has cancelled the call.
 pub fn complete(caller: oneshot::Sender<Result<Bytes, Error>>, outcome: Result<Bytes, Error>) {
     let _ = caller.send(outcome);
 }
@@ -346,8 +346,8 @@ impl Inner {
         }
     }
 
-    /// Writes the head that was encoded, if any, and the payload. Queues what the socket does not
-    /// take. After an error nothing can be written any more.
+    /// Writes the encoded head, if any, and the payload. Queues the part that the socket does not
+    /// accept. After an error the connection cannot be written to.
     fn write(&mut self, socket: &Socket, payload: &Bytes) -> io::Result<()> {
         if self.head.is_empty() {
             return Ok(());
@@ -372,8 +372,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes what waits, as far as the socket takes it. Adds the written payloads to `sent`, to be
-    /// dropped when the lock is released: their owners may run any code.
+    /// Writes as much of the output as the socket accepts. Adds the written payloads to `sent`. The
+    /// caller drops them after it has released the lock, because that can run any code.
     fn flush(&mut self, socket: &Socket, sent: &mut Vec<Bytes>) -> io::Result<()> {
         while !self.output.is_empty() && !self.corked {
             match unless_blocked(socket.try_write_vectored(&self.output.slices()))? {
@@ -384,7 +384,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads what is there, up to the read budget. Returns whether there may be more.
+    /// Reads up to the read budget. Returns whether there may be more input.
     pub fn read(
         &mut self,
         read: impl Fn(&mut [IoSliceMut<'_>]) -> io::Result<usize>,

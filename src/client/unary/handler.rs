@@ -18,7 +18,7 @@ type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 pub struct UnaryCall {
     /// The caller.
     pub peer: PeerId,
-    /// What it is called with.
+    /// The request.
     pub payload: Bytes,
 }
 

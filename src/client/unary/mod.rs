@@ -26,9 +26,9 @@ use std::sync::Arc;
 impl Client {
     /// Calls a peer's handler and returns its reply.
     ///
-    /// The first call opens the persistent connection; when that is lost, all that waits for it fails
-    /// at once, and the next call opens another one. Dropping the future, or running out of time,
-    /// cancels the handler. hivemind's daemon ends when its last persistent connection is closed.
+    /// The first call opens the persistent connection. When that is lost, all pending calls fail, and
+    /// the next call opens a new one. Dropping the future, or a timeout, cancels the handler.
+    /// hivemind's daemon exits when its last persistent connection is closed.
     ///
     /// # Errors
     /// [`Error::HandlerFailed`] if the handler failed, or the peer's client has none of that name;
@@ -49,15 +49,16 @@ impl Client {
             .await
     }
 
-    /// Serves the peers' calls of a name, until [`remove_unary_handler`](Self::remove_unary_handler)
-    /// or [`close`](Self::close).
+    /// Registers a handler for incoming calls, until
+    /// [`remove_unary_handler`](Self::remove_unary_handler) or [`close`](Self::close).
     ///
-    /// Each call runs in a task of its own, which is dropped if the caller is gone. An error reaches
-    /// the caller as its text. With `balanced`, several clients may serve the name in turn. When the
-    /// connection is lost, another one is opened as soon as the daemon is there again, which is looked
-    /// for every 5 s at the least, and the handlers are registered there.
+    /// Each call runs in a task of its own, which is dropped if the caller is gone. The caller gets
+    /// the text of an error. With `balanced`, several clients may serve the name; the daemon gives
+    /// each of them a call in turn. When the connection is lost, the client reconnects by itself, with
+    /// pauses of up to 5 s between its attempts, and registers the handlers again.
     ///
-    /// A handler that holds a clone of its own client keeps it open until `close`.
+    /// Dropping the future undoes the registration. A handler that holds a clone of its own client
+    /// keeps that open until `close`.
     ///
     /// ```no_run
     /// use p2pd_client::UnaryCall;
@@ -74,8 +75,8 @@ impl Client {
     /// ```
     ///
     /// # Errors
-    /// [`Error::AlreadyRegistered`] if this client serves the name, [`Error::Refused`] if another one
-    /// does, [`Error::NotSupported`] if the daemon is not hivemind's.
+    /// [`Error::AlreadyRegistered`] if this client has a handler of that name, [`Error::Refused`] if
+    /// another one has, [`Error::NotSupported`] if the daemon is not hivemind's.
     pub async fn add_unary_handler<H, F, R, E>(
         &self,
         protocol: impl Into<String>,
@@ -95,17 +96,17 @@ impl Client {
         self.within(about, session.add(&protocol, handler)).await
     }
 
-    /// Takes back [`add_unary_handler`](Self::add_unary_handler). Calls at work are finished.
+    /// Removes a handler. Calls that are running go on. Dropping the future does not stop the removal.
     ///
     /// # Errors
-    /// [`Error::NotRegistered`] if this client does not serve the name.
+    /// [`Error::NotRegistered`] if this client has no handler of that name.
     pub async fn remove_unary_handler(&self, protocol: &str) -> Result<(), Error> {
         let about = Context::new("REMOVE_UNARY_HANDLER").protocol(protocol);
         let session = self.unary().session();
         self.within(about, session.remove(protocol)).await
     }
 
-    /// Opens the persistent connection now, if it is not open.
+    /// Opens the persistent connection now, unless it is open.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if the daemon is not hivemind's.
@@ -115,23 +116,22 @@ impl Client {
         self.within(about, session.connect()).await
     }
 
-    /// Waits until the persistent connection is lost, and says why; `None`, at once, if it is not
-    /// open. A client that only serves handlers learns from this that nobody can call it, until the
-    /// daemon is there again.
+    /// Waits until the persistent connection is lost, and returns the reason. Returns `None` at once
+    /// if it is not open. Peers cannot call the handlers until the client has reconnected.
     pub async fn unary_lost(&self) -> Option<Error> {
         let connection = self.unary().session().connection()?;
         Some(connection.lost().await)
     }
 
-    /// The names of the unary handlers that this client serves. One that the daemon would not take
-    /// again, when the connection was lost, is no longer among them.
+    /// Names of the unary handlers. A handler is dropped if another client has taken its name while
+    /// the connection was lost.
     pub fn unary_handlers(&self) -> Vec<String> {
         self.unary().session().handlers()
     }
 
-    /// Closes the idle connections and the persistent one: calls at work, of either side, fail, and
-    /// the unary handlers are forgotten. Streams, subscriptions and [`IncomingStreams`] live on, and
-    /// a later call opens connections again.
+    /// Closes the idle connections and the persistent one. Calls in progress fail in both directions,
+    /// and the unary handlers are dropped. Streams, subscriptions and [`IncomingStreams`] stay open. A
+    /// later request opens connections again.
     ///
     /// [`IncomingStreams`]: super::IncomingStreams
     pub async fn close(&self) {

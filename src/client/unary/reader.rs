@@ -1,5 +1,5 @@
-//! The task that reads a persistent connection. It hands replies to their callers, starts a task for
-//! each call of a peer, and sends what did not fit into the socket before.
+//! The task that reads a persistent connection. It gives replies to their callers, starts a task for
+//! each incoming call, and writes the output that the socket did not accept at once.
 
 use super::connection::{complete, Awaited, Connection, Event, Token};
 use super::handler::{Handler, Reply, UnaryCall};
@@ -13,9 +13,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::{sleep_until, Instant};
 
-/// Owner of a connection: learns of answers to its own requests, and has the handlers.
+/// Owner of a connection and of its handlers.
 pub trait Owner: Send + Sync {
-    /// The handler for the calls of a name.
+    /// Returns the handler for incoming calls of a name.
     fn handler(&self, protocol: &str) -> Option<Arc<Handler>>;
 
     /// The daemon has answered a request to register a handler.
@@ -36,7 +36,7 @@ pub struct Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        // Does nothing unless the task was dropped with its runtime.
+        // Has an effect only if the task was dropped with its runtime.
         self.connection.lose(&Error::runtime_ended());
         let error = lock(&self.connection.inner).lost.clone();
         if let (Some(owner), Some(error)) = (self.owner.upgrade(), error) {
@@ -50,7 +50,7 @@ impl Reader {
         Self { connection, owner }
     }
 
-    /// Reads until the connection is lost. `ahead` arrived right behind the answer to the upgrade.
+    /// Reads until the connection is lost. `ahead` is the input behind the answer to the upgrade.
     pub async fn run(self, ahead: Bytes) {
         let connection = &self.connection;
         let mut scratch = vec![0; unary::READ_SIZE];
@@ -115,7 +115,7 @@ impl Reader {
             let mut inner = lock(&self.connection.inner);
             let socket = &self.connection.socket;
             let outcome = inner.read(|pieces| socket.try_read_vectored(pieces), scratch, events);
-            // The tasks that several events wake send their messages together.
+            // If several tasks are woken, their messages are written together.
             inner.corked = events.len() > 1;
             outcome
         };
@@ -124,7 +124,7 @@ impl Reader {
         outcome
     }
 
-    /// Sends what was held back, once the tasks that were woken have run.
+    /// Writes the messages that were held back, after the woken tasks have run.
     async fn uncork(&self) {
         if lock(&self.connection.inner).corked {
             tokio::task::yield_now().await;
@@ -133,14 +133,14 @@ impl Reader {
         }
     }
 
-    /// Loses a connection that cannot be written to, once what has arrived is handed out.
+    /// Handles the input that has arrived, then ends a connection that cannot be written to.
     fn end(&self, scratch: &mut [u8], events: &mut Vec<Event>) {
         let broken = {
             let mut inner = lock(&self.connection.inner);
             if inner.lost.is_some() {
                 return;
             }
-            // The daemon has closed it, so there is no more than the socket's buffer holds.
+            // The daemon has closed it, so this ends with the socket's buffer.
             let socket = &self.connection.socket;
             for _ in 0..64 {
                 let read = inner.read(|pieces| socket.read_now(pieces), scratch, events);
@@ -195,7 +195,7 @@ impl Reader {
         }
     }
 
-    /// Gives the daemon's answer to whoever sent the request.
+    /// Gives the daemon's answer to the sender of the request.
     fn answer(&self, token: Token, outcome: Result<Bytes, Error>) {
         let name = match token {
             Token::Call(caller) => return complete(caller, outcome),
@@ -222,13 +222,13 @@ impl Reader {
         {
             let mut inner = lock(&self.connection.inner);
             if inner.lost.is_some() {
-                drop(inner); // dropping the reply locks it
+                drop(inner); // dropping the reply takes the lock
                 return;
             }
             // Entered before the task can end.
             inner.work.insert(id, None);
         }
-        // Not under the lock: a runtime that shuts down drops the task at once, and with it the reply.
+        // Without the lock: a runtime that shuts down drops the task, and so the reply, at once.
         let task = tokio::spawn(async move {
             let outcome = handler.handle(UnaryCall { peer, payload }).await;
             reply.send(outcome);
@@ -248,7 +248,7 @@ impl Reader {
 struct Timers {
     repeat_cancels: Option<Instant>,
     stop_back_pressure: Option<Instant>,
-    /// Longest time of back-pressure.
+    /// Maximum time of back-pressure.
     hold: Option<Duration>,
 }
 
@@ -260,7 +260,7 @@ impl Timers {
         if !awaited.hold_timer {
             self.stop_back_pressure = None;
         } else if self.stop_back_pressure.is_none() {
-            // A hold that an Instant cannot express never ends.
+            // A time that an Instant cannot express is no limit.
             self.stop_back_pressure = self.hold.and_then(|hold| Instant::now().checked_add(hold));
         }
     }

@@ -1,6 +1,6 @@
 //! A client's persistent connection and handlers, until the client is closed.
 //!
-//! [`Lifecycle`] decides what is done; this carries it out with tokio's tasks and timers.
+//! [`Lifecycle`] makes the decisions. This driver has the sockets, tasks and timers.
 
 use super::connection::{Connection, Token};
 use super::handler::Handler;
@@ -26,7 +26,7 @@ use tokio::time::{sleep_until, timeout, Instant};
 /// Time for the last messages to be sent when the client is closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The persistent connection of a client, and the handlers that it serves.
+/// The persistent connection and the handlers of a client.
 pub struct Session {
     pool: Arc<Pool>,
     limits: UnaryLimits,
@@ -45,14 +45,14 @@ struct State {
     timer: Option<(Instant, AbortHandle)>,
 }
 
-/// An operation of the lifecycle.
+/// A caller that waits for the lifecycle.
 struct Operation {
     done: oneshot::Sender<Result<(), Error>>,
-    /// The handler that it adds.
+    /// The handler to add.
     handler: Option<Arc<Handler>>,
 }
 
-/// What must wait until the state is unlocked: it can run other people's code, or come back here.
+/// Work for the time after the state is unlocked, because it can run any code and lock the state.
 #[derive(Default)]
 struct Deferred {
     open: Option<ConnectionId>,
@@ -65,7 +65,7 @@ struct Deferred {
 impl Session {
     pub fn new(pool: Arc<Pool>, limits: UnaryLimits) -> Arc<Self> {
         let mut random = [0; 8];
-        // Without a random number there is only no jitter.
+        // Only used for jitter.
         let _ = getrandom::fill(&mut random);
         let state = State {
             lifecycle: Lifecycle::new(Timing::default(), u64::from_ne_bytes(random)),
@@ -84,7 +84,7 @@ impl Session {
         })
     }
 
-    /// The connection, if it is open and all handlers are registered.
+    /// Returns the connection if it is open with all handlers registered.
     pub fn connection(&self) -> Option<Arc<Connection>> {
         let state = lock(&self.state);
         state.connection.clone().filter(|_| state.ready)
@@ -158,7 +158,7 @@ impl Session {
         outcome
     }
 
-    /// Changes the state, and carries out what the lifecycle asks for then.
+    /// Changes the state, and carries out the lifecycle's actions.
     fn drive(self: &Arc<Self>, event: impl FnOnce(&mut State, std::time::Instant)) {
         let mut deferred = Deferred::default();
         {
@@ -232,7 +232,7 @@ impl Session {
         let mut is_wanted = false;
         self.drive(|state, now| {
             state.opening = None;
-            // The lifecycle's actions need it.
+            // Set now, because the lifecycle's actions use it.
             let before = state.connection.replace(Arc::clone(&connection));
             is_wanted = state.lifecycle.opened(id, now);
             if !is_wanted {
@@ -403,7 +403,7 @@ impl Drop for Session {
     }
 }
 
-/// Cancels an operation when dropped, unless its caller has learnt of its outcome.
+/// Cancels an operation when dropped, unless its caller has received the outcome.
 struct CancelGuard<'a> {
     session: &'a Arc<Session>,
     token: u64,
@@ -423,7 +423,7 @@ impl Drop for CancelGuard<'_> {
     }
 }
 
-/// Tells the lifecycle what became of an attempt to open a connection, also if its task is dropped.
+/// Reports the outcome of an attempt to open a connection. Reports an error if its task is dropped.
 struct OpeningReport {
     session: Weak<Session>,
     id: ConnectionId,
@@ -456,7 +456,7 @@ impl Drop for OpeningReport {
     }
 }
 
-/// Ends a connection when dropped.
+/// Closes a connection when dropped.
 struct CloseGuard(Arc<Connection>);
 
 impl Drop for CloseGuard {
@@ -465,7 +465,7 @@ impl Drop for CloseGuard {
     }
 }
 
-/// Runs a future in a task; drops it if there is no runtime.
+/// Spawns a task. Drops the future if there is no runtime.
 fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Option<AbortHandle> {
     let runtime = Handle::try_current().ok()?;
     Some(runtime.spawn(future).abort_handle())

@@ -1,4 +1,4 @@
-//! What a driver and the lifecycle tell each other.
+//! Actions of the lifecycle, and the reports of a driver.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ pub struct ConnectionId(pub u64);
 pub enum Action<T, E> {
     /// Open a connection, and report [`Lifecycle::opened`] or [`Lifecycle::open_failed`].
     Open(ConnectionId),
-    /// Stop opening the connection. No report is expected any more.
+    /// Stop opening the connection. A report is not needed.
     CancelOpen(ConnectionId),
-    /// Close the connection, and do not use it any more.
+    /// Close the connection, unless it is lost.
     Close,
     /// The connection can be used for calls.
     Ready,

@@ -18,7 +18,7 @@ pub struct Name<T> {
     pub registered: bool,
     /// The request that the daemon has not answered.
     pub in_flight: Option<Request<T>>,
-    /// The changes that follow, in order.
+    /// The next changes, in order.
     pub queue: VecDeque<Change<T>>,
 }
 
@@ -167,8 +167,8 @@ impl<T: Copy + PartialEq> Name<T> {
         self.handler.is_some_and(|handler| handler.token == token)
     }
 
-    /// Takes an operation out of the queue and off the removal in flight. Returns whether the handler
-    /// is not wanted any more.
+    /// Removes an operation from the queue and from the removal in flight. Returns whether the handler
+    /// must be dropped.
     pub fn cancel(&mut self, token: T) -> bool {
         self.queue
             .retain(|change| !matches!(change, Change::Add(it) if it.token == token));

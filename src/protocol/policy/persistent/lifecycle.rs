@@ -87,7 +87,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     // --- operations ---
 
-    /// Waits for the connection, and opens it if there is none.
+    /// Waits for the connection. Opens it if necessary.
     pub fn connect(&mut self, token: T, now: Instant) {
         match self.phase {
             Phase::Closed => self.complete(token, Err(Failure::Closed)),
@@ -122,8 +122,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.finish_registering(now);
     }
 
-    /// Cancels an operation, which is not completed any more. Undoes the addition of a handler, also
-    /// if it is complete. A cancelled removal is carried out, and drops the handler now.
+    /// Cancels an operation: there is no [`Action::Complete`] for it. Undoes the addition of a handler,
+    /// even if it is complete. A cancelled removal is carried out, and drops the handler now.
     pub fn cancel(&mut self, token: T, now: Instant) {
         if let Some(place) = self.waiting.iter().position(|waiting| *waiting == token) {
             self.waiting.remove(place);
@@ -174,7 +174,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     // --- reports of the driver ---
 
-    /// The connection is open. Returns false if it is not wanted any more: the driver closes it.
+    /// The connection is open. Returns false if it is not needed; the driver must close it.
     pub fn opened(&mut self, id: ConnectionId, now: Instant) -> bool {
         let deadline = match self.phase {
             Phase::Opening {
@@ -309,7 +309,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    // --- what the driver asks ---
+    // --- queries of the driver ---
 
     /// The next action.
     pub fn poll(&mut self) -> Option<Action<T, E>> {
@@ -405,7 +405,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// The daemon does not know the handler any more.
+    /// The daemon has forgotten the handler.
     fn removed(&mut self, name: &str, token: Option<T>) {
         let entry = self.handlers.get_mut(name);
         if entry.is_some_and(|entry| entry.handler.take().is_some()) {

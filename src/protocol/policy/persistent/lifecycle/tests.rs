@@ -111,7 +111,7 @@ impl Fixture {
 // --- opening ---
 
 #[test]
-fn all_operations_share_one_attempt_to_open() {
+fn operations_share_one_attempt_to_open() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     fixture.machine.connect(2, fixture.now);
@@ -131,7 +131,7 @@ fn all_operations_share_one_attempt_to_open() {
 }
 
 #[test]
-fn a_failed_attempt_fails_all_that_wait() {
+fn failed_attempt_fails_all_waiting_operations() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     fixture.machine.add(2, "a", false, fixture.now);
@@ -159,7 +159,7 @@ fn opening_times_out() {
 }
 
 #[test]
-fn a_cancelled_wait_does_not_cancel_the_opening() {
+fn cancelled_operation_does_not_cancel_the_opening() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     let id = fixture.opening();
@@ -172,7 +172,7 @@ fn a_cancelled_wait_does_not_cancel_the_opening() {
 }
 
 #[test]
-fn a_connection_lost_while_it_is_opened_fails_the_opening() {
+fn connection_lost_while_opening_fails_the_opening() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     let id = fixture.opening();
@@ -184,7 +184,7 @@ fn a_connection_lost_while_it_is_opened_fails_the_opening() {
 // --- adding and removing ---
 
 #[test]
-fn a_refused_handler_is_forgotten() {
+fn refused_handler_is_dropped() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", true, fixture.now);
     let (name, balanced) = ("a".to_owned(), true);
@@ -198,7 +198,7 @@ fn a_refused_handler_is_forgotten() {
 }
 
 #[test]
-fn a_name_has_one_handler() {
+fn second_handler_of_a_name_is_an_error() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.machine.add(2, "a", false, fixture.now);
@@ -210,7 +210,7 @@ fn a_name_has_one_handler() {
 }
 
 #[test]
-fn the_next_addition_of_a_name_follows_one_that_failed() {
+fn failed_addition_lets_the_next_one_of_its_name_begin() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.machine.add(2, "a", false, fixture.now);
@@ -228,7 +228,7 @@ fn the_next_addition_of_a_name_follows_one_that_failed() {
 }
 
 #[test]
-fn a_removed_handler_serves_until_the_daemon_has_forgotten_it() {
+fn removed_handler_serves_until_the_daemon_acknowledges() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.machine.remove(1, "a", fixture.now);
     fixture.machine.add(2, "a", false, fixture.now);
@@ -241,7 +241,7 @@ fn a_removed_handler_serves_until_the_daemon_has_forgotten_it() {
 }
 
 #[test]
-fn a_handler_that_is_not_there_cannot_be_removed() {
+fn removing_an_unknown_handler_is_an_error() {
     let (mut fixture, _) = Fixture::open();
     fixture.machine.remove(1, "a", fixture.now);
     let missing = complete(&[1], Err(Failure::NotRegistered));
@@ -250,7 +250,7 @@ fn a_handler_that_is_not_there_cannot_be_removed() {
 }
 
 #[test]
-fn a_removal_follows_the_addition_of_its_name() {
+fn removal_waits_for_the_addition_of_its_name() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.machine.remove(2, "a", fixture.now);
@@ -260,7 +260,7 @@ fn a_removal_follows_the_addition_of_its_name() {
 }
 
 #[test]
-fn a_removal_without_a_connection_needs_none() {
+fn removal_without_a_connection_opens_none() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     fixture.machine.remove(1, "a", fixture.now);
@@ -273,7 +273,7 @@ fn a_removal_without_a_connection_needs_none() {
 // --- cancelling ---
 
 #[test]
-fn an_addition_cancelled_before_it_was_sent_is_not_sent() {
+fn addition_cancelled_while_opening_is_not_sent() {
     let mut fixture = Fixture::new();
     fixture.machine.add(1, "a", false, fixture.now);
     let id = fixture.opening();
@@ -283,7 +283,7 @@ fn an_addition_cancelled_before_it_was_sent_is_not_sent() {
 }
 
 #[test]
-fn an_addition_cancelled_in_flight_is_undone() {
+fn addition_cancelled_in_flight_is_undone() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.actions();
@@ -297,7 +297,7 @@ fn an_addition_cancelled_in_flight_is_undone() {
 }
 
 #[test]
-fn a_cancelled_addition_that_was_refused_leaves_nothing_to_undo() {
+fn refused_addition_that_was_cancelled_needs_no_undoing() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.machine.cancel(1, fixture.now);
@@ -308,7 +308,7 @@ fn a_cancelled_addition_that_was_refused_leaves_nothing_to_undo() {
 }
 
 #[test]
-fn a_complete_addition_is_undone_when_it_is_cancelled() {
+fn cancelling_a_complete_addition_undoes_it() {
     let (mut fixture, _) = Fixture::serving(&["a"]);
     fixture.machine.cancel(2000, fixture.now);
     assert_eq!(fixture.actions(), [forget("a"), unregister("a")]);
@@ -317,7 +317,7 @@ fn a_complete_addition_is_undone_when_it_is_cancelled() {
 }
 
 #[test]
-fn undoing_an_addition_leaves_the_next_handler_of_the_name() {
+fn cancelling_an_addition_leaves_the_next_handler_of_its_name() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.machine.remove(1, "a", fixture.now);
     fixture.machine.unregistered(id, "a", fixture.now);
@@ -329,7 +329,7 @@ fn undoing_an_addition_leaves_the_next_handler_of_the_name() {
 }
 
 #[test]
-fn a_cancelled_removal_is_carried_out() {
+fn cancelled_removal_is_carried_out() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.machine.remove(1, "a", fixture.now);
     fixture.machine.cancel(1, fixture.now);
@@ -340,7 +340,7 @@ fn a_cancelled_removal_is_carried_out() {
 }
 
 #[test]
-fn undoing_an_addition_does_not_cancel_its_removal() {
+fn cancelling_an_addition_does_not_cancel_its_removal() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.machine.remove(1, "a", fixture.now);
     fixture.machine.cancel(2000, fixture.now);
@@ -349,7 +349,7 @@ fn undoing_an_addition_does_not_cancel_its_removal() {
 }
 
 #[test]
-fn a_withdrawn_handler_is_not_registered_again() {
+fn withdrawn_handler_is_not_registered_again() {
     let (mut fixture, id) = Fixture::serving(&["a", "b"]);
     fixture.lose(id);
     fixture.machine.withdraw("a", fixture.now);
@@ -363,7 +363,7 @@ fn a_withdrawn_handler_is_not_registered_again() {
 // --- a lost connection ---
 
 #[test]
-fn the_handlers_are_registered_before_the_connection_is_ready() {
+fn connection_is_ready_after_its_handlers_are_registered() {
     let (mut fixture, id) = Fixture::serving(&["a", "b"]);
     fixture.lose(id);
     fixture.machine.connect(1, fixture.now);
@@ -377,7 +377,7 @@ fn the_handlers_are_registered_before_the_connection_is_ready() {
 }
 
 #[test]
-fn a_refusal_is_believed_once_the_daemon_can_have_seen_the_loss() {
+fn refused_handler_is_retried_until_the_daemon_must_know_of_the_loss() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     fixture.machine.connect(1, fixture.now);
@@ -406,7 +406,7 @@ fn a_refusal_is_believed_once_the_daemon_can_have_seen_the_loss() {
 }
 
 #[test]
-fn a_removal_ends_the_wait_for_a_refused_name() {
+fn removing_a_refused_handler_makes_the_connection_ready() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     fixture.machine.connect(1, fixture.now);
@@ -422,7 +422,7 @@ fn a_removal_ends_the_wait_for_a_refused_name() {
 }
 
 #[test]
-fn a_removal_follows_the_registration_on_the_next_connection() {
+fn removal_waits_for_registration_on_the_next_connection() {
     let (mut fixture, id) = Fixture::serving(&["a", "b"]);
     fixture.lose(id);
     fixture.machine.connect(1, fixture.now);
@@ -437,7 +437,7 @@ fn a_removal_follows_the_registration_on_the_next_connection() {
 }
 
 #[test]
-fn a_registration_that_fails_otherwise_fails_the_opening() {
+fn failed_registration_fails_the_opening() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     fixture.machine.connect(1, fixture.now);
@@ -467,7 +467,7 @@ fn registering_again_times_out() {
 }
 
 #[test]
-fn an_unsent_registration_is_tried_once_more() {
+fn unsent_registration_is_retried_once() {
     let (mut fixture, id) = Fixture::open();
     fixture.machine.add(1, "a", false, fixture.now);
     fixture.actions();
@@ -490,7 +490,7 @@ fn an_unsent_registration_is_tried_once_more() {
 }
 
 #[test]
-fn a_loss_fails_what_is_in_flight_and_ends_removals() {
+fn loss_fails_additions_and_completes_removals() {
     let (mut fixture, id) = Fixture::serving(&["removed"]);
     fixture.machine.add(1, "added", false, fixture.now);
     fixture.machine.remove(2, "removed", fixture.now);
@@ -513,7 +513,7 @@ fn a_loss_fails_what_is_in_flight_and_ends_removals() {
 }
 
 #[test]
-fn a_client_without_handlers_does_not_replace_a_lost_connection() {
+fn lost_connection_is_not_replaced_without_handlers() {
     let (mut fixture, id) = Fixture::open();
     fixture.lose(id);
     assert_eq!(fixture.actions(), []);
@@ -521,7 +521,7 @@ fn a_client_without_handlers_does_not_replace_a_lost_connection() {
 }
 
 #[test]
-fn missed_handlers_are_registered_again_with_backoff() {
+fn lost_connection_is_replaced_with_backoff() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     let mut longest = Duration::from_millis(50);
@@ -536,7 +536,7 @@ fn missed_handlers_are_registered_again_with_backoff() {
 }
 
 #[test]
-fn only_a_connection_that_lasts_resets_the_backoff() {
+fn only_a_stable_connection_resets_the_backoff() {
     let (mut fixture, mut id) = Fixture::serving(&["a"]);
     for (lasts, pause) in [(0, 50), (10, 100), (10, 200), (1000, 50), (0, 100)] {
         fixture.pass(Duration::from_millis(lasts));
@@ -551,7 +551,7 @@ fn only_a_connection_that_lasts_resets_the_backoff() {
 }
 
 #[test]
-fn an_operation_does_not_wait_for_the_backoff_and_does_not_put_it_off() {
+fn operation_neither_waits_for_the_backoff_nor_delays_it() {
     let (mut fixture, id) = Fixture::serving(&["a"]);
     fixture.lose(id);
     let deadline = fixture.machine.deadline();
@@ -565,7 +565,7 @@ fn an_operation_does_not_wait_for_the_backoff_and_does_not_put_it_off() {
 // --- closing ---
 
 #[test]
-fn closing_ends_everything() {
+fn close_completes_all_operations_and_drops_all_handlers() {
     let (mut fixture, _) = Fixture::serving(&["kept", "removed"]);
     fixture.machine.add(1, "added", false, fixture.now);
     fixture.machine.add(2, "added", false, fixture.now);
@@ -600,7 +600,7 @@ fn closing_ends_everything() {
 }
 
 #[test]
-fn closing_gives_up_the_opening() {
+fn close_cancels_the_opening() {
     let mut fixture = Fixture::new();
     fixture.machine.connect(1, fixture.now);
     let id = fixture.opening();
@@ -831,7 +831,7 @@ impl Model {
         assert_eq!(handlers, served);
     }
 
-    /// Answers everything, until nothing waits any more.
+    /// Answers requests until there are none.
     fn calm(&mut self) {
         for _ in 0..1000 {
             if self.opening.is_some() {
@@ -853,7 +853,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_sequence_of_events_keeps_the_rules(steps in prop::collection::vec(step(), 0..80)) {
+    fn any_sequence_of_events_keeps_the_invariants(steps in prop::collection::vec(step(), 0..80)) {
         let mut model = Model::new();
         for step in &steps {
             model.step(step);
