@@ -268,8 +268,8 @@ class ConnectionPool(Generic[_ConnectionT]):
         """Takes a connection back after a request. Closes it if it cannot be used again, or the
         oldest idle one if there are too many."""
     def close(self) -> list[_ConnectionT]:
-        """Removes and returns the idle connections and the witness. The pool takes none back any
-        more."""
+        """Removes and returns the idle connections and the witness. From now on the pool takes none
+        back."""
     def choose_witness(self) -> int | None:
         """Chooses the witness of a registration that was just made. Returns its number, or None if
         there is no suitable connection."""

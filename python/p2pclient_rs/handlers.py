@@ -1,4 +1,4 @@
-"""Handlers of inbound streams: how each is called, and when one is cancelled."""
+"""Handlers of inbound streams: how they are called, and when they are cancelled."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ StreamHandler: TypeAlias = (
     Callable[[StreamInfo, Stream], Awaitable[object]] | Callable[[Stream], Awaitable[object]]
 )
 
-#: How long a handler may leave a stream unused after its peer has closed it, in seconds.
+#: How long a handler may leave its stream unused after the peer has closed it, in seconds.
 DEFAULT_LINGER = 300.0
 
-#: Peers are polled this many times within a linger, at intervals within these bounds, in seconds.
+#: How often a peer is polled within a linger, and the bounds of the interval, in seconds.
 _POLLS = 8
 _SHORTEST_INTERVAL = 0.05
 _LONGEST_INTERVAL = 30.0
 
 #: How much input is read ahead at a time for a handler that does not read, in bytes.
 _STEP = 1 << 20
-#: The most input to read ahead for one handler, in bytes: more than the daemon and the sockets can
-#: hold for a peer that has left.
+#: The most input to read ahead for one handler, in bytes. This exceeds what the daemon and the
+#: sockets buffer for a peer that has left.
 _MAX_AHEAD = 32 << 20
 #: The most input to read ahead for all handlers of a listener together, in bytes.
 _MAX_ALL_AHEAD = 64 << 20
 
-#: From so much read ahead on, a handler keeps its turn for a while without input: the daemon may
-#: need the time to deliver the rest. In bytes and in seconds.
+#: With this much input read ahead, in bytes, a handler stays among those read from for this long
+#: without further input, in seconds. The daemon may need the time to deliver the rest.
 _MUCH_AHEAD = 64 << 10
 _PATIENCE = 0.5
 
-#: The logger for everything that happens to inbound streams.
+#: The logger for inbound streams.
 logger: logging.Logger = logging.getLogger("p2pclient_rs.control")
 
 
@@ -70,10 +70,10 @@ class HandlerOptions(NamedTuple):
 
 
 def takes_info(handler: Callable[..., Any]) -> bool:
-    """Whether a stream handler is called as ``handler(info, stream)`` rather than
+    """Returns whether a stream handler is called as ``handler(info, stream)`` rather than
     ``handler(stream)``.
 
-    A handler that accepts either gets two arguments, and so does one whose signature is unknown.
+    A handler that accepts both gets two arguments, and so does one whose signature is unknown.
 
     Raises:
         TypeError: It accepts neither.
@@ -82,7 +82,7 @@ def takes_info(handler: Callable[..., Any]) -> bool:
         raise TypeError(f"a stream handler must be callable, not {handler!r}")
     one, two = _accepts(handler, follow_wrapped=False)
     if one and two:
-        # Such as a decorator's (*args): the wrapped function may be stricter.
+        # For example a decorator's (*args). The wrapped function may be stricter.
         one, two = _accepts(handler, follow_wrapped=True)
         return two or not one
     if not one and not two:
@@ -94,10 +94,10 @@ def takes_info(handler: Callable[..., Any]) -> bool:
 
 
 def _accepts(handler: Callable[..., Any], follow_wrapped: bool) -> tuple[bool, bool]:
-    """Whether ``handler`` can be called with one positional argument, and with two."""
+    """Returns whether ``handler`` accepts one positional argument, and whether it accepts two."""
     try:
         signature = inspect.signature(handler, follow_wrapped=follow_wrapped)
-    except (TypeError, ValueError):  # of a C function, for example
+    except (TypeError, ValueError):  # for example of a C function
         return True, True
     return _binds(signature, 1), _binds(signature, 2)
 
@@ -111,7 +111,7 @@ def _binds(signature: inspect.Signature, count: int) -> bool:
 
 
 class _Run:
-    """A handler at work."""
+    """A running handler."""
 
     def __init__(
         self,
@@ -122,11 +122,11 @@ class _Run:
         ahead: _ReadingAhead,
     ) -> None:
         self.interval = min(max(linger / _POLLS, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
-        #: When to look at it next.
+        #: When to check it next.
         self.due = anyio.current_time() + self.interval
-        #: Whether it was cancelled here.
+        #: Whether ``check`` has cancelled it.
         self.expired = False
-        #: How many bytes were read ahead of the handler.
+        #: How many bytes were read ahead for the handler.
         self.ahead = 0
         self._stream = stream
         self._info = info
@@ -134,13 +134,13 @@ class _Run:
         self._cancel = cancel
         self._reading_ahead = ahead
         self._operations = -1
-        #: When its stream was last seen to be used.
+        #: When a check last found the stream in use.
         self._used_at = self.due
-        #: Since when its stream has been unused after the peer closed it.
+        #: Since when the stream has been unused after the peer's close.
         self._unused_since: float | None = None
 
     def check(self, now: float) -> None:
-        """Cancels the handler if its time is up; otherwise sets when to look again."""
+        """Cancels the handler if its time is up; otherwise sets the time of the next check."""
         raw = self._stream._raw
         self.due = now + self.interval
         operations = raw.operations
@@ -156,7 +156,7 @@ class _Run:
             self._read_ahead(now)
             return
         if self._unused_since is None or used:
-            # The unread input may have hidden the end since the last use.
+            # The unread input may have hidden the close since the last use.
             self._unused_since = self._used_at if self.ahead else now
         deadline = self._unused_since + self._linger
         if deadline > now:
@@ -176,7 +176,7 @@ class _Run:
     def _read_ahead(self, now: float) -> None:
         """Reads some input ahead if the handler has not used its stream for its linger.
 
-        A daemon that cannot deliver input does not tell of the peer's end behind it.
+        A daemon that cannot deliver input does not report the close that follows it.
         """
         unused_until = self._used_at + self._linger
         if unused_until > now:
@@ -193,21 +193,22 @@ class _Run:
 
 
 class _ReadingAhead:
-    """Reads ahead of the handlers of one listener, within its bounds.
+    """Reads ahead for the handlers of one listener, within bounds.
 
-    A few at a time are read from, each up to its peer's end or its bound, and the others wait for
-    their turn: were all read from at once, all could be stopped halfway by the common bound.
+    Reads from the streams of a few handlers at a time, each up to the peer's close or its bound;
+    the other handlers queue. Reading from all at once could stop each of them halfway, at the
+    common bound.
     """
 
     def __init__(self, runs: set[_Run]) -> None:
         self._runs = runs
-        #: Those that are read from, and when each had input the last time.
+        #: The handlers whose streams are read from, and when each last had input.
         self._active: dict[_Run, float] = {}
-        #: Those that wait for their turn, in order.
+        #: The queue of the others.
         self._waiting: dict[_Run, None] = {}
 
     def read(self, run: _Run, now: float) -> bool:
-        """Reads a step ahead. Returns whether there may be more soon."""
+        """Reads one step ahead. Returns whether more input may arrive soon."""
         self._waiting.pop(run, None)
         left = _MAX_ALL_AHEAD - sum(run.ahead for run in self._runs)
         if run not in self._active and not self._has_room(left):
@@ -225,19 +226,19 @@ class _ReadingAhead:
         return False
 
     def stop(self, run: _Run) -> None:
-        """The handler has ended, or has used its stream."""
+        """Called when the handler has ended, or has used its stream."""
         self._active.pop(run, None)
         self._waiting.pop(run, None)
 
     def next(self, now: float) -> None:
-        """Has the first one in the queue checked soon, if it can be read from."""
+        """Makes the first handler in the queue due, if there is room to read for it."""
         if self._waiting:
             left = _MAX_ALL_AHEAD - sum(run.ahead for run in self._runs)
             if self._has_room(left):
                 next(iter(self._waiting)).due = now
 
     def _has_room(self, left: int) -> bool:
-        """Whether another one may be read from, where ``left`` bytes may be read ahead."""
+        """Returns whether another stream may be read from, if ``left`` bytes are free."""
         if not self._active:
             return left > 0
         promised = sum(_MAX_AHEAD - run.ahead for run in self._active)
@@ -245,20 +246,20 @@ class _ReadingAhead:
 
     @property
     def busy(self) -> bool:
-        """Whether it reads again soon."""
+        """Whether it is reading from any stream."""
         return bool(self._active)
 
 
 class Lingering:
-    """Cancels the handlers of a listener that go on long after their peers have left.
+    """Cancels the handlers of a listener that run on long after their peers have left.
 
-    ``poll`` does that, in a task of its own. It sleeps while there are no handlers.
+    ``poll`` does this in a task of its own, which sleeps while there are no handlers.
     """
 
     def __init__(self) -> None:
         self._runs: set[_Run] = set()
         self._ahead = _ReadingAhead(self._runs)
-        #: Set to wake the poll earlier than at this time.
+        #: Set to wake ``poll`` before ``_planned``.
         self._wake = anyio.Event()
         self._planned = math.inf
 
@@ -269,7 +270,7 @@ class Lingering:
         info: StreamInfo,
         linger: float,
     ) -> None:
-        """Calls and awaits ``handle``. If it outlives its peer for too long, cancels it and aborts
+        """Calls and awaits ``handle``. If it outlives its peer by too much, cancels it and aborts
         the stream."""
         if isinstance(current_loop(), asyncio.AbstractEventLoop):
             await self._run_in_asyncio(handle, stream, info, linger)
@@ -291,7 +292,7 @@ class Lingering:
         info: StreamInfo,
         linger: float,
     ) -> None:
-        # Without a scope: anyio keeps a task that is in one, even if its loop is closed.
+        # Without a scope, as anyio would keep a reference to the task even if its loop is closed.
         task = asyncio.current_task()
         assert task is not None
         run = self._add(stream, info, linger, task.cancel)
@@ -300,7 +301,7 @@ class Lingering:
         except asyncio.CancelledError:
             if not run.expired or anyio.current_effective_deadline() == -math.inf:
                 raise
-            # Python 3.10 does not count who else has cancelled the task.
+            # Python 3.10 does not count cancellations.
             if getattr(task, "uncancel", int)() > 0:
                 raise
             stream.abort()
@@ -325,7 +326,7 @@ class Lingering:
         self._ahead.stop(run)
 
     async def poll(self) -> None:
-        """Polls the peers for as long as the task lives."""
+        """Polls the peers until cancelled."""
         loop = current_loop()
         while True:
             self._wake = wake = anyio.Event()
@@ -333,7 +334,7 @@ class Lingering:
             if planned == math.inf:
                 await wake.wait()
             elif isinstance(loop, asyncio.AbstractEventLoop):
-                # Without a scope: see ``_run_in_asyncio``.
+                # Without a scope, as in ``_run_in_asyncio``.
                 timer = loop.call_at(planned, wake.set)
                 try:
                     await wake.wait()
@@ -345,7 +346,7 @@ class Lingering:
 
     def _check(self) -> float:
         """Checks the handlers that are due. Returns when to check again."""
-        # In a method of its own, whose variables keep no stream open while the task sleeps.
+        # In a method of its own, so that no variable keeps a stream open while the task sleeps.
         if not self._runs:
             return math.inf
         now = anyio.current_time()
@@ -353,7 +354,7 @@ class Lingering:
             if run.due <= now:
                 run.check(now)
         self._ahead.next(now)
-        # Bounds the number of checks where many handlers are due at different times.
+        # Bounds the number of checks if many handlers are due at different times.
         interval = _SHORTEST_INTERVAL
         if not self._ahead.busy:
             interval = min(run.interval for run in self._runs) / 4

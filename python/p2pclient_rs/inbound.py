@@ -34,7 +34,7 @@ from p2pclient_rs.stream import Stream
 __all__ = ["InboundStreams"]
 
 
-#: While there are too many connections without a header, how often to look again, in seconds.
+#: How often to check for room while too many connections have no header, in seconds.
 _SHORTEST_PAUSE = 0.02
 
 
@@ -42,7 +42,7 @@ class InboundStreams:
     """Dispatches inbound streams to their handlers: the base class of ``ControlClient``.
 
     Attributes:
-        daemon_connector: Says which types handlers get.
+        daemon_connector: Converts the stream's description for handlers.
         listen_maddr: The address that the daemon connects to.
         handlers: The handlers of inbound streams, by protocol.
     """
@@ -62,7 +62,7 @@ class InboundStreams:
         self._options: dict[str, HandlerOptions] = {}
         self._lingering: Lingering | None = None
         self._half_open = HalfOpen(MAX_HALF_OPEN, HALF_OPEN_PATIENCE)
-        #: By its number there: the scope in which the header of a connection is read.
+        #: The scopes in which headers are read, by the connection's number in ``_half_open``.
         self._headers: dict[int, anyio.CancelScope] = {}
         self._refusals = Refusals()
 

@@ -1,5 +1,5 @@
-"""Support for listening: the object that ``listen()`` returns, a listener in the background,
-private addresses, and the counting and logging of refused streams."""
+"""Listening: the result of ``listen()``, a listener in the background, private addresses, and the
+counting and logging of refused streams."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from p2pclient_rs.readiness import watch
 
 __all__ = ["BackgroundListener", "ListenerStats", "Listening", "PrivateSocket", "Refusals"]
 
-#: How long a path of a unix socket may be, in bytes, where the limit is lowest.
+#: The maximum length of a unix socket's path on all systems, in bytes.
 _MAX_SOCKET_PATH = 103
 
 #: The socket's name in a private directory.
@@ -37,10 +37,10 @@ T = TypeVar("T")
 
 
 class Listening(AbstractAsyncContextManager[T], Generic[T]):
-    """The result of ``listen()``: ``async with`` listens until the block is left, ``await`` until
-    the client is closed. Both give the client.
+    """The result of ``listen()``. ``async with`` listens until the end of the block, ``await``
+    until the client is closed. Both return the client.
 
-    It does nothing until it is used in one of the two ways.
+    It does nothing until it is used in one of these ways.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Listening(AbstractAsyncContextManager[T], Generic[T]):
         return await self._context.__aexit__(kind, error, traceback)
 
 
-#: Runs an async function with one argument in a task of its own.
+#: Calls an async function with one argument in a task of its own.
 Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
 
 
@@ -87,7 +87,7 @@ class Acceptor(Protocol):
         """
 
     def _stopped_listening(self, listener: BackgroundListener) -> None:
-        """The listener has ended."""
+        """Called when the listener has ended."""
 
 
 class _Job:
@@ -99,13 +99,13 @@ class _Jobs:
 
     def __init__(self) -> None:
         self.running: set[_Job] = set()
-        #: Whether there will be no more.
+        #: Whether no more tasks will start.
         self.closed = False
-        #: Set once there will be no more and all have ended.
+        #: Set once no more tasks will start and all have ended.
         self.ended = anyio.Event()
 
     def left(self, job: _Job) -> None:
-        """A task has ended."""
+        """Called when a task has ended."""
         self.running.discard(job)
         if self.closed and not self.running:
             self.ended.set()
@@ -114,13 +114,13 @@ class _Jobs:
 class BackgroundListener:
     """Accepts inbound streams in tasks of the event loop, on trio in system tasks.
 
-    It ends when ``aclose`` or ``close`` is called, when the client is collected, and with the
-    loop. Handlers at work keep the client.
+    It ends after ``aclose`` or ``close``, when the client is garbage-collected, and with the event
+    loop. Running handlers keep the client alive.
 
     Args:
-        client: What streams are accepted for. It is not kept alive.
+        client: The client that the streams are for. This holds a weak reference.
         listener: The socket, which is closed at the end.
-        poll: Something else to run in a task until the end. It does not keep the client alive.
+        poll: Another function to run in a task until the end. It must not refer to the client.
     """
 
     def __init__(
@@ -143,24 +143,28 @@ class BackgroundListener:
                 self._start_silently(function)
 
     async def begun(self) -> None:
-        """Waits until the accepting task has started: asyncio warns of a coroutine that was never
-        started when its loop is closed."""
+        """Waits until the accepting task has started.
+
+        asyncio warns if a loop is closed with a task that never started.
+        """
         await self._begun.wait()
 
     @property
     def loop_ended(self) -> bool:
-        """Whether the event loop is no more."""
+        """Whether the event loop has ended."""
         return self._reactor.is_closed()
 
     async def aclose(self) -> None:
-        """Stops, cancels the handlers at work, and waits for them to end."""
+        """Stops, cancels the running handlers, and waits until they have ended."""
         self.close()
         if self._jobs.running and not self._reactor.is_closed() and current_loop() is self._loop:
             await self._jobs.ended.wait()
 
     def close(self) -> None:
-        """Stops and cancels the handlers at work, from any thread. In a forked child only the
-        descriptor is closed."""
+        """Stops and cancels the running handlers. Any thread may call this.
+
+        In a forked child this only closes the descriptor.
+        """
         if os.getpid() != self._pid:
             self._listener.close()
         else:
@@ -171,7 +175,7 @@ class BackgroundListener:
             return
         self._jobs.closed = True
         if self._reactor.is_closed():
-            # A closed loop cannot cancel a task. The garbage collector ends those that are left.
+            # A closed loop cannot cancel tasks. The garbage collector ends them.
             self._jobs.running.clear()
         for job in list(self._jobs.running):
             if job.work is not None:
@@ -205,7 +209,7 @@ class BackgroundListener:
 
     def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         work = self._start(lambda _: function(), None)
-        # Closing a loop without cancelling its tasks ends this one silently, as it does a socket.
+        # If the loop is closed without cancelling its tasks, asyncio must not warn of this one.
         if hasattr(work, "_log_destroy_pending"):
             work._log_destroy_pending = False
 
@@ -217,16 +221,16 @@ class BackgroundListener:
                 if client is None:
                     break
                 wait = client._accept_one(self._listener, self._start)
-                del client  # the wait must not keep it alive
+                del client  # must not stay alive during the wait
                 await pause(wait, self._watched.readable)
         finally:
-            # Reached without `close` if the loop ends.
+            # The loop may end without a call of `close`.
             if os.getpid() == self._pid:
                 self._close()
 
 
 async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -> None:
-    """Waits as ``Acceptor._accept_one`` says."""
+    """Waits as ``Acceptor._accept_one`` requests."""
     if wait is None:
         await readable()
     else:
@@ -237,10 +241,10 @@ async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -
 
 
 class PrivateSocket:
-    """A path for a unix socket in a new directory that only this user can look into.
+    """A path for a unix socket in a new directory that only this user can access.
 
-    The directory is removed by ``remove``, when this is collected, and when the program ends; in a
-    forked child it is left alone.
+    ``remove`` removes the directory, as do garbage collection and the end of the program, but not
+    in a forked child.
     """
 
     def __init__(self) -> None:
@@ -266,8 +270,10 @@ def _remove(directory: str, pid: int) -> None:
 
 
 def check_same_machine(control_maddr: Multiaddr) -> None:
-    """Raises ControlFailure unless this control address is on this machine, so that its daemon can
-    connect to a unix socket."""
+    """Raises ControlFailure unless a control address is on this machine.
+
+    A daemon elsewhere cannot connect to a unix socket here.
+    """
     kind, host, _ = endpoint(control_maddr)
     if kind == "unix" or host == "localhost":
         return
@@ -287,10 +293,10 @@ class ListenerStats:
     """The numbers of a client's accepted and refused inbound streams.
 
     Attributes:
-        accepted: Connections of the daemon that were accepted.
+        accepted: Accepted connections of the daemon.
         no_handler: Streams of protocols without a handler.
         bad_header: Connections without a valid stream header.
-        accept_errors: Failed attempts to accept a connection, as without free descriptors.
+        accept_errors: Failed attempts to accept a connection, for example without free descriptors.
     """
 
     accepted: int = 0
@@ -302,7 +308,7 @@ class ListenerStats:
 class Refusals:
     """Counts inbound streams and logs refusals, at most one line per kind and second.
 
-    A line gives the number of those suppressed before it.
+    A line gives the number of lines suppressed before it.
     """
 
     def __init__(self) -> None:
@@ -318,7 +324,7 @@ class Refusals:
     def log(
         self, kind: str, logger: logging.Logger, level: int, message: str, *args: object
     ) -> None:
-        """Counts one event and logs it, unless the last line of its kind is too recent."""
+        """Counts an event and logs it, unless the last line of its kind is too recent."""
         self.count(kind)
         throttle = self._throttles.get(kind)
         if throttle is None:

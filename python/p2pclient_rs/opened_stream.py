@@ -1,4 +1,4 @@
-"""What ``stream_open`` returns: a stream, which also unpacks as ``(info, stream)``."""
+"""The result of ``stream_open``: a stream that also unpacks as ``(info, stream)``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NONE: Any = object()
 
 
 class OpenedStream(tuple[InfoT, Stream], Generic[InfoT]):
-    """A stream to a peer, with all of a ``Stream``'s methods, and the tuple ``(info, stream)``.
+    """A stream to a peer: the tuple ``(info, stream)``, with all methods of the ``Stream``.
 
     Attributes:
         info: The ``StreamInfo``: the peer, its address and the protocol agreed on.
-        stream: The ``Stream``, whose methods these are.
+        stream: The ``Stream``.
 
     Example:
         async with await client.stream_open(peer_id, ["/echo/1"]) as opened:
@@ -47,7 +47,7 @@ class OpenedStream(tuple[InfoT, Stream], Generic[InfoT]):
 
     @property
     def stream(self) -> Stream:
-        """The stream itself."""
+        """The ``Stream``."""
         return self[1]
 
     async def __aenter__(self) -> Self:
@@ -144,7 +144,7 @@ class OpenedStream(tuple[InfoT, Stream], Generic[InfoT]):
         await self[1].drain()
 
     def can_write_eof(self) -> bool:
-        """True."""
+        """See ``Stream.can_write_eof``."""
         return self[1].can_write_eof()
 
     def write_eof(self) -> None:
@@ -223,5 +223,5 @@ class OpenedStream(tuple[InfoT, Stream], Generic[InfoT]):
         self[1].setsockopt(level, optname, value, *args)
 
 
-# It is used where anyio's helpers ask for one.
+# anyio's helpers accept only instances of ByteStream.
 ByteStream.register(OpenedStream)

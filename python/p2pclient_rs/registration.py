@@ -39,7 +39,7 @@ Reply: TypeAlias = Literal["done", "taken", "refused", "unreachable", "lost"]
 class Owner(Protocol):
     """The client whose registrations these are: a ``ControlClient``."""
 
-    #: Whether a handler takes the place of another one of this client.
+    #: Whether a new handler replaces a former one of this client.
     _replaces_handlers: bool
 
     @property
@@ -55,7 +55,7 @@ class _Registration:
     #: The listen address that the daemon was given.
     maddr: Multiaddr
     balanced: bool
-    #: By which `DaemonConnector.still_registered` knows the daemon again; None if it cannot.
+    #: For `DaemonConnector.still_registered`; None if no connection could be kept open.
     token: object | None
 
 
@@ -105,7 +105,7 @@ class _Attempt:
             self._remember()
 
     async def _carry_out(self) -> bool:
-        """Carries out one action. Returns whether the daemon is the same, if that is the action."""
+        """Carries out one action. Returns False if the daemon may have been restarted."""
         if self.action == "probe":
             assert self._former is not None
             return await self._connector.still_registered(self._former.token)
@@ -133,21 +133,21 @@ class _Attempt:
             self._all._remember(self._proto, self._current if record == "current" else None)
 
     def error(self) -> ControlFailure | None:
-        """The error to raise, if the registration has failed."""
+        """Returns the error to raise if the registration has failed."""
         if self.action == "registered":
             return None
         if self.action == "last error":
             return self.last_error
         if self.action == "first error" or self.first_error is not None:
             return self.first_error
-        # The removal took too long: of a second entry, or of one that the daemon may not have.
-        if self._policy.record == "current":
+        # Out of time. A second entry that is left does no harm.
+        if self.action == "remove" and self._policy.record == "current":
             return None
         return ControlTimeout(f"no answer within {_REPLACING:g} s")
 
 
 def _reply(error: ControlFailure) -> Reply:
-    """What the registration policy needs to know of an error."""
+    """Converts an error for the registration policy."""
     if isinstance(error, DaemonRefused):
         kind = refusal_kind(error.daemon_message or "")
         return "taken" if kind == "already registered" else "refused"
@@ -196,7 +196,7 @@ class Registrations:
             if error is not None:
                 raise error
         finally:
-            # The tracebacks of the errors have this frame.
+            # Breaks cycles: the tracebacks of the errors have this frame.
             attempt.first_error = attempt.last_error = error = None
 
     def _remember(self, proto: str, registration: _Registration | None) -> None:

@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-/// How long the daemon may take to reply to a request that no caller waits for any more.
+/// How long the daemon may take to reply to a request whose caller may have given up.
 const DETACHED_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Client {

@@ -161,7 +161,7 @@ impl Client {
 
     /// Returns a clone whose calls may take this long, each from beginning to end. `None`, the default,
     /// sets no limit; the daemons themselves give up CONNECT, STREAM_OPEN and DHT requests after 60 s.
-    /// In these requests the daemon is told the timeout, in whole seconds.
+    /// The daemon receives the timeout with these requests, in whole seconds.
     ///
     /// ```
     /// # use p2pd_client::Client;

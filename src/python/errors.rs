@@ -1,4 +1,4 @@
-//! Errors of the protocol and of sockets as the package's Python exceptions.
+//! Converts errors of the protocol and of sockets to the package's Python exceptions.
 
 use p2pd_protocol as protocol;
 use p2pd_protocol::policy::refusal::Refusal;
@@ -21,7 +21,8 @@ pyo3::import_exception!(p2pclient_rs.exceptions, MessageTooLarge);
 pyo3::import_exception!(p2pclient_rs.exceptions, P2PHandlerError);
 pyo3::import_exception!(p2pclient_rs.exceptions, ProtocolViolation);
 
-/// `p2pclient_rs.exceptions.connection_lost`, which makes a ConnectionLost of the class for its errno.
+/// `p2pclient_rs.exceptions.connection_lost`, which makes a ConnectionLost that is also an instance of
+/// the built-in class for its errno.
 static MAKE_LOST: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
 
 fn make_lost(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
@@ -32,8 +33,8 @@ fn make_lost(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     Ok(make.bind(py))
 }
 
-/// Imports the exceptions. What opens a socket does it, for a finalizer that closes one at the
-/// interpreter's end cannot import anything any more.
+/// Imports the exceptions. Called when a socket is opened, since a finalizer that closes one while the
+/// interpreter exits cannot import anything.
 pub fn import(py: Python<'_>) {
     BrokenResourceError::type_object(py);
     ClosedResourceError::type_object(py);
@@ -43,11 +44,11 @@ pub fn import(py: Python<'_>) {
     MessageTooLarge::type_object(py);
     P2PHandlerError::type_object(py);
     ProtocolViolation::type_object(py);
-    let _ = make_lost(py); // what fails here fails there
+    let _ = make_lost(py); // if this fails, the later use reports it
 }
 
-/// An exception that is made here and now. PyO3 makes its own when they are looked at, for which
-/// it lets go of the interpreter; at its end, in a finalizer, it does not come back.
+/// Creates an exception at once. PyO3 creates its exceptions when they are first used, and releases the
+/// interpreter for that. In a finalizer while the interpreter exits, it would not get it back.
 pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
     match E::type_object(py).call1((words,)) {
         Ok(value) => PyErr::from_value(value),
@@ -55,7 +56,7 @@ pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
     }
 }
 
-/// The exception that says whose fault it was.
+/// Returns the exception whose class says whose fault the error is.
 pub fn from_core(error: protocol::Error) -> PyErr {
     let words = error.to_string();
     Python::attach(|py| match error.fault() {
@@ -72,8 +73,8 @@ pub fn from_core(error: protocol::Error) -> PyErr {
     })
 }
 
-/// The OSError with its number, by which Python and its programs tell one from another; PyO3's own
-/// conversion leaves it out.
+/// Returns an OSError with its errno, which also selects the subclass. PyO3's own conversion leaves the
+/// errno out.
 pub fn os_error(error: io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(number) => Python::attach(|py| {
@@ -87,8 +88,8 @@ pub fn os_error(error: io::Error) -> PyErr {
     }
 }
 
-/// A control connection that an error of the operating system ended. `unexecuted` says that the
-/// daemon cannot have read the whole request.
+/// Returns a ConnectionLost for an error of the operating system. `unexecuted`: the daemon cannot have
+/// read the whole request.
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     let words = format!("the connection was lost: {error}");
     Python::attach(|py| {
@@ -99,12 +100,12 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
     })
 }
 
-/// A connection that was lost before it took the whole of a request.
+/// Returns a ConnectionLost for a request that the daemon cannot have read.
 pub fn connection_gone(words: &str) -> PyErr {
     connection_gone_of(words, None)
 }
 
-/// As `connection_gone`, with the operating system's number of the error, if it gave one.
+/// As `connection_gone`, with the errno if there is one.
 pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
     Python::attach(|py| {
         let lost = made_lost(py, words, number);
@@ -112,7 +113,7 @@ pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
     })
 }
 
-/// A message over a limit, sent or received, which the connection survives.
+/// Returns a MessageTooLarge for a message sent or received. The connection stays usable.
 pub fn too_large(py: Python<'_>, error: &protocol::Error) -> PyErr {
     let (size, limit) = match *error {
         protocol::Error::RequestTooLarge { size, limit }
@@ -133,7 +134,7 @@ pub fn too_large(py: Python<'_>, error: &protocol::Error) -> PyErr {
     }
 }
 
-/// A refusal in the daemon's words.
+/// Returns a DaemonRefused with the daemon's message.
 pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     let refused = made::<DaemonRefused>(py, "the daemon refused");
     match refused.value(py).setattr("daemon_message", words) {
@@ -142,7 +143,7 @@ pub fn refused(py: Python<'_>, words: &str) -> PyErr {
     }
 }
 
-/// A ConnectionLost that is an instance of the built-in class for `number`, too.
+/// Returns a ConnectionLost that is also an instance of the built-in class for the errno `number`.
 fn made_lost(py: Python<'_>, words: &str, number: Option<i32>) -> PyErr {
     let special = number.and_then(|number| {
         let make = make_lost(py);
@@ -150,7 +151,7 @@ fn made_lost(py: Python<'_>, words: &str, number: Option<i32>) -> PyErr {
     });
     match special {
         Some(value) => PyErr::from_value(value),
-        // The number is not known, or the interpreter ends and there is nothing left to make it.
+        // There is no errno, or the interpreter is exiting and cannot make the class.
         None => made::<ConnectionLost>(py, words),
     }
 }
@@ -162,17 +163,17 @@ fn marked(py: Python<'_>, lost: PyErr, attribute: &str, is: bool) -> PyErr {
     }
 }
 
-/// Why a connection is no more.
+/// Why a connection was lost.
 #[derive(Clone)]
 pub enum Loss {
     Protocol(protocol::Error),
-    /// In words, and the operating system's number for it.
+    /// A message, and the errno if there is one.
     Socket(String, Option<i32>),
     Closed,
 }
 
 impl Loss {
-    /// The exception, anew for each who is told.
+    /// Returns a new exception, for one of the tasks that are waiting.
     pub fn to_err(&self, py: Python<'_>) -> PyErr {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
@@ -189,7 +190,7 @@ impl From<io::Error> for Loss {
     }
 }
 
-/// Refuses what was made in another process, from which this one was forked.
+/// Returns a ForkedClientError if an object was created in the parent of this forked process.
 pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
     let here = super::fork_guard::pid();
     if here == pid {

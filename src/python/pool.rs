@@ -72,7 +72,7 @@ impl ConnectionPool {
         close_all(py, closed)
     }
 
-    /// Removes and returns the idle connections and the witness. The pool takes none back any more.
+    /// Removes and returns the idle connections and the witness. From now on the pool takes none back.
     fn close(&self) -> Vec<Py<PyTuple>> {
         let closed = self.lock().close_idle();
         closed.into_iter().map(|idle| idle.connection).collect()

@@ -34,14 +34,14 @@ impl Permit {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Generation(u64);
 
-/// What can be done with an idle connection.
+/// Whether an idle connection can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fitness {
     /// A request can be sent on it.
     Fit,
-    /// It is of no use, and must be closed. Something has arrived on it, most likely its end.
+    /// It must be closed: something has arrived on it, most likely its end.
     Stale,
-    /// Another part of the program can use it, for example another runtime.
+    /// Only another part of the program can use it, for example another runtime.
     Elsewhere,
 }
 
@@ -122,7 +122,7 @@ impl<C> Pool<C> {
             return Some(connection);
         }
         self.idle.push_back(connection);
-        // The oldest is the most likely one to be of no use any more.
+        // The oldest connection is the most likely one to be stale.
         if self.idle.len() > self.max_idle {
             return self.idle.pop_front();
         }

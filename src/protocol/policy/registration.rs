@@ -142,8 +142,7 @@ impl Registering {
         }
     }
 
-    /// Which registration the daemon has, or may have. If the driver gives up, this is what it
-    /// remembers.
+    /// Which registration the daemon has, or may have. A driver that gives up remembers this one.
     pub fn record(&self) -> Record {
         self.record
     }
