@@ -157,7 +157,7 @@ def _reply(error: ControlFailure) -> Reply:
 class Registrations:
     """The stream handlers of one client that the daemon has, or may have.
 
-    The client is an argument of each method: a reference to it would keep it alive.
+    Methods take the client as an argument, since a stored reference would keep it alive.
     """
 
     def __init__(self) -> None:
