@@ -60,10 +60,10 @@ const NO_THREAD: &str = "fatal error: newosproc";
 const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
 
 /// Returns the operating system's error that a daemon's message stands for, if any.
-fn of_system(words: &str) -> Option<io::Error> {
+fn system_error(message: &str) -> Option<io::Error> {
     const EMFILE: i32 = 24;
-    let words = words.to_lowercase();
-    let has = |part: &str| words.contains(part);
+    let message = message.to_lowercase();
+    let has = |part: &str| message.contains(part);
     Some(
         if has("out of memory") || has("cannot allocate memory") || has("errno=12)") {
             ErrorKind::OutOfMemory.into()
@@ -87,10 +87,10 @@ fn of_system(words: &str) -> Option<io::Error> {
 #[doc(hidden)]
 pub fn hint(cause: &str) -> Option<&'static str> {
     // First: what the operating system refuses is not the fault of the daemon or an address.
-    if let Some(hint) = of_system(cause).and_then(|error| hint_of_system(cause, &error)) {
+    if let Some(hint) = system_error(cause).and_then(|error| hint_of_system(cause, &error)) {
         return Some(hint);
     }
-    let known = HINTS.iter().find(|(words, _)| cause.contains(words));
+    let known = HINTS.iter().find(|(part, _)| cause.contains(part));
     known.map(|(_, hint)| *hint)
 }
 
@@ -233,7 +233,7 @@ pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
 /// ```
 pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Option<String> {
     let lines = excerpt(end_of(output), usize::MAX);
-    let told = lines
+    let cause = lines
         .iter()
         .rev()
         .find_map(|line| known(without_time(line), arguments));
@@ -241,16 +241,16 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
     let crash = || {
         ["fatal error: ", "panic: "]
             .iter()
-            .find_map(|words| last_line(output, words))
+            .find_map(|prefix| last_line(output, prefix))
     };
-    let told = told.or_else(|| crash().map(shortened));
-    if told.as_deref() == Some(NO_THREAD) {
+    let cause = cause.or_else(|| crash().map(shortened));
+    if cause.as_deref() == Some(NO_THREAD) {
         let why = last_line(output, NO_THREAD_WHY).and_then(|line| line.strip_prefix("runtime: "));
         return Some(why.map_or(NO_THREAD.into(), |why| {
             format!("{NO_THREAD}: {}", shortened(why))
         }));
     }
-    told.or_else(|| match status {
+    cause.or_else(|| match status {
         None => {
             let peers = option(arguments, "bootstrapPeers")?;
             Some(format!(
@@ -265,14 +265,14 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
             // The last line is that of Go's `log.Fatal`.
             let last = lines.last()?;
             let message = without_time(last);
-            (message != *last || of_system(message).is_some()).then(|| shortened(message))
+            (message != *last || system_error(message).is_some()).then(|| shortened(message))
         }
     })
 }
 
-/// Returns the last line of the output that begins with these words.
-fn last_line<'a>(output: &'a str, words: &str) -> Option<&'a str> {
-    let mut found = output.rmatch_indices(words).map(|(begin, _)| begin);
+/// Returns the last line of the output that begins with `prefix`.
+fn last_line<'a>(output: &'a str, prefix: &str) -> Option<&'a str> {
+    let mut found = output.rmatch_indices(prefix).map(|(begin, _)| begin);
     let begin = found.find(|&begin| begin == 0 || output[..begin].ends_with('\n'))?;
     output[begin..].lines().next().map(str::trim_end)
 }
@@ -397,8 +397,8 @@ fn without_time(line: &str) -> &str {
                 .chars()
                 .all(|c| c == separator || c == '.' || c.is_ascii_digit())
     };
-    let mut words = line.splitn(3, ' ');
-    match (words.next(), words.next(), words.next()) {
+    let mut parts = line.splitn(3, ' ');
+    match (parts.next(), parts.next(), parts.next()) {
         (Some(date), Some(time), Some(rest)) if is(date, '/') && is(time, ':') => rest,
         _ => line,
     }

@@ -9,7 +9,7 @@ use super::diagnosis::{
 use super::discovery::NotFound;
 use super::options::{DaemonOptions, OptionsError};
 use p2pd_protocol::PeerId;
-use p2pd_sockets::{words_of, Failed};
+use p2pd_sockets::{message_of, Failed};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -57,8 +57,8 @@ impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.brief())?;
         if !self.command.is_empty() {
-            let words: Vec<_> = self.command.iter().map(|word| quoted(word)).collect();
-            write!(f, "\n  command: {}", words.join(" "))?;
+            let quoted: Vec<_> = self.command.iter().map(|part| quoted(part)).collect();
+            write!(f, "\n  command: {}", quoted.join(" "))?;
         }
         if !self.logs.is_empty() {
             write!(f, "\n  last output:\n    {}", self.logs.join("\n    "))?;
@@ -80,7 +80,7 @@ impl StartError {
     /// The operating system refused to run the binary.
     pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
         // The diagnosis knows the operating system's messages, as shells print them.
-        let reason = words_of(&error);
+        let reason = message_of(&error);
         let cause = diagnose(&reason, None, &[]).unwrap_or(reason);
         StartError {
             message: "the daemon could not be run".into(),
@@ -207,8 +207,8 @@ fn last_lines(output: &str) -> Vec<String> {
 
 /// Joins the lines of a daemon's message.
 #[doc(hidden)]
-pub fn one_line(words: &str) -> String {
-    words.split_whitespace().collect::<Vec<_>>().join(" ")
+pub fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Whether a daemon with these options is ready only once it has also printed that it has started.
@@ -285,8 +285,8 @@ mod tests {
         doubt(output, &PEER.parse().unwrap(), must_say_so)
     }
 
-    fn command(words: &[&str]) -> Vec<String> {
-        words.iter().map(|word| word.to_string()).collect()
+    fn command(parts: &[&str]) -> Vec<String> {
+        parts.iter().map(|part| part.to_string()).collect()
     }
 
     #[test]

@@ -116,15 +116,15 @@ impl Failed {
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.operation, words_of(&self.error))
+        write!(f, "{}: {}", self.operation, message_of(&self.error))
     }
 }
 
 /// Returns the operating system's message, without Rust's "(os error 2)".
-pub fn words_of(error: &io::Error) -> String {
-    let words = error.to_string();
-    let words = words.split(" (os error ").next().unwrap_or(&words);
-    words.into()
+pub fn message_of(error: &io::Error) -> String {
+    let message = error.to_string();
+    let message = message.split(" (os error ").next().unwrap_or(&message);
+    message.into()
 }
 
 impl From<Failed> for io::Error {
@@ -267,8 +267,8 @@ mod tests {
         let missing = std::env::temp_dir().join("no-such");
         let failed = make_private_directory(Some(&missing), "p2pd-", "c.sock").unwrap_err();
         let expected = format!("cannot create the directory {}/p2pd-", missing.display());
-        let words = failed.to_string();
-        assert!(words.starts_with(&expected), "{words}");
-        assert!(!words.contains("os error"), "{words}");
+        let message = failed.to_string();
+        assert!(message.starts_with(&expected), "{message}");
+        assert!(!message.contains("os error"), "{message}");
     }
 }

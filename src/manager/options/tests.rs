@@ -106,7 +106,7 @@ fn parses_a_bootstrap_peer() {
 
 #[test]
 fn names_an_invalid_bootstrap_peer_and_the_reason() {
-    for (address, words) in [
+    for (address, reason) in [
         ("/ip4/127.0.0.1/tcp/4001", "does not end in /p2p/<peer id>"),
         ("/ip4/300.0.0.1/tcp/4001/p2p/QmA", "300.0.0.1"),
         ("/ip4/127.0.0.1/tcp/4001/p2p/QmA", "QmA"),
@@ -117,7 +117,7 @@ fn names_an_invalid_bootstrap_peer_and_the_reason() {
             ..Default::default()
         };
         let error = options.validate().unwrap_err().to_string();
-        assert!(error.contains(address) && error.contains(words), "{error}");
+        assert!(error.contains(address) && error.contains(reason), "{error}");
         assert!(!error.contains(PEER), "{error}");
     }
 }

@@ -37,7 +37,8 @@ const STACK_SIZE: usize = 64 * 1024;
 
 /// A program to spawn. Everything is prepared here, so that the child only makes system calls.
 pub(super) struct Program {
-    words: Vec<CString>,
+    /// The program and its arguments.
+    arguments: Vec<CString>,
     environment: Vec<CString>,
     stdio: [OwnedFd; 3],
     announce: Option<OwnedFd>,
@@ -56,13 +57,13 @@ impl Program {
         arguments: impl IntoIterator<Item = &'a [u8]>,
         [input, output, errors]: [&dyn AsFd; 3],
     ) -> Result<Self, Failed> {
-        let words = std::iter::once(program.as_os_str().as_bytes())
+        let arguments = std::iter::once(program.as_os_str().as_bytes())
             .chain(arguments)
             .map(CString::new);
-        let words = words.collect::<Result<_, _>>().map_err(io::Error::from);
+        let arguments = arguments.collect::<Result<_, _>>().map_err(io::Error::from);
         let operation = || format!("cannot pass these arguments to {}", program.display());
         Ok(Program {
-            words: words.map_err(Failed::at(operation))?,
+            arguments: arguments.map_err(Failed::at(operation))?,
             environment: environment(std::env::vars_os()),
             stdio: [above(input)?, above(output)?, above(errors)?],
             announce: None,
@@ -92,10 +93,11 @@ impl Program {
     /// # Errors
     /// The program cannot be executed, or no process can be created.
     pub(super) fn spawn(&self) -> Result<Child, Failed> {
-        let [argv, envp] = [&self.words, &self.environment].map(|words| -> Vec<*const c_char> {
-            let words = words.iter().map(|word| word.as_ptr());
-            words.chain([ptr::null()]).collect()
-        });
+        let [argv, envp] =
+            [&self.arguments, &self.environment].map(|strings| -> Vec<*const c_char> {
+                let pointers = strings.iter().map(|string| string.as_ptr());
+                pointers.chain([ptr::null()]).collect()
+            });
         let limit = process::getrlimit(Resource::Nofile).current;
         let limit = limit.unwrap_or(u64::MAX).min(MARKED_ONE_BY_ONE);
         let pid = start(Body {
@@ -119,7 +121,7 @@ impl Program {
             NotStarted::Process(error) => return Failed::at(|| START_PROCESS)(error),
             NotStarted::Program(error) => error,
         };
-        let program = self.words.first().map(|word| word.to_bytes());
+        let program = self.arguments.first().map(|path| path.to_bytes());
         let program = Path::new(OsStr::from_bytes(program.unwrap_or_default()));
         let mut operation = format!("cannot execute {}", program.display());
         // The kernel reports ENOENT also if the program's interpreter or loader is missing.

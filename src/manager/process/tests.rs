@@ -96,8 +96,8 @@ fn daemon_has_its_own_session_and_umask_077() {
     let mode = process.directory.metadata().unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     assert_eq!(process.output().lines().next(), Some("0077"));
-    let words = process.output();
-    let numbers: Vec<_> = words.split_whitespace().skip(1).collect();
+    let output = process.output();
+    let numbers: Vec<_> = output.split_whitespace().skip(1).collect();
     assert_eq!(numbers, [pid.to_string(), pid.to_string()]);
 }
 
@@ -480,9 +480,9 @@ fn killing_this_process_ends_the_daemon_and_removes_its_files() {
             .unwrap();
         assert_eq!(exit_code(output.status), -9);
         let output = String::from_utf8(output.stdout).unwrap();
-        let told = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
-        let told: Vec<_> = told.split(' ').collect();
-        let [pid, watchdog] = [told[0], told[1]].map(|number| number.parse::<u32>().unwrap());
-        until(|| !runs(pid) && !runs(watchdog) && !Path::new(told[2]).exists());
+        let line = output.lines().find(|line| line.contains("/p2pd-")).unwrap();
+        let parts: Vec<_> = line.split(' ').collect();
+        let [pid, watchdog] = [parts[0], parts[1]].map(|number| number.parse::<u32>().unwrap());
+        until(|| !runs(pid) && !runs(watchdog) && !Path::new(parts[2]).exists());
     }
 }

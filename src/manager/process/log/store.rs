@@ -1,6 +1,6 @@
 //! The files of a daemon's log.
 
-use p2pd_sockets::{words_of, Failed};
+use p2pd_sockets::{message_of, Failed};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, PipeReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -185,7 +185,7 @@ impl Store {
 
     pub(super) fn note_what_is_lost(&self, data: &mut Vec<u8>) {
         if let Some(Lost { bytes, error }) = &self.lost {
-            let error = words_of(error);
+            let error = message_of(error);
             let note = format!("[{bytes} bytes of output could not be stored: {error}]\n");
             if data.last().is_some_and(|last| *last != b'\n') {
                 data.push(b'\n');

@@ -13,10 +13,10 @@ fn wait_a_little(ended: impl Fn() -> bool) {
     }
 }
 
-fn program(words: &[&str], output: &dyn AsFd) -> Program {
+fn program(command: &[&str], output: &dyn AsFd) -> Program {
     let null = File::open("/dev/null").unwrap();
-    let arguments = words[1..].iter().map(|word| word.as_bytes());
-    Program::new(Path::new(words[0]), arguments, [&null, output, output]).unwrap()
+    let arguments = command[1..].iter().map(|part| part.as_bytes());
+    Program::new(Path::new(command[0]), arguments, [&null, output, output]).unwrap()
 }
 
 /// Returns a program's output, once it has ended.
