@@ -1,62 +1,62 @@
-//! What can go wrong between a client and a daemon, and whose fault it is.
+//! Errors of a connection between a client and a daemon, and whose fault each is.
 //!
-//! A daemon that understood a request and said no is not an error here: that is
-//! [`Event::Refused`](super::Event::Refused).
+//! A refused request is not an error but an event: [`Event::Refused`](super::Event::Refused).
 
-/// A failed exchange. After any of these but [`Error::NotReady`], [`Error::RequestTooLarge`] and
-/// [`Error::ReplyTooLarge`] the connection is of no more use.
+/// An error of a connection. The connection stays usable only after [`Error::NotReady`],
+/// [`Error::RequestTooLarge`], [`Error::ReplyTooLarge`], [`Error::UnknownRequest`] and
+/// [`Error::WrongReply`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A length prefix over the limit; nothing was allocated for it.
+    /// A length prefix exceeds the limit. No memory was allocated for the message.
     #[error("the daemon announced a message of {declared} bytes; the limit is {limit}")]
     FrameTooLarge {
-        /// The length it declared, in bytes.
+        /// The declared length, in bytes.
         declared: u64,
         /// [`Limits::max_frame`](super::Limits), in bytes.
         limit: usize,
     },
-    /// A length prefix that is no unsigned varint of 64 bits.
+    /// A length prefix is not an unsigned varint of at most 64 bits.
     #[error("the daemon sent a malformed length prefix ({0})")]
     MalformedLength(&'static str),
-    /// Bytes that are not the protobuf message they should be.
+    /// Bytes are not the expected protobuf message.
     #[error("the daemon sent a malformed {message}: {reason}")]
     Malformed {
-        /// The message expected.
+        /// The expected message.
         message: &'static str,
-        /// What is wrong with it.
+        /// The decoder's error.
         reason: String,
     },
-    /// A message without something that it must have.
+    /// A message lacks a required field.
     #[error("the daemon sent a {message} without `{field}`")]
     MissingField {
         /// The message.
         message: &'static str,
-        /// What it lacks.
+        /// The missing field.
         field: &'static str,
     },
-    /// A well-formed message that does not belong here.
+    /// A well-formed message was not expected here.
     #[error("unexpected message from the daemon: {0}")]
     Unexpected(String),
-    /// A DHT query with more results than are kept.
+    /// The results of a DHT query exceed the limit.
     #[error("the results of a DHT query exceed {limit} bytes")]
     AnswerTooLarge {
         /// [`Limits::max_answer`](super::Limits), in bytes.
         limit: usize,
     },
-    /// A message that is not too large, but for what memory there is.
+    /// There is not enough memory for a message within the limit.
     #[error("there is no memory for a message of {size} bytes")]
     NoMemory {
         /// The size of its payload, in bytes.
         size: usize,
     },
-    /// The connection ended before the answer did.
+    /// The connection ended before the answer was complete.
     #[error("the daemon closed the connection {}", if *.mid_message { "in the middle of its answer" } else { "without answering" })]
     Closed {
-        /// Whether a part of the answer had arrived.
+        /// Whether part of the answer had arrived.
         mid_message: bool,
     },
-    /// A request over the limit, not sent.
+    /// A request exceeds the limit; it was not sent.
     #[error("the request has {size} bytes; the limit is {limit}")]
     RequestTooLarge {
         /// The size of the encoded request, in bytes.
@@ -64,7 +64,7 @@ pub enum Error {
         /// [`Limits::max_frame`](super::Limits), in bytes.
         limit: usize,
     },
-    /// A message from the daemon over the limit of this client. It was skipped.
+    /// A message that was received exceeds the limit; it was skipped.
     #[error("the message received has {size} bytes; the limit is {limit}")]
     ReplyTooLarge {
         /// Its size, in bytes.
@@ -72,18 +72,18 @@ pub enum Error {
         /// [`UnaryLimits::max_incoming`](super::UnaryLimits), in bytes.
         limit: usize,
     },
-    /// A request on a connection that is busy, has become a stream, or has failed.
+    /// The connection is busy, has become a stream, or has failed.
     #[error("this connection cannot take a request: it is {0:?}")]
     NotReady(super::State),
-    /// A request of a type that no daemon has. The server may go on with the next one.
+    /// A request has a type that no daemon supports. The server may go on with the next request.
     #[error("a request of unknown type {0}")]
     UnknownRequest(i32),
-    /// A reply that does not fit the request being served; nothing was sent.
+    /// The reply does not belong to the request that is being served; it was not sent.
     #[error("{reply} does not answer {request}")]
     WrongReply {
-        /// The reply that was given.
+        /// Name of the request to which the reply belongs.
         reply: &'static str,
-        /// The request being served.
+        /// Name of the request that is being served.
         request: &'static str,
     },
 }
@@ -91,9 +91,9 @@ pub enum Error {
 /// Whose fault an [`Error`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The program asked for what cannot be done.
+    /// The caller made a request that cannot be sent or answered.
     Caller,
-    /// The daemon broke the protocol.
+    /// The daemon violated the protocol.
     Daemon,
     /// The connection was lost.
     Connection,

@@ -2,11 +2,11 @@
 
 use super::framing;
 
-/// The length-delimited fields of a message, one after another. Fields of other types are skipped, and
-/// so are groups with all of their content. Stops in front of a field that is malformed.
+/// The length-delimited fields of a message, one after another. Skips fields of other types, and groups
+/// with all of their content. Stops in front of a malformed field.
 ///
-/// prost will not do: the Go daemon passes on what a peer added to a message and it does not know,
-/// as groups in groups, that prost takes for reason enough to fail.
+/// prost cannot be used here: the Go daemon passes on unknown fields that a peer added to a message, and
+/// prost fails on deeply nested groups among them.
 pub struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -15,15 +15,15 @@ impl<'a> Fields<'a> {
         Self(message)
     }
 
-    /// Whether all fields were read, and none was malformed.
+    /// Whether all fields were read and well-formed.
     pub fn is_at_end(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The next length-delimited field: its number and content.
+    /// Returns the number and content of the next length-delimited field.
     pub fn next(&mut self) -> Option<(u64, &'a [u8])> {
         let mut bytes = self.0;
-        // In how many groups.
+        // Number of enclosing groups.
         let mut depth = 0_usize;
         loop {
             let (key, rest) = framing::decode_varint(bytes).ok()?;
@@ -56,7 +56,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The last one with that number.
+    /// Returns the content of the last field with this number.
     pub fn last(mut self, number: u64) -> Option<&'a [u8]> {
         let mut last = None;
         while let Some((found, value)) = self.next() {

@@ -1,4 +1,4 @@
-//! Messages in a stream of bytes: an unsigned varint with the length, then that many bytes.
+//! Messages in a stream of bytes: each is its length, as an unsigned varint, and that many bytes.
 
 use super::Error;
 use bytes::{Buf, Bytes, BytesMut};
@@ -47,7 +47,18 @@ impl Limits {
     }
 }
 
-/// Finds the messages in bytes that arrive in pieces of any size.
+/// Splits bytes that arrive in pieces of any size into messages.
+///
+/// ```
+/// use p2pd_protocol::FrameDecoder;
+///
+/// let mut decoder = FrameDecoder::new(1024);
+/// decoder.extend(&[5, b'h', b'e']);
+/// assert_eq!(decoder.next_frame()?, None);
+/// decoder.extend(b"llo");
+/// assert_eq!(decoder.next_frame()?.as_deref(), Some(&b"hello"[..]));
+/// # Ok::<(), p2pd_protocol::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct FrameDecoder {
     buffer: BytesMut,
@@ -55,7 +66,7 @@ pub struct FrameDecoder {
 }
 
 impl FrameDecoder {
-    /// A decoder that refuses messages of more than `max_frame` bytes.
+    /// A decoder that refuses messages larger than `max_frame` bytes.
     pub fn new(max_frame: usize) -> Self {
         Self {
             buffer: BytesMut::new(),
@@ -63,36 +74,41 @@ impl FrameDecoder {
         }
     }
 
-    /// Takes bytes that arrived.
+    /// Appends bytes that were read.
     pub fn extend(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole message, or `None` until more bytes arrive; see [`split_frame`].
+    /// Returns the next whole message, or `None` until more bytes arrive.
+    ///
+    /// # Errors
+    /// Those of [`split_frame`].
     pub fn next_frame(&mut self) -> Result<Option<Bytes>, Error> {
         split_frame(&mut self.buffer, self.max_frame)
     }
 
-    /// How many bytes are waiting.
+    /// Number of buffered bytes.
     pub fn len(&self) -> usize {
         self.buffer.len()
     }
 
-    /// Whether no bytes are waiting.
+    /// Whether no bytes are buffered.
     pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 
-    /// The bytes after the last message taken: on a connection that became a stream they are the
-    /// stream's first.
+    /// Returns the buffered bytes. On a connection that became a stream they are its first bytes.
     pub fn into_remainder(self) -> Bytes {
         self.buffer.freeze()
     }
 }
 
-/// Takes the first whole message off the front of `buffer`, if there is one. A declared length
-/// over `max_frame` bytes is refused as soon as it is read: memory grows with what came, not with
-/// what was announced.
+/// Removes the first whole message from the front of `buffer`, if there is one.
+///
+/// A declared length alone costs no memory.
+///
+/// # Errors
+/// The length is malformed, or exceeds `max_frame` bytes.
 pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Bytes>, Error> {
     match split_length(buffer, max_frame)? {
         Some((prefix, length)) if buffer.len() - prefix >= length => {
@@ -103,8 +119,11 @@ pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Byt
     }
 }
 
-/// Reads the length at the front of `bytes`: how many bytes it takes itself, and what it says. One
-/// over `max_frame` is refused; `None` until all of it is there.
+/// Reads the length in front of `bytes`. Returns the size of the length itself, and its value; `None` until
+/// it is complete.
+///
+/// # Errors
+/// The length is malformed, or exceeds `max_frame` bytes.
 pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usize)>, Error> {
     let (declared, prefix) = match decode_varint(bytes) {
         Ok((length, rest)) => (length, bytes.len() - rest.len()),
@@ -122,7 +141,8 @@ pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usi
     Ok(Some((prefix, length)))
 }
 
-/// A varint and what follows it. `unsigned_varint` gives the last 64 bits of one that has more.
+/// Reads a varint; returns it and the bytes after it. Unlike `unsigned_varint`, refuses one of more than 64
+/// bits instead of truncating it.
 pub(super) fn decode_varint(bytes: &[u8]) -> Result<(u64, &[u8]), decode::Error> {
     let (number, rest) = decode::u64(bytes)?;
     match bytes.len() - rest.len() {
@@ -131,7 +151,7 @@ pub(super) fn decode_varint(bytes: &[u8]) -> Result<(u64, &[u8]), decode::Error>
     }
 }
 
-/// `message` with its length in front.
+/// Encodes `message` with its length in front.
 pub fn encode_frame(message: &impl prost::Message) -> Bytes {
     let mut frame = BytesMut::with_capacity(message.encoded_len() + 10);
     message
@@ -153,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_over_the_limit_is_refused_before_its_bytes_arrive() {
+    fn refuses_length_over_the_limit_before_the_message_arrives() {
         let mut decoder = FrameDecoder::new(1000);
         decoder.extend(&[0xe9, 0x07]);
         assert_eq!(
@@ -166,14 +186,14 @@ mod tests {
     }
 
     #[test]
-    fn a_length_of_the_limit_is_taken() {
+    fn accepts_length_equal_to_the_limit() {
         let mut decoder = FrameDecoder::new(1000);
         decoder.extend(&frame(&[7; 1000]));
         assert_eq!(decoder.next_frame().unwrap().unwrap(), vec![7; 1000]);
     }
 
     #[test]
-    fn a_huge_declared_length_is_refused_not_allocated() {
+    fn refuses_huge_declared_length_without_allocating() {
         for bytes in [
             vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
             vec![0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x40],
@@ -188,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_of_65_bits_is_malformed_not_its_last_64() {
+    fn refuses_length_of_65_bits() {
         for last in [2, 3, 0x7f] {
             let mut decoder = FrameDecoder::new(1000);
             decoder.extend(&[0x85, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, last]);
@@ -201,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_of_eleven_bytes_is_malformed() {
+    fn refuses_length_of_eleven_bytes() {
         let mut decoder = FrameDecoder::new(1000);
         decoder.extend(&[0x80; 11]);
         assert!(matches!(
@@ -212,7 +232,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_split_of_the_bytes_gives_the_same_frames(
+        fn returns_the_same_frames_however_the_bytes_are_split(
             payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..8),
             sizes in prop::collection::vec(1usize..50, 1..20),
         ) {

@@ -1,16 +1,15 @@
 //! The control protocol without I/O: bytes in, events out.
 //!
-//! - [`framing`]: length-prefixed messages out of arbitrary pieces of bytes.
-//! - [`command`]: what a client asks and what the daemon answers, one file per family of requests.
-//! - [`exchange`]: one control connection as a state machine, one for each end: requests and replies
-//!   become frames, and frames become requests and replies.
-//! - [`unary`]: a connection that was upgraded for unary calls as another state machine;
-//!   [`output`]: the bytes waiting to be sent on it.
+//! - [`framing`]: splits bytes into length-prefixed messages.
+//! - [`command`]: requests and replies, one file per family.
+//! - [`exchange`]: a control connection as a state machine, one for each end.
+//! - [`unary`]: the persistent connection for unary calls, likewise; [`output`]: its output queue.
 //! - [`policy`]: decisions that drivers make alike, such as the pause before a retry.
-//! - [`types`], [`pb`]: the values they are made of.
-//! - [`error`]: the failures, and whose fault each is.
+//! - [`types`], [`pb`]: peer ids, multiaddrs, keys, and the protobuf messages.
+//! - [`error`]: the errors, and whose fault each is.
 //!
-//! There are no sockets, no clock and no Python here; drivers bring those.
+//! There are no sockets, no clock and no Python here. A driver reads and writes the sockets, and passes
+//! the time in.
 //!
 //! ```
 //! use p2pd_protocol::command::{control::Identify, Typed};
@@ -20,7 +19,7 @@
 //! let frame = exchange.send(&Identify.encoded())?; // write this to the socket
 //! assert_eq!(frame[..], [2, 8, 0]);
 //!
-//! // Whatever was read from the socket goes in, in pieces of any size.
+//! // Pass in the bytes read from the socket, in pieces of any size.
 //! exchange.receive(&[8, 8, 0, 34, 4, 10, 2]);
 //! assert_eq!(exchange.poll()?, None);
 //! exchange.receive(&[1, 2]);

@@ -1,19 +1,19 @@
-//! What waits to be sent on a connection: it says what to write next, and is told how much of that
-//! was written.
+//! The output queue of a connection. It returns the slices to write next, and is told how many bytes were
+//! written.
 
 use bytes::{Buf, BytesMut};
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
-/// A payload of at least this many bytes is sent from where it is; a smaller one costs less to
-/// copy behind what is before it than as a piece of its own.
+/// Smallest payload that is not copied, in bytes. Copying a smaller one behind the bytes before it costs
+/// less than a slice of its own.
 const SHARE: usize = 16 * 1024;
 
-/// How many pieces are given out for one write. Linux takes 1024, but 64 payloads are more than a
-/// socket's buffer has room for.
+/// Largest number of slices for one write. Linux accepts 1024, but 64 payloads are more than a socket's
+/// buffer can hold.
 const PIECES: usize = 64;
 
-/// A queue of bytes. `S` is a payload that can be kept, as `bytes::Bytes`: one that is large is
+/// A queue of bytes to send. `S` is a payload that the queue may own, such as `bytes::Bytes`; a large one is
 /// never copied.
 ///
 /// ```
@@ -36,7 +36,7 @@ const PIECES: usize = 64;
 pub struct Output<S> {
     chunks: VecDeque<Chunk<S>>,
     len: usize,
-    /// Room that was written from, for what comes next, and how much of it may be kept.
+    /// An empty buffer for reuse, and the largest capacity to keep, in bytes.
     spare: BytesMut,
     keeps: usize,
 }
@@ -48,7 +48,7 @@ enum Chunk<S> {
 }
 
 impl<S: AsRef<[u8]>> Chunk<S> {
-    /// What of it is still to be sent: never nothing.
+    /// The bytes that were not sent yet: at least one.
     fn rest(&self) -> &[u8] {
         match self {
             Chunk::Copied(bytes) => bytes,
@@ -69,28 +69,27 @@ impl<S> Default for Output<S> {
 }
 
 impl<S> Output<S> {
-    /// One that keeps up to `room` bytes of room for what comes next, for what is in use all the
-    /// time.
-    pub fn keeping(room: usize) -> Self {
+    /// A queue that keeps a buffer of up to `capacity` bytes for reuse.
+    pub fn keeping(capacity: usize) -> Self {
         Self {
-            keeps: room,
+            keeps: capacity,
             ..Self::default()
         }
     }
 
-    /// How many bytes wait.
+    /// Number of bytes to send.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is nothing to send.
+    /// Whether there are no bytes to send.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
 impl<S: AsRef<[u8]>> Output<S> {
-    /// Adds bytes that cannot be kept.
+    /// Appends a copy of `bytes`.
     pub fn push_copied(&mut self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
@@ -106,7 +105,7 @@ impl<S: AsRef<[u8]>> Output<S> {
         }
     }
 
-    /// Adds what `put` appends to the buffer that it is given. It must not remove anything.
+    /// Lets `put` append to the queue's buffer. It must not remove anything from the buffer.
     pub fn append<R>(&mut self, put: impl FnOnce(&mut BytesMut) -> R) -> R {
         let mut chunk = match self.chunks.pop_back() {
             Some(Chunk::Copied(chunk)) => chunk,
@@ -126,8 +125,8 @@ impl<S: AsRef<[u8]>> Output<S> {
         result
     }
 
-    /// Adds a payload, of which the first `sent` bytes need not be sent any more. It is kept if
-    /// much of it remains.
+    /// Appends a payload, without its first `sent` bytes. Copies the rest if it is small, and keeps the
+    /// payload otherwise.
     pub fn push_shared(&mut self, data: S, sent: usize) {
         let rest = data.as_ref().get(sent..).unwrap_or_default();
         if rest.len() < SHARE {
@@ -137,15 +136,14 @@ impl<S: AsRef<[u8]>> Output<S> {
         self.chunks.push_back(Chunk::Shared { data, sent });
     }
 
-    /// What to write next, in as many pieces as one write is good for; nothing only if nothing
-    /// waits.
+    /// Returns the slices to write next; none only if the queue is empty.
     pub fn slices(&self) -> Vec<IoSlice<'_>> {
         let chunks = self.chunks.iter().take(PIECES);
         chunks.map(|chunk| IoSlice::new(chunk.rest())).collect()
     }
 
-    /// Lets go of the first `count` bytes, which were written. Gives back the payloads that are done
-    /// with, for whoever must not drop them where this is called.
+    /// Removes the first `count` bytes, which were written. Returns the payloads that were sent completely,
+    /// for a driver that must drop them elsewhere.
     pub fn sent(&mut self, count: usize) -> Vec<S> {
         let mut count = count.min(self.len);
         let mut done = Vec::new();
@@ -179,7 +177,7 @@ mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
 
-    /// What a socket would be given that takes `count` bytes at a time.
+    /// Writes everything to a socket that accepts `count` bytes at a time.
     fn drain(output: &mut Output<Bytes>, count: usize) -> Vec<u8> {
         let mut written = Vec::new();
         while !output.is_empty() {
@@ -201,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn small_pieces_are_one() {
+    fn joins_small_pieces() {
         let mut output = Output::default();
         output.push_copied(b"head");
         output.push_shared(Bytes::from_static(b"payload"), 0);
@@ -211,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn appended_bytes_join_the_copied_bytes_before_them() {
+    fn joins_appended_and_copied_bytes() {
         let mut output = Output::<Bytes>::default();
         output.append(|_| ());
         assert!(output.is_empty() && output.slices().is_empty());
@@ -226,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_payload_is_sent_from_where_it_is() {
+    fn does_not_copy_a_large_payload() {
         let payload = Bytes::from(vec![7; SHARE]);
         let mut output = Output::default();
         output.push_copied(b"head");
@@ -239,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_is_let_go_of_once_it_is_sent() {
+    fn returns_a_payload_once_it_is_sent() {
         let payload = Bytes::from(vec![7; SHARE]);
         let mut output = Output::default();
         output.push_shared(payload.clone(), 0);
@@ -251,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_of_a_payload_is_copied_if_it_is_little() {
+    fn copies_a_small_rest_of_a_payload() {
         let payload = Bytes::from(vec![7; SHARE]);
         let mut output = Output::default();
         output.push_shared(payload.clone(), 1);
@@ -263,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_kept_within_its_bound_and_only_if_asked_for() {
+    fn keeps_a_buffer_within_its_bound_and_only_if_requested() {
         for (mut output, len, kept) in [
             (Output::<Bytes>::keeping(1000), 700, 700),
             (Output::keeping(1000), 1001, 0),
@@ -278,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn one_write_gets_a_bounded_number_of_pieces() {
+    fn bounds_the_number_of_slices() {
         let payload = Bytes::from(vec![7; SHARE]);
         let mut output = Output::default();
         for _ in 0..PIECES + 1 {
@@ -310,7 +308,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_pushes_and_writes_give_the_same_bytes(steps in steps(), count in 1..4 * SHARE) {
+        fn sends_all_bytes_in_order_whatever_the_writes(steps in steps(), count in 1..4 * SHARE) {
             let mut next = 0u8;
             let mut fresh = |len| {
                 next = next.wrapping_add(1);

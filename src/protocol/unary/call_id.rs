@@ -6,8 +6,8 @@ use std::hash::Hasher;
 /// Matches a reply to its call.
 pub type CallId = [u8; 16];
 
-/// Unpredictable call ids: the daemons match replies by the id alone, so a peer that could guess
-/// the next ones could take replies that are not for it.
+/// Generates unpredictable call ids. The daemons match replies by the id alone, so a peer that could guess
+/// the next ids could receive replies meant for others.
 #[derive(Debug)]
 pub(super) struct CallIds {
     seed: [u8; 32],
@@ -25,6 +25,7 @@ impl CallIds {
         }
     }
 
+    /// Returns the next id. One hash yields two of them.
     pub fn next(&mut self) -> CallId {
         if let Some(id) = self.spare.take() {
             return id;
@@ -40,7 +41,7 @@ impl CallIds {
     }
 }
 
-/// A hasher for keys that are random already.
+/// A hasher for random keys, such as call ids: it takes their first 8 bytes.
 #[derive(Debug, Default)]
 pub(super) struct IdHasher(u64);
 
@@ -55,5 +56,5 @@ impl Hasher for IdHasher {
         }
     }
 
-    fn write_usize(&mut self, _: usize) {} // the length of the id
+    fn write_usize(&mut self, _: usize) {} // the length, which all ids share
 }

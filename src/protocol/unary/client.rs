@@ -13,8 +13,8 @@ use super::encode::{
     put_reply, reply_len,
 };
 use super::message::{
-    empty_reply, too_large_a_reply, why_skipped, Direction, Head, Message, ADD_HANDLER, CALL,
-    CANCEL, INVALID_CALL, REMOVE_HANDLER,
+    empty_reply, reply_too_large, skip_reason, Direction, Head, Message, ADD_HANDLER, CALL, CANCEL,
+    INVALID_CALL, REMOVE_HANDLER,
 };
 use super::payload::Payload;
 use super::reader::Reader;
@@ -29,23 +29,26 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::time::Instant;
 
-/// An incoming call.
+/// An incoming call that was not answered yet.
 #[derive(Debug)]
 struct Incoming {
-    /// Of its payload, in bytes.
+    /// Size of its payload, in bytes.
     size: usize,
-    /// The caller is gone.
+    /// Whether the caller has cancelled it.
     cancelled: bool,
 }
 
+/// A call or request that the daemon was sent and has not answered yet.
 #[derive(Debug)]
 struct Pending<T> {
     token: T,
-    /// When it was sent, if it is a call.
+    /// Time when it was sent, if it is a call.
     called: Option<Instant>,
 }
 
-/// A persistent connection: frames out, bytes in, events out.
+/// A persistent connection as its client sees it: frames out; bytes in, events out.
+///
+/// Frames are appended to `out`, which the driver writes to the connection.
 ///
 /// ```
 /// use p2pd_protocol::{PersistentClient, UnaryEvent, UnaryLimits};
@@ -55,7 +58,7 @@ struct Pending<T> {
 /// let mut connection = PersistentClient::<&str, Vec<u8>>::new([7; 32], UnaryLimits::default());
 /// let mut out = BytesMut::new();
 /// let id = connection.call(b"peer", "echo", 2, "my call", Instant::now(), &mut out)?;
-/// out.extend_from_slice(b"hi"); // the payload goes right behind the head
+/// out.extend_from_slice(b"hi"); // the payload follows the head
 ///
 /// let mut reply = vec![24, 10, 16];
 /// reply.extend_from_slice(&id);
@@ -70,16 +73,16 @@ pub struct PersistentClient<T, P> {
     ids: CallIds,
     pending: HashMap<CallId, Pending<T>, BuildHasherDefault<IdHasher>>,
     cancels: Cancels,
-    /// The incoming calls at work. The ids are the peers' choice, hence the standard hasher.
+    /// The incoming calls. Peers choose the ids, hence the standard hasher.
     unanswered: HashMap<CallId, Incoming>,
     unanswered_bytes: usize,
-    /// Calls over the limit are refused, not held back.
-    pressed: bool,
+    /// Whether calls over the limit are refused instead of held back.
+    refuses_excess: bool,
     reader: Reader<P>,
 }
 
 impl<T, P: Payload> PersistentClient<T, P> {
-    /// A connection that was just upgraded. `seed` is random and used for no other.
+    /// A connection that was just upgraded. `seed` must be random, and used for no other.
     pub fn new(seed: [u8; 32], limits: UnaryLimits) -> Self {
         Self {
             limits,
@@ -88,7 +91,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
             cancels: Cancels::default(),
             unanswered: HashMap::new(),
             unanswered_bytes: 0,
-            pressed: false,
+            refuses_excess: false,
             reader: Reader::new(Direction::ToClient, limits.incoming()),
         }
     }
@@ -98,18 +101,21 @@ impl<T, P: Payload> PersistentClient<T, P> {
         &self.limits
     }
 
-    /// Changes the limits for messages sent from now on, and for every frame whose payload has not
-    /// begun to arrive. The driver then asks [`wants_input`](Self::wants_input) again.
+    /// Changes the limits, for messages sent from now on and for frames whose payload has not begun to
+    /// arrive. The driver must then call [`wants_input`](Self::wants_input) again.
     pub fn set_limits(&mut self, limits: UnaryLimits) {
         self.limits = limits;
         self.reader.max_incoming = limits.incoming();
-        self.pressed &= self.exceeds(1);
+        self.refuses_excess &= self.exceeds(1);
     }
 
     // --- out ---
 
-    /// Calls the handler of `protocol` at a peer. Appends to `out` the head of the frame, which the
-    /// payload of `len` bytes is to follow.
+    /// Calls a peer's handler of `protocol`. Appends the head of the frame to `out`; the payload of `len`
+    /// bytes must follow.
+    ///
+    /// # Errors
+    /// [`Error::RequestTooLarge`]; nothing was appended.
     pub fn call(
         &mut self,
         peer: &[u8],
@@ -128,7 +134,11 @@ impl<T, P: Payload> PersistentClient<T, P> {
         Ok(id)
     }
 
-    /// Asks for calls of `protocol`; `balanced` if others may serve it in turn.
+    /// Requests to handle calls of `protocol`. If `balanced`, other clients may share it, and calls go
+    /// to each in turn.
+    ///
+    /// # Errors
+    /// [`Error::RequestTooLarge`]; nothing was appended.
     pub fn add_handler(
         &mut self,
         protocol: &str,
@@ -140,10 +150,13 @@ impl<T, P: Payload> PersistentClient<T, P> {
             proto: Some(protocol.to_owned()),
             balanced: Some(balanced),
         };
-        self.ask(ADD_HANDLER, &message.encode_to_vec(), token, out)
+        self.request(ADD_HANDLER, &message.encode_to_vec(), token, out)
     }
 
-    /// Asks for no more calls of `protocol`.
+    /// Requests to handle no more calls of `protocol`.
+    ///
+    /// # Errors
+    /// [`Error::RequestTooLarge`]; nothing was appended.
     pub fn remove_handler(
         &mut self,
         protocol: &str,
@@ -153,11 +166,11 @@ impl<T, P: Payload> PersistentClient<T, P> {
         let message = p2pd::RemoveUnaryHandlerRequest {
             proto: Some(protocol.to_owned()),
         };
-        self.ask(REMOVE_HANDLER, &message.encode_to_vec(), token, out)
+        self.request(REMOVE_HANDLER, &message.encode_to_vec(), token, out)
     }
 
-    /// Gives up waiting for an answer. If it was a call, the daemon is told, now or
-    /// [later](Self::has_unconfirmed_cancels). `None` if the answer came before.
+    /// Stops waiting for an answer. A call is cancelled at the daemon, now or
+    /// [later](Self::has_unconfirmed_cancels). `None` if it was answered already.
     pub fn cancel(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
         if let Some(called) = pending.called {
@@ -166,52 +179,52 @@ impl<T, P: Payload> PersistentClient<T, P> {
         Some(pending.token)
     }
 
-    /// Gives up on what could not be sent.
+    /// Removes a call or request that could not be sent.
     pub fn forget(&mut self, id: &CallId) -> Option<T> {
         self.pending.remove(id).map(|pending| pending.token)
     }
 
-    /// Whether there are cancelled calls of which the daemon has not said that it knows.
+    /// Whether the daemon may not know of some cancelled calls yet.
     pub fn has_unconfirmed_cancels(&self) -> bool {
         !self.cancels.is_empty()
     }
 
-    /// To be called every [`CANCEL_INTERVAL`] while [`has_unconfirmed_cancels`](Self::has_unconfirmed_cancels): cancels what was
-    /// too young for it, and again what the daemon may not have understood.
+    /// Sends the cancels that are due: first ones that had to wait, and repeated ones that the daemon may
+    /// have missed. The driver calls this every [`CANCEL_INTERVAL`](super::CANCEL_INTERVAL) while
+    /// [`has_unconfirmed_cancels`](Self::has_unconfirmed_cancels).
     pub fn repeat_cancels(&mut self, now: Instant, out: &mut BytesMut) {
         self.cancels.repeat(now, out);
     }
 
-    /// Replies to a call, if the caller is still there. Appends to `out` the head of the frame and
-    /// returns true if the payload of `len` bytes is to follow: one that is too large becomes an
-    /// error at the caller.
+    /// Replies to a call, unless it was cancelled. Appends the head of the frame to `out` and returns true
+    /// if the payload of `len` bytes must follow. The caller gets an error if the payload is too large.
     pub fn reply(&mut self, id: &CallId, len: usize, out: &mut BytesMut) -> bool {
         if !self.finish(id) {
             return false;
         }
         if reply_len(Direction::ToDaemon, len) > self.limits.max_message {
-            let words = too_large_a_reply(len, self.limits.max_message);
-            self.put_error(out, id, &words);
+            let error = reply_too_large(len, self.limits.max_message);
+            self.put_error(out, id, &error);
             return false;
         }
         put_reply(out, Direction::ToDaemon, id, len);
         true
     }
 
-    /// Replies to a call with an error, if the caller is still there.
+    /// Replies to a call with an error, unless it was cancelled.
     pub fn reply_error(&mut self, id: &CallId, error: &str, out: &mut BytesMut) {
         if self.finish(id) {
             self.put_error(out, id, error);
         }
     }
 
-    /// Refuses a call that was not taken.
+    /// Refuses a [rejected](UnaryEvent::Rejected) call.
     pub fn refuse(&self, id: &CallId, reason: &str, out: &mut BytesMut) {
         self.put_error(out, id, reason);
     }
 
-    /// Says good-bye: replies to all calls at work with an error, and tells of all of ours that
-    /// nobody waits any more, however young: there is no later. Those that wait stay
+    /// Prepares to close the connection: replies to all unanswered calls with `error`, and cancels all of
+    /// this client's calls, even those younger than [`CANCEL_DELAY`](super::CANCEL_DELAY). These stay
     /// [pending](Self::take_pending).
     pub fn shut_down(&mut self, error: &str, out: &mut BytesMut) {
         let unanswered = std::mem::take(&mut self.unanswered);
@@ -228,8 +241,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
 
     // --- in ---
 
-    /// The next event. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come.
+    /// Returns the next event, and removes its bytes from the front of `input`. `None` if all of `input`
+    /// was read and more is needed.
     ///
     /// # Errors
     /// The protocol was violated. The connection must be closed.
@@ -243,14 +256,14 @@ impl<T, P: Payload> PersistentClient<T, P> {
             let Some(message) = message else {
                 return Ok(None);
             };
-            if let Some(event) = self.came(message) {
+            if let Some(event) = self.on_message(message) {
                 return Ok(Some(event));
             }
         }
     }
 
-    /// The rest of the room for the payload being received, which the driver may read into
-    /// directly. [`payload_filled`](Self::payload_filled) must follow.
+    /// The unfilled part of the payload that is being received. The driver may read into it directly, and
+    /// then must call [`payload_filled`](Self::payload_filled).
     pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
         self.reader.payload_buffer()
     }
@@ -260,41 +273,41 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.reader.payload_filled(count);
     }
 
-    /// The error for an end of the connection that is seen now.
+    /// The error to report if the connection ends now.
     pub fn end_of_file(&self) -> Error {
         Error::Closed {
             mid_message: self.reader.is_mid_message(),
         }
     }
 
-    /// Whether more input is to be read: not while too many calls are at work, unless something of
-    /// ours is waited for, on which these might depend.
+    /// Whether to read more. Not while there are too many unanswered calls, unless this client waits for
+    /// an answer itself, on which those calls may depend.
     pub fn wants_input(&self) -> bool {
-        self.pressed || !self.pending.is_empty() || !self.exceeds(1)
+        self.refuses_excess || !self.pending.is_empty() || !self.exceeds(1)
     }
 
-    /// Input was not wanted for long enough. From now on it is: calls over the limit are refused,
-    /// for the sake of what comes behind them, as cancels, or the end.
+    /// Stops the back-pressure: input is wanted again, and calls over the limit are refused. Otherwise the
+    /// driver would never see the cancels, or the end of the connection, behind them.
     pub fn stop_back_pressure(&mut self) {
-        self.pressed = self.exceeds(1);
+        self.refuses_excess = self.exceeds(1);
     }
 
-    /// How many answers are awaited.
+    /// Number of calls and requests that were not answered yet.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// How many incoming calls are at work.
+    /// Number of incoming calls that were not answered yet.
     pub fn unanswered(&self) -> usize {
         self.unanswered.len()
     }
 
-    /// The tokens of everything that is awaited, for a driver that visits them.
+    /// Tokens of all pending calls and requests.
     pub fn tokens(&self) -> impl Iterator<Item = &T> {
         self.pending.values().map(|pending| &pending.token)
     }
 
-    /// Gives up on everything that is awaited, since the connection is lost.
+    /// Removes all pending calls and requests, since the connection is lost.
     pub fn take_pending(&mut self) -> Vec<T> {
         let pending = self.pending.drain();
         pending.map(|(_, pending)| pending.token).collect()
@@ -308,7 +321,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         id
     }
 
-    fn ask(
+    fn request(
         &mut self,
         number: u32,
         content: &[u8],
@@ -321,18 +334,18 @@ impl<T, P: Payload> PersistentClient<T, P> {
         Ok(id)
     }
 
-    /// The work on a call is done; says whether somebody waits for the reply.
+    /// Removes an incoming call; returns whether its caller still waits for the reply.
     fn finish(&mut self, id: &CallId) -> bool {
         let Some(call) = self.unanswered.remove(id) else {
             return false;
         };
         self.unanswered_bytes -= call.size;
-        self.pressed &= self.exceeds(1);
+        self.refuses_excess &= self.exceeds(1);
         !call.cancelled
     }
 
-    fn put_error(&self, out: &mut BytesMut, id: &CallId, words: &str) {
-        put_handler_error(out, Direction::ToDaemon, id, words, self.limits.max_message);
+    fn put_error(&self, out: &mut BytesMut, id: &CallId, error: &str) {
+        put_handler_error(out, Direction::ToDaemon, id, error, self.limits.max_message);
     }
 
     fn exceeds(&self, times: usize) -> bool {
@@ -340,9 +353,9 @@ impl<T, P: Payload> PersistentClient<T, P> {
             || self.unanswered_bytes >= self.limits.max_unanswered_bytes.saturating_mul(times)
     }
 
-    /// What follows from a message.
+    /// Turns a message into an event, if it is one for the driver.
     #[inline]
-    fn came(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
+    fn on_message(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
         match message {
             Message::Reply { id, payload } => {
                 self.replied(&id, |token| UnaryEvent::Reply { token, payload })
@@ -353,12 +366,12 @@ impl<T, P: Payload> PersistentClient<T, P> {
                 protocol,
                 payload,
                 size,
-            } => Some(self.called(id, peer, protocol, payload, size)),
-            other => self.rarely(other),
+            } => Some(self.on_call(id, peer, protocol, payload, size)),
+            other => self.on_other_message(other),
         }
     }
 
-    /// The event of a reply, if its call is still awaited.
+    /// Returns the event of a reply, if its call is pending.
     #[inline]
     fn replied(
         &mut self,
@@ -374,8 +387,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         Some(event(token))
     }
 
-    /// As `came`, for all messages that are no calls and no replies.
-    fn rarely(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
+    /// Like `on_message`, for messages other than calls and replies.
+    fn on_other_message(&mut self, message: Message<P>) -> Option<UnaryEvent<T, P>> {
         match message {
             Message::InvalidCall { id } => {
                 let reason = Cow::Borrowed(INVALID_CALL);
@@ -393,11 +406,11 @@ impl<T, P: Payload> PersistentClient<T, P> {
                     self.cancels.confirm(&id);
                     self.acknowledged(id)
                 }
-                Some(field) if field == u64::from(CANCEL) => self.cancel_came(id),
+                Some(field) if field == u64::from(CANCEL) => self.on_cancel(id),
                 Some(_) => {
                     self.cancels.confirm(&id);
-                    let words = Fields::new(&content).last(1).unwrap_or_default();
-                    self.refused(&id, String::from_utf8_lossy(words).into_owned())
+                    let error = Fields::new(&content).last(1).unwrap_or_default();
+                    self.refused(&id, String::from_utf8_lossy(error).into_owned())
                 }
             },
             Message::Skipped {
@@ -410,11 +423,11 @@ impl<T, P: Payload> PersistentClient<T, P> {
                 self.cancels.confirm(&id);
                 None
             }
-            Message::Reply { .. } | Message::Call { .. } => None, // see `came`
+            Message::Reply { .. } | Message::Call { .. } => None, // see `on_message`
         }
     }
 
-    /// The event of a frame that was skipped.
+    /// Returns the event of a frame that was skipped.
     fn skipped(
         &mut self,
         id: Option<CallId>,
@@ -426,11 +439,11 @@ impl<T, P: Payload> PersistentClient<T, P> {
             return Some(UnaryEvent::Skipped { error });
         };
         if field == Some(u64::from(CALL)) {
-            let reason = Cow::Owned(why_skipped(&error));
+            let reason = Cow::Owned(skip_reason(&error));
             return Some(UnaryEvent::Rejected { id, reason });
         }
         if field == Some(u64::from(CANCEL)) {
-            return self.cancel_came(id);
+            return self.on_cancel(id);
         }
         self.cancels.confirm(&id);
         let Pending { token, called } = self.pending.remove(&id)?;
@@ -441,8 +454,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         })
     }
 
-    /// The daemon says that a call was cancelled: one of ours, or a peer's.
-    fn cancel_came(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
+    /// Handles a cancel from the daemon, of one of this client's calls or of a peer's.
+    fn on_cancel(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
         self.cancels.confirm(&id);
         if self.pending.contains_key(&id) {
             return self.refused(&id, "the call was cancelled".to_owned());
@@ -460,7 +473,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
     fn acknowledged(&mut self, id: CallId) -> Option<UnaryEvent<T, P>> {
         let Pending { token, called } = self.pending.remove(&id)?;
         Some(if called.is_some() {
-            // What Go's daemon makes of a peer that replied with something else.
+            // The Go daemon sends this if the peer's message was not a reply.
             let error = Error::MissingField {
                 message: "PersistentConnectionResponse",
                 field: "callUnaryResponse",
@@ -471,8 +484,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         })
     }
 
-    /// A peer calls.
-    fn called(
+    /// Accepts or rejects a peer's call.
+    fn on_call(
         &mut self,
         id: CallId,
         peer: Bytes,
@@ -480,7 +493,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         payload: P,
         size: usize,
     ) -> UnaryEvent<T, P> {
-        if self.exceeds(if self.pressed { 1 } else { 4 }) {
+        if self.exceeds(if self.refuses_excess { 1 } else { 4 }) {
             let reason = Cow::Borrowed("busy: too many calls at once");
             return UnaryEvent::Rejected { id, reason };
         }

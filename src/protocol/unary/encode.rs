@@ -6,7 +6,7 @@ use crate::Error;
 use bytes::{BufMut, BytesMut};
 use prost::encoding::{encoded_len_varint, key_len, WireType};
 
-/// How much of an error's text is sent, in bytes.
+/// Largest error message that is sent, in bytes.
 const MAX_ERROR: usize = 16 * 1024;
 
 /// Checks that a message of `size` bytes may be sent.
@@ -25,8 +25,8 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
-/// The bytes in front of a content or a payload, assembled on the stack and copied once, since every
-/// call has them.
+/// The bytes in front of a content or a payload. Every call has them, so they are assembled on the stack
+/// and copied once.
 struct Prefix {
     bytes: [u8; 64],
     len: usize,
@@ -42,8 +42,8 @@ impl Default for Prefix {
 }
 
 impl Prefix {
-    /// The length of a message of `size` bytes, its call id, and the header of the field `number`,
-    /// which is the rest of it.
+    /// Starts a message of `size` bytes: its length, the call id, and the header of the field `number`,
+    /// whose `len` bytes are the rest of the message.
     #[inline]
     fn new(size: usize, id: &CallId, number: u32, len: usize) -> Self {
         let mut prefix = Self::default();
@@ -55,7 +55,7 @@ impl Prefix {
         prefix
     }
 
-    /// At most 10 bytes.
+    /// Appends a varint, of at most 10 bytes.
     #[inline]
     fn varint(&mut self, mut value: usize) {
         while value >= 0x80 {
@@ -71,7 +71,7 @@ impl Prefix {
         self.len += 1;
     }
 
-    /// The key and length of a field with a number under 16.
+    /// Appends the key and length of a field with a number under 16.
     #[inline]
     fn header(&mut self, number: u32, len: usize) {
         debug_assert!(number < 16);
@@ -95,7 +95,7 @@ pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
     out.put_slice(value);
 }
 
-/// A message whose content is small, and all of it here: `content` is that of the field `number`.
+/// Appends a whole message with a small `content`, that of the field `number`.
 pub(super) fn put_message(out: &mut BytesMut, id: &CallId, number: u32, content: &[u8]) {
     let size = head_len(number, content.len());
     out.put_slice(Prefix::new(size, id, number, content.len()).as_slice());
@@ -107,7 +107,7 @@ pub(super) fn head_len(number: u32, len: usize) -> usize {
     18 + field_len(number, len)
 }
 
-/// A call up to its payload of `len` bytes; with the payload, it must not exceed `limit`.
+/// Appends a call up to its payload of `len` bytes. The caller has checked its size.
 pub(super) fn put_call(
     out: &mut BytesMut,
     id: &CallId,
@@ -128,7 +128,7 @@ pub(super) fn call_len(peer: &[u8], protocol: &str, len: usize) -> usize {
     field_len(1, peer.len()) + field_len(2, protocol.len()) + field_len(3, len)
 }
 
-/// A reply up to its payload of `len` bytes.
+/// Appends a reply up to its payload of `len` bytes.
 pub(super) fn put_reply(out: &mut BytesMut, direction: Direction, id: &CallId, len: usize) {
     let (number, inner) = (direction.reply(), field_len(1, len));
     let mut prefix = Prefix::new(head_len(number, inner), id, number, inner);
@@ -141,7 +141,7 @@ pub(super) fn reply_len(direction: Direction, len: usize) -> usize {
     head_len(direction.reply(), field_len(1, len))
 }
 
-/// A handler's error as a reply, cut to what a message of `limit` bytes can hold.
+/// Appends a handler's error as a reply, cut to fit a message of `limit` bytes.
 pub(super) fn put_handler_error(
     out: &mut BytesMut,
     direction: Direction,
@@ -149,17 +149,17 @@ pub(super) fn put_handler_error(
     error: &str,
     limit: usize,
 ) {
-    let words = cut(error, limit).as_bytes();
-    let (number, inner) = (direction.reply(), field_len(2, words.len()));
+    let error = cut(error, limit).as_bytes();
+    let (number, inner) = (direction.reply(), field_len(2, error.len()));
     out.put_slice(Prefix::new(head_len(number, inner), id, number, inner).as_slice());
-    put_field(out, 2, words);
+    put_field(out, 2, error);
 }
 
-/// As much of an error's text as a message of `limit` bytes can hold.
-pub(super) fn cut(words: &str, limit: usize) -> &str {
-    let mut end = words.len().min(limit.saturating_sub(64).min(MAX_ERROR));
-    while !words.is_char_boundary(end) {
+/// Cuts an error message to fit a message of `limit` bytes.
+pub(super) fn cut(error: &str, limit: usize) -> &str {
+    let mut end = error.len().min(limit.saturating_sub(64).min(MAX_ERROR));
+    while !error.is_char_boundary(end) {
         end -= 1;
     }
-    &words[..end]
+    &error[..end]
 }

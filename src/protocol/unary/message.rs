@@ -15,7 +15,7 @@ pub(super) const REMOVE_HANDLER: u32 = 6;
 /// The field of a cancel, in both directions.
 pub(super) const CANCEL: u32 = 5;
 
-/// Why a [`Message::InvalidCall`] is refused.
+/// Reason for refusing a [`Message::InvalidCall`].
 pub(super) const INVALID_CALL: &str = "the call has no peer, protocol or data";
 
 /// The error of a [`Message::EmptyReply`].
@@ -26,8 +26,8 @@ pub(super) fn empty_reply() -> Error {
     }
 }
 
-/// Why a call that was skipped is refused.
-pub(super) fn why_skipped(error: &Error) -> String {
+/// Reason for refusing a call that was skipped.
+pub(super) fn skip_reason(error: &Error) -> String {
     match error {
         Error::ReplyTooLarge { size, limit } => {
             format!("the call of {size} bytes exceeds the message size limit of {limit} bytes")
@@ -36,12 +36,12 @@ pub(super) fn why_skipped(error: &Error) -> String {
     }
 }
 
-/// The error that is sent for a reply of `len` bytes that is too large.
-pub(super) fn too_large_a_reply(len: usize, limit: usize) -> String {
+/// Error sent in place of a reply of `len` bytes, which exceeds the limit.
+pub(super) fn reply_too_large(len: usize, limit: usize) -> String {
     format!("the reply of {len} bytes exceeds the message size limit of {limit} bytes")
 }
 
-/// Which way messages go.
+/// Direction of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     /// `PersistentConnectionRequest`: from the client to the daemon.
@@ -51,7 +51,7 @@ pub(super) enum Direction {
 }
 
 impl Direction {
-    /// The field that holds the reply to a call.
+    /// Number of the field that holds the reply to a call.
     pub(super) fn reply(self) -> u32 {
         match self {
             Self::ToDaemon => 4,
@@ -59,7 +59,7 @@ impl Direction {
         }
     }
 
-    /// Whether a field says what the message is.
+    /// Whether a field is one of those that determine the kind of message.
     pub(super) fn is_content(self, field: u64) -> bool {
         match self {
             Self::ToDaemon => (2..=6).contains(&field),
@@ -67,6 +67,7 @@ impl Direction {
         }
     }
 
+    /// Name of the message.
     pub(super) fn message(self) -> &'static str {
         match self {
             Self::ToDaemon => "PersistentConnectionRequest",
@@ -87,34 +88,33 @@ pub(super) enum Message<P> {
         /// Size of the payload, in bytes.
         size: usize,
     },
-    /// A call without a peer, a protocol or data. A peer wrote it, so only that call fails.
+    /// A call without peer, protocol or data. A peer wrote it, so only that call fails.
     InvalidCall { id: CallId },
     /// What a handler returned.
     Reply { id: CallId, payload: P },
     /// A handler's error.
     HandlerError { id: CallId, error: String },
-    /// A reply that has neither.
+    /// A reply with neither a payload nor an error.
     EmptyReply { id: CallId },
-    /// A reply that is not wanted, and was not copied.
+    /// A reply to no pending call; it was not copied.
     UnwantedReply { id: CallId },
-    /// Another message: the field that says which, if any, and its content.
+    /// Any other message: the field that determines its kind, if any, and its content.
     Other {
         id: CallId,
         field: Option<u64>,
         content: Bytes,
     },
-    /// A message that was too large, and was skipped.
+    /// A message that was too large and was skipped.
     Skipped {
         id: Option<CallId>,
         field: Option<u64>,
-        /// Whether all of its fields could be told apart.
+        /// Whether all of its fields were well-formed.
         is_sound: bool,
         error: Error,
     },
 }
 
-/// The part of a frame in front of its payload. `B` is bytes and `S` a string, borrowed from the frame
-/// or not.
+/// The part of a frame in front of its payload. `B` (bytes) and `S` (a string) may borrow from the frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Head<B, S> {
     Reply { id: CallId },
@@ -139,7 +139,7 @@ impl HeadRef<'_> {
 }
 
 impl Head<Bytes, String> {
-    /// The message that this is the head of.
+    /// Makes the message of a head and its payload.
     #[inline]
     pub(super) fn with<P>(self, payload: P, size: usize) -> Message<P> {
         match self {

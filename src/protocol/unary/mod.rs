@@ -1,9 +1,9 @@
 //! Unary calls: the persistent connection of hivemind's fork, on which calls and replies in both
 //! directions are matched by call ids and come in any order.
 //!
-//! [`client`] and [`server`] are its two ends as state machines. Outgoing payloads never pass through
-//! here: what is encoded is the head of a frame, and the payload follows it. Incoming, a large one is
-//! received straight into its final place, which the driver provides as a [`Payload`].
+//! [`client`] and [`server`] are its two ends as state machines. They encode only the head of a frame;
+//! the driver sends the payload behind it. A large incoming payload is received straight into its
+//! final place, which the driver provides as a [`Payload`].
 
 mod call_id;
 pub mod client;
@@ -20,7 +20,7 @@ pub use call_id::CallId;
 pub use client::{PersistentClient, UnaryEvent, UnaryLimits};
 pub use payload::Payload;
 pub use reader::{Receiving, MAX_PROTOBUF};
-#[doc(hidden)] // for drivers alone
+#[doc(hidden)] // for the drivers of this workspace
 pub use tuning::{
     CANCEL_DELAY, CANCEL_INTERVAL, HIGH_WATER, HOLD, KEPT_OUTPUT, LOOK_AHEAD, LOW_WATER,
     MAX_OUTPUT, READ_BUDGET, READ_SIZE,

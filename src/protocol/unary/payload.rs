@@ -1,12 +1,12 @@
-//! Payloads, received straight into their final place.
+//! Buffers for payloads, which are received straight into their final place.
 
-/// Where the bytes of a payload end up.
+/// A buffer for a payload.
 pub trait Payload: Sized {
-    /// Room for `len` bytes, which are going to be written; `None` if there is no memory for it.
+    /// Allocates `len` bytes, all of which will be written; `None` if there is not enough memory.
     fn with_len(len: usize) -> Option<Self>;
-    /// These bytes.
+    /// Copies a payload.
     fn copy_from(bytes: &[u8]) -> Self;
-    /// The room.
+    /// The bytes to write to.
     fn as_mut(&mut self) -> &mut [u8];
 }
 

@@ -9,45 +9,45 @@ use crate::fields::Fields;
 use crate::{framing, Error};
 use bytes::{Bytes, BytesMut};
 
-/// Payloads of at least this many bytes are received straight into their final place.
+/// Payloads of at least this many bytes are received straight into their buffer.
 pub(super) const DIRECT: usize = 16 * 1024;
 
 /// The buffer for a payload is allocated only after 1/16 of it has arrived, so that a declared
 /// length alone costs no memory.
 const EARNED: usize = 16;
 
-/// How much of a frame may come before its payload for that, in bytes.
+/// Largest head of a frame, in bytes. With a longer head, the payload is copied.
 const MAX_HEAD: usize = 1024;
 
-/// The frame buffer is kept for the next frame unless more bytes than these were in it: the share of
-/// a payload of 4 MiB that comes before there is room for it, and the head.
+/// Largest frame buffer that is kept for the next frame, in bytes: the head, and the part of a payload of
+/// 4 MiB that arrives before its buffer is allocated.
 pub(super) const KEPT_BUFFER: usize = (4 << 20) / EARNED + MAX_HEAD;
 
-/// Largest message that protobuf can have, in bytes. A longer one that exceeds the limit on
-/// incoming messages, too, ends the connection.
+/// Largest possible protobuf message, in bytes. A longer message that also exceeds the limit on incoming
+/// messages ends the connection.
 pub const MAX_PROTOBUF: usize = i32::MAX as usize;
 
 /// Reads messages out of bytes that arrive in pieces of any size.
 #[derive(Debug)]
 pub(super) struct Reader<P> {
     direction: Direction,
-    /// Largest message taken, in bytes. Larger ones are skipped.
+    /// Largest message to receive, in bytes. Larger ones are skipped.
     pub(super) max_incoming: usize,
     /// The beginning of a frame.
     pub(super) buffer: BytesMut,
     body: Body<P>,
 }
 
-/// A frame whose head was read and whose rest is still to come.
+/// A frame whose head was read and whose rest has not arrived yet.
 #[derive(Debug)]
 enum Body<P> {
     None,
     Payload(Receiving<P>),
-    /// Its bytes are dropped as they come.
+    /// Its bytes are dropped as they arrive.
     Skipped(Box<Skip>),
 }
 
-/// A payload of which a part has arrived, and the head of its frame.
+/// A payload that is being received, and the head of its frame.
 #[derive(Debug)]
 pub struct Receiving<P> {
     head: Head<Bytes, String>,
@@ -57,12 +57,12 @@ pub struct Receiving<P> {
 }
 
 impl<P: Payload> Receiving<P> {
-    /// The bytes that are missing: the driver reads into the front of them.
-    pub fn room(&mut self) -> &mut [u8] {
+    /// The bytes that are missing. The driver reads into the front of them.
+    pub fn unfilled(&mut self) -> &mut [u8] {
         &mut self.payload.as_mut()[self.filled..self.len]
     }
 
-    /// Notes that `count` bytes were read into [`room`](Self::room).
+    /// Notes that `count` bytes were read into [`unfilled`](Self::unfilled).
     pub fn filled(&mut self, count: usize) {
         self.filled = self.len.min(self.filled + count);
     }
@@ -78,10 +78,12 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// The next message. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come. `wanted` is given the head and the payload of each call and reply that
-    /// comes whole and in the usual layout, and returns the part of the payload to copy. If that is
-    /// `None`, a call is dropped, and nothing of a reply is copied.
+    /// Returns the next message, and removes its bytes from the front of `input`. `None` if all of `input`
+    /// was read and more is needed.
+    ///
+    /// `wanted` gets the head and the payload of each call and reply that arrives whole and in the usual
+    /// layout, and returns the part of the payload to copy. With `None`, a call is dropped, and nothing
+    /// of a reply is copied.
     #[inline]
     pub fn poll(
         &mut self,
@@ -92,9 +94,9 @@ impl<P: Payload> Reader<P> {
             match &mut self.body {
                 Body::None => {}
                 Body::Payload(receiving) => {
-                    let room = receiving.room();
-                    let count = input.len().min(room.len());
-                    room[..count].copy_from_slice(&input[..count]);
+                    let unfilled = receiving.unfilled();
+                    let count = input.len().min(unfilled.len());
+                    unfilled[..count].copy_from_slice(&input[..count]);
                     receiving.filled(count);
                     *input = &input[count..];
                     if receiving.filled < receiving.len {
@@ -127,7 +129,7 @@ impl<P: Payload> Reader<P> {
                 }
             }
             if self.buffer.is_empty() {
-                // Most frames come whole: those are not copied here.
+                // Most frames arrive whole, and are not copied.
                 match self.frame(input)? {
                     Frame::Whole { prefix, end } => {
                         let (frame, rest) = input.split_at(end);
@@ -154,7 +156,7 @@ impl<P: Payload> Reader<P> {
                     }
                 }
             }
-            // No further than the frame's end, or than its head may reach.
+            // Copies no more than the frame, or than its head needs.
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
                     let frame = if end > KEPT_BUFFER && end == self.buffer.len() {
@@ -188,11 +190,11 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// The rest of the room for the payload being received, which the driver may read into
-    /// directly. [`payload_filled`](Self::payload_filled) must follow.
+    /// The unfilled part of the payload that is being received. [`payload_filled`](Self::payload_filled)
+    /// must follow.
     pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
         match &mut self.body {
-            Body::Payload(receiving) => Some(receiving.room()),
+            Body::Payload(receiving) => Some(receiving.unfilled()),
             _ => None,
         }
     }
@@ -204,7 +206,7 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// Takes out the payload being received. [`resume`](Self::resume) must follow.
+    /// Takes out the payload that is being received. [`resume`](Self::resume) must follow.
     pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
         match std::mem::replace(&mut self.body, Body::None) {
             Body::Payload(receiving) => Some(receiving),
@@ -233,14 +235,14 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// How much of a frame is at the front of `bytes`.
+    /// Looks at the frame in front of `bytes`.
     fn frame(&self, bytes: &[u8]) -> Result<Frame<P>, Error> {
         let (prefix, len) = match framing::split_length(bytes, self.max_incoming) {
             Ok(Some(split)) => split,
             Ok(None) => return Ok(Frame::Needs(1)),
             Err(error) => return self.oversized(bytes, error),
         };
-        // Without a limit, the length alone can be the largest that a usize holds.
+        // Without a limit on messages, the length can be up to `usize::MAX`.
         let end = prefix.saturating_add(len);
         if bytes.len() >= end {
             return Ok(Frame::Whole { prefix, end });
@@ -276,7 +278,7 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// A frame whose length was refused with this error: it is skipped, if protobuf can have it.
+    /// Skips a frame whose length exceeds the limit, or fails if no protobuf message is that large.
     #[cold]
     fn oversized(&self, bytes: &[u8], error: Error) -> Result<Frame<P>, Error> {
         match framing::split_length(bytes, MAX_PROTOBUF) {
@@ -290,7 +292,7 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// Reads a whole message; `None` if it is a call that is not wanted.
+    /// Reads a whole message; `None` if it is a call that `wanted` dropped.
     fn whole(
         &self,
         message: &[u8],
@@ -384,21 +386,22 @@ fn read_reply<P: Payload>(id: CallId, mut fields: Fields<'_>) -> Message<P> {
             id,
             payload: P::copy_from(data),
         },
-        Some((_, words)) => Message::HandlerError {
+        Some((_, error)) => Message::HandlerError {
             id,
-            error: String::from_utf8_lossy(words).into_owned(),
+            error: String::from_utf8_lossy(error).into_owned(),
         },
         None => Message::EmptyReply { id },
     }
 }
 
+/// What to do with the frame in front of the input.
 enum Frame<P> {
-    /// All of it is there: where the message begins and ends.
+    /// It is complete: where the message begins and ends.
     Whole { prefix: usize, end: usize },
-    /// Its payload is to be received on its own. It has all the bytes there were.
+    /// Its payload is received on its own, and already has all the bytes that arrived.
     Large(Receiving<P>),
-    /// It is too large: all after its length prefix is skipped.
+    /// It is too large: all bytes after its length prefix are skipped.
     Skip { prefix: usize, skip: Box<Skip> },
-    /// So many bytes more.
+    /// This many more bytes are needed.
     Needs(usize),
 }

@@ -3,19 +3,19 @@
 use super::call_id::CallId;
 use super::message::{Direction, Head, HeadRef, CALL};
 
-/// How far the head of a frame could be read.
+/// Result of reading the head of a frame.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Scan<'a> {
-    /// The payload is all from this offset on.
+    /// The payload begins at this offset and is the rest of the message.
     Payload(HeadRef<'a>, usize),
-    /// There is more to come before the payload.
+    /// The head has not arrived completely.
     Incomplete,
-    /// It is laid out in another way, or has no payload.
+    /// The message has another layout, or no payload.
     Other,
 }
 
-/// Looks for the payload in a message of `len` bytes of which `bytes` are there, if it is laid out
-/// as Go and prost do it: fields in the order of their numbers, the payload last.
+/// Finds the payload in a message of `len` bytes, of which `bytes` have arrived. Expects the layout of Go
+/// and prost: fields in the order of their numbers, the payload last.
 pub(super) fn scan(bytes: &[u8], len: usize, direction: Direction) -> Scan<'_> {
     let mut at = Cursor {
         bytes,
@@ -65,7 +65,7 @@ impl<'a> Cursor<'a> {
         Ok(*byte)
     }
 
-    /// The number of a length-delimited field, below 16.
+    /// Reads the number of a length-delimited field, which must be below 16.
     fn key(&mut self) -> Result<u8, Scan<'a>> {
         match self.byte()? {
             key if key & 0x87 == 2 => Ok(key >> 3),
@@ -98,7 +98,7 @@ impl<'a> Cursor<'a> {
         Ok(value)
     }
 
-    /// Enters a field that must reach to the end.
+    /// Reads the length of a field that must extend to the end of the message.
     fn enter_last(&mut self) -> Result<(), Scan<'a>> {
         if self.length()? + self.offset == self.end {
             return Ok(());

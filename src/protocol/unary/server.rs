@@ -1,4 +1,4 @@
-//! The daemon's end of a persistent connection.
+//! The daemon's end of a persistent connection as a state machine.
 
 use super::call_id::{CallId, CallIds, IdHasher};
 use super::encode::{
@@ -6,8 +6,8 @@ use super::encode::{
     put_reply, reply_len,
 };
 use super::message::{
-    empty_reply, too_large_a_reply, why_skipped, Direction, Head, Message, ADD_HANDLER, CALL,
-    CANCEL, INVALID_CALL, REMOVE_HANDLER,
+    empty_reply, reply_too_large, skip_reason, Direction, Head, Message, ADD_HANDLER, CALL, CANCEL,
+    INVALID_CALL, REMOVE_HANDLER,
 };
 use super::payload::Payload;
 use super::reader::{Reader, Receiving};
@@ -19,7 +19,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
-/// The field of a refusal.
+/// The field that holds a refusal.
 const DAEMON_ERROR: u32 = 4;
 
 /// Limits of a persistent connection, as its daemon sees it.
@@ -29,7 +29,7 @@ pub struct ServerLimits {
     /// Largest message to receive, and to send, in bytes. A larger one fails its call alone.
     /// Default: 4 MiB.
     pub max_message: usize,
-    /// Number of the client's calls that may be under way. More are refused. Default: 65,536.
+    /// Largest number of unanswered calls of the client. More are refused. Default: 65,536.
     pub max_calls: usize,
     /// Size of their payloads, in bytes, above which more calls are refused. Default: 1 GiB.
     pub max_call_bytes: usize,
@@ -73,8 +73,8 @@ impl ServerLimits {
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ServerEvent<T, P> {
-    /// The client wants to handle calls of a protocol: [acknowledge](PersistentServer::acknowledge)
-    /// or [refuse](PersistentServer::refuse) it.
+    /// The client wants to handle calls of a protocol. [Acknowledge](PersistentServer::acknowledge) or
+    /// [refuse](PersistentServer::refuse) it.
     AddHandler {
         /// The request.
         id: CallId,
@@ -83,14 +83,14 @@ pub enum ServerEvent<T, P> {
         /// Whether several clients may serve the name in turn.
         balanced: bool,
     },
-    /// The client no longer wants to. Answered likewise.
+    /// The client no longer wants to handle calls of a protocol. Answer as to `AddHandler`.
     RemoveHandler {
         /// The request.
         id: CallId,
         /// The handler's name.
         protocol: String,
     },
-    /// The client calls a peer's handler: [reply](PersistentServer::reply), with an
+    /// The client calls a peer's handler. [Reply](PersistentServer::reply), reply with an
     /// [error](PersistentServer::reply_error), or [refuse](PersistentServer::refuse) it.
     Call {
         /// The call.
@@ -99,67 +99,67 @@ pub enum ServerEvent<T, P> {
         peer: Bytes,
         /// The handler's name.
         protocol: String,
-        /// What the handler is called with.
+        /// Argument of the call.
         payload: P,
     },
-    /// The client no longer waits for the reply to this call, and is not sent one.
+    /// The client has cancelled its call. A reply to it sends nothing.
     Cancelled {
         /// The call.
         id: CallId,
     },
-    /// What the client's handler returned.
+    /// The client's handler has returned.
     Reply {
-        /// The call that it was given.
+        /// The call that the client was given.
         token: T,
-        /// What it returned.
+        /// Result of the handler.
         payload: P,
     },
-    /// The client's handler failed, in these words.
+    /// The client's handler failed.
     HandlerFailed {
-        /// The call that it was given.
+        /// The call that the client was given.
         token: T,
-        /// The words.
+        /// The handler's error message.
         error: String,
     },
     /// The client's reply is invalid or too large. Only this call fails.
     InvalidReply {
         /// The call that the client was given.
         token: T,
-        /// What is wrong with it.
+        /// Error in the reply.
         error: Error,
     },
-    /// A message that must be [refused](PersistentServer::refuse).
+    /// A call or request that the driver must [refuse](PersistentServer::refuse).
     Rejected {
         /// The call or request.
         id: CallId,
-        /// Why.
+        /// Reason to send to the client.
         reason: Cow<'static, str>,
     },
-    /// A message that was too large was skipped, and no call id was found in it. The driver logs it.
+    /// A message was too large and was skipped, and it had no call id. The driver should log it.
     Skipped {
         /// Why.
         error: Error,
     },
 }
 
-/// A call or reply that a driver may look at in place, before any of it is copied.
+/// A call or reply that the driver may inspect in place, before any of it is copied.
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Offered<'a, 't, T> {
-    /// A call. The driver returns the payload of the reply, or `None` if it does not answer at once.
+    /// A call. The driver returns the payload of its reply, or `None` to get the call as an event.
     Call {
         /// The peer.
         peer: &'a [u8],
         /// The handler's name.
         protocol: &'a str,
-        /// What the handler is called with.
+        /// Argument of the call.
         payload: &'a [u8],
     },
-    /// A reply. The driver returns the payload of the event, or `None` for the whole one.
+    /// A reply. The driver returns the part of the payload for the event, or `None` for all of it.
     Reply {
         /// The call that the client was given.
         token: &'t mut T,
-        /// What the client's handler returned.
+        /// The client's handler has returned.
         payload: &'a [u8],
     },
 }
@@ -185,7 +185,7 @@ pub enum Offered<'a, 't, T> {
 /// let Some(ServerEvent::Call { id, payload, .. }) = server.poll(&mut &out[..])? else { panic!() };
 /// let mut out = BytesMut::new();
 /// if server.reply(&id, payload.len(), &mut out) {
-///     out.extend_from_slice(&payload); // the payload goes right behind the head
+///     out.extend_from_slice(&payload); // the payload follows the head
 /// }
 /// let event = client.poll(&mut &out[..])?;
 /// assert_eq!(event, Some(UnaryEvent::Reply { token: "my call", payload: b"hi".to_vec() }));
@@ -195,8 +195,8 @@ pub enum Offered<'a, 't, T> {
 pub struct PersistentServer<T, P> {
     limits: ServerLimits,
     reader: Reader<P>,
-    /// The client's calls that are under way, with the size of their payloads. The client chooses
-    /// the ids, hence the standard hasher.
+    /// The client's unanswered calls, with the sizes of their payloads. The client chooses the ids, hence
+    /// the standard hasher.
     calls: HashMap<CallId, usize>,
     call_bytes: usize,
     ids: CallIds,
@@ -219,12 +219,12 @@ impl<T, P: Payload> PersistentServer<T, P> {
 
     // --- out ---
 
-    /// Says that a handler was added or removed.
+    /// Acknowledges that a handler was added or removed.
     pub fn acknowledge(&self, id: &CallId, out: &mut BytesMut) {
         put_acknowledgement(out, id);
     }
 
-    /// Refuses a call, or to add or remove a handler, in these words.
+    /// Refuses a call, or to add or remove a handler, with an error message.
     pub fn refuse(&mut self, id: &CallId, words: &str, out: &mut BytesMut) {
         self.finish(id);
         let error = p2pd::DaemonError {
@@ -235,15 +235,14 @@ impl<T, P: Payload> PersistentServer<T, P> {
         put_message(out, id, DAEMON_ERROR, &error.encode_to_vec());
     }
 
-    /// Replies to a call, if the client still waits. Appends the head of the frame to `out` and
-    /// returns true if the payload of `len` bytes must follow. A payload that is too large becomes
-    /// an error at the client.
+    /// Replies to a call, unless it was cancelled. Appends the head of the frame to `out` and returns true
+    /// if the payload of `len` bytes must follow. The client gets an error if the payload is too large.
     pub fn reply(&mut self, id: &CallId, len: usize, out: &mut BytesMut) -> bool {
         if !self.calls.contains_key(id) {
             return false;
         }
         if reply_len(Direction::ToClient, len) > self.limits.max_message {
-            let words = too_large_a_reply(len, self.limits.max_message);
+            let words = reply_too_large(len, self.limits.max_message);
             self.refuse(id, &words, out);
             return false;
         }
@@ -252,16 +251,16 @@ impl<T, P: Payload> PersistentServer<T, P> {
         true
     }
 
-    /// Replies to a call with the error of a peer's handler, if the client still waits.
+    /// Replies to a call with the error of a peer's handler, unless it was cancelled.
     pub fn reply_error(&mut self, id: &CallId, error: &str, out: &mut BytesMut) {
         if self.finish(id) {
             put_handler_error(out, Direction::ToClient, id, error, self.limits.max_message);
         }
     }
 
-    /// Gives the client a call to handle. Appends the head of the frame, which the payload of `len`
-    /// bytes must follow. The call gets an id of this connection's own, so that peers cannot choose
-    /// ids that collide.
+    /// Gives the client a call to handle. Appends the head of the frame to `out`; the payload of `len` bytes
+    /// must follow. The call gets an id of this connection's own, so that peers cannot choose ids that
+    /// collide.
     ///
     /// # Errors
     /// [`Error::RequestTooLarge`]; nothing was sent.
@@ -281,14 +280,14 @@ impl<T, P: Payload> PersistentServer<T, P> {
         Ok(id)
     }
 
-    /// Tells the client that nobody waits for its handler any more. `None` if it has replied.
+    /// Cancels a call that the client handles. `None` if the client has replied.
     pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
         let token = self.handled.remove(id)?;
         put_cancel(out, id);
         Some(token)
     }
 
-    /// [Cancels](Self::cancel) all calls whose tokens are `unwanted`.
+    /// [Cancels](Self::cancel) all calls for whose token `unwanted` returns true.
     pub fn cancel_all(&mut self, unwanted: impl Fn(&T) -> bool, out: &mut BytesMut) {
         self.handled.retain(|id, token| {
             let unwanted = unwanted(token);
@@ -301,8 +300,8 @@ impl<T, P: Payload> PersistentServer<T, P> {
 
     // --- in ---
 
-    /// The next event. Takes what it needs off the front of `input`; `None` if it has taken all
-    /// and more must come.
+    /// Returns the next event, and removes its bytes from the front of `input`. `None` if all of `input`
+    /// was read and more is needed.
     ///
     /// # Errors
     /// The protocol was violated. The connection must be closed.
@@ -310,12 +309,12 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.poll_in_place(input, &mut BytesMut::new(), |_| None)
     }
 
-    /// Like [`poll`](Self::poll), but offers calls and replies to `look` first, without a copy of
-    /// them. If it answers a call, the whole frame of the reply is appended to `out`, and the call is
-    /// no event. Messages whose frames arrive in pieces are not offered.
+    /// Like [`poll`](Self::poll), but offers calls and replies to `look` first, without copying them. If
+    /// `look` answers a call, the whole reply is appended to `out`, and there is no event. Messages whose
+    /// frames arrive in pieces are not offered.
     ///
     /// # Errors
-    /// As those of [`poll`](Self::poll).
+    /// Those of [`poll`](Self::poll).
     pub fn poll_in_place(
         &mut self,
         input: &mut &[u8],
@@ -357,14 +356,14 @@ impl<T, P: Payload> PersistentServer<T, P> {
             let Some(message) = message else {
                 return Ok(None);
             };
-            if let Some(event) = self.came(message)? {
+            if let Some(event) = self.on_message(message)? {
                 return Ok(Some(event));
             }
         }
     }
 
-    /// The rest of the room for the payload being received, which the driver may read into
-    /// directly. [`payload_filled`](Self::payload_filled) must follow.
+    /// The unfilled part of the payload that is being received. The driver may read into it directly, and
+    /// then must call [`payload_filled`](Self::payload_filled).
     pub fn payload_buffer(&mut self) -> Option<&mut [u8]> {
         self.reader.payload_buffer()
     }
@@ -374,31 +373,30 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.reader.payload_filled(count);
     }
 
-    /// Takes out the payload being received, for a driver whose threads share this connection: the
-    /// one that waits for the bytes keeps no lock meanwhile. [`resume`](Self::resume) must follow
-    /// before the next [`poll`](Self::poll).
+    /// Takes out the payload that is being received, so that a driver with several threads can read into it
+    /// without a lock. [`resume`](Self::resume) must follow before the next [`poll`](Self::poll).
     pub fn take_receiving(&mut self) -> Option<Receiving<P>> {
         self.reader.take_receiving()
     }
 
-    /// Puts back what [`take_receiving`](Self::take_receiving) took out.
+    /// Puts back the payload that [`take_receiving`](Self::take_receiving) took out.
     pub fn resume(&mut self, receiving: Receiving<P>) {
         self.reader.resume(receiving);
     }
 
-    /// The error for an end of the connection that is seen now.
+    /// The error to report if the connection ends now.
     pub fn end_of_file(&self) -> Error {
         Error::Closed {
             mid_message: self.reader.is_mid_message(),
         }
     }
 
-    /// Whether a call of the client's is under way: neither answered nor cancelled.
-    pub fn is_under_way(&self, id: &CallId) -> bool {
+    /// Whether a call of the client is neither answered nor cancelled.
+    pub fn is_unanswered(&self, id: &CallId) -> bool {
         self.calls.contains_key(id)
     }
 
-    /// Number of the client's calls that are under way.
+    /// Number of the client's unanswered calls.
     pub fn calls(&self) -> usize {
         self.calls.len()
     }
@@ -408,14 +406,13 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.handled.len()
     }
 
-    /// Gives up on the calls that the client handles, since the connection has ended: their
-    /// callers must be told.
+    /// Removes the calls that the client handles, since the connection has ended. Their callers must get an
+    /// error.
     pub fn take_handled(&mut self) -> Vec<T> {
         self.handled.drain().map(|(_, token)| token).collect()
     }
 
-    /// Gives up on the client's own calls, since the connection has ended: they must be cancelled
-    /// at the peers.
+    /// Removes the client's own calls, since the connection has ended. They must be cancelled at the peers.
     pub fn take_calls(&mut self) -> Vec<CallId> {
         self.call_bytes = 0;
         self.calls.drain().map(|(id, _)| id).collect()
@@ -423,16 +420,16 @@ impl<T, P: Payload> PersistentServer<T, P> {
 
     // --- within ---
 
-    /// A call has been answered; returns whether the client waited for that.
+    /// Removes a call of the client; returns whether the client still waited for the answer.
     fn finish(&mut self, id: &CallId) -> bool {
         let size = self.calls.remove(id);
         self.call_bytes -= size.unwrap_or_default();
         size.is_some()
     }
 
-    /// What follows from a message.
+    /// Turns a message into an event, if it is one for the driver.
     #[inline]
-    fn came(&mut self, message: Message<P>) -> Result<Option<ServerEvent<T, P>>, Error> {
+    fn on_message(&mut self, message: Message<P>) -> Result<Option<ServerEvent<T, P>>, Error> {
         Ok(match message {
             Message::Call {
                 id,
@@ -440,7 +437,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 protocol,
                 payload,
                 size,
-            } => Some(self.called(id, peer, protocol, payload, size)),
+            } => Some(self.on_call(id, peer, protocol, payload, size)),
             Message::InvalidCall { id } => Some(self.reject(id, INVALID_CALL)),
             Message::Reply { id, payload } => {
                 let token = self.handled.remove(&id);
@@ -469,7 +466,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         })
     }
 
-    fn called(
+    fn on_call(
         &mut self,
         id: CallId,
         peer: Bytes,
@@ -531,7 +528,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         })
     }
 
-    /// What follows from a frame that was skipped.
+    /// Returns the event of a frame that was skipped.
     fn skipped(
         &mut self,
         id: CallId,
@@ -545,11 +542,11 @@ impl<T, P: Payload> PersistentServer<T, P> {
         if field == Some(u64::from(CANCEL)) {
             return self.finish(&id).then_some(ServerEvent::Cancelled { id });
         }
-        Some(self.reject(id, why_skipped(&error)))
+        Some(self.reject(id, skip_reason(&error)))
     }
 
-    /// A message that cannot be served. A refusal of one with the id of a call that is under way
-    /// would answer that call, so such a message is skipped.
+    /// Rejects a message, unless it has the id of an unanswered call, which the refusal would answer. Such
+    /// a message is skipped.
     fn reject(&self, id: CallId, reason: impl Into<Cow<'static, str>>) -> ServerEvent<T, P> {
         let reason = reason.into();
         if self.calls.contains_key(&id) {
@@ -560,7 +557,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
     }
 }
 
-/// A message with a call id and nothing else.
+/// Appends a message that has only a call id.
 fn put_acknowledgement(out: &mut BytesMut, id: &CallId) {
     let message = p2pd::PersistentConnectionResponse {
         call_id: Some(Bytes::copy_from_slice(id)),

@@ -1,27 +1,27 @@
-//! Frames that are too large: their bytes are dropped as they come, except for the call id.
+//! Frames that are too large: their bytes are dropped as they arrive, except for the call id.
 
 use super::call_id::CallId;
 use super::message::Direction;
 use crate::Error;
 
-/// A frame that is skipped, and the fields found in it so far.
+/// A frame that is being skipped.
 ///
-/// Reads the fields of the message in pieces of any size and stores none of them but the call id, so
-/// that it is found wherever it stands, in bounded memory.
+/// Reads the fields of the message in pieces of any size, but stores only the call id. It therefore finds
+/// the id anywhere in the message, in bounded memory.
 #[derive(Debug)]
 pub(super) struct Skip {
-    /// Why it is skipped.
+    /// Reason why it is skipped.
     pub error: Error,
     direction: Direction,
-    /// Bytes of the frame that are still to come.
+    /// Number of bytes of the frame that have not arrived yet.
     left: usize,
     reading: Reading,
-    /// The varint that is being read: its value so far, and how many bits of it have come.
+    /// The varint that is being read: its value so far, and the number of bits read.
     varint: u64,
     bits: u32,
     /// Number of the field whose length is being read.
     field: u64,
-    /// Number of groups that the present field is in.
+    /// Number of groups that enclose the current field.
     depth: usize,
     id: [u8; 16],
     has_id: bool,
@@ -34,11 +34,11 @@ enum Reading {
     Key,
     Varint,
     Length,
-    /// A value of which so many bytes are left.
+    /// A value of which this many bytes are left.
     Value(u64),
-    /// The call id, of which so many bytes have come.
+    /// The call id, of which this many bytes were read.
     Id(usize),
-    /// The rest cannot be told apart.
+    /// The rest of the message is malformed.
     Malformed,
 }
 
@@ -60,7 +60,7 @@ impl Skip {
         }
     }
 
-    /// Takes the bytes of the frame off the front of `input`.
+    /// Removes the bytes of the frame from the front of `input`.
     pub fn take(&mut self, input: &mut &[u8]) {
         let (mut bytes, rest) = input.split_at(self.left.min(input.len()));
         *input = rest;
@@ -93,22 +93,22 @@ impl Skip {
         }
     }
 
-    /// Whether all of the frame has come.
+    /// Whether the whole frame was read.
     pub fn is_over(&self) -> bool {
         self.left == 0
     }
 
-    /// The call id, if there was one.
+    /// The call id, if one was found.
     pub fn call_id(&self) -> Option<CallId> {
         self.has_id.then_some(self.id)
     }
 
-    /// Number of the last field that says what the message is.
+    /// Number of the last field that determines the kind of message.
     pub fn content(&self) -> Option<u64> {
         self.content
     }
 
-    /// Whether all fields could be told apart.
+    /// Whether all fields were well-formed.
     pub fn is_sound(&self) -> bool {
         self.reading == Reading::Key && self.bits == 0 && self.depth == 0
     }
@@ -125,11 +125,11 @@ impl Skip {
         if byte < 0x80 {
             let number = std::mem::take(&mut self.varint);
             self.bits = 0;
-            self.varint_came(number);
+            self.on_varint(number);
         }
     }
 
-    fn varint_came(&mut self, number: u64) {
+    fn on_varint(&mut self, number: u64) {
         match self.reading {
             Reading::Key => {
                 self.field = number >> 3;
@@ -169,7 +169,7 @@ impl Skip {
         }
     }
 
-    /// So many bytes of a value are left.
+    /// Goes on with a value of which this many bytes are left.
     fn value(&mut self, left: u64) {
         self.reading = if left == 0 {
             Reading::Key

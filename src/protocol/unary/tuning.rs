@@ -1,36 +1,36 @@
-//! Read sizes, water marks and delays, the same for every driver of a persistent connection.
+//! Read sizes, water marks and delays that every driver of a persistent connection uses.
 
 use std::time::Duration;
 
-/// How much one read takes that is not into a payload's own place, in bytes.
+/// Size of one read into the driver's scratch buffer, in bytes.
 pub const READ_SIZE: usize = 64 * 1024;
 
-/// What is read behind a payload in the same system call, so that the next head comes with it, and
-/// enough of a payload of 64 KiB, or of twice that, for room to be made for it.
+/// Size of the look-ahead, in bytes: the part of a read that goes past the end of a payload. One system
+/// call then also returns the next head, and enough of a payload of up to 128 KiB to allocate its buffer.
 pub const LOOK_AHEAD: usize = 8 * 1024;
 
-/// How much is read before others get a turn, in bytes.
+/// Number of bytes read before other tasks may run.
 pub const READ_BUDGET: usize = 1024 * 1024;
 
-/// While more than this waits to be sent, in bytes, callers wait, …
+/// Callers wait while the output is larger than this, in bytes, …
 pub const HIGH_WATER: usize = 1024 * 1024;
-/// … until no more than this does.
+/// … until it has shrunk to this.
 pub const LOW_WATER: usize = 256 * 1024;
 
-/// How much room for what waits to be sent is kept, in bytes: for a hundred small calls.
+/// Largest output buffer that is kept for reuse, in bytes: enough for a hundred small calls.
 pub const KEPT_OUTPUT: usize = 128 * 1024;
 
-/// While more than this waits to be sent, in bytes, nothing is read: the replies to more calls
-/// would only wait too. Far above the rest, for a daemon that writes before it reads on would
-/// otherwise wait for us as we for it.
+/// Reading stops while the output is larger than this, in bytes, since the replies to more calls would
+/// only make it larger. It is far above the other marks: a daemon that writes before it reads would
+/// otherwise wait for this client, which waits for the daemon.
 pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
 /// Default of [`UnaryLimits::hold`].
 pub const HOLD: Duration = Duration::from_secs(5);
 
-/// How old a call is, at the least, when the daemon is told to cancel it: hivemind's crashes on a
-/// cancel that it takes while it begins the call (it writes a reply that is nil).
+/// Least age of a call at which it is cancelled. hivemind's daemon crashes on a cancel that arrives while
+/// it starts the call (it writes a reply that is nil).
 pub const CANCEL_DELAY: Duration = Duration::from_millis(20);
 
-/// How often what is to be said of cancelled calls is.
+/// Interval between repeated Cancel messages.
 pub const CANCEL_INTERVAL: Duration = Duration::from_millis(50);

@@ -64,7 +64,7 @@ impl<T, F> State<T, F> {
 
     /// Refuses a call, if the client still waits.
     pub(super) fn refuse(&mut self, id: &CallId, words: &str) {
-        if self.server.is_under_way(id) {
+        if self.server.is_unanswered(id) {
             self.forwarded.remove(id);
             self.refuse_request(id, words);
         }

@@ -83,7 +83,7 @@ impl Server<'_> {
             receiving = state.server.take_receiving();
             drop(state);
             self.outbox.flush()?;
-            let room = receiving.as_mut().map(Receiving::room);
+            let room = receiving.as_mut().map(Receiving::unfilled);
             let count = input.fill(&own.socket, room.unwrap_or_default())?;
             if count == 0 {
                 return Ok(());
@@ -226,7 +226,7 @@ impl Server<'_> {
         })?;
         let mut state = lock(&self.outbox.own.state);
         // The handler may have replied already.
-        if state.server.is_under_way(&id) {
+        if state.server.is_unanswered(&id) {
             let forwarded = Forwarded::Call(handler, forwarded);
             state.forwarded.insert(id, forwarded);
         }

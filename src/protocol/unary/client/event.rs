@@ -10,71 +10,71 @@ use std::borrow::Cow;
 /// The enum is exhaustive on purpose: a driver that ignores a new event would leave a caller waiting.
 #[derive(Debug, PartialEq, Eq)]
 pub enum UnaryEvent<T, P> {
-    /// The reply to a call.
+    /// A call was answered.
     Reply {
         /// The call.
         token: T,
-        /// What the handler returned.
+        /// Result of the handler.
         payload: P,
     },
     /// A handler was added or removed.
     Acknowledged {
-        /// The request to do so.
+        /// The request to add or remove it.
         token: T,
     },
-    /// The peer's handler failed, in these words.
+    /// The peer's handler failed.
     HandlerFailed {
         /// The call.
         token: T,
-        /// The words.
+        /// The handler's error message.
         error: String,
     },
-    /// The daemon refused a call, or to add or remove a handler, in these words.
+    /// The daemon refused a call, or to add or remove a handler.
     Refused {
-        /// The call.
+        /// The call or request.
         token: T,
-        /// The words.
+        /// The daemon's error message.
         error: String,
     },
-    /// The answer is none. The connection is good still: it is the peer that sent it.
+    /// The peer's reply is invalid. Only this call fails; the connection stays usable.
     InvalidReply {
         /// The call.
         token: T,
-        /// What is wrong with it.
+        /// Error in the reply.
         error: Error,
     },
-    /// A peer calls.
+    /// A peer calls a handler of this client.
     Call {
-        /// What the reply must carry.
+        /// Id of the call, for the reply.
         id: CallId,
-        /// The caller.
+        /// The calling peer.
         peer: Bytes,
-        /// The handler.
+        /// Name of the handler.
         protocol: String,
-        /// What it is called with.
+        /// Argument of the call.
         payload: P,
     },
-    /// Whoever made the call with this id is gone: there is nobody to reply to. The call counts as
-    /// at work until it is replied to all the same, which sends nothing.
+    /// The caller has cancelled its call. The driver must still reply, which sends nothing: until then
+    /// the call counts as unanswered.
     Cancelled {
         /// The call.
         id: CallId,
     },
-    /// A peer calls, and is to be [refused](super::PersistentClient::refuse).
+    /// A peer's call that the driver must [refuse](super::PersistentClient::refuse).
     Rejected {
         /// The call.
         id: CallId,
-        /// Why.
+        /// Reason to send to the peer.
         reason: Cow<'static, str>,
     },
-    /// The answer was too large, and was skipped. The connection stays usable.
+    /// The reply was too large and was skipped. The connection stays usable.
     Oversized {
         /// The call.
         token: T,
         /// [`Error::ReplyTooLarge`] or [`Error::NoMemory`].
         error: Error,
     },
-    /// A message that was too large was skipped, and no call id was found in it. The driver logs it.
+    /// A message was too large and was skipped, and it had no call id. The driver should log it.
     Skipped {
         /// As in [`UnaryEvent::Oversized`].
         error: Error,

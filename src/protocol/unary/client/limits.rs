@@ -3,8 +3,8 @@
 use crate::unary::tuning::HOLD;
 use std::time::Duration;
 
-/// Difference between the largest message to send and the largest one taken, in bytes: the daemon
-/// checks what a peer sent before it replaces our peer id with the caller's.
+/// Default difference between the largest message to receive and the largest one to send, in bytes. The
+/// daemon checks the size of a peer's call before it adds the peer's id to it.
 const INCOMING_ALLOWANCE: usize = 64 << 10;
 
 /// Limits of a persistent connection. [`PersistentClient::set_limits`](super::PersistentClient::set_limits) changes them at any time.
@@ -86,7 +86,7 @@ impl UnaryLimits {
         self
     }
 
-    /// Largest message taken, in bytes.
+    /// Largest message to receive, in bytes.
     pub(super) fn incoming(&self) -> usize {
         let default = self.max_message.saturating_add(INCOMING_ALLOWANCE);
         self.max_incoming.unwrap_or(default)

@@ -142,7 +142,7 @@ fn answers_offered_calls_in_place() {
     assert!(matches!(poll(), Ok(Some(Event::Call { id, .. })) if id == other));
     assert_eq!(poll(), Ok(None));
     assert_eq!(server.calls(), 1);
-    assert!(server.is_under_way(&other));
+    assert!(server.is_unanswered(&other));
     let mut input = &out[..];
     for (token, payload) in [(1, b"first"), (3, b"third")] {
         let payload = payload.to_vec();
@@ -211,7 +211,7 @@ fn a_payload_is_received_while_the_connection_is_used() {
     server
         .handle(b"caller", "echo", 0, 5, &mut BytesMut::new())
         .unwrap();
-    receiving.room().copy_from_slice(rest);
+    receiving.unfilled().copy_from_slice(rest);
     receiving.filled(rest.len());
     server.resume(receiving);
     assert!(matches!(
@@ -332,7 +332,7 @@ fn an_oversized_message_fails_its_call_alone() {
 }
 
 #[test]
-fn an_ended_connection_gives_up_what_is_under_way() {
+fn an_ended_connection_gives_up_what_is_unanswered() {
     let mut server = server();
     call(&mut server, [1; 16], b"x");
     server
