@@ -1,5 +1,4 @@
-//! The output queue of a connection. It returns the slices to write next, and is told how many bytes were
-//! written.
+//! The output queue of a connection: bytes to send, as slices for vectored writes.
 
 use bytes::{Buf, BytesMut};
 use std::collections::VecDeque;

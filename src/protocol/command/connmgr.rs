@@ -1,4 +1,5 @@
-//! CONNMANAGER: which connections the daemon keeps. The JavaScript daemon has no such requests.
+//! CONNMANAGER: tags that decide which connections the daemon keeps. The JavaScript daemon does not have
+//! these requests.
 
 use super::family::{family, replies_done};
 use super::message::{encode, peer_id, required};
@@ -9,7 +10,7 @@ use bytes::Bytes;
 
 family!(requests { TagPeer, UntagPeer, Trim } queries {});
 
-/// Tags a peer. Connections to peers with more weight are kept longer.
+/// Tags a peer. Connections to peers of greater weight are kept longer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TagPeer {
     /// The peer.

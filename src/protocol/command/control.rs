@@ -15,26 +15,26 @@ family!(requests { Identify, Connect, Disconnect, ListPeers } queries {});
 pub struct PeerInfo {
     /// The peer.
     pub peer_id: PeerId,
-    /// Where it can be reached.
+    /// Its addresses.
     pub addrs: Vec<Multiaddr>,
 }
 
-/// Asks for the daemon's peer id and addresses.
+/// Requests the daemon's peer id and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identify;
 
-/// Who a daemon is: the reply to [`Identify`].
+/// A daemon's peer id and addresses: the reply to [`Identify`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Identity {
     /// Its peer id.
     pub peer_id: PeerId,
-    /// Where it listens for peers.
+    /// Addresses at which it listens for peers.
     pub addrs: Vec<Multiaddr>,
 }
 
 impl Identity {
-    /// A daemon's peer id and addresses.
+    /// Makes the reply to [`Identify`].
     pub fn new(peer_id: PeerId, addrs: Vec<Multiaddr>) -> Self {
         Self { peer_id, addrs }
     }
@@ -74,9 +74,9 @@ impl Request for Identify {
 pub struct Connect {
     /// The peer.
     pub peer: PeerId,
-    /// Its addresses; with none, those that the daemon knows.
+    /// Its addresses. Without any, the daemon uses the addresses that it knows.
     pub addrs: Vec<Multiaddr>,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
@@ -116,7 +116,7 @@ impl Request for Disconnect {
     }
 }
 
-/// Asks for the connected peers: one entry per connection, so a peer can appear twice.
+/// Requests the connected peers: one entry per connection, so a peer can appear twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListPeers;
 
@@ -165,7 +165,7 @@ impl Command {
     }
 }
 
-/// A peer and its addresses as a message.
+/// Makes the message of a peer and its addresses.
 pub(super) fn encode_peer_info(info: &PeerInfo) -> p2pd::PeerInfo {
     p2pd::PeerInfo {
         id: Some(info.peer_id.to_bytes()),

@@ -1,4 +1,4 @@
-//! DHT requests. A query is answered with one value, or with BEGIN, any number of values, and END.
+//! Requests to the DHT. The answer to a query is one value, or BEGIN, any number of values, and END.
 
 use super::control::{decode_peer_info, encode_peer_info};
 use super::family::{family, replies_done};
@@ -21,27 +21,27 @@ family!(requests { PutValue, Provide }
 pub struct FindPeer {
     /// The peer.
     pub peer: PeerId,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Finds the peers connected to a peer. Today's Go daemons refuse it as not supported.
+/// Finds the peers that are connected to a peer. Current Go daemons do not support it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FindPeersConnectedToPeer {
     /// The peer.
     pub peer: PeerId,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Finds providers of a content.
+/// Finds providers of content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FindProviders {
     /// The content's binary CID.
     pub cid: Bytes,
-    /// The maximum number; 0 means the daemon's default of 20.
+    /// Largest number of providers; 0 means the daemon's default of 20.
     pub count: i32,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
@@ -50,7 +50,7 @@ pub struct FindProviders {
 pub struct GetClosestPeers {
     /// The key.
     pub key: Bytes,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
@@ -59,7 +59,7 @@ pub struct GetClosestPeers {
 pub struct GetPublicKey {
     /// The peer.
     pub peer: PeerId,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
@@ -68,41 +68,40 @@ pub struct GetPublicKey {
 pub struct GetValue {
     /// The key.
     pub key: Bytes,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Gets ever better values for a key.
+/// Gets better and better values for a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SearchValue {
     /// The key.
     pub key: Bytes,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Puts a record. The daemons accept only `/pk/…` and `/ipns/…` keys with valid values.
+/// Stores a value. The daemons accept only `/pk/…` and `/ipns/…` keys with valid values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PutValue {
     /// The key.
     pub key: Bytes,
     /// The value.
     pub value: Bytes,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Announces that this peer provides a content.
+/// Announces that the daemon's peer provides content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provide {
     /// The content's binary CID.
     pub cid: Bytes,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
-/// Implements [`Query`]: its type in the protocol, its kind of value, how many of them, and the
-/// fields of its request.
+/// Implements [`Query`]: its name, the number and kind of its values, and the fields of its request.
 macro_rules! query {
     ($name:ident, $text:literal, $answered:ident, $value:ty, $encode:ident, $decode:ident, $($field:ident: $fill:expr),*) => {
         impl Query for $name {
@@ -247,7 +246,7 @@ fn encode_dht(
     encode(request::Type::Dht, |request| request.dht = Some(dht))
 }
 
-/// A part of the answer to a query, without a value.
+/// Makes a part of the answer to a query, without a value.
 pub fn step(r#type: dht_response::Type) -> p2pd::DhtResponse {
     p2pd::DhtResponse {
         r#type: Some(r#type as i32),
@@ -255,8 +254,8 @@ pub fn step(r#type: dht_response::Type) -> p2pd::DhtResponse {
     }
 }
 
-/// The first part of the answer to a query as the response that holds it. All others are sent as
-/// they are.
+/// Makes the response that holds the first part of the answer to a query. All later parts are sent without
+/// a response.
 pub fn in_response(dht: p2pd::DhtResponse) -> p2pd::Response {
     p2pd::Response {
         dht: Some(dht),

@@ -1,10 +1,10 @@
 //! The macros that join the requests of a family.
 
-/// A family's requests as one enum, each variant named as its struct. `requests` implement
-/// [`Request`], `queries` implement [`Query`].
+/// Joins the requests of a family in an enum `Command`, and their replies in an enum `Reply`. Each variant has
+/// the name of its request. `requests` implement `Request`, `queries` implement `Query`.
 macro_rules! family {
     (requests { $($request:ident),* $(,)? } queries { $($query:ident),* $(,)? }) => {
-        /// One of this family's requests.
+        /// A request of this family.
         #[derive(Debug, Clone, PartialEq, Eq)]
         #[non_exhaustive]
         #[allow(missing_docs)] // each variant is the struct of its name
@@ -14,7 +14,7 @@ macro_rules! family {
         }
 
         impl Command {
-            /// The request as it goes over the wire, length first.
+            /// Encodes the request, with its length in front.
             pub fn encode(&self) -> bytes::Bytes {
                 match self {
                     $(Self::$request(request) => $crate::command::request::Request::encode(request),)*
@@ -32,7 +32,7 @@ macro_rules! family {
                 }
             }
 
-            /// The request's name in the protocol.
+            /// Name of the request in the protocol.
             pub fn name(&self) -> &'static str {
                 match self {
                     $(Self::$request(_) => <$request as $crate::command::request::Request>::NAME,)*
@@ -49,8 +49,7 @@ macro_rules! family {
             }
         }
 
-        /// One of the replies to this family's requests, named as the request. Queries have one such
-        /// reply for each value.
+        /// A reply to a request of this family. A query has one for each value.
         #[derive(Debug, Clone, PartialEq, Eq)]
         #[non_exhaustive]
         #[allow(missing_docs)] // each variant is the reply to the request of its name
@@ -127,7 +126,7 @@ macro_rules! family {
 }
 pub(super) use family;
 
-/// Implements the reply of a request that is answered with OK and nothing else.
+/// Implements the reply of a request that is answered with OK alone.
 macro_rules! replies_done {
     () => {
         type Reply = ();

@@ -5,7 +5,7 @@ use crate::{framing, Error, Multiaddr, PeerId};
 use bytes::Bytes;
 use std::time::Duration;
 
-/// The response OK, and nothing else yet.
+/// The response OK, to which a reply adds its fields.
 pub(crate) fn ok() -> p2pd::Response {
     p2pd::Response {
         r#type: Some(response::Type::Ok as i32),
@@ -13,18 +13,18 @@ pub(crate) fn ok() -> p2pd::Response {
     }
 }
 
-/// The response to a request that the daemon refuses.
-pub fn refusal(words: &str) -> p2pd::Response {
+/// The response to a refused request, with an error message.
+pub fn refusal(message: &str) -> p2pd::Response {
     p2pd::Response {
         r#type: Some(response::Type::Error as i32),
         error: Some(p2pd::ErrorResponse {
-            msg: Some(Bytes::copy_from_slice(words.as_bytes())),
+            msg: Some(Bytes::copy_from_slice(message.as_bytes())),
         }),
         ..Default::default()
     }
 }
 
-/// A request of type `r#type`, length first, with what `fill` adds to it.
+/// Encodes a request of a type, with its length in front. `fill` sets its fields.
 pub(super) fn encode(r#type: Type, fill: impl FnOnce(&mut p2pd::Request)) -> Bytes {
     let mut request = p2pd::Request {
         r#type: Some(r#type as i32),
@@ -34,7 +34,7 @@ pub(super) fn encode(r#type: Type, fill: impl FnOnce(&mut p2pd::Request)) -> Byt
     framing::encode_frame(&request)
 }
 
-/// A field that a message must have.
+/// Returns a required field of a message, or an error if it is missing.
 pub(super) fn required<T>(
     value: Option<T>,
     message: &'static str,
@@ -51,18 +51,18 @@ pub(super) fn multiaddrs(addrs: Vec<Bytes>) -> Vec<Multiaddr> {
     addrs.into_iter().map(Multiaddr::from_bytes).collect()
 }
 
-/// A timeout as the protocol has it: whole seconds, rounded up. A zero would mean the daemon's
-/// default of 60 s.
+/// Converts a timeout for the protocol: to whole seconds, rounded up. 0 would mean the daemon's default of
+/// 60 s.
 pub(super) fn whole_seconds(timeout: Option<Duration>) -> Option<i64> {
     timeout.map(|timeout| {
         let partial = u64::from(timeout.subsec_nanos() > 0);
         let seconds = timeout.as_secs().saturating_add(partial);
-        // The Go daemons multiply by 10^9 in 64 bits. More than a century is as good as no limit.
+        // The Go daemons multiply by 10^9 in 64 bits. A century is as good as no limit.
         i64::try_from(seconds.clamp(1, 100 * 366 * 86_400)).unwrap_or(i64::MAX)
     })
 }
 
-/// The timeout that a server reads: none if the client left it to the daemon.
+/// Reads a timeout; `None` means the daemon's default.
 pub(super) fn duration(seconds: Option<i64>) -> Option<Duration> {
     let seconds = u64::try_from(seconds?).ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds))

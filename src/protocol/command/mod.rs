@@ -1,17 +1,17 @@
-//! What a client asks of a daemon, and what the daemon answers: one file per family of requests,
-//! with both directions of each request side by side.
+//! The requests of a client and the replies of a daemon, one file per family, with the encoding and the
+//! decoding of each side by side.
 //!
 //! A [`Request`] is one kind of request with a typed reply. A client encodes it and decodes the
 //! reply; a server decodes it, as one of the [`Command`]s, and encodes the reply. [`Query`] is the
-//! same for requests that are answered value by value (the DHT's).
+//! counterpart for requests that are answered value by value, as those of the DHT.
 //!
 //! ```
 //! use p2pd_protocol::command::{control::Identify, Command, Request};
 //!
-//! // The client's side …
+//! // A client encodes it …
 //! let frame = Identify.encode();
 //! assert_eq!(frame[..], [2, 8, 0]);
-//! // … and the server's, which gets the message without its length.
+//! // … and a server decodes it, without its length.
 //! let command = Command::decode(frame.slice(1..))?;
 //! assert_eq!(command, Identify.into());
 //! # Ok::<(), p2pd_protocol::Error>(())

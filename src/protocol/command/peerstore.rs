@@ -1,5 +1,5 @@
-//! PEERSTORE: what the JavaScript daemon knows of a peer. The Go daemons have no such requests, and
-//! hivemind's fork gives their number another meaning, which can end the daemon: see [`Probe`].
+//! PEERSTORE: what the JavaScript daemon knows about a peer. The Go daemons have no such requests, and
+//! hivemind's fork uses their number for another request, which can end the daemon: see [`Probe`].
 
 use super::control::{decode_peer_info, encode_peer_info};
 use super::family::{family, replies_done};
@@ -13,14 +13,14 @@ use prost::Message as _;
 
 family!(requests { Probe, GetProtocols, GetPeerInfo } queries {});
 
-/// The number of a request type that no daemon has.
+/// Number of a request type that no daemon has.
 const UNKNOWN: i32 = i32::MAX;
 
-/// A request of a type that no daemon has, which tells whether the daemon has a peer store: only
-/// the JavaScript daemon refuses such a request in words; the Go daemons close the connection.
+/// Probes for a peer store with a request of a type that no daemon has. Only the JavaScript daemon answers
+/// with an error; the Go daemons close the connection.
 ///
-/// Send it before any other request of this family. hivemind's fork takes those for
-/// PERSISTENT_CONN_UPGRADE, and exits once its last persistent connection is closed.
+/// Send it before any other request of this family. hivemind's fork takes the others for
+/// PERSISTENT_CONN_UPGRADE, and exits when its last persistent connection closes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe;
 
@@ -36,7 +36,7 @@ impl Request for Probe {
     }
 }
 
-/// Asks for the protocols that a peer speaks.
+/// Requests the protocols that a peer supports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GetProtocols {
     /// The peer.
@@ -63,7 +63,7 @@ impl Request for GetProtocols {
     }
 }
 
-/// Asks for a peer's addresses.
+/// Requests a peer's addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GetPeerInfo {
     /// The peer.
@@ -92,15 +92,15 @@ impl Request for GetPeerInfo {
 }
 
 impl Command {
-    /// Reads no request: see `decode_frame`.
+    /// Reads no request; `decode_frame` does.
     pub(super) fn decode(_: Type, _: &mut p2pd::Request) -> Result<Option<Self>, Error> {
         Ok(None)
     }
 
     /// Reads a request if it is of this family, whose message differs from that of all others.
     pub(super) fn decode_frame(frame: &Bytes) -> Result<Option<Self>, Error> {
-        // Only the type and the first byte of field 9 are looked at: what else the message holds is
-        // another family's to judge.
+        // Looks only at the type and the first byte of field 9, since the message may belong to another
+        // family.
         let mut fields = Fields::new(frame);
         let mut field_9 = None;
         while let Some((number, value)) = fields.next() {
@@ -108,7 +108,7 @@ impl Command {
                 field_9 = Some(value);
             }
         }
-        // A varint as the first field, which PeerstoreRequest's `type` is.
+        // The first field of a PeerstoreRequest is the varint `type`.
         if field_9.and_then(<[u8]>::first) != Some(&0x08) {
             return Ok(None);
         }

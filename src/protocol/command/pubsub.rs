@@ -13,7 +13,7 @@ family!(requests { GetTopics, ListTopicPeers, Publish, Subscribe } queries {});
 /// A message published to a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PubsubMessage {
-    /// The peer that published it, which need not be the one that relayed it.
+    /// The peer that published it, which may differ from the peer that relayed it.
     pub from: Option<PeerId>,
     /// The published data.
     pub data: Bytes,
@@ -27,7 +27,7 @@ pub struct PubsubMessage {
     pub key: Bytes,
 }
 
-/// Asks for the topics to which the daemon is subscribed.
+/// Requests the topics to which the daemon is subscribed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GetTopics;
 
@@ -52,7 +52,7 @@ impl Request for GetTopics {
     }
 }
 
-/// Asks for the peers known to be subscribed to a topic: the protocol's PUBSUB LIST_PEERS.
+/// Requests the peers that are known to be subscribed to a topic: PUBSUB LIST_PEERS.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListTopicPeers {
     /// The topic.
@@ -150,7 +150,7 @@ impl Command {
     }
 }
 
-/// One message of a subscription, length first.
+/// Encodes a message of a subscription, with its length in front.
 pub fn encode_message(message: &PubsubMessage) -> Bytes {
     let present = |bytes: &Bytes| (!bytes.is_empty()).then(|| bytes.clone());
     framing::encode_frame(&p2pd::PsMessage {
@@ -163,10 +163,10 @@ pub fn encode_message(message: &PubsubMessage) -> Bytes {
     })
 }
 
-/// Reads one message of a subscription, without its length.
+/// Reads a message of a subscription, without its length.
 ///
 /// # Errors
-/// When it is not a PSMessage.
+/// It is not a PSMessage.
 pub fn decode_message(frame: &[u8]) -> Result<PubsubMessage, Error> {
     let message = p2pd::PsMessage::decode(frame).map_err(|e| Error::malformed("PSMessage", &e))?;
     Ok(PubsubMessage {
@@ -179,7 +179,7 @@ pub fn decode_message(frame: &[u8]) -> Result<PubsubMessage, Error> {
     })
 }
 
-/// The publisher's peer id. The JavaScript daemon sends its text instead of its bytes.
+/// Reads the publisher's peer id. The JavaScript daemon sends its text instead of its bytes.
 fn sender(bytes: Bytes) -> PeerId {
     let text = std::str::from_utf8(&bytes).ok();
     text.filter(|text| text.starts_with("Qm") || text.starts_with('1'))
@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_javascript_daemons_textual_author_is_read_as_a_peer_id() {
+    fn reads_the_textual_sender_of_the_javascript_daemon() {
         for text in [
             "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
             "12D3KooWPzHkwrq8suTFQL9KmawM8h6rgmov7h7riBoSi7abAKgb",
@@ -225,7 +225,7 @@ mod tests {
                 assert_eq!(read.from, Some(author.clone()));
             }
         }
-        // Neither form: kept as it is.
+        // In neither form, the bytes are kept unchanged.
         for bytes in [&b"Qm"[..], b"1", b"Qm0OIl", b"\x12\x20", b"other"] {
             let from = Bytes::copy_from_slice(bytes);
             assert_eq!(sender(from.clone()), PeerId::from_bytes(from));

@@ -11,14 +11,14 @@ use std::time::Duration;
 
 family!(requests { StreamOpen, StreamHandler, RemoveStreamHandler } queries {});
 
-/// What the daemon says of a stream: the peer at the other end, and the protocol agreed on.
+/// The header of a stream: the remote peer, and the negotiated protocol.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamInfo {
     /// The remote peer.
     pub peer_id: PeerId,
     /// The remote peer's address.
     pub addr: Multiaddr,
-    /// The protocol, of those proposed.
+    /// The protocol, one of those proposed.
     pub protocol: String,
 }
 
@@ -30,7 +30,7 @@ pub struct StreamOpen {
     pub peer: PeerId,
     /// Protocol ids, the preferred one first.
     pub protocols: Vec<String>,
-    /// When the daemon gives up; after 60 s if none.
+    /// Time after which the daemon gives up; 60 s if `None`.
     pub timeout: Option<Duration>,
 }
 
@@ -62,10 +62,10 @@ impl Request for StreamOpen {
     }
 }
 
-/// Has the daemon connect to an address for every inbound stream of the protocols.
+/// Registers a handler: the daemon connects to an address for each inbound stream of the protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamHandler {
-    /// The address where the client listens.
+    /// Address at which the client listens.
     pub addr: Multiaddr,
     /// Protocol ids.
     pub protocols: Vec<String>,
@@ -88,11 +88,11 @@ impl Request for StreamHandler {
     }
 }
 
-/// Undoes [`StreamHandler`]. Only hivemind's fork has this request; upstream's daemon closes the
-/// connection.
+/// Removes a handler that [`StreamHandler`] registered. Only hivemind's fork supports it; the upstream daemon
+/// closes the connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoveStreamHandler {
-    /// The address where the client listens.
+    /// Address at which the client listens.
     pub addr: Multiaddr,
     /// Protocol ids.
     pub protocols: Vec<String>,
@@ -121,7 +121,7 @@ impl Command {
                 Self::StreamHandler(StreamHandler {
                     addr: addr(handler.addr, "StreamHandlerRequest")?,
                     protocols: handler.proto,
-                    // Clients of upstream's daemon leave it out.
+                    // Clients of the upstream daemon omit it.
                     balanced: handler.balanced.unwrap_or(false),
                 })
             }
@@ -146,15 +146,15 @@ impl Command {
     }
 }
 
-/// The message with which the daemon begins an inbound stream, length first.
+/// Encodes the header of an inbound stream, with its length in front.
 pub fn encode_stream_info(info: &StreamInfo) -> Bytes {
     framing::encode_frame(&message(info))
 }
 
-/// Reads the message with which the daemon begins an inbound stream, without its length.
+/// Reads the header of an inbound stream, without its length.
 ///
 /// # Errors
-/// When it is not a StreamInfo, or a field is missing.
+/// It is not a StreamInfo, or a field is missing.
 pub fn decode_stream_info(frame: &[u8]) -> Result<StreamInfo, Error> {
     let info = p2pd::StreamInfo::decode(frame).map_err(|e| Error::malformed("StreamInfo", &e))?;
     stream_info(info)

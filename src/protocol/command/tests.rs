@@ -31,7 +31,7 @@ fn protocols() -> impl Strategy<Value = Vec<String>> {
     prop::collection::vec(text(), 0..4)
 }
 
-/// Whole seconds, as the protocol has them.
+/// Timeouts in whole seconds, as in the protocol.
 fn timeout() -> impl Strategy<Value = Option<Duration>> {
     prop::option::of((1..3_000_000_000u64).prop_map(Duration::from_secs))
 }
@@ -40,7 +40,7 @@ pub(crate) fn any_peer_info() -> impl Strategy<Value = PeerInfo> {
     (peer(), addrs()).prop_map(|(peer_id, addrs)| PeerInfo { peer_id, addrs })
 }
 
-/// Any request that a client can make, but [`peerstore::Probe`], which is meant to be unknown.
+/// Any request except [`peerstore::Probe`], which servers do not know.
 pub(crate) fn any_command() -> impl Strategy<Value = Command> {
     let control = prop_oneof![
         Just(control::Identify.into()),
@@ -131,7 +131,7 @@ fn message(command: &Command) -> Bytes {
 }
 
 #[test]
-fn timeouts_are_rounded_up_to_whole_seconds_and_never_zero() {
+fn rounds_timeouts_up_to_whole_seconds() {
     assert_eq!(whole_seconds(None), None);
     assert_eq!(whole_seconds(Some(Duration::ZERO)), Some(1));
     assert_eq!(whole_seconds(Some(Duration::from_millis(1))), Some(1));
@@ -141,7 +141,7 @@ fn timeouts_are_rounded_up_to_whole_seconds_and_never_zero() {
 }
 
 #[test]
-fn a_timeout_of_zero_or_less_is_the_daemons_own() {
+fn reads_timeouts_of_zero_or_less_as_the_default() {
     assert_eq!(duration(None), None);
     assert_eq!(duration(Some(0)), None);
     assert_eq!(duration(Some(-1)), None);
@@ -149,7 +149,7 @@ fn a_timeout_of_zero_or_less_is_the_daemons_own() {
 }
 
 #[test]
-fn type_9_is_the_peer_store_only_if_field_9_begins_with_a_varint() {
+fn reads_type_9_as_peerstore_only_if_field_9_begins_with_a_varint() {
     let upgrade = Command::from(unary::Upgrade);
     // hivemind's own client sends the type alone; ours adds a field 9 for the JavaScript daemon.
     for message in [
@@ -171,7 +171,7 @@ fn type_9_is_the_peer_store_only_if_field_9_begins_with_a_varint() {
 }
 
 #[test]
-fn the_peer_store_probe_is_unknown_to_every_server() {
+fn peerstore_probe_is_an_unknown_request() {
     assert_eq!(
         Command::decode(message(&peerstore::Probe.into())),
         Err(Error::UnknownRequest(i32::MAX))
@@ -179,7 +179,7 @@ fn the_peer_store_probe_is_unknown_to_every_server() {
 }
 
 #[test]
-fn a_handler_without_balanced_is_not_balanced() {
+fn reads_handler_without_balanced_as_not_balanced() {
     // As p2pclient 0.3.0 sends it.
     let bytes = Bytes::from_static(&[8, 3, 0x22, 6, 0x0a, 1, 4, 0x12, 1, b'p']);
     let Ok(Command::Streams(streams::Command::StreamHandler(handler))) = Command::decode(bytes)
@@ -196,7 +196,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_panic(bytes: Vec<u8>) {
+    fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
         let _ = Command::decode(bytes.into());
     }
 

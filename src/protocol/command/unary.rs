@@ -1,4 +1,4 @@
-//! PERSISTENT_CONN_UPGRADE, which makes a control connection one for unary calls.
+//! PERSISTENT_CONN_UPGRADE, which turns a control connection into a persistent connection.
 
 use super::family::{family, replies_done};
 use super::message::encode;
@@ -9,8 +9,7 @@ use bytes::Bytes;
 
 family!(requests { Upgrade } queries {});
 
-/// Upgrades a control connection to a persistent one. After the answer the connection takes no
-/// more requests, but the messages of unary calls.
+/// Upgrades a control connection to a persistent connection, which carries unary calls and no more requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Upgrade;
 
@@ -21,10 +20,9 @@ impl Request for Upgrade {
 
     fn encode(&self) -> Bytes {
         encode(Type::PersistentConnUpgrade, |request| {
-            // The JavaScript daemon takes it for a PEERSTORE request and crashes if field 9 is
-            // empty. hivemind's fork ignores that field here. The JavaScript daemon reads numbers
-            // wherever it expects them: it finds type 2, GET_PEER_INFO, in the field's length and an
-            // unknown field in its content, and answers that it has not implemented that.
+            // The JavaScript daemon takes this for a PEERSTORE request, and would crash without field 9.
+            // It reads the field's length as type 2, GET_PEER_INFO, and the content as an unknown field,
+            // and answers that this is not implemented. hivemind's fork ignores the field.
             request.remove_stream_handler = Some(p2pd::RemoveStreamHandlerRequest {
                 addr: Some(Bytes::from_static(b"\x78\x00")),
                 proto: Vec::new(),

@@ -7,8 +7,8 @@
 //!                      └── protocol violated, end of file ─────────────▶ Failed
 //! ```
 //!
-//! Requests that the daemon answers at once may be pipelined: the connection is busy until the last
-//! of them is answered.
+//! Requests that the daemon answers at once may be pipelined. The connection is busy until the last of
+//! them is answered.
 
 use super::State;
 use crate::command::{Answered, EncodedRequest, Reader, Reply};
@@ -22,13 +22,13 @@ use std::collections::VecDeque;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// One value of the answer to a query. More may follow, and then [`Event::End`].
+    /// One value of the answer to a query. More values may follow, and then [`Event::End`].
     Value(Reply),
     /// The request succeeded.
     Reply(Reply),
-    /// The query succeeded, and its last value was the one before.
+    /// The query succeeded and has no more values.
     End,
-    /// The daemon refused the request, in these words.
+    /// The daemon refused the request, with this error message.
     Refused(String),
 }
 
@@ -39,7 +39,7 @@ impl Event {
     }
 }
 
-/// How the awaited answer is read.
+/// How to read the answer to a request.
 #[derive(Debug, Clone, Copy)]
 struct Expected {
     answered: Answered,
@@ -55,11 +55,11 @@ impl Expected {
     }
 }
 
-/// The answer being awaited.
+/// A request that was not answered yet.
 #[derive(Debug)]
 struct Pending {
     expected: Expected,
-    /// The part of a query's answer received so far, between BEGIN and END.
+    /// Number and size of a query's values so far, between BEGIN and END.
     values: Option<Values>,
 }
 
@@ -79,15 +79,29 @@ struct Values {
 }
 
 /// A control connection as a client sees it: requests in, frames out; bytes in, events out.
+///
+/// ```
+/// use p2pd_protocol::command::{control, Typed};
+/// use p2pd_protocol::{ClientExchange, Event, Limits, State};
+///
+/// let mut exchange = ClientExchange::new(Limits::default());
+/// let frame = exchange.send(&control::ListPeers.encoded())?; // write this to the socket
+/// assert_eq!(frame[..], [2, 8, 5]);
+/// exchange.receive(&[2, 8, 0]); // the bytes read from the socket
+/// let reply = control::ListPeers::into_reply(vec![]);
+/// assert_eq!(exchange.poll()?, Some(Event::Reply(reply)));
+/// assert_eq!(exchange.state(), State::Ready);
+/// # Ok::<(), p2pd_protocol::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ClientExchange {
     decoder: FrameDecoder,
     limits: Limits,
     state: State,
     pending: Option<Pending>,
-    /// The pipelined requests behind it.
+    /// The pipelined requests behind `pending`.
     following: VecDeque<Expected>,
-    /// A query was answered with its only value: the next event is its end.
+    /// Whether the next event is the end of a query, which was answered with its only value.
     at_end: bool,
 }
 
@@ -104,21 +118,21 @@ impl ClientExchange {
         }
     }
 
-    /// Where the connection stands.
+    /// State of the connection.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// Whether another request can be sent: nothing is awaited and nothing has come unasked.
+    /// Whether the connection is ready for any request: none is pending, and no unexpected bytes arrived.
     pub fn is_reusable(&self) -> bool {
         self.state == State::Ready && self.decoder.is_empty()
     }
 
-    /// Begins an exchange. Write the returned bytes to the connection. While requests that
-    /// are [answered at once](Answered::AtOnce) are awaited, another one may follow them.
+    /// Starts a request. Write the returned bytes to the connection. Requests that are
+    /// [answered at once](Answered::AtOnce) may follow others of that kind before these are answered.
     ///
     /// # Errors
-    /// [`Error::NotReady`] or [`Error::RequestTooLarge`]; nothing has changed then.
+    /// [`Error::NotReady`] or [`Error::RequestTooLarge`]; the connection is as before.
     pub fn send(&mut self, request: &EncodedRequest) -> Result<Bytes, Error> {
         let expected = Expected::of(request);
         let pipelining = matches!(&self.pending, Some(pending)
@@ -144,12 +158,12 @@ impl ClientExchange {
         Ok(request.frame().clone())
     }
 
-    /// Takes bytes read from the connection.
+    /// Takes the bytes that were read from the connection.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.decoder.extend(bytes);
     }
 
-    /// The error for an end of the connection that is seen now.
+    /// The error to report if the connection ends now. The connection has failed then.
     pub fn end_of_file(&mut self) -> Error {
         let mid_message =
             !self.decoder.is_empty() || self.pending.as_ref().is_some_and(|p| p.values.is_some());
@@ -157,7 +171,7 @@ impl ClientExchange {
         Error::Closed { mid_message }
     }
 
-    /// The next event, or `None` until more bytes arrive.
+    /// Returns the next event, or `None` until more bytes arrive.
     ///
     /// # Errors
     /// The protocol was violated. The connection must be closed.
@@ -169,7 +183,7 @@ impl ClientExchange {
         event
     }
 
-    /// What followed the reply on a connection that was consumed: the stream's first bytes.
+    /// Returns the bytes behind the reply that consumed the connection: the first bytes of the stream.
     pub fn into_remainder(self) -> Bytes {
         self.decoder.into_remainder()
     }
@@ -193,7 +207,7 @@ impl ClientExchange {
                 return Ok(None);
             };
             if let (true, Reader::Value(read)) = (in_values, expected.reader) {
-                // A value keeps the whole of its frame in memory, however little of it is used.
+                // A value keeps its whole frame in memory, even if it uses little of it.
                 let size = frame.len();
                 let response = p2pd::DhtResponse::decode(frame)
                     .map_err(|e| Error::malformed("DHTResponse", &e))?;
@@ -207,7 +221,7 @@ impl ClientExchange {
         }
     }
 
-    /// Reads a Response; `None` if it only begins a query's values.
+    /// Reads a Response; `None` if it is the BEGIN of a query.
     fn response(
         &mut self,
         response: p2pd::Response,
@@ -220,13 +234,13 @@ impl ClientExchange {
         match response::Type::try_from(r#type) {
             Ok(response::Type::Ok) => {}
             Ok(response::Type::Error) => {
-                let words = response
+                let message = response
                     .error
                     .and_then(|error| error.msg)
                     .unwrap_or_default();
-                let words = String::from_utf8_lossy(&words).into_owned();
+                let message = String::from_utf8_lossy(&message).into_owned();
                 self.finish(State::Ready);
-                return Ok(Some(Event::Refused(words)));
+                return Ok(Some(Event::Refused(message)));
             }
             Err(_) => {
                 return Err(Error::Unexpected(format!(
@@ -247,7 +261,7 @@ impl ClientExchange {
         }
     }
 
-    /// Reads the Response to a query: BEGIN, or its only value.
+    /// Reads the Response to a query: BEGIN, or the only value.
     fn first_value(
         &mut self,
         response: p2pd::Response,
@@ -287,8 +301,7 @@ impl ClientExchange {
             dht_response::Type::Begin => Err(Error::Unexpected("DHT BEGIN after BEGIN".to_owned())),
             dht_response::Type::Value => {
                 values.count += 1;
-                // About what a value occupies besides its bytes: an endless row of empty ones must
-                // end too.
+                // The rough overhead of a value: an endless row of empty values must reach the limit too.
                 let addrs = response.peer.as_ref().map_or(0, |peer| peer.addrs.len());
                 values.bytes += size + 64 + 32 * addrs;
                 if values.bytes > self.limits.max_answer {
@@ -319,7 +332,7 @@ impl ClientExchange {
     }
 }
 
-/// Which part of a query's answer this is.
+/// Returns which part of a query's answer this is.
 fn step(response: &p2pd::DhtResponse) -> Result<dht_response::Type, Error> {
     let r#type = response.r#type.ok_or(Error::MissingField {
         message: "DHTResponse",

@@ -4,15 +4,15 @@
 pub mod client;
 pub mod server;
 
-/// Where a connection stands, seen from either end.
+/// State of a control connection, the same for both ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It can take a request.
+    /// It is ready for a request.
     Ready,
-    /// A request is not answered yet.
+    /// A request was not answered yet.
     Busy,
-    /// It carries a stream, a subscription or unary calls, and takes no more requests.
+    /// It carries a stream, a subscription or unary calls, and no more requests.
     Consumed,
-    /// The protocol was violated or the connection lost.
+    /// The protocol was violated, or the connection was lost.
     Failed,
 }

@@ -7,8 +7,8 @@
 //!                      └── bytes that are no request ─────────────────▶ Failed
 //! ```
 //!
-//! A client may send requests before the ones in front of them are answered. They are served one
-//! after another, in order.
+//! A client may send requests before earlier ones are answered. They are served one after another, in
+//! order.
 
 use super::State;
 use crate::command::dht::{in_response, step};
@@ -18,12 +18,12 @@ use crate::pb::p2pd::{self, dht_response};
 use crate::{Error, FrameDecoder, Limits};
 use bytes::{Bytes, BytesMut};
 
-/// The request being served.
+/// The request that is being served.
 #[derive(Debug)]
 struct Serving {
     name: &'static str,
     answered: Answered,
-    /// BEGIN was sent.
+    /// Whether BEGIN was sent.
     begun: bool,
 }
 
@@ -35,7 +35,7 @@ struct Serving {
 /// use p2pd_protocol::Limits;
 ///
 /// let mut server = ServerExchange::new(Limits::default());
-/// server.receive(&[2, 8, 5]); // whatever was read from the socket
+/// server.receive(&[2, 8, 5]); // the bytes read from the socket
 /// let command = server.poll()?;
 /// assert_eq!(command, Some(control::ListPeers.into()));
 /// let frame = server.reply::<control::ListPeers>(&vec![])?; // write this to the socket
@@ -61,13 +61,13 @@ impl ServerExchange {
         }
     }
 
-    /// Where the connection stands.
+    /// State of the connection.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// Whether to read more from the client. While a request is served, at most one more message is
-    /// kept, so that a client that sends without end waits.
+    /// Whether to read more from the client. While a request is served, at most one more message is buffered:
+    /// the back-pressure for a client that keeps sending.
     pub fn wants_input(&self) -> bool {
         match self.state {
             State::Ready => true,
@@ -76,17 +76,16 @@ impl ServerExchange {
         }
     }
 
-    /// Takes bytes read from the connection.
+    /// Takes the bytes that were read from the connection.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.decoder.extend(bytes);
     }
 
-    /// The next request, or `None` until more bytes arrive or the one being served is answered.
+    /// Returns the next request, or `None` until more bytes arrive or the current request is answered.
     ///
     /// # Errors
-    /// [`Error::UnknownRequest`], which must be answered like a request: [`refuse`](Self::refuse)
-    /// it, or close the connection as the Go daemons do. After any other error the connection must
-    /// be closed.
+    /// After [`Error::UnknownRequest`], [`refuse`](Self::refuse) the request, or close the connection as
+    /// the Go daemons do. After any other error, close the connection.
     pub fn poll(&mut self) -> Result<Option<Command>, Error> {
         if self.state != State::Ready {
             return Ok(None);
@@ -113,27 +112,27 @@ impl ServerExchange {
         decoded.map(Some)
     }
 
-    /// Answers the request being served. Write the returned bytes to the connection.
+    /// Answers the current request. Write the returned bytes to the connection.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if another kind of request is being served.
+    /// [`Error::WrongReply`] if the current request is of another kind.
     pub fn reply<R: Request>(&mut self, reply: &R::Reply) -> Result<Bytes, Error> {
         self.send_reply(R::NAME, &R::encode_reply(reply))
     }
 
-    /// Notes that the driver sends the reply, as a frame that it encoded once for many requests. It
-    /// is `encode_frame(&R::encode_reply(…))`.
+    /// Notes that the driver sends a frame that it has encoded before, with
+    /// `encode_frame(&R::encode_reply(…))`, as the reply.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if another kind of request is being served.
+    /// [`Error::WrongReply`] if the current request is of another kind.
     pub fn replied<R: Request>(&mut self) -> Result<(), Error> {
         self.note_reply(R::NAME)
     }
 
-    /// Sends a [`reply`](Self::reply) or a [`value`](Self::value), whichever this is.
+    /// Sends a [`reply`](Self::reply) or a [`value`](Self::value), depending on the request.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if another kind of request is being served.
+    /// [`Error::WrongReply`] if the current request is of another kind.
     pub fn send(&mut self, reply: &Reply) -> Result<Bytes, Error> {
         match reply.encode() {
             EncodedReply::Reply(name, response) => self.send_reply(name, &response),
@@ -141,31 +140,31 @@ impl ServerExchange {
         }
     }
 
-    /// Refuses the request being served, in words for the client's user.
+    /// Refuses the current request, with an error message for the client's user.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if no request is being served, or values of its answer were sent.
-    pub fn refuse(&mut self, words: &str) -> Result<Bytes, Error> {
+    /// [`Error::WrongReply`] if there is no current request, or values of its answer were sent.
+    pub fn refuse(&mut self, message: &str) -> Result<Bytes, Error> {
         if self.serving.as_ref().is_none_or(|serving| serving.begun) {
             return Err(self.wrong("a refusal"));
         }
         self.finish(State::Ready);
-        Ok(encode_frame(&refusal(words)))
+        Ok(encode_frame(&refusal(message)))
     }
 
-    /// Sends one value of the answer to the query being served. The only value of a query that has
-    /// one is its whole answer; all others end with [`end`](Self::end).
+    /// Sends one value of the answer to the current query. A query with exactly one value is complete
+    /// then; any other ends with [`end`](Self::end).
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if another kind of request is being served.
+    /// [`Error::WrongReply`] if the current request is of another kind.
     pub fn value<Q: Query>(&mut self, value: &Q::Value) -> Result<Bytes, Error> {
         self.send_value(Q::NAME, Q::encode_value(value))
     }
 
-    /// Ends the answer to the query being served, which has any number of values.
+    /// Ends the answer to the current query, which may have any number of values.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if another kind of request is being served.
+    /// [`Error::WrongReply`] if the current request is of another kind.
     pub fn end(&mut self) -> Result<Bytes, Error> {
         let serving = self.serving.as_ref();
         if serving.is_none_or(|serving| serving.answered != Answered::WithValues) {
@@ -177,8 +176,7 @@ impl ServerExchange {
         Ok(frames.freeze())
     }
 
-    /// What the client sent behind the request that took the connection over: the first bytes of
-    /// the stream.
+    /// Returns the bytes behind the request that consumed the connection: the first bytes of the stream.
     pub fn into_remainder(self) -> Bytes {
         self.decoder.into_remainder()
     }
@@ -211,7 +209,7 @@ impl ServerExchange {
         Ok(frames.freeze())
     }
 
-    /// BEGIN, unless it was sent.
+    /// Returns BEGIN, unless it was sent.
     fn begin(&mut self) -> BytesMut {
         let mut frames = BytesMut::new();
         if let Some(serving) = self.serving.as_mut().filter(|serving| !serving.begun) {
