@@ -28,7 +28,7 @@ CID = b"\x01\x55\x12\x20" + hashlib.sha256(b"content").digest()
 class Example:
     """An example in a docstring."""
 
-    #: The module and the qualified name of what it documents.
+    #: The module and the qualified name of the documented object.
     name: str
     source: str
 

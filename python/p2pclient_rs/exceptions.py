@@ -428,7 +428,7 @@ class DaemonNotFound(DaemonStartError, FileNotFoundError):
     """There is no daemon binary to run.
 
     Args:
-        message: What was searched for.
+        message: The message.
         looked_at: All places searched, each with the reason why it was rejected.
         hint: A fix in one line.
     """

@@ -116,7 +116,7 @@ impl<T> Results<T> {
         match &mut self.stage {
             Stage::Starting(starting) => {
                 let (mut pooled, event) = ready!(starting.as_mut().poll(cx))?;
-                // The caller may need another query for what it does with these results.
+                // The caller may need other queries to use these results.
                 pooled.release_permit();
                 self.stage = Stage::Running(Box::new(pooled));
                 Poll::Ready(Ok(event))

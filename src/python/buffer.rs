@@ -1,4 +1,4 @@
-//! The bytes that Python objects hold, and the `TypeError` for objects that hold none.
+//! The bytes of Python objects, and the `TypeError` for objects without bytes.
 
 use bytes::Bytes;
 use pyo3::buffer::PyBuffer;
@@ -7,10 +7,10 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyBytes, PyInt, PyMemoryView};
 
-/// The bytes of a bytes-like object or of one with `to_bytes()`; `None` of others.
+/// Returns the bytes of a bytes-like object or of one with `to_bytes()`; `None` for other objects.
 ///
 /// # Errors
-/// Whatever its `to_bytes` raises, or `TypeError` when that returns no bytes.
+/// The exception of its `to_bytes`, or `TypeError` if that does not return bytes.
 pub fn bytes_of(object: &Bound<'_, PyAny>) -> PyResult<Option<Bytes>> {
     if let Ok(bytes) = object.cast::<PyBytes>() {
         return Ok(Some(Bytes::copy_from_slice(bytes.as_bytes())));
@@ -22,7 +22,7 @@ pub fn bytes_of(object: &Bound<'_, PyAny>) -> PyResult<Option<Bytes>> {
         let bytes = object.call_method0("tobytes")?.extract::<PyBackedBytes>()?;
         return Ok(Some(Bytes::copy_from_slice(&bytes)));
     }
-    // `(5).to_bytes()` is b"\x05", which nobody means.
+    // `(5).to_bytes()` is b"\x05", which is never intended.
     if object.is_instance_of::<PyInt>() {
         return Ok(None);
     }
@@ -33,7 +33,7 @@ pub fn bytes_of(object: &Bound<'_, PyAny>) -> PyResult<Option<Bytes>> {
     Ok(Some(Bytes::copy_from_slice(&bytes)))
 }
 
-/// As [`bytes_of`], where nothing but bytes will do.
+/// Like [`bytes_of`], but objects without bytes are an error.
 ///
 /// # Errors
 /// `TypeError` for other objects.
@@ -41,8 +41,8 @@ pub fn extract_bytes(object: &Bound<'_, PyAny>) -> PyResult<Bytes> {
     bytes_of(object)?.ok_or_else(|| wrong_type("bytes", object))
 }
 
-/// Whether an object is of a class with one of these names: how a peer id or multiaddr of another
-/// library is told from anything else that has bytes.
+/// Returns whether an object's class has one of these names. This recognises peer ids and multiaddrs
+/// of other libraries.
 pub fn is_named(object: &Bound<'_, PyAny>, names: &[&str]) -> PyResult<bool> {
     let name = object.get_type().name()?;
     Ok(names.iter().any(|known| name == *known))
@@ -57,7 +57,7 @@ pub fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<
     let buffer = match PyBuffer::<u8>::get(data) {
         Ok(buffer) => buffer,
         Err(error) if error.is_instance_of::<PyBufferError>(data.py()) => {
-            // Of other items than bytes, as an array of floats: rare enough for a copy.
+            // The items are not bytes, for example floats. This is rare, so a copy is fine.
             let bytes = PyMemoryView::from(data)?.call_method0("tobytes")?;
             return f(bytes.cast::<PyBytes>()?.as_bytes());
         }

@@ -29,7 +29,7 @@ impl PyRequest {
         Permit::of(&self.0) as usize
     }
 
-    /// Whether the daemon answers it from what it knows: such requests may be pipelined.
+    /// Whether the daemon replies without asking other peers: such requests may be pipelined.
     #[getter]
     fn is_query(&self) -> bool {
         self.0.answered() == Answered::AtOnce
