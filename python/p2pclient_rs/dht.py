@@ -16,9 +16,10 @@ class DHTClient:
     Queries with any number of results return ``Results``: ``await`` them for all results as a
     tuple, or iterate over them with ``async for`` to get each as soon as it is found.
 
-    Every ``timeout`` is in seconds, and is passed on to the daemon in whole seconds. Without one the
-    daemon gives up after 60 s. All requests raise subclasses of ``ControlFailure``: ``DaemonRefused`` if
-    nothing was found, ``NotSupported`` if the daemon has no DHT, ``ControlTimeout``.
+    Every ``timeout`` is in seconds, and is passed on to the daemon in whole seconds. Without one
+    the daemon gives up after 60 s. All requests raise subclasses of ``ControlFailure``:
+    ``DaemonRefused`` if nothing was found, ``NotSupported`` if the daemon has no DHT,
+    ``ControlTimeout``.
 
     Args:
         daemon_connector: The connections to the daemon.
