@@ -389,6 +389,26 @@ async def test_connection_lost_during_a_registration_fails_and_forgets_it() -> N
             await client.add_unary_handler("echo", echo)
 
 
+async def test_unsent_registration_is_sent_again_on_the_next_connection() -> None:
+    close, closed = threading.Event(), threading.Event()
+
+    def closes(connection: Connection) -> None:
+        connection.upgrade()
+        close.wait(PATIENCE)
+        connection.socket.close()
+        closed.set()
+
+    with FakeDaemon(by_connection(closes, then=unary_echo)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            close.set()
+            closed.wait(PATIENCE)  # the event loop does not notice
+            await client.add_unary_handler("echo", echo)
+            assert list(client.unary.handlers) == ["echo"]
+            assert fake.accepted == 2
+            await assert_usable(client)
+
+
 async def test_killed_daemon_fails_a_thousand_pending_calls_within_a_second() -> None:
     never = anyio.Event()
 

@@ -121,6 +121,10 @@ class Session:
         self._tokens = count()
         self._operations: dict[int, _Operation] = {}
         self._carrying_out = False
+        #: A registration is being sent.
+        self._registering = False
+        #: A loss of the connection that is reported after that.
+        self._held_loss: ControlFailure | None = None
         #: When the next timer fires.
         self._timer: float | None = None
         self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
@@ -288,12 +292,18 @@ class Session:
             self._lifecycle.registered(connection_id, name, error, unsent=unsent)
             self._carry_out()
 
+        self._registering = True
         try:
             connection.add_handler(name, balanced, _Answer(answered))
         except ConnectionLost as error:
             answered(error, error.unexecuted)
         except Exception as error:
             answered(error)
+        finally:
+            self._registering = False
+            loss, self._held_loss = self._held_loss, None
+            if loss is not None:
+                self._report_loss(connection, loss)
 
     def _do_unregister(self, name: str) -> None:
         if self._connection is None:
@@ -394,6 +404,13 @@ class Session:
             message = "the persistent connection to the daemon was lost: %s"
             logger.log(self._settings.loss_level, message, error)
         self.incoming.cancel_all(connection)
+        # If a registration could not be sent, the lifecycle must know that before the loss.
+        if self._registering:
+            self._held_loss = error
+        else:
+            self._report_loss(connection, error)
+
+    def _report_loss(self, connection: PersistentConnection, error: ControlFailure) -> None:
         if self._connection is not None and self._connection[1] is connection:
             connection_id, _ = self._connection
             self._connection = None
