@@ -1,4 +1,4 @@
-//! A bytes object that is received into: what comes is where Python wants it, without another copy.
+//! Receives data straight into the bytes object that Python gets, which saves a copy.
 
 use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
@@ -11,8 +11,7 @@ extern "C" {
     fn _PyBytes_Resize(object: *mut *mut ffi::PyObject, size: ffi::Py_ssize_t) -> i32;
 }
 
-/// The interpreter has no memory for a bytes object. It becomes a `MemoryError` where no lock is
-/// held.
+/// The interpreter has no memory for a bytes object. Becomes a `MemoryError` where no lock is held.
 #[derive(Debug)]
 pub struct NoMemory;
 
@@ -29,9 +28,9 @@ impl From<NoMemory> for PyErr {
 #[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn owned(py: Python<'_>, new: *mut ffi::PyObject) -> Result<Bound<'_, PyBytes>, NoMemory> {
-    // SAFETY: the caller's; a MemoryError, which is preallocated, is cleared without running code.
+    // SAFETY: as required of the caller. To clear a MemoryError, which is preallocated, runs no code.
     match unsafe { Bound::from_owned_ptr_or_opt(py, new) } {
-        // SAFETY: the caller's.
+        // SAFETY: as required of the caller.
         Some(object) => Ok(unsafe { object.cast_into_unchecked::<PyBytes>() }),
         None => {
             // SAFETY: the GIL is held.
@@ -41,7 +40,7 @@ unsafe fn owned(py: Python<'_>, new: *mut ffi::PyObject) -> Result<Bound<'_, PyB
     }
 }
 
-/// A bytes object with a copy of `bytes`. Unlike `PyBytes::new`, it does not panic without memory.
+/// Returns a bytes object with a copy of `bytes`. Unlike `PyBytes::new`, does not panic without memory.
 #[allow(unsafe_code)]
 #[inline(always)]
 pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, NoMemory> {
@@ -53,7 +52,7 @@ pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, 
     }
 }
 
-/// A bytes object nobody else has seen, of which the first `filled` bytes are written.
+/// A bytes object without another reference to it, whose first `filled` bytes are written.
 pub struct BytesBuilder {
     object: Py<PyBytes>,
     filled: usize,
@@ -61,15 +60,15 @@ pub struct BytesBuilder {
 
 #[allow(unsafe_code)]
 impl BytesBuilder {
-    /// Room for `size` bytes, at least one.
+    /// A buffer of `size` bytes, at least one.
     ///
     /// # Errors
     /// There is no memory.
     pub fn new(py: Python<'_>, size: usize) -> Result<Self, NoMemory> {
         let size = isize::try_from(size.max(1)).unwrap_or(isize::MAX);
-        // SAFETY: a null pointer asks for an uninitialised object of that size; what comes back is
-        // a new reference, or null with an exception set. Zeroing it would cost a pass over all
-        // that is received; `finish` gives out only what was written.
+        // SAFETY: a null pointer requests an uninitialised object of that size; the result is a new
+        // reference, or null with an exception set. Zeroing the object would cost a pass over all
+        // received data, and `finish` returns only the bytes that were written.
         let object = unsafe {
             let new = ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
             owned(py, new)?
@@ -80,7 +79,7 @@ impl BytesBuilder {
         })
     }
 
-    /// How many bytes there is room for, in all.
+    /// Size of the buffer, in bytes.
     pub fn size(&self, py: Python<'_>) -> usize {
         self.object.bind(py).as_bytes().len()
     }
@@ -89,7 +88,7 @@ impl BytesBuilder {
         &self.object.bind(py).as_bytes()[..self.filled]
     }
 
-    /// What is still to be written.
+    /// The unwritten part of the buffer.
     pub fn rest<'a>(&'a mut self, py: Python<'a>) -> &'a mut [u8] {
         let size = self.size(py);
         // SAFETY: the object is a bytes object of that size, and nothing but this `&mut self`
@@ -101,12 +100,12 @@ impl BytesBuilder {
         &mut all[self.filled..]
     }
 
-    /// Says that `count` bytes more are written.
+    /// Marks the next `count` bytes as written.
     pub fn advance(&mut self, py: Python<'_>, count: usize) {
         self.filled = (self.filled + count).min(self.size(py));
     }
 
-    /// Adds what fits of `bytes`.
+    /// Appends as much of `bytes` as fits.
     pub fn push(&mut self, py: Python<'_>, bytes: &[u8]) {
         let rest = self.rest(py);
         let count = bytes.len().min(rest.len());
@@ -114,7 +113,7 @@ impl BytesBuilder {
         self.filled += count;
     }
 
-    /// What was written.
+    /// Returns the bytes that were written.
     ///
     /// # Errors
     /// There is no memory.
@@ -128,8 +127,8 @@ impl BytesBuilder {
         }
         let count = isize::try_from(self.filled).unwrap_or(isize::MAX);
         let mut object = self.object.into_ptr();
-        // SAFETY: the reference is the only one to the object, which was never hashed nor seen by
-        // Python code; the call takes it and leaves a new one, or null with an exception set.
+        // SAFETY: this is the only reference to the object, which was never hashed nor seen by Python
+        // code. The call takes the reference and leaves a new one, or null with an exception set.
         unsafe {
             _PyBytes_Resize(&mut object, count);
             owned(py, object)

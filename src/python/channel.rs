@@ -1,5 +1,5 @@
-//! A connection's socket with the bytes that wait to be sent over it: reads within a budget, writes what
-//! the socket takes, and holds writes back while it is corked.
+//! A connection's socket with its unsent output: reads within a budget, writes as much as the socket
+//! takes, and sends nothing while it is corked.
 
 use super::errors::Loss;
 use super::socket::{with_scratch, Socket};
@@ -10,17 +10,18 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 use std::io::{self, IoSlice};
 
-/// How much of control connections and streams is read before the event loop goes on, in bytes.
+/// The read budget of control connections and streams: how many bytes are read before other callbacks of
+/// the event loop may run.
 pub const READ_BUDGET: usize = 2 * 1024 * 1024;
 
-/// Decodes what a channel reads.
+/// Decodes the input of a channel.
 pub trait Decoder {
     type Event;
 
     /// The most that one system call reads, in bytes, and the most that it reads behind a payload.
     const READ: usize;
     const READ_BEHIND: usize;
-    /// How much is read before the event loop goes on, in bytes.
+    /// The read budget, in bytes.
     const BUDGET: usize;
 
     /// The unfilled part of the payload that is being received, if it has a buffer of its own.
@@ -32,16 +33,16 @@ pub trait Decoder {
 
     fn receive(&mut self, bytes: &[u8], events: &mut Vec<Self::Event>) -> Result<(), Error>;
 
-    /// The error that the end of the input is.
+    /// Returns the error for the end of the input.
     fn end_of_file(&mut self) -> Error;
 
-    /// Whether more is to be read while `unsent` bytes wait to be sent.
+    /// Whether to read more, with `unsent` bytes of output.
     fn wants_input(&self, _unsent: usize) -> bool {
         true
     }
 }
 
-/// Why a read ended the connection.
+/// Why a read failed. Ends the connection.
 pub enum ReadError {
     Socket(io::Error),
     Protocol(Error),
@@ -59,14 +60,14 @@ impl From<ReadError> for Loss {
 pub struct Channel {
     /// `None` once the connection is lost or closed.
     socket: Option<Socket>,
-    /// Holds bytes objects, not of subclasses: to drop one runs no Python.
+    /// Holds bytes objects, but none of a subclass, whose drop could run Python.
     output: Output<PyBackedBytes>,
-    /// A flush is scheduled, and nothing is sent before it.
+    /// A flush is scheduled; nothing is sent before it.
     corked: bool,
 }
 
 impl Channel {
-    /// A channel that keeps `kept` bytes of its output buffer for further use.
+    /// A channel that keeps up to `kept` bytes of its output buffer for further use.
     pub fn new(socket: Socket, kept: usize) -> Self {
         Self {
             socket: Some(socket),
@@ -83,13 +84,13 @@ impl Channel {
         self.socket.is_some()
     }
 
-    /// Takes the socket out, and drops what waits to be sent.
+    /// Takes the socket out, and drops the unsent output.
     pub fn close(&mut self) -> Option<Socket> {
         self.output = Output::default();
         self.socket.take()
     }
 
-    /// Number of bytes that wait to be sent.
+    /// Number of unsent bytes.
     pub fn unsent(&self) -> usize {
         self.output.len()
     }
@@ -106,12 +107,12 @@ impl Channel {
         self.corked = false;
     }
 
-    /// Whether the event loop has to say when the socket takes more.
+    /// Whether the event loop has to report when the socket takes more.
     pub fn is_blocked(&self) -> bool {
         !self.output.is_empty() && !self.corked
     }
 
-    /// Sends `head` and `tail`, and keeps what the socket does not take now. Returns how many bytes it
+    /// Sends `head` and `tail`, and keeps the bytes that the socket does not take. Returns how many it
     /// took.
     pub fn send(&mut self, head: &[u8], tail: Tail<'_, '_>) -> io::Result<usize> {
         let mut sent = 0;
@@ -131,7 +132,7 @@ impl Channel {
         Ok(sent)
     }
 
-    /// Sends what waits, unless it is corked. Returns how many bytes the socket took.
+    /// Sends the unsent output, unless it is corked. Returns how many bytes the socket took.
     pub fn flush(&mut self) -> io::Result<usize> {
         let mut total = 0;
         let Some(socket) = self.socket.as_ref().filter(|_| !self.corked) else {
@@ -148,7 +149,7 @@ impl Channel {
         Ok(total)
     }
 
-    /// Reads and decodes what has arrived, within the budget.
+    /// Reads and decodes input, within the budget.
     pub fn read<D: Decoder>(
         &self,
         decoder: &mut D,
@@ -186,19 +187,19 @@ impl Channel {
     }
 }
 
-/// What follows the head of a message.
+/// The part of a message behind its head.
 pub enum Tail<'a, 'py> {
     None,
     /// A bytes object, which can be kept.
     Shared(&'a Bound<'py, PyBytes>),
-    /// Other bytes, which may change once they are given back.
+    /// Borrowed from a buffer that may change afterwards.
     Borrowed(&'a [u8]),
 }
 
 impl<'a, 'py> Tail<'a, 'py> {
     pub fn of(data: &'a Bound<'py, PyAny>, bytes: &'a [u8]) -> Self {
         match data.cast_exact::<PyBytes>() {
-            // Not of a subclass: to drop one could run Python.
+            // Not of a subclass, whose drop could run Python.
             Ok(data) => Tail::Shared(data),
             Err(_) => Tail::Borrowed(bytes),
         }

@@ -1,9 +1,9 @@
-//! Drives a file descriptor with callbacks of an event loop. A `Driver` knows the loop: it registers
-//! callbacks, makes and completes futures, and notices a fork or a closed loop. `Driven` is a connection
-//! on top of it, whose state is locked: what is decoded, and whose future is completed, is its own.
+//! Drives a file descriptor with callbacks of an event loop. A `Driver` registers the callbacks, creates
+//! and completes futures, and detects a fork or a closed loop. A `Driven` connection adds what differs:
+//! how input is decoded, and whose futures the events complete.
 //!
-//! No Python is called while the state is locked, since it could come back to the same connection.
-//! What happens under the lock is reported as Rust values.
+//! No Python is called while a connection's state is locked, since it could call the same connection.
+//! Under the lock, events and errors are Rust values.
 
 use super::channel::Channel;
 use super::errors::{self, Loss};
@@ -30,21 +30,21 @@ pub struct Driver {
     batch: WakeBatch,
 }
 
-/// One of the two things that a loop watches a descriptor for.
+/// What a loop watches a descriptor for.
 #[derive(Clone, Copy)]
 pub enum Way {
     Read,
     Write,
 }
 
-/// Which callbacks are registered with the loop. Guarded by the lock of the state that it is part of.
+/// Which callbacks are registered with the loop. Part of a locked state.
 #[derive(Default, Clone, Copy)]
 pub struct Registered {
     pub reader: bool,
     pub writer: bool,
 }
 
-/// The calls to the loop that make its registrations what they should be.
+/// Callbacks to register or to remove.
 #[derive(Default, Clone, Copy)]
 pub struct Registrations {
     /// Whether to add the callback or remove it.
@@ -53,7 +53,7 @@ pub struct Registrations {
 }
 
 impl Registered {
-    /// Takes note of what should be registered, and returns the calls to make without the lock.
+    /// Records which callbacks are wanted. Returns the changes, to be made without the lock.
     pub fn update(&mut self, reader: bool, writer: bool) -> Registrations {
         let change = |registered: &mut bool, wanted| {
             let before = std::mem::replace(registered, wanted);
@@ -72,8 +72,8 @@ impl Registrations {
     }
 }
 
-/// How many operations in a row may find their result ready before the caller has to let the event loop
-/// go on.
+/// Counts operations that found their result ready. After 16 in a row, callers have to wait for the event
+/// loop.
 #[derive(Default)]
 pub struct Attempts(u8);
 
@@ -87,7 +87,7 @@ impl Attempts {
         may
     }
 
-    /// The event loop has gone on.
+    /// The event loop has run other callbacks.
     pub fn start_over(&mut self) {
         self.0 = 0;
     }
@@ -104,7 +104,7 @@ impl Driver {
         }
     }
 
-    /// Whether this is a forked child, whose parent the descriptor and the loop belong to.
+    /// Whether this is a forked child. Descriptor and loop belong to its parent.
     pub fn is_forked(&self) -> bool {
         pid() != self.pid
     }
@@ -122,8 +122,7 @@ impl Driver {
         self.kind.may_wake(self.event_loop.bind(py))
     }
 
-    /// Completes a future, and appends to `ready` the call that resumes its task, if that is to be
-    /// resumed in place.
+    /// Completes a future. With `in_place`, appends the call that resumes its task to `ready`.
     pub fn complete(
         &self,
         future: &Bound<'_, PyAny>,
@@ -134,7 +133,7 @@ impl Driver {
         self.push(ready, future::complete(future, outcome, in_place));
     }
 
-    /// As `future::push`, of wake-ups that may be the first of this type of loop.
+    /// As `future::push`. Watches the first wake-up on this type of loop.
     pub fn push(&self, ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
         let event_loop = self.event_loop.bind(ready.py());
         let completed = completed.and_then(|wake_up| {
@@ -144,12 +143,12 @@ impl Driver {
         future::push(ready, completed);
     }
 
-    /// Whether the caller is a task that a callback for this descriptor is resuming.
+    /// Whether the caller is a task that this descriptor's callback has resumed.
     pub fn in_wake_batch(&self) -> bool {
         self.batch.is_here()
     }
 
-    /// Has the loop call `callback(argument)` when the descriptor is ready.
+    /// Registers `callback(argument)`, for when the descriptor is ready.
     pub fn add(
         &self,
         way: Way,
@@ -175,7 +174,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Whether the loop can watch nothing and wake nobody any more.
+    /// Whether the loop was closed. It can then watch no descriptor and resume no task.
     pub fn loop_is_closed(&self, py: Python<'_>) -> PyResult<bool> {
         let event_loop = self.event_loop.bind(py);
         event_loop
@@ -190,7 +189,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Does nothing if the loop is closed, which a finalizer can find.
+    /// Does nothing if the loop is closed, as it may be when a finalizer runs.
     pub fn call_later(&self, delay: Duration, callback: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = callback.py();
         if !self.loop_is_closed(py)? {
@@ -201,9 +200,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Removes the callbacks of a connection that is lost, and ends its socket: `gracefully` if the
-    /// last bytes sent must not be overtaken by a reset. Returns whether the loop can still wake those
-    /// who wait, and the first error.
+    /// Removes a connection's callbacks and closes its socket, `gracefully` if a reset must not overtake
+    /// the last bytes sent. Returns whether the loop can still resume tasks, and the first error.
     pub fn close(
         &self,
         py: Python<'_>,
@@ -239,7 +237,7 @@ impl Driver {
     }
 }
 
-/// A connection that a loop calls back for.
+/// A connection that is served by callbacks of an event loop.
 pub trait Driven: PyClass<Frozen = True> + Sync {
     type State: DrivenState;
 
@@ -247,27 +245,27 @@ pub trait Driven: PyClass<Frozen = True> + Sync {
 
     fn state(&self) -> &Mutex<Self::State>;
 
-    /// The Python function that the loop is to call with this when the descriptor is readable: it
-    /// calls `read`, then makes the calls that are ready, then calls `flush`.
+    /// `p2pclient_rs.driver.on_readable`, which the loop calls with this connection. It calls `read`,
+    /// makes the calls that are ready, and calls `flush`.
     fn on_readable(&self) -> &Py<PyAny>;
 
-    /// Completes the futures that an event is for. Returns a call to make.
+    /// Completes the future of an event, or returns a call to make for it.
     fn handle(
         slf: &Bound<'_, Self>,
         event: <Self::State as DrivenState>::Event,
         in_place: bool,
     ) -> PyResult<Option<WakeUp>>;
 
-    /// Does what a change of the state calls for.
+    /// Makes the loop operations that follow from a change of the state.
     fn run(
         slf: &Bound<'_, Self>,
         follow_up: <Self::State as DrivenState>::FollowUp,
     ) -> PyResult<()>;
 
-    /// Ends the connection: fails everything that waits for it.
+    /// Ends the connection: closes the socket and fails all futures.
     fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()>;
 
-    /// As `lose`, of a connection that cannot be written to.
+    /// As `lose`, after a write has failed.
     fn lose_writing(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         Self::lose(slf, loss)
     }
@@ -275,20 +273,20 @@ pub trait Driven: PyClass<Frozen = True> + Sync {
 
 /// The locked state of a connection.
 pub trait DrivenState {
-    /// What has come over the connection.
+    /// A decoded message.
     type Event;
-    /// What is to be done without the lock.
+    /// Loop operations, to be made without the lock.
     type FollowUp;
 
     fn channel(&mut self) -> &mut Channel;
 
-    /// Reads what has come, within the budget. The loop has called back.
+    /// Reads and decodes input, within the budget. Called by the loop.
     fn read(&mut self, events: &mut Vec<Self::Event>) -> Result<(), Loss>;
 
-    /// Sends what waits, unless it is corked.
+    /// Sends the unsent output, unless it is corked.
     fn flush(&mut self) -> Result<(), Loss>;
 
-    /// Keeps why reading has ended until the events before that are handled.
+    /// Why reading has ended. Kept until the events before that are handled.
     fn loss(&mut self) -> &mut Option<Loss>;
 
     fn follow_up(&mut self) -> Self::FollowUp;
@@ -299,8 +297,8 @@ pub fn lock<C: Driven>(this: &C) -> MutexGuard<'_, C::State> {
     this.state().lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads what has come, and appends the calls to make for it to `ready`. `flush` must follow when they
-/// are made, also if one of them raised.
+/// Reads input and handles its events. Appends the calls to make to `ready`; when they are made, even if
+/// one has raised, the caller must call `flush`.
 pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResult<()> {
     let driver = slf.get().driver();
     if driver.is_forked() {
@@ -319,19 +317,19 @@ pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResul
         let mut state = lock(slf.get());
         let loss = state.read(&mut events).err();
         if events.len() > 1 {
-            // The tasks that are about to be resumed will send more: all of it goes out at once.
+            // The resumed tasks are likely to send messages: all of them go out in one write.
             state.channel().cork();
         }
         let lost = loss.is_some();
         *state.loss() = loss;
         lost
     };
-    // Nobody may use a connection that is lost: its tasks go on when it is known to be.
+    // If the connection is lost, tasks are resumed only after `flush` has closed it.
     handle_all(slf, events, may_wake && !lost, ready);
     Ok(())
 }
 
-/// Handles events, and appends the calls to make for them to `ready`.
+/// Handles events. Appends the calls to make to `ready`.
 pub fn handle_all<C: Driven>(
     slf: &Bound<'_, C>,
     events: Vec<<C::State as DrivenState>::Event>,
@@ -345,8 +343,8 @@ pub fn handle_all<C: Driven>(
     }
 }
 
-/// Loses the connection, if that is what reading has ended with; otherwise sends what waits: `now`, or
-/// in the next iteration of the loop, when the tasks that were woken have run.
+/// Closes the connection if reading has failed. Otherwise sends the unsent output: `now`, or in the next
+/// iteration of the loop, after the woken tasks have run.
 pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
     let driver = slf.get().driver();
     driver.batch.end();
@@ -372,7 +370,7 @@ pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
     after(slf, changed)
 }
 
-/// Sends what was corked.
+/// Sends the corked output.
 pub fn uncork<C: Driven>(slf: &Bound<'_, C>) -> PyResult<()> {
     change(slf, |state| {
         state.channel().uncork();
@@ -380,8 +378,7 @@ pub fn uncork<C: Driven>(slf: &Bound<'_, C>) -> PyResult<()> {
     })
 }
 
-/// Changes the state of a connection, which may be closed, in which case nothing happens, or the
-/// parent's.
+/// Changes the state of a connection. Does nothing if it is closed, or in a forked child.
 pub fn change<C: Driven>(
     slf: &Bound<'_, C>,
     f: impl FnOnce(&mut C::State) -> Result<(), Loss>,
@@ -393,10 +390,10 @@ pub fn change<C: Driven>(
     after(slf, changed)
 }
 
-/// What follows from a change, for `after`.
+/// The result of `change_state`.
 pub type Changed<C> = Result<<<C as Driven>::State as DrivenState>::FollowUp, Loss>;
 
-/// As `change`, with nothing that runs Python.
+/// As `change`, without running Python. The caller must call `after`.
 pub fn change_state<C: Driven>(
     this: &C,
     f: impl FnOnce(&mut C::State) -> Result<(), Loss>,
@@ -408,7 +405,7 @@ pub fn change_state<C: Driven>(
     Ok(state.follow_up())
 }
 
-/// Does what follows from `change_state`.
+/// Makes the loop operations that follow from `change_state`.
 pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()> {
     match changed {
         Ok(follow_up) => C::run(slf, follow_up),
@@ -416,12 +413,12 @@ pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()>
     }
 }
 
-/// Makes the calls that change the loop's registrations.
+/// Registers and removes callbacks.
 pub fn register<C: Driven>(slf: &Bound<'_, C>, registrations: Registrations) -> PyResult<()> {
     let (py, this) = (slf.py(), slf.get());
     let driver = this.driver();
-    // Python code that has run since the state was unlocked may have closed the socket: its number may
-    // be another file's by now.
+    // Python code that ran since the state was unlocked may have closed the socket. Another file may have
+    // its number.
     let may_add = !registrations.adds() || lock(this).channel().is_open();
     match registrations.reader {
         Some(true) if may_add => {
@@ -432,7 +429,6 @@ pub fn register<C: Driven>(slf: &Bound<'_, C>, registrations: Registrations) -> 
     }
     match registrations.writer {
         Some(true) if may_add => {
-            // A bound method of this class, with the argument that all callbacks get.
             let callback = slf
                 .as_any()
                 .get_type()

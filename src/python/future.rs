@@ -11,15 +11,15 @@ pub fn create<'py>(event_loop: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>
     event_loop.call_method0(intern!(event_loop.py(), "create_future"))
 }
 
-/// Whether a future has a result, or was cancelled.
+/// Whether a future was completed or cancelled.
 pub fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
     future
         .call_method0(intern!(future.py(), "done"))?
         .is_truthy()
 }
 
-/// Completes a future, unless it is done. With `in_place`, returns the call that resumes its task;
-/// without it, or if that is not possible, the event loop resumes the task in its next iteration.
+/// Completes a future, unless it is done. With `in_place`, returns the call that resumes its task. If it
+/// returns `None`, the event loop resumes the task in its next iteration.
 pub fn complete(
     future: &Bound<'_, PyAny>,
     outcome: PyResult<Py<PyAny>>,
@@ -38,7 +38,7 @@ pub fn complete(
     Ok(wake_up)
 }
 
-/// Keeps asyncio from reporting the exception of a completed future that nobody awaits any more.
+/// Keeps asyncio from reporting the exception of a future that no task awaits any more.
 pub fn mark_retrieved(future: &Bound<'_, PyAny>) {
     // Fails only if the future was cancelled.
     let _ = future.call_method0(intern!(future.py(), "exception"));

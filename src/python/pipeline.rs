@@ -1,6 +1,5 @@
-//! A control connection on which queries are pipelined: they are sent without waiting for earlier
-//! replies. One read brings the replies to many queries, and one write sends the queries that the woken
-//! tasks make next.
+//! A control connection on which queries are pipelined: each is sent without waiting for earlier replies.
+//! One read brings many replies, and one write sends the next queries of all tasks that were resumed.
 
 use super::channel::{is_unread, Channel, Decoder, ReadError, Tail, READ_BUDGET};
 use super::driver::{self, lock, Attempts, Driven, DrivenState, Driver, Registered, Registrations};
@@ -19,12 +18,12 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
-/// How many queries may be in flight, and how many bytes of them may wait to be sent: a daemon that does
-/// not answer or read must not fill our memory.
+/// How many queries may be in flight, and how many bytes of them unsent: a daemon that does not reply or
+/// read must not fill our memory.
 const MAX_QUERIES: usize = 1024;
 const MAX_OUTPUT: usize = 1024 * 1024;
 
-/// How much of the output buffer is kept for further use, in bytes.
+/// How many bytes of the output buffer are kept for further use.
 const KEPT_OUTPUT: usize = 16 * 1024;
 
 /// A control connection for the queries of one event loop.
@@ -41,7 +40,7 @@ pub struct State {
     /// The futures of the queries in flight, in the order of their replies. A query that was cancelled
     /// keeps its place.
     queries: VecDeque<Py<PyAny>>,
-    /// It takes no more queries, and closes with the last reply.
+    /// Takes no more queries, and closes after the last reply.
     retired: bool,
     loss: Option<Loss>,
     /// Whether anything was sent since no query was in flight.
@@ -61,7 +60,7 @@ enum Sent {
     Lost(Loss),
 }
 
-/// What a change of the state calls for.
+/// Loop operations after a change of the state.
 pub struct FollowUp {
     registrations: Registrations,
     retired: bool,
@@ -138,22 +137,22 @@ impl Pipeline {
         Ok(Some(future.unbind()))
     }
 
-    /// Reads what has come, and appends the calls to make for it to `ready`. `flush` must follow.
+    /// Reads replies. Appends the calls to make to `ready`; `flush` must follow.
     fn read(slf: &Bound<'_, Self>, ready: &Bound<'_, PyList>) -> PyResult<()> {
         driver::read(slf, ready)
     }
 
-    /// Sends the queries that wait: `now`, or when the woken tasks have run.
+    /// Sends unsent queries: `now`, or after the woken tasks have run.
     fn flush(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
         driver::flush(slf, now)
     }
 
-    /// Takes no more queries, and closes when those in flight are answered or cancelled.
+    /// Takes no more queries, and closes the connection when those in flight are answered or cancelled.
     fn retire(slf: &Bound<'_, Self>) -> PyResult<()> {
         let _guard = enter(slf.py());
         lock(slf.get()).retired = true;
         if slf.get().driver.loop_is_closed(slf.py())? {
-            return Self::close(slf); // nobody is left to be answered
+            return Self::close(slf); // no task is left to resume
         }
         driver::uncork(slf)
     }
@@ -168,7 +167,7 @@ impl Pipeline {
         Self::lose(slf, Loss::Closed)
     }
 
-    /// Whether the caller is a task that a reply over this connection is resuming.
+    /// Whether the caller is a task that a reply over this connection has resumed.
     #[getter]
     fn in_wake_batch(&self) -> bool {
         self.driver.in_wake_batch()
@@ -310,7 +309,7 @@ impl State {
             return Sent::Refused;
         }
         if is_first && socket.is_readable() {
-            // It replies to nothing: most likely it is the end of the connection.
+            // Not a reply: most likely the end of the connection.
             self.retired = true;
             return Sent::Refused;
         }

@@ -1,4 +1,4 @@
-//! A byte stream over a non-blocking socket. Nothing here waits: what cannot be done at once returns
+//! A byte stream over a non-blocking socket. Nothing here waits: an operation that would block returns
 //! `None` (or a count of 0), and `stream.py` waits and tries again.
 //!
 //! No Python runs while the state is locked. `State` reports errors as `StreamError`, which
@@ -20,7 +20,7 @@ use state::{State, StreamError, StreamResult, KEPT, LARGE, READ_AHEAD};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// The socket of a stream, with what was read ahead and what is still to be written.
+/// A stream: its socket, its look-ahead data and its unsent output.
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct RawStream {
     pid: u32,
@@ -28,7 +28,7 @@ pub struct RawStream {
 }
 
 impl RawStream {
-    /// A stream whose first bytes, `input`, came with what was read before it was one.
+    /// A new stream. `input` was received before its connection became a stream.
     pub fn new(socket: Socket, input: Bytes) -> Self {
         Self {
             pid: super::fork_guard::pid(),
@@ -40,7 +40,7 @@ impl RawStream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a read or write on the locked state, in the process that the stream belongs to.
+    /// Runs a read or write on the locked state. Raises in a forked child.
     #[inline(always)]
     fn with<T>(&self, operation: impl FnOnce(&mut State) -> StreamResult<T>) -> PyResult<T> {
         errors::check_fork(self.pid, "stream")?;
@@ -52,8 +52,7 @@ impl RawStream {
         outcome.map_err(StreamError::into_exception)
     }
 
-    /// As `with`; a closed stream is an error even if its end had been reached, unless it was
-    /// closed with `keep_input`.
+    /// As `with`, for a read. A closed stream is an error, unless it was closed with `keep_input`.
     #[inline(always)]
     fn with_input<T>(&self, read: impl FnOnce(&mut State) -> StreamResult<T>) -> PyResult<T> {
         self.with(|state| {
@@ -64,14 +63,14 @@ impl RawStream {
         })
     }
 
-    /// What `look` finds about the socket of an open stream.
+    /// Returns what `look` finds about the socket of an open stream.
     fn look<T>(&self, look: impl FnOnce(&Socket) -> StreamResult<T>) -> PyResult<T> {
         let found = self.lock().socket().and_then(look);
         found.map_err(StreamError::into_exception)
     }
 
-    /// As `look`, for a caller that must not block or fail, such as a callback of the garbage
-    /// collector. `None` if the stream is closed or in use.
+    /// As `look`, for callers that must not block or fail, such as callbacks of the garbage collector.
+    /// Returns `None` if the stream is closed or in use.
     fn try_look<T>(&self, look: impl FnOnce(&Socket) -> T) -> Option<T> {
         let state = match self.state.try_lock() {
             Ok(state) => state,
@@ -84,16 +83,16 @@ impl RawStream {
 
 #[pymethods]
 impl RawStream {
-    /// Up to `max_bytes` bytes; empty at the end of the stream.
+    /// Returns up to `max_bytes` bytes; none at the end of the stream.
     fn try_receive<'py>(
         &self,
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         self.with_input(|state| {
-            state.give_up_large(py);
+            state.release_large(py);
             if state.input.is_empty() && max_bytes >= READ_AHEAD {
-                // Nothing was read ahead: what comes goes to the caller without another copy.
+                // No look-ahead data: received straight into the object that the caller gets.
                 if state.at_eof {
                     return Ok(Some(bytes_builder::bytes(py, b"")?));
                 }
@@ -107,7 +106,7 @@ impl RawStream {
         })
     }
 
-    /// `count` bytes; fewer only at the end of the stream.
+    /// Returns `count` bytes; fewer only at the end of the stream.
     fn try_read_exactly<'py>(
         &self,
         py: Python<'py>,
@@ -115,7 +114,7 @@ impl RawStream {
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         self.with_input(|state| {
             if !matches!(state.large, Some((_, wanted)) if wanted == count) {
-                state.give_up_large(py);
+                state.release_large(py);
                 if count < state.input.len().saturating_add(LARGE) || !state.begin_large(py, count)
                 {
                     return state.read_exactly(py, count);
@@ -125,9 +124,9 @@ impl RawStream {
         })
     }
 
-    /// Everything up to and including `separator`; what is left at the end of the stream. More
-    /// than `limit` bytes without it are asyncio's LimitOverrunError, and stay; with `eager`, so
-    /// are `limit` bytes.
+    /// Returns everything up to and including `separator`, or up to the end of the stream. Raises
+    /// asyncio's LimitOverrunError, and keeps the input, if more than `limit` bytes come without it,
+    /// or with `eager` as many as `limit`.
     #[pyo3(signature = (separator, limit, eager = false))]
     fn try_read_until<'py>(
         &self,
@@ -137,7 +136,7 @@ impl RawStream {
         eager: bool,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         self.with_input(|state| {
-            state.give_up_large(py);
+            state.release_large(py);
             let mut searched = 0;
             loop {
                 let found = memchr::memmem::find(&state.input[searched..], separator);
@@ -168,36 +167,36 @@ impl RawStream {
         })
     }
 
-    /// Puts `data` back, in front of the unread input.
+    /// Puts `data` back in front of the unread input.
     fn put_back(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
         self.with_input(|state| {
-            state.give_up_large(py);
+            state.release_large(py);
             let rest = std::mem::replace(&mut state.input, BytesMut::from(data));
             state.input.extend_from_slice(&rest);
             Ok(())
         })
     }
 
-    /// Bytes received and not read yet.
+    /// The look-ahead data: received, not yet read.
     #[getter]
     fn read_ahead<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let read_ahead = {
             let mut state = self.lock();
-            state.give_up_large(py);
+            state.release_large(py);
             bytes_builder::bytes(py, &state.input)
         };
         Ok(read_ahead?)
     }
 
-    /// A message of at most `max_bytes` with its length in front. At the end of the stream an
-    /// empty tuple; in the middle of a message that is a ConnectionLost.
+    /// Returns a list with the next length-prefixed message, of at most `max_bytes`; an empty list at
+    /// the end of the stream. Raises ConnectionLost if the stream ends within a message.
     fn try_read_frame<'py>(
         &self,
         py: Python<'py>,
         max_bytes: usize,
     ) -> PyResult<Option<Vec<Bound<'py, PyBytes>>>> {
         self.with_input(|state| {
-            state.give_up_large(py);
+            state.release_large(py);
             loop {
                 let frame = framing::split_frame(&mut state.input, max_bytes);
                 if let Some(frame) = frame.map_err(StreamError::protocol)? {
@@ -219,8 +218,8 @@ impl RawStream {
         })
     }
 
-    /// Writes what the socket takes of `data` from `offset` on, after what `write` left over.
-    /// Returns how many bytes it took; 0 means that it would block.
+    /// Writes the unsent output, then as much of `data` from `offset` on as the socket takes. Returns how many
+    /// bytes of `data` it took; 0 if it would block.
     fn try_send(&self, data: &Bound<'_, PyAny>, offset: usize) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             self.with(|state| {
@@ -234,8 +233,8 @@ impl RawStream {
         })
     }
 
-    /// Writes `data`; what the socket does not take now is kept and written later, a large bytes
-    /// object as it is and anything else as a copy. Returns how many bytes wait.
+    /// Writes `data`. Keeps what the socket does not take: a large bytes object itself, of anything else
+    /// a copy. Returns how many bytes are unsent.
     fn write(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             self.with(|state| {
@@ -250,7 +249,7 @@ impl RawStream {
         })
     }
 
-    /// Keeps a copy of `data` to be written by `flush`. Returns how many bytes wait.
+    /// Keeps a copy of `data` for the next `flush`. Returns how many bytes are unsent.
     fn cork(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             self.with(|state| {
@@ -261,7 +260,7 @@ impl RawStream {
         })
     }
 
-    /// Writes what waits; says how many bytes still do.
+    /// Writes the unsent output. Returns how many bytes of it are left.
     pub fn flush(&self) -> PyResult<usize> {
         self.with(|state| {
             state.flush()?;
@@ -269,19 +268,19 @@ impl RawStream {
         })
     }
 
-    /// How many bytes wait to be written.
+    /// Number of unsent bytes.
     #[getter]
     fn buffered(&self) -> usize {
         self.lock().output.len()
     }
 
-    /// Whether something waits for the socket to take more.
+    /// Whether the last write was partial.
     #[getter]
     fn blocked(&self) -> bool {
         self.lock().blocked
     }
 
-    /// Whether the end was reached and everything before it was read.
+    /// Whether the end of the stream was reached, and everything before it was read.
     #[getter]
     fn at_eof(&self) -> bool {
         let state = self.lock();
@@ -311,10 +310,10 @@ impl RawStream {
         })
     }
 
-    /// Reads ahead if nothing was, so that `at_eof` knows of an end that has come.
+    /// Reads if there is no look-ahead data, so that `at_eof` notices an end that has arrived.
     fn look_ahead(&self, py: Python<'_>) -> PyResult<()> {
         self.with_input(|state| {
-            state.give_up_large(py);
+            state.release_large(py);
             if state.input.is_empty() {
                 state.fill()?;
             }
@@ -322,20 +321,20 @@ impl RawStream {
         })
     }
 
-    /// Closes the socket, in good order or, with `abort`, at once. In a forked child only the
-    /// descriptor is closed: the socket is the parent's.
+    /// Closes the socket gracefully or, with `abort`, at once. In a forked child only the descriptor is
+    /// closed: the socket is the parent's.
     ///
-    /// With `keep_input` it is asyncio's way: what has come, up to a bound, can still be read, and
-    /// then the end; and what waits to be written is lost only if the socket does not take it.
+    /// `keep_input` closes as asyncio does: unsent output is written if the socket takes it, and input
+    /// that has arrived, up to a limit, can still be read.
     #[pyo3(signature = (*, abort = false, keep_input = false))]
     fn close(&self, py: Python<'_>, abort: bool, keep_input: bool) {
         let mut state = self.lock();
-        state.give_up_large(py);
+        state.release_large(py);
         let forked = super::fork_guard::pid() != self.pid;
         if keep_input && !forked {
-            // Whatever this fails at, a close has nobody to tell.
+            // A close does not report errors.
             let _ = state.flush();
-            state.keep(KEPT);
+            state.prefetch(KEPT);
         }
         state.output = Output::default();
         let Some(socket) = state.socket.take() else {
@@ -350,7 +349,7 @@ impl RawStream {
         if forked {
             drop(socket);
         } else if abort && keep_input {
-            // Without the reset, which would take back what was written before.
+            // No reset, which would discard the data sent last.
             socket.end();
         } else if abort {
             socket.abort();
@@ -359,13 +358,13 @@ impl RawStream {
         }
     }
 
-    /// The file descriptor; -1 once the stream is closed.
+    /// The file descriptor, or -1 if the stream is closed.
     fn fileno(&self) -> RawFd {
         let state = self.lock();
         state.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 
-    /// A new descriptor of the same socket, which the caller has to close.
+    /// Returns a duplicate of the descriptor. The caller must close it.
     fn duplicate(&self) -> PyResult<RawFd> {
         let copy = self.look(|socket| Ok(socket.duplicate()))?;
         Ok(copy.map_err(errors::os_error)?.into_raw_fd())
@@ -377,16 +376,16 @@ impl RawStream {
         self.lock().operations
     }
 
-    /// Whether the peer has closed both directions, as far as the socket tells; of TCP, which
-    /// sends the same FIN for either, whether it has ended its own. False on a closed stream.
+    /// Whether the peer has closed both directions. TCP sends the same FIN for a half-close, which
+    /// counts too. False if the stream is closed.
     #[getter]
     fn peer_closed(&self) -> bool {
         self.try_look(Socket::peer_closed).unwrap_or(false)
     }
 
-    /// Whether asyncio would no longer watch this socket: it is closed, the peer has ended its
-    /// direction, or as much input is unread as asyncio buffers. False while another thread uses
-    /// the stream.
+    /// Whether asyncio would not watch this socket: it is closed, the peer has shut its writing half
+    /// down, or as much input is unread as asyncio buffers. False while another thread uses the
+    /// stream.
     fn is_unwatched(&self, py: Python<'_>) -> bool {
         // The garbage collector calls this: it must not block.
         let state = match self.state.try_lock() {
@@ -400,23 +399,23 @@ impl RawStream {
         socket.peer_ended() || state.received(py) + socket.unread() >= KEPT
     }
 
-    /// Number of bytes that were received and not read yet.
+    /// Number of bytes received and not read yet.
     #[getter]
     fn read_ahead_size(&self, py: Python<'_>) -> usize {
         self.lock().received(py)
     }
 
-    /// Reads ahead until `limit` bytes are buffered, by default as many as asyncio buffers.
-    /// Returns how many bytes it read. No task may be waiting to read.
+    /// Reads until `limit` bytes are buffered, by default as many as asyncio buffers. Returns how many
+    /// bytes it read. No task may be waiting to read.
     #[pyo3(signature = (limit = KEPT))]
     fn prefetch(&self, py: Python<'_>, limit: usize) -> usize {
         let mut state = self.lock();
-        state.give_up_large(py);
+        state.release_large(py);
         let before = state.input.len();
-        // If the connection is gone, the next read by the handler has to report the reason.
+        // On a broken connection the handler's next read has to report the reason.
         let open = |socket: &Socket| !socket.peer_closed();
         if !state.at_eof && state.socket.as_ref().is_some_and(open) {
-            state.keep(limit);
+            state.prefetch(limit);
         }
         state.input.len() - before
     }
@@ -427,14 +426,14 @@ impl RawStream {
         self.look(|socket| Ok(if socket.is_unix() { "unix" } else { "tcp" }))
     }
 
-    /// The local end: a path, or `(host, port)`.
+    /// The local address: a path, or `(host, port)`.
     #[getter]
     fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let address = self.look(|socket| Ok(socket.local_address()))?;
         python_address(py, &address.map_err(errors::os_error)?)
     }
 
-    /// The remote end: a path, or `(host, port)`.
+    /// The remote address: a path, or `(host, port)`.
     #[getter]
     fn remote_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let address = self.look(|socket| Ok(socket.remote_address()))?;

@@ -34,7 +34,7 @@ pub struct PersistentConnection {
     state: Mutex<State>,
 }
 
-/// What came of a message to be sent.
+/// The result of sending a message.
 struct Submitted {
     /// `None` if the output has no room.
     id: io::Result<Option<CallId>>,
@@ -90,25 +90,25 @@ impl PersistentConnection {
 
 #[pymethods]
 impl PersistentConnection {
-    /// Begins to read, as `read` does. `input` came together with the reply to the upgrade.
+    /// As the first `read`. `input` came together with the reply to the upgrade.
     fn start(slf: &Bound<'_, Self>, input: &[u8], ready: &Bound<'_, PyList>) {
         let mut events = Vec::new();
         lock(slf.get()).start(input, &mut events);
         driver::handle_all(slf, events, false, ready);
     }
 
-    /// Reads what has come, and appends the calls to make for it to `ready`. `flush` must follow.
+    /// Reads messages. Appends the calls to make to `ready`; `flush` must follow.
     fn read(slf: &Bound<'_, Self>, ready: &Bound<'_, PyList>) -> PyResult<()> {
         driver::read(slf, ready)
     }
 
-    /// Sends what waits: `now`, or when the woken tasks have run.
+    /// Sends unsent messages: `now`, or after the woken tasks have run.
     fn flush(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
         driver::flush(slf, now)
     }
 
     /// Calls the handler of `protocol` at a peer. Returns the future of the reply and the call's id, or
-    /// `None` if too much waits to be sent: wait for room.
+    /// `None` if the output is full: the caller must wait for `room`.
     fn call<'py>(
         slf: &Bound<'py, Self>,
         peer: &Bound<'py, PyAny>,
@@ -246,7 +246,7 @@ impl PersistentConnection {
             return Ok(());
         }
         // Go's daemon does not tell peers that a client has left: their calls, and our handlers, would
-        // never end. What the socket does not take at once is lost.
+        // never end. Bytes that the socket does not take at once are lost.
         let _ = driver::change(slf, |state| {
             state.channel.uncork();
             state
@@ -263,7 +263,7 @@ impl PersistentConnection {
         !lock(self).channel.is_open()
     }
 
-    /// Whether the caller is a task that a message over this connection is resuming.
+    /// Whether the caller is a task that a message over this connection has resumed.
     #[getter]
     fn in_wake_batch(&self) -> bool {
         self.driver.in_wake_batch()
@@ -466,7 +466,7 @@ impl Driven for PersistentConnection {
         outcome
     }
 
-    /// Loses the connection after what had come over it is handled.
+    /// Handles the messages that have arrived, then loses the connection.
     fn lose_writing(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let mut events = Vec::new();
         let _ = DrivenState::read(&mut *lock(slf.get()), &mut events);
@@ -483,7 +483,7 @@ impl PersistentConnection {
         Ok((!owner.is_none()).then_some(owner))
     }
 
-    /// Sends the head that `encode` makes, and `tail`. `finish` must follow.
+    /// Sends the head that `encode` makes, and `tail`. The caller must call `finish`.
     fn submit(
         &self,
         tail: Tail<'_, '_>,
@@ -514,7 +514,7 @@ impl PersistentConnection {
         })
     }
 
-    /// Does what follows from `submit`. If this fails, nothing was sent.
+    /// Makes the loop operations after `submit`. If this raises, the message was not sent.
     fn finish(slf: &Bound<'_, Self>, submitted: Submitted) -> PyResult<Option<CallId>> {
         Self::run(slf, submitted.follow_up)?;
         if let Some(error) = submitted.too_large {

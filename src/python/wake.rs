@@ -14,9 +14,8 @@ use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-/// A call to make: in a context with one argument, or without a context with several. A Python
-/// function makes it, since the task may do anything, which must not have Rust on its stack (see
-/// `shutdown_guard`).
+/// A call to make: in a context with one argument, or without a context with several. Python code makes
+/// it, since a resumed task must not have Rust on its stack (see `shutdown_guard`).
 pub type WakeUp = (Option<Py<PyAny>>, Py<PyAny>, Py<PyAny>);
 
 /// Whether tasks may be resumed in place at all.
@@ -34,7 +33,7 @@ pub fn set_inplace_wake(enabled: bool) {
     ENABLED.store(enabled, Relaxed);
 }
 
-/// What is known of a type of event loop.
+/// Whether the tasks of a type of event loop can be resumed in place.
 pub struct LoopKind(AtomicU8);
 
 /// Its futures cannot be used, or it is not asyncio's.
@@ -44,11 +43,11 @@ const UNPROVEN: u8 = 1;
 /// A task has been resumed.
 const PROVEN: u8 = 2;
 
-/// The types seen so far, which live for ever.
+/// The types of event loop seen so far. Never freed.
 static KINDS: Mutex<Vec<(Py<PyType>, &'static LoopKind)>> = Mutex::new(Vec::new());
 
 impl LoopKind {
-    /// The kind of an event loop, whose futures are tested when its type is seen for the first time.
+    /// Returns the kind of an event loop. Tests its futures when its type is seen for the first time.
     pub fn of(event_loop: &Bound<'_, PyAny>) -> &'static Self {
         let of_type = event_loop.get_type();
         let find = || {
@@ -69,9 +68,9 @@ impl LoopKind {
         kind
     }
 
-    /// Whether tasks of a loop of this kind may be resumed here and now. None may while another is
-    /// running, as one is where a loop is run inside a task. Under nest_asyncio none may at all: a
-    /// task could run the loop again, which cannot call the callback that is on its stack.
+    /// Whether tasks of a loop of this kind may be resumed now. They may not while another task runs, as
+    /// in a loop that is run inside a task. Under nest_asyncio they never may: a task could run the loop
+    /// again, and the loop cannot call a callback that is already on its stack.
     pub fn may_wake(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
         static CURRENT_TASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let py = event_loop.py();
@@ -82,7 +81,7 @@ impl LoopKind {
         Ok(current.call1((event_loop,))?.is_none())
     }
 
-    /// Wraps a wake-up until one has shown that it resumes its task. `p2pclient_rs.wake` then calls
+    /// Wraps a wake-up, until the first one has resumed its task and `p2pclient_rs.wake` has called
     /// `report_first_wake`.
     pub fn until_proven(&self, event_loop: &Bound<'_, PyAny>, wake_up: WakeUp) -> PyResult<WakeUp> {
         static FIRST_WAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
@@ -100,14 +99,14 @@ impl LoopKind {
     }
 }
 
-/// Takes note of whether the first wake-up on a loop of this type has resumed its task.
+/// Records whether the first wake-up on this type of loop has resumed its task.
 #[pyfunction]
 pub fn report_first_wake(event_loop: &Bound<'_, PyAny>, resumed: bool) {
     let state = if resumed { PROVEN } else { UNUSABLE };
     LoopKind::of(event_loop).0.store(state, Relaxed);
 }
 
-/// Whether the futures of a loop show their callbacks and let go of them.
+/// Whether the futures of a loop show their callbacks, and let them be removed.
 fn test(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     let wake = event_loop.py().import("p2pclient_rs.wake")?;
     wake.call_method1("shows_callbacks", (event_loop,))?
@@ -148,9 +147,8 @@ pub fn take_from(future: &Bound<'_, PyAny>) -> Option<WakeUp> {
     (removed == 1).then(|| (Some(context.unbind()), callback.unbind(), future))
 }
 
-/// The time during which the tasks that one callback resumes are running: the thread of their loop, or
-/// 0. Their loop is the running one, so nobody need ask asyncio, which up to Python 3.11 costs a system
-/// call.
+/// Marks the time during which one callback resumes tasks: the thread of their loop, or 0. In such a task
+/// the running loop is known, which saves the system call that asyncio makes for it up to Python 3.11.
 #[derive(Default)]
 pub struct WakeBatch(AtomicUsize);
 
@@ -163,13 +161,13 @@ impl WakeBatch {
         self.0.store(0, Relaxed);
     }
 
-    /// Whether the caller is one of these tasks.
+    /// Whether the caller is such a task.
     pub fn is_here(&self) -> bool {
         self.0.load(Relaxed) == thread()
     }
 }
 
-/// A number that no other living thread has.
+/// A number that no other running thread has.
 fn thread() -> usize {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| std::ptr::from_ref(here) as usize)

@@ -1,4 +1,4 @@
-//! The locked state of a stream: its socket, what was read ahead, and what waits to be written.
+//! The locked state of a stream: its socket, its look-ahead data and its unsent output.
 
 use crate::bytes_builder::{self, BytesBuilder, NoMemory};
 use crate::channel::READ_BUDGET;
@@ -12,45 +12,46 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 use std::io::{self, IoSlice};
 
-/// Reads of less than this fetch more at once and keep the rest, in bytes.
+/// A read of fewer bytes than this fills the look-ahead buffer, and is served from it.
 pub const READ_AHEAD: usize = 16 * 1024;
 
-/// At least as many bytes are received into the object that they are asked for in.
+/// A read of exactly this many bytes or more is received into the object that the caller gets.
 pub const LARGE: usize = 64 * 1024;
 
-/// For how many bytes such an object has room at first: whoever asks may have been told the number
-/// by another peer.
-const FIRST_ROOM: usize = 128 * 1024 * 1024;
+/// The largest such object that is allocated before its bytes arrive: a peer may have told the caller
+/// the number, and a number alone must cost no memory.
+const MAX_UNRECEIVED: usize = 128 * 1024 * 1024;
 
-/// How much is read at the end of a large object of what may follow, in bytes: the head of the
-/// next, mostly.
-const BEHIND: usize = 4 * 1024;
+/// How many bytes are read behind a large object in the same system call: mostly the header of the
+/// next one.
+const LOOK_AHEAD: usize = 4 * 1024;
 
-/// How much is read ahead after a large object, in bytes, lest much of the next takes a detour.
-const SHY: usize = 16 * 1024;
+/// How many bytes the first read after a large object takes, so that little of the next large object
+/// has to be copied.
+const AFTER_LARGE: usize = 16 * 1024;
 
-/// How much of what has come a close keeps to be read, in bytes: as much as asyncio reads ahead.
+/// How many unread bytes a close keeps, if it keeps them: as many as asyncio buffers.
 pub const KEPT: usize = 2 * 64 * 1024;
 
 pub struct State {
     /// `None` once closed.
     pub socket: Option<Socket>,
-    /// Read, not yet asked for.
+    /// The look-ahead buffer: received, not yet returned to a caller.
     pub input: BytesMut,
-    /// What is read for a `try_read_exactly` of that many bytes, which has not come to its end or
-    /// was given up. Before `input`, which is empty meanwhile.
+    /// The object of an unfinished or cancelled `try_read_exactly`, and its length. It comes before
+    /// `input`, which is empty meanwhile.
     pub large: Option<(BytesBuilder, usize)>,
-    /// How much is read ahead at the most, in bytes.
+    /// The most that one read adds to `input`, in bytes.
     pub ahead: usize,
-    /// The last `try_receive` got much of what it had room for.
+    /// The last `try_receive` filled at least half of its buffer.
     pub bulk: bool,
-    /// Written by `write`, not yet taken by the socket. Holds bytes objects, not of subclasses: to
-    /// drop one runs no Python.
+    /// Accepted by `write`, not yet taken by the socket. Holds bytes objects, but none of a subclass,
+    /// whose drop could run Python.
     pub output: Output<PyBackedBytes>,
-    /// The socket did not take all of it: it will be ready when it takes more.
+    /// The last write was partial: the loop reports when the socket takes more.
     pub blocked: bool,
     pub at_eof: bool,
-    /// Closed so that what was read ahead can still be read, and then the end.
+    /// Closed with `keep_input`: reads return the look-ahead data, then the end of the stream.
     pub readable_to_end: bool,
     pub write_ended: bool,
     /// Number of reads and writes so far, wrapping.
@@ -66,7 +67,7 @@ pub enum StreamError {
     Broken(io::Error),
     /// Boxed, so that results are small.
     Protocol(Box<protocol::Error>),
-    /// No separator within the limit, or only beyond it; `consumed` is as in asyncio.
+    /// The separator is beyond the limit, or not found within it. `consumed` is as in asyncio.
     LimitOverrun {
         found: bool,
         consumed: usize,
@@ -111,7 +112,7 @@ impl From<NoMemory> for StreamError {
 }
 
 impl State {
-    /// The state of a stream whose first bytes, `input`, came with what was read before it was one.
+    /// The state of a new stream. `input` was received before its connection became a stream.
     pub fn new(socket: Socket, input: Bytes) -> Self {
         Self {
             socket: Some(socket),
@@ -140,7 +141,7 @@ impl State {
         Ok(())
     }
 
-    /// Reads once into `input`; false if it would block.
+    /// Reads once into `input`. Returns false if that would block.
     pub fn fill(&mut self) -> StreamResult<bool> {
         if self.at_eof {
             return Ok(true);
@@ -160,7 +161,7 @@ impl State {
         Ok(read.is_some())
     }
 
-    /// Reads once, up to `size` bytes, for a caller.
+    /// Reads once, up to `size` bytes, into a new object.
     pub fn receive<'py>(
         &mut self,
         py: Python<'py>,
@@ -177,7 +178,7 @@ impl State {
                 None => None,
             }
         } else {
-            // What comes is likely to be much less, and is copied to an object of its size.
+            // Far fewer bytes are likely to come: they are copied into an object of their size.
             let read = socket.read_with(size, |bytes| bytes_builder::bytes(py, bytes));
             read.map_err(StreamError::Broken)?.transpose()?
         };
@@ -189,7 +190,7 @@ impl State {
         Ok(received)
     }
 
-    /// As `try_read_exactly`, by way of `input`.
+    /// Reads exactly `count` bytes through `input`.
     pub fn read_exactly<'py>(
         &mut self,
         py: Python<'py>,
@@ -197,7 +198,7 @@ impl State {
     ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let begin = self.input.len();
         while self.input.len() < count && !self.at_eof {
-            // A sender that keeps up must not keep the loop from everything else.
+            // A sender that keeps up must not starve the rest of the loop.
             if self.input.len() - begin >= READ_BUDGET || !self.fill()? {
                 return Ok(None);
             }
@@ -206,11 +207,10 @@ impl State {
         self.take(py, count).map(Some)
     }
 
-    /// Makes room for an object of `count` bytes; false if it is not to be, since there is no
-    /// memory or not so much will come.
+    /// Allocates the object of a large read. Returns false if there is no memory for it, or if too few
+    /// bytes have arrived to justify it.
     pub fn begin_large(&mut self, py: Python<'_>, count: usize) -> bool {
-        if self.at_eof || count > FIRST_ROOM && self.input.len() < FIRST_ROOM {
-            // Of what was announced, so much must have come before there is room for all of it.
+        if self.at_eof || count > MAX_UNRECEIVED && self.input.len() < MAX_UNRECEIVED {
             return false;
         }
         let Ok(mut room) = BytesBuilder::new(py, count) else {
@@ -222,7 +222,7 @@ impl State {
         true
     }
 
-    /// Reads into the large object; `None` if that would block before it is whole.
+    /// Reads into the large object. Returns `None` if that would block before it is full.
     pub fn read_large<'py>(
         &mut self,
         py: Python<'py>,
@@ -236,7 +236,7 @@ impl State {
             let input = &mut self.input;
             let wanted = room.rest(py).len();
             let read = with_scratch(|scratch| {
-                let behind = &mut scratch[..BEHIND];
+                let behind = &mut scratch[..LOOK_AHEAD];
                 let read = socket.read_both(room.rest(py), behind)?;
                 if let Some(count) = read.filter(|count| *count > wanted) {
                     input.extend_from_slice(&behind[..count - wanted]);
@@ -248,7 +248,7 @@ impl State {
             };
             room.advance(py, count.min(wanted));
             if count >= wanted {
-                self.ahead = SHY;
+                self.ahead = AFTER_LARGE;
                 return match self.large.take() {
                     Some((room, _)) => Ok(Some(room.finish(py)?)),
                     None => Ok(None),
@@ -256,7 +256,7 @@ impl State {
             }
             if count == 0 {
                 self.at_eof = true;
-                self.give_up_large(py);
+                self.release_large(py);
                 let count = self.input.len();
                 return self.take(py, count).map(Some);
             }
@@ -265,21 +265,21 @@ impl State {
         Ok(None)
     }
 
-    /// Has what was read for a large object be read by whatever comes next.
-    pub fn give_up_large(&mut self, py: Python<'_>) {
+    /// Moves the bytes of an unfinished large object to `input`, for the next read of any kind.
+    pub fn release_large(&mut self, py: Python<'_>) {
         if let Some((room, _)) = self.large.take() {
             self.input.extend_from_slice(room.filled(py));
         }
     }
 
-    /// Number of bytes that were received and not read yet.
+    /// Number of bytes received and not yet returned to a caller.
     pub fn received(&self, py: Python<'_>) -> usize {
         let large = self.large.as_ref();
         self.input.len() + large.map_or(0, |(room, _)| room.filled(py).len())
     }
 
-    /// Reads what has come into `input`, up to a bound.
-    pub fn keep(&mut self, limit: usize) {
+    /// Reads until `input` has `limit` bytes, or the socket has no more.
+    pub fn prefetch(&mut self, limit: usize) {
         let Self { socket, input, .. } = self;
         while let (Some(socket), true) = (socket.as_ref(), input.len() < limit) {
             let read = socket.read_with(limit - input.len(), |bytes| {
@@ -292,7 +292,7 @@ impl State {
         }
     }
 
-    /// Writes what `write` left over; false if some is left still.
+    /// Writes the unsent output. Returns whether the socket took all of it.
     pub fn flush(&mut self) -> StreamResult<bool> {
         self.blocked = false;
         while !self.output.is_empty() && !self.blocked {
@@ -301,8 +301,8 @@ impl State {
         Ok(self.output.is_empty())
     }
 
-    /// Writes what is taken of `bytes` behind what waits. Tries nothing if the socket took less
-    /// than all the last time: it says when it takes more.
+    /// Writes the unsent output, and as much of `bytes` as the socket takes. Does nothing if the last write
+    /// was partial.
     pub fn write(&mut self, bytes: &[u8]) -> StreamResult<usize> {
         if self.blocked {
             return Ok(0);
@@ -310,7 +310,7 @@ impl State {
         self.write_out(bytes)
     }
 
-    /// Writes once: what waits, and `bytes`. Returns how many of `bytes` were written.
+    /// Writes the unsent output and `bytes` in one system call. Returns how many of `bytes` were written.
     pub fn write_out(&mut self, bytes: &[u8]) -> StreamResult<usize> {
         let socket = self.socket()?;
         let (offered, sent) = if self.output.is_empty() {
@@ -338,7 +338,7 @@ impl State {
     ) -> StreamResult<Bound<'py, PyBytes>> {
         let bytes = bytes_builder::bytes(py, &self.input[..count])?;
         if count == self.input.len() {
-            // A large buffer is given back; a small one is used again.
+            // Only a small buffer is kept for further use.
             if self.input.capacity() > READ_SIZE {
                 self.input = BytesMut::new();
             } else {

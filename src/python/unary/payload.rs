@@ -18,9 +18,9 @@ impl Payload for PyPayload {
     fn with_len(len: usize) -> Option<Self> {
         Python::attach(|py| {
             let size = isize::try_from(len).ok()?;
-            // SAFETY: a null pointer asks for an uninitialised object of that size; what comes
-            // back is a new reference or null with an exception set. Zeroing it instead would cost
-            // a pass over every large payload; the protocol emits it only when all is written.
+            // SAFETY: a null pointer requests an uninitialised object of that size; the result is a
+            // new reference, or null with an exception set. Zeroing the object would cost a pass over
+            // every large payload, and the protocol emits it only when all of it is written.
             let bytes = unsafe {
                 let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
                 Bound::from_owned_ptr_or_err(py, new)
@@ -37,9 +37,8 @@ impl Payload for PyPayload {
     fn as_mut(&mut self) -> &mut [u8] {
         Python::attach(|py| {
             let len = self.0.bind(py).as_bytes().len();
-            // SAFETY: the object is a bytes object of that length. It is changed only while it is
-            // being received, when nothing but this `&mut self` refers to it, and it is only
-            // written to before all of it is.
+            // SAFETY: the object is a bytes object of that length. It is written to only while it is
+            // being received, when nothing but this `&mut self` refers to it.
             unsafe {
                 let data = pyo3::ffi::PyBytes_AsString(self.0.as_ptr());
                 std::slice::from_raw_parts_mut(data.cast::<u8>(), len)

@@ -1,4 +1,4 @@
-//! The locked state of a persistent connection: the protocol's state machine, and what it has to send.
+//! The locked state of a persistent connection: the protocol's state machine and its channel.
 
 use super::payload::PyPayload;
 use crate::channel::{Channel, Decoder, Tail};
@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// What is completed with a reply: a future, or an object with the same methods.
+/// A future, or an object with the same methods, that a reply completes.
 pub type Token = Py<PyAny>;
 pub type Event = UnaryEvent<Token, PyPayload>;
 
@@ -30,18 +30,18 @@ pub struct State {
     pub hold_timer: bool,
     /// Whether a timer will repeat the Cancel messages.
     pub cancel_timer: bool,
-    /// The futures of callers that wait until the output has room.
+    /// The futures of callers that wait for room in the output.
     pub callers: VecDeque<Token>,
 }
 
-/// What is to be done without the lock.
+/// Loop operations, to be made without the lock.
 #[derive(Default)]
 pub struct FollowUp {
     pub registrations: Registrations,
-    /// In how long the pause ends.
+    /// When the pause is to end.
     pub hold_later: Option<Duration>,
     pub cancel_later: bool,
-    /// The future of a caller that the output has room for.
+    /// The future of a caller, for whose call the output has room.
     pub caller: Option<Token>,
 }
 
