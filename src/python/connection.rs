@@ -1,5 +1,5 @@
 //! A control connection: the protocol's exchange over a non-blocking socket. As in `stream`, nothing
-//! waits here; `connector.py` does. As there, errors stay Rust values while the state is locked.
+//! waits here (`connector.py` does), and errors are Rust values while the state is locked.
 
 use super::channel::{is_unread, READ_BUDGET};
 use super::errors::{self, ConnectionLost};
@@ -29,11 +29,11 @@ struct Inner {
     socket: Socket,
     connected: bool,
     exchange: ClientExchange,
-    /// What the socket has not taken yet of the request.
+    /// The unsent part of the request.
     output: Bytes,
     /// Whether the request is a query with one value.
     one_value: bool,
-    /// The values that came so far.
+    /// The values received so far.
     values: Vec<Reply>,
 }
 
@@ -57,7 +57,7 @@ impl ConnectionError {
         Self::Protocol(Box::new(error))
     }
 
-    /// The exception. Caller must not hold the lock.
+    /// Returns the exception. Caller must not hold the lock.
     #[cold]
     fn into_exception(self) -> PyErr {
         match self {
@@ -71,8 +71,8 @@ impl ConnectionError {
 
 #[pymethods]
 impl ControlConnection {
-    /// Begins to connect to a path or to `(ip, port)`. `None` if the daemon's queue of
-    /// connections is full, which a unix socket says at once: try again a little later.
+    /// Begins to connect to a path or to `(ip, port)`. Returns `None` if the listen queue of a unix
+    /// socket is full: try again later.
     #[staticmethod]
     #[pyo3(signature = (address, *, max_frame = None))]
     fn connect(
@@ -103,14 +103,14 @@ impl ControlConnection {
         }))
     }
 
-    /// Whether the connection is made. While it is not, wait for it to be writable and call
+    /// Whether the connection is established. If not, wait until it is writable and call
     /// `finish_connect`.
     #[getter]
     fn connected(&self) -> PyResult<bool> {
         self.with(|inner| Ok(inner.connected))
     }
 
-    /// Learns how a connection attempt ended.
+    /// Completes a connection attempt. Raises OSError if it failed.
     fn finish_connect(&self) -> PyResult<()> {
         self.with(|inner| match inner.socket.take_error() {
             Err(error) | Ok(Some(error)) => Err(ConnectionError::Refused(error)),
@@ -121,8 +121,8 @@ impl ControlConnection {
         })
     }
 
-    /// Sends a request, as far as the socket takes it; says whether that was all of it. If not,
-    /// wait for it to be writable and call `flush`.
+    /// Sends a request. Returns whether the socket took all of it. If not, wait until it is writable and
+    /// call `flush`.
     fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<bool> {
         self.with(|inner| {
             inner.values.clear();
@@ -133,20 +133,19 @@ impl ControlConnection {
         })
     }
 
-    /// Goes on sending; says whether the request is sent.
+    /// Sends the rest of the request. Returns whether the socket took all of it.
     fn flush(&self) -> PyResult<bool> {
         self.with(Inner::flush)
     }
 
-    /// Goes on with the exchange as far as the socket allows. `None` while the answer is not
-    /// there; then `(answer,)`.
+    /// Reads the reply. Returns `(reply,)`, or `None` if it has not arrived.
     #[pyo3(name = "step")]
     fn py_step(&self, py: Python<'_>) -> PyResult<Option<(Py<PyAny>,)>> {
         Ok(self.step(py)?.map(|answer| (answer,)))
     }
 
-    /// Goes on with a DHT query as far as the socket allows, one value at a time. `None` while the
-    /// next value is not there, then `(value,)`; `()` at the end.
+    /// Reads the next value of a DHT query. Returns `(value,)`, `()` at the end, or `None` if it has not
+    /// arrived.
     fn next_value<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
         Ok(match self.with(Inner::next_value)? {
             None => None,
@@ -154,7 +153,7 @@ impl ControlConnection {
                 Some((request::reply_to_python(py, value)?,).into_pyobject(py)?)
             }
             Some(Outcome::Values(_)) => Some(PyTuple::empty(py)),
-            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
+            Some(Outcome::Refused(message)) => return Err(errors::refused(py, &message)),
         })
     }
 
@@ -174,14 +173,14 @@ impl ControlConnection {
             .is_some_and(|inner| inner.exchange.state() == State::Consumed)
     }
 
-    /// Whether something came while nothing was asked: the end, most likely.
+    /// Whether data has arrived without a request: most likely the end of the connection.
     #[getter]
     pub fn stale(&self) -> PyResult<bool> {
         self.with(|inner| Ok(inner.socket.is_readable()))
     }
 
-    /// Takes the stream or subscription that this connection has become, or, before any request,
-    /// the connection as it is.
+    /// Takes the stream or subscription that this connection has become; before any request, the bare
+    /// connection.
     fn take_stream(&self) -> PyResult<RawStream> {
         let taken = self.take(|inner| {
             inner.exchange.state() == State::Consumed || inner.exchange.is_reusable()
@@ -216,7 +215,7 @@ impl ControlConnection {
         Ok((connection, rest.unbind()))
     }
 
-    /// Takes the connection for queries that follow each other, if nothing is under way on it.
+    /// Takes the connection as a pipeline, if no request is in flight on it.
     fn take_pipeline(
         &self,
         event_loop: &Bound<'_, PyAny>,
@@ -231,14 +230,14 @@ impl ControlConnection {
         ))
     }
 
-    /// The file descriptor; -1 once the connection is closed or was taken.
+    /// The file descriptor, or -1 if the connection is closed or was taken.
     fn fileno(&self) -> RawFd {
         let inner = self.lock();
         inner.as_ref().map_or(-1, |inner| inner.socket.as_raw_fd())
     }
 
-    /// Closes the socket, unless it became a stream. In a forked child only the descriptor is
-    /// closed: the connection is the parent's.
+    /// Closes the socket, unless it was taken. In a forked child only the descriptor is closed: the
+    /// connection is the parent's.
     fn close(&self) {
         let inner = self.lock().take();
         if let Some(inner) = inner.filter(|_| super::fork_guard::pid() == self.pid) {
@@ -247,7 +246,7 @@ impl ControlConnection {
     }
 }
 
-/// How an exchange ended.
+/// The result of an exchange.
 enum Outcome {
     Reply(Reply),
     Values(Vec<Reply>),
@@ -259,13 +258,13 @@ impl ControlConnection {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads what there is; the answer, if that completes it.
+    /// Reads from the socket. Returns the reply if it is complete.
     pub fn step(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         Ok(match self.with(Inner::step)? {
             None => None,
             Some(Outcome::Reply(reply)) => Some(request::reply_to_python(py, reply)?.unbind()),
             Some(Outcome::Values(values)) => Some(request::replies_to_python(py, values)?.unbind()),
-            Some(Outcome::Refused(words)) => return Err(errors::refused(py, &words)),
+            Some(Outcome::Refused(message)) => return Err(errors::refused(py, &message)),
         })
     }
 
@@ -278,7 +277,7 @@ impl ControlConnection {
         outcome.map_err(ConnectionError::into_exception)
     }
 
-    /// Takes the connection for another use. One that is not `ready` for it is closed.
+    /// Takes the connection for another use. Closes it if it is not `ready` for that.
     fn take(&self, ready: impl FnOnce(&Inner) -> bool) -> PyResult<Inner> {
         errors::check_fork(self.pid, "connection")?;
         let taken = self.lock().take();
@@ -308,7 +307,7 @@ impl Inner {
         loop {
             match self.next_event(&mut budget)? {
                 Some(Event::Value(value)) => self.values.push(value),
-                Some(Event::Refused(words)) => return Ok(Some(Outcome::Refused(words))),
+                Some(Event::Refused(message)) => return Ok(Some(Outcome::Refused(message))),
                 Some(Event::Reply(reply)) => return Ok(Some(Outcome::Reply(reply))),
                 Some(Event::End) => {
                     let mut values = std::mem::take(&mut self.values);
@@ -326,20 +325,19 @@ impl Inner {
         }
     }
 
-    /// The next value of a query's answer; no values at its end.
+    /// Returns the next value of a query's reply, or no values at its end.
     fn next_value(&mut self) -> Result<Option<Outcome>, ConnectionError> {
         let mut budget = READ_BUDGET;
         Ok(Some(match self.next_event(&mut budget)? {
             None => return Ok(None),
             Some(Event::Value(value)) => Outcome::Reply(value),
             Some(Event::End) => Outcome::Values(Vec::new()),
-            Some(Event::Refused(words)) => Outcome::Refused(words),
+            Some(Event::Refused(message)) => Outcome::Refused(message),
             Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
         }))
     }
 
-    /// The next event, for which up to `budget` bytes are read. `None` if more are needed than the
-    /// socket or the budget has.
+    /// Returns the next event, or `None` if the socket or the budget has too few bytes for it.
     fn next_event(&mut self, budget: &mut usize) -> Result<Option<Event>, ConnectionError> {
         loop {
             if let Some(event) = self.exchange.poll().map_err(ConnectionError::protocol)? {
@@ -355,7 +353,7 @@ impl Inner {
         }
     }
 
-    /// Reads once; `None` if it would block.
+    /// Reads once. Returns `None` if that would block.
     fn read(&mut self) -> Result<Option<usize>, ConnectionError> {
         let Self {
             socket, exchange, ..
@@ -375,7 +373,7 @@ impl Inner {
     }
 }
 
-/// The error of whoever uses a closed one.
+/// The exception for the use of a closed connection.
 pub fn closed() -> PyErr {
     ConnectionLost::new_err("the control connection is closed")
 }

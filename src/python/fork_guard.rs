@@ -1,11 +1,11 @@
-//! Which process this is, without asking the kernel each time: everything here that belongs to one
-//! checks whether it is in a forked child.
+//! The process id, cached: sockets and loops belong to the process that made them, and each use checks for
+//! a forked child.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// 0 where it is not known.
+/// 0 if it is not known.
 static PID: AtomicU32 = AtomicU32::new(0);
-/// Whether a fork makes it unknown.
+/// Whether the fork handler is registered.
 static WATCHED: AtomicBool = AtomicBool::new(false);
 
 /// The process's id.
@@ -26,11 +26,10 @@ extern "C" fn forget() {
     PID.store(0, Ordering::Relaxed);
 }
 
-/// To be called once, when this is loaded.
+/// Registers the fork handler. Call it once, when the module is imported.
 #[allow(unsafe_code)]
 pub fn watch() {
-    // SAFETY: what runs in the child only stores to an atomic. Asking the kernel costs a system
-    // call, and a unary call has but two others.
+    // SAFETY: the handler only stores to an atomic. `getpid` would be a third system call in a unary call.
     if unsafe { libc::pthread_atfork(None, None, Some(forget)) } == 0 {
         WATCHED.store(true, Ordering::Relaxed);
     }

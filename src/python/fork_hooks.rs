@@ -1,8 +1,7 @@
-//! What daemons need when this process forks: a lock that another thread holds would never be released
-//! in the child, and a watchdog would take a child that holds its lifeline for the parent.
+//! Prepares daemons for a fork of this process. The child must not inherit a lock that another thread
+//! holds, nor the lifelines by which watchdogs recognise the parent.
 //!
-//! The hooks are native functions: between two of their steps nothing can raise, as a signal handler
-//! in Python could.
+//! The hooks are native functions, so that no Python signal handler can raise between two of their steps.
 
 use p2pd_manager::process::Process;
 use pyo3::prelude::*;
@@ -33,7 +32,7 @@ pub(super) static GATE: Gate = Gate {
 };
 
 impl Gate {
-    /// How long a fork waits for other threads. Each is within for some milliseconds.
+    /// How long a fork waits for other threads. A method takes some milliseconds.
     const PATIENCE: Duration = Duration::from_secs(5);
     const PAUSE: Duration = Duration::from_micros(100);
 
@@ -44,7 +43,7 @@ impl Gate {
                 self.0.fetch_sub(1, Ordering::SeqCst);
             }
         }
-        // A finalizer can run in the thread that forks, and must not wait for that fork.
+        // A finalizer that runs in the forking thread must not wait for that fork.
         if is_forking() {
             return work();
         }
@@ -73,7 +72,7 @@ impl Gate {
         self.closed.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// For a forked child, which has only the thread that forked.
+    /// Opens the gate in a forked child, whose only thread is the one that forked.
     fn reset(&self) {
         self.closed.store(0, Ordering::SeqCst);
         self.within.store(0, Ordering::SeqCst);
@@ -81,13 +80,13 @@ impl Gate {
 }
 
 fn is_forking() -> bool {
-    // False while the thread ends, when it no longer forks.
+    // False while the thread exits.
     PAUSED
         .try_with(|paused| paused.try_borrow().is_ok_and(|paused| paused.is_some()))
         .unwrap_or(false)
 }
 
-/// A new daemon, which the hooks know from now on. Within the gate.
+/// Registers a new daemon with the hooks. Call it within the gate.
 pub(super) fn registered(process: Process) -> Arc<Process> {
     let process = Arc::new(process);
     let mut all = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,8 +95,7 @@ pub(super) fn registered(process: Process) -> Arc<Process> {
     process
 }
 
-/// Before a fork: keeps other threads out of all daemons, and ends the threads that store their
-/// output.
+/// Runs before a fork: keeps other threads out of all daemons, and ends the threads that log their output.
 #[pyfunction]
 pub fn before_fork(py: Python<'_>) {
     if is_forking() {
@@ -115,8 +113,7 @@ pub fn before_fork(py: Python<'_>) {
     });
 }
 
-/// After a fork, in the parent: undoes `before_fork`. Does nothing if that did not run, as when the
-/// module was imported since.
+/// Runs after a fork, in the parent: undoes `before_fork`. Does nothing if `before_fork` did not run.
 #[pyfunction]
 pub fn after_fork_in_parent(py: Python<'_>) {
     if let Some(processes) = PAUSED.take() {
@@ -130,7 +127,7 @@ pub fn after_fork_in_parent(py: Python<'_>) {
     }
 }
 
-/// After a fork, in the child, which leaves the daemons to its parent.
+/// Runs after a fork, in the child: leaves the daemons to the parent.
 #[pyfunction]
 pub fn after_fork_in_child() {
     let processes = PAUSED.take();

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 
-// What panics in a method becomes an exception, where it does not end the process.
+// A panic in a method becomes an exception only if it unwinds.
 #[cfg(not(panic = "unwind"))]
 compile_error!("the extension module is to be built with panic = \"unwind\"");
 
@@ -115,7 +115,7 @@ mod _native {
     }
 }
 
-/// What is here counts on one thread at a time, and was tried on nothing else.
+/// The code relies on the GIL, and is tested only with it.
 fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
     let flags: String = py
         .import("sys")?
@@ -130,11 +130,11 @@ fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
     Ok(())
 }
 
-/// PyO3's types are one for all interpreters of a process, and it refuses only those with a GIL of
-/// their own.
+/// PyO3's types are shared by all interpreters of a process, and PyO3 itself refuses only subinterpreters
+/// with their own GIL.
 #[allow(unsafe_code)]
 fn refuse_subinterpreters() -> PyResult<()> {
-    // SAFETY: whoever runs this is in an interpreter, which they look at.
+    // SAFETY: the calling thread runs in an interpreter, whose id is read.
     let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
     if id != 0 {
         return Err(PyImportError::new_err(

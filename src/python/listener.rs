@@ -1,4 +1,4 @@
-//! Where the daemon connects to for inbound streams.
+//! The listening socket to which the daemon connects for inbound streams.
 
 use super::errors::{self, ClosedResourceError};
 use super::socket::{python_address, Address, Socket};
@@ -24,8 +24,8 @@ struct Listening {
 
 #[pymethods]
 impl RawListener {
-    /// Listens at a path, or at `(ip, port)`; port 0 is any free one. A socket file that nobody
-    /// listens at any more is replaced; one that somebody does is an error.
+    /// Listens at a path, or at `(ip, port)`; with port 0, at a free port. Replaces a stale socket file;
+    /// raises OSError if a process listens there.
     #[new]
     fn new(py: Python<'_>, address: Address) -> PyResult<Self> {
         errors::import(py);
@@ -37,7 +37,7 @@ impl RawListener {
         })
     }
 
-    /// The next connection, or `None` if there is none yet.
+    /// Returns the next connection, or `None` if there is none yet.
     fn try_accept(&self) -> PyResult<Option<RawStream>> {
         errors::check_fork(self.pid, "listener")?;
         let accepted = self.look(Listening::accept).ok_or_else(closed)?;
@@ -45,13 +45,13 @@ impl RawListener {
         Ok(accepted.map(|socket| RawStream::new(socket, Bytes::new())))
     }
 
-    /// The file descriptor; -1 once the listener is closed.
+    /// The file descriptor, or -1 if the listener is closed.
     fn fileno(&self) -> RawFd {
         self.look(|listening| listening.socket.as_raw_fd())
             .unwrap_or(-1)
     }
 
-    /// Where it listens: a path, or `(host, port)`.
+    /// The local address: a path, or `(host, port)`.
     #[getter]
     fn local_address(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let address = self.look(|listening| listening.socket.local_addr());
@@ -69,7 +69,7 @@ impl RawListener {
             std::mem::forget(inner.file);
             return;
         }
-        // A forked child may hold the descriptor too, and must not keep the address.
+        // A forked child may have the descriptor too, and must not keep the address in use.
         let _ = inner.socket.shutdown(std::net::Shutdown::Both);
     }
 }
@@ -79,8 +79,8 @@ impl RawListener {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What `look` finds about the open listener; `None` if it is closed. No Python runs in it,
-    /// as the state is locked.
+    /// Returns what `look` finds about the open listener, or `None` if it is closed. `look` must not
+    /// run Python, since the state is locked.
     fn look<T>(&self, look: impl FnOnce(&Listening) -> T) -> Option<T> {
         self.lock().as_ref().map(look)
     }
@@ -92,7 +92,7 @@ impl Listening {
             match self.socket.accept() {
                 Ok((socket, _)) => return Socket::accepted(socket).map(Some),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                // The connection was gone again before it was accepted.
+                // The peer has closed the connection before it was accepted.
                 Err(e)
                     if matches!(
                         e.kind(),

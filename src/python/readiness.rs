@@ -1,4 +1,4 @@
-//! Waiting for a socket on an asyncio or uvloop event loop, with its own readiness callbacks.
+//! Waits on asyncio and uvloop until a descriptor is ready, with the event loop's own callbacks.
 
 use super::connection::{closed, ControlConnection};
 use super::driver::{Attempts, Driver, Way};
@@ -11,15 +11,11 @@ use pyo3::{PyTraverseError, PyVisit};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The watch of one event loop over one file descriptor.
+/// One descriptor on one event loop.
 ///
-/// A callback stays registered while it might be needed again, since every `add_reader` costs a
-/// system call.
-///
-/// Whoever waits goes on within the loop's callback, not a turn of the loop later. What the loop
-/// calls is `on_readable` and `on_writable`, which run what `take_…` gives them: Python's functions,
-/// for what goes on there may be anything, and is not to be on its way through Rust then (see
-/// `ending`).
+/// A callback stays registered while it may be needed again, since each `add_reader` costs a system
+/// call. The loop calls the Python functions `on_readable` and `on_writable`, which make the calls that
+/// `read_ready` and `write_ready` return. These resume the first waiting task in place (see `wake`).
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct Readiness {
     driver: Driver,
@@ -29,23 +25,23 @@ pub struct Readiness {
     write: Mutex<Direction>,
 }
 
-/// One of the two things to wait for.
+/// The state of one way.
 #[derive(Default)]
 struct Direction {
     registered: bool,
-    /// The last event found nobody who waits.
+    /// No task was waiting at the last event.
     idle: bool,
     closed: bool,
-    /// Each with how many bytes may be left over once it is woken.
+    /// The futures of waiting tasks, each with the number of unsent bytes at which it is completed.
     futures: Vec<(Py<PyAny>, usize)>,
-    /// What is to be written when that is possible.
+    /// The stream whose unsent output the loop is to write.
     flushing: Option<Flushing>,
-    /// Whose answer is to be read, and who waits for it.
-    answering: Option<(Py<ControlConnection>, Py<PyAny>)>,
+    /// The connection whose reply the loop is to read, and the future of the reply.
+    reply: Option<(Py<ControlConnection>, Py<PyAny>)>,
     attempts: Attempts,
 }
 
-/// A stream that has left something over, and what is to live until it is written.
+/// A stream with unsent output, and the object that has to live until it is written.
 struct Flushing {
     stream: Py<RawStream>,
     owner: Py<PyAny>,
@@ -69,17 +65,17 @@ impl Readiness {
         }
     }
 
-    /// A wait until the socket may be readable, or the watch was closed.
+    /// Returns a future, completed when the descriptor may be readable or `close` was called.
     fn readable(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Read, usize::MAX)
     }
 
-    /// A wait until the socket may be writable, or the watch was closed.
+    /// Returns a future, completed when the descriptor may be writable or `close` was called.
     fn writable(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Write, usize::MAX)
     }
 
-    /// Has what a stream has left over be written when that is possible. Its `owner` lives until
+    /// Writes the unsent output of a stream when the descriptor is writable. Keeps `owner` alive until
     /// that is done or has failed.
     fn flush_later(slf: &Bound<'_, Self>, stream: Py<RawStream>, owner: Py<PyAny>) -> PyResult<()> {
         {
@@ -92,19 +88,19 @@ impl Readiness {
         Self::register(slf, Way::Write)
     }
 
-    /// A wait until no more than `mark` bytes are left of what `flush_later` is to write, or that
-    /// failed, or the watch was closed.
+    /// Returns a future, completed when at most `mark` bytes of the stream given to `flush_later` are
+    /// unsent, or writing failed, or `close` was called.
     fn drained(slf: &Bound<'_, Self>, mark: usize) -> PyResult<Py<PyAny>> {
         Self::wait(slf, Way::Write, mark)
     }
 
-    /// A wait for the answer to the request that a connection has sent.
+    /// Returns the future of the reply to the request that a connection has sent.
     fn answer(slf: &Bound<'_, Self>, connection: Py<ControlConnection>) -> PyResult<Py<PyAny>> {
         let py = slf.py();
         let _guard = enter(py);
         let this = slf.get();
         let future = this.driver.create_future(py)?;
-        // A daemon that is quick has answered by now, unless it has to wait for this core.
+        // A fast daemon has replied by now, unless it has to wait for this core.
         if this.direction(Way::Read).attempts.another() {
             if let Some(answer) = connection.get().step(py)? {
                 future::complete(&future, Ok(answer), false)?;
@@ -116,29 +112,30 @@ impl Readiness {
             (!direction.closed).then(|| {
                 direction.attempts.start_over();
                 direction.idle = false;
-                let answering = Some((connection, future.clone().unbind()));
-                std::mem::replace(&mut direction.answering, answering)
+                let reply = Some((connection, future.clone().unbind()));
+                std::mem::replace(&mut direction.reply, reply)
             })
         };
         match before {
-            Some(of_a_cancelled_wait) => drop(of_a_cancelled_wait),
+            Some(cancelled) => drop(cancelled),
             None => return Err(closed()),
         }
         Self::register(slf, Way::Read)?;
         Ok(future.unbind())
     }
 
-    /// Adds to `ready` what is to be run when the socket is readable.
+    /// Appends the calls to make to `ready`, when the descriptor is readable.
     fn read_ready(&self, ready: &Bound<'_, PyList>) -> PyResult<()> {
         self.collect(ready, Way::Read)
     }
 
-    /// Adds to `ready` what is to be run when the socket is writable. Then `remove_idle_writer` is to be called.
+    /// Appends the calls to make to `ready`, when the descriptor is writable. `remove_idle_writer` must
+    /// follow.
     fn write_ready(&self, ready: &Bound<'_, PyList>) -> PyResult<()> {
         self.collect(ready, Way::Write)
     }
 
-    /// Stops to watch for the socket to be writable, as it mostly is, if nobody waits for that.
+    /// Removes the writer if no task waits for it: most sockets are writable all the time.
     fn remove_idle_writer(&self, py: Python<'_>) -> PyResult<()> {
         {
             let mut direction = self.direction(Way::Write);
@@ -151,8 +148,8 @@ impl Readiness {
         self.driver.remove(py, Way::Write)
     }
 
-    /// Ends the watch and wakes whoever waits. In a forked child nothing is touched: the loop's
-    /// epoll is the parent's too.
+    /// Removes the callbacks and completes all futures. In a forked child it does neither: the loop's
+    /// epoll instance is the parent's.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if self.driver.is_forked() {
             for way in [Way::Read, Way::Write] {
@@ -161,16 +158,16 @@ impl Readiness {
             return Ok(());
         }
         let _guard = enter(py);
-        // A loop that is closed watches nothing, and can wake nobody.
+        // A closed loop has no callbacks and resumes no tasks.
         let loop_is_closed = self.driver.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
-            let (registered, futures, answering, _flushing) = {
+            let (registered, futures, reply, _flushing) = {
                 let mut direction = self.direction(way);
                 direction.closed = true;
                 (
                     std::mem::take(&mut direction.registered),
                     std::mem::take(&mut direction.futures),
-                    direction.answering.take(),
+                    direction.reply.take(),
                     direction.flushing.take(),
                 )
             };
@@ -183,9 +180,9 @@ impl Readiness {
             for (future, _) in futures {
                 future::complete(future.bind(py), Ok(py.None()), false)?;
             }
-            if let Some((_, future)) = answering {
+            if let Some((_, future)) = reply {
                 future::complete(future.bind(py), Err(closed()), false)?;
-                // The garbage collector may have closed the coroutine that awaited it.
+                // The garbage collector may have closed the coroutine that awaited the reply.
                 future::mark_retrieved(future.bind(py));
             }
         }
@@ -204,7 +201,7 @@ impl Readiness {
                 if let Some(flushing) = &direction.flushing {
                     visit.call(&flushing.owner)?;
                 }
-                if let Some((_, future)) = &direction.answering {
+                if let Some((_, future)) = &direction.reply {
                     visit.call(future)?;
                 }
             }
@@ -216,8 +213,8 @@ impl Readiness {
         for direction in [&self.read, &self.write] {
             let held = direction.try_lock().map(|mut direction| {
                 let futures = std::mem::take(&mut direction.futures);
-                let answering = direction.answering.take();
-                (futures, answering, direction.flushing.take())
+                let reply = direction.reply.take();
+                (futures, reply, direction.flushing.take())
             });
             drop(held);
         }
@@ -233,7 +230,7 @@ impl Readiness {
         direction.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// No Python is called while a direction is locked: it could come back to this watch.
+    /// No Python is called while a direction is locked, since it could call this object.
     fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<PyAny>> {
         let (py, this) = (slf.py(), slf.get());
         let _guard = enter(py);
@@ -246,7 +243,7 @@ impl Readiness {
             future::complete(&future, Ok(py.None()), false)?;
             return Ok(future.unbind());
         };
-        // Who was cancelled waits no more, and is dropped at the end: what runs then may close this.
+        // Cancelled futures are dropped last, since a finalizer may close this object.
         let (mut futures, mut cancelled) = (Vec::with_capacity(before.len() + 1), Vec::new());
         for (future, mark) in before {
             match future::is_done(future.bind(py))? {
@@ -265,7 +262,7 @@ impl Readiness {
             direction.closed
         };
         if closed {
-            // By Python code above.
+            // Python code above has closed this.
             for (future, _) in futures {
                 future::complete(future.bind(py), Ok(py.None()), false)?;
             }
@@ -275,8 +272,8 @@ impl Readiness {
         Ok(future.unbind())
     }
 
-    /// Has the event loop watch the descriptor, unless it does or the watch is closed: then the
-    /// number may be another file's.
+    /// Registers the callback, unless it is registered or this is closed: then another file may have
+    /// the descriptor's number.
     fn register(slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
         let this = slf.get();
         {
@@ -293,41 +290,41 @@ impl Readiness {
         added
     }
 
-    /// Whoever is to be woken by an event, the first of them by who called, the others a turn of
-    /// the loop later.
+    /// Completes the futures of an event. The first task is resumed in place, by the caller; the others in
+    /// the loop's next iteration.
     fn collect(&self, ready: &Bound<'_, PyList>, way: Way) -> PyResult<()> {
         let py = ready.py();
         let _guard = enter(py);
-        // First: a signal's handler can raise in it, and nobody who waits is to be lost then.
+        // First, since a signal handler can raise in it, and no future may be lost then.
         let may_wake = self.driver.may_wake(py)?;
-        let (futures, flushing, answering) = {
+        let (futures, flushing, reply) = {
             let mut direction = self.direction(way);
             (
                 std::mem::take(&mut direction.futures),
                 direction.flushing.take(),
-                direction.answering.take(),
+                direction.reply.take(),
             )
         };
-        // What has failed will fail again for whoever goes on.
+        // The resumed task will meet an error itself.
         let left = flushing
             .as_ref()
             .map_or(0, |flushing| flushing.stream.get().flush().unwrap_or(0));
-        let (mut told, mut kept) = (Vec::new(), Vec::new());
+        let (mut completed, mut kept) = (Vec::new(), Vec::new());
         for (future, mark) in futures {
             if future::is_done(future.bind(py))? {
-                continue; // it was cancelled
+                continue; // cancelled
             }
             if left > mark {
                 kept.push((future, mark));
             } else {
-                told.push((future, Ok(py.None())));
+                completed.push((future, Ok(py.None())));
             }
         }
         let mut unanswered = None;
-        if let Some((connection, future)) = answering {
+        if let Some((connection, future)) = reply {
             if !future::is_done(future.bind(py))? {
                 match connection.get().step(py).transpose() {
-                    Some(outcome) => told.push((future, outcome)),
+                    Some(outcome) => completed.push((future, outcome)),
                     None => unanswered = Some((connection, future)),
                 }
             }
@@ -343,32 +340,31 @@ impl Readiness {
             } else {
                 kept.append(&mut direction.futures);
                 std::mem::swap(&mut direction.futures, &mut kept);
-                // Python code above may have set these anew; the old ones are dropped after
-                // unlocking.
+                // Python code above may have set new ones; the old ones are dropped without the lock.
                 if direction.flushing.is_none() {
                     direction.flushing = unfinished.take();
                 }
-                if direction.answering.is_none() {
-                    direction.answering = unanswered.take();
+                if direction.reply.is_none() {
+                    direction.reply = unanswered.take();
                 }
-                let idle = told.is_empty() && direction.futures.is_empty();
-                let idle = idle && direction.flushing.is_none() && direction.answering.is_none();
-                // A task may be about to wait again: the next event, if there is one, will tell.
+                let idle = completed.is_empty() && direction.futures.is_empty();
+                let idle = idle && direction.flushing.is_none() && direction.reply.is_none();
+                // The task may wait again at once, so the callback is removed only at the next event.
                 let again = std::mem::replace(&mut direction.idle, idle);
                 let remove = idle && again && std::mem::take(&mut direction.registered);
                 (remove, false)
             }
         };
         if closed_meanwhile {
-            // By Python code above: no event will complete these.
-            told.extend(kept.into_iter().map(|(future, _)| (future, Ok(py.None()))));
-            told.extend(unanswered.map(|(_, future)| (future, Err(closed()))));
+            // Python code above has closed this: no event will complete these.
+            completed.extend(kept.into_iter().map(|(future, _)| (future, Ok(py.None()))));
+            completed.extend(unanswered.map(|(_, future)| (future, Err(closed()))));
         }
         if remove {
             self.driver.remove(py, way)?;
         }
         drop(finished);
-        for (future, outcome) in told {
+        for (future, outcome) in completed {
             let here = may_wake && ready.is_empty();
             self.driver.complete(future.bind(py), outcome, here, ready);
         }

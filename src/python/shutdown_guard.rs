@@ -1,9 +1,9 @@
-//! The interpreter's end, with event loops that still run in other threads.
+//! Guards calls from Rust to Python against the interpreter's finalization, while event loops run in
+//! other threads.
 //!
-//! Before Python 3.14 it ends a thread that wants to run Python after the end has begun, by
-//! unwinding its stack; and what unwinds through Rust ends the process with SIGABRT. So no such
-//! thread may be on its way through Rust into Python then: the end waits for those that are, and
-//! holds up those that are about to.
+//! Once finalization has begun, Python before 3.14 stops each thread that wants the GIL by unwinding its
+//! stack. Unwinding through Rust aborts the process. So finalization first waits for the threads that
+//! call Python from Rust, and delays those that are about to.
 
 use pyo3::prelude::*;
 use std::cell::Cell;
@@ -11,36 +11,36 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the end waits for threads on their way, which may themselves wait for something.
+/// How long finalization waits for these threads.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long a thread about to go is held up. Usually the end has come by then; if not, somebody
-/// who does things at the end may need that thread.
-const HELD_UP: Duration = Duration::from_millis(100);
+/// How long a thread is delayed. Usually the process has ended by then; if not, an exit handler may be
+/// waiting for the thread.
+const DELAY: Duration = Duration::from_millis(100);
 
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// How many threads are on their way.
+/// Number of threads that call Python from Rust.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 static NEAR: AtomicBool = AtomicBool::new(false);
-/// The process that these count for: a forked child has none of its parent's threads.
+/// The process to which these belong: a forked child has none of its parent's threads.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
-    /// This thread is the one that brings the end about.
+    /// This thread finalizes the interpreter.
     static ENDING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A way through Rust into Python, for as long as it lives.
+/// While it lives, finalization waits for this thread.
 pub struct ShutdownGuard(());
 
-/// To be called on it by what event loops call, and what calls Python.
+/// Call it first in Rust functions that an event loop calls and that call Python.
 pub fn enter(py: Python<'_>) -> ShutdownGuard {
     let depth = DEPTH.get();
     if depth == 0 {
         if NEAR.load(Ordering::Relaxed) && !ENDING.get() && is_this_process() {
-            py.detach(hold_up);
+            py.detach(delay);
         }
         INSIDE.fetch_add(1, Ordering::Relaxed);
     }
@@ -58,7 +58,7 @@ impl Drop for ShutdownGuard {
     }
 }
 
-/// Python calls it when the interpreter's end is near: nothing but daemon threads is left.
+/// Called at exit, when only daemon threads are left. Waits for the threads that call Python from Rust.
 #[pyfunction]
 pub fn _the_end_is_near(py: Python<'_>) {
     if !is_this_process() {
@@ -74,7 +74,7 @@ pub fn _the_end_is_near(py: Python<'_>) {
     });
 }
 
-/// Has Python call that.
+/// Registers the exit handler.
 pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
     PROCESS.store(super::fork_guard::pid(), Ordering::Relaxed);
     let callback = module.getattr("_the_end_is_near")?;
@@ -89,16 +89,16 @@ fn is_this_process() -> bool {
     PROCESS.load(Ordering::Relaxed) == super::fork_guard::pid()
 }
 
-/// Waits without the interpreter, for good if its end has come.
-fn hold_up() {
+/// Waits without the GIL; for ever if the interpreter is finalized.
+fn delay() {
     let begun = Instant::now();
-    while begun.elapsed() < HELD_UP || !is_running() {
+    while begun.elapsed() < DELAY || !is_running() {
         thread::sleep(PAUSE);
     }
 }
 
 #[allow(unsafe_code)]
 fn is_running() -> bool {
-    // SAFETY: it reads a flag, as any thread may at any time.
+    // SAFETY: reads a flag, which any thread may do at any time.
     unsafe { pyo3::ffi::Py_IsInitialized() != 0 }
 }

@@ -1,4 +1,4 @@
-//! A non-blocking socket: every call does what it can at once, or says that it would block.
+//! A non-blocking socket. No call waits: one that would block says so.
 
 use super::errors;
 use p2pd_protocol::policy::retry::Transport;
@@ -10,32 +10,32 @@ use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// How much one system call reads at the most, in bytes.
+/// The most that one system call reads, in bytes.
 pub const READ_SIZE: usize = 256 * 1024;
 
-/// How much unread input is thrown away when a socket is closed, in bytes.
+/// The most unread input that a close discards, in bytes.
 const DRAIN_LIMIT: usize = 1024 * 1024;
 
-/// A peer that is gone is an error, not a signal. (Where there is no such flag, Python has SIGPIPE
-/// ignored anyway.)
+/// Writing to a closed connection is an error, not a signal. (Python ignores SIGPIPE where this flag does
+/// not exist.)
 #[cfg(target_os = "linux")]
 const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL;
 #[cfg(not(target_os = "linux"))]
 const SEND_FLAGS: i32 = 0;
 
-/// The poll event of a peer that has ended its direction, on systems that have one.
+/// The poll event for a peer that has shut its writing half down, where there is one.
 #[cfg(target_os = "linux")]
 const READ_ENDED: libc::c_short = libc::POLLRDHUP;
 #[cfg(not(target_os = "linux"))]
 const READ_ENDED: libc::c_short = 0;
 
 thread_local! {
-    /// Where reads go before it is known how much came.
+    /// The buffer for reads of unknown length.
     static SCRATCH: std::cell::RefCell<Box<[u8]>> =
         std::cell::RefCell::new(vec![0; READ_SIZE].into_boxed_slice());
 }
 
-/// Lends the thread's room for reads. No Python may run in `f`.
+/// Lends the thread's read buffer. `f` must not run Python.
 pub fn with_scratch<T>(f: impl FnOnce(&mut [u8]) -> T) -> T {
     SCRATCH.with_borrow_mut(|scratch| f(scratch))
 }
@@ -69,13 +69,13 @@ impl Address {
     }
 }
 
-/// How far a connection attempt has come.
+/// The state of a connection attempt.
 pub enum Connecting {
     /// The socket is connected.
     Done(Socket),
     /// The socket will be writable once connected or failed.
     Pending(Socket),
-    /// A unix listener's queue is full, which nothing announces the end of: try again later.
+    /// The listen queue of a unix socket is full, and no event reports when it is not: try again later.
     Full,
 }
 
@@ -94,7 +94,7 @@ impl Socket {
         }
     }
 
-    /// Takes a socket just accepted.
+    /// Prepares a socket that was just accepted.
     pub fn accepted(socket: socket2::Socket) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         if !is_unix(&socket)? {
@@ -103,13 +103,13 @@ impl Socket {
         Ok(Self(socket))
     }
 
-    /// The error a pending connection ended with, if it did.
+    /// Returns the error with which a pending connection has failed, if it has.
     pub fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.0.take_error()
     }
 
-    /// Reads once and hands what came to `take`: nothing at all means the end of the stream.
-    /// `None` if it would block.
+    /// Reads once and passes the bytes to `take`; none at the end of the stream. Returns `None` if it would
+    /// block.
     pub fn read_with<T>(&self, max: usize, take: impl FnOnce(&[u8]) -> T) -> io::Result<Option<T>> {
         with_scratch(|scratch| {
             let size = max.min(scratch.len());
@@ -120,25 +120,25 @@ impl Socket {
         })
     }
 
-    /// Reads once; 0 at the end of the stream, `None` if it would block.
+    /// Reads once. Returns 0 at the end of the stream, `None` if it would block.
     pub fn read(&self, room: &mut [u8]) -> io::Result<Option<usize>> {
         unless_blocked(|| (&self.0).read(room))
     }
 
-    /// As `read`, into two places one after the other.
+    /// As `read`, into two buffers one after the other.
     pub fn read_both(&self, room: &mut [u8], more: &mut [u8]) -> io::Result<Option<usize>> {
         unless_blocked(|| {
             (&self.0).read_vectored(&mut [IoSliceMut::new(room), IoSliceMut::new(more)])
         })
     }
 
-    /// Writes what fits of several pieces; 0 if it would block.
+    /// Writes several slices. Returns how many bytes were written; 0 if it would block.
     pub fn write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         let write = || self.0.send_vectored_with_flags(pieces, SEND_FLAGS);
         Ok(unless_blocked(write)?.unwrap_or(0))
     }
 
-    /// Writes what fits; 0 if it would block (or `bytes` is empty).
+    /// Writes `bytes`. Returns how many were written; 0 if it would block.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.is_empty() {
             return Ok(0);
@@ -152,13 +152,13 @@ impl Socket {
         !matches!(unless_blocked(|| self.0.peek(&mut byte)), Ok(None))
     }
 
-    /// Ends the writing half.
+    /// Shuts the writing half down.
     pub fn shutdown_write(&self) -> io::Result<()> {
         self.0.shutdown(Shutdown::Write)
     }
 
-    /// Closes in good order. Input left unread would turn the close into a reset, in which the
-    /// peer can lose what was sent to it before, so that is read and thrown away first.
+    /// Closes gracefully. Discards unread input first: with unread input the close would be a reset, and
+    /// the peer could lose the last bytes sent to it.
     pub fn close(self) {
         let _ = self.0.shutdown(Shutdown::Write);
         let mut drained = 0;
@@ -171,12 +171,12 @@ impl Socket {
         self.end();
     }
 
-    /// Ends the connection although a forked child may hold the descriptor too.
+    /// Shuts the connection down, even if a forked child has the descriptor too.
     pub fn end(&self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }
 
-    /// Closes at once. A TCP peer sees a reset; a unix peer sees one if it sent what was not read.
+    /// Closes at once. A TCP peer sees a reset; a unix peer sees one if input was unread.
     pub fn abort(self) {
         if matches!(is_unix(&self.0), Ok(false)) {
             let _ = SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
@@ -205,29 +205,29 @@ impl Socket {
         self.0.peer_addr()
     }
 
-    /// Another descriptor of the same socket, not inheritable.
+    /// Returns a duplicate of the descriptor, which is not inheritable.
     pub fn duplicate(&self) -> io::Result<OwnedFd> {
         self.0.try_clone().map(OwnedFd::from)
     }
 
-    /// Whether the peer has closed both directions. A unix socket tells that from a half-close;
-    /// TCP sends a FIN for either, which counts.
+    /// Whether the peer has closed both directions. TCP sends the same FIN for a half-close, which counts
+    /// too; a unix socket tells them apart.
     pub fn peer_closed(&self) -> bool {
         let (gone, ended) = self.poll();
         gone || ended && !self.is_unix()
     }
 
-    /// Whether the peer has ended at least its own direction.
+    /// Whether the peer has shut its writing half down.
     pub fn peer_ended(&self) -> bool {
         let (gone, ended) = self.poll();
         gone || ended
     }
 
-    /// Number of bytes that have arrived and were not read.
+    /// Number of unread bytes in the socket's buffer.
     #[allow(unsafe_code)]
     pub fn unread(&self) -> usize {
         let mut count: libc::c_int = 0;
-        // SAFETY: FIONREAD writes one int to the place given.
+        // SAFETY: FIONREAD writes one int to the given address.
         let failed = unsafe { libc::ioctl(self.as_raw_fd(), libc::FIONREAD, &mut count) };
         if failed == 0 {
             usize::try_from(count).unwrap_or(0)
@@ -236,8 +236,8 @@ impl Socket {
         }
     }
 
-    /// Whether the connection is gone in both directions, and whether the peer has ended its own.
-    /// Neither if that cannot be found out.
+    /// Whether both directions are closed, and whether the peer has shut its writing half down. Both false
+    /// if the poll fails.
     #[allow(unsafe_code)]
     fn poll(&self) -> (bool, bool) {
         let mut entry = libc::pollfd {
@@ -245,7 +245,7 @@ impl Socket {
             events: READ_ENDED,
             revents: 0,
         };
-        // SAFETY: one entry, which lives until the call returns, and no time to wait.
+        // SAFETY: `entry` is valid until the call returns.
         if unsafe { libc::poll(&mut entry, 1, 0) } < 0 {
             return (false, false);
         }
@@ -266,7 +266,7 @@ impl AsRawFd for Socket {
     }
 }
 
-/// As Python's `socket` gives addresses: a path, or `(host, port)`.
+/// Returns an address as Python's `socket` does: a path, or `(host, port)`.
 pub fn python_address(py: Python<'_>, address: &SockAddr) -> PyResult<Py<PyAny>> {
     if let Some(tcp) = address.as_socket() {
         return Ok((tcp.ip().to_string(), tcp.port())
