@@ -127,6 +127,7 @@ class Session:
         self._held_loss: ControlFailure | None = None
         #: When the next timer fires.
         self._timer: float | None = None
+        self._timer_handle: Work | None = None
         self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
         # The connection calls these.
         self.on_call: Callable[[PersistentConnection, bytes, str, bytes, bytes], None] = (
@@ -375,19 +376,27 @@ class Session:
     def _set_timer(self) -> None:
         seconds = self._lifecycle.deadline
         if seconds is None:
+            # A pending timer slows every iteration of an asyncio loop.
+            self._cancel_timer()
             return
         at = time.monotonic() + seconds
-        # Timers cannot be cancelled; one that fires too early has no effect.
+        # A later deadline keeps the timer: one that fires too early has no effect.
         if self._timer is None or at < self._timer - 0.001:
-            self._timer = at
-            self._reactor.call_later(seconds, functools.partial(_on_time, weakref.ref(self), at))
+            self._cancel_timer()
+            callback = functools.partial(_on_time, weakref.ref(self), at)
+            self._timer, self._timer_handle = at, self._reactor.call_later(seconds, callback)
+
+    def _cancel_timer(self) -> None:
+        handle, self._timer, self._timer_handle = self._timer_handle, None, None
+        if handle is not None:
+            handle.cancel()
 
     def on_time(self, at: float) -> None:
         """The timer for this time has fired."""
         if os.getpid() != self._pid:
             return
         if self._timer == at:
-            self._timer = None
+            self._timer = self._timer_handle = None
         self._drop_withdrawn()
         self._lifecycle.time()
         self._carry_out()

@@ -46,7 +46,7 @@ class Reactor(Protocol):
     def add_writer(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
     def remove_writer(self, fd: int, /) -> object: ...
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
-    def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Work: ...
 
     def create_future(self) -> Future:
         """Something new to wait for."""
@@ -89,7 +89,7 @@ class AsyncioReactor:
         self.add_writer: Callable[..., None] = loop.add_writer
         self.remove_writer: Callable[[int], bool] = loop.remove_writer
         self.call_soon: Callable[..., object] = loop.call_soon
-        self.call_later: Callable[..., object] = loop.call_later
+        self.call_later: Callable[..., Work] = loop.call_later
         self.create_future: Callable[[], Future] = loop.create_future
         self.is_closed: Callable[[], bool] = loop.is_closed
 
@@ -166,13 +166,17 @@ class TrioReactor:
             if token is not None:
                 token.run_sync_soon(_log_errors, callback)
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> None:
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Work:
+        scope = self._trio.CancelScope()
+
         async def run() -> None:
-            await self._trio.sleep(delay)
-            _log_errors(callback)
+            with scope:
+                await self._trio.sleep(delay)
+                _log_errors(callback)
 
         if self._trio.lowlevel.in_trio_run():
             self._trio.lowlevel.spawn_system_task(run)
+        return _TrioWork(scope)
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         scope = self._trio.CancelScope()
