@@ -28,6 +28,8 @@ demo: $(VENV)/.wheel
 examples: $(VENV)/.wheel
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py asyncio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/echo.py trio
+	P2PD_PATH=$(P2PD) $(BIN)/python examples/dht.py asyncio
+	P2PD_PATH=$(P2PD) $(BIN)/python examples/dht.py trio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/pubsub.py
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py asyncio
 	P2PD_PATH=$(P2PD) $(BIN)/python examples/unary.py trio

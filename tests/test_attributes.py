@@ -196,12 +196,12 @@ async def requests_in_flight(layer: Layer) -> None:
     await client.identify()
     peers: list[str] = []
 
-    async def ask() -> None:
+    async def identify() -> None:
         peers.append(await layer.peer_of(client))
 
     async with anyio.create_task_group() as tasks:
         for _ in range(5):
-            tasks.start_soon(ask)
+            tasks.start_soon(identify)
         await anyio.sleep(0)
         client.control.daemon_connector.control_maddr = layer.maddr(layer.other.control_maddr)
     assert set(peers) <= {str(layer.one.peer_id), str(layer.other.peer_id)} and len(peers) == 5

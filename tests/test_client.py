@@ -147,13 +147,13 @@ async def test_concurrent_queries_get_their_own_replies(pair: Pair) -> None:
     alice, answers = pair.alice, dict[int, Any]()
     identity, topics = await alice.identify(), await alice.pubsub_get_topics()
 
-    async def ask(number: int) -> None:
-        query = (alice.identify, alice.list_peers, alice.pubsub_get_topics)[number % 3]
-        answers[number] = await query()
+    async def query(number: int) -> None:
+        request = (alice.identify, alice.list_peers, alice.pubsub_get_topics)[number % 3]
+        answers[number] = await request()
 
     async with anyio.create_task_group() as tasks:
         for number in range(300):
-            tasks.start_soon(ask, number)
+            tasks.start_soon(query, number)
     assert [answers[number] for number in range(0, 300, 3)] == [identity] * 100
     for number in range(1, 300, 3):
         assert pair.bob_daemon.peer_id in [info.peer_id for info in answers[number]]

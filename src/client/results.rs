@@ -92,7 +92,7 @@ impl<T> Results<T> {
                 self.stage = Stage::Ended;
                 return Poll::Ready(None);
             }
-            Poll::Ready(Ok(Event::Refused(words))) => Err(Error::refused(words)),
+            Poll::Ready(Ok(Event::Refused(message))) => Err(Error::refused(message)),
             Poll::Ready(Ok(other)) => Err(other.unexpected().into()),
             Poll::Ready(Err(error)) => Err(error),
             Poll::Pending => {
