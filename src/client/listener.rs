@@ -303,9 +303,7 @@ async fn accept(listener: Weak<Listener>, handlers: ClearWhenDone, tally: Arc<Ta
         match accepted.await {
             Some(Ok(socket)) => {
                 tally.accepted.fetch_add(1, Ordering::Relaxed);
-                // The lock is held until the task is in the table, so that it cannot leave before.
-                let mut locked = lock(&half_open);
-                let number = locked.policy.enter(tally.now());
+                let number = lock(&half_open).policy.enter(tally.now());
                 let guard = HalfOpenGuard {
                     half_open: Arc::clone(&half_open),
                     number,
@@ -318,7 +316,11 @@ async fn accept(listener: Weak<Listener>, handlers: ClearWhenDone, tally: Arc<Ta
                         dispatch(stream, &handlers, &tally);
                     }
                 });
-                locked.tasks.insert(number, task);
+                // Not locked while spawning: if the runtime is shutting down, that drops the guard.
+                let mut locked = lock(&half_open);
+                if locked.policy.contains(number) {
+                    locked.tasks.insert(number, task);
+                }
             }
             Some(Err(error)) => {
                 tally.refuse(

@@ -77,6 +77,11 @@ impl HalfOpen {
         self.since.remove(&number);
     }
 
+    /// Whether a connection is still without a complete header.
+    pub fn contains(&self, number: u64) -> bool {
+        self.since.contains_key(&number)
+    }
+
     /// Decides whether another connection may be accepted.
     ///
     /// # Arguments
@@ -151,8 +156,10 @@ mod tests {
     fn completed_header_makes_room() {
         let mut half_open = HalfOpen::default();
         let last = (0..=MAX_HALF_OPEN).map(|_| half_open.enter(SECOND)).last();
+        assert!(half_open.contains(last.unwrap()));
         half_open.leave(last.unwrap());
         half_open.leave(last.unwrap());
+        assert!(!half_open.contains(last.unwrap()));
         assert_eq!(half_open.admission(0, SECOND), Admission::Accept);
     }
 
