@@ -459,3 +459,26 @@ async def test_refused_iteration_keeps_the_connection() -> None:
             assert error.value.peer_id is not None
             await client.identify()
             assert fake.accepted == 1
+
+
+async def test_connection_of_a_query_is_closed_if_the_control_address_changed_meanwhile() -> None:
+    def old_daemon(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(begin() + value(1))
+        assert may_end.wait(10)
+        connection.send(end())
+        connection.wait_closed()
+
+    def new_daemon(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(frame(IDENTITY))
+        connection.wait_closed()
+
+    may_end = threading.Event()
+    with FakeDaemon(old_daemon) as old, FakeDaemon(new_daemon) as new:
+        async with Client(old.control_maddr) as client:
+            async for _ in client.dht.search_value(b"key"):
+                client.control.daemon_connector.control_maddr = new.control_maddr
+                may_end.set()
+            assert (await client.identify()).peer_id == FAKE_PEER
+        assert (old.accepted, new.accepted) == (1, 1)

@@ -330,7 +330,7 @@ class DaemonConnector:
 
     async def start_query(
         self, request: Request[tuple[T, ...]]
-    ) -> tuple[tuple[T, ...], PooledConnection]:
+    ) -> tuple[tuple[T, ...], PooledConnection, Pool]:
         """Sends a DHT query and waits for its first result.
 
         The permit is released then, as the caller may send other requests while it reads the
@@ -338,18 +338,15 @@ class DaemonConnector:
 
         Returns:
             The first result, or an empty tuple if there are no results. The connection, on which
-            the others follow: pass it to ``give_back`` after the last one, or close it.
+            the others follow, and its pool: give it back after the last one, or close it.
 
         Raises:
             ControlFailure: A subclass.
         """
         exchange: Any = self._exchange(request, read=_first_result)
+        pool = self._pool()
         result, connection = await exchange
-        return result, connection
-
-    def give_back(self, connection: PooledConnection) -> None:
-        """Keeps a connection for the next request, or closes it if it cannot be used again."""
-        self._pool().give_back(connection)
+        return result, connection, pool
 
     async def _exchange(
         self,

@@ -13,7 +13,7 @@ from p2pclient_rs._native import Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.exceptions import ControlFailure, ControlTimeout
 from p2pclient_rs.loops import UnlessClosed
-from p2pclient_rs.pool import PooledConnection
+from p2pclient_rs.pool import Pool, PooledConnection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +61,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         self._request: Request[tuple[T, ...]] | None = None
         self._deadline = math.inf
         self._connection: PooledConnection | None = None
+        self._pool: Pool | None = None
         #: How many more results may be ready before other tasks get to run.
         self._turns = 0
         self._waiting = False
@@ -145,7 +146,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         """Returns a tuple of the next result, or an empty one after the last."""
         connection = self._connection
         if connection is None:
-            result, connection = await self._connector.start_query(request)
+            result, connection, self._pool = await self._connector.start_query(request)
             self._turns = connection.watch.turns
         else:
             if self._turns == 0:
@@ -159,7 +160,9 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
             self._connection = connection
         else:
             self._connection = None
-            self._connector.give_back(connection)
+            if self._pool is not None:
+                # Its own pool: the client may have another daemon's address by now.
+                self._pool.give_back(connection)
         return result
 
     async def aclose(self) -> None:
