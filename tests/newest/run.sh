@@ -39,7 +39,8 @@ for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certific
     if [ -e "$file" ]; then cp -L "$file" "$root$file"; fi
 done
 
-export repository root
+# The build scripts there need a newer C library than this machine may have.
+export repository root CARGO_TARGET_DIR="$repository/target/newest"
 for version in $versions; do
     export version
     unshare --mount --propagation private sh -eu -c '
