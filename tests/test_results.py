@@ -482,3 +482,25 @@ async def test_connection_of_a_query_is_closed_if_the_control_address_changed_me
                 may_end.set()
             assert (await client.identify()).peer_id == FAKE_PEER
         assert (old.accepted, new.accepted) == (1, 1)
+
+
+async def test_closing_during_the_first_wait_closes_the_connection(nothing_left_open: None) -> None:
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        requested.set()
+        assert may_answer.wait(10)
+        connection.send(begin() + value(1))
+        connection.wait_closed()
+
+    async def iterate() -> None:
+        assert [result async for result in results] == []
+
+    requested, may_answer = threading.Event(), threading.Event()
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            results = client.dht.search_value(b"key")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(iterate)
+                await until(requested.is_set)
+                results.close()
+                may_answer.set()

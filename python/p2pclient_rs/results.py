@@ -148,6 +148,9 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         if connection is None:
             result, connection, self._pool = await self._connector.start_query(request)
             self._turns = connection.watch.turns
+            if self._ended:  # closed by another task while this one waited
+                connection.close()
+                return ()
         else:
             if self._turns == 0:
                 await connection.watch.checkpoint()
