@@ -734,6 +734,23 @@ async fn dropped_call_sends_cancel_and_ignores_its_late_reply() {
 }
 
 #[tokio::test]
+async fn unsent_registration_is_sent_again_on_the_next_connection() {
+    let daemon = FakeDaemon::new();
+    let client = daemon.client();
+    let (opened, connection) = join!(client.open_unary(), Persistent::accept(&daemon));
+    opened.unwrap();
+    drop(connection); // the client does not notice before it writes
+    let (added, _connection) = join!(client.add_unary_handler("served", false, echo), async {
+        let mut connection = Persistent::accept(&daemon).await;
+        let (id, _) = connection.addition().await;
+        connection.answer(&id, None).await;
+        connection
+    });
+    added.unwrap();
+    assert_eq!(client.unary_handlers(), ["served"]);
+}
+
+#[tokio::test]
 async fn lost_connection_fails_all_pending_calls_and_the_next_call_reconnects() {
     let daemon = FakeDaemon::new();
     let (client, mut connection) =
