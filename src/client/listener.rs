@@ -221,8 +221,8 @@ fn default_endpoint(
             let directory = p2pd_sockets::private_directory(None, "p2pclient-", "listen.sock")?;
             let path = directory.path().join("listen.sock");
             let path = path.to_str().ok_or_else(|| {
-                let words = "the path of the directory for temporary files is not UTF-8";
-                io::Error::new(io::ErrorKind::InvalidData, words)
+                let message = "the path of the directory for temporary files is not UTF-8";
+                io::Error::new(io::ErrorKind::InvalidData, message)
             })?;
             Ok((Endpoint::Unix(path.to_owned()), Some(directory)))
         }

@@ -131,7 +131,7 @@ impl Pool {
                 Event::Value(reply) => value = Some(reply),
                 Event::Reply(reply) => return Ok((typed::<R>(Some(reply))?, pooled)),
                 Event::End => return Ok((typed::<R>(value)?, pooled)),
-                Event::Refused(words) => return Err(Error::refused(words)),
+                Event::Refused(message) => return Err(Error::refused(message)),
                 other => return Err(other.unexpected().into()),
             }
             event = poll_fn(|cx| pooled.poll_event(cx)).await?;

@@ -178,8 +178,8 @@ fn no_address() -> io::Error {
 
 #[cfg(not(unix))]
 fn no_unix_sockets() -> io::Error {
-    let words = "there are no unix sockets here: use TCP";
-    io::Error::new(ErrorKind::Unsupported, words)
+    let message = "there are no unix sockets here: use TCP";
+    io::Error::new(ErrorKind::Unsupported, message)
 }
 
 async fn resolve(host: &Host, port: u16) -> io::Result<Vec<SocketAddr>> {
@@ -307,8 +307,8 @@ fn sock_addr(endpoint: &Endpoint) -> io::Result<SockAddr> {
             Host::Ip4(ip) => SocketAddr::from((*ip, *port)),
             Host::Ip6(ip) => SocketAddr::from((*ip, *port)),
             name => {
-                let words = format!("{name} is a name, not an address of this machine");
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
+                let message = format!("{name} is a name, not an address of this machine");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
             }
         },
     };

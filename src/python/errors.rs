@@ -49,8 +49,8 @@ pub fn import(py: Python<'_>) {
 
 /// Creates an exception at once. PyO3 creates its exceptions when they are first used, and releases the
 /// interpreter for that. In a finalizer while the interpreter exits, it would not get it back.
-pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
-    match E::type_object(py).call1((words,)) {
+pub fn made<E: PyTypeInfo>(py: Python<'_>, message: &str) -> PyErr {
+    match E::type_object(py).call1((message,)) {
         Ok(value) => PyErr::from_value(value),
         Err(failed) => failed,
     }
@@ -58,18 +58,18 @@ pub fn made<E: PyTypeInfo>(py: Python<'_>, words: &str) -> PyErr {
 
 /// Returns the exception whose class says whose fault the error is.
 pub fn from_core(error: protocol::Error) -> PyErr {
-    let words = error.to_string();
+    let message = error.to_string();
     Python::attach(|py| match error.fault() {
-        protocol::Fault::Caller => made::<ControlFailure>(py, &words),
+        protocol::Fault::Caller => made::<ControlFailure>(py, &message),
         protocol::Fault::Connection => match error {
-            protocol::Error::NoMemory { .. } => made_lost(py, &words, Some(libc::ENOMEM)),
+            protocol::Error::NoMemory { .. } => made_lost(py, &message, Some(libc::ENOMEM)),
             _ => {
                 let mid_answer = matches!(error, protocol::Error::Closed { mid_message: true });
-                let lost = made_lost(py, &words, None);
+                let lost = made_lost(py, &message, None);
                 marked(py, lost, "mid_answer", mid_answer)
             }
         },
-        protocol::Fault::Daemon => made::<ProtocolViolation>(py, &words),
+        protocol::Fault::Daemon => made::<ProtocolViolation>(py, &message),
     })
 }
 
@@ -81,7 +81,7 @@ pub fn os_error(error: io::Error) -> PyErr {
             let made = py
                 .import("os")
                 .and_then(|os| os.call_method1("strerror", (number,)))
-                .and_then(|words| PyOSError::type_object(py).call1((number, words)));
+                .and_then(|message| PyOSError::type_object(py).call1((number, message)));
             made.map_or_else(|failed| failed, PyErr::from_value)
         }),
         None => error.into(),
@@ -91,9 +91,9 @@ pub fn os_error(error: io::Error) -> PyErr {
 /// Returns a ConnectionLost for an error of the operating system. `unexecuted`: the daemon cannot have
 /// read the whole request.
 pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
-    let words = format!("the connection was lost: {error}");
+    let message = format!("the connection was lost: {error}");
     Python::attach(|py| {
-        let lost = made_lost(py, &words, error.raw_os_error());
+        let lost = made_lost(py, &message, error.raw_os_error());
         let lost = marked(py, lost, "unexecuted", unexecuted);
         lost.set_cause(py, Some(os_error(error)));
         lost
@@ -101,14 +101,14 @@ pub fn connection_lost(error: io::Error, unexecuted: bool) -> PyErr {
 }
 
 /// Returns a ConnectionLost for a request that the daemon cannot have read.
-pub fn connection_gone(words: &str) -> PyErr {
-    connection_gone_of(words, None)
+pub fn connection_gone(message: &str) -> PyErr {
+    connection_gone_of(message, None)
 }
 
 /// As `connection_gone`, with the errno if there is one.
-pub fn connection_gone_of(words: &str, number: Option<i32>) -> PyErr {
+pub fn connection_gone_of(message: &str, number: Option<i32>) -> PyErr {
     Python::attach(|py| {
-        let lost = made_lost(py, words, number);
+        let lost = made_lost(py, message, number);
         marked(py, lost, "unexecuted", true)
     })
 }
@@ -135,24 +135,24 @@ pub fn too_large(py: Python<'_>, error: &protocol::Error) -> PyErr {
 }
 
 /// Returns a DaemonRefused with the daemon's message.
-pub fn refused(py: Python<'_>, words: &str) -> PyErr {
+pub fn refused(py: Python<'_>, message: &str) -> PyErr {
     let refused = made::<DaemonRefused>(py, "the daemon refused");
-    match refused.value(py).setattr("daemon_message", words) {
+    match refused.value(py).setattr("daemon_message", message) {
         Ok(()) => refused,
         Err(error) => error,
     }
 }
 
 /// Returns a ConnectionLost that is also an instance of the built-in class for the errno `number`.
-fn made_lost(py: Python<'_>, words: &str, number: Option<i32>) -> PyErr {
+fn made_lost(py: Python<'_>, message: &str, number: Option<i32>) -> PyErr {
     let special = number.and_then(|number| {
         let make = make_lost(py);
-        make.and_then(|make| make.call1((words, number))).ok()
+        make.and_then(|make| make.call1((message, number))).ok()
     });
     match special {
         Some(value) => PyErr::from_value(value),
         // There is no errno, or the interpreter is exiting and cannot make the class.
-        None => made::<ConnectionLost>(py, words),
+        None => made::<ConnectionLost>(py, message),
     }
 }
 
@@ -177,7 +177,7 @@ impl Loss {
     pub fn to_err(&self, py: Python<'_>) -> PyErr {
         match self {
             Loss::Protocol(error) => from_core(error.clone()),
-            Loss::Socket(words, number) => made_lost(py, words, *number),
+            Loss::Socket(message, number) => made_lost(py, message, *number),
             Loss::Closed => made::<ConnectionLost>(py, "the client was closed"),
         }
     }
