@@ -1,4 +1,4 @@
-"""What an event loop calls for a connection that tasks share (see ``src/python/driver.rs``)."""
+"""The callback of connections that tasks share (see ``src/python/driver.rs``)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, TypeAlias
 
 from p2pclient_rs._native import PersistentConnection, Pipeline
 
-__all__ = ["on_readable", "run_ready"]
+__all__ = ["WakeUp", "on_readable", "run_ready"]
 
 #: A call to make: in a context with one argument, or without a context with several.
-_WakeUp: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
+WakeUp: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
 
 
 def on_readable(connection: PersistentConnection | Pipeline) -> None:
-    """What an event loop calls when a shared connection is readable."""
-    ready: list[_WakeUp] = []
+    """Called by the event loop when a connection is readable."""
+    ready: list[WakeUp] = []
     try:
         connection.read(ready)
-    finally:  # also if a signal handler raises as that returns
+    finally:  # also if a signal handler has raised
         run_ready(connection, ready)
 
 
-def run_ready(connection: PersistentConnection | Pipeline, ready: list[_WakeUp]) -> None:
-    """Makes the calls that what came over a connection has made ready, then has it send what waits.
+def run_ready(connection: PersistentConnection | Pipeline, ready: list[WakeUp]) -> None:
+    """Makes the calls that a read has made ready, then sends the connection's unsent output.
 
-    Python makes them, not Rust: they resume tasks, which can do anything, and a thread that the end
-    of the interpreter stops there must not have Rust on its stack.
+    They are made in Python, since they resume tasks: a thread that the interpreter's finalization
+    stops in a task must not have Rust on its stack.
     """
     failed: BaseException | None = None
-    # If nobody is resumed here, the woken tasks run later, and what they send goes out together.
+    # Without in-place wake-ups the tasks run later, and their messages are sent together.
     now = bool(ready)
     try:
         for context, function, argument in ready:
@@ -41,7 +41,7 @@ def run_ready(connection: PersistentConnection | Pipeline, ready: list[_WakeUp])
                     now = False
                     function(*argument)
             except BaseException as error:  # does not stop the batch
-                # An exception that ends the loop must not be lost behind one that does not.
+                # An exception that ends the loop takes precedence.
                 if failed is None or isinstance(failed, Exception):
                     failed = error
     finally:
@@ -52,7 +52,7 @@ def run_ready(connection: PersistentConnection | Pipeline, ready: list[_WakeUp])
         try:
             connection.flush(now)
         except BaseException:
-            connection.flush(now)  # a signal handler may have raised before it was done
+            connection.flush(now)  # a signal handler may have interrupted it
             raise
     if failed is not None:
         try:

@@ -22,49 +22,51 @@ T = TypeVar("T")
 
 
 def current_loop() -> Any:
-    """What identifies the running event loop: the loop itself, or trio's token.
+    """Returns the running event loop: asyncio's loop, or trio's token.
 
     Raises:
-        RuntimeError: None is running.
+        RuntimeError: No event loop is running.
     """
-    # Trio first: as a guest it runs inside an asyncio loop.
+    # Trio first, since in guest mode it runs inside an asyncio loop.
     if in_trio_task():
         return sys.modules["trio"].lowlevel.current_trio_token()
     return asyncio.get_running_loop()
 
 
 def is_current(loop: asyncio.AbstractEventLoop | None) -> bool:
-    """Whether ``loop`` is the running event loop: a short way to ask for what is asked often."""
+    """Returns whether ``loop`` is the running event loop. Cheaper than ``current_loop``."""
     if asyncio._get_running_loop() is not loop:
         return False
-    # Trio as a guest runs inside it.
+    # In guest mode trio runs inside it.
     return "trio" not in sys.modules or not in_trio_task()
 
 
 def in_trio_task() -> bool:
-    """Whether a trio task is running."""
+    """Returns whether a trio task is running."""
     trio_module = sys.modules.get("trio")
     return trio_module is not None and bool(trio_module.lowlevel.in_trio_task())
 
 
 def call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    """Calls back here if this is the thread of ``loop`` or that has stopped; otherwise there."""
-    # A finalizer can run in any thread, and a loop is not to be touched from another.
+    """Calls ``callback`` in the thread of ``loop``, or at once if the loop has stopped.
+
+    For finalizers, which run in any thread.
+    """
     if asyncio._get_running_loop() is loop or not loop.is_running():
         callback()
         return
     try:
         loop.call_soon_threadsafe(callback)
-    except RuntimeError:  # it was closed meanwhile
+    except RuntimeError:  # closed in the meantime
         callback()
 
 
 class UnlessClosed(Generic[T]):
-    """Leaves a context at the end of a ``with`` block, unless the coroutine is closed there.
+    """Exits a context at the end of a ``with`` block, unless the coroutine is closed there.
 
     The garbage collector, or the end of the event loop, closes a coroutine with ``GeneratorExit``.
-    Its task, and perhaps its loop, are gone then: anyio's scopes and locks cannot be left, and
-    nothing can be awaited. What the context refers to is collected with the coroutine.
+    Its task, and perhaps its loop, no longer exist: anyio's scopes and locks cannot be exited, and
+    nothing can be awaited. The context's objects are collected with the coroutine.
     """
 
     def __init__(self, context: AbstractContextManager[T, bool | None]) -> None:

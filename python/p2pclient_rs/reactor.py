@@ -1,5 +1,4 @@
-"""An event loop as something that calls back: for connections that are served without a task that
-waits."""
+"""Event loops as reactors, whose callbacks serve connections without a task for each."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Future(Protocol):
-    """Something to await that is set from outside, once."""
+    """A result that a task awaits, and that a callback sets once."""
 
     def set_result(self, result: Any, /) -> None: ...
     def set_exception(self, exception: Any, /) -> None: ...
@@ -29,17 +28,17 @@ class Future(Protocol):
 
 
 class Work(Protocol):
-    """A task of its own, which can be cancelled."""
+    """A task or timer, which can be cancelled."""
 
     def cancel(self) -> object: ...
 
 
 class Reactor(Protocol):
-    """An event loop as something that calls back, for what is served without a task that waits."""
+    """An event loop that calls back. The methods are asyncio's, unless documented here."""
 
     @property
     def event_loop(self) -> Any:
-        """What the native drivers call: asyncio's loop, or this, which has the same methods."""
+        """The object for the native drivers: asyncio's loop, or this reactor."""
 
     def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
     def remove_reader(self, fd: int, /) -> object: ...
@@ -48,28 +47,25 @@ class Reactor(Protocol):
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Work: ...
 
-    def create_future(self) -> Future:
-        """Something new to wait for."""
-
-    def is_closed(self) -> bool:
-        """Whether the loop is no more."""
+    def create_future(self) -> Future: ...
+    def is_closed(self) -> bool: ...
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
-        """Runs ``work``, which raises nothing, in a task of its own, in a copy of ``context``."""
+        """Runs ``work``, which must not raise, in a new task with a copy of ``context``."""
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
-        """Calls back when work that was cancelled has ended, if it may never have begun."""
+        """Calls ``callback`` when ``work`` has ended, unless it always begins, on trio."""
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
-        """Calls back in the loop's thread, now or soon; here and now if the loop has stopped, or in
-        a forked child."""
+        """Calls ``callback`` in the loop's thread, or at once if the loop has stopped, or in a
+        forked child."""
 
 
 def reactor() -> Reactor:
-    """The running event loop.
+    """Returns a reactor of the running event loop.
 
     Raises:
-        RuntimeError: None is running.
+        RuntimeError: No event loop is running.
     """
     loop = current_loop()
     if isinstance(loop, asyncio.AbstractEventLoop):
@@ -96,11 +92,11 @@ class AsyncioReactor:
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
         loop = self._loop
         if loop.get_task_factory() is not None or sys.version_info < (3, 11):
-            # A new task copies the context that it is made in.
+            # A new task copies the current context.
             return context.run(loop.create_task, work)
-        # As the loop would do it, without the detour.
+        # As ``create_task`` does, but faster.
         if sys.version_info >= (3, 12):
-            # It ends here and now if it can, which is 1 us less than another turn of the loop.
+            # A handler that does not wait ends here, which saves an iteration of the loop (1 us).
             return asyncio.Task(work, loop=loop, context=context.copy(), eager_start=True)
         return asyncio.Task(work, loop=loop, context=context.copy())
 
@@ -117,7 +113,7 @@ class AsyncioReactor:
 class TrioReactor:
     """A trio run. Each callback has a system task, which waits for its descriptor.
 
-    The tasks end with the run, and complete no futures then: nobody is left to await them.
+    The system tasks end with the run. Futures are not completed then, since no task awaits them.
     """
 
     def __init__(self, token: Any) -> None:
@@ -127,12 +123,12 @@ class TrioReactor:
 
         self.event_loop: TrioReactor = self
         self.create_future: Callable[[], Future] = TrioFuture
-        self._trio: Any = trio  # typed as it is, whatever stubs of an older trio are installed
-        # Weak, since a pool belongs to the token: it would live as long as itself.
+        self._trio: Any = trio  # untyped, since stubs of an older trio may be installed
+        # Weak, since the token keeps its pool alive, and the pool keeps this alive.
         self._token = weakref.ref(token)
         self._pid = os.getpid()
         self._scopes: dict[tuple[int, str], Any] = {}
-        #: Whether a system task is in a callback, after which it makes these calls.
+        #: Whether a system task runs a callback, and the calls to make after it.
         self._in_callback = False
         self._soon: list[Callable[[], object]] = []
 
@@ -186,14 +182,14 @@ class TrioReactor:
                 with scope:
                     await work
             except Exception:
-                # What is left of a group with Cancelled in it: it must not end the whole run.
+                # The rest of an exception group with Cancelled in it must not end the run.
                 logger.exception("a handler failed when it was cancelled")
 
         self._trio.lowlevel.spawn_system_task(run, context=context.copy())
         return _TrioWork(scope)
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
-        pass  # it always begins, and ends by itself
+        pass  # a system task always begins
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
         lowlevel, token = self._trio.lowlevel, self._token()
@@ -219,7 +215,7 @@ class TrioReactor:
     def _remove(self, fd: int, wait: str) -> None:
         scope = self._scopes.pop((fd, wait), None)
         if scope is not None:
-            # Takes the task off the descriptor at once, so that another can wait for it.
+            # Unregisters the descriptor at once: another task can wait for it.
             scope.cancel()
 
     async def _call_back(
@@ -245,8 +241,8 @@ class TrioReactor:
             pass
 
     async def _call_soon(self) -> None:
-        # The tasks that were woken run in the next batch of trio's scheduler, in random order with
-        # this one: the batch after that is certainly behind them.
+        # The woken tasks run in the next batch of trio's scheduler, before or after this task. In
+        # the batch after that, they have run.
         for _ in range(2):
             await self._trio.lowlevel.cancel_shielded_checkpoint()
         soon, self._soon = self._soon, []

@@ -6,60 +6,56 @@ import asyncio
 import functools
 import os
 from collections.abc import Awaitable, Callable
-from contextvars import Context
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import anyio
 
 from p2pclient_rs._native import ControlConnection, RawStream, Readiness
+from p2pclient_rs.driver import WakeUp
 from p2pclient_rs.loops import call_in_its_thread, current_loop
 
 __all__ = ["AsyncioWatch", "TrioWatch", "Watch", "watch"]
 
-#: A call to make: in a context with one argument, or without a context with several.
-_WakeUp: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
-
 
 class Watch(Protocol):
-    """The wait of one event loop for one file descriptor.
+    """One file descriptor on one event loop.
 
-    Waits can end early; what is done then must be tried, and waited for, again.
+    A wait can end early: the caller tries the operation, and waits again if it would block.
     """
 
-    #: How many operations may find their data ready before the loop gets a turn.
+    #: How many operations in a row may find their data ready before a checkpoint.
     turns: int
-    #: Whether the loop runs callbacks by itself, without a task that waits.
+    #: Whether the loop writes what ``flush_later`` is given.
     runs_callbacks: bool
 
     def checkpoint(self) -> Awaitable[object]:
-        """Lets other tasks run, and is cancelled if that is due."""
+        """Lets other tasks run. A cancellation point."""
 
     def readable(self) -> Awaitable[object]:
-        """Waits until the socket may be readable."""
+        """Waits until the descriptor may be readable."""
 
     def writable(self) -> Awaitable[object]:
-        """Waits until the socket may be writable."""
+        """Waits until the descriptor may be writable."""
 
     def answer(self, raw: ControlConnection) -> Awaitable[Any]:
-        """Waits for the answer to the request that ``raw`` has sent."""
+        """Waits for the reply to the request that ``raw`` has sent, and returns it."""
 
     def flush_later(self, raw: RawStream, owner: object) -> None:
-        """Has the loop write what a stream has left over, if it runs callbacks."""
+        """Has the loop write the unsent output of a stream, if ``runs_callbacks``."""
 
     def drained(self, mark: int) -> Awaitable[object]:
-        """Waits until no more than ``mark`` bytes are left of what is flushed later, or, where
-        nothing is, until the socket may be writable."""
+        """Waits until at most ``mark`` bytes are unsent; without ``runs_callbacks``, until the
+        descriptor may be writable."""
 
     def close(self) -> None:
-        """Ends every wait, for the descriptor is about to be closed."""
+        """Ends all waits. Call it before the descriptor is closed."""
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
-        """Closes a socket that nobody holds any more, in whichever thread or forked child that is
-        found."""
+        """Closes a socket from a finalizer, in any thread or forked child."""
 
 
 def watch(fd: int) -> Watch:
-    """A watch of the running event loop over a file descriptor."""
+    """Returns a watch of the running event loop."""
     loop = current_loop()
     if isinstance(loop, asyncio.AbstractEventLoop):
         return AsyncioWatch(loop, fd)
@@ -84,7 +80,7 @@ class AsyncioWatch:
         self.close: Callable[[], None] = readiness.close
 
     async def checkpoint(self) -> None:
-        # What anyio's does here, but for finding out that it is here.
+        # As anyio does, without the search for the running loop.
         await asyncio.sleep(0)
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
@@ -101,17 +97,17 @@ class AsyncioWatch:
 
 
 def _on_readable(readiness: Readiness) -> None:
-    # A task is resumed here and now, not by a callback that schedules it: the loop would make a
-    # system call in between, which costs more than the rest.
-    ready: list[_WakeUp] = []
+    # Resumes a task here. An asyncio future would schedule it for the loop's next iteration, whose
+    # system call costs more than the rest.
+    ready: list[WakeUp] = []
     try:
         readiness.read_ready(ready)
-    finally:  # also if a signal handler raises as that returns
+    finally:  # also if a signal handler has raised
         _run_first(ready)
 
 
 def _on_writable(readiness: Readiness) -> None:
-    ready: list[_WakeUp] = []
+    ready: list[WakeUp] = []
     try:
         readiness.write_ready(ready)
     finally:
@@ -121,7 +117,7 @@ def _on_writable(readiness: Readiness) -> None:
             readiness.remove_idle_writer()
 
 
-def _run_first(ready: list[_WakeUp]) -> None:
+def _run_first(ready: list[WakeUp]) -> None:
     for context, function, argument in ready:
         # The task may keep an exception whose frames reach this one.
         ready.clear()
@@ -143,11 +139,11 @@ class TrioWatch:
     def __init__(self, fd: int) -> None:
         import trio
 
-        self._trio: Any = trio  # typed as it is, whatever stubs of an older trio are about
+        self._trio: Any = trio  # untyped, since stubs of an older trio may be installed
         self._fd = fd
         self._pid = os.getpid()
         self._writing: trio.Event | None = None
-        #: The descriptor's number may be another file's by now.
+        #: If so, another file may have the descriptor's number.
         self._closed = False
 
     async def checkpoint(self) -> None:
@@ -164,7 +160,7 @@ class TrioWatch:
 
     async def writable(self) -> None:
         if self._writing is not None:
-            # Trio lets one task wait for a descriptor; several may drain the same stream.
+            # Trio allows one waiting task per descriptor; several may drain the same stream.
             await self._writing.wait()
             return
         if self._closed:
@@ -174,8 +170,7 @@ class TrioWatch:
         try:
             await self._trio.lowlevel.wait_writable(self._fd)
         except self._trio.ClosedResourceError:
-            # Whoever goes on is told; one that drained what another has sent, and closed, is done.
-            pass
+            pass  # the next write of the caller reports it
         finally:
             self._writing.set()
             self._writing = None
@@ -195,11 +190,11 @@ class TrioWatch:
         if self._closed:
             return
         self._closed = True
-        # In a forked child trio's epoll is the parent's too.
+        # In a forked child the epoll instance is the parent's.
         if self._trio.lowlevel.in_trio_task() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
-        # A task that waited would hold the stream, so none does.
+        # No task waits, since it would keep the stream alive.
         self._closed = True
         raw.close()

@@ -19,10 +19,9 @@ __all__ = ["TrioFuture"]
 
 
 class TrioFuture:
-    """What asyncio's future is there: awaited by one task, and completed by a callback of the run.
+    """A result that one trio task awaits, and that a callback of the run sets.
 
-    Awaiting it parks the task, and completing it reschedules the task: a ``trio.Event`` in between
-    would take twice as long.
+    Parks and reschedules the task itself, which takes half the time of a ``trio.Event``.
     """
 
     __slots__ = ("__weakref__", "_outcome", "_task")
@@ -47,12 +46,12 @@ class TrioFuture:
         if task is None:
             self._outcome = outcome
         else:
-            # Without the outcome: an exception will have the task's frames, which have this.
+            # Does not keep the outcome: an exception has the task's frames, which have this future.
             self._task, self._outcome = None, _DONE
             reschedule(task, outcome)
 
     def cancel(self) -> None:
-        """Has the result dropped when it comes."""
+        """Discards a later result."""
         if self._outcome is None:
             self._task, self._outcome = None, _DONE
 

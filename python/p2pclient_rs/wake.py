@@ -17,7 +17,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 def shows_callbacks(loop: object) -> bool:
     """Returns whether the futures of ``loop`` show their callbacks in ``_callbacks``, as asyncio's
-    do, and let go of them. Called once for each type of loop."""
+    do, and let them be removed. Called once for each type of loop."""
     if not isinstance(loop, asyncio.AbstractEventLoop):
         return False
 
@@ -48,14 +48,14 @@ def first_wake(
     callback: Callable[[Any], object],
     future: object,
 ) -> None:
-    """Resumes a task by the callback that it left on its future, and reports whether that worked.
+    """Calls the callback that a task left on its future, and reports whether the task was resumed.
 
-    If not, the loop calls the callback again, as the future would have had it do.
+    If not, schedules the callback with the loop, as the future would have done.
     """
     task = getattr(callback, "__self__", None)
     context.run(callback, future)
     if not isinstance(task, asyncio.Task):
-        return  # somebody else's callback, which proves nothing
+        return  # not the callback of a task: proves nothing
     if task.done() or getattr(task, "_fut_waiter", future) is not future:
         report_first_wake(loop, True)
     else:
