@@ -1,9 +1,8 @@
-"""Counts the instructions of the stretches of a program, with valgrind's callgrind.
+"""Counts the instructions of sections of a program, with valgrind's callgrind.
 
 Its cargo-driven relatives (iai-callgrind, gungraun) need a runner of their own version installed
-first, and measure Rust functions only; this needs valgrind alone, and any program can be measured
-that calls getppid() before and after what is to be counted, and prints ``{"name": …, "count": …}``
-each time.
+first, and measure Rust functions only. This needs valgrind alone, and measures any program that
+calls getppid() before and after each section, and then prints ``{"name": …, "count": …}``.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: How long a program may take, in seconds: some thirty times what it takes.
+#: The timeout for a program, in seconds: about thirty times its usual duration.
 PATIENCE = 300
 
-#: The name of an object, in full where it comes for the first time.
+#: The name of an object file, written in full at its first occurrence.
 _OBJECT = re.compile(r"c?ob=\((\d+)\)(?: (.*))?")
 
 
@@ -34,7 +33,7 @@ class Count:
 
 
 def version() -> str:
-    """valgrind's."""
+    """Returns valgrind's version."""
     if shutil.which("valgrind") is None:
         raise SystemExit("valgrind is needed: apt-get install valgrind")
     command = ["valgrind", "--version"]
@@ -44,13 +43,17 @@ def version() -> str:
 def count(
     command: list[str], is_ours: Callable[[str], bool], keep: Path | None = None
 ) -> dict[str, Count]:
-    """Runs a program and gives the counts of its stretches by name; those of a stretch are ours
-    where ``is_ours`` says so of the object file's path. What they are made of is kept in a
-    directory, if there is one, for callgrind_annotate."""
+    """Runs a program and returns the counts of its sections by name.
+
+    Args:
+        command: The program and its arguments.
+        is_ours: Whether the instructions of an object file, given by its path, count as "ours".
+        keep: A directory for the profiles, for callgrind_annotate.
+    """
     with tempfile.TemporaryDirectory(prefix="instructions-") as directory:
         out = Path(directory, "out")
         valgrind = ["valgrind", "--quiet", "--tool=callgrind", f"--callgrind-out-file={out}"]
-        # What the caller's environment has may change what the program does.
+        # The caller's environment must not change the program's behaviour.
         environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         program = subprocess.run(
             [*valgrind, "--dump-before=getppid", *command],
@@ -59,26 +62,26 @@ def count(
             timeout=PATIENCE,
             check=True,
         )
-        stretches = [json.loads(line) for line in program.stdout.splitlines()]
+        sections = [json.loads(line) for line in program.stdout.splitlines()]
         parts = len(list(Path(directory).glob("out.*")))
-        if parts != 2 * len(stretches):
-            raise SystemExit(f"{parts} parts for {len(stretches)} stretches of {command[0]}")
+        if parts != 2 * len(sections):
+            raise SystemExit(f"{parts} parts for {len(sections)} sections of {command[0]}")
         counts = {}
-        for number, stretch in enumerate(stretches, 1):
-            # The odd ones end where a stretch begins.
+        for number, section in enumerate(sections, 1):
+            # Profiles with odd numbers end where a section begins.
             profile = Path(f"{out}.{2 * number}")
             by_object = self_cost(profile.read_text())
             ours = sum(cost for path, cost in by_object.items() if is_ours(path))
-            operations = stretch["count"]
+            operations = section["count"]
             total = sum(by_object.values())
-            counts[stretch["name"]] = Count(round(ours / operations), round(total / operations))
+            counts[section["name"]] = Count(round(ours / operations), round(total / operations))
             if keep is not None:
-                shutil.copy(profile, keep / f"{stretch['name']}.callgrind")
+                shutil.copy(profile, keep / f"{section['name']}.callgrind")
         return counts
 
 
 def self_cost(profile: str) -> dict[str, int]:
-    """The instructions by object file, from a profile in callgrind's format."""
+    """Returns the instructions by object file, from a profile in callgrind's format."""
     names: dict[str, str] = {}
     costs: dict[str, int] = {}
     current = ""
@@ -91,7 +94,7 @@ def self_cost(profile: str) -> dict[str, int]:
             if line.startswith("ob="):
                 current = names[number]
         elif line.startswith("calls="):
-            next(lines)  # what the called function took
+            next(lines)  # the cost of the called function
         elif line[:1] in "0123456789+-*" and line:
             costs[current] = costs.get(current, 0) + int(line.split()[1])
     return costs

@@ -1,4 +1,4 @@
-"""The Python client doing what programs do, to be counted: see callgrind.py.
+"""The program with the Python client whose instructions are counted (see callgrind.py).
 
 Usage: client.py DIRECTORY, where daemon.py listens.
 """
@@ -19,7 +19,7 @@ from p2pclient_rs import Client, PeerID, Stream
 from p2pclient_rs.compat import hivemind, p2pclient
 from p2pclient_rs.compat.hivemind.streams import StreamReader, StreamWriter
 
-#: Does that many operations.
+#: Performs the given number of operations.
 Scenario: TypeAlias = Callable[[int], Awaitable[object]]
 
 PEER = PeerID(b"\x00\x24\x08\x01\x12\x20" + bytes(range(32)))
@@ -28,11 +28,11 @@ KIB = 1 << 10
 
 
 class Lockstep(selectors.DefaultSelector):
-    """Lets the daemon have its turn, and then says what is ready."""
+    """Lets the daemon run before each poll."""
 
     def __init__(self, directory: str) -> None:
         super().__init__()
-        #: What the daemon is told with its next turn.
+        #: The order that is sent to the daemon with its next turn.
         self.order = b""
         self._turns = socket.socket(socket.AF_UNIX)
         self._turns.connect(f"{directory}/turns")
@@ -46,7 +46,7 @@ class Lockstep(selectors.DefaultSelector):
 
 
 def calls(client: Client, size: int, parallel: int) -> Scenario:
-    """Unary calls, so many of them at once."""
+    """Unary calls, ``parallel`` at once."""
     data = bytes(size)
 
     async def scenario(count: int) -> None:
@@ -62,7 +62,7 @@ def calls(client: Client, size: int, parallel: int) -> Scenario:
 
 
 def handled(client: Client, daemon: Lockstep, size: int, parallel: int) -> Scenario:
-    """Unary calls answered, likewise."""
+    """Handled unary calls, ``parallel`` at once."""
     proto = f"handled-{parallel}"
     left = 0
     done = asyncio.Event()
@@ -92,7 +92,7 @@ async def open_stream(client: Client, proto: str) -> Stream:
 
 
 async def scenarios(control: str, daemon: Lockstep) -> dict[str, tuple[int, Scenario]]:
-    """By name, with how many operations give a steady count."""
+    """Returns the scenarios by name, each with the number of operations for a steady count."""
     client = Client(control)
     echo = await open_stream(client, "echo")
     as_p2pclient = p2pclient.Client(control)
@@ -147,7 +147,7 @@ async def scenarios(control: str, daemon: Lockstep) -> dict[str, tuple[int, Scen
 
 
 async def read_framed(reader: StreamReader, count: int) -> None:
-    """As hivemind reads messages: P2P.receive_protobuf and receive_raw_data."""
+    """Reads messages as hivemind does in P2P.receive_protobuf and receive_raw_data."""
     for _ in range(count):
         assert await reader.readexactly(1) == b"\0"
         length = int.from_bytes(await reader.readexactly(8), "big")
@@ -155,7 +155,7 @@ async def read_framed(reader: StreamReader, count: int) -> None:
 
 
 async def write_framed(writer: StreamWriter, count: int) -> None:
-    """As hivemind writes messages: P2P.send_protobuf and send_raw_data."""
+    """Writes messages as hivemind does in P2P.send_protobuf and send_raw_data."""
     message = bytes(KIB * KIB)
     for _ in range(count):
         writer.write(b"\0")
@@ -169,7 +169,7 @@ async def write_framed(writer: StreamWriter, count: int) -> None:
 async def main(control: str, daemon: Lockstep) -> None:
     for name, (count, scenario) in (await scenarios(control, daemon)).items():
         await scenario(count)
-        # When the collector runs depends on all that was there before.
+        # When the garbage collector runs depends on the scenarios before.
         gc.collect()
         gc.disable()
         os.getppid()

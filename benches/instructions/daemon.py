@@ -1,11 +1,11 @@
-"""A daemon in lockstep with its client: it does nothing until it is told that it is its turn, and
-then everything that there is to do.
+"""A daemon in lockstep with its client: it waits for its turn, and then serves everything that has
+arrived.
 
 Usage: daemon.py DIRECTORY; it listens at ``control`` there, and for the turns at ``turns``.
 
-So what one read of the client brings does not depend on who is faster, and neither does what the
-client executes. A turn is a line, and answered with a byte. A line that is not empty is an order:
-``PROTO COUNT PARALLEL SIZE``, to call the client's unary handler so many times.
+So the data of each read, and with it the client's instructions, do not depend on timing. The client
+sends a line for each turn, and gets a byte when the daemon is done. A line that is not empty is an
+order, ``PROTO COUNT PARALLEL SIZE``: to call the client's unary handler COUNT times.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import fake_daemon
 from fake_daemon import Message, field, frame
 
-#: One of hivemind's framed messages: a marker, the length, the body.
+#: A framed message of hivemind: a marker, the length, the body.
 FRAMED = b"\0" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
 
 
 def split(buffer: bytearray) -> list[bytes]:
-    """Takes the whole messages out."""
+    """Removes the complete messages from ``buffer`` and returns them."""
     messages: list[bytes] = []
     while True:
         length, prefix = 0, 0
@@ -52,14 +52,14 @@ class Connection:
         self.input = bytearray()
         self.output = bytearray()
         self.is_source = False
-        #: What takes the input: requests at first.
+        #: Parses the input: requests at first.
         self.take: Callable[[], None] = self._take_requests
         self.calls_left = 0
         self.next_call = b""
         self.serial = 0
 
     def ready(self, events: int) -> None:
-        """Reads what is there, and writes what can be written."""
+        """Reads, serves and writes as much as is possible without waiting."""
         if events & selectors.EVENT_READ:
             try:
                 data = self.socket.recv(1 << 20)
@@ -83,7 +83,7 @@ class Connection:
         except BlockingIOError:
             events = selectors.EVENT_READ | selectors.EVENT_WRITE
         except ConnectionError:
-            return  # it is about to be read
+            return  # the next read will find it
         self.daemon.selector.modify(self.socket, events, self.ready)
 
     def _take_requests(self) -> None:
@@ -119,7 +119,7 @@ class Connection:
                 self.call()
 
     def call(self) -> None:
-        """Calls the client's handler, if there are calls left."""
+        """Calls the client's handler, unless all calls of the order are made."""
         if self.calls_left:
             self.calls_left -= 1
             self.serial += 1
@@ -128,7 +128,7 @@ class Connection:
 
 
 class Daemon:
-    """Listens, and serves when told."""
+    """Listens, and serves in its turns."""
 
     def __init__(self, directory: Path) -> None:
         self.selector = selectors.DefaultSelector()
@@ -148,7 +148,7 @@ class Daemon:
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
     def run(self) -> None:
-        """Takes turns with one client until that is gone."""
+        """Takes turns with one client until it has disconnected."""
         turns, _ = self.turns.accept()
         for line in turns.makefile("rb"):
             if line.strip():

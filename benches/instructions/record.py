@@ -1,4 +1,4 @@
-"""What is recorded of the counts, and what has changed since."""
+"""The recorded counts, and the changes since."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from instructions.callgrind import Count
 
-#: By how much a count may grow, or shrink without being recorded anew.
+#: The tolerance for a count, above which a growth fails and a decrease has to be recorded.
 ALLOWED = 0.05
-#: Likewise, where the code was made by another compiler, or for another interpreter.
+#: The tolerance for another compiler or interpreter.
 ALLOWED_OF_ANOTHER_BUILD = 0.10
 
 
 @dataclass(frozen=True)
 class Record:
-    """Counts by scenario, and what they depend on."""
+    """Counts by scenario, with the environment that they depend on."""
 
-    #: The compiler, and what it compiled for.
+    #: The compiler and its target.
     build: str
-    #: What else the totals depend on: the interpreter, the C library, the kind of CPU.
+    #: Also relevant for the totals: the interpreter, the C library, the kind of CPU.
     surroundings: dict[str, str]
     counts: dict[str, Count]
 
@@ -36,17 +36,17 @@ class Record:
 
 @dataclass
 class Comparison:
-    """A table, and what is to be said of it."""
+    """A table of changes, with remarks."""
 
     table: list[str]
-    #: What could not be compared as usual.
+    #: Comparisons that were not possible, or less strict.
     notes: list[str] = field(default_factory=list)
-    #: Each is a reason to fail.
+    #: Reasons to fail.
     failures: list[str] = field(default_factory=list)
 
 
 def compare(recorded: Record, counted: Record) -> Comparison:
-    """What has changed since a record was made."""
+    """Compares counts with a record."""
     result = Comparison([f"{'instructions per operation':46}{'recorded':>12}{'now':>12}"])
     allowed = ALLOWED
     if recorded.build != counted.build:

@@ -2,8 +2,8 @@
 
 Usage: run.py [--update] [--keep DIRECTORY]
 
-``--update`` records them anew in counts.json, where they have shrunk or the growth is what it
-costs to have something. ``--keep`` keeps the profiles, for callgrind_annotate.
+``--update`` records the counts in counts.json, after a decrease or a growth that is justified.
+``--keep`` keeps the profiles, for callgrind_annotate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def protocol(keep: Path | None) -> dict[str, callgrind.Count]:
 
 
 def client(keep: Path | None) -> dict[str, callgrind.Count]:
-    """Of the Python client, and its extension."""
+    """Counts of the Python client with its extension module."""
     with tempfile.TemporaryDirectory(prefix="lockstep-") as directory:
         daemon = subprocess.Popen(
             [sys.executable, HERE / "daemon.py", directory], stdout=subprocess.PIPE
@@ -60,19 +60,19 @@ def is_extension(path: str) -> bool:
 
 
 def build() -> str:
-    """What ours depend on besides the code."""
+    """Describes the compiler and its target."""
     rustc = subprocess.run(["rustc", "--version"], stdout=subprocess.PIPE, text=True, check=True)
     return f"{rustc.stdout.strip()} for {sysconfig.get_config_var('SOABI')}"
 
 
 def surroundings() -> dict[str, str]:
-    """What the totals depend on besides."""
-    # In a library or in the program itself.
+    """Describes the environment that the totals depend on."""
+    # The interpreter is a library or the program itself.
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     libraries = [path for path in mapped if Path(path).name.startswith("libpython")]
     (interpreter,) = libraries or [os.path.realpath(sys.executable)]
     digest = hashlib.sha256(Path(interpreter).read_bytes()).hexdigest()[:16]
-    # The C library and memchr pick their code by what the CPU can do, as valgrind has it.
+    # The C library and memchr choose their code by the features of valgrind's CPU.
     has_avx2 = "avx2" in Path("/proc/cpuinfo").read_text().split()
     return {
         "interpreter": f"{platform.python_version()} {digest}",
