@@ -352,7 +352,7 @@ class Pipeline:
     def close(self) -> None: ...
     @property
     def in_wake_batch(self) -> bool:
-        """Whether the caller is a task that a message over this connection is resuming."""
+        """Whether the caller is a task that a message over this connection has resumed."""
     @property
     def closed(self) -> bool: ...
     @property
@@ -418,7 +418,7 @@ class RawListener:
 
 @final
 class Readiness:
-    """The watch of an asyncio or uvloop loop over a file descriptor."""
+    """One descriptor on one asyncio or uvloop loop."""
 
     def __new__(
         cls,
@@ -512,7 +512,7 @@ class PersistentConnection:
     def close(self) -> None: ...
     @property
     def in_wake_batch(self) -> bool:
-        """Whether the caller is a task that a message over this connection is resuming."""
+        """Whether the caller is a task that a message over this connection has resumed."""
     @property
     def closed(self) -> bool: ...
     @property
@@ -528,11 +528,18 @@ def _the_end_is_near() -> None:
 
 def report_first_wake(event_loop: object, resumed: bool) -> None: ...
 def set_inplace_wake(enabled: bool) -> None:
-    """Turns the resuming of asyncio tasks inside callbacks of their loop on or off.
+    """Turns the in-place waking of asyncio tasks on or off, for all event loops.
 
-    On, a task that awaited a reply goes on as soon as the reply is read; off, one iteration of the
-    loop later, as with any asyncio future. Applies to all event loops, from the next reply on. The
-    environment variable ``P2PCLIENT_RS_INPLACE_WAKE=0`` turns it off from the start.
+    If it is on, as it is by default, a task that awaits a reply is resumed as soon as the reply is
+    read. If it is off, the task is resumed one iteration of the loop later, as with any asyncio
+    future. The environment variable ``P2PCLIENT_RS_INPLACE_WAKE=0`` turns it off from the start.
+
+    Args:
+        enabled: Whether to resume tasks in place, from the next reply on.
+
+    Example:
+        >>> import p2pclient_rs
+        >>> p2pclient_rs.set_inplace_wake(False)
     """
 
 def refusal_kind(
