@@ -1,7 +1,7 @@
 //! Compiles `proto/` to Rust with protox and prost: no protoc is needed on the machine.
 //!
-//! Also writes the descriptors to `OUT_DIR/descriptors.bin`, from which the Python package builds
-//! protobuf classes for the p2pclient layer, so that the schema is written once.
+//! Also writes the descriptors to `OUT_DIR/descriptors.bin`, from which the Python package builds the
+//! protobuf classes of the compatibility layer for p2pclient. So the schema is written once.
 
 use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), files.encode_to_vec())?;
 
     // prost reads a missing `required` field as its default, so an absent `type` would pass for
-    // IDENTIFY or OK. Read everything as optional; the crate says what must be there.
+    // IDENTIFY or OK. All fields are therefore optional here, and the crate checks which are required.
     for file in &mut files.file {
         for message in &mut file.message_type {
             let quotes_peers = matches!(
@@ -25,9 +25,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if field.label == Some(Label::Required as i32) {
                     field.label = Some(Label::Optional as i32);
                 }
-                // The daemon's words can quote what a peer sent, in whatever encoding: a request
-                // must not fail because its error message is no UTF-8, nor a connection because
-                // of the protocol in a peer's call, which the daemon passes on as it is.
+                // These can quote a peer, in any encoding. A request must not fail because its error
+                // message is not UTF-8, nor a connection because the protocol of a peer's call is not.
                 if quotes_peers {
                     field.r#type = Some(Type::Bytes as i32);
                 }

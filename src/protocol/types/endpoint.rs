@@ -1,4 +1,4 @@
-//! Addresses of a daemon's sockets.
+//! Endpoints: the addresses of sockets, derived from multiaddrs.
 
 use super::multiaddr::component::{push_unix, Component};
 use super::multiaddr::{Multiaddr, MultiaddrError};
@@ -6,10 +6,18 @@ use multiaddr::Protocol;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// The longest path a unix socket can have: `sockaddr_un` less its final NUL.
+/// Longest path of a unix socket, in bytes: `sockaddr_un` without the final NUL.
 const MAX_UNIX_PATH: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 
-/// Where a daemon's socket is.
+/// Address of a daemon's or client's socket.
+///
+/// ```
+/// use p2pd_protocol::{Endpoint, Multiaddr};
+///
+/// let addr: Multiaddr = "/unix/tmp/p2pd.sock".parse()?;
+/// assert_eq!(addr.endpoint()?, Endpoint::Unix("/tmp/p2pd.sock".to_owned()));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Endpoint {
     /// A unix socket: its absolute path.
@@ -18,7 +26,7 @@ pub enum Endpoint {
     Tcp {
         /// The address or name.
         host: Host,
-        /// The port; 0, when listening, for any.
+        /// The port. A listener at port 0 gets any free port.
         port: u16,
     },
 }
@@ -30,16 +38,16 @@ pub enum Host {
     Ip4(Ipv4Addr),
     /// An IPv6 address.
     Ip6(Ipv6Addr),
-    /// A name, to be resolved to an address of either family.
+    /// A name that resolves to addresses of either family.
     Dns(String),
-    /// A name, to be resolved to an IPv4 address.
+    /// A name that resolves to IPv4 addresses.
     Dns4(String),
-    /// A name, to be resolved to an IPv6 address.
+    /// A name that resolves to IPv6 addresses.
     Dns6(String),
 }
 
 impl fmt::Display for Host {
-    /// The address or name alone.
+    /// Writes only the address or name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ip4(ip) => ip.fmt(f),
@@ -83,7 +91,7 @@ impl From<&Endpoint> for Multiaddr {
     }
 }
 
-/// An address that cannot be a control or listen address.
+/// Error of an address that cannot be a control or listen address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{addr} cannot be a control or listen address: {reason} \
@@ -92,14 +100,14 @@ impl From<&Endpoint> for Multiaddr {
 pub struct EndpointError {
     /// The address.
     pub addr: Multiaddr,
-    /// What is wrong with it.
+    /// The reason.
     pub reason: NotAnEndpoint,
 }
 
-/// Why an address cannot be a control or listen address.
+/// Reason why an address cannot be a control or listen address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotAnEndpoint {
-    /// It cannot even be taken apart.
+    /// It cannot be split into components.
     #[error(transparent)]
     Multiaddr(#[from] MultiaddrError),
     /// It begins with something that is neither a host nor `/unix`.
@@ -114,20 +122,20 @@ pub enum NotAnEndpoint {
     /// It goes on after the port.
     #[error("it has {0} after the port")]
     Trailing(&'static str),
-    /// A path no file can have.
+    /// Its path contains a NUL character.
     #[error("its path contains a NUL character")]
     NulInPath,
-    /// A path no unix socket can have.
+    /// Its path is too long for a unix socket.
     #[error("its path is {0} bytes long, more than the {MAX_UNIX_PATH} a unix socket can have")]
     PathTooLong(usize),
 }
 
 impl Multiaddr {
-    /// Where to connect or listen, if this is the address of a socket a daemon can be spoken to
-    /// through: `/unix/PATH` or `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, and nothing after it.
+    /// Returns the endpoint to connect to or listen at. The address must be `/unix/PATH` or
+    /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, and nothing after it.
     ///
     /// # Errors
-    /// Says why it is not.
+    /// The address has another form, or its path cannot be a socket's.
     pub fn endpoint(&self) -> Result<Endpoint, EndpointError> {
         self.try_endpoint().map_err(|reason| EndpointError {
             addr: self.clone(),

@@ -1,8 +1,8 @@
-//! Multiaddrs in their binary form, read on demand.
+//! Multiaddrs in binary form, parsed on demand.
 //!
-//! The protocols come from the `multiaddr` crate, except `/unix`, of which that crate reads one
-//! path segment only. Here, as in Go, a path is the rest of the address: `/unix/tmp/p2pd.sock` is
-//! the path `/tmp/p2pd.sock`, stored with its leading slash.
+//! The `multiaddr` crate reads all protocols except `/unix`, of which it accepts only one path segment.
+//! Here, as in Go, the path is the rest of the address: `/unix/tmp/p2pd.sock` has the path
+//! `/tmp/p2pd.sock`, stored with its leading slash.
 
 pub(crate) mod component;
 mod error;
@@ -16,8 +16,8 @@ use std::fmt;
 use std::str::FromStr;
 use unsigned_varint::encode;
 
-/// A multiaddr. Addresses from a daemon are kept as they came, also where this version does not
-/// know one of their protocols.
+/// A multiaddr. Addresses from a daemon are kept unchanged, even if one of their protocols is unknown
+/// here.
 ///
 /// ```
 /// use p2pd_protocol::Multiaddr;
@@ -31,7 +31,7 @@ use unsigned_varint::encode;
 pub struct Multiaddr(Bytes);
 
 impl Multiaddr {
-    /// Takes the bytes as they are; see [`validate`](Self::validate).
+    /// Makes a multiaddr of any bytes; [`validate`](Self::validate) checks them.
     pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
         Self(bytes.into())
     }
@@ -46,29 +46,28 @@ impl Multiaddr {
         self.0.clone()
     }
 
-    /// The protocols and their values, in order.
+    /// Returns the protocols and their values, in order.
     ///
     /// # Errors
-    /// When a component is not well-formed, or of a protocol unknown here.
+    /// A component is malformed, or its protocol is unknown here.
     pub fn components(&self) -> Result<Vec<Component<'_>>, MultiaddrError> {
         self.walk().collect()
     }
 
-    /// The protocols' numbers and names, in order.
+    /// Returns the numbers and names of the protocols, in order.
     ///
     /// # Errors
-    /// As [`components`](Self::components).
+    /// Those of [`components`](Self::components).
     pub fn protocols(&self) -> Result<Vec<(u32, &'static str)>, MultiaddrError> {
         self.walk()
             .map(|part| part.map(|part| (part.code, part.name)))
             .collect()
     }
 
-    /// Whether the bytes are a multiaddr as far as can be told: what follows a protocol unknown
-    /// here cannot be judged, and passes.
+    /// Checks that the bytes are a multiaddr. Bytes after an unknown protocol are not checked.
     ///
     /// # Errors
-    /// Says what is wrong with them.
+    /// The bytes are empty or malformed.
     pub fn validate(&self) -> Result<(), MultiaddrError> {
         if self.0.is_empty() {
             return Err(MultiaddrError::Empty);
@@ -79,10 +78,10 @@ impl Multiaddr {
         }
     }
 
-    /// The same address with the path of `/unix` made absolute.
+    /// Makes the path of `/unix` absolute.
     ///
-    /// py-multiaddr leaves out the leading slash, and a Go daemon given such an address dials a
-    /// path relative to its working directory.
+    /// py-multiaddr omits the leading slash, and a Go daemon would dial a path relative to its working
+    /// directory.
     #[must_use]
     pub fn with_absolute_path(self) -> Self {
         let code = encode::u32(UNIX, &mut encode::u32_buffer()).to_vec();
@@ -100,7 +99,7 @@ impl Multiaddr {
         }
     }
 
-    /// The components one after the other, ending after the first error.
+    /// Iterates over the components, up to the first error.
     pub(crate) fn walk(&self) -> impl Iterator<Item = Result<Component<'_>, MultiaddrError>> {
         let mut rest: &[u8] = &self.0;
         std::iter::from_fn(move || {
@@ -117,7 +116,7 @@ impl Multiaddr {
 impl FromStr for Multiaddr {
     type Err = MultiaddrError;
 
-    /// Reads the text form. As in Go, slashes at the end are ignored.
+    /// Parses the text form. As in Go, trailing slashes are ignored.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let trimmed = text.trim_end_matches('/');
         if trimmed.is_empty() {
@@ -136,8 +135,8 @@ impl FromStr for Multiaddr {
 }
 
 impl fmt::Display for Multiaddr {
-    /// The text form. From the first component that cannot be read (unknown here, or malformed)
-    /// on, it is `/unknown/` and the bytes in hexadecimal, which does not parse again.
+    /// The text form. From the first unknown or malformed component on, it is `/unknown/` and the bytes in
+    /// hexadecimal, which does not parse again.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = 0;
         for part in self.walk() {

@@ -13,12 +13,11 @@ const SHA2_256: u64 = 0x12;
 const LIBP2P_KEY: u64 = 0x72;
 const CID_V1: u64 = 1;
 
-/// Serialised keys up to this length are the peer id themselves, unhashed (in practice: Ed25519
-/// and secp256k1). It is part of the specification, since it changes who a peer is.
+/// Longest serialised key that a peer id contains unhashed (Ed25519 and secp256k1), in bytes. Fixed by the
+/// specification.
 const MAX_INLINE_KEY_LENGTH: usize = 42;
 
-/// The longest peer id in bytes, and text, that are taken for one: the time that base58 takes grows
-/// with the square of the length.
+/// Longest peer id accepted, in bytes and as text. The time for base58 grows with the square of the length.
 const MAX_LENGTH: usize = 512;
 const MAX_TEXT: usize = 2048;
 
@@ -36,12 +35,12 @@ const MAX_TEXT: usize = 2048;
 pub struct PeerId(Bytes);
 
 impl PeerId {
-    /// Takes the bytes as they are: whether they are a peer id is for the daemon to say.
+    /// Makes a peer id of any bytes; [`validate`](Self::validate) checks them.
     pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
         Self(bytes.into())
     }
 
-    /// The peer id of a public key, given as a serialised `crypto.pb.PublicKey`.
+    /// Returns the peer id of a public key, a serialised `crypto.pb.PublicKey`.
     pub fn from_public_key(serialized: &[u8]) -> Self {
         if serialized.len() <= MAX_INLINE_KEY_LENGTH {
             multihash(IDENTITY, serialized)
@@ -60,8 +59,8 @@ impl PeerId {
         self.0.clone()
     }
 
-    /// The usual text form: `Qm…` or `12D3Koo…`. Of more than 512 bytes, which may come from a
-    /// daemon but are nobody's, it is [`to_cid`](Self::to_cid): base58 would take minutes.
+    /// The usual text form: `Qm…` or `12D3Koo…`. For more than 512 bytes, which only a faulty daemon sends,
+    /// it is [`to_cid`](Self::to_cid), since base58 would take minutes.
     pub fn to_base58(&self) -> String {
         if self.0.len() > MAX_LENGTH {
             return self.to_cid();
@@ -78,10 +77,10 @@ impl PeerId {
         multibase::encode(multibase::Base::Base32Lower, cid)
     }
 
-    /// Whether the bytes are a multihash, of whatever hash function.
+    /// Checks that the bytes are a multihash, of any hash function.
     ///
     /// # Errors
-    /// Says what is wrong with them.
+    /// The bytes are not a multihash, or the digest has another length than declared.
     pub fn validate(&self) -> Result<(), ParsePeerIdError> {
         use ParsePeerIdError::{DigestLength, NotAMultihash};
         let (_code, rest) = decode_varint(&self.0).map_err(|_| NotAMultihash)?;
@@ -99,38 +98,38 @@ impl PeerId {
     }
 }
 
-/// Why a text is not a peer id.
+/// Reason why a text is not a peer id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParsePeerIdError {
-    /// Nothing at all.
+    /// It is empty.
     #[error("it is empty")]
     Empty,
-    /// Longer than any peer id, in bytes.
+    /// It is longer than any peer id, in bytes.
     #[error("it is too long for a peer id ({0} bytes)")]
     TooLong(usize),
     /// It looks like base58 but is not.
     #[error("it is not base58: {0}")]
     Base58(bs58::decode::Error),
-    /// It has neither the beginning of a base58 peer id nor that of a CID.
+    /// It begins neither like a base58 peer id nor like a CID.
     #[error(
         "it is neither base58 (Qm…, 12D3Koo…) nor a CID in a known multibase (bafz…, k51…): {0}"
     )]
     Multibase(multibase::Error),
-    /// A multibase text that holds no CIDv1.
+    /// It is multibase, but not a CIDv1.
     #[error("it is not a CID of version 1")]
     NotCidV1,
-    /// A CID of something else than a key.
+    /// It is a CID, but not of a key.
     #[error("it is a CID, but of codec {0:#x} rather than libp2p-key (0x72)")]
     NotAKey(u64),
     /// The bytes are not a multihash.
     #[error("its bytes are not a multihash")]
     NotAMultihash,
-    /// The bytes are cut short, or have more after them.
+    /// The digest has another length than declared.
     #[error("its multihash declares a digest of {declared} bytes and has {actual}")]
     DigestLength {
-        /// What the multihash says.
+        /// Declared length, in bytes.
         declared: u64,
-        /// What follows.
+        /// Actual length, in bytes.
         actual: usize,
     },
 }
@@ -138,7 +137,7 @@ pub enum ParsePeerIdError {
 impl FromStr for PeerId {
     type Err = ParsePeerIdError;
 
-    /// Reads base58 (`Qm…`, `1…`) or a CIDv1 of codec libp2p-key in any multibase.
+    /// Parses base58 (`Qm…`, `1…`) or a CIDv1 of codec libp2p-key in any multibase.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text.is_empty() {
             return Err(ParsePeerIdError::Empty);
@@ -206,7 +205,7 @@ mod tests {
     const ED25519: &str = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA";
 
     #[test]
-    fn base58_and_cid_of_one_peer_are_the_same_peer() {
+    fn base58_and_cid_are_the_same_peer() {
         let peer: PeerId = SPEC_BASE58.parse().unwrap();
         assert_eq!(peer.to_cid(), SPEC_CID);
         assert_eq!(SPEC_CID.parse::<PeerId>().unwrap(), peer);
@@ -215,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_key_is_inlined_and_a_long_one_hashed() {
+    fn inlines_a_short_key_and_hashes_a_long_one() {
         let inlined: PeerId = ED25519.parse().unwrap();
         let key = &inlined.as_bytes()[2..];
         assert_eq!(PeerId::from_public_key(key), inlined);
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_text_is_refused_with_the_reason() {
+    fn refuses_invalid_text_with_the_reason() {
         use ParsePeerIdError as E;
         let parse = |text: &str| text.parse::<PeerId>().unwrap_err();
         assert_eq!(parse(""), E::Empty);
@@ -254,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_far_too_long_takes_no_time() {
+    fn refuses_overlong_input_quickly() {
         let peer = PeerId::from_bytes(vec![7; 4 << 20]);
         assert_eq!(peer.to_string(), peer.to_cid());
         for text in [peer.to_cid(), "1".repeat(1 << 20), "z".repeat(1 << 20)] {
@@ -277,7 +276,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_valid_peer_id_survives_both_texts(
+        fn valid_peer_id_round_trips_in_both_forms(
             code in 0_u64..3, digest in prop::collection::vec(any::<u8>(), 0..70),
         ) {
             let peer = multihash([IDENTITY, SHA2_256, 0x1b][code as usize], &digest);
@@ -290,7 +289,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_and_no_text_panic(
+        fn arbitrary_bytes_and_text_do_not_panic(
             bytes in prop::collection::vec(any::<u8>(), 0..80), text in "\\PC{0,60}",
         ) {
             let peer = PeerId::from_bytes(bytes);

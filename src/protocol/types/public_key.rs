@@ -5,20 +5,29 @@ use crate::PeerId;
 use bytes::Bytes;
 use prost::Message as _;
 
-/// A public key and its kind. The key itself is not looked into.
+/// A public key and its kind. The key itself is opaque.
+///
+/// ```
+/// use p2pd_protocol::PublicKey;
+///
+/// let serialized = [&[8, 1, 18, 32][..], &[7; 32]].concat(); // Ed25519
+/// let key = PublicKey::decode(&serialized)?;
+/// assert!(key.peer_id().to_base58().starts_with("12D3Koo"));
+/// # Ok::<(), p2pd_protocol::public_key::DecodePublicKeyError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PublicKey {
-    /// 0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA; other numbers are kept.
+    /// 0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA; other numbers are kept unchanged.
     pub key_type: i32,
-    /// The key, in the encoding usual for its kind.
+    /// The key, in the usual encoding of its kind.
     pub data: Bytes,
 }
 
 impl PublicKey {
-    /// Reads the serialised form.
+    /// Decodes the serialised form.
     ///
     /// # Errors
-    /// When it is not a `crypto.pb.PublicKey`, or lacks one of the two fields.
+    /// It is not a `crypto.pb.PublicKey`, or lacks one of the two fields.
     pub fn decode(serialized: &[u8]) -> Result<Self, DecodePublicKeyError> {
         let message = crypto::PublicKey::decode(serialized)?;
         Ok(Self {
@@ -29,7 +38,7 @@ impl PublicKey {
         })
     }
 
-    /// The serialised form, of which the peer id is the hash.
+    /// Encodes the serialised form, whose hash is the peer id.
     pub fn encode(&self) -> Vec<u8> {
         let message = crypto::PublicKey {
             key_type: Some(self.key_type),
@@ -38,19 +47,19 @@ impl PublicKey {
         message.encode_to_vec()
     }
 
-    /// The id of the peer that has this key.
+    /// Returns the id of the peer with this key.
     pub fn peer_id(&self) -> PeerId {
         PeerId::from_public_key(&self.encode())
     }
 }
 
-/// Why bytes are not a serialised public key.
+/// Reason why bytes are not a serialised public key.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum DecodePublicKeyError {
     /// It is not protobuf.
     #[error("not a serialised public key: {0}")]
     Protobuf(#[from] prost::DecodeError),
-    /// A field that must be there is not.
+    /// A required field is missing.
     #[error("not a serialised public key: it has no {0}")]
     Missing(&'static str),
 }
@@ -70,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_key_type_is_written_out() {
+    fn encodes_the_default_key_type() {
         let key = PublicKey {
             key_type: 0,
             data: Bytes::from_static(b"k"),

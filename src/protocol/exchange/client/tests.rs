@@ -1,4 +1,4 @@
-//! The exchange, fed from byte strings.
+//! The client's end of a control connection, fed with byte strings.
 
 use super::*;
 use crate::command::{connmgr, control, dht, peerstore, pubsub, streams, unary, Typed};
@@ -70,7 +70,7 @@ fn stream_opened() -> p2pd::Response {
     }
 }
 
-/// Every kind of request, by a valid answer.
+/// Every kind of request, with a valid answer.
 fn exchanges() -> Vec<(EncodedRequest, Vec<Bytes>)> {
     let values = || {
         vec![
@@ -302,7 +302,7 @@ fn events<'a>(
 }
 
 #[test]
-fn every_valid_answer_ends_its_exchange() {
+fn valid_answer_ends_every_kind_of_request() {
     for (request, frames) in exchanges() {
         let bytes = frames.concat();
         let (exchange, events) = events(&request, [&bytes[..]]);
@@ -322,7 +322,7 @@ fn every_valid_answer_ends_its_exchange() {
 }
 
 #[test]
-fn bytes_one_at_a_time_give_the_same_events() {
+fn accepts_one_byte_at_a_time() {
     for (request, frames) in exchanges() {
         let bytes = frames.concat();
         let (_, whole) = events(&request, [&bytes[..]]);
@@ -332,7 +332,7 @@ fn bytes_one_at_a_time_give_the_same_events() {
 }
 
 #[test]
-fn a_dht_query_with_values_gives_each_and_then_its_end() {
+fn query_returns_each_value_and_then_the_end() {
     let (request, frames) = &exchanges()[10];
     let (exchange, events) = events(request, [&frames.concat()[..]]);
     let id =
@@ -342,7 +342,7 @@ fn a_dht_query_with_values_gives_each_and_then_its_end() {
 }
 
 #[test]
-fn a_query_for_one_value_refuses_none_and_two() {
+fn query_with_one_value_fails_on_none_and_on_two() {
     let begin = encode_frame(&in_response(dht_response(dht_response::Type::Begin, None)));
     let value = encode_frame(&dht_response(dht_response::Type::Value, Some(b"x")));
     let end = encode_frame(&dht_response(dht_response::Type::End, None));
@@ -364,7 +364,7 @@ fn a_query_for_one_value_refuses_none_and_two() {
 }
 
 #[test]
-fn a_refusal_carries_the_daemons_words_and_leaves_the_connection_ready() {
+fn refusal_has_the_daemons_message_and_leaves_the_connection_ready() {
     for (request, _) in exchanges() {
         let (exchange, events) = events(&request, [&encode_frame(&error(b"no \xff way"))[..]]);
         assert_eq!(
@@ -376,7 +376,7 @@ fn a_refusal_carries_the_daemons_words_and_leaves_the_connection_ready() {
 }
 
 #[test]
-fn what_follows_a_stream_opened_belongs_to_the_stream() {
+fn bytes_behind_stream_open_belong_to_the_stream() {
     let request = stream_open();
     let mut bytes = encode_frame(&stream_opened()).to_vec();
     bytes.extend_from_slice(b"\x05the stream's first bytes");
@@ -390,7 +390,7 @@ fn what_follows_a_stream_opened_belongs_to_the_stream() {
 }
 
 #[test]
-fn a_consumed_connection_takes_no_request() {
+fn consumed_connection_accepts_no_request() {
     let request = pubsub::Subscribe {
         topic: "t".to_owned(),
     }
@@ -403,7 +403,7 @@ fn a_consumed_connection_takes_no_request() {
 }
 
 #[test]
-fn a_busy_connection_takes_no_request_and_goes_on() {
+fn busy_connection_accepts_no_request_and_goes_on() {
     let mut exchange = ClientExchange::new(Limits::default());
     exchange.send(&connmgr::Trim.encoded()).unwrap();
     assert_eq!(
@@ -418,7 +418,7 @@ fn a_busy_connection_takes_no_request_and_goes_on() {
 }
 
 #[test]
-fn behind_a_query_only_queries_may_follow() {
+fn only_requests_answered_at_once_are_pipelined() {
     let mut exchange = ClientExchange::new(Limits::default());
     exchange.send(&control::Identify.encoded()).unwrap();
     exchange.send(&pubsub::GetTopics.encoded()).unwrap();
@@ -437,7 +437,7 @@ fn behind_a_query_only_queries_may_follow() {
 
 proptest! {
     #[test]
-    fn queries_that_follow_each_other_are_answered_in_their_order(
+    fn pipelined_requests_are_answered_in_order(
         asked in prop::collection::vec((0..4usize, any::<bool>(), any::<bool>()), 1..30),
         size in 1..200usize,
     ) {
@@ -453,7 +453,7 @@ proptest! {
             expected.extend(alone.unwrap());
             input.extend_from_slice(&frame);
             if at_once {
-                // Answered before the next is asked, as far as the pieces go.
+                // Each is answered before the next is sent, as far as the pieces allow.
                 for piece in std::mem::take(&mut input).chunks(size) {
                     exchange.receive(piece);
                     got.extend(exchange.poll().unwrap());
@@ -472,7 +472,7 @@ proptest! {
 }
 
 #[test]
-fn bytes_that_answer_nothing_make_a_connection_unusable() {
+fn unexpected_bytes_make_a_connection_unusable() {
     let mut exchange = ClientExchange::new(Limits::default());
     exchange.receive(&encode_frame(&ok()));
     assert!(!exchange.is_reusable());
@@ -481,7 +481,7 @@ fn bytes_that_answer_nothing_make_a_connection_unusable() {
 }
 
 #[test]
-fn an_absent_type_is_not_taken_for_ok() {
+fn missing_type_is_not_ok() {
     let response = p2pd::Response {
         r#type: None,
         ..stream_opened()
@@ -498,10 +498,10 @@ fn an_absent_type_is_not_taken_for_ok() {
 }
 
 #[test]
-fn an_answer_to_another_request_is_a_missing_field() {
+fn answer_to_another_request_is_a_missing_field() {
     for (request, frames) in exchanges() {
         if frames == [encode_frame(&ok())] || request.name() == "LIST_PEERS" {
-            continue; // these replies are OK and nothing else, or may be
+            continue; // these replies may be OK alone
         }
         let (exchange, events) = events(&request, [&encode_frame(&ok())[..]]);
         assert!(matches!(events, Err(Error::MissingField { .. })));
@@ -510,7 +510,7 @@ fn an_answer_to_another_request_is_a_missing_field() {
 }
 
 #[test]
-fn the_end_of_the_connection_says_whether_an_answer_had_begun() {
+fn end_of_file_tells_whether_an_answer_had_begun() {
     for (request, frames) in exchanges() {
         let bytes = frames.concat();
         for end in 0..bytes.len() {
@@ -528,7 +528,7 @@ fn the_end_of_the_connection_says_whether_an_answer_had_begun() {
     }
 }
 
-/// How many of these values come before the query has too many.
+/// Returns how many of these values a query accepts before it fails.
 fn kept_of(value: &p2pd::DhtResponse, max_answer: usize) -> usize {
     let mut exchange = ClientExchange::new(Limits {
         max_answer,
@@ -562,7 +562,7 @@ fn kept_of(value: &p2pd::DhtResponse, max_answer: usize) -> usize {
 }
 
 #[test]
-fn a_dht_answer_over_the_limit_is_refused() {
+fn fails_on_a_dht_answer_over_the_limit() {
     let mut value = dht_response(dht_response::Type::Value, Some(&[7; 1000]));
     value.peer = None;
     assert_eq!(kept_of(&value, 10), 0);
@@ -570,21 +570,21 @@ fn a_dht_answer_over_the_limit_is_refused() {
 }
 
 #[test]
-fn a_dht_answer_of_endless_nothing_is_refused() {
+fn fails_on_endless_empty_dht_values() {
     let value = dht_response(dht_response::Type::Value, Some(b""));
     assert!((50..200).contains(&kept_of(&value, 10_000)));
 }
 
 #[test]
-fn what_a_dht_value_keeps_in_memory_counts_not_what_is_kept_of_it() {
+fn counts_the_whole_frame_of_a_dht_value() {
     let mut value = dht_response(dht_response::Type::Value, Some(b""));
-    // Of no use here, but in the buffer that the value is a part of.
+    // Unused, but a part of the frame that the value keeps in memory.
     value.peer.as_mut().unwrap().id = Some(Bytes::from_static(&[7; 1000]));
     assert!((8..10).contains(&kept_of(&value, 10_000)));
 }
 
 #[test]
-fn a_request_over_the_limit_is_not_sent_and_does_no_harm() {
+fn does_not_send_a_request_over_the_limit() {
     let mut exchange = ClientExchange::new(Limits {
         max_frame: 100,
         ..Limits::default()
@@ -602,7 +602,7 @@ fn a_request_over_the_limit_is_not_sent_and_does_no_harm() {
 }
 
 #[test]
-fn handlers_are_registered_with_the_field_the_fork_requires() {
+fn registers_handlers_with_the_field_that_the_fork_requires() {
     let request = streams::StreamHandler {
         addr: addr(),
         protocols: vec![],
@@ -614,7 +614,7 @@ fn handlers_are_registered_with_the_field_the_fork_requires() {
 }
 
 #[test]
-fn a_dht_step_of_unknown_type_is_refused() {
+fn fails_on_a_dht_response_of_unknown_type() {
     let response = p2pd::DhtResponse {
         r#type: Some(99),
         ..Default::default()
@@ -624,7 +624,7 @@ fn a_dht_step_of_unknown_type_is_refused() {
 
 proptest! {
     #[test]
-    fn any_split_of_an_answer_gives_the_same_events(
+    fn returns_the_same_events_however_an_answer_is_split(
         which in 0..26usize,
         sizes in prop::collection::vec(1usize..20, 1..10),
     ) {
@@ -646,7 +646,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_give_events_or_an_error_and_never_a_panic(
+    fn arbitrary_bytes_give_events_or_an_error(
         which in 0..26usize,
         bytes in prop::collection::vec(any::<u8>(), 0..200),
         framed in any::<bool>(),
@@ -664,7 +664,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_answer_gives_events_or_an_error(
+    fn corrupted_answer_gives_events_or_an_error(
         which in 0..26usize,
         at in any::<prop::sample::Index>(),
         byte in any::<u8>(),
@@ -678,7 +678,7 @@ proptest! {
     }
 
     #[test]
-    fn headers_and_pubsub_messages_of_any_bytes_never_panic(
+    fn arbitrary_headers_and_pubsub_messages_do_not_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         let _ = streams::decode_stream_info(&bytes);

@@ -1,4 +1,4 @@
-//! The server's half of the exchange, fed by the client's half and by arbitrary bytes.
+//! The daemon's end of a control connection, fed by the client's end and with arbitrary bytes.
 
 use super::*;
 use crate::command::tests::{any_command, any_peer_info};
@@ -44,7 +44,7 @@ fn rejects_a_reply_to_another_request() {
 }
 
 #[test]
-fn is_consumed_by_a_success_and_not_by_a_refusal() {
+fn success_consumes_the_connection_and_refusal_does_not() {
     let subscribe = pubsub::Subscribe {
         topic: "t".to_owned(),
     };
@@ -73,7 +73,7 @@ fn refuses_a_request_of_unknown_type_and_goes_on() {
 }
 
 #[test]
-fn a_query_without_values_has_a_beginning_and_an_end() {
+fn query_without_values_has_begin_and_end() {
     let query = dht::SearchValue {
         key: Bytes::from_static(b"k"),
         timeout: None,
@@ -109,7 +109,7 @@ fn stops_wanting_input_while_a_client_sends_and_does_not_read() {
 }
 
 #[test]
-fn fails_on_bytes_that_are_no_request() {
+fn fails_on_bytes_that_are_not_a_request() {
     for bytes in [
         &[0x80; 11][..],
         &[1, 0xff],
@@ -126,7 +126,7 @@ fn fails_on_bytes_that_are_no_request() {
 
 proptest! {
     #[test]
-    fn any_sequence_of_commands_split_anywhere_is_the_same_sequence(
+    fn decodes_any_sequence_of_commands_however_it_is_split(
         commands in prop::collection::vec(any_command(), 1..8),
         sizes in prop::collection::vec(1usize..40, 1..20),
     ) {
@@ -151,7 +151,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_give_commands_or_an_error(
+    fn arbitrary_bytes_give_commands_or_an_error(
         bytes in prop::collection::vec(any::<u8>(), 0..400),
     ) {
         let mut server = ServerExchange::new(Limits::default());
@@ -171,7 +171,7 @@ proptest! {
     }
 
     #[test]
-    fn what_a_server_answers_the_client_reads(
+    fn client_decodes_what_the_server_encodes(
         peers in prop::collection::vec(any_peer_info(), 0..5),
         addrs in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..3),
         words in ".{0,40}".prop_map(String::from),
@@ -197,7 +197,7 @@ proptest! {
         client.receive(&server.refuse(&words).unwrap());
         prop_assert_eq!(client.poll(), Ok(Some(Event::Refused(words))));
 
-        // A query, value by value, of which there may be none.
+        // A query with any number of values.
         let query = dht::FindProviders { cid: Bytes::new(), count: 3, timeout: None };
         let (mut client, mut server) = client_of(&query.into());
         for peer in &peers {
@@ -208,7 +208,7 @@ proptest! {
         client.receive(&server.end().unwrap());
         prop_assert_eq!(client.poll(), Ok(Some(Event::End)));
 
-        // A query with one value, which is a message of its own.
+        // A query with exactly one value, which is the whole answer.
         if let Some(peer) = peers.first() {
             let query = dht::FindPeer { peer: peer.peer_id.clone(), timeout: None };
             let (mut client, mut server) = client_of(&query.into());
@@ -219,7 +219,7 @@ proptest! {
             prop_assert_eq!(server.state(), State::Ready);
         }
 
-        // A takeover, with the stream's first bytes right behind it.
+        // A takeover, followed by the first bytes of the stream.
         let info = StreamInfo {
             peer_id: PeerId::from_bytes(vec![7]),
             addr: Multiaddr::from_bytes(vec![4]),

@@ -37,7 +37,7 @@ fn endpoints_are_unix_sockets_and_tcp_ports() {
 }
 
 #[test]
-fn other_addresses_are_refused_as_endpoints_with_the_reason() {
+fn refuses_other_addresses_with_the_reason() {
     use NotAnEndpoint as N;
     let reason = |text: &str| parse(text).endpoint().unwrap_err().reason;
     assert_eq!(

@@ -1,4 +1,4 @@
-//! One protocol of a multiaddr, read and written.
+//! One protocol of a multiaddr, in binary and as text.
 
 use super::error::MultiaddrError;
 use crate::types::peer_id::{ParsePeerIdError, PeerId};
@@ -15,7 +15,7 @@ pub struct Component<'a> {
     pub code: u32,
     /// Its name in text.
     pub name: &'static str,
-    /// The text of its value, where it takes one. Of `/unix`, the path, with its leading slash.
+    /// The text of its value, if it has one. For `/unix`, the path with its leading slash.
     pub value: Option<String>,
     /// The whole component in binary.
     pub bytes: &'a [u8],
@@ -32,8 +32,7 @@ impl fmt::Display for Component<'_> {
     }
 }
 
-/// Reads the first component of `input`, which is not empty and begins `offset` bytes into the
-/// address.
+/// Reads the first component of `input`, which is not empty and begins at `offset` in the address.
 pub(super) fn read_component(input: &[u8], offset: usize) -> Result<Component<'_>, MultiaddrError> {
     let malformed = |reason: String| MultiaddrError::Malformed { offset, reason };
     let (code, value) = decode::u32(input).map_err(|error| malformed(error.to_string()))?;
@@ -65,7 +64,7 @@ pub(super) fn read_component(input: &[u8], offset: usize) -> Result<Component<'_
     let name = protocol.tag();
     let text = protocol.to_string();
     let value = text[1 + name.len()..].strip_prefix('/');
-    // Such a value would come back from text as something else.
+    // Such a value would not survive a round trip through text.
     if value.is_some_and(|value| value.is_empty() || value.contains('/')) {
         return Err(malformed(format!(
             "the value of {name} is empty or has a slash in it"
@@ -86,7 +85,7 @@ pub(crate) fn push_unix(out: &mut Vec<u8>, path: &str) {
     out.extend_from_slice(path.as_bytes());
 }
 
-/// Reads the first component of `text` (with no slash before it) into `out`, and returns the text
+/// Parses the first component of `text`, without a leading slash. Appends it to `out`, and returns the text
 /// after it, if any.
 pub(super) fn parse_component<'a>(
     text: &'a str,
@@ -112,7 +111,7 @@ pub(super) fn parse_component<'a>(
         value: value.into(),
         reason,
     };
-    // The crate reads base58 only; a peer id may also be a CID.
+    // The crate reads only base58; a peer id may also be a CID.
     let peer = match (name, value) {
         ("p2p" | "ipfs", Some(value)) => {
             let peer = value.parse::<PeerId>();
@@ -136,7 +135,7 @@ pub(super) fn parse_component<'a>(
     })?;
     let start = out.len();
     let written = protocol.write_bytes(out);
-    // What is written must be readable: this is what refuses an empty or over-long value.
+    // Reads the component back, which refuses an empty or overlong value.
     if let Err(error) = written.map_err(|e| e.to_string()).and_then(|()| {
         read_component(&out[start..], start)
             .map_err(|error| error.to_string())

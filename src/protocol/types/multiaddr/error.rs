@@ -1,42 +1,42 @@
 //! Errors of multiaddrs.
 
-/// Why a text or some bytes are not a multiaddr, or cannot be taken apart.
+/// Reason why text or bytes are not a multiaddr, or cannot be split into components.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MultiaddrError {
-    /// Nothing at all.
+    /// It is empty.
     #[error("it is empty")]
     Empty,
-    /// A text that does not begin as multiaddrs do.
+    /// The text does not begin with a slash.
     #[error("it does not begin with a slash")]
     NoLeadingSlash,
-    /// A text with a name that is no protocol's.
+    /// The text names an unknown protocol.
     #[error("there is no protocol named {0:?}")]
     UnknownProtocol(String),
-    /// A text that ends where a value should be.
+    /// The text ends where a value is expected.
     #[error("{0} has no value after it")]
     MissingValue(String),
-    /// A value its protocol does not allow.
+    /// A value is invalid for its protocol.
     #[error("{value:?} is no value for {protocol}: {reason}")]
     InvalidValue {
         /// The name of the protocol.
         protocol: String,
         /// The text of the value.
         value: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// Bytes of a protocol this version does not know.
+    /// The bytes have an unknown protocol.
     #[error("protocol {0} is not known to this version")]
     UnknownCode(u32),
-    /// Bytes that cannot be a multiaddr.
+    /// The bytes are malformed.
     #[error("malformed at byte {offset}: {reason}")]
     Malformed {
-        /// Where the component begins.
+        /// Offset of the component, in bytes.
         offset: usize,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// A path with another protocol after it: its text would be a longer path.
+    /// Another protocol follows the path of `/unix`. As text it would be a part of the path.
     #[error("/unix is not its last protocol")]
     UnixNotLast,
 }

@@ -17,7 +17,7 @@ fn refusal(text: &str) -> MultiaddrError {
 }
 
 #[test]
-fn the_path_of_unix_is_the_rest_with_a_leading_slash() {
+fn unix_path_is_the_rest_of_the_address_with_a_leading_slash() {
     let addr = parse("/unix/tmp/p2pd.sock");
     assert_eq!(addr.as_bytes(), b"\x90\x03\x0e/tmp/p2pd.sock");
     assert_eq!(addr.to_string(), "/unix/tmp/p2pd.sock");
@@ -34,7 +34,7 @@ fn the_path_of_unix_is_the_rest_with_a_leading_slash() {
 }
 
 #[test]
-fn a_path_without_its_slash_reads_the_same_and_is_made_absolute() {
+fn unix_path_without_leading_slash_is_made_absolute() {
     let relative = Multiaddr::from_bytes(&b"\x04\x01\x02\x03\x04\x90\x03\x03a/b"[..]);
     assert_eq!(relative.to_string(), "/ip4/1.2.3.4/unix/a/b");
     assert_ne!(relative, parse("/ip4/1.2.3.4/unix/a/b"));
@@ -78,7 +78,7 @@ fn text_round_trips() {
 }
 
 #[test]
-fn bad_text_is_refused_with_the_reason() {
+fn refuses_invalid_text_with_the_reason() {
     use MultiaddrError as E;
     assert_eq!(refusal(""), E::Empty);
     assert_eq!(refusal("//"), E::Empty);
@@ -108,7 +108,7 @@ fn bad_text_is_refused_with_the_reason() {
 }
 
 #[test]
-fn unknown_protocols_are_kept_and_shown_and_malformed_bytes_told_apart() {
+fn keeps_unknown_protocols_and_refuses_malformed_bytes() {
     let unknown = Multiaddr::from_bytes(&b"\x04\x01\x02\x03\x04\xff\xff\x03abc"[..]);
     assert_eq!(unknown.to_string(), "/ip4/1.2.3.4/unknown/ffff03616263");
     assert_eq!(unknown.protocols(), Err(MultiaddrError::UnknownCode(65535)));
@@ -150,7 +150,7 @@ fn text() -> impl Strategy<Value = String> {
 
 proptest! {
     #[test]
-    fn what_parses_reads_back_as_itself(text in text()) {
+    fn parsed_text_round_trips(text in text()) {
         if let Ok(addr) = text.parse::<Multiaddr>() {
             prop_assert_eq!(addr.validate(), Ok(()));
             prop_assert_eq!(&parse(&addr.to_string()), &addr);
@@ -161,7 +161,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_panic(
+    fn arbitrary_bytes_do_not_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..60),
         code in prop::sample::select(vec![4_u32, 6, 41, 42, 53, 400, 421, 444, 445, 446, 447, 466, 481, 4770]),
     ) {
@@ -176,7 +176,7 @@ proptest! {
     }
 
     #[test]
-    fn no_text_panics(text in "\\PC{0,60}", value in "[ -~]{0,20}") {
+    fn arbitrary_text_does_not_panic(text in "\\PC{0,60}", value in "[ -~]{0,20}") {
         let _ = text.parse::<Multiaddr>();
         for name in ["ip4", "ip6", "tcp", "p2p", "unix", "certhash", "onion", "garlic64", "memory"] {
             let _ = format!("/{name}/{value}").parse::<Multiaddr>();

@@ -18,13 +18,13 @@ use std::sync::OnceLock;
 type Connection = PersistentClient<u32, Vec<u8>>;
 type Event = UnaryEvent<u32, Vec<u8>>;
 
-/// When all calls are made.
+/// Time at which all calls are made.
 fn now() -> Instant {
     static NOW: OnceLock<Instant> = OnceLock::new();
     *NOW.get_or_init(Instant::now)
 }
 
-/// When they are old enough to be cancelled at once.
+/// Time at which they are old enough to be cancelled at once.
 fn later() -> Instant {
     now() + CANCEL_DELAY
 }
@@ -62,7 +62,7 @@ fn call_of(proto: &'static [u8], id: CallId, payload: &[u8]) -> Vec<u8> {
     response(id, Some(response::Message::RequestHandling(call)))
 }
 
-/// Everything that comes of `bytes`, given in pieces, the large payloads read in place.
+/// Returns all events of `bytes`, given in pieces. Large payloads are read into their buffers.
 fn feed(connection: &mut Connection, bytes: &[u8], sizes: &[usize]) -> Result<Vec<Event>, Error> {
     let mut events = Vec::new();
     let mut rest = bytes;
@@ -87,7 +87,7 @@ fn feed(connection: &mut Connection, bytes: &[u8], sizes: &[usize]) -> Result<Ve
     Ok(events)
 }
 
-/// The messages in `out`.
+/// Decodes the messages in `out`.
 fn sent(out: BytesMut) -> Vec<p2pd::PersistentConnectionRequest> {
     let mut out = out.freeze();
     let mut messages = Vec::new();
@@ -99,7 +99,7 @@ fn sent(out: BytesMut) -> Vec<p2pd::PersistentConnectionRequest> {
 }
 
 #[test]
-fn a_call_is_what_the_schema_says() {
+fn encodes_a_call_by_the_schema() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let payload = vec![9; 300];
@@ -120,7 +120,7 @@ fn a_call_is_what_the_schema_says() {
 }
 
 #[test]
-fn a_reply_is_what_the_schema_says() {
+fn encodes_a_reply_by_the_schema() {
     let mut connection = connection(UnaryLimits::default());
     let events = feed(&mut connection, &call([5; 16], b"ping"), &[1000]).unwrap();
     assert_eq!(
@@ -148,7 +148,7 @@ fn a_reply_is_what_the_schema_says() {
 }
 
 #[test]
-fn what_exceeds_the_limit_is_not_sent() {
+fn does_not_send_messages_over_the_limit() {
     let limits = UnaryLimits {
         max_message: 1000,
         ..UnaryLimits::default()
@@ -174,7 +174,7 @@ fn what_exceeds_the_limit_is_not_sent() {
 }
 
 #[test]
-fn too_large_a_reply_becomes_an_error_at_the_caller() {
+fn sends_an_error_instead_of_a_reply_over_the_limit() {
     let limits = UnaryLimits {
         max_message: 1000,
         ..UnaryLimits::default()
@@ -197,7 +197,7 @@ fn too_large_a_reply_becomes_an_error_at_the_caller() {
 }
 
 #[test]
-fn replies_to_unknown_repeated_and_cancelled_calls_are_dropped() {
+fn drops_replies_to_unknown_answered_and_cancelled_calls() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let first = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -227,7 +227,7 @@ fn replies_to_unknown_repeated_and_cancelled_calls_are_dropped() {
 }
 
 #[test]
-fn an_error_of_the_daemon_need_not_be_utf_8() {
+fn accepts_daemon_error_that_is_not_utf_8() {
     let mut connection = connection(UnaryLimits::default());
     let id = connection
         .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
@@ -244,7 +244,7 @@ fn an_error_of_the_daemon_need_not_be_utf_8() {
 }
 
 #[test]
-fn a_call_that_is_only_acknowledged_is_broken_and_the_connection_is_not() {
+fn acknowledgement_of_a_call_fails_that_call_only() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -260,7 +260,7 @@ fn a_call_that_is_only_acknowledged_is_broken_and_the_connection_is_not() {
 }
 
 #[test]
-fn a_cancelled_call_cannot_be_replied_to() {
+fn does_not_reply_to_a_cancelled_call() {
     let mut connection = connection(UnaryLimits::default());
     let mut bytes = call([5; 16], b"ping");
     let cancel = response([5; 16], Some(response::Message::Cancel(p2pd::Cancel {})));
@@ -275,7 +275,7 @@ fn a_cancelled_call_cannot_be_replied_to() {
 }
 
 #[test]
-fn the_protocol_of_a_call_need_not_be_utf_8() {
+fn accepts_protocol_of_a_call_that_is_not_utf_8() {
     let mut connection = connection(UnaryLimits::default());
     for (id, len) in [([5; 16], 4), ([6; 16], 3 * DIRECT)] {
         let bytes = call_of(b"\xff", id, &vec![0; len]);
@@ -287,7 +287,7 @@ fn the_protocol_of_a_call_need_not_be_utf_8() {
 }
 
 #[test]
-fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
+fn shutdown_answers_incoming_calls_and_cancels_own_calls() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let mine = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -306,7 +306,7 @@ fn leaving_answers_the_calls_at_work_and_cancels_ones_own() {
 }
 
 #[test]
-fn a_cancelled_call_is_at_work_until_its_handler_has_ended() {
+fn cancelled_call_counts_as_unanswered_until_its_handler_ends() {
     let limits = UnaryLimits {
         max_unanswered: 1,
         ..UnaryLimits::default()
@@ -323,8 +323,8 @@ fn a_cancelled_call_is_at_work_until_its_handler_has_ended() {
 }
 
 #[test]
-fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
-    // Groups in groups without an end, a key of more than 32 bits, a varint of 70 bits.
+fn error_in_a_peers_message_fails_its_call_only() {
+    // Endlessly nested groups, a key of more than 32 bits, a varint of 70 bits.
     let junk: [&[u8]; 3] = [
         &[0x3b; 200],
         &[0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0x00],
@@ -383,7 +383,7 @@ fn what_a_peer_wrote_wrong_fails_its_own_call_alone() {
 }
 
 #[test]
-fn a_message_whose_own_fields_cannot_be_read_breaks_the_connection() {
+fn malformed_fields_of_a_message_fail_the_connection() {
     let mut message = BytesMut::new();
     put_field(&mut message, 1, &[5; 16]);
     message.extend_from_slice(&[0x3b; 3]);
@@ -395,7 +395,7 @@ fn a_message_whose_own_fields_cannot_be_read_breaks_the_connection() {
 }
 
 #[test]
-fn calls_over_the_limit_are_refused_once_they_were_held_back_for_long() {
+fn refuses_calls_over_the_limit_once_back_pressure_is_stopped() {
     let limits = UnaryLimits {
         max_unanswered: 1,
         ..UnaryLimits::default()
@@ -417,7 +417,7 @@ fn calls_over_the_limit_are_refused_once_they_were_held_back_for_long() {
 }
 
 #[test]
-fn the_daemon_is_reminded_less_and_less_of_what_it_has_not_confirmed_to_be_cancelled() {
+fn repeats_unconfirmed_cancels_at_growing_intervals() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let lost = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -447,7 +447,7 @@ fn the_daemon_is_reminded_less_and_less_of_what_it_has_not_confirmed_to_be_cance
 }
 
 #[test]
-fn a_call_that_was_just_made_is_cancelled_when_it_is_old_enough() {
+fn delays_the_cancel_of_a_call_that_is_too_young() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let young = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -469,7 +469,7 @@ fn a_call_that_was_just_made_is_cancelled_when_it_is_old_enough() {
 }
 
 #[test]
-fn who_leaves_cancels_what_the_daemon_was_to_be_told_later() {
+fn shutdown_sends_delayed_cancels() {
     let mut connection = connection(UnaryLimits::default());
     let mut out = BytesMut::new();
     let young = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -483,7 +483,7 @@ fn who_leaves_cancels_what_the_daemon_was_to_be_told_later() {
 }
 
 #[test]
-fn a_large_late_reply_ends_the_reminders_in_whatever_pieces_it_comes() {
+fn large_late_reply_confirms_a_cancel_however_it_is_split() {
     for size in [DIRECT + 1000, 100] {
         let mut connection = connection(UnaryLimits::default());
         let mut out = BytesMut::new();
@@ -499,7 +499,7 @@ fn a_large_late_reply_ends_the_reminders_in_whatever_pieces_it_comes() {
 }
 
 #[test]
-fn with_no_limit_the_largest_length_there_is_does_no_harm() {
+fn accepts_the_largest_length_without_a_limit() {
     let mut connection = connection(UnaryLimits {
         max_message: usize::MAX,
         ..UnaryLimits::default()
@@ -512,7 +512,7 @@ fn with_no_limit_the_largest_length_there_is_does_no_harm() {
 }
 
 #[test]
-fn a_call_of_ours_that_the_daemon_cancels_is_refused() {
+fn reports_own_call_that_the_daemon_cancels_as_refused() {
     let mut connection = connection(UnaryLimits::default());
     let id = connection
         .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
@@ -523,7 +523,7 @@ fn a_call_of_ours_that_the_daemon_cancels_is_refused() {
 }
 
 #[test]
-fn an_error_is_cut_to_what_the_daemon_takes() {
+fn cuts_an_error_to_the_message_limit() {
     let limits = UnaryLimits {
         max_message: 1000,
         ..UnaryLimits::default()
@@ -536,7 +536,7 @@ fn an_error_is_cut_to_what_the_daemon_takes() {
 }
 
 #[test]
-fn a_call_id_of_another_length_breaks_the_connection() {
+fn call_id_of_wrong_length_fails_the_connection() {
     let mut connection = connection(UnaryLimits::default());
     let bytes = encode_frame(&p2pd::PersistentConnectionResponse {
         call_id: Some(Bytes::from_static(b"short")),
@@ -547,7 +547,7 @@ fn a_call_id_of_another_length_breaks_the_connection() {
 }
 
 #[test]
-fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
+fn calls_over_the_limit_stop_reading_unless_an_answer_is_pending() {
     let limits = UnaryLimits {
         max_unanswered: 2,
         ..UnaryLimits::default()
@@ -574,7 +574,7 @@ fn calls_over_the_limit_stop_the_reading_unless_something_is_awaited() {
 }
 
 #[test]
-fn the_bytes_of_calls_are_limited_too() {
+fn limits_the_total_size_of_calls() {
     let limits = UnaryLimits {
         max_unanswered_bytes: 100,
         ..UnaryLimits::default()
@@ -589,7 +589,7 @@ fn the_bytes_of_calls_are_limited_too() {
 }
 
 #[test]
-fn a_second_call_with_an_id_that_is_at_work_is_refused() {
+fn rejects_a_second_call_with_the_id_of_an_unanswered_one() {
     let mut connection = connection(UnaryLimits::default());
     let bytes = [call([1; 16], b"a"), call([1; 16], b"b")].concat();
     let events = feed(&mut connection, &bytes, &[1000]).unwrap();
@@ -652,7 +652,7 @@ fn size_of(frame: &[u8], prefix: usize) -> usize {
 }
 
 #[test]
-fn answers_over_the_limit_fail_their_calls_alone() {
+fn answers_over_the_limit_fail_their_calls_only() {
     let large = vec![b'x'; 5000];
     for answer in [reply, handler_error, daemon_error] {
         for sizes in [&[1][..], &[7, 300], &[100_000]] {
@@ -682,7 +682,7 @@ fn answers_over_the_limit_fail_their_calls_alone() {
 }
 
 #[test]
-fn a_call_over_the_limit_is_refused_with_its_size_and_the_limit() {
+fn refuses_a_call_over_the_limit_with_its_size_and_the_limit() {
     let mut connection = connection(small());
     let oversized = call([5; 16], &[7; 5000]);
     let size = size_of(&oversized, 2);
@@ -701,7 +701,7 @@ fn a_call_over_the_limit_is_refused_with_its_size_and_the_limit() {
 
 #[test]
 fn finds_the_call_id_wherever_it_stands_in_a_frame_over_the_limit() {
-    let big = vec![0x12; 3000]; // would itself be read as a field
+    let big = vec![0x12; 3000]; // would be a field itself
     let mut connection = connection(small());
     let id = connection
         .call(b"p", "x", 0, 1, now(), &mut BytesMut::new())
@@ -768,15 +768,15 @@ fn skips_unknown_fields_of_every_kind_before_the_call_id() {
 }
 
 #[test]
-fn frames_over_the_limit_without_a_call_id_are_skipped() {
+fn skips_frames_over_the_limit_without_a_call_id() {
     let junk = vec![0xff; 3000];
     let mut connection = connection(small());
     for message in [
         &frame_of(&[(2, &junk)])[..],
         &frame_of(&[(1, b"short"), (2, &junk)]),
         &[&[0xb8, 0x17], &junk[..]].concat(), // no fields at all
-        &[&[0xb8, 0x17, 0x12, 0xff, 0xff, 0x7f], &junk[4..]].concat(), // beyond its end
-        &[&[0xb8, 0x17, 0x0c], &junk[1..]].concat(), // the end of no group
+        &[&[0xb8, 0x17, 0x12, 0xff, 0xff, 0x7f], &junk[4..]].concat(), // ends beyond the message
+        &[&[0xb8, 0x17, 0x0c], &junk[1..]].concat(), // ends a group that did not begin
     ] {
         let bytes = [message, &call([6; 16], b"ping")].concat();
         let error = too_large(size_of(message, 2));
@@ -790,7 +790,7 @@ fn frames_over_the_limit_without_a_call_id_are_skipped() {
 }
 
 #[test]
-fn a_late_answer_over_the_limit_confirms_a_cancel() {
+fn late_answer_over_the_limit_confirms_a_cancel() {
     let mut connection = connection(small());
     let mut out = BytesMut::new();
     let id = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
@@ -821,7 +821,7 @@ fn acts_on_an_acknowledgement_or_cancel_over_the_limit() {
 }
 
 #[test]
-fn a_frame_over_the_limit_is_not_stored() {
+fn does_not_store_a_frame_over_the_limit() {
     let mut connection = connection(small());
     let size = 64 << 20;
     let mut input = &[0x80, 0x80, 0x80, 0x20][..];
@@ -844,13 +844,13 @@ fn a_frame_over_the_limit_is_not_stored() {
 }
 
 #[test]
-fn the_buffer_of_a_large_frame_is_not_kept() {
+fn does_not_keep_the_buffer_of_a_large_frame() {
     let mut connection = connection(UnaryLimits {
         max_incoming: Some(MAX_PROTOBUF),
         ..UnaryLimits::default()
     });
     let payload = vec![7; 16 << 20];
-    // The second is laid out in another way, so that all of it is buffered.
+    // The second has another layout, so that all of it is buffered.
     let unusual = frame_of(&[(2, b""), (99, &payload), (1, &[5; 16])]);
     for frame in [call([5; 16], &payload), unusual] {
         feed(&mut connection, &frame, &[READ_SIZE]).unwrap();
@@ -861,7 +861,7 @@ fn the_buffer_of_a_large_frame_is_not_kept() {
 }
 
 #[test]
-fn a_length_that_protobuf_cannot_have_ends_the_connection() {
+fn fails_the_connection_on_a_length_beyond_protobuf() {
     for length in [
         &[0x80, 0x80, 0x80, 0x80, 0x08][..], // 2^31
         &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01], // 2^64 - 1
@@ -878,11 +878,11 @@ fn a_length_that_protobuf_cannot_have_ends_the_connection() {
     }
 }
 
-/// A payload for which there is never memory.
+/// A payload whose allocation always fails.
 #[derive(Debug, PartialEq, Eq)]
-struct NoRoom(Vec<u8>);
+struct NoMemory(Vec<u8>);
 
-impl Payload for NoRoom {
+impl Payload for NoMemory {
     fn with_len(_: usize) -> Option<Self> {
         None
     }
@@ -897,8 +897,8 @@ impl Payload for NoRoom {
 }
 
 #[test]
-fn a_reply_for_which_there_is_no_memory_fails_its_call_alone() {
-    let mut connection = PersistentClient::<u32, NoRoom>::new([1; 32], UnaryLimits::default());
+fn reply_without_memory_fails_its_call_only() {
+    let mut connection = PersistentClient::<u32, NoMemory>::new([1; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
     let large = connection.call(b"p", "x", 0, 1, now(), &mut out).unwrap();
     let small = connection.call(b"p", "x", 0, 2, now(), &mut out).unwrap();
@@ -911,7 +911,7 @@ fn a_reply_for_which_there_is_no_memory_fails_its_call_alone() {
             events.push(event);
         }
     }
-    let payload = NoRoom(b"yes".to_vec());
+    let payload = NoMemory(b"yes".to_vec());
     let error = Error::NoMemory { size };
     assert_eq!(
         events,
@@ -923,7 +923,7 @@ fn a_reply_for_which_there_is_no_memory_fails_its_call_alone() {
 }
 
 #[test]
-fn limits_that_are_set_later_act_on_the_next_message() {
+fn applies_changed_limits_to_the_next_message() {
     let mut connection = connection(small());
     let mut out = BytesMut::new();
     assert!(connection
@@ -935,7 +935,7 @@ fn limits_that_are_set_later_act_on_the_next_message() {
         max_unanswered_bytes: usize::MAX,
         ..UnaryLimits::default()
     };
-    // In the middle of a frame that is skipped already: that one is.
+    // Changed in the middle of a frame, which is skipped already.
     let oversized = call([5; 16], &[7; 5000]);
     assert_eq!(feed(&mut connection, &oversized[..50], &[50]), Ok(vec![]));
     connection.set_limits(open);
@@ -986,7 +986,7 @@ fn any_payload() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn any_split_of_the_bytes_gives_the_same_events(
+    fn returns_the_same_events_however_the_bytes_are_split(
         payloads in prop::collection::vec((any::<bool>(), any_payload()), 0..8),
         sizes in prop::collection::vec(prop_oneof![1usize..40, 1usize..40_000], 1..20),
     ) {
@@ -1012,7 +1012,7 @@ proptest! {
     }
 
     #[test]
-    fn any_split_of_frames_over_the_limit_gives_the_same_events(
+    fn returns_the_same_events_however_frames_over_the_limit_are_split(
         frames in prop::collection::vec((0..6u8, 0usize..5000), 1..8),
         sizes in prop::collection::vec(prop_oneof![1usize..40, 1usize..40_000], 1..20),
     ) {
@@ -1043,7 +1043,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_in_a_frame_over_the_limit_cost_that_frame_alone(
+    fn arbitrary_bytes_in_a_frame_over_the_limit_affect_that_frame_only(
         junk in prop::collection::vec(any::<u8>(), 1001..1300),
         sizes in prop::collection::vec(1usize..400, 1..5),
     ) {
@@ -1058,7 +1058,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_end_in_events_or_an_error(
+    fn arbitrary_bytes_give_events_or_an_error(
         bytes in prop::collection::vec(any::<u8>(), 0..300),
         sizes in prop::collection::vec(1usize..40, 1..5),
     ) {
@@ -1066,7 +1066,7 @@ proptest! {
     }
 
     #[test]
-    fn a_frame_with_its_fields_in_another_order_is_read_too(
+    fn reads_a_frame_with_fields_in_another_order(
         payload in any_payload(),
         sizes in prop::collection::vec(1usize..40_000, 1..5),
     ) {
@@ -1089,7 +1089,7 @@ proptest! {
     }
 
     #[test]
-    fn the_quick_reading_agrees_with_prost(
+    fn fast_path_agrees_with_prost(
         bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(10), Just(18), Just(26), Just(16), Just(1)], 0..60),
     ) {
         if let Scan::Payload(head, offset) = scan(&bytes, bytes.len(), Direction::ToClient) {

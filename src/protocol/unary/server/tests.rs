@@ -1,4 +1,4 @@
-//! Both ends of a persistent connection, talking to each other, and arbitrary bytes.
+//! Both ends of a persistent connection, connected to each other, and arbitrary bytes.
 
 use super::*;
 use crate::framing::encode_frame;
@@ -19,7 +19,7 @@ fn client() -> Client {
     PersistentClient::new([2; 32], UnaryLimits::default())
 }
 
-/// Feeds the server in pieces of these sizes, in turn, some of it as a driver reads payloads.
+/// Feeds the server in pieces of these sizes, in turn, and reads payloads into their buffers as a driver does.
 fn feed(server: &mut Server, bytes: &[u8], sizes: &[usize]) -> Result<Vec<Event>, Error> {
     let mut events = Vec::new();
     let (mut rest, mut sizes) = (bytes, sizes.iter().cycle());
@@ -200,7 +200,7 @@ fn does_not_answer_in_place_another_call_or_with_too_much() {
 }
 
 #[test]
-fn a_payload_is_received_while_the_connection_is_used() {
+fn receives_a_payload_while_the_connection_is_used() {
     let payload = vec![7; 50_000];
     let bytes = request([1; 16], Some(ToDaemon::CallUnary(echo(&payload))));
     let (first, rest) = bytes.split_at(20_000);
@@ -284,7 +284,7 @@ fn refuses_calls_over_the_limits() {
 }
 
 #[test]
-fn a_repeated_id_does_not_answer_the_call_that_has_it() {
+fn repeated_id_does_not_answer_the_earlier_call() {
     let mut server = server();
     call(&mut server, [1; 16], b"first");
     assert!(matches!(
@@ -303,7 +303,7 @@ fn a_repeated_id_does_not_answer_the_call_that_has_it() {
 }
 
 #[test]
-fn an_oversized_message_fails_its_call_alone() {
+fn message_over_the_limit_fails_its_call_only() {
     let limits = ServerLimits {
         max_message: 1000,
         ..ServerLimits::default()
@@ -332,7 +332,7 @@ fn an_oversized_message_fails_its_call_alone() {
 }
 
 #[test]
-fn an_ended_connection_gives_up_what_is_unanswered() {
+fn returns_unanswered_calls_when_the_connection_ends() {
     let mut server = server();
     call(&mut server, [1; 16], b"x");
     server
@@ -352,7 +352,7 @@ fn ids_of_handled_calls_differ_between_connections() {
     assert_ne!(id(1), id(2));
 }
 
-/// What a client may say.
+/// Any message of a client.
 #[derive(Debug, Clone)]
 enum Said {
     Add(String, bool),
@@ -382,7 +382,7 @@ fn any_said() -> impl Strategy<Value = Said> {
 
 proptest! {
     #[test]
-    fn any_sequence_split_anywhere_is_the_same_sequence(
+    fn decodes_any_sequence_however_it_is_split(
         said in prop::collection::vec(any_said(), 1..8),
         sizes in prop::collection::vec(1usize..40_000, 1..6),
     ) {
@@ -458,7 +458,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cancel_reaches_the_clients_handler(late in any::<bool>()) {
+    fn cancel_reaches_the_handler_of_the_client(late in any::<bool>()) {
         let (mut server, mut client) = (server(), client());
         let mut out = BytesMut::new();
         let id = server.handle(b"caller", "echo", 0, 3, &mut out).unwrap();
@@ -468,7 +468,7 @@ proptest! {
         client.poll(&mut input).unwrap();
         prop_assert_eq!(client.poll(&mut input), Ok(Some(UnaryEvent::Cancelled { id })));
         if late {
-            // A reply that was on its way is dropped.
+            // The late reply is dropped.
             let reply = p2pd::CallUnaryResponse { result: None };
             let bytes = request(id, Some(ToDaemon::UnaryResponse(reply)));
             prop_assert_eq!(feed(&mut server, &bytes, &[5]).unwrap(), []);
@@ -476,7 +476,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_give_events_or_an_error(
+    fn arbitrary_bytes_give_events_or_an_error(
         bytes in prop::collection::vec(any::<u8>(), 0..300),
         sizes in prop::collection::vec(1usize..40, 1..5),
     ) {
