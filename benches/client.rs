@@ -1,7 +1,7 @@
-//! What the client for tokio costs, against the mock daemon, which runs in threads of this process.
+//! Cost of the tokio client with the mock daemon, which runs in threads of this process.
 //!
-//! Beside it is the floor: the blocking client of `p2pd_test_support::blocking_client`. All times are of one operation,
-//! also where many are under way at once.
+//! The floor beside it is `p2pd_test_support::blocking_client`. All times are per operation, also with many
+//! operations at once.
 
 use bytes::Bytes;
 use criterion::measurement::WallTime;
@@ -24,14 +24,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 
-/// What goes over a stream in one iteration, and in one call, in bytes.
+/// Number of bytes sent over a stream in one iteration, and in one write.
 const BULK: usize = 64 << 20;
 
 const PING: usize = 100;
 const SIZES: [(&str, usize); 3] = [("1 KiB", 1 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)];
 const PARALLEL: [usize; 2] = [1, 64];
 
-/// A mock daemon, for the rest of the process.
+/// A mock daemon that runs until the process ends.
 struct Daemon {
     control: Multiaddr,
     peer_id: PeerId,
@@ -80,7 +80,7 @@ fn current_thread() -> Runtime {
     built.expect("a runtime")
 }
 
-/// Measures what `operation` does, with so many tasks at it.
+/// Measures `operation`, run by this many tasks at once.
 fn measure<F, T>(b: &mut Bencher<'_>, runtime: &Runtime, parallel: usize, operation: F)
 where
     F: Fn() -> T + Clone + Send + 'static,
@@ -89,8 +89,8 @@ where
     b.iter_custom(|iterations| {
         let each = iterations.div_ceil(parallel as u64);
         let operation = operation.clone();
-        // In a task of its own: on the multi-threaded runtime, what `block_on` is given is the only
-        // one that does not run on a worker.
+        // In its own task, since on the multi-threaded runtime the future of `block_on` does not run on a
+        // worker.
         let elapsed = runtime.block_on(runtime.spawn(async move {
             let start = Instant::now();
             if parallel == 1 {
@@ -191,13 +191,13 @@ fn bench_streams(c: &mut Criterion) {
         let mut stream = open(STREAM_ECHO);
         b.iter_custom(|iterations| {
             runtime.block_on(async {
-                let mut room = [0; PING];
+                let mut buffer = [0; PING];
                 let start = Instant::now();
                 for _ in 0..iterations {
                     stream.write_all(&[7; PING]).await.expect("it is open");
-                    stream.read_exact(&mut room).await.expect("it comes back");
+                    stream.read_exact(&mut buffer).await.expect("it comes back");
                 }
-                assert_eq!(room, [7; PING]);
+                assert_eq!(buffer, [7; PING]);
                 start.elapsed()
             })
         });
@@ -213,12 +213,12 @@ fn bench_streams(c: &mut Criterion) {
     });
     group.bench_function("read", |b| {
         let mut stream = open(STREAM_SOURCE);
-        let mut room = vec![0; CHUNK];
+        let mut buffer = vec![0; CHUNK];
         b.iter(|| {
             runtime.block_on(async {
                 let mut left = BULK;
                 while left > 0 {
-                    let read = stream.read(&mut room[..CHUNK.min(left)]).await;
+                    let read = stream.read(&mut buffer[..CHUNK.min(left)]).await;
                     left -= read.expect("there is no end to it");
                 }
             });
@@ -268,7 +268,7 @@ fn bench_unary(c: &mut Criterion) {
         );
     }
 
-    // Handlers are called by the blocking client, which costs next to nothing.
+    // The blocking client calls the handlers, at almost no cost.
     let (serving, is_serving) = mpsc::channel();
     let floor = daemon.floor();
     thread::spawn(move || serve(floor, "floor", &serving));
@@ -307,7 +307,7 @@ fn bench_unary(c: &mut Criterion) {
     group.finish();
 }
 
-/// Measures calls of every size, one at a time and many.
+/// Measures calls of every size, sequential and concurrent.
 fn each_load(
     group: &mut BenchmarkGroup<'_, WallTime>,
     name: &str,

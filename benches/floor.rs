@@ -1,8 +1,7 @@
-//! The blocking client as a contender of `run.py`, against the mock daemon: what no client on that
-//! socket can be faster than.
+//! The blocking client as a contender of `run.py` with the mock daemon: the floor, which no client on that
+//! socket can beat.
 //!
-//! Usage: `floor CONTROL_MADDR PEER_ID`. It reads lines and answers them as `contender.py` does, which
-//! has them described.
+//! Usage: `floor CONTROL_MADDR PEER_ID`. It reads and answers the lines that `contender.py` describes.
 
 use p2pd_protocol::command::{control::Identify, streams::StreamOpen, unary::Upgrade, Typed as _};
 use p2pd_protocol::{Multiaddr, PeerId, PersistentClient, UnaryEvent, UnaryLimits};
@@ -16,13 +15,13 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use std::{error, fs, thread};
 
-/// The handler that is called here.
+/// Name of this process's handler.
 const HANDLER: &str = "floor";
 const PING: [u8; 100] = [b'p'; 100];
-/// What hivemind writes at once.
+/// Size of hivemind's writes, in bytes.
 const HIVEMIND_CHUNK: usize = 64 << 10;
 
-/// A contender, and the mock daemon that it talks to.
+/// A contender, and its mock daemon.
 struct Contender {
     control: Multiaddr,
     peer_id: PeerId,
@@ -49,7 +48,7 @@ fn main() -> Result<(), Box<dyn error::Error>> {
         let line = line?;
         let words: Vec<&str> = line.split(' ').collect();
         let numbers: Vec<usize> = words[1..].iter().flat_map(|word| word.parse()).collect();
-        // Peak memory from here on.
+        // Resets the peak memory.
         fs::write("/proc/self/clear_refs", "5")?;
         let (wall, cpu) = contender.round(words[0], &numbers)?;
         println!(
@@ -178,7 +177,7 @@ impl Contender {
         BlockingClient::open(&self.control, &self.peer_id, protocol)
     }
 
-    /// Serves calls, in a thread, from now on.
+    /// Starts to serve calls in a thread.
     fn serve(&mut self) {
         if !self.is_serving {
             let (serving, is_serving) = mpsc::channel();
@@ -189,21 +188,22 @@ impl Contender {
         }
     }
 
-    /// Has the mock daemon call; how long that took it.
+    /// Lets the mock daemon call the handler; returns the time that it took.
     fn load(&self, load: &str) -> Duration {
         let mut floor = BlockingClient::connect(&self.control);
         floor.first(&Upgrade.encoded());
-        let mut core = PersistentClient::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
+        let mut client = PersistentClient::<(), Vec<u8>>::new([8; 32], UnaryLimits::default());
         let mut out = bytes::BytesMut::new();
         let peer = self.peer_id.as_bytes();
-        core.call(peer, UNARY_LOAD, load.len(), (), Instant::now(), &mut out)
+        client
+            .call(peer, UNARY_LOAD, load.len(), (), Instant::now(), &mut out)
             .expect("it is small enough");
         out.extend_from_slice(load.as_bytes());
         floor.write(&out);
         loop {
             floor.read(1);
             let byte = floor.last()[0];
-            match core
+            match client
                 .poll(&mut &[byte][..])
                 .expect("the mock daemon is good")
             {
@@ -218,20 +218,20 @@ impl Contender {
     }
 }
 
-/// How long that takes, on the wall and of this process's CPU time.
+/// Returns the wall time and the CPU time of `work`.
 fn timed(work: impl FnOnce()) -> Times {
     let (wall, cpu) = (Instant::now(), cpu_time());
     work();
     (wall.elapsed(), cpu_time() - cpu)
 }
 
-/// This process's so far.
+/// CPU time of this process so far.
 fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::try_from(time).expect("it is not negative")
 }
 
-/// The most memory that was resident, in bytes.
+/// Peak resident memory, in bytes.
 fn peak() -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,5 +1,5 @@
-//! Cost of the protocol crate: messages to bytes and back, with no socket in between. Timed by criterion;
-//! or, with `--instructions`, run so often under valgrind (benches/instructions).
+//! Cost of the protocol crate: messages to bytes and back, without sockets. criterion measures the time;
+//! with `--instructions`, valgrind counts the instructions (benches/instructions).
 
 use bytes::{Bytes, BytesMut};
 use criterion::{Criterion, Throughput};
@@ -21,7 +21,7 @@ const ADDRS: [&str; 3] = [
     "/dns4/bootstrap.example.org/tcp/443/wss/p2p/QmS5QmciTXXnCUCyxud5eWFenUMAmvAWSDa1c7dvdXRMZ7",
 ];
 
-/// How much a driver reads at once, in bytes.
+/// Size of one read of a driver, in bytes.
 const READ: usize = 64 << 10;
 
 const SIZES: [(&str, usize); 4] = [
@@ -31,10 +31,10 @@ const SIZES: [(&str, usize); 4] = [
     ("1 MiB", 1 << 20),
 ];
 
-/// How often each is run to be counted.
+/// Number of runs in which instructions are counted.
 const COUNT: usize = 100;
 
-/// Something that is done again and again.
+/// An operation to repeat.
 struct Operation {
     group: &'static str,
     name: String,
@@ -60,7 +60,7 @@ impl Operation {
     }
 }
 
-/// One of many peers: an inlined Ed25519 key, as most are.
+/// One of many peers, with an inlined Ed25519 key as is usual.
 fn peer(number: u8) -> PeerId {
     PeerId::from_bytes([&[0, 36, 8, 1, 18, 32][..], &[number; 32]].concat())
 }
@@ -88,7 +88,7 @@ fn ok() -> p2pd::Response {
     }
 }
 
-/// Sends a request and reads the whole of its answer; says how many events that had.
+/// Sends a request and reads its answer; returns the number of events.
 fn exchange(exchange: &mut ClientExchange, request: &EncodedRequest, answer: &[u8]) -> usize {
     black_box(exchange.send(request).expect("the connection is ready"));
     exchange.receive(answer);
@@ -112,7 +112,7 @@ fn framing() -> Vec<Operation> {
     }
     let mut buffer = BytesMut::new();
     let split = move || {
-        // As a read would.
+        // Like the read of a driver.
         buffer.extend_from_slice(&frames);
         let mut count = 0;
         while let Ok(Some(frame)) = framing::split_frame(&mut buffer, 1000) {
@@ -184,7 +184,7 @@ fn requests() -> Vec<Operation> {
             assert_eq!(exchange(&mut third, &request.encoded(), &found), 21);
         }),
         Operation::new("requests", "stream_open", move || {
-            // It ends as a stream.
+            // The connection becomes a stream.
             let mut connection = ClientExchange::new(Limits::default());
             let request = streams::StreamOpen {
                 peer: remote.clone(),
@@ -211,7 +211,7 @@ fn unary() -> Vec<Operation> {
     calls.into_iter().chain(served).collect()
 }
 
-/// The payload of the call is no part of what is encoded; that of the reply is received.
+/// A call, whose payload is not encoded, and its reply, whose payload is received.
 fn call(size: usize) -> Box<dyn FnMut()> {
     let remote = peer(1);
     let mut connection = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
@@ -234,7 +234,7 @@ fn call(size: usize) -> Box<dyn FnMut()> {
     })
 }
 
-/// Likewise, the other way round.
+/// An incoming call and its reply.
 fn serve(size: usize) -> Box<dyn FnMut()> {
     let mut connection = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
@@ -255,7 +255,7 @@ fn serve(size: usize) -> Box<dyn FnMut()> {
     })
 }
 
-/// A message of the daemon on a persistent connection.
+/// Encodes a message of the daemon on a persistent connection.
 fn incoming(message: response_to_call::Message) -> p2pd::PersistentConnectionResponse {
     p2pd::PersistentConnectionResponse {
         call_id: Some(vec![7; 16].into()),
@@ -263,16 +263,16 @@ fn incoming(message: response_to_call::Message) -> p2pd::PersistentConnectionRes
     }
 }
 
-/// Reads one message as a driver does: some at a time, and a large payload straight into its place.
+/// Reads one message as a driver does: in pieces, and a large payload straight into its buffer.
 fn receive(
     connection: &mut PersistentClient<(), Vec<u8>>,
     mut message: &[u8],
 ) -> UnaryEvent<(), Vec<u8>> {
     loop {
         let mut input = &[][..];
-        if let Some(room) = connection.payload_buffer() {
-            let (payload, rest) = message.split_at(room.len().min(message.len()));
-            room[..payload.len()].copy_from_slice(payload);
+        if let Some(buffer) = connection.payload_buffer() {
+            let (payload, rest) = message.split_at(buffer.len().min(message.len()));
+            buffer[..payload.len()].copy_from_slice(payload);
             connection.payload_filled(payload.len());
             message = rest;
         } else {
@@ -318,7 +318,7 @@ fn values() -> Vec<Operation> {
     operations
 }
 
-/// Runs them as benches/instructions/callgrind.py wants it: between two calls of getppid().
+/// Runs the operations for benches/instructions/callgrind.py: each between two calls of getppid().
 fn count(operations: &mut [Operation]) {
     for Operation { name, run, .. } in operations {
         let mut run_and_mark = || {

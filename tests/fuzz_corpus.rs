@@ -1,4 +1,4 @@
-//! The fuzz targets' seeds and committed corpus, replayed: what libFuzzer found once stays found.
+//! Replays the seeds and the committed corpora of the fuzz targets.
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
@@ -8,19 +8,19 @@ use std::panic::catch_unwind;
 use std::path::Path;
 
 fn run(target: fuzz::Target, name: &str, input: &[u8]) {
-    // Says which, since a target only says what.
+    // Names the input, which the target's panic does not.
     if catch_unwind(|| target(input)).is_err() {
         panic!("{name} fails");
     }
 }
 
 #[test]
-fn seeds_hold_whatever_their_pieces() {
+fn seeds_pass_however_they_are_split() {
     for (name, seeds) in fuzz::seeds() {
         let (_, target) = fuzz::TARGETS[fuzz::TARGETS.partition_point(|(known, _)| *known < name)];
         for (number, seed) in seeds.into_iter().enumerate() {
             run(target, &format!("{name}: seed {number}"), &seed);
-            // Every prefix, and every byte another.
+            // Every prefix, and every byte changed.
             for at in 0..seed.len() {
                 run(
                     target,

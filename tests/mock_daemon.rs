@@ -1,4 +1,4 @@
-//! The mock daemon of the benchmarks, between two persistent connections.
+//! The mock daemon of the benchmarks, with clients on persistent connections.
 #![cfg(unix)]
 
 use bytes::BytesMut;
@@ -42,17 +42,17 @@ impl Daemon {
         assert!(matches!(ask(&socket, &Upgrade.encoded()), Event::Reply(_)));
         Client {
             socket,
-            core: PersistentClient::new([7; 32], UnaryLimits::default()),
+            client: PersistentClient::new([7; 32], UnaryLimits::default()),
             out: BytesMut::new(),
             input: Vec::new(),
         }
     }
 
-    /// A client that serves a name.
+    /// A client that handles calls of a name.
     fn handler(&self, name: &str, balanced: bool) -> Client {
         let mut client = self.client();
         client
-            .core
+            .client
             .add_handler(name, balanced, 0, &mut client.out)
             .unwrap();
         assert_eq!(client.event(), UnaryEvent::Acknowledged { token: 0 });
@@ -74,10 +74,10 @@ fn ask(mut socket: &Socket, request: &EncodedRequest) -> Event {
     }
 }
 
-/// A blocking client, which does not read while it writes.
+/// A blocking client that does not read while it writes.
 struct Client {
     socket: Socket,
-    core: PersistentClient<u32, Vec<u8>>,
+    client: PersistentClient<u32, Vec<u8>>,
     out: BytesMut,
     input: Vec<u8>,
 }
@@ -86,7 +86,7 @@ impl Client {
     fn call(&mut self, name: &str, payload: &[u8], token: u32) -> CallId {
         let (len, out) = (payload.len(), &mut self.out);
         let id = self
-            .core
+            .client
             .call(b"peer", name, len, token, Instant::now(), out);
         self.out.extend_from_slice(payload);
         self.flush();
@@ -94,7 +94,7 @@ impl Client {
     }
 
     fn reply(&mut self, id: &CallId, payload: &[u8]) {
-        assert!(self.core.reply(id, payload.len(), &mut self.out));
+        assert!(self.client.reply(id, payload.len(), &mut self.out));
         self.out.extend_from_slice(payload);
         self.flush();
     }
@@ -103,12 +103,12 @@ impl Client {
         (&self.socket).write_all(&self.out.split()).unwrap();
     }
 
-    /// The next event.
+    /// Reads the next event.
     fn event(&mut self) -> Reply {
         self.flush();
         loop {
             let mut input = &self.input[..];
-            let event = self.core.poll(&mut input).unwrap();
+            let event = self.client.poll(&mut input).unwrap();
             self.input = input.to_vec();
             if let Some(event) = event {
                 return event;
@@ -128,7 +128,7 @@ impl Client {
     }
 }
 
-/// Fails if `test` has not ended in time.
+/// Runs `test`, and fails if it takes too long.
 fn within_time(test: impl FnOnce() + Send + 'static) {
     let (ended, end) = mpsc::channel();
     let tested = thread::spawn(move || {
@@ -195,7 +195,9 @@ fn forwards_calls_and_replies() {
         }
         caller.call("name", b"", 2);
         let (id, _) = handler.called();
-        handler.core.reply_error(&id, "it failed", &mut handler.out);
+        handler
+            .client
+            .reply_error(&id, "it failed", &mut handler.out);
         handler.flush();
         let error = "it failed".to_owned();
         assert_eq!(
@@ -214,7 +216,7 @@ fn balanced_handlers_serve_in_turn() {
         let mut handlers = [daemon.handler("name", true), daemon.handler("name", true)];
         let mut caller = daemon.client();
         caller
-            .core
+            .client
             .add_handler("name", false, 9, &mut caller.out)
             .unwrap();
         let words = "handler for the protocol already set";
@@ -232,20 +234,20 @@ fn balanced_handlers_serve_in_turn() {
 }
 
 #[test]
-fn a_cancel_reaches_the_handler() {
+fn cancel_reaches_the_handler() {
     within_time(|| {
         let daemon = Daemon::start();
         let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
         let call = caller.call("name", b"", 1);
         let (id, _) = handler.called();
         let later = Instant::now() + Duration::from_secs(1);
-        caller.core.cancel(&call, later, &mut caller.out);
+        caller.client.cancel(&call, later, &mut caller.out);
         caller.flush();
         assert_eq!(handler.event(), UnaryEvent::Cancelled { id });
-        // The load's calls, too.
+        // The load's calls are cancelled too.
         let load = caller.call(UNARY_LOAD, b"name 100 3 3", 2);
         let ids = [0; 3].map(|_| handler.called().0);
-        caller.core.cancel(&load, later, &mut caller.out);
+        caller.client.cancel(&load, later, &mut caller.out);
         caller.flush();
         for _ in ids {
             let event = handler.event();
@@ -255,7 +257,7 @@ fn a_cancel_reaches_the_handler() {
 }
 
 #[test]
-fn a_closed_connection_cancels_its_calls_and_fails_those_it_serves() {
+fn closed_connection_cancels_its_calls_and_fails_those_it_handles() {
     within_time(|| {
         let daemon = Daemon::start();
         let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
@@ -280,7 +282,7 @@ fn a_closed_connection_cancels_its_calls_and_fails_those_it_serves() {
 }
 
 #[test]
-fn a_load_is_timed_and_its_replies_checked() {
+fn measures_a_load_and_checks_its_replies() {
     within_time(|| {
         let daemon = Daemon::start();
         let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
@@ -313,7 +315,7 @@ fn a_load_is_timed_and_its_replies_checked() {
 }
 
 #[test]
-fn a_handler_that_does_not_read_while_it_writes_serves_more_than_sockets_hold() {
+fn handler_that_does_not_read_while_it_writes_serves_more_than_sockets_hold() {
     within_time(|| {
         let daemon = Daemon::start();
         let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());

@@ -1,4 +1,4 @@
-//! Writes the seeds into the directory it is given, a folder for each target.
+//! Writes the seeds to a directory: one folder per target.
 
 use std::{env, fs, path::Path};
 

@@ -1,4 +1,4 @@
-//! Counts what is allocated: what a decoder is given is to bound what it takes.
+//! Counts allocations, so that a target can bound a decoder's memory by the size of its input.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,21 +8,21 @@ thread_local! {
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
-/// The system's allocator, with a count for each thread.
+/// The system's allocator, with a counter per thread.
 struct Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 fn count(change: isize) {
-    // There is nothing to count while a thread ends.
+    // The counter is gone while a thread ends.
     let _ = HELD.try_with(|held| {
         held.set(held.get() + change);
         let _ = PEAK.try_with(|peak| peak.set(peak.get().max(held.get())));
     });
 }
 
-// SAFETY: everything is the system allocator's; counting neither allocates nor panics.
+// SAFETY: calls are passed on unchanged; counting neither allocates nor panics.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -46,7 +46,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What `run` gives, and the most bytes that it held at any time beyond those before it.
+/// Returns the result of `run` and its peak memory, in bytes.
 pub fn measured<T>(run: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);

@@ -1,4 +1,4 @@
-//! Whatever a client may send to a server.
+//! Arbitrary requests to a server.
 
 use super::{bounded, pieces};
 use bytes::Bytes;
@@ -11,7 +11,7 @@ struct Outcome {
     rest: Bytes,
 }
 
-/// Gives the bytes to a server as a driver does, which refuses every request.
+/// Feeds a server, as a driver that refuses every request.
 fn run(limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
     let mut server = ServerExchange::new(limits);
     let mut commands = Vec::new();
@@ -25,7 +25,7 @@ fn run(limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
             server.refuse("no").expect("it is being served");
         }
     }
-    // After an error the rest is undefined.
+    // After an error the remainder is unspecified.
     let failed = server.state() == State::Failed;
     Outcome {
         commands,
@@ -38,7 +38,7 @@ fn run(limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
     }
 }
 
-/// What a client says: a byte for the pieces, one for the limit, then the bytes.
+/// The bytes of a client. The input is a byte for the pieces, one for the limit, then the bytes.
 pub fn commands(data: &[u8]) {
     let &[seed, limit, ref bytes @ ..] = data else {
         return;
@@ -50,7 +50,7 @@ pub fn commands(data: &[u8]) {
         assert_eq!(run(bytes, seed), outcome);
     }
     for command in outcome.commands.into_iter().flatten() {
-        // Written in one way here, the same request may take more bytes than the client's.
+        // Encoded here, the same request may be longer than the client's.
         let again = self::run(Limits::default(), &command.encode(), 255);
         assert_eq!(again.commands, [Ok(command)]);
         assert_eq!(again.state, State::Ready);

@@ -1,4 +1,4 @@
-//! Answers to every kind of request.
+//! Arbitrary answers to every kind of request.
 
 use super::{bounded, pieces};
 use bytes::Bytes;
@@ -9,10 +9,10 @@ use p2pd_protocol::{
     ClientExchange, EncodedRequest, Error, Event, Limits, Multiaddr, PeerId, ServerExchange, State,
 };
 
-/// How many kinds of request there are.
+/// Number of kinds of request.
 pub const KINDS: u8 = 26;
 
-/// A request of each kind.
+/// Returns a request of a kind.
 pub fn command(kind: u8) -> Command {
     let peer = PeerId::from_bytes(&[0, 2, 7, 7][..]);
     let addr = Multiaddr::from_bytes(&[4, 127, 0, 0, 1][..]);
@@ -92,7 +92,7 @@ struct Outcome {
     rest: Bytes,
 }
 
-/// Gives the bytes to an exchange as a driver does.
+/// Feeds an exchange, as a driver does.
 fn run(request: &EncodedRequest, limits: Limits, bytes: &[u8], seed: u8) -> Outcome {
     let mut exchange = ClientExchange::new(limits);
     exchange.send(request).unwrap();
@@ -109,7 +109,7 @@ fn run(request: &EncodedRequest, limits: Limits, bytes: &[u8], seed: u8) -> Outc
         }
     }
     if exchange.state() == State::Ready {
-        // What nobody asked for is found before the next request, not taken for its answer.
+        // Unexpected bytes fail the connection before the next request.
         let reusable = exchange.is_reusable();
         assert_eq!(exchange.send(request).is_ok(), reusable);
         if reusable {
@@ -138,8 +138,8 @@ fn run(request: &EncodedRequest, limits: Limits, bytes: &[u8], seed: u8) -> Outc
     }
 }
 
-/// What a daemon says: a byte for the kind of request, one for the pieces, one for the limits, then
-/// the bytes.
+/// The bytes of a daemon. The input is a byte for the kind of request, one for the pieces, one for the limits,
+/// then the bytes.
 pub fn exchange(data: &[u8]) {
     let &[kind, seed, limit, ref bytes @ ..] = data else {
         return;
@@ -174,7 +174,7 @@ pub fn exchange(data: &[u8]) {
             assert_eq!(items, 1);
         }
         let mut again = encode(&command, &outcome.events);
-        // What the daemon says is written in one way here, which may take more bytes than its own.
+        // Encoded here, the same answer may be longer than the daemon's.
         let limits = Limits::default()
             .with_max_frame(limits.max_frame + 256)
             .with_max_answer(2 * limits.max_answer + 256);
@@ -185,7 +185,7 @@ pub fn exchange(data: &[u8]) {
     }
 }
 
-/// The bytes in which the server's half says this.
+/// Encodes these events with a server.
 fn encode(command: &Command, events: &[Event]) -> Vec<u8> {
     let mut server = ServerExchange::new(Limits::default());
     server.receive(&command.encode());
@@ -195,7 +195,7 @@ fn encode(command: &Command, events: &[Event]) -> Vec<u8> {
         let frames = match event {
             Event::Value(reply) | Event::Reply(reply) => server.send(reply),
             Event::Refused(words) => server.refuse(words),
-            // A query's only value is its whole answer.
+            // The only value of a query is its whole answer.
             Event::End if server.state() == State::Ready => continue,
             Event::End => server.end(),
             other => panic!("{other:?}"),
@@ -206,7 +206,7 @@ fn encode(command: &Command, events: &[Event]) -> Vec<u8> {
     out
 }
 
-/// The bytes in which the server's half answers a request of this kind.
+/// Encodes the answer to a request of this kind with a server.
 pub fn answer(kind: u8, events: &[Event]) -> Vec<u8> {
     encode(&command(kind), events)
 }

@@ -1,7 +1,7 @@
-//! The fuzz targets: each gives bytes to one entry of the protocol and checks what must hold whatever
-//! they are. `fuzz_targets/` has them run by libFuzzer; `tests/fuzz_corpus.rs` replays the
-//! committed corpus. A panic is a failure, and so is more memory than the bytes account for, or a
-//! result that depends on the pieces they came in.
+//! The fuzz targets. Each feeds bytes to one entry point of the protocol and checks its invariants.
+//! `fuzz_targets/` runs them with libFuzzer; `tests/fuzz_corpus.rs` replays the committed corpus. A target
+//! fails on a panic, on too much memory for the size of the input, and on a result that depends on how the
+//! bytes were split.
 
 mod allocations;
 mod commands;
@@ -24,10 +24,10 @@ use p2pd_protocol::pb::p2pd;
 use p2pd_protocol::{FrameDecoder, Multiaddr, PeerId, PublicKey};
 use prost::Message as _;
 
-/// A target.
+/// A fuzz target.
 pub type Target = fn(&[u8]);
 
-/// All of them, by the names of their corpora.
+/// All targets, by the names of their corpora.
 pub const TARGETS: [(&str, Target); 10] = [
     ("commands", commands),
     ("exchange", exchange),
@@ -41,7 +41,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("public_key", public_key),
 ];
 
-/// `run` within so many bytes for each byte of input, and some for what has to be there anyway.
+/// Runs `run` and bounds its memory: `times` bytes per byte of input, and a constant.
 fn bounded<T>(input: usize, times: usize, run: impl FnOnce() -> T) -> T {
     let (result, peak) = measured(run);
     assert!(
@@ -51,7 +51,7 @@ fn bounded<T>(input: usize, times: usize, run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Cuts `bytes` up: for each seed in another way, 0 into single bytes and 255 not at all.
+/// Splits `bytes`, differently for each seed: 0 into single bytes, 255 not at all.
 fn pieces(bytes: &[u8], seed: u8) -> impl Iterator<Item = &[u8]> {
     let mut rest = bytes;
     let mut state = u32::from(seed);
@@ -71,7 +71,7 @@ fn pieces(bytes: &[u8], seed: u8) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Messages in bytes: a byte for the pieces, one for the limit, then the bytes.
+/// Framing. The input is a byte for the pieces, one for the limit, then the bytes.
 pub fn framing(data: &[u8]) {
     let &[seed, limit, ref bytes @ ..] = data else {
         return;
@@ -114,7 +114,7 @@ pub fn framing(data: &[u8]) {
     }
 }
 
-/// The messages that stand alone: the head of an inbound stream, and what a subscription brings.
+/// The messages outside of exchanges: the header of an inbound stream, and those of a subscription.
 pub fn heads(data: &[u8]) {
     if let Ok(info) = bounded(data.len(), 64, || streams::decode_stream_info(data)) {
         let message = p2pd::StreamInfo {
@@ -157,9 +157,9 @@ pub fn multiaddr_text(data: &[u8]) {
 /// The bytes of a multiaddr.
 pub fn multiaddr_bytes(data: &[u8]) {
     let addr = Multiaddr::from_bytes(Bytes::copy_from_slice(data));
-    bounded(data.len(), 192, || whatever_it_is(&addr)); // all of it at once
+    bounded(data.len(), 192, || whatever_it_is(&addr)); // in one piece
     if addr.components().is_ok() {
-        // Of a path, text has neither whether it had its slash nor, as in Go, those at its end.
+        // Text does not preserve a missing leading slash or trailing slashes of a path, as in Go.
         let text = addr.to_string();
         if let Ok(again) = text.parse::<Multiaddr>() {
             assert_eq!(again.to_string(), text.trim_end_matches('/'));
@@ -201,7 +201,7 @@ pub fn peer_id(data: &[u8]) {
     match peer.validate() {
         Ok(()) if data.len() < 300 => {
             assert_eq!(cid.parse().as_ref(), Ok(&peer));
-            // Go, too, reads nothing else as base58.
+            // Like Go, reads nothing else as base58.
             if text.starts_with("Qm") || text.starts_with('1') {
                 assert_eq!(text.parse(), Ok(peer));
             }
@@ -223,7 +223,7 @@ pub fn peer_id(data: &[u8]) {
 pub fn public_key(data: &[u8]) {
     if let Ok(key) = bounded(data.len(), 16, || PublicKey::decode(data)) {
         let encoded = key.encode();
-        // A negative type may come in less bytes than it is written in.
+        // A negative type may be encoded in fewer bytes than here.
         assert!(encoded.len() <= data.len() + 9);
         assert_eq!(PublicKey::decode(&encoded).as_ref(), Ok(&key));
         assert!(key.peer_id().is_valid());

@@ -1,4 +1,4 @@
-//! The persistent connection: bytes in any pieces, between calls, cancels, replies and reminders.
+//! The client's end of a persistent connection: arbitrary bytes between calls, cancels and replies.
 
 use super::{allocations::measured, pieces};
 use bytes::{Bytes, BytesMut};
@@ -14,13 +14,13 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-type Event = UnaryEvent<u32, Room>;
+type Event = UnaryEvent<u32, Buffer>;
 
-/// A payload, shown as its beginning and size.
+/// A payload, whose debug form is its beginning and size.
 #[derive(Clone, PartialEq, PartialOrd, Eq, Ord)]
-pub struct Room(pub Vec<u8>);
+pub struct Buffer(pub Vec<u8>);
 
-impl Payload for Room {
+impl Payload for Buffer {
     fn with_len(len: usize) -> Option<Self> {
         Some(Self(vec![0; len]))
     }
@@ -34,7 +34,7 @@ impl Payload for Room {
     }
 }
 
-impl fmt::Debug for Room {
+impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = &self.0[..self.0.len().min(40)];
         write!(
@@ -46,25 +46,25 @@ impl fmt::Debug for Room {
     }
 }
 
-/// How bytes get in.
+/// How bytes are fed.
 #[derive(Clone, Copy)]
 struct Feeding {
-    /// Of the pieces.
+    /// Seed of the pieces.
     seed: u8,
-    /// Large payloads are read into their own place.
+    /// Whether large payloads are read into their buffers.
     in_place: bool,
 }
 
-/// What one script came to.
+/// Log of one script.
 #[derive(Debug, PartialEq)]
 struct Log {
     events: Vec<Event>,
     error: Option<Error>,
     /// What went out, in the order of its bytes: the calls at work are left in none.
-    sent: Vec<Room>,
+    sent: Vec<Buffer>,
 }
 
-/// The script: a byte for the pieces, one for the limits, then operations.
+/// A script. The input is a byte for the pieces, one for the limits, then operations.
 pub fn persistent(data: &[u8]) {
     let &[seed, limits, ref script @ ..] = data else {
         return;
@@ -77,10 +77,10 @@ pub fn persistent(data: &[u8]) {
     let run = |seed, in_place| {
         let feeding = Feeding { seed, in_place };
         let ((log, bytes), peak) = measured(|| Run::new(limits, feeding, script).finish());
-        // One payload's room is there before its bytes are.
-        let room = max_message + (64 << 10);
+        // The buffer of one payload is allocated before all of its bytes arrive.
+        let buffer = max_message + (64 << 10);
         assert!(
-            peak <= room + 96 * (script.len() + bytes) + 16_384,
+            peak <= buffer + 96 * (script.len() + bytes) + 16_384,
             "{bytes} bytes in and out made it hold {peak}"
         );
         log
@@ -99,20 +99,20 @@ enum Asked {
 }
 
 struct Run<'a> {
-    connection: PersistentClient<u32, Room>,
+    connection: PersistentClient<u32, Buffer>,
     limits: UnaryLimits,
     feeding: Feeding,
     script: &'a [u8],
     out: BytesMut,
     elapsed: Duration,
-    /// Every call id there was.
+    /// All call ids so far.
     ids: Vec<CallId>,
-    /// What must be answered, at most once.
+    /// The calls and requests that may be answered, at most once.
     waiting: BTreeMap<u32, (CallId, Asked)>,
-    /// The calls at work: the size of their payloads, and whether they are cancelled.
+    /// The incoming calls: the size of their payloads, and whether they were cancelled.
     serving: BTreeMap<CallId, (usize, bool)>,
     events: Vec<Event>,
-    /// How many bytes came in.
+    /// Number of bytes fed.
     fed: usize,
 }
 
@@ -158,7 +158,7 @@ impl<'a> Run<'a> {
         self.ids[at % self.ids.len()]
     }
 
-    /// The script to its end, or to the connection's.
+    /// Runs the script until it or the connection ends.
     fn finish(mut self) -> (Log, usize) {
         let mut error = None;
         while error.is_none() && !self.script.is_empty() {
@@ -293,11 +293,11 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A message that is well-formed, but for what the script puts into it.
+    /// Makes a message that is well-formed, except for what the script puts into it.
     fn message(&mut self, op: u8) -> Bytes {
         let (kind, id, len) = (self.byte(), self.id(), usize::from(self.byte()));
         let payload = Bytes::from(vec![b'z'; len * [1, 100, 1000][usize::from(op % 3)]]);
-        self.fed += payload.len(); // it is made, if not sent
+        self.fed += payload.len(); // counted even if not fed
         let message = match kind % 8 {
             0 | 1 => Some(Message::CallUnaryResponse(p2pd::CallUnaryResponse {
                 result: Some(Outcome::Response(payload)),
@@ -317,7 +317,7 @@ impl<'a> Run<'a> {
             _ => None,
         };
         let id = match kind / 8 % 4 {
-            // One of the peer's own.
+            // An id that the peer chose.
             0 if matches!(kind % 8, 3 | 4) => [kind; 16].to_vec(),
             3 if kind > 200 => self.bytes().to_vec(),
             _ => id.to_vec(),
@@ -353,10 +353,10 @@ impl<'a> Run<'a> {
             },
         ) {
             if self.feeding.in_place {
-                if let Some(room) = self.connection.payload_buffer() {
-                    assert!(!room.is_empty());
-                    let count = room.len().min(input.len());
-                    room[..count].copy_from_slice(&input[..count]);
+                if let Some(buffer) = self.connection.payload_buffer() {
+                    assert!(!buffer.is_empty());
+                    let count = buffer.len().min(input.len());
+                    buffer[..count].copy_from_slice(&input[..count]);
                     self.connection.payload_filled(count);
                     input = &input[count..];
                 }
@@ -404,8 +404,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What was sent, message by message: all of it what the daemon takes.
-fn messages(mut out: Bytes, max_message: usize) -> Vec<Room> {
+/// Splits the output into messages, each of which the daemon accepts.
+fn messages(mut out: Bytes, max_message: usize) -> Vec<Buffer> {
     let mut messages = Vec::new();
     while !out.is_empty() {
         let message = p2pd::PersistentConnectionRequest::decode_length_delimited(&mut out).unwrap();
@@ -416,12 +416,12 @@ fn messages(mut out: Bytes, max_message: usize) -> Vec<Room> {
         );
         assert_eq!(message.call_id.as_ref().map(Bytes::len), Some(16));
         assert!(message.message.is_some());
-        messages.push(Room(message.encode_to_vec()));
+        messages.push(Buffer(message.encode_to_vec()));
     }
     messages
 }
 
-/// A script that makes a call and has these bytes come in.
+/// A script that makes a call and is fed these bytes.
 pub fn script(bytes: &[&[u8]]) -> Vec<u8> {
     let mut script = vec![3, 1, 0, 4, b'p', b'e', b'e', b'r', 2];
     for bytes in bytes {
@@ -433,7 +433,7 @@ pub fn script(bytes: &[&[u8]]) -> Vec<u8> {
     script
 }
 
-/// The messages of a persistent connection, one of each kind, for calls that its first ones are.
+/// A daemon's messages of each kind, which answer the first calls of the client.
 pub fn samples() -> Vec<Bytes> {
     let mut connection = PersistentClient::<u32, Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();

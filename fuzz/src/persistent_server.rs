@@ -1,24 +1,24 @@
-//! The daemon's end of a persistent connection: whatever a client may send, in any pieces.
+//! The daemon's end of a persistent connection: arbitrary bytes of a client, in any pieces.
 
-use super::persistent::Room;
+use super::persistent::Buffer;
 use super::{bounded, pieces};
 use bytes::BytesMut;
 use p2pd_protocol::unary::server::{PersistentServer, ServerEvent, ServerLimits};
 use p2pd_protocol::Error;
 use std::collections::BTreeSet;
 
-type Event = ServerEvent<u32, Room>;
+type Event = ServerEvent<u32, Buffer>;
 
-/// Gives the bytes to a server as a driver does, which answers every call at once or never.
+/// Feeds a server, as a driver that answers every call at once or never.
 fn run(
     limits: ServerLimits,
     bytes: &[u8],
     seed: u8,
     in_place: bool,
 ) -> (Vec<Event>, Option<Error>) {
-    let mut server = PersistentServer::<u32, Room>::new([7; 32], limits);
+    let mut server = PersistentServer::<u32, Buffer>::new([7; 32], limits);
     let mut out = BytesMut::new();
-    // Two calls that the client handles: its replies to them are in the seeds.
+    // Two calls that the client handles; the seeds have its replies to them.
     let mut handled: BTreeSet<u32> = (0..2)
         .filter(|token| {
             server
@@ -31,9 +31,9 @@ fn run(
     for piece in pieces(bytes, seed) {
         let mut input = piece;
         if in_place {
-            if let Some(room) = server.payload_buffer() {
-                let count = room.len().min(input.len());
-                room[..count].copy_from_slice(&input[..count]);
+            if let Some(buffer) = server.payload_buffer() {
+                let count = buffer.len().min(input.len());
+                buffer[..count].copy_from_slice(&input[..count]);
                 server.payload_filled(count);
                 input = &input[count..];
             }
@@ -72,7 +72,7 @@ fn run(
     (events, None)
 }
 
-/// A byte for the pieces, one for the limits, then what the client sends.
+/// The bytes of a client. The input is a byte for the pieces, one for the limits, then the bytes.
 pub fn persistent_server(data: &[u8]) {
     let &[seed, limit, ref bytes @ ..] = data else {
         return;
@@ -81,7 +81,7 @@ pub fn persistent_server(data: &[u8]) {
     limits.max_message = [300, 20_000, 300_000][usize::from(limit % 3)];
     limits.max_calls = 2 + usize::from(limit / 3 % 8);
     limits.max_call_bytes = 100_000;
-    // A payload's room is there before the whole of it has come.
+    // The buffer of a payload is allocated before all of its bytes arrive.
     let run = |seed, in_place| {
         bounded(bytes.len() + 2048, 160, || {
             run(limits, bytes, seed, in_place)
@@ -92,7 +92,7 @@ pub fn persistent_server(data: &[u8]) {
     assert_eq!(run(0, seed % 2 == 0), outcome);
 }
 
-/// The messages of a client, one of each kind, for a server's two calls.
+/// A client's messages of each kind, which answer the server's two calls.
 pub fn samples() -> Vec<Vec<u8>> {
     use p2pd_protocol::{PersistentClient, UnaryLimits};
     use std::time::{Duration, Instant};

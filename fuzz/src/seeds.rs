@@ -1,4 +1,4 @@
-//! What the fuzzer begins with: valid input for every target.
+//! The seeds of the fuzzer: valid input for every target.
 
 use super::{exchange, persistent, persistent_server};
 use bytes::Bytes;
@@ -35,7 +35,7 @@ const ADDRS: [&str; 16] = [
     "/ip4/1.2.3.4/sctp/5/utp/http",
 ];
 
-/// For every target.
+/// Returns the seeds of every target.
 pub fn seeds() -> Vec<(&'static str, Vec<Vec<u8>>)> {
     let messages = persistent::samples();
     let all: Vec<&[u8]> = messages.iter().map(|message| &message[..]).collect();
@@ -44,7 +44,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         .map(|message| persistent::script(&[message]))
         .collect();
     scripts.push(persistent::script(&all));
-    // A large reply in pieces, between everything else.
+    // A large reply in pieces, among everything else.
     scripts.push(vec![
         40, 2, 0, 1, b'p', 9, 2, 2, b'h', b'i', 12, 3, 5, 250, 2, b'h', b'i', 6, 3, 4, 1, 13, 0, 1,
         255, 7, 2, 100, 8, 2, 3, b'w', b'h', b'y', 6, 60, 12, 6, 0, 0, 10, 5, 0, 14, 7, 2, 0, 9, 3,
@@ -115,18 +115,18 @@ fn stream_info() -> StreamInfo {
     }
 }
 
-/// Every message of a client, and all of them in a row.
+/// Every message of a client, and all of them in sequence.
 fn persistent_servers() -> Vec<Vec<u8>> {
     let samples = persistent_server::samples();
     let (small, all) = (&samples[..samples.len() - 1], samples.concat());
     let seed = |bytes: &[u8]| [&[2, 2], bytes].concat();
-    // Each byte of a seed is changed in turn by a test: the large one is cut.
+    // A test changes each byte of a seed in turn, so the large seed is truncated.
     let mut seeds: Vec<_> = small.iter().map(|bytes| seed(bytes)).collect();
     seeds.push(seed(&all[..all.len() - 19_900]));
     seeds
 }
 
-/// Every kind of request, and all of them in a row.
+/// Every kind of request, and all of them in sequence.
 fn commands() -> Vec<Vec<u8>> {
     let frames: Vec<_> = (0..exchange::KINDS)
         .map(|kind| exchange::command(kind).encode())

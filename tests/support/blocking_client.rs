@@ -1,6 +1,5 @@
-//! The blocking client: it writes the same frames as the clients do and counts the bytes that come
-//! back. No client on that socket can be faster. It talks to the mock daemon alone, and panics where
-//! that is not there.
+//! The blocking client: it writes the same frames as other clients and counts the bytes that come back. No
+//! client on that socket can be faster. It works only with the mock daemon, and panics on every error.
 
 use crate::socket::Socket;
 use bytes::BytesMut;
@@ -11,15 +10,15 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How much is read and written at a time, in bytes.
+/// Size of reads and writes, in bytes.
 pub const CHUNK: usize = 256 << 10;
-/// What the payloads of calls are full of.
+/// The byte that fills the payloads.
 const PAYLOAD: u8 = 7;
 
 /// A connection of the blocking client.
 pub struct BlockingClient {
     socket: Socket,
-    room: Vec<u8>,
+    buffer: Vec<u8>,
 }
 
 impl BlockingClient {
@@ -28,7 +27,7 @@ impl BlockingClient {
         let endpoint = control.endpoint().expect("a control address");
         Self {
             socket: Socket::connect(&endpoint).expect("the mock daemon listens"),
-            room: Vec::new(),
+            buffer: Vec::new(),
         }
     }
 
@@ -42,9 +41,9 @@ impl BlockingClient {
         }
         .encoded();
         floor.write(request.frame());
-        // The answer, of which the length is in the first byte, and nothing of the stream.
+        // Reads the answer, whose length is in the first byte, and nothing of the stream.
         floor.read(1);
-        floor.read(usize::from(floor.room[0]));
+        floor.read(usize::from(floor.buffer[0]));
         floor
     }
 
@@ -53,24 +52,23 @@ impl BlockingClient {
         write(&self.socket, bytes);
     }
 
-    /// Reads so many bytes and drops them, but for the last read's.
+    /// Reads `count` bytes. Only those of the last read are kept, for [`last`](Self::last).
     pub fn read(&mut self, count: usize) {
-        read(&self.socket, &mut self.room, count);
+        read(&self.socket, &mut self.buffer, count);
     }
 
-    /// What was read last, from its beginning on.
-    #[allow(dead_code)] // by the criterion benches
+    /// The buffer of the last read.
     pub fn last(&self) -> &[u8] {
-        &self.room
+        &self.buffer
     }
 
-    /// Sends a request, and returns how long its answer is.
+    /// Sends a request; returns the size of its answer, in bytes.
     pub fn first(&mut self, request: &EncodedRequest) -> usize {
         self.write(request.frame());
         let mut answer = [0; 256];
         let read = (&self.socket).read(&mut answer);
         let read = read.expect("the mock daemon answers");
-        // Short as the answers are, they come in one piece.
+        // The answers are short and arrive in one piece.
         assert_eq!(read, 1 + usize::from(answer[0]));
         read
     }
@@ -80,13 +78,13 @@ fn write(mut socket: &Socket, bytes: &[u8]) {
     socket.write_all(bytes).expect("the mock daemon reads");
 }
 
-/// Reads so many bytes; where in the room the last of them is.
-fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) -> usize {
-    room.resize(CHUNK, 0);
+/// Reads `count` bytes; returns the offset of the last one in the buffer.
+fn read(mut socket: &Socket, buffer: &mut Vec<u8>, mut count: usize) -> usize {
+    buffer.resize(CHUNK, 0);
     let mut last = 0;
     while count > 0 {
-        let len = room.len().min(count);
-        let read = socket.read(&mut room[..len]);
+        let len = buffer.len().min(count);
+        let read = socket.read(&mut buffer[..len]);
         let read = read.expect("the mock daemon answers");
         assert!(read > 0, "the mock daemon is gone");
         count -= read;
@@ -95,20 +93,20 @@ fn read(mut socket: &Socket, room: &mut Vec<u8>, mut count: usize) -> usize {
     last
 }
 
-/// Unary calls of the blocking client, so many at once.
+/// Unary calls of the blocking client, many at once.
 pub struct Calls {
     floor: BlockingClient,
-    /// Some calls that are written at once, where their ids are, and how long their replies are.
+    /// Calls that are written at once, the offsets of their ids, and the size of their replies.
     batch: Vec<u8>,
     ids: Vec<usize>,
     replies: usize,
-    /// How many batches are under way.
+    /// Number of batches in flight.
     window: usize,
     counter: u64,
 }
 
 impl Calls {
-    /// Connects, to call a protocol with payloads of a size, at least so many of them at once.
+    /// Connects. The calls have payloads of `size` bytes; at least `parallel` of them are in flight.
     pub fn new(
         control: &Multiaddr,
         peer_id: &PeerId,
@@ -119,12 +117,12 @@ impl Calls {
         let mut floor = BlockingClient::connect(control);
         floor.first(&Upgrade.encoded());
         let count = (CHUNK / 4 / size).min(parallel / 4).max(1);
-        let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+        let mut client = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
         let (mut batch, mut ids) = (Vec::new(), Vec::new());
         for _ in 0..count {
             let mut head = BytesMut::new();
             let peer = peer_id.as_bytes();
-            let id = core
+            let id = client
                 .call(peer, protocol, size, (), Instant::now(), &mut head)
                 .expect("it is small enough");
             let place = head.windows(id.len()).position(|bytes| bytes == id);
@@ -145,12 +143,12 @@ impl Calls {
         }
     }
 
-    /// Makes at least so many calls; how long each took.
+    /// Makes at least this many calls; returns the time for exactly that many.
     pub fn run(&mut self, calls: u64) -> Duration {
         let count = self.ids.len() as u64;
         let batches = calls.div_ceil(count);
         let Self {
-            floor: BlockingClient { socket, room },
+            floor: BlockingClient { socket, buffer },
             batch,
             ids,
             replies,
@@ -169,7 +167,7 @@ impl Calls {
         if self.window == 1 {
             for _ in 0..batches {
                 call();
-                last = read(socket, room, *replies);
+                last = read(socket, buffer, *replies);
             }
         } else {
             let (replied, may_call) = mpsc::channel();
@@ -182,52 +180,51 @@ impl Calls {
                     }
                 });
                 for _ in 0..batches {
-                    last = read(socket, room, *replies);
-                    let _ = replied.send(()); // the last ones are for nobody
+                    last = read(socket, buffer, *replies);
+                    let _ = replied.send(()); // the last permits are not used
                 }
                 last
             });
         }
         let elapsed = start.elapsed();
-        // What came last is the end of a payload.
-        assert_eq!(self.floor.room[last], PAYLOAD, "the reply is no echo");
+        // The last byte is the end of a payload.
+        assert_eq!(self.floor.buffer[last], PAYLOAD, "the reply is no echo");
         per_call(elapsed, calls, batches * count)
     }
 }
 
-/// Serves calls of a protocol with their data, to the end of the connection: `PersistentClient` on a blocking
-/// socket.
+/// Echoes calls of a protocol until the connection ends.
 pub fn serve(mut floor: BlockingClient, protocol: &str, serving: &mpsc::Sender<()>) {
     floor.first(&Upgrade.encoded());
-    floor.room.resize(CHUNK, 0);
-    let mut core = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
+    floor.buffer.resize(CHUNK, 0);
+    let mut client = PersistentClient::<(), Vec<u8>>::new([7; 32], UnaryLimits::default());
     let mut out = BytesMut::new();
-    let asked = core.add_handler(protocol, false, (), &mut out);
+    let asked = client.add_handler(protocol, false, (), &mut out);
     asked.expect("it is small enough");
     loop {
         write(&floor.socket, &out);
         out.clear();
         let mut input = &[][..];
-        let read = match core.payload_buffer() {
-            Some(room) => {
-                let read = (&floor.socket).read(room).unwrap_or(0);
-                core.payload_filled(read);
+        let read = match client.payload_buffer() {
+            Some(buffer) => {
+                let read = (&floor.socket).read(buffer).unwrap_or(0);
+                client.payload_filled(read);
                 read
             }
             None => {
-                let read = (&floor.socket).read(&mut floor.room).unwrap_or(0);
-                input = &floor.room[..read];
+                let read = (&floor.socket).read(&mut floor.buffer).unwrap_or(0);
+                input = &floor.buffer[..read];
                 read
             }
         };
         if read == 0 {
             return;
         }
-        while let Some(event) = core.poll(&mut input).expect("the mock daemon is good") {
+        while let Some(event) = client.poll(&mut input).expect("the mock daemon is good") {
             match event {
                 UnaryEvent::Acknowledged { .. } => serving.send(()).expect("it is waited for"),
                 UnaryEvent::Call { id, payload, .. } => {
-                    assert!(core.reply(&id, payload.len(), &mut out));
+                    assert!(client.reply(&id, payload.len(), &mut out));
                     out.extend_from_slice(&payload);
                 }
                 other => panic!("nobody sent {other:?}"),
@@ -236,7 +233,7 @@ pub fn serve(mut floor: BlockingClient, protocol: &str, serving: &mpsc::Sender<(
     }
 }
 
-/// What `wanted` of them took, of which `made` were made.
+/// Scales the time of `made` calls to that of `wanted` calls.
 pub fn per_call(elapsed: Duration, wanted: u64, made: u64) -> Duration {
     elapsed.mul_f64(wanted as f64 / made as f64)
 }

@@ -1,4 +1,4 @@
-//! Deadlines: an end to every test, and waiting for what has no event.
+//! Deadlines of tests, and polling for conditions without an event.
 
 use std::error::Error;
 use std::future::{poll_fn, Future};
@@ -9,13 +9,13 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a test may take.
+/// Time after which a test fails.
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// How long what must happen is waited for.
+/// Time to wait for anything that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Ends the test program if a test takes too long: none hangs for ever.
+/// Exits the test program if a test takes too long, so that none hangs.
 pub struct Limit(#[allow(unused)] Sender<()>);
 
 impl Limit {
@@ -26,7 +26,7 @@ impl Limit {
         let name = thread::current().name().unwrap_or("a test").to_owned();
         thread::spawn(move || {
             if receiver.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
-                // Not by `eprintln!`, whose output is the test's, to be seen when it has ended.
+                // `eprintln!` would be captured, and shown only when the test ends.
                 let _ = writeln!(std::io::stderr(), "{name} took over {LIMIT:?}");
                 std::process::exit(101);
             }
@@ -35,7 +35,7 @@ impl Limit {
     }
 }
 
-/// The result of `attempt`, once it has one.
+/// Repeats `attempt` until it succeeds; returns its result.
 pub async fn eventually<T>(mut attempt: impl AsyncFnMut() -> Result<T, Box<dyn Error>>) -> T {
     let begun = Instant::now();
     loop {
@@ -47,18 +47,18 @@ pub async fn eventually<T>(mut attempt: impl AsyncFnMut() -> Result<T, Box<dyn E
     }
 }
 
-/// An error for [`eventually`] if that is not so.
+/// An error for [`eventually`] unless `condition` is true.
 pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
     condition.then_some(()).ok_or_else(|| otherwise.into())
 }
 
-/// The result of `future`, or a panic that names `what` did not come in time.
+/// Waits for `future`; panics with the name `what` if that takes too long.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     let outcome = tokio::time::timeout(PATIENCE, future).await;
     outcome.unwrap_or_else(|_| panic!("in vain: {what}"))
 }
 
-/// Lets a future go as far as it can for now.
+/// Polls a future once.
 pub async fn begin<T>(future: impl Future<Output = T>) {
     let mut future = pin!(future);
     let begun = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await;

@@ -1,4 +1,4 @@
-//! A daemon that does as the test says: the test accepts each connection and plays the daemon's part.
+//! A daemon whose part the test plays: the test accepts each connection and answers the requests.
 
 use crate::deadline::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -35,7 +35,7 @@ impl FakeDaemon {
         }
     }
 
-    /// Where clients connect.
+    /// Address at which clients connect.
     pub fn control(&self) -> Multiaddr {
         let path = self.directory.path().join("control.sock");
         format!("/unix{}", path.display()).parse().unwrap()
@@ -46,7 +46,7 @@ impl FakeDaemon {
         Client::new(self.control()).unwrap()
     }
 
-    /// The next connection.
+    /// Accepts the next connection.
     pub async fn accept(&self) -> Connection {
         let (socket, _) = within("a connection", self.listener.accept())
             .await
@@ -54,20 +54,20 @@ impl FakeDaemon {
         Connection::new(socket)
     }
 
-    /// Asserts that no connection waits for being accepted.
+    /// Asserts that no client has connected.
     pub fn nobody_connects(&self) {
-        // The operating system is asked, not what tokio has heard of it so far.
+        // Asks the operating system, since tokio may not know yet.
         let listener = self.listener.as_fd().try_clone_to_owned().unwrap();
         let accepted = std::os::unix::net::UnixListener::from(listener).accept();
         assert_eq!(accepted.unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
-    /// Lets no more than one connection wait for being accepted.
+    /// Sets the backlog to one connection.
     pub fn is_busy(&self) {
         SockRef::from(&self.listener).listen(0).unwrap();
     }
 
-    /// Ends it, and starts another at the same address.
+    /// Restarts the daemon at the same address.
     pub fn restart(self) -> Self {
         let Self {
             listener,
@@ -98,7 +98,7 @@ impl Connection {
         Self { socket, input }
     }
 
-    /// The next message, or `None` at the end.
+    /// Reads the next message; `None` at the end of the connection.
     pub async fn frame(&mut self) -> Option<Bytes> {
         loop {
             let frame = framing::split_frame(&mut self.input, 16 << 20).unwrap();
@@ -113,13 +113,13 @@ impl Connection {
         }
     }
 
-    /// The next message, which must come.
+    /// Reads the next message, and panics at the end of the connection.
     pub async fn message<T: Message + Default>(&mut self) -> T {
         let frame = self.frame().await.expect("the client has closed");
         T::decode(frame).unwrap()
     }
 
-    /// The next request, which must come.
+    /// Reads the next request, and panics at the end of the connection.
     pub async fn request(&mut self) -> p2pd::Request {
         self.message().await
     }
@@ -134,18 +134,18 @@ impl Connection {
         self.send(&framing::encode_frame(&message)).await;
     }
 
-    /// Sends without any other task or socket having its turn.
+    /// Sends at once, without letting other tasks run.
     pub fn push(&mut self, bytes: &[u8]) {
         assert_eq!(self.socket.try_write(bytes).unwrap(), bytes.len());
     }
 
-    /// Answers one IDENTIFY.
+    /// Answers an IDENTIFY request.
     pub async fn identifies(&mut self) {
         assert_eq!(self.request().await.r#type, Some(Type::Identify as i32));
         self.answer(identity()).await;
     }
 
-    /// Says yes to whatever is asked, until the client closes.
+    /// Answers all requests with success until the client closes.
     pub async fn oblige(mut self) {
         while let Some(frame) = self.frame().await {
             let request = p2pd::Request::decode(frame).unwrap();
@@ -155,32 +155,32 @@ impl Connection {
         }
     }
 
-    /// Waits for the client to close, having sent nothing more.
+    /// Waits until the client closes, and panics if it sends anything.
     pub async fn ended(mut self) {
         let frame = self.frame().await;
         assert_eq!(frame, None, "the client sent something");
     }
 
-    /// Whether the client closes it: by an end, or by a reset where it had not read everything.
+    /// Waits for the client to close or reset the connection; false if it sends something instead.
     pub async fn is_closed(&mut self) -> bool {
         let read = within("the end", self.socket.read(&mut [0])).await;
         !matches!(read, Ok(1))
     }
 
-    /// Waits for something to come, and leaves it there.
+    /// Waits until bytes arrive, and does not read them.
     pub async fn readable(&self) {
         let peek = || SockRef::from(&self.socket).peek(&mut [MaybeUninit::uninit()]);
         let peeked = self.socket.async_io(Interest::READABLE, peek);
         assert_eq!(within("a byte", peeked).await.unwrap(), 1);
     }
 
-    /// Ends the daemon's side.
+    /// Closes the daemon's write side.
     pub async fn end(&mut self) {
-        // It fails where the client was first.
+        // Fails if the client closed first.
         let _ = self.socket.shutdown().await;
     }
 
-    /// The next bytes, which are no message.
+    /// Reads the next bytes, which are not a message.
     pub async fn bytes(&mut self, count: usize) -> Bytes {
         while self.input.len() < count {
             let read = self.socket.read_buf(&mut self.input);
@@ -190,12 +190,12 @@ impl Connection {
     }
 }
 
-/// The peer of all replies.
+/// The peer in all replies.
 pub fn peer() -> PeerId {
     PeerId::from_bytes([&[0, 36, 8, 1, 18, 32][..], &[7; 32]].concat())
 }
 
-/// Its address.
+/// The address in all replies.
 pub fn addr() -> Multiaddr {
     "/ip4/127.0.0.1/tcp/4001".parse().unwrap()
 }
@@ -232,7 +232,7 @@ pub fn stream_info(protocol: &str) -> p2pd::StreamInfo {
     opened.stream_info.expect("a stream was opened")
 }
 
-/// One part of the answer to a DHT query.
+/// A part of the answer to a DHT query.
 pub fn dht(r#type: p2pd::dht_response::Type, value: &'static str) -> p2pd::DhtResponse {
     match (r#type, value) {
         (p2pd::dht_response::Type::Value, value) if !value.is_empty() => {

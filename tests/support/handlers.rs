@@ -1,4 +1,4 @@
-//! Handlers and peers for tests: echoes, calls that never end, keys that nobody has.
+//! Handlers and peers for tests: echoes, calls that never end, unknown keys.
 
 use crate::deadline::within;
 use bytes::Bytes;
@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::join;
 use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver, UnboundedSender};
 
-/// A key and its owner, whom nobody has heard of.
+/// A random public key and its unknown peer.
 pub fn stranger() -> (PeerId, Vec<u8>) {
     let mut secret = [0; 32];
     getrandom(&mut secret);
@@ -19,18 +19,18 @@ pub fn stranger() -> (PeerId, Vec<u8>) {
     (PublicKey::decode(&key).unwrap().peer_id(), key)
 }
 
-fn getrandom(room: &mut [u8]) {
+fn getrandom(buffer: &mut [u8]) {
     let mut source = std::fs::File::open("/dev/urandom").unwrap();
-    source.read_exact(room).unwrap();
+    source.read_exact(buffer).unwrap();
 }
 
-/// Bytes that are easy to tell from others.
+/// A pattern of bytes that depends on `seed`.
 pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
     let byte = |place: usize| (place.wrapping_mul(31).wrapping_add(seed) >> 3) as u8;
     (0..len).map(byte).collect()
 }
 
-/// A unary handler that never ends, and what it tells: "begun", and "given up" when it is dropped.
+/// A unary handler that never ends. The receiver gets "begun", and "given up" when the handler is dropped.
 pub fn endless() -> (
     impl Fn(UnaryCall) -> BoxFuture<'static, Result<Bytes, String>>,
     UnboundedReceiver<&'static str>,
@@ -53,7 +53,7 @@ pub fn endless() -> (
     (handler, receiver)
 }
 
-/// What comes back when `payload` is sent.
+/// Sends `payload` over a stream; returns the same number of bytes read from it.
 pub async fn echoed(client: &Client, peer: &PeerId, protocol: &str, payload: &[u8]) -> Vec<u8> {
     let stream = client.stream_open(peer, [protocol]).await.unwrap();
     let (mut reader, mut writer) = tokio::io::split(stream);
@@ -67,12 +67,12 @@ pub async fn echoed(client: &Client, peer: &PeerId, protocol: &str, payload: &[u
     received
 }
 
-/// Sends back what comes, until the callers are done.
+/// Echoes all streams until `incoming` ends.
 pub async fn echo_streams(mut incoming: IncomingStreams) {
     while let Some(stream) = incoming.next().await {
         tokio::spawn(async move {
             let (mut reader, mut writer) = tokio::io::split(stream);
-            // The end can be a reset, as the caller has everything.
+            // The caller may reset the stream once it has everything.
             let _ = tokio::io::copy(&mut reader, &mut writer).await;
         });
     }

@@ -1,10 +1,10 @@
-//! What the Rust tests and benchmarks share. Not published.
+//! Daemons, clients and helpers that the Rust tests and benchmarks share. Not published.
 //!
 //! - [`mock_daemon`]: a daemon that answers at once, for benchmarks; also the program `mock_daemon`.
-//! - [`blocking_client`]: the client that no other can be faster than.
+//! - [`blocking_client`]: the fastest possible client, as a floor for benchmarks.
 //! - [`fake_daemon`]: a daemon whose part the test plays, for faults.
 //! - [`real_daemon`]: hivemind's p2pd.
-//! - [`deadline`]: an end to every test.
+//! - [`deadline`]: deadlines of tests.
 //! - [`handlers`]: handlers of streams and calls.
 
 pub mod blocking_client;

@@ -1,4 +1,4 @@
-//! Mutexes whose panicked holders are ignored.
+//! Locking of mutexes, whether poisoned or not.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

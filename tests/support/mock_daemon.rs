@@ -1,5 +1,5 @@
-//! A daemon that has no peers and answers at once, so that only the cost of a client is seen: it
-//! measures clients, not daemons. Rust benchmarks start it in a thread; for others it is a program:
+//! A daemon without peers that answers at once, so that a benchmark measures only the client. Rust benchmarks
+//! start it in a thread; for others it is a program:
 //!
 //! ```text
 //! $ cargo run --release -p p2pd-test-support --bin mock_daemon /unix/tmp/mock.sock
@@ -8,24 +8,22 @@
 //! Peer Addrs: /ip4/127.0.0.1/tcp/4001
 //! ```
 //!
-//! - IDENTIFY, LIST_PEERS, CONNECT and the like get the same answer every time, any number of them on
-//!   one connection. The daemon refuses all other requests, such as those of the DHT.
-//! - STREAM_OPEN to any peer: `/echo` sends back, `/source` sends zeros as fast as the client reads
-//!   them, `/sink` drops all bytes, and closes at its end. `/framed-source/SIZE` sends hivemind's
-//!   messages (a byte, the length as 8 bytes, the body) with bodies of that size, without end.
-//!   `/framed-sink` reads such messages, and answers one that begins with a 1 with the number of bytes
-//!   of all the bodies so far, again as 8 bytes. Any other protocol is the registered handler's, to
-//!   which the daemon connects as a real one does.
-//! - Unary calls to any peer: `echo` is answered here, with at most one copy of the payload and one
-//!   write for all the calls that one read brought. `load` is answered here too, when its work is done:
-//!   its payload is `HANDLER SIZE PARALLEL COUNT`, and the daemon makes that many calls of that
-//!   handler, that many at once. The reply is the time that took, in seconds, or an error if a reply of
-//!   the handler was not its call's payload. Any other protocol is a handler's, on any persistent
-//!   connection.
+//! - IDENTIFY, LIST_PEERS, CONNECT and similar requests get a fixed answer. The daemon refuses all other
+//!   requests, such as those of the DHT.
+//! - STREAM_OPEN to any peer: `/echo` echoes, `/source` sends zeros as fast as the client reads, `/sink`
+//!   drops all bytes, and closes when the client does. `/framed-source/SIZE` sends hivemind's messages (a
+//!   byte, the length in 8 bytes, the body) with bodies of that size, without end. `/framed-sink` reads
+//!   such messages, and answers one that begins with a 1 with the total size of all bodies so far, in 8
+//!   bytes. For any other protocol the daemon connects to the registered handler, as a real one does.
+//! - Unary calls to any peer: the daemon answers `echo` itself, with at most one copy of the payload and one
+//!   write for all calls of one read. A call of `load` has the payload `HANDLER SIZE PARALLEL COUNT`: the
+//!   daemon then makes COUNT calls of that handler, PARALLEL at once. It replies with the time for these, in
+//!   seconds, or with an error if a reply was not an echo. Calls of any other protocol go to the registered
+//!   handler, on any persistent connection.
 //!
-//! A thread serves each connection, and it waits while a socket is full: a client that does not read
-//! while it writes comes to a stop, as with the Go daemons. No lock is held during a write: all bytes
-//! for a connection are queued, and the thread that is writing to it also writes what others add.
+//! Each connection has a thread, which blocks while the socket is full: a client that does not read while it
+//! writes deadlocks, as with the Go daemons. No lock is held during a write: other threads queue bytes for
+//! the connection, and the thread that is writing to it writes these too.
 
 mod buffer;
 mod connection;
@@ -53,7 +51,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::thread;
 
-/// A daemon that listens for clients.
+/// A mock daemon.
 pub struct MockDaemon {
     listener: Listener,
     control: Multiaddr,
@@ -64,7 +62,7 @@ impl MockDaemon {
     /// Listens at `control`; with port 0, at a free port.
     ///
     /// # Errors
-    /// If it cannot listen there.
+    /// The error of `bind`.
     pub fn bind(control: &Multiaddr) -> io::Result<Self> {
         let endpoint = control.endpoint().map_err(io::Error::other)?;
         let listener = Listener::bind(&endpoint)?;
@@ -75,17 +73,17 @@ impl MockDaemon {
         })
     }
 
-    /// Where its clients connect.
+    /// Address at which clients connect.
     pub fn control_maddr(&self) -> &Multiaddr {
         &self.control
     }
 
-    /// The peer id in its answers.
+    /// Peer id in the answers.
     pub fn peer_id(&self) -> &PeerId {
         &self.shared.identity.peer_id
     }
 
-    /// Where its peer can be reached, in its answers.
+    /// Peer address in the answers.
     pub fn peer_addr(&self) -> &Multiaddr {
         &self.shared.identity.addrs[0]
     }
@@ -101,14 +99,13 @@ impl MockDaemon {
     /// Serves in threads of this process until it exits.
     ///
     /// # Errors
-    /// If no thread can be started.
+    /// The error of starting a thread.
     pub fn spawn(self) -> io::Result<()> {
         thread::Builder::new().spawn(|| self.run()).map(drop)
     }
 }
 
-/// Serves one connection after another. The threads are kept, since starting one takes longer than
-/// answering.
+/// Serves one connection after another. Threads are reused, since starting one takes longer than answering.
 fn work(daemon: &Arc<MockDaemon>) -> io::Result<()> {
     let shared = &daemon.shared;
     loop {
@@ -123,7 +120,7 @@ fn work(daemon: &Arc<MockDaemon>) -> io::Result<()> {
                 shared.threads.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        // However it ended, the client must see the end.
+        // The client must see the end, whatever the result.
         let _ = control::serve(&socket, shared);
         socket.shutdown(Shutdown::Both);
     }

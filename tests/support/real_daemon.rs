@@ -1,4 +1,4 @@
-//! Real daemons: hivemind's p2pd, alone and in pairs.
+//! Real daemons: hivemind's p2pd, single and in pairs.
 
 use crate::deadline::{eventually, must, within, Limit, PATIENCE};
 use p2pd_client::{Client, Subscription};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
-/// What a test needs to be run, named by a variable of the environment.
+/// Path of a file that a test needs, from an environment variable.
 pub fn required(variable: &str, hint: &str) -> PathBuf {
     let path = std::env::var_os(variable).unwrap_or_else(|| panic!("{variable} must name {hint}"));
     let path = PathBuf::from(path);
@@ -18,13 +18,13 @@ pub fn required(variable: &str, hint: &str) -> PathBuf {
     path
 }
 
-/// A p2pd of hivemind's, with nothing switched on.
+/// hivemind's p2pd without options.
 pub fn bare_daemon() -> P2PDaemonBuilder {
     let hint = "a p2pd binary: P2PD_PATH=$(python3 tests/get_p2pd.py)";
     P2PDaemon::builder().binary(required("P2PD_PATH", hint))
 }
 
-/// One with everything switched on.
+/// hivemind's p2pd with the DHT, pubsub and the connection manager.
 pub fn daemon() -> P2PDaemonBuilder {
     let daemon = bare_daemon().dht(Dht::Server);
     daemon.pubsub(true).connection_manager(true)
@@ -43,8 +43,8 @@ pub struct Pair {
     _limit: Limit,
 }
 
-/// Two new clients of the two daemons that the tests of a program share, so that names of protocols
-/// and topics must be a test's own. Nothing but the program's end ends the daemons.
+/// Two new clients of the two daemons that all tests of a program share. Each test must use its own names of
+/// protocols and topics. The daemons end with the program.
 pub async fn pair() -> Pair {
     static DAEMONS: OnceCell<[P2PDaemon; 2]> = OnceCell::const_new();
     let limit = Limit::new();
@@ -69,7 +69,7 @@ async fn connected_daemons() -> [P2PDaemon; 2] {
         let client = one.client().await.unwrap();
         let connected = client.connect(other.peer_id(), other.addrs()).await;
         connected.unwrap();
-        // It is in the routing table a little later.
+        // The peer enters the routing table a little later.
         eventually(async || {
             let closest = client.dht_get_closest_peers("anything").collect_all();
             must(closest.await?.contains(other.peer_id()), "it is not there")
@@ -79,8 +79,8 @@ async fn connected_daemons() -> [P2PDaemon; 2] {
     daemons
 }
 
-/// Waits until what a client publishes reaches a subscription. That takes a while where the publisher's
-/// daemon is subscribed itself: it sends to those in its mesh alone.
+/// Waits until messages of a publisher reach a subscription. That takes a while if the publisher's daemon is
+/// subscribed too, since it then sends only to its mesh.
 pub async fn hears(subscription: &mut Subscription, publisher: &Client, topic: &str) {
     let mut probe = tokio::time::interval(Duration::from_millis(50));
     let begun = Instant::now();
@@ -103,7 +103,7 @@ pub async fn hears(subscription: &mut Subscription, publisher: &Client, topic: &
 
 const PROBE: &str = "anybody there?";
 
-/// The next message that is none of those that [`hears`] publishes.
+/// Returns the next message except those that [`hears`] publishes.
 pub async fn next_message(subscription: &mut Subscription) -> PubsubMessage {
     loop {
         let message = within("a message", subscription.next()).await;
@@ -114,7 +114,7 @@ pub async fn next_message(subscription: &mut Subscription) -> PubsubMessage {
     }
 }
 
-/// Has a daemon outlive its last client: hivemind's ends when no persistent connection is left.
+/// Keeps a daemon running without clients: hivemind's exits when its last persistent connection closes.
 pub fn keep(daemon: &P2PDaemon) {
     let control = daemon.control_maddr().to_string();
     let mut socket = UnixStream::connect(control.strip_prefix("/unix").unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! Blocking sockets, of Unix or TCP.
+//! Blocking Unix and TCP sockets.
 
 use p2pd_protocol::endpoint::{Endpoint, Host};
 use p2pd_protocol::Multiaddr;
@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 #[cfg(unix)]
 use std::os::unix::net::{UnixListener, UnixStream};
 
-/// Does the same with either kind of socket.
+/// Evaluates the same expression for either kind of socket.
 macro_rules! either {
     ($self:expr, $socket:ident => $result:expr) => {
         match $self {
@@ -38,7 +38,7 @@ impl Listener {
         }
     }
 
-    /// The address of a listener that was bound to `endpoint`.
+    /// Address of a listener that was bound to `endpoint`.
     pub(crate) fn address(&self, endpoint: Endpoint) -> io::Result<Multiaddr> {
         Ok(Multiaddr::from(&match self {
             Self::Tcp(listener) => listener.local_addr()?.into(),
@@ -69,7 +69,7 @@ impl Socket {
     /// Connects.
     ///
     /// # Errors
-    /// If it cannot connect.
+    /// The error of `connect`.
     pub fn connect(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             #[cfg(unix)]
@@ -97,7 +97,7 @@ impl Socket {
     }
 
     pub(crate) fn shutdown(&self, how: Shutdown) {
-        // It fails if the other side has closed already.
+        // Fails if the other side has closed.
         let _ = either!(self, socket => socket.shutdown(how));
     }
 }

@@ -1,4 +1,4 @@
-//! A persistent connection, whose output any thread appends to.
+//! A persistent connection, to whose output any thread may append.
 
 use super::buffer::Buffer;
 use super::limits::MAX_FRAME;
@@ -14,13 +14,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Size of the output at which it is written, in bytes.
 const BATCH: usize = 256 << 10;
-/// Payloads of at least this many bytes are written from where they were received.
+/// Payloads of at least this many bytes are not copied.
 const SHARED: usize = 128 << 10;
 /// Size of the output at which other threads wait for the one that writes, in bytes.
 const MAX_QUEUED: usize = 64 << 20;
 
-/// A persistent connection. Any thread appends to its output; one at a time writes it. `T` is the
-/// token of a call that the client handles, and `F` says what serves a call of the client.
+/// A persistent connection. Any thread may append to its output; one at a time writes it. `T` is the token of
+/// a call that the client handles, and `F` tells where a call of the client was forwarded.
 pub(super) struct Connection<T, F> {
     pub(super) socket: Socket,
     pub(super) state: Mutex<State<T, F>>,
@@ -32,18 +32,18 @@ pub(super) struct Connection<T, F> {
 pub(super) struct State<T, F> {
     pub(super) server: PersistentServer<T, Buffer>,
     pub(super) output: Output<Buffer>,
-    /// The output that was written last, whose room is used again.
+    /// The output that was written last, for reuse.
     spare: Output<Buffer>,
     is_writing: bool,
-    /// How many threads wait for the one that writes.
+    /// Number of threads that wait for the one that writes.
     waiting: usize,
     pub(super) is_closed: bool,
-    /// The client's calls that a handler serves.
+    /// The client's calls that were forwarded to a handler.
     pub(super) forwarded: HashMap<CallId, F>,
 }
 
 impl<T, F> State<T, F> {
-    /// Replies to a call, if the client still waits.
+    /// Replies to a call, unless it was cancelled.
     pub(super) fn reply(&mut self, id: &CallId, payload: Buffer) {
         self.forwarded.remove(id);
         let server = &mut self.server;
@@ -55,14 +55,14 @@ impl<T, F> State<T, F> {
         }
     }
 
-    /// Replies to a call with a handler's error, if the client still waits.
+    /// Replies to a call with a handler's error, unless it was cancelled.
     pub(super) fn reply_error(&mut self, id: &CallId, error: &str) {
         self.forwarded.remove(id);
         let server = &mut self.server;
         self.output.append(|out| server.reply_error(id, error, out));
     }
 
-    /// Refuses a call, if the client still waits.
+    /// Refuses a call, unless it was cancelled.
     pub(super) fn refuse(&mut self, id: &CallId, words: &str) {
         if self.server.is_unanswered(id) {
             self.forwarded.remove(id);
@@ -99,7 +99,7 @@ impl<T, F> State<T, F> {
     }
 }
 
-/// Queues a payload. Copying one of 64 KiB costs less than a piece of its own.
+/// Queues a payload. Copying one of 64 KiB costs less than a slice of its own.
 pub(super) fn push(output: &mut Output<Buffer>, payload: Buffer) {
     if payload.0.len() < SHARED {
         output.push_copied(payload.as_ref());
@@ -108,7 +108,7 @@ pub(super) fn push(output: &mut Output<Buffer>, payload: Buffer) {
     }
 }
 
-/// Why a call fails whose handler's connection has ended.
+/// Error of a call whose handler has disconnected.
 pub(super) const LEFT: &str = "the handler's client left";
 
 impl<T, F> Connection<T, F> {
@@ -129,7 +129,7 @@ impl<T, F> Connection<T, F> {
         }
     }
 
-    /// Writes the output, unless another thread does. Waits for that only if very much is queued.
+    /// Writes the output, unless another thread is writing it. Waits for that thread only if too much is queued.
     pub(super) fn flush(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
         while state.is_writing && state.output.len() > MAX_QUEUED {
@@ -151,12 +151,12 @@ impl<T, F> Connection<T, F> {
             state = lock(&self.state);
             state.is_writing = false;
             if result.is_err() {
-                // The thread that reads sees the end, and tells those who wait for the client.
+                // The reading thread sees the end, and fails the calls that wait for this client.
                 state.is_closed = true;
                 self.socket.shutdown(Shutdown::Both);
             }
             if state.output.is_empty() {
-                // The room that is in the CPU's cache is used next.
+                // Reuses the buffer that is in the CPU's cache.
                 std::mem::swap(&mut state.output, &mut output);
             }
             state.spare = output;

@@ -11,7 +11,7 @@ use p2pd_protocol::command::{connmgr, control, streams, unary::Upgrade, Command}
 use p2pd_protocol::{Error, Limits, ServerExchange};
 use std::io::Write as _;
 
-/// Serves a connection to its end.
+/// Serves a connection until it ends.
 pub(super) fn serve(mut socket: &Socket, shared: &Shared) -> Result<(), Failure> {
     use connmgr::Command as ConnManager;
     use control::Command as Control;

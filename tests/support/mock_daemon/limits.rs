@@ -1,6 +1,6 @@
-//! What the daemon takes at most.
+//! Limits of the daemon.
 
-/// Largest message taken, in bytes.
+/// Largest message, in bytes.
 pub(super) const MAX_FRAME: usize = 16 << 20;
 /// Largest number of handlers, of streams and of calls each.
 pub(super) const MAX_HANDLERS: usize = 1024;

@@ -9,7 +9,7 @@ use p2pd_protocol::PeerId;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-/// Largest number of calls that one load has under way.
+/// Largest number of calls in flight of one load.
 const MAX_PARALLEL: u64 = 64 << 10;
 
 pub(super) type Connection = connection::Connection<Token, Forwarded>;
@@ -18,20 +18,20 @@ pub(super) type Outbox = connection::Outbox<Token, Forwarded>;
 
 /// A call that the client handles.
 pub(super) enum Token {
-    /// It is this client's call.
+    /// The call of this id, of another client.
     Call(Arc<Connection>, CallId),
-    /// It is the load's call of this number, and whether its reply is right.
+    /// The call of this number, of a load, and whether its reply is an echo.
     Load(Arc<Load>, u64, bool),
 }
 
-/// What serves a call.
+/// Where a client's call was forwarded.
 pub(super) enum Forwarded {
-    /// The call of this id, which another client handles.
+    /// To another client, as the call of this id.
     Call(Arc<Connection>, CallId),
     Load(Arc<Load>),
 }
 
-/// What a load does: the payload of the call that asks for it.
+/// Parameters of a load, from the payload of the client's call.
 pub(super) struct Order {
     pub(super) handler: String,
     /// Size of each payload, in bytes.
@@ -64,12 +64,12 @@ impl Order {
     }
 }
 
-/// Why a load is refused.
+/// Error of a load that is refused.
 pub(super) const UNFIT: &str = "no such handler, or not that large";
 
 /// Calls that the daemon makes.
 pub(super) struct Load {
-    /// The call that asked for them, and its client's connection.
+    /// The client's call that requested the load, and the client's connection.
     id: CallId,
     caller: Arc<Connection>,
     handler: Arc<Connection>,
@@ -84,14 +84,14 @@ pub(super) struct Load {
 }
 
 struct Progress {
-    /// How many calls are still to be made.
+    /// Number of calls not made yet.
     left: u64,
     done: u64,
     begun: Instant,
 }
 
 impl Load {
-    /// Begins to call a handler as the payload of a client's call says.
+    /// Prepares a load for a client's call.
     pub(super) fn start(
         id: CallId,
         caller: &Arc<Connection>,
@@ -123,13 +123,13 @@ impl Load {
             let Some(number) = next else { break };
             self.call(number, outbox);
             if outbox.is_full {
-                // If the connection has ended, the next read says so.
+                // If the connection has ended, the next read sees it.
                 let _ = outbox.flush();
             }
         }
     }
 
-    /// The number of the next call, if one is left.
+    /// Returns the number of the next call, if any is left.
     fn next(&self, progress: &mut Progress) -> Option<u64> {
         let number = self.count - progress.left;
         progress.left = progress.left.checked_sub(1)?;
@@ -151,15 +151,15 @@ impl Load {
         }
     }
 
-    /// Whether a reply is its call's payload. Those to the first calls are compared in whole, and of
-    /// the rest only the length and the number, so that the handler's time is measured.
+    /// Whether a reply is the payload of its call. Compares the replies to the first calls in full, and only
+    /// the length and number of all others, so that comparing does not add to the measured time.
     pub(super) fn is_echo(&self, number: u64, reply: &[u8]) -> bool {
         reply.len() == self.payload.len()
             && reply[..8] == number.to_le_bytes()
             && (number >= self.parallel || reply[8..] == self.payload[8..])
     }
 
-    /// Notes whether the reply to a call was right, and makes the next call.
+    /// Notes whether a reply was an echo, and makes the next call.
     pub(super) fn go_on(self: &Arc<Self>, is_right: bool, outbox: &mut Outbox) {
         if !is_right {
             return self.fail("the handler's reply is no echo", outbox);
@@ -178,7 +178,7 @@ impl Load {
         }
     }
 
-    /// Cancels the calls under way, and makes no more.
+    /// Cancels the calls in flight, and makes no more.
     pub(super) fn stop(&self, outbox: &mut Outbox) {
         lock(&self.progress).left = 0;
         let is_own =

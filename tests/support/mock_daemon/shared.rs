@@ -1,4 +1,4 @@
-//! What the connections share: the daemon's identity, and the handlers that clients registered.
+//! State shared by all connections: the daemon's identity, and the registered handlers.
 
 use super::load::Connection;
 use bytes::Bytes;
@@ -10,13 +10,13 @@ use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
-/// What the connections share.
+/// State shared by all connections.
 pub(super) struct Shared {
     pub(super) identity: Identity,
-    /// The reply to IDENTIFY, encoded once: that would be a part of every benchmark's round trip.
+    /// The reply to IDENTIFY, encoded once, so that benchmarks do not measure its encoding.
     pub(super) identify: Bytes,
     pub(super) peers: Vec<PeerInfo>,
-    /// Number of threads that serve, and of those that wait for a connection.
+    /// Number of threads, and of those that wait for a connection.
     pub(super) threads: AtomicUsize,
     pub(super) idle: AtomicUsize,
     /// Number of the next persistent connection.
@@ -46,13 +46,13 @@ impl Shared {
     }
 }
 
-/// Why a connection ended.
+/// Error that ended a connection.
 pub(super) type Failure = Box<dyn std::error::Error>;
 
-/// The connections that serve a handler's name.
+/// The connections that handle calls of one name.
 #[derive(Default)]
 pub(super) struct Handlers {
-    /// At least one; more than one only if they are balanced.
+    /// At least one; several only if they are balanced.
     pub(super) connections: Vec<Arc<Connection>>,
     pub(super) balanced: bool,
     pub(super) turn: usize,

@@ -1,4 +1,4 @@
-//! The streams that the daemon serves, and those of registered handlers.
+//! Streams, served here or by registered handlers.
 
 use super::input::Input;
 use super::shared::{Failure, Shared};
@@ -16,17 +16,17 @@ pub const STREAM_ECHO: &str = "/echo";
 pub const STREAM_SOURCE: &str = "/source";
 /// The protocol of streams that drop all bytes.
 pub const STREAM_SINK: &str = "/sink";
-/// The protocol of streams that send hivemind's messages, followed by the size of the bodies.
+/// Prefix of the protocol of streams that send hivemind's messages; the size of the bodies follows.
 pub const FRAMED_SOURCE: &str = "/framed-source/";
 /// The protocol of streams that read hivemind's messages.
 pub const FRAMED_SINK: &str = "/framed-sink";
 
 /// Size of the head of hivemind's messages: whether the sink must answer, and the body's length.
 pub const FRAME_HEAD: usize = 9;
-/// The byte that the bodies consist of.
+/// The byte that fills the bodies.
 pub const FRAME_BODY: u8 = 7;
 
-/// The head of one of hivemind's messages.
+/// Encodes the head of one of hivemind's messages.
 pub fn frame_head(is_last: bool, len: u64) -> [u8; FRAME_HEAD] {
     let mut head = [u8::from(is_last); FRAME_HEAD];
     head[1..].copy_from_slice(&len.to_be_bytes());
@@ -36,7 +36,7 @@ pub fn frame_head(is_last: bool, len: u64) -> [u8; FRAME_HEAD] {
 /// Size of one write, in bytes.
 const CHUNK: usize = 256 << 10;
 
-/// What a stream does.
+/// Service of a stream.
 pub(super) enum Service {
     Echo,
     Source,
@@ -47,7 +47,7 @@ pub(super) enum Service {
 }
 
 impl Service {
-    /// The service of the first of `protocols` that has one, or a refusal.
+    /// Finds the service of the first supported protocol, or returns an error message.
     pub(super) fn find(
         protocols: &[String],
         shared: &Shared,
@@ -83,7 +83,7 @@ impl Service {
         Ok(Self::Handler(handler))
     }
 
-    /// Serves a stream to its end.
+    /// Serves a stream until it ends.
     pub(super) fn run(self, mut socket: &Socket, mut input: Input) -> Result<(), Failure> {
         match self {
             Self::Echo => loop {
@@ -131,7 +131,7 @@ fn send_messages(mut socket: &Socket, size: u64) -> io::Result<()> {
     }
 }
 
-/// Reads hivemind's messages to the end of the stream, and answers those that ask for it.
+/// Reads hivemind's messages until the stream ends, and answers those that request it.
 fn take_messages(mut socket: &Socket, input: &mut Input) -> io::Result<()> {
     let (mut bodies, mut left, mut is_last) = (0, 0, false);
     loop {
@@ -165,11 +165,11 @@ fn take_messages(mut socket: &Socket, input: &mut Input) -> io::Result<()> {
     }
 }
 
-/// Copies between two sockets, both ways, until both have ended.
+/// Copies between two sockets in both directions until both have ended.
 fn pipe(near: &Socket, far: &Socket) -> io::Result<()> {
     fn pass(from: &Socket, mut to: &Socket) {
         let mut input = Input::default();
-        // On an error one of them is gone, and the other sees an end.
+        // On an error one of them is closed, and the other must see the end.
         while input.fill(from, &mut []).unwrap_or(0) > 0 && to.write_all(input.take()).is_ok() {}
         to.shutdown(Shutdown::Write);
     }

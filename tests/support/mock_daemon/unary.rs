@@ -1,4 +1,4 @@
-//! The persistent connections: calls are answered here, or by the handlers of other clients.
+//! Persistent connections. The daemon answers calls itself, or forwards them to handlers of other clients.
 
 use super::buffer::Buffer;
 use super::connection::{push, LEFT};
@@ -13,9 +13,9 @@ use p2pd_protocol::unary::{CallId, Receiving};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-/// The protocol of unary calls answered with their payload.
+/// Protocol of unary calls that are answered with their payload.
 pub const UNARY_ECHO: &str = "echo";
-/// The protocol of unary calls that have a handler called.
+/// Protocol of unary calls that start a load.
 pub const UNARY_LOAD: &str = "load";
 
 /// The thread that serves a persistent connection.
@@ -35,11 +35,11 @@ pub(super) fn serve(socket: Socket, shared: &Shared, input: Input) -> Result<(),
         outbox: Outbox::new(own),
     };
     let served = server.run(input);
-    server.leave();
+    server.close();
     served
 }
 
-/// Answers an echo, and checks the reply to a load's call, without a copy of them.
+/// Answers calls of the echo, and checks replies to a load's calls, without copying them.
 fn look<'a>(offered: Offered<'a, '_, Token>) -> Option<&'a [u8]> {
     match offered {
         Offered::Call {
@@ -79,7 +79,7 @@ impl Server<'_> {
                 }
                 state = lock(&own.state);
             }
-            // A large payload is read into its place, without the lock.
+            // A large payload is read into its buffer, without the lock.
             receiving = state.server.take_receiving();
             drop(state);
             self.outbox.flush()?;
@@ -201,7 +201,7 @@ impl Server<'_> {
         });
     }
 
-    /// The connection whose turn it is to serve a call.
+    /// Returns the next connection in turn that handles calls of a name.
     fn handler(&self, name: &str) -> Option<Arc<Connection>> {
         let mut all = lock(&self.shared.handlers);
         let handlers = all.get_mut(name)?;
@@ -209,7 +209,7 @@ impl Server<'_> {
         Some(handlers.connections[handlers.turn].clone())
     }
 
-    /// Has a handler serve a call of this client.
+    /// Forwards a call of this client to a handler.
     fn forward(
         &mut self,
         id: CallId,
@@ -233,7 +233,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Begins to call a handler as the payload of a call says.
+    /// Starts a load.
     fn start_load(&mut self, id: CallId, payload: &[u8]) -> Result<(), String> {
         let order = Order::parse(payload)?;
         let handler = self.handler(&order.handler).ok_or(UNFIT)?;
@@ -245,8 +245,8 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Tells those who wait for this connection, or work for it, that it has ended.
-    fn leave(&mut self) {
+    /// Cleans up after the connection has ended: fails the calls that wait for this client, and cancels its own.
+    fn close(&mut self) {
         self.remove_handlers(None);
         let mut state = lock(&self.outbox.own.state);
         state.is_closed = true;
