@@ -240,6 +240,12 @@ class Connection:
         """Reads the next request on a persistent connection."""
         return Message.decode(self.read_request())
 
+    def drain(self) -> None:
+        """Reads what has arrived, without waiting for more."""
+        while select.select([self.socket], [], [], 0)[0]:
+            if not self.socket.recv(1 << 16):
+                raise Gone
+
     def trickle(self, data: bytes) -> None:
         """Sends bytes one at a time."""
         for byte in data:

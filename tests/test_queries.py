@@ -21,6 +21,7 @@ from fake_daemon import (
     ERROR,
     IDENTITY,
     OK,
+    PATIENCE,
     PEER,
     Connection,
     FakeDaemon,
@@ -306,6 +307,39 @@ async def test_queries_that_could_not_be_written_are_all_retried() -> None:
         stopped.wait()
         results = await all_of(client.identify() for _ in range(20))
         assert [identity.peer_id for identity in results] == [FAKE_PEER] * 20  # type: ignore[union-attr]
+
+
+async def test_connection_lost_while_blocked_leaves_no_writer_registered() -> None:
+    """The next connection gets the same descriptor."""
+    go, ended = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        if connection.number > 1:
+            while True:
+                connection.send(frame(answer_to(connection.read_request())))
+        connection.answer(IDENTITY)
+        connection.answer(IDENTITY)
+        go.wait(PATIENCE)
+        connection.drain()
+        connection.socket.shutdown(socket.SHUT_WR)
+        ended.set()
+        connection.wait_closed()
+
+    async def end() -> None:
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        go.set()
+        # Blocks the loop, which then finds the socket readable and writable at once.
+        assert ended.wait(PATIENCE)
+
+    topics = [f"{number}" * 150_000 for number in range(2)]  # too much for the socket's buffer
+    async with pipeline(script) as (client, fake):
+        with anyio.fail_after(PATIENCE):
+            queries = [client.pubsub_list_peers(topic, timeout=5) for topic in topics]
+            *results, _ = await all_of([*queries, end()])
+            lost = [result for result in results if isinstance(result, Exception)]
+            assert [type(error) for error in lost] == [ConnectionLost], lost
+            await enter_pipeline(client)
 
 
 async def test_daemon_that_is_gone_fails_every_waiting_query(no_descriptor_left: None) -> None:

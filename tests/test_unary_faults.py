@@ -1203,6 +1203,46 @@ async def test_daemon_that_dies_without_reading_fails_all_calls() -> None:
             await assert_usable(client)
 
 
+@pytest.mark.parametrize("left", [300_000, 510_000], ids=["written", "room for a call"])
+async def test_connection_lost_while_blocked_fails_all_calls_and_is_reopened(left: int) -> None:
+    """The loop finds the socket readable and writable at once, and the daemon's end of file first.
+
+    Args:
+        left: Number of bytes that the daemon has not read before. The socket takes all of them, or
+            so many that a caller that waits for room may go on.
+    """
+    read, go, ended = threading.Event(), threading.Event(), threading.Event()
+    size = 700_000
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        connection.read(2 * size - left)
+        read.set()
+        go.wait(PATIENCE)
+        connection.drain()
+        connection.socket.shutdown(socket.SHUT_WR)
+        ended.set()
+        connection.wait_closed()
+
+    async def end() -> bytes:
+        await until(read.is_set)
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        go.set()
+        assert ended.wait(PATIENCE)  # blocks the loop
+        return b""
+
+    with FakeDaemon(by_connection(script, then=unary_echo)) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.unary.open()
+            with anyio.fail_after(PATIENCE):
+                calls = [call_echo(client, bytes(n), timeout=5) for n in (size, size, 1)]
+                *results, _ = await all_of([*calls, end()])
+                assert sum(isinstance(result, ConnectionLost) for result in results) >= 2
+                assert all(isinstance(result, (ConnectionLost, bytes)) for result in results)
+                await assert_usable(client)
+
+
 # --- call ids, forked processes ---
 
 

@@ -352,22 +352,29 @@ pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
         return Ok(());
     }
     let _guard = enter(slf.py());
-    let (mut loss, mut corked) = (None, false);
+    let (mut read_failed, mut corked) = (false, false);
     let changed = change_state(slf.get(), |state| {
-        loss = state.loss().take();
+        if let Some(loss) = state.loss().take() {
+            // Before anything changes: `lose` removes the callbacks that are registered now.
+            read_failed = true;
+            return Err(loss);
+        }
         if now {
             state.channel().uncork();
         }
         corked = state.channel().is_corked();
         state.flush()
     });
-    if let Some(loss) = loss {
-        return C::lose(slf, loss);
-    }
+    let outcome = match changed {
+        Err(loss) if read_failed => C::lose(slf, loss),
+        changed => after(slf, changed),
+    };
     if corked {
-        driver.call_soon(&slf.as_any().getattr(intern!(slf.py(), "_uncork"))?)?;
+        // Also if that raised: nothing else sends what is corked.
+        let uncork = slf.as_any().getattr(intern!(slf.py(), "_uncork"));
+        return outcome.and(uncork.and_then(|uncork| driver.call_soon(&uncork)));
     }
-    after(slf, changed)
+    outcome
 }
 
 /// Sends the corked output.
