@@ -172,7 +172,7 @@ def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: Fake
 
 LATE = """
 import asyncio, sys, threading, time
-from p2pclient_rs._native import Readiness, _the_end_is_near
+from p2pclient_rs._native import Readiness, _wait_before_finalization
 
 closed = asyncio.new_event_loop()
 closed.close()
@@ -205,7 +205,9 @@ def test_thread_inside_rust_does_not_abort_the_process_at_exit() -> None:
 
 
 def test_exit_handler_may_wait_for_a_thread_inside_rust() -> None:
-    code = LATE.format(nap=0) + "entered.clear(); _the_end_is_near(); assert entered.wait(10)"
+    code = (
+        LATE.format(nap=0) + "entered.clear(); _wait_before_finalization(); assert entered.wait(10)"
+    )
     ended = program(code)
     assert (ended.returncode, ended.stderr) == (0, "")
 

@@ -83,7 +83,7 @@ __all__ = [
     "Supervision",
     "SupervisionAction",
     "__version__",
-    "_the_end_is_near",
+    "_wait_before_finalization",
     "after_fork_in_child",
     "after_fork_in_parent",
     "before_fork",
@@ -522,7 +522,7 @@ class PersistentConnection:
 
 # --- the interpreter's end, waking, refusals ---
 
-def _the_end_is_near() -> None:
+def _wait_before_finalization() -> None:
     """Prepares for the end of the interpreter: waits until no other thread calls Python from Rust,
     which would abort the process, and delays threads that would call it later."""
 

@@ -3,11 +3,11 @@
 
 use super::channel::{is_unread, READ_BUDGET};
 use super::errors::{self, ConnectionLost};
+use super::persistent::{Limits as UnaryLimits, PersistentConnection};
 use super::pipeline::Pipeline;
 use super::request::{self, PyRequest};
 use super::socket::{Address, Connecting, Socket, READ_SIZE};
 use super::stream::RawStream;
-use super::unary::{Limits as UnaryLimits, PersistentConnection};
 use bytes::{Buf, Bytes};
 use p2pd_protocol::command::Answered;
 use p2pd_protocol::policy::retry::Progress;

@@ -22,6 +22,7 @@ mod lifecycle;
 mod listener;
 mod multiaddr;
 mod peer_id;
+mod persistent;
 mod pipeline;
 mod policy;
 mod pool;
@@ -33,7 +34,6 @@ mod shutdown_guard;
 mod socket;
 mod stream;
 mod supervision;
-mod unary;
 mod wake;
 
 /// The Rust half of `p2pclient_rs`.
@@ -64,6 +64,8 @@ mod _native {
     #[pymodule_export]
     use super::listener::RawListener;
     #[pymodule_export]
+    use super::persistent::PersistentConnection;
+    #[pymodule_export]
     use super::pipeline::Pipeline;
     #[pymodule_export]
     use super::policy::{HalfOpen, LogThrottle, Registering};
@@ -74,11 +76,9 @@ mod _native {
     #[pymodule_export]
     use super::request::{decode_pubsub_message, decode_stream_info, PyRequest};
     #[pymodule_export]
-    use super::shutdown_guard::_the_end_is_near;
+    use super::shutdown_guard::_wait_before_finalization;
     #[pymodule_export]
     use super::stream::RawStream;
-    #[pymodule_export]
-    use super::unary::PersistentConnection;
     #[pymodule_export]
     use super::wake::{report_first_wake, set_inplace_wake};
 

@@ -60,7 +60,7 @@ impl Drop for ShutdownGuard {
 
 /// Called at exit, when only daemon threads are left. Waits for the threads that call Python from Rust.
 #[pyfunction]
-pub fn _the_end_is_near(py: Python<'_>) {
+pub fn _wait_before_finalization(py: Python<'_>) {
     if !is_this_process() {
         return;
     }
@@ -77,7 +77,7 @@ pub fn _the_end_is_near(py: Python<'_>) {
 /// Registers the exit handler.
 pub fn watch(module: &Bound<'_, PyModule>) -> PyResult<()> {
     PROCESS.store(super::fork_guard::pid(), Ordering::Relaxed);
-    let callback = module.getattr("_the_end_is_near")?;
+    let callback = module.getattr("_wait_before_finalization")?;
     module
         .py()
         .import("atexit")?

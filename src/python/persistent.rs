@@ -1,5 +1,5 @@
 //! A persistent connection, for unary calls: the protocol's state machine, driven by callbacks of the
-//! event loop. `unary.py` opens it, and takes the incoming calls.
+//! event loop. `persistent.py` opens it, and takes the incoming calls.
 
 mod payload;
 mod state;
