@@ -69,7 +69,7 @@ pub trait Query: Sized {
     fn decode_value(response: p2pd::DhtResponse) -> Result<Self::Value, Error>;
 }
 
-/// A request or query as a part of its family; [`family!`](super::family) implements it.
+/// A request or query as a part of its family; the macro `family!` implements it.
 pub trait Member: Sized {
     /// The reply, or one value of it.
     type Output;

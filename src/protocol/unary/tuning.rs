@@ -25,7 +25,7 @@ pub const KEPT_OUTPUT: usize = 128 * 1024;
 /// otherwise wait for this client, which waits for the daemon.
 pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
-/// Default of [`UnaryLimits::hold`].
+/// Default of [`UnaryLimits::hold`](super::UnaryLimits::hold).
 pub const HOLD: Duration = Duration::from_secs(5);
 
 /// Least age of a call at which it is cancelled. hivemind's daemon crashes on a cancel that arrives while

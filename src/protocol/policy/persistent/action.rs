@@ -9,7 +9,7 @@ pub struct ConnectionId(pub u64);
 /// Request to the driver.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Action<T, E> {
-    /// Open a connection, and report [`Lifecycle::opened`] or [`Lifecycle::open_failed`].
+    /// Open a connection, and report [`Lifecycle::opened`](super::Lifecycle::opened) or [`Lifecycle::open_failed`](super::Lifecycle::open_failed).
     Open(ConnectionId),
     /// Stop opening the connection. A report is not needed.
     CancelOpen(ConnectionId),
@@ -21,19 +21,19 @@ pub enum Action<T, E> {
     Serve {
         /// Name of the handler.
         name: String,
-        /// Token of [`Lifecycle::add`].
+        /// Token of [`Lifecycle::add`](super::Lifecycle::add).
         token: T,
     },
     /// Drop the handler of this name.
     Forget(String),
-    /// Send a request to register the handler, and report [`Lifecycle::registered`].
+    /// Send a request to register the handler, and report [`Lifecycle::registered`](super::Lifecycle::registered).
     Register {
         /// Name of the handler.
         name: String,
         /// Whether several clients may serve the name.
         balanced: bool,
     },
-    /// Send a request to unregister the handler, and report [`Lifecycle::unregistered`].
+    /// Send a request to unregister the handler, and report [`Lifecycle::unregistered`](super::Lifecycle::unregistered).
     Unregister(String),
     /// Tell the user that a handler was dropped: another client has taken its name.
     Report {

@@ -14,7 +14,7 @@ const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pauses between attempts to register a handler that the daemon refuses for that reason.
 const REGISTER_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(50));
 
-/// Lifecycle of a persistent connection and of its handlers. See the [module](self).
+/// Lifecycle of a persistent connection and of its handlers. See the [module](super).
 ///
 /// `T` identifies an operation; the driver uses each value for one operation only. Each operation is
 /// completed exactly once by [`Action::Complete`], unless it is [cancelled](Self::cancel) before.
