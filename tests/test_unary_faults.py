@@ -11,12 +11,15 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import trio
+import uvloop
 from fake_daemon import (
     ERROR,
     OK,
@@ -553,6 +556,35 @@ def test_client_whose_loop_ended_during_a_reconnect_works_on_the_next_loop(
         asyncio.run(client.close())
     gc.collect()
     caplog.clear()  # asyncio's warning about a loop closed with a pending task
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["close", "next loop"])
+def test_client_whose_loop_ended_during_the_upgrade_can_be_closed_and_used(
+    anyio_backend: Any, closes: bool
+) -> None:
+    backend, options = anyio_backend
+
+    def run(function: Callable[[Client], Coroutine[Any, Any, object]]) -> None:
+        if backend == "trio":
+            # The fixtures have a run in this thread.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(trio.run, function, client).result()
+            return
+        loop = uvloop.new_event_loop() if options["use_uvloop"] else asyncio.new_event_loop()
+        loop.run_until_complete(function(client))
+        loop.close()
+
+    async def gives_up(client: Client) -> None:
+        with pytest.raises(ControlTimeout):
+            await client.unary.open(timeout=0.05)
+
+    with FakeDaemon(by_connection(silent, then=unary_echo)) as fake:
+        client = Client(fake.control_maddr)
+        run(gives_up)
+        if closes:
+            client.unary.close()
+        run(assert_usable)
+        run(Client.close)
 
 
 @pytest.mark.parametrize("how", ["removed", "closed", "dropped"])

@@ -332,8 +332,9 @@ class Session:
                 if not promise.done():
                     promise.set_result(None)
 
-        # In the next iteration: calls that arrived with the acknowledgement are served first.
-        self._reactor.call_soon(complete)
+        if promises:
+            # In the next iteration: calls that arrived with the acknowledgement are served first.
+            self._reactor.call_soon(complete)
 
     def _do_fail(self, tokens: list[int], reason: str, detail: Any) -> None:
         for token in tokens:
@@ -474,8 +475,9 @@ class Session:
         if os.getpid() != self._pid:
             self._do_close()
         elif self.ended:
-            # No task can be resumed.
+            # No task can be resumed or cancelled.
             self._operations.clear()
+            self._opening = None
             self._close()
         else:
             self._reactor.call_from_anywhere(self._close)
