@@ -17,6 +17,8 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
+import trio.testing
 import uvloop
 from fake_daemon import (
     ERROR,
@@ -50,6 +52,7 @@ from p2pclient_rs import (
     set_inplace_wake,
 )
 from p2pclient_rs.driver import on_readable, run_ready
+from p2pclient_rs.reactor import reactor
 from p2pclient_rs.readiness import AsyncioWatch, _on_readable, _on_writable
 from p2pclient_rs.wake import first_wake
 
@@ -723,3 +726,15 @@ async def test_exception_that_stops_the_loop_takes_precedence() -> None:
             run_ready(connection, [(None, function, ()) for function in order])
     with pytest.raises(ValueError):
         run_ready(connection, [(None, fails, ())])
+
+
+def test_trio_run_outlives_a_wait_for_a_closed_descriptor(caplog: pytest.LogCaptureFixture) -> None:
+    async def wait() -> None:
+        closed = socket.socket()
+        fd = closed.fileno()
+        closed.close()
+        reactor().add_reader(fd, print)
+        await trio.testing.wait_all_tasks_blocked()
+
+    trio.run(wait)
+    assert "cannot wait for a descriptor" in caplog.text

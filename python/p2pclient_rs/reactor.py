@@ -239,6 +239,9 @@ class TrioReactor:
                         await self._call_soon()
         except self._trio.ClosedResourceError:
             pass
+        except OSError:
+            # An exception in a system task would end the run.
+            logger.exception("cannot wait for a descriptor")
 
     async def _call_soon(self) -> None:
         # The woken tasks run in the next batch of trio's scheduler, before or after this task. In
