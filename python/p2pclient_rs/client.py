@@ -53,8 +53,8 @@ class Client:
             A daemon that runs as another user or on another machine needs an address that it can
             reach.
         persistent_conn_max_msg_size: The largest message of a unary call, in bytes. It must not
-            exceed the limit that the daemon was started with. None uses the daemon's limit if the
-            client can find it out, and 4 MiB otherwise.
+            exceed the limit that the daemon was started with. None means the daemon's limit if the
+            client can determine it, and 4 MiB otherwise.
         max_unanswered, max_unanswered_bytes, hold: The limits for peers' unary calls in progress,
             and how long, in seconds, peers wait before calls over the limit are refused; see
             ``UnaryClient``.
@@ -63,8 +63,8 @@ class Client:
         control: Peers, connections and streams.
         dht: The DHT.
         connmgr: The connection manager.
-        peerstore: What the JavaScript daemon knows about peers.
-        pubsub: Publish and subscribe.
+        peerstore: The peerstore, which only the JavaScript daemon has.
+        pubsub: Topics: publishing and subscribing.
         unary: Unary calls, which only hivemind's daemon supports.
 
     Raises:
@@ -206,7 +206,7 @@ class Client:
         await self.control.connect(peer_id, maddrs, timeout=timeout)
 
     async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
-        """Closes all connections to a peer. It is no error if there are none."""
+        """Closes all connections to a peer. Does nothing if there are none."""
         await self.control.disconnect(peer_id, timeout=timeout)
 
     async def list_peers(self, *, timeout: float | None = None) -> tuple[PeerInfo, ...]:
@@ -365,13 +365,13 @@ class Client:
     def dht_find_peers_connected_to_peer(
         self, peer_id: PeerIDLike, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """Finds the peers connected to a peer. Current Go daemons refuse it as not supported."""
+        """Finds the peers connected to a peer. No current daemon supports it (``NotSupported``)."""
         return self.dht.find_peers_connected_to_peer(peer_id, timeout=timeout)
 
     def dht_find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """Finds peers that provide a content. See ``DHTClient.find_providers``.
+        """Finds the providers of a CID. See ``DHTClient.find_providers``.
 
         Example:
             providers = await client.dht_find_providers(cid, 20)  # all at once
@@ -406,7 +406,7 @@ class Client:
         await self.dht.put_value(key, value, timeout=timeout)
 
     async def dht_provide(self, cid: bytes, *, timeout: float | None = None) -> None:
-        """Announces that the daemon's peer provides a content. See ``DHTClient.provide``."""
+        """Announces the daemon's peer as a provider of a CID. See ``DHTClient.provide``."""
         await self.dht.provide(cid, timeout=timeout)
 
     # --- pubsub ---

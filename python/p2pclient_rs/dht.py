@@ -13,8 +13,8 @@ __all__ = ["DHTClient"]
 class DHTClient:
     """The Kademlia DHT of a daemon that was started with one.
 
-    Queries with any number of results return ``Results``: ``await`` them for all results as a
-    tuple, or iterate over them with ``async for`` to get each as soon as it is found.
+    Queries that can have several results return ``Results``: ``await`` it for all results as a
+    tuple, or use ``async for`` to get each result as soon as it is found.
 
     Every ``timeout`` is in seconds, and is passed on to the daemon in whole seconds. Without one
     the daemon gives up after 60 s. All requests raise subclasses of ``ControlFailure``:
@@ -52,7 +52,7 @@ class DHTClient:
         """FIND_PEERS_CONNECTED_TO_PEER: finds the peers connected to a peer.
 
         Raises:
-            NotSupported: Current Go daemons do not support it.
+            NotSupported: No current daemon supports it.
         """
         return Results(
             self.daemon_connector,
@@ -66,10 +66,10 @@ class DHTClient:
     def find_providers(
         self, content_id_bytes: bytes, count: int, *, timeout: float | None = None
     ) -> Results[PeerInfo]:
-        """FIND_PROVIDERS: finds peers that provide a content.
+        """FIND_PROVIDERS: finds the providers of a CID.
 
         Args:
-            content_id_bytes: The binary CID of the content.
+            content_id_bytes: The CID, in binary.
             count: The maximum number of providers; 0 means the daemon's default of 20.
             timeout: In seconds.
 
@@ -160,7 +160,7 @@ class DHTClient:
             timeout: In seconds.
 
         Raises:
-            DaemonRefused: The record is invalid, or no peer has taken it.
+            DaemonRefused: The record is invalid, or no peer accepted it.
 
         Example:
             key = await client.dht.get_public_key(peer_id)
@@ -171,14 +171,14 @@ class DHTClient:
         )
 
     async def provide(self, cid: bytes, *, timeout: float | None = None) -> None:
-        """PROVIDE: announces that the daemon's peer provides a content.
+        """PROVIDE: announces the daemon's peer as a provider of a CID.
 
         Args:
-            cid: The binary CID of the content.
+            cid: The CID, in binary.
             timeout: In seconds.
 
         Raises:
-            DaemonRefused: ``cid`` is not a CID, or no peer was there to be told.
+            DaemonRefused: ``cid`` is not a CID, or the daemon found no peer to announce it to.
 
         Example:
             await client.dht.provide(cid)
