@@ -106,7 +106,8 @@ class ControlClient(InboundStreams):
 
         Raises:
             InvalidMultiaddr: The new value is not a multiaddr (a ValueError).
-            ControlFailure: It is the default, which the daemon cannot reach.
+            ControlFailure: No address was given, and a daemon that may be on another machine
+                could not reach the default one.
         """
         if self._bound_maddr is not None:
             return self._bound_maddr
@@ -170,7 +171,7 @@ class ControlClient(InboundStreams):
         )
 
     async def disconnect(self, peer_id: PeerIDLike, *, timeout: float | None = None) -> None:
-        """DISCONNECT: closes all connections to a peer. It is no error if there are none.
+        """DISCONNECT: closes all connections to a peer. Does nothing if there are none.
 
         Raises:
             NotSupported: The daemon is the JavaScript one.
@@ -250,21 +251,21 @@ class ControlClient(InboundStreams):
         Args:
             proto: The protocol id.
             handler_cb: An async function of a ``StreamInfo`` and a ``Stream``, or of a ``Stream``
-                alone, whose ``info`` is the same. A handler that accepts both gets two arguments.
-                An exception is logged and resets that stream alone. After the handler returns, the
-                stream stays open as long as the program holds it.
-            balanced: Whether several clients may share the protocol and serve it in turn
-                (hivemind's daemon).
-            replace: Whether to replace a former handler of this client for the protocol. If that
-                fails, the former one stays.
+                alone, whose ``info`` is the same. A function that accepts one or two arguments is
+                called with two. An exception in it is logged, and resets only its own stream. After
+                it returns, the stream stays open as long as the program holds it.
+            balanced: Whether several clients may register the protocol, and serve its streams in
+                turn (hivemind's daemon).
+            replace: Whether to replace this client's previous handler for the protocol. If that
+                fails, the previous handler stays.
             linger: How long a handler may leave its stream unused after the peer has closed it in
-                both directions, in seconds; None for no limit. Then the handler is cancelled, which
-                is logged, and its stream aborted. If the handler left input unread, the time
-                counts from its last use of the stream.
+                both directions, in seconds; None for no limit. After that, the handler is
+                cancelled, its stream is aborted, and this is logged. If the handler left input
+                unread, the time counts from its last use of the stream.
             timeout: In seconds.
 
         Raises:
-            ControlFailure: This client serves the protocol, and ``replace`` is false.
+            ControlFailure: This client already serves the protocol, and ``replace`` is false.
             DaemonRefused: Another client serves the protocol (hivemind's daemon).
             TypeError: The handler cannot be called with one or two arguments.
             ValueError: ``linger`` is negative or not a number.
@@ -341,9 +342,10 @@ class ControlClient(InboundStreams):
         (self._balanced.add if balanced else self._balanced.discard)(proto)
 
     async def register_again(self, *, timeout: float | None = None) -> None:
-        """Registers the stream handlers of this client at a restarted daemon.
+        """Registers this client's stream handlers again, at a restarted daemon.
 
-        Does nothing unless the client listens, since it would take protocols from others.
+        Does nothing unless the client listens: otherwise it would take protocols from clients
+        that do.
 
         Args:
             timeout: For each handler, in seconds.
@@ -394,7 +396,7 @@ class ControlClient(InboundStreams):
         handlers and removes their protocols from the daemon, if the daemon supports that.
         ``await client.listen()`` returns at once and listens until ``close()``, which does the
         same. Listening also ends with the event loop, and when the client is garbage-collected, so
-        keep a reference to the client. A running handler keeps one too.
+        keep a reference to the client. A running handler keeps the client alive, too.
 
         Raises:
             ControlFailure: The client is already listening.
