@@ -56,14 +56,14 @@ class DaemonConnector:
     Args:
         control_maddr: ``/unix/PATH`` or ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``;
             ``/unix/tmp/p2pd.sock`` by default.
-        max_connections: How many requests may run at once in one event loop that make the daemon
-            ask other peers (CONNECT, STREAM_OPEN, DHT), each on a connection of its own. Further
-            ones wait. Open streams do not count.
-        max_idle: How many other requests may run at once, and how many idle connections are kept.
-            Queries, which only ask what the daemon knows (IDENTIFY, LIST_PEERS, pubsub's lists),
+        max_connections: The maximum number of concurrent requests, per event loop, that make the
+            daemon contact other peers (CONNECT, STREAM_OPEN, DHT). Each uses a connection of its
+            own; further ones wait. Open streams do not count.
+        max_idle: The maximum number of other concurrent requests, and of idle connections that are
+            kept. Queries for what the daemon itself knows (IDENTIFY, LIST_PEERS, pubsub's lists)
             are pipelined on one more connection.
-        max_message_size: The largest message accepted from the daemon, in bytes; 4 MiB and 64 KiB
-            by default.
+        max_message_size: The largest message accepted from the daemon, in bytes. The default is
+            4 MiB plus 64 KiB.
         types: Converts results. The default converts nothing.
 
     Raises:
@@ -138,7 +138,7 @@ class DaemonConnector:
         Args:
             name: The request's name, for errors.
             request: The request.
-            timeout: How long the request may take from beginning to end, in seconds.
+            timeout: How long the whole request may take, in seconds.
             peer_id, protocol: The peer and protocol that it is about, for errors.
 
         Raises:
@@ -177,7 +177,7 @@ class DaemonConnector:
         """As ``request``, for requests that only the JavaScript daemon has.
 
         Raises:
-            NotSupported: The daemon is another one.
+            NotSupported: The daemon is not the JavaScript one.
         """
         return await self.described(self._peerstore(request), name, timeout, peer_id)
 
@@ -197,7 +197,7 @@ class DaemonConnector:
         return (await self._exchange(request))[0]
 
     def registered(self) -> object | None:
-        """Returns a token of the daemon; call it right after a STREAM_HANDLER request.
+        """Returns a token that identifies the daemon's process. Call it right after STREAM_HANDLER.
 
         Returns:
             A token for ``still_registered``; None if no connection can be kept open.
@@ -207,7 +207,7 @@ class DaemonConnector:
     async def still_registered(self, token: object | None) -> bool:
         """Returns whether the daemon is certainly the one that ``token`` came from.
 
-        If not, the daemon may have been restarted since, and have lost the registration.
+        If not, the daemon may have been restarted since and so have lost the registration.
         """
         self.check_fork()
         return await self._pool().is_same_daemon(token)
@@ -260,7 +260,7 @@ class DaemonConnector:
     async def is_unknown_request(self, error: ConnectionLost) -> bool:
         """Returns whether the daemon closed the connection because it does not know the request.
 
-        If so, the daemon still answers others.
+        The daemon still answers other requests.
         """
         if error.mid_answer:
             return False
