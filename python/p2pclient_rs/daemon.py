@@ -63,7 +63,7 @@ class Daemon:
 
     Args:
         binary: The daemon's binary, a path or a name in ``PATH``. By default the path in the
-            environment variable ``P2PD_PATH``, else ``p2pd`` in ``PATH``, else the one of an
+            environment variable ``P2PD_PATH``, else ``p2pd`` in ``PATH``, else the one inside an
             installed hivemind. A binary named ``jsp2pd`` gets the arguments of the JavaScript
             daemon.
         dht: The DHT. With True, the daemon becomes a server once it finds itself publicly
@@ -75,7 +75,7 @@ class Daemon:
             seconds until `low` are left.
         host_addrs: Multiaddrs to listen on for peers. With an empty sequence, the daemon listens on
             every interface.
-        announce_addrs: Multiaddrs to announce to peers instead of those.
+        announce_addrs: Multiaddrs to announce to peers instead of ``host_addrs``.
         bootstrap_peers: Peers to join the network through, each a multiaddr that ends in
             ``/p2p/<peer id>``.
         bootstrap: With ``"required"``, the daemon connects to the bootstrap peers before it is
@@ -85,14 +85,14 @@ class Daemon:
             ``p2pclient_rs.daemon``, with the peer and the reason.
         identity: A file with a private key in libp2p's encoding; by default, a new identity.
         control_maddr: The address at which to serve the control protocol, a unix or TCP multiaddr;
-            TCP port 0 is replaced by an unused port. By default a unix socket only this user can
-            reach.
+            TCP port 0 is replaced by an unused port. The default is a unix socket that only this
+            user can reach.
         extra_args: Further arguments for the daemon, passed unchanged.
         restart: Whether to restart a daemon that dies by itself, with a backoff of 0.1 to 30
             seconds: with the same options and control address, the same identity (without a file,
             a temporary one) and the same TCP ports. After 10 deaths in a row, each within 10
-            seconds of the start, it is given up; a number sets another limit. The supervisor
-            registers the handlers of clients made by ``client()`` again. It logs restarts to
+            seconds of the start, the supervisor gives up; a number sets another limit. It registers
+            the handlers of clients made by ``client()`` again, logs restarts to
             ``p2pclient_rs.daemon``, and runs on the event loop on which the daemon was started.
         start_timeout: Seconds within which the daemon must be ready.
         stop_timeout: Seconds within which the daemon must end after SIGTERM, before it is killed.
@@ -172,10 +172,10 @@ class Daemon:
         Raises:
             DaemonNotFound: No binary was found; the error lists every place searched.
             ValueError: This kind of daemon lacks an option.
-            DaemonStartError: The daemon ended, or was not ready in `start_timeout` seconds; if it
-                ends, the error comes at once. Or the operating system refused something that the
-                start needs: then this is an OSError too, with its ``errno``, and ``cause`` names
-                the file or the operation. No process and no file is left.
+            DaemonStartError: The daemon ended (raised at once), was not ready within
+                `start_timeout` seconds, or the operating system refused something that the start
+                needs. In the last case it is also an OSError with the ``errno``, and ``cause``
+                names the file or the operation. No process and no file is left.
             RuntimeError: The daemon is running, or being stopped.
         """
         process = self._prepare()
@@ -215,8 +215,8 @@ class Daemon:
     async def wait(self) -> int:
         """Waits until the daemon has ended, and returns its exit status, negative for a signal.
 
-        With ``restart``, waits until the daemon was stopped or given up: see ``failure``. Any
-        number of tasks may wait.
+        With ``restart``, waits until the daemon is stopped or the supervisor gives up (see
+        ``failure``). Any number of tasks may wait.
 
         Raises:
             RuntimeError: The daemon has not been started, or belongs to a parent process.
@@ -288,7 +288,7 @@ class Daemon:
 
     @property
     def failure(self) -> DaemonStartError | None:
-        """Why a daemon with ``restart`` was given up; None if it was not."""
+        """Why the supervisor gave up restarting the daemon; None if it did not."""
         return None if self._supervisor is None else self._supervisor.failure
 
     @property

@@ -1,7 +1,7 @@
 """Finds the largest message that a daemon accepts, for a client without an explicit limit.
 
-The control protocol has no request for it, and a daemon closes the persistent connection on a
-larger message. Two sources are reliable:
+The control protocol has no request for this limit, and a daemon closes the persistent connection
+when a message exceeds it. Two sources are reliable:
 
 - On Linux, the command line of the process that listens at the daemon's unix socket.
 - The limit that the creator of the daemon gave to its client, in this process or in one from which
