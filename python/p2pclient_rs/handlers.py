@@ -73,10 +73,10 @@ def takes_info(handler: Callable[..., Any]) -> bool:
     """Returns whether a stream handler is called as ``handler(info, stream)`` rather than
     ``handler(stream)``.
 
-    A handler that accepts both gets two arguments, and so does one whose signature is unknown.
+    A handler that accepts both, or whose signature is unknown, is called with two arguments.
 
     Raises:
-        TypeError: It accepts neither.
+        TypeError: The handler accepts neither.
     """
     if not callable(handler):
         raise TypeError(f"a stream handler must be callable, not {handler!r}")
@@ -251,7 +251,7 @@ class _ReadingAhead:
 
 
 class Lingering:
-    """Cancels the handlers of a listener that run on long after their peers have left.
+    """Cancels a listener's handlers that continue for too long after their peers have left.
 
     ``poll`` does this in a task of its own, which sleeps while there are no handlers.
     """

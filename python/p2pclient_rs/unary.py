@@ -66,8 +66,8 @@ class UnaryClient:
             connection.
         max_message_size: The largest message to send, in bytes: the payload, the handler's name
             and less than 100 bytes more. It must not exceed the daemon's
-            ``-persistentConnMaxMsgSize``. If None, the client uses the daemon's limit if it can
-            find it when it connects (see ``p2pclient_rs.daemon_limit``), and 4 MiB otherwise; the
+            ``-persistentConnMaxMsgSize``. None means the daemon's limit if the client can determine
+            it when it connects (see ``p2pclient_rs.daemon_limit``), and 4 MiB otherwise; the
             attribute then gives the limit in effect.
         max_incoming_size: The largest message to receive, in bytes. Larger ones are skipped: a
             reply raises ``MessageTooLarge``, an incoming call is answered with an error. If None,
@@ -75,10 +75,10 @@ class UnaryClient:
         max_unanswered: Number of incoming calls in progress above which the client stops reading;
             None for no limit.
         max_unanswered_bytes: Size of their payloads above which it does so; None for no limit.
-        hold: How long it stops reading, in seconds. None for as long as a limit is exceeded; it
-            notices neither cancels nor a lost connection meanwhile.
-        handlers: A table of handlers, which is read for each call and kept up to date. None for a
-            table per event loop.
+        hold: How long it stops reading, in seconds; None for as long as a limit is exceeded. While
+            it does not read, it notices neither cancels nor a lost connection.
+        handlers: A table of handlers by name, which the client reads at each call and keeps up to
+            date. None for one table per event loop.
 
     Raises:
         ValueError: A limit is negative or not a number.
@@ -197,8 +197,8 @@ class UnaryClient:
         raise self.daemon_connector.describe(timed_out(timeout), "PERSISTENT_CONN_UPGRADE")
 
     async def register_again(self) -> None:
-        """Opens the persistent connection if there are handlers and it is not open: for a daemon
-        that was restarted."""
+        """Opens the persistent connection after a restart of the daemon, if there are handlers and
+        it is not open."""
         session = self._sessions.get(current_loop())
         if session is not None and session.serves:
             await self.open()
@@ -208,7 +208,7 @@ class UnaryClient:
     ) -> bytes:
         """Calls a peer's handler and returns its reply.
 
-        A call that is cancelled or times out cancels the handler.
+        If the call is cancelled or times out, the handler is cancelled.
 
         Args:
             peer_id: The peer. The daemon must be connected to it or know its address.
@@ -216,8 +216,8 @@ class UnaryClient:
             data: The request, any buffer of bytes.
 
         Raises:
-            P2PHandlerError: The handler failed, or the peer's client has none of that name.
-            DaemonRefused: The peer is not reachable, or serves no calls of that name.
+            P2PHandlerError: The handler failed, or the peer's client has no handler of that name.
+            DaemonRefused: The peer is not reachable, or none of its clients serves that name.
             MessageTooLarge: The request exceeds ``max_message_size``, and was not sent; or the
                 reply exceeds ``max_incoming_size``.
             ConnectionLost: The connection to the daemon was lost before the reply arrived.
@@ -290,12 +290,13 @@ class UnaryClient:
         Args:
             proto: Name of the handler.
             handler: An async function that gets the request and the caller's peer id, and returns
-                the reply, any buffer of bytes. The caller gets the ``repr`` of what it raises.
+                the reply, any buffer of bytes. If it raises an exception, the caller gets the
+                ``repr``.
             balanced: Whether several clients may serve the name. The daemon then gives each of them
                 a call in turn.
 
         Raises:
-            ControlFailure: This client has a handler of that name.
+            ControlFailure: This client already has a handler of that name.
             DaemonRefused: Another client has one.
         """
         session = self._session()
@@ -310,7 +311,7 @@ class UnaryClient:
             ) from error.__cause__
 
     async def remove_handler(self, proto: str, *, timeout: float | None = None) -> None:
-        """Removes a handler. Calls that are running go on.
+        """Removes a handler. Calls in progress continue.
 
         Raises:
             ControlFailure: This client has no handler of that name.
@@ -356,7 +357,7 @@ class UnaryClient:
 
     @property
     def pending_calls(self) -> int:
-        """Number of calls, and of requests to add or remove a handler, without an answer."""
+        """Number of calls, and of requests to add or remove a handler, without a reply."""
         return sum(s.pending for s in self._sessions.values())
 
     @property
