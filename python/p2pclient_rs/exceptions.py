@@ -19,7 +19,7 @@
 An exception with an operating-system error behind it has the ``errno``, ``strerror`` and
 ``filename`` of that error, and is also an instance of the built-in class for the number. So
 ``except FileNotFoundError`` or ``except ConnectionRefusedError`` catches a ``DaemonUnreachable``
-with that cause, and ``except BrokenPipeError`` such a ``ConnectionLost``.
+with that cause, and ``except BrokenPipeError`` a ``ConnectionLost`` caused by a broken pipe.
 
 All exceptions can be pickled and copied. Attributes are in the instance's ``__dict__``, and
 ``args`` is the message alone.
@@ -79,7 +79,7 @@ __all__ = [
 
 
 class P2PDaemonError(Exception):
-    """The base class of all exceptions of this package but ``P2PHandlerError``."""
+    """The base class of all exceptions of this package, except ``P2PHandlerError``."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return rebuild, parts(self)
@@ -227,8 +227,8 @@ def connection_lost(message: str, number: int | None = None) -> ConnectionLost:
 def parts(error: Exception) -> tuple[Any, ...]:
     """Returns the arguments with which ``rebuild`` creates a copy of ``error``.
 
-    Pickle finds a class by its name, but a combined class has the name of another, and pickle
-    drops an ``errno`` that is not in ``args``.
+    Pickle alone would not do: it finds a class by its name, which a combined class shares with
+    another one, and it drops an ``errno`` that is not in ``args``.
     """
     kind, also = getattr(error, "_made_of", None) or (type(error), ())
     fields = tuple(getattr(error, name, None) for name in _OS_FIELDS)
@@ -314,7 +314,8 @@ class ProtocolViolation(ControlFailure):
 class MessageTooLarge(ControlFailure):
     """A message exceeds a limit. Only this call fails; the connection stays usable.
 
-    A request over the limit was not sent. A reply over the limit was skipped, but the handler ran.
+    If the request was too large, it was not sent. If the reply was, it was skipped, but the handler
+    ran.
 
     Attributes:
         size: The size of the message, in bytes.
@@ -332,7 +333,7 @@ class ForkedClientError(ControlFailure):
 
 
 class P2PHandlerError(Exception):
-    """A unary handler failed at the called peer. The daemons are not at fault, so this is no
+    """The called peer's unary handler failed. The daemons are not at fault, so this is no
     ``P2PDaemonError``, as in hivemind.
 
     Args:
@@ -365,7 +366,7 @@ class DaemonStartError(P2PDaemonError):
     """A daemon process could not be started, died, or did not reply in time.
 
     If the operating system refused something that the start needs, this is also an instance of the
-    built-in class for that, so ``except PermissionError`` catches it.
+    built-in class for that error, such as PermissionError.
 
     Args:
         message: What happened.
@@ -429,7 +430,7 @@ class DaemonNotFound(DaemonStartError, FileNotFoundError):
 
     Args:
         message: The message.
-        looked_at: All places searched, each with the reason why it was rejected.
+        looked_at: All places searched, each with the reason for its rejection.
         hint: A fix in one line.
     """
 

@@ -10,7 +10,7 @@ __all__ = ["PubSubClient"]
 
 
 class PubSubClient:
-    """Publish and subscribe, for a daemon that was started with it.
+    """Topics: publishing and subscribing. Requires a daemon that was started with pubsub.
 
     Every ``timeout`` is in seconds. All requests raise subclasses of ``ControlFailure``:
     ``NotSupported`` if the daemon was started without pubsub.
@@ -37,11 +37,12 @@ class PubSubClient:
     async def publish(self, topic: str, data: bytes, *, timeout: float | None = None) -> None:
         """PUBLISH: publishes data on a topic.
 
-        Messages reach only peers that this peer knows to be subscribed; see ``list_peers``.
+        A message reaches only the peers that the daemon knows to be subscribed; see
+        ``list_peers``.
 
         Args:
             topic: The topic.
-            data: The data. The Go daemons drop messages that exceed 1 MiB with their envelope.
+            data: The data. The Go daemons drop messages over 1 MiB, envelope included.
             timeout: In seconds.
 
         Example:

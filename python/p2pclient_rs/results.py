@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 
 class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
-    """The results of a DHT query, which begins when they are asked for.
+    """The results of a DHT query. The query begins when the first one is requested.
 
     ``await`` returns all of them as a tuple. ``async for`` yields each as soon as the daemon has
-    found it. An object can be awaited or iterated, and only once.
+    found it. An object can be awaited or iterated, not both, and only once.
 
-    Leaving the loop early ends the query: garbage collection of this object closes its connection.
-    If a variable keeps the object, use ``aclose()`` or ``async with``. A cancelled wait for the
-    next result loses nothing, so the iteration may continue.
+    Leaving the loop early ends the query, because garbage collection of this object closes its
+    connection. If a variable refers to the object, use ``aclose()`` or ``async with`` instead. A
+    cancelled wait for the next result loses nothing, so the iteration may continue.
 
     Example:
         async for provider in client.dht.find_providers(cid, 20):

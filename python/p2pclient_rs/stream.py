@@ -48,7 +48,7 @@ class Stream(SocketStream):
 
     ``receive``, ``send``, ``send_eof`` and ``aclose`` follow anyio. They raise ``EndOfStream`` at
     the end, ``ClosedResourceError`` after a close on this side, ``BrokenResourceError`` after the
-    connection was lost, and ``BusyResourceError`` while another task does the same.
+    connection was lost, and ``BusyResourceError`` if another task is already reading or writing.
 
     ``read…``, ``write`` and ``drain`` follow asyncio. ``read`` returns ``b""`` at the end, and
     ``readexactly`` raises ``IncompleteReadError``. Other errors are as above.
@@ -143,7 +143,7 @@ class Stream(SocketStream):
     async def send_eof(self) -> None:
         """Ends this side's direction of the stream.
 
-        The Go daemons then end the whole stream. The other peer receives every byte and then the
+        The daemon then ends the whole stream. The other peer receives every byte and then the
         end, but this side reads the end at once, and data that the other peer sends later is lost.
         See ``docs/streams.md``.
 
@@ -265,7 +265,7 @@ class Stream(SocketStream):
             return error.partial
 
     async def receive_frame(self, max_bytes: int = 4 << 20) -> bytes:
-        """Reads a message that follows its length, an unsigned varint.
+        """Reads a message that is preceded by its length, an unsigned varint.
 
         Args:
             max_bytes: The maximum length. A longer message is refused before memory is allocated.
@@ -273,7 +273,7 @@ class Stream(SocketStream):
         Raises:
             anyio.EndOfStream: The stream ended before the message.
             ConnectionLost: The stream ended within the message.
-            ProtocolViolation: The message is longer, or its length is malformed.
+            ProtocolViolation: The message exceeds ``max_bytes``, or its length is malformed.
         """
         frames = await self._pull(self._raw.try_read_frame, max_bytes)
         if not frames:
@@ -310,7 +310,7 @@ class Stream(SocketStream):
     async def drain(self) -> None:
         """Waits until the buffer has room.
 
-        On trio, buffered data is sent only by this, ``send``, ``send_eof`` and ``aclose``.
+        On trio, buffered data is sent only by ``drain``, ``send``, ``send_eof`` and ``aclose``.
         """
         if not self._watch.runs_callbacks:
             await self._flush(0)

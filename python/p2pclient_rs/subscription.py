@@ -23,8 +23,8 @@ _UNSUBSCRIBE_TIMEOUT = 1.0
 class Subscription(Stream):
     """The messages published to a topic: an async iterator of ``PubsubMessage``.
 
-    Closing it unsubscribes. The bytes of the stream are the daemon's PSMessages, each after its
-    length, for programs that read these themselves.
+    Closing it unsubscribes. Programs that read the bytes of the stream themselves get the daemon's
+    PSMessages, each after its length.
 
     Example:
         subscription = await client.pubsub_subscribe("news")
@@ -37,7 +37,7 @@ class Subscription(Stream):
     _max_message_size = (4 << 20) + (64 << 10)
 
     async def aclose(self) -> None:
-        """Unsubscribes. Afterwards the daemon no longer lists the topic among its own.
+        """Unsubscribes. Afterwards the daemon no longer lists the topic in ``get_topics``.
 
         Waits up to a second for the daemon. If cancelled, or while another task receives, it closes
         the connection at once.

@@ -24,12 +24,12 @@ MultiaddrLike: TypeAlias = Multiaddr | str | bytes | bytearray | memoryview | Su
 class Types:
     """Converts the results of requests. The default returns them unchanged.
 
-    An API compatibility layer overrides these methods to return the types of its ecosystem, and
-    declares the methods of its clients accordingly.
+    An API compatibility layer overrides these methods to return the types of the package that it
+    replaces, and annotates the methods of its clients accordingly.
     """
 
     def multiaddr(self, addr: Multiaddr) -> Multiaddr:
-        """Converts a multiaddr that is returned by itself."""
+        """Converts a multiaddr that is not part of another result."""
         return addr
 
     def peer_info(self, info: PeerInfo) -> PeerInfo:
