@@ -1,4 +1,4 @@
-//! The daemon manager for tokio.
+//! [`P2PDaemon`]: starts, supervises and stops a daemon on tokio.
 
 use super::discovery::{find, Search, VARIABLE};
 use super::guard::{destroyed, ended, ProcessGuard};
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// A libp2p daemon in a process of its own, which is killed when this is dropped.
+/// A libp2p daemon in a child process. Dropping this kills the daemon.
 ///
 /// Its sockets and its log are in a private directory. On unix, neither the daemon nor that
 /// directory outlives this process, however it ends.
@@ -36,7 +36,7 @@ use tokio::time::timeout;
 #[derive(Debug)]
 #[must_use = "the daemon is killed when this is dropped"]
 pub struct P2PDaemon {
-    // Dropped before the process, whose end the supervisor would treat as a death.
+    // Dropped before `guard`: otherwise the supervisor would treat the killed process as a crash.
     supervisor: Option<Supervisor>,
     guard: ProcessGuard,
     identity: Identity,
@@ -94,14 +94,15 @@ impl P2PDaemonBuilder {
         self
     }
 
-    /// The DHT; off by default. With true, the daemon becomes a server once it finds itself
-    /// publicly reachable, so that daemons on one machine need [`Dht::Server`].
+    /// The DHT; off by default. True means [`Dht::Auto`]: the daemon becomes a server once it finds
+    /// that it is publicly reachable. That never happens on loopback: daemons on one machine need
+    /// [`Dht::Server`].
     pub fn dht(mut self, dht: impl Into<Dht>) -> Self {
         self.options.dht = dht.into();
         self
     }
 
-    /// Circuit relay; by default the daemon decides, and switches it on.
+    /// Circuit relay. By default the daemon decides; all known daemons switch it on.
     pub fn relay(mut self, relay: bool) -> Self {
         self.options.relay = Some(relay);
         self
@@ -149,14 +150,14 @@ impl P2PDaemonBuilder {
         self
     }
 
-    /// Restarts a daemon that dies by itself, with a backoff of 0.1 to 30 seconds: with the same
-    /// options and control address, the same identity (without a file, a temporary one) and the
-    /// same TCP ports. After `limit` deaths in a row, each within 10 seconds of the start, the
-    /// daemon is given up: see [`P2PDaemon::failure`]. With 0, the default, it is never restarted.
+    /// Restarts the daemon when it dies, with a backoff of 0.1 to 30 seconds. The daemon keeps its
+    /// options, control address, TCP ports and identity (a temporary one if there is no file). The
+    /// supervisor gives up after `limit` deaths in a row, each within 10 seconds of the start: see
+    /// [`P2PDaemon::failure`]. With 0, the default, the daemon is never restarted.
     ///
-    /// The supervisor is a task on the runtime on which the daemon was spawned. It registers the
-    /// handlers of clients made by [`P2PDaemon::client`] again, and logs restarts with the [`log`]
-    /// crate.
+    /// The supervisor is a task on the runtime on which the daemon was spawned. After a restart, it
+    /// registers the handlers of all clients that [`P2PDaemon::client`] returned. It logs restarts
+    /// with the [`log`] crate.
     pub fn restart(mut self, limit: u32) -> Self {
         self.options.restart = limit;
         self
@@ -202,7 +203,7 @@ impl P2PDaemonBuilder {
     ///
     /// # Errors
     /// The options are invalid, no binary was found, or the daemon ended or was not ready in time.
-    /// If it ends, the error comes at once. No process and no file is left.
+    /// If the daemon ends, this fails at once. A failure leaves no process and no file behind.
     pub async fn spawn(self) -> Result<P2PDaemon, DaemonError> {
         let binary = find(&Search {
             explicit: self.binary.as_deref(),
@@ -210,7 +211,7 @@ impl P2PDaemonBuilder {
             path: std::env::var_os("PATH").as_deref(),
             hivemind: Vec::new(),
         })?;
-        // From here on, a failure or a drop destroys the process.
+        // From here on, an error or a dropped future destroys the process.
         let guard = ProcessGuard(Arc::new(Process::prepare(binary, &self.options, None)?));
         let outcome = match guard.0.spawn() {
             Ok(()) => startup::ready(&guard.0, self.start_timeout).await,
@@ -232,7 +233,8 @@ impl P2PDaemonBuilder {
 }
 
 impl P2PDaemon {
-    /// Returns the default options: a daemon without services that listens on loopback only.
+    /// Returns a builder with the default options: without DHT, pubsub and connection manager,
+    /// listening on loopback only.
     pub fn builder() -> P2PDaemonBuilder {
         P2PDaemonBuilder::default()
     }
@@ -247,8 +249,8 @@ impl P2PDaemon {
         &self.identity.addrs
     }
 
-    /// The same addresses with its peer id: other daemons take them as
-    /// [`bootstrap_peers`](P2PDaemonBuilder::bootstrap_peers).
+    /// Returns [`addrs`](Self::addrs) with the peer id appended, for the
+    /// [`bootstrap_peers`](P2PDaemonBuilder::bootstrap_peers) of other daemons.
     pub fn peer_addrs(&self) -> Vec<Multiaddr> {
         let with_peer_id = |addr| format!("{addr}/p2p/{}", self.peer_id()).parse().ok();
         self.addrs().iter().filter_map(with_peer_id).collect()
@@ -285,8 +287,8 @@ impl P2PDaemon {
         Ok(client)
     }
 
-    /// Waits until the daemon has ended; with [`restart`](P2PDaemonBuilder::restart), until it was
-    /// stopped or given up. Any number of tasks may wait.
+    /// Waits until the daemon has ended. With [`restart`](P2PDaemonBuilder::restart), waits until it
+    /// was stopped or the supervisor has given up. Any number of tasks may wait.
     ///
     /// Returns 0 if another part of the program has reaped the daemon (by waiting for any child, or
     /// ignoring SIGCHLD), as the true exit status is then lost.
@@ -297,7 +299,8 @@ impl P2PDaemon {
         ended(&self.guard.0).await
     }
 
-    /// Why a daemon with [`restart`](P2PDaemonBuilder::restart) was given up; none if it was not.
+    /// Why the supervisor gave up [restarting](P2PDaemonBuilder::restart) the daemon; none if it
+    /// did not.
     pub fn failure(&self) -> Option<StartError> {
         self.supervisor.as_ref()?.failure()
     }
@@ -310,7 +313,7 @@ impl P2PDaemon {
     /// stuck in an uninterruptible system call.
     pub async fn shutdown(&self) -> ExitStatus {
         if let Some(supervisor) = &self.supervisor {
-            // With a timeout, as the supervisor's runtime may no longer run.
+            // Needs a timeout, because the supervisor's runtime may have ended.
             let _ = timeout(self.stop_timeout, supervisor.stop()).await;
         }
         self.guard.0.terminate();
@@ -320,7 +323,7 @@ impl P2PDaemon {
         self.guard.0.poll().unwrap_or_default()
     }
 
-    /// The last MiB of its output, also once it has ended.
+    /// The last MiB of the daemon's output. It stays available after the daemon has ended.
     pub fn output(&self) -> String {
         self.guard.0.output()
     }

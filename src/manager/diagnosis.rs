@@ -11,7 +11,7 @@ pub(crate) const UNCONNECTED: &str = "no bootstrap peer could be reached: ";
 pub(crate) const TOO_SLOW: &str =
     "allow it more time (start_timeout) if this machine is slow; else see what it printed last";
 
-/// The hints for the causes that [`diagnose`] finds, by a part of their text.
+/// The hints for the causes that [`diagnose`] finds: a part of the cause's text, and its hint.
 const HINTS: [(&str, &str); 21] = [
     (UNCONNECTED, "check that a bootstrap peer runs and can be reached from here, or have the \
                    daemon start without them (bootstrap \"background\")"),
@@ -48,18 +48,18 @@ const HINTS: [(&str, &str); 21] = [
     ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
 ];
 
-/// The size of the last part of the output, in bytes, which is searched for the cause. The search
-/// blocks the event loop, and the output may be large.
+/// How much of the end of the output is searched for the cause, in bytes. It is limited because the
+/// search blocks the event loop.
 const END: usize = 64 << 10;
 
-/// The number of characters of a line that are shown.
+/// The longest line that is shown, in characters.
 const LINE: usize = 500;
 
 /// Go's last line when it cannot create a thread, and the beginning of the line with the reason.
 const NO_THREAD: &str = "fatal error: newosproc";
 const NO_THREAD_WHY: &str = "runtime: failed to create new OS thread";
 
-/// Returns the operating system's error that a daemon's message stands for, if any.
+/// Returns the operating-system error that a daemon's message reports, if any.
 fn system_error(message: &str) -> Option<io::Error> {
     const EMFILE: i32 = 24;
     let message = message.to_lowercase();
@@ -86,7 +86,7 @@ fn system_error(message: &str) -> Option<io::Error> {
 /// Returns a hint for a cause that [`diagnose`] found, in one line.
 #[doc(hidden)]
 pub fn hint(cause: &str) -> Option<&'static str> {
-    // First: what the operating system refuses is not the fault of the daemon or an address.
+    // Operating-system errors come first: they are not the fault of the daemon or an address.
     if let Some(hint) = system_error(cause).and_then(|error| hint_of_system(cause, &error)) {
         return Some(hint);
     }
@@ -175,8 +175,8 @@ impl Startup {
     }
 }
 
-/// Whether a daemon has printed that it has started, and its peer id if it printed that. Faster
-/// than [`Startup::read`] on a large output, since it is called repeatedly.
+/// Returns whether the daemon has printed that it has started, and the peer id if it has printed
+/// that. It is called repeatedly, so it is faster than [`Startup::read`] on a large output.
 #[doc(hidden)]
 pub fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
     // Without the last line if it is incomplete.
@@ -205,8 +205,8 @@ pub fn shortened(line: &str) -> String {
     }
 }
 
-/// Returns the last `limit` lines of the output, without the list of flags that Go prints after the
-/// line that names a wrong one.
+/// Returns the last `limit` lines of the output. Leaves out the list of flags that Go prints after
+/// it has rejected a flag.
 pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
     let lines = output
         .lines()
@@ -237,7 +237,7 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
         .iter()
         .rev()
         .find_map(|line| known(without_time(line), arguments));
-    // In the whole output, since Go prints a long list of goroutines after these lines.
+    // Searches the whole output, because Go prints a long list of goroutines after these lines.
     let crash = || {
         ["fatal error: ", "panic: "]
             .iter()
@@ -262,7 +262,7 @@ pub fn diagnose(output: &str, status: Option<i32>, arguments: &[String]) -> Opti
         Some(127) => Some("a command was not found".into()),
         Some(-9) => Some("something killed it, maybe for lack of memory".into()),
         Some(_) => {
-            // The last line is that of Go's `log.Fatal`.
+            // Go's `log.Fatal` has printed the last line.
             let last = lines.last()?;
             let message = without_time(last);
             (message != *last || system_error(message).is_some()).then(|| shortened(message))
@@ -325,7 +325,7 @@ fn known(message: &str, arguments: &[String]) -> Option<String> {
     })
 }
 
-/// Returns the cause if it is the file given with `-id`.
+/// Returns the cause if the message is about the identity file (`-id`).
 fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
     let file = option(arguments, "id")?;
     let of_file = message.strip_prefix(&format!("open {file}: "));
@@ -346,7 +346,7 @@ fn of_identity(message: &str, arguments: &[String]) -> Option<String> {
     not_a_key.then(|| format!("the identity file {file} holds no private key of libp2p: {message}"))
 }
 
-/// Returns the cause if it is an address to listen on.
+/// Returns the cause if the message is about an address to listen on.
 fn of_listening(message: &str) -> Option<String> {
     // Go: "listen tcp4 127.0.0.1:4001: bind: address already in use", sometimes in "[…]".
     // Node: "Error: listen EADDRINUSE: address already in use 127.0.0.1:4001".

@@ -49,7 +49,7 @@ impl fmt::Display for Rejection {
             Rejection::Missing => f.write_str("does not exist"),
             Rejection::NotAFile => f.write_str("is not a file"),
             Rejection::NotExecutable => f.write_str("is not executable"),
-            Rejection::Unreadable(kind) => write!(f, "cannot be looked at: {kind}"),
+            Rejection::Unreadable(kind) => write!(f, "cannot be examined: {kind}"),
         }
     }
 }

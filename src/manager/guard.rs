@@ -1,4 +1,4 @@
-//! A daemon's process on tokio: destroyed when its guard is dropped, and waited for.
+//! Destroys a daemon's process, and waits for its end, on tokio.
 
 use super::process::Process;
 use std::process::ExitStatus;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
 
-/// The longest interval between two looks at a process.
+/// The longest interval between two checks of a process or its output.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How long dropping a guard blocks before a thread takes over.
 const DROP_LIMIT: Duration = Duration::from_millis(100);
@@ -20,7 +20,7 @@ impl Drop for ProcessGuard {
         if self.0.destroy_within(DROP_LIMIT) {
             return;
         }
-        // This may block an event loop.
+        // Goes on in a thread, because the caller may be an event loop.
         let process = Arc::clone(&self.0);
         let thread = std::thread::Builder::new().spawn(move || process.destroy());
         if thread.is_err() {
@@ -41,7 +41,7 @@ pub(super) async fn destroyed(process: &Process) {
 /// Waits until the daemon has ended.
 pub(super) async fn ended(process: &Process) -> ExitStatus {
     #[cfg(unix)]
-    // Before the first look, so that no SIGCHLD is missed in between.
+    // Before the first poll, so that no SIGCHLD is missed in between.
     let mut children = {
         use tokio::signal::unix::{signal, SignalKind};
         signal(SignalKind::child()).ok()
@@ -52,7 +52,7 @@ pub(super) async fn ended(process: &Process) -> ExitStatus {
         }
         #[cfg(unix)]
         if let Some(children) = &mut children {
-            // Another part of the program may have replaced tokio's signal handler.
+            // The timeout is for programs that have replaced tokio's signal handler.
             let _ = tokio::time::timeout(Duration::from_secs(1), children.recv()).await;
             continue;
         }

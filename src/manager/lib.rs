@@ -9,7 +9,7 @@
 //! - [`options`]: the options, and the arguments that they become for each daemon.
 //! - [`discovery`]: the search for the binary, and why a path was rejected.
 //! - [`diagnosis`]: what the daemon's output says, and why it ended.
-//! - [`start`]: whether a daemon that was spawned is ready, and the errors of a failed start.
+//! - [`start`]: whether a spawned daemon is ready, and the errors of a failed start.
 
 #[cfg(feature = "tokio")]
 mod daemon;

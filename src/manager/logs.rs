@@ -1,4 +1,4 @@
-//! The lines of a daemon's output, as they come.
+//! A stream of the lines of a daemon's output.
 
 use super::guard::POLL_INTERVAL;
 use super::process::Process;
@@ -78,8 +78,8 @@ impl Logs {
         Some(line)
     }
 
-    /// Reads more, and returns how much. Reading a local file blocks for no longer than a thread
-    /// pool would take.
+    /// Reads more output, and returns its length in bytes. This blocks: handing the read of a local
+    /// file to a thread pool would take longer than the read itself.
     fn read(&mut self) -> usize {
         self.buffer.drain(..self.start);
         self.start = 0;
@@ -108,7 +108,7 @@ impl Stream for Logs {
                 ready!(pause.as_mut().poll(cx));
                 logs.pause = None;
             }
-            // Checked before reading, so that all output of an ended daemon is read.
+            // Checked before the read: output may arrive between a read and the daemon's end.
             let ended = logs.process.finished();
             if logs.read() == 0 {
                 if ended {

@@ -21,7 +21,7 @@ pub enum Flavour {
 }
 
 impl Flavour {
-    /// Tells the flavour from the binary's file name.
+    /// Derives the flavour from the binary's file name.
     pub fn of(binary: &Path) -> Self {
         let name = binary.file_name().unwrap_or(OsStr::new(""));
         if name.to_string_lossy().starts_with("jsp2pd") {
@@ -36,7 +36,7 @@ impl Flavour {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Dht {
-    /// None.
+    /// No DHT.
     #[default]
     Off,
     /// A client, which becomes a server once the daemon finds that it is publicly reachable. That
@@ -62,7 +62,7 @@ impl From<bool> for Dht {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Pubsub {
-    /// None.
+    /// No pubsub.
     #[default]
     Off,
     /// With the daemon's default router, which is gossipsub.
@@ -88,7 +88,7 @@ impl From<bool> for Pubsub {
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[non_exhaustive]
 pub enum ConnectionManager {
-    /// None.
+    /// No connection manager.
     #[default]
     Off,
     /// With the daemon's default limits.
@@ -184,8 +184,8 @@ pub struct DaemonOptions {
     /// The daemon's implementation.
     pub flavour: Flavour,
     /// The address at which to serve the control protocol, a unix or TCP multiaddr.
-    /// [`Process`](super::process::Process) replaces none by a private socket, and TCP port 0 by an
-    /// unused port; a daemon's own default is `/unix/tmp/p2pd.sock`.
+    /// Without one, [`Process`](super::process::Process) chooses a private socket. It replaces TCP
+    /// port 0 by an unused port. (A daemon's own default is `/unix/tmp/p2pd.sock`.)
     pub control: Option<Multiaddr>,
     /// A file with a private key in libp2p's protobuf encoding. None means a new identity.
     pub identity: Option<PathBuf>,
@@ -208,13 +208,13 @@ pub struct DaemonOptions {
     pub connection_manager: ConnectionManager,
     /// Further arguments, passed unchanged after all others.
     pub extra_args: Vec<String>,
-    /// The number of quick deaths in a row after which the daemon is given up; with 0, it is never
-    /// started again. Otherwise it keeps its identity (without a file, a temporary one) and its TCP
-    /// ports across restarts.
+    /// The number of quick deaths in a row after which the supervisor gives up. With 0, the daemon
+    /// is never restarted. A restarted daemon keeps its TCP ports and its identity (a temporary one
+    /// if there is no file).
     pub restart: u32,
 }
 
-/// Options that are invalid, or that the daemon lacks.
+/// Options that are invalid, or that the daemon does not support.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OptionsError {
@@ -229,7 +229,7 @@ pub enum OptionsError {
         /// The address.
         address: String,
     },
-    /// No daemon could connect to this bootstrap peer.
+    /// The address of a bootstrap peer is invalid.
     #[error("the bootstrap peer {address:?} cannot be one: {reason}")]
     BootstrapPeer {
         /// Its address.
@@ -309,7 +309,7 @@ impl DaemonOptions {
     /// Returns the arguments for the daemon, without the binary.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate); or this flavour of daemon lacks an option.
+    /// As for [`validate`](Self::validate), or this flavour does not support an option.
     pub fn arguments(&self) -> Result<Vec<String>, OptionsError> {
         self.validate()?;
         let mut arguments = match self.flavour {

@@ -53,7 +53,8 @@ const LONGEST_SOCKET: &str = "client-4194304-9999999.sock";
 /// A daemon's process and its files.
 ///
 /// It belongs to the process that created it. In a forked child, methods do not signal, reap or
-/// remove anything, and do not wait for locks, which another thread of the parent may have held.
+/// remove anything. They also do not wait for locks, which another thread of the parent may have
+/// held during the fork.
 ///
 /// ```no_run
 /// use p2pd_manager::process::Process;
@@ -82,7 +83,7 @@ pub struct Process {
     pid: AtomicU32,
     /// Position in the log at which the output of the last run begins.
     begun: AtomicU64,
-    /// Whether a supervisor starts it again when it ends.
+    /// Whether a supervisor restarts it when it ends.
     supervised: AtomicBool,
     /// Whether the shutdown is complete.
     destroyed: AtomicBool,
@@ -114,7 +115,7 @@ impl Process {
         Self::prepare_with(binary, options, parent)
     }
 
-    /// As [`prepare`](Self::prepare), with this kind of watchdog.
+    /// Like [`prepare`](Self::prepare), with this kind of watchdog.
     #[doc(hidden)]
     pub fn prepare_with(
         binary: PathBuf,
@@ -151,7 +152,7 @@ impl Process {
             path.symlink_metadata().is_err()
         });
         #[cfg(unix)]
-        // Before the daemon, so that something always cleans up after it.
+        // Started before the daemon, so that the daemon never runs without it.
         let watchdog = Watchdog::start([Some(directory.path()), socket.as_deref()], watchdog)
             .map_err(StartError::not_prepared)?;
         let directory = directory.keep();
@@ -176,14 +177,14 @@ impl Process {
         })
     }
 
-    /// A second daemon with the same options that does not connect to the bootstrap peers, to find
-    /// out why each of them is unreachable.
+    /// Prepares a second daemon with the same options that does not connect to the bootstrap peers.
+    /// The caller connects it to each of them, to find out why they are unreachable.
     #[doc(hidden)]
     pub fn without_bootstrap(&self) -> Result<Self, DaemonError> {
         let options = DaemonOptions {
             bootstrap: Bootstrap::Background,
             restart: 0,
-            // Only the caller connects to it.
+            // A private socket, as only the caller connects to this daemon.
             control: None,
             ..self.options.clone()
         };
@@ -206,25 +207,26 @@ impl Process {
         }
     }
 
-    /// The decisions of a supervisor for this daemon; none if it needs no supervisor.
+    /// Returns the policy that the daemon's supervisor follows; none if it needs no supervisor.
     pub fn supervision(&self) -> Option<Supervision> {
         let (limit, peers) = (self.options.restart, self.background_peers().len());
         (limit > 0 || peers > 0).then(|| Supervision::new(limit, peers))
     }
 
-    /// Deaths in a row after which the daemon is given up; 0 if it is never started again.
+    /// The number of deaths in a row after which the supervisor gives up; 0 if it never restarts the
+    /// daemon.
     pub fn restart_limit(&self) -> u32 {
         self.options.restart
     }
 
-    /// Sets whether a supervisor starts the daemon again when it ends.
+    /// Sets whether a supervisor restarts the daemon when it ends.
     pub fn set_supervised(&self, supervised: bool) {
         self.supervised.store(supervised, Ordering::Release);
     }
 
-    /// Whether the daemon has ended, and no supervisor starts it again.
+    /// Whether the daemon has ended, and no supervisor will restart it.
     pub fn finished(&self) -> bool {
-        // Loaded first: a supervisor stops supervising only after it has seen the last end.
+        // Loaded first: the supervisor clears it only after it has seen the daemon's last end.
         let supervised = self.supervised.load(Ordering::Acquire);
         self.ended() || !supervised && self.poll().is_some()
     }
@@ -237,7 +239,7 @@ impl Process {
         let refused = |why: &str| StartError::not_run(self.command(), io::Error::other(why));
         if !self.owned() {
             return Err(refused(
-                "it belongs to the process that made it, of which this is a forked child",
+                "this is a forked child, and only the process that created it can spawn it",
             ));
         }
         let shutdown = lock(&self.shutdown);
@@ -310,8 +312,8 @@ impl Process {
         self.owner == std::process::id()
     }
 
-    /// Whether it was destroyed. Files or processes may be left: see
-    /// [`destroyed`](Self::destroyed).
+    /// Whether [`destroy`](Self::destroy) has ended the daemon. Some of its files and the watchdog
+    /// may be left: see [`destroyed`](Self::destroyed).
     #[doc(hidden)]
     pub fn ended(&self) -> bool {
         self.log.is_closed()
@@ -334,8 +336,10 @@ impl Process {
         self.poll().is_none() && seen
     }
 
-    /// The exit status; none while the daemon is running, and in a forked child, which cannot know
-    /// it. It is 0 if the daemon was reaped elsewhere, as the true status is then lost.
+    /// The exit status; none while the daemon is running. It is 0 if another part of the program has
+    /// reaped the daemon, because the true status is then lost.
+    ///
+    /// A forked child only knows a status that its parent knew at the fork.
     pub fn poll(&self) -> Option<ExitStatus> {
         if !self.owned() {
             // In a forked child the lock may never be released.
@@ -375,9 +379,9 @@ impl Process {
         self.log.text(begin, self.owned())
     }
 
-    /// Reads at most `limit` bytes of the output at a position, in bytes. Returns the position of
-    /// the first byte, which is later than `begin` if older output is no longer stored, and the
-    /// data.
+    /// Reads at most `limit` bytes of the output, from the byte at `begin` on. Returns the data and
+    /// the position of its first byte, which is later than `begin` if that output is no longer
+    /// stored.
     #[doc(hidden)]
     pub fn read_output(&self, begin: u64, limit: usize) -> (u64, Vec<u8>) {
         self.log.read(begin, limit)
@@ -439,7 +443,7 @@ impl Process {
             let (phase, waited) = shutdown.waiting_for();
             let next = match phase {
                 Phase::Daemon if self.end_daemon() || waited >= LAST_WAIT => {
-                    // Before its files are removed.
+                    // Keeps the end of the output before the files are removed.
                     self.log.close();
                     let _ = p2pd_sockets::remove_directory(&self.directory);
                     #[cfg(unix)]
@@ -454,7 +458,8 @@ impl Process {
                 }
                 #[cfg(unix)]
                 Phase::Socket if self.end_socket() || waited >= LEFT_BEHIND => Phase::Watchdog,
-                // After the files: if this process is killed in between, the watchdog removes them.
+                // Ended after the files are removed: if this process is killed before, the watchdog
+                // removes them.
                 #[cfg(unix)]
                 Phase::Watchdog if self.end_watchdog() || waited >= LAST_WAIT => {
                     self.watchdog.cut_lifeline();
@@ -481,8 +486,8 @@ impl Process {
     /// Removes the control socket. Returns whether it is gone, or belongs to another daemon.
     #[cfg(unix)]
     fn end_socket(&self) -> bool {
-        // Another daemon may serve there by now; so may a process that a wrapper script left
-        // behind, which was killed but may not have ended yet.
+        // A process that a wrapper script left behind may still serve the socket: it was killed, but
+        // may not have ended yet. If the process group is gone, the socket is another daemon's.
         self.socket.as_ref().is_none_or(|socket| {
             let _ = p2pd_sockets::remove_stale(socket);
             socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
@@ -492,7 +497,7 @@ impl Process {
     /// Ends the watchdog. Returns whether it has ended.
     #[cfg(unix)]
     fn end_watchdog(&self) -> bool {
-        // Removing fails if no descriptor is left. The watchdog has its own.
+        // Removing fails if this process has no free descriptor. The watchdog can still do it.
         let left = self.directory.symlink_metadata().is_ok();
         if left && p2pd_sockets::remove_directory(&self.directory).is_err() {
             self.watchdog.finish()
@@ -516,15 +521,15 @@ impl Process {
         self.watchdog.id()
     }
 
-    /// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready; none if it
-    /// does.
+    /// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready;
+    /// none if it does.
     pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
         let must_say_so = start::must_say_so(&self.options);
         start::doubt(&self.output_of_run(), peer_id, must_say_so)
     }
 
     /// The error for a daemon that ended, or was not ready in `timeout` seconds. `obstacle` says
-    /// why the last probe did not find it ready.
+    /// why the last probe failed.
     pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
         let status = self.poll().map(exit_code);
         let output = self.output_of_run();

@@ -1,6 +1,6 @@
-//! Whether a daemon that was spawned is ready, and the errors of a failed start.
+//! Decides whether a spawned daemon is ready, and describes failed starts as errors.
 //!
-//! Without I/O: the driver passes the daemon's output and replies.
+//! Without I/O: the caller passes the daemon's output and replies.
 
 use super::diagnosis::{
     diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
@@ -24,7 +24,7 @@ const NOT_READY: &str = "was not ready";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DaemonError {
-    /// The options are invalid, or this daemon lacks them.
+    /// The options are invalid, or this daemon does not support one of them.
     #[error(transparent)]
     Options(#[from] OptionsError),
     /// No binary was found.
@@ -77,7 +77,7 @@ impl std::error::Error for StartError {
 }
 
 impl StartError {
-    /// The operating system refused to run the binary.
+    /// Returns the error for a binary that the operating system refused to run.
     pub fn not_run(command: Vec<String>, error: io::Error) -> Self {
         // The diagnosis knows the operating system's messages, as shells print them.
         let reason = message_of(&error);
@@ -92,7 +92,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused something that spawning the daemon needs.
+    /// Returns the error for a system call that failed while the daemon was spawned.
     #[doc(hidden)]
     pub fn failed(command: Vec<String>, failed: Failed) -> Self {
         let cause = failed.to_string();
@@ -103,7 +103,7 @@ impl StartError {
         }
     }
 
-    /// The operating system refused something before the daemon was spawned.
+    /// Returns the error for a system call that failed before the daemon was spawned.
     #[doc(hidden)]
     pub fn not_prepared(failed: Failed) -> Self {
         StartError {
@@ -112,9 +112,9 @@ impl StartError {
         }
     }
 
-    /// The daemon ended with `status` before it was ready, or has no status and was not ready in
-    /// `timeout` seconds. `output` is what it printed; `obstacle` says why the last probe did not
-    /// find it ready.
+    /// Returns the error for a daemon that ended with `status` before it was ready. Without a
+    /// status, the daemon is running but was not ready in `timeout` seconds, and `obstacle` says why
+    /// the last probe failed. `output` is the daemon's output.
     pub fn not_ready(
         command: Vec<String>,
         output: &str,
@@ -145,7 +145,7 @@ impl StartError {
         }
     }
 
-    /// The daemon was ready and ended with `status`.
+    /// Returns the error for a daemon that was ready and then ended with `status`.
     pub fn died(command: Vec<String>, output: &str, status: Option<i32>) -> Self {
         let arguments = command.get(1..).unwrap_or_default();
         let cause = status.and_then(|status| diagnose(output, Some(status), arguments));
@@ -186,7 +186,7 @@ impl StartError {
         self.status.is_some() && cause.is_some_and(|cause| cause.starts_with(UNCONNECTED))
     }
 
-    /// Adds why each bootstrap peer could not be reached.
+    /// Sets the cause to the reason why each bootstrap peer could not be reached.
     #[doc(hidden)]
     pub fn with_reasons(mut self, reasons: &[(String, String)]) -> Self {
         if !reasons.is_empty() {
@@ -211,11 +211,12 @@ pub fn one_line(message: &str) -> String {
     message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Whether a daemon with these options is ready only once it has also printed that it has started.
+/// Whether a daemon with these options counts as ready only once it has printed that it has
+/// started. Otherwise a reply is enough.
 ///
-/// A reply on a private socket can only come from this daemon, and means that it is ready. But
-/// another daemon may serve an address that the caller chose, or a TCP port; and upstream's daemons
-/// reply before they have reached their bootstrap peers.
+/// A reply on a private socket can only come from this daemon. But at an address that the caller
+/// chose, or at a TCP port, another daemon may reply. And upstream's daemons reply before they have
+/// connected to their bootstrap peers.
 #[doc(hidden)]
 pub fn must_say_so(options: &DaemonOptions) -> bool {
     let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
@@ -223,8 +224,8 @@ pub fn must_say_so(options: &DaemonOptions) -> bool {
         && !options.extra_args.iter().any(quiet)
 }
 
-/// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready; none if it
-/// does.
+/// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready; none
+/// if it does.
 #[doc(hidden)]
 pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
     let (started, own) = said_to_have_started(output);

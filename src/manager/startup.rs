@@ -1,5 +1,5 @@
-//! Waits on tokio until a daemon that was spawned is ready, as [`Startup`] decides, and finds out
-//! why a start failed.
+//! Waits on tokio until a spawned daemon is ready, and finds out why a start failed. [`Startup`]
+//! makes the decisions.
 
 use super::guard::{destroyed, ended, ProcessGuard};
 use super::process::Process;
@@ -27,8 +27,8 @@ pub(super) async fn ready(process: &Process, limit: Duration) -> Result<Identity
     Err(error)
 }
 
-/// Waits until the daemon is ready; else returns what the last probe found, if it ended or was not
-/// ready within `limit`.
+/// Waits until the daemon is ready. If it ends, or is not ready within `limit`, returns why the last
+/// probe failed, if there was one.
 async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<String>> {
     let begun = Instant::now();
     let mut startup = Startup::new(Duration::ZERO, limit);
@@ -60,7 +60,7 @@ async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<S
     }
 }
 
-/// Asks the daemon who it is. An error says why the reply does not mean that it is ready.
+/// Sends IDENTIFY. The error says why the daemon does not count as ready.
 async fn probe(process: &Process) -> Result<Identity, String> {
     let client = Client::new(process.control().clone()).map_err(|error| error.to_string())?;
     let identity = client.identify().await.map_err(|error| error.to_string())?;
@@ -70,8 +70,8 @@ async fn probe(process: &Process) -> Result<Identity, String> {
     }
 }
 
-/// Each bootstrap peer and why it could not be reached, as a second daemon reports it: the one that
-/// ended printed only that none could.
+/// Returns each bootstrap peer with the reason why it is unreachable. The daemon has ended without
+/// printing the reasons, so this starts a second daemon and lets it connect to each peer.
 async fn unreachable_peers(process: &Process) -> Vec<(String, String)> {
     let Ok(other) = process.without_bootstrap() else {
         return Vec::new();
@@ -104,7 +104,7 @@ async fn unreachable_peers(process: &Process) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The daemon's own message if the error has one, in one line.
+/// Returns the daemon's message, or else the error's, in one line.
 pub(super) fn reason(error: &Error) -> String {
     match error.daemon_message() {
         Some(message) => one_line(message),

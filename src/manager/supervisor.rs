@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep_until, Instant};
 
-/// A task that supervises a daemon, until it has ended for good or this is dropped.
+/// Handle of the task that supervises a daemon. Dropping it aborts the task.
 #[derive(Debug)]
 pub(super) struct Supervisor {
     shared: Arc<Shared>,
@@ -32,7 +32,8 @@ struct Shared {
 }
 
 impl Supervisor {
-    /// Starts the task, if this daemon has anything to supervise. The daemon is ready.
+    /// Starts the task for a daemon that is ready. Returns none if the options ask for neither
+    /// restarts nor background bootstrap peers.
     pub(super) fn start(process: &Arc<Process>, start_timeout: Duration) -> Option<Self> {
         let supervision = process.supervision()?;
         let shared = Arc::<Shared>::default();
@@ -70,7 +71,7 @@ impl Supervisor {
 
     /// Waits until the task has ended.
     pub(super) async fn finished(&self) {
-        // Nothing is ever sent.
+        // No value is ever sent: `changed` fails when the task has dropped the sender.
         while self.finished.clone().changed().await.is_ok() {}
     }
 
@@ -87,7 +88,8 @@ impl Drop for Supervisor {
     }
 }
 
-/// While it exists, the end of the process is not the end of the daemon, if that is restarted.
+/// Marks the process as supervised while this exists, if the daemon is to be restarted. Between two
+/// runs, [`Process::finished`] is then false.
 struct RestartGuard {
     process: Arc<Process>,
     /// Closed after `drop` ran.
@@ -110,20 +112,21 @@ impl Drop for RestartGuard {
     }
 }
 
-/// Runs in the supervisor's task.
+/// The state of the supervisor's task.
 struct Driver {
-    /// Work for the present run of the daemon, dropped with it.
+    /// Tasks for the current run of the daemon, aborted when it ends.
     tasks: JoinSet<Option<Event>>,
     supervision: Supervision,
-    /// Those that it connects to, by index, with their addresses as the caller gave them.
+    /// The bootstrap peers to connect to, each with its address as the caller gave it. Actions and
+    /// events refer to a peer by its index.
     peers: Vec<(String, BootstrapPeer)>,
     clock: Instant,
     start_timeout: Duration,
-    /// Of the last death or start.
+    /// The error of the last death or failed start.
     failure: Option<StartError>,
     shared: Arc<Shared>,
     process: Arc<Process>,
-    // Dropped last.
+    // Dropped last, because that reports that the task has ended.
     _guard: RestartGuard,
 }
 

@@ -168,7 +168,8 @@ pub fn remove_directory(path: &Path) -> io::Result<()> {
 /// Creates a private directory in `parent`, by default in the system's directory for temporary
 /// files.
 ///
-/// If the path of a socket called `name` would be too long there, it is created in `/tmp`.
+/// If the path of a socket called `name` in the directory would be too long, the directory is
+/// created in `/tmp` instead.
 pub fn private_directory(
     parent: Option<&Path>,
     prefix: &str,
@@ -195,7 +196,7 @@ pub fn make_private_directory(
         #[cfg_attr(not(unix), allow(unused_mut))]
         let mut builder = fs::DirBuilder::new();
         #[cfg(unix)]
-        // The umask alone usually lets other users read it.
+        // With the usual umask, other users could read it.
         builder.mode(0o700);
         match builder.create(&path) {
             Ok(()) => return Ok(PrivateDirectory(path)),

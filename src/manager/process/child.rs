@@ -9,7 +9,7 @@ use std::process::ExitStatus;
 /// A child process.
 ///
 /// Other parts of the program may reap it (by waiting for any child), and the kernel may then reuse
-/// its process id. So it is examined before it is signalled or reaped.
+/// its process id. So methods check that it is still there before they signal or reap it.
 #[derive(Debug)]
 pub(super) struct Child {
     pid: Pid,

@@ -72,7 +72,7 @@ impl Log {
                 "cannot set up the pipe of the daemon's output"
             }))?;
         #[cfg(target_os = "linux")]
-        // Optional: the total size of a user's pipes is limited.
+        // May fail, because the total size of a user's pipes is limited.
         let _ = rustix::pipe::fcntl_setpipe_size(&source, PIPE_SIZE);
         let begin = self.store().begin_run(source)?;
         draining.start(&self.store).map_err(Failed::at(|| {

@@ -10,12 +10,13 @@ use std::net::TcpListener;
 use std::ops::Range;
 use std::path::Path;
 
-/// Below the ephemeral port range of every system.
+/// The ports to choose from: below the ephemeral port range of every system.
 pub(super) const PORTS: Range<u16> = 20_000..32_000;
 
 /// Returns a TCP port that was unused a moment ago, at an address or name of this machine.
 ///
-/// It is below the ephemeral port range, from which the system could assign it before it is used.
+/// The port is below the ephemeral port range, so the system does not assign it to another program
+/// before the caller uses it.
 ///
 /// # Errors
 /// The machine has no such address, or all ports are in use.
@@ -52,8 +53,8 @@ pub(super) fn make_repeatable(options: &mut DaemonOptions, directory: &Path) -> 
     Ok(())
 }
 
-/// Writes a private key in libp2p's encoding. For secp256k1, all but one in 2^128 strings of 32
-/// bytes are valid keys.
+/// Writes a new secp256k1 private key in libp2p's encoding. Any 32 random bytes are a valid key,
+/// except with a probability of 2^-128.
 fn new_identity(path: &Path) -> io::Result<()> {
     let mut key = *b"\x08\x02\x12\x20--------------------------------";
     getrandom::fill(&mut key[4..]).map_err(|error| match error.raw_os_error() {
@@ -67,7 +68,7 @@ fn new_identity(path: &Path) -> io::Result<()> {
     options.open(path)?.write_all(&key)
 }
 
-/// Replaces TCP port 0, since not every daemon prints the port it was assigned.
+/// Replaces TCP port 0 by an unused port, since not every daemon prints the port it was assigned.
 pub(super) fn with_free_port(control: Multiaddr) -> Result<Multiaddr, Failed> {
     let host = match control.endpoint() {
         Ok(Endpoint::Tcp { host, port: 0 }) => host,

@@ -20,7 +20,7 @@ use std::process::ExitStatus;
 #[cfg(not(unix))]
 use std::process::{Child, Command, Stdio};
 
-/// The last run of a daemon; the default is that of a daemon that never ran.
+/// The last run of a daemon. The default is for a daemon that never ran.
 #[derive(Debug, Default)]
 pub(super) struct Run {
     child: Option<Child>,
@@ -28,7 +28,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Spawns the daemon in a session of its own. The watchdog learns its process group.
+    /// Spawns the daemon in a session of its own, and sends its process group to the watchdog.
     #[cfg(unix)]
     pub(super) fn spawn(
         binary: &Path,
@@ -79,7 +79,7 @@ impl Run {
         self.child.is_none()
     }
 
-    /// Whether the daemon runs, or has not been reaped.
+    /// Whether the daemon was spawned and not yet reaped.
     pub(super) fn is_running(&self) -> bool {
         self.child.is_some() && self.status.is_none()
     }
@@ -103,8 +103,8 @@ impl Run {
         let status = match child.has_ended() {
             Ok(false) => return,
             Ok(true) => {
-                // A wrapper script may have left the real daemon behind. Killed before the reaping,
-                // after which the kernel may reuse the process group's id.
+                // A wrapper script may have left the real daemon behind. Kill it before reaping the
+                // script: afterwards the kernel may reuse the process group's id.
                 signal_group(child.id(), Signal::Kill);
                 watchdog.send(0);
                 child.reap()

@@ -1,4 +1,4 @@
-//! How far the shutdown of a daemon has come.
+//! The phases of a daemon's shutdown.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ pub(super) const LAST_WAIT: Duration = Duration::from_secs(5);
 #[cfg(unix)]
 pub(super) const LEFT_BEHIND: Duration = Duration::from_millis(500);
 
-/// The phase of a shutdown, and its beginning; the default has not begun.
+/// The state of a shutdown. The default has not begun.
 #[derive(Debug, Default)]
 pub(super) struct Shutdown {
     phase: Phase,
@@ -37,7 +37,7 @@ impl Shutdown {
         self.begun.is_some()
     }
 
-    /// The phase and for how long it has lasted. Begins the shutdown.
+    /// Returns the phase and how long it has lasted. The first call begins the shutdown.
     pub(super) fn waiting_for(&mut self) -> (Phase, Duration) {
         let begun = self.begun.get_or_insert_with(Instant::now);
         (self.phase, begun.elapsed())

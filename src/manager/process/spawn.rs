@@ -4,15 +4,15 @@
 //! In its own session, the program does not get Ctrl-C from the terminal: the caller stops the
 //! daemon instead. And a wrapper script and its children form one process group.
 //!
-//! `std::process::Command` can only make a process group on the `posix_spawn` path. The umask, the
-//! closed descriptors and the process id, which must be written before the program runs, need
-//! `pre_exec` and so a fork, which copies the page tables: measured on two busy cores, `spawn` in a
-//! process of 2 GiB then blocks the event loop for over 300 ms, instead of 0.1 ms. A fork also runs
-//! `pthread_atfork` handlers. So on Linux the child shares this process's memory until it executes
-//! the program; elsewhere it is forked.
+//! Why not `std::process::Command`: the session, the umask, the closed descriptors and the process
+//! id, which must be written before the program runs, need `pre_exec`. With `pre_exec`, `Command`
+//! forks. A fork runs `pthread_atfork` handlers and copies the page tables: measured on two busy
+//! cores, in a process of 2 GiB, `spawn` then blocks the event loop for over 300 ms, instead of
+//! 0.1 ms. So on Linux the child shares this process's memory until it executes the program.
+//! Elsewhere it is forked.
 //!
-//! Nor does `execvp` do: it passes a file that the kernel rejects, such as a binary for another
-//! machine, to a shell, whose syntax errors would hide the reason.
+//! Why not `execvp`: it passes a file that the kernel rejects, such as a binary for another machine,
+//! to a shell, whose syntax errors would hide the reason.
 
 use super::child::Child;
 #[cfg(target_os = "linux")]
@@ -29,7 +29,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr;
 
-/// The descriptors that are marked close-on-exec one by one, where `close_range` is missing.
+/// Where `close_range` is missing, only descriptors below this number are marked close-on-exec.
 const MARKED_ONE_BY_ONE: u64 = 1 << 16;
 /// The size of the child's stack, in bytes.
 #[cfg(target_os = "linux")]
@@ -82,7 +82,7 @@ impl Program {
     }
 
     /// Makes the child write its process id and a newline to the pipe before it executes the
-    /// program: the reader then knows it even if this process is killed in between.
+    /// program. The reader then knows the id even if this process is killed right after spawning.
     pub(super) fn announced_to(mut self, pipe: &dyn AsFd) -> Result<Self, Failed> {
         self.announce = Some(above(pipe)?);
         Ok(self)
@@ -228,8 +228,9 @@ impl Body {
         }
     }
 
-    /// Resets this process's signal handlers, which would run in its memory. Ignored signals stay
-    /// ignored, as nohup needs, except those that language runtimes ignore.
+    /// Resets signals that have a handler, which could run in the memory that the child shares with
+    /// its parent. Ignored signals stay ignored, as nohup needs, except the two that language
+    /// runtimes ignore.
     #[allow(unsafe_code)]
     unsafe fn default_signals(&self) {
         // SAFETY: these system calls access only the two structs. A zeroed `sigaction` is valid,

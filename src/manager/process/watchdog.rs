@@ -1,7 +1,7 @@
 //! The watchdog: a process that outlives this one, if necessary, to clean up after it.
 //!
-//! It reads lines from a pipe until the end of file, which comes when this process ends, however it
-//! does. The last line is the daemon's process group, or 0 if the daemon has ended. The watchdog
+//! It reads lines from a pipe until the end of file, which comes when this process ends for any
+//! reason. The last line is the daemon's process group, or 0 if the daemon has ended. The watchdog
 //! then ends that group and removes the files.
 //!
 //! There are two kinds. A shell script (0.7 MB, 1 ms to start) is used where there is a shell with
@@ -117,6 +117,7 @@ impl Watchdog {
             lifeline: Mutex::new(Some(lifeline)),
         })
     }
+
     pub(super) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -130,7 +131,7 @@ impl Watchdog {
         }
     }
 
-    /// Sends the process group that it has to end, or 0.
+    /// Sends the process group that the watchdog must end, or 0 if there is none.
     pub(super) fn send(&self, group: u32) {
         let lifeline = lock(&self.lifeline);
         if let Some(mut lifeline) = lifeline.as_ref() {
@@ -139,7 +140,8 @@ impl Watchdog {
         }
     }
 
-    /// Kills it before it cleans up. Returns whether it has ended; call again until then.
+    /// Kills the watchdog, so that it does not clean up. Returns whether it has ended; the caller
+    /// calls again until then.
     pub(super) fn dismiss(&self) -> bool {
         let ended = self.child.kill();
         if ended {
@@ -148,7 +150,7 @@ impl Watchdog {
         ended
     }
 
-    /// Lets it clean up. Returns whether it has ended; call again until then.
+    /// Lets the watchdog clean up. Returns whether it has ended; the caller calls again until then.
     pub(super) fn finish(&self) -> bool {
         self.cut_lifeline();
         let ended = !matches!(self.child.has_ended(), Ok(false));
@@ -158,6 +160,7 @@ impl Watchdog {
         ended
     }
 
+    /// Closes this process's end of the pipe.
     pub(super) fn cut_lifeline(&self) {
         // The lock is held forever in a forked child if another thread of the parent was writing.
         if let Some(mut lifeline) = try_lock(&self.lifeline) {

@@ -29,6 +29,7 @@ pub(super) struct Drainer {
     /// Closing it ends the thread.
     #[cfg(unix)]
     stop: PipeWriter,
+    /// The thread's directory in `/proc`.
     #[cfg(target_os = "linux")]
     pub(super) task: PathBuf,
 }
@@ -43,7 +44,8 @@ impl Drainer {
         let thread = thread::Builder::new()
             .name("p2pd-log".into())
             .stack_size(STACK_SIZE);
-        // This thread must not take the program's signals, which may block one to wait for it.
+        // The program's signals must not be delivered to this thread: the program may have blocked
+        // one in its own threads, to wait for it.
         let thread = with_signals_blocked(|| {
             thread.spawn(move || {
                 #[cfg(target_os = "linux")]
@@ -80,7 +82,7 @@ impl Drainer {
 
     /// Whether the thread runs, or has nothing left to do.
     pub(super) fn runs(&self) -> bool {
-        // Except on unix, it ends only with the output.
+        // On other systems, the thread ends only with the output.
         cfg!(not(unix)) || !self.thread.is_finished()
     }
 
@@ -100,8 +102,8 @@ impl Drainer {
         let _ = self.thread.join();
         #[cfg(target_os = "linux")]
         {
-            // The kernel lists the thread for a moment longer. CPython would count it, and warn of
-            // a fork with several threads.
+            // The kernel lists the thread for a moment longer. CPython would count it, and warn that
+            // a process with several threads forks.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
                 thread::yield_now();

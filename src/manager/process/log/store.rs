@@ -108,7 +108,8 @@ impl Store {
         self.source.is_none()
     }
 
-    /// Never fails, as a full pipe would block the daemon: counts the bytes that cannot be stored.
+    /// Appends output. Counts the bytes that cannot be stored instead of failing: if reading
+    /// stopped, the full pipe would block the daemon.
     pub(super) fn append(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
             let room = match self.room() {
@@ -137,7 +138,7 @@ impl Store {
         self.lost = Some(Lost { bytes, error });
     }
 
-    /// Returns how much fits into `log`, and begins another one if it is full.
+    /// Returns how many bytes fit into `log`. Begins another `log` if it is full.
     fn room(&mut self) -> io::Result<u64> {
         let room = LIMIT.saturating_sub(self.end - self.begin);
         if room > 0 && self.file.is_some() {
@@ -175,7 +176,7 @@ impl Store {
                 .saturating_sub(position)
                 .min(limit - (position - begin));
             if position >= first && length > 0 {
-                // Leaves out a part that cannot be read.
+                // A part that cannot be read is left out.
                 let _ = read_at(&path, position - first, length, &mut data);
                 position += length;
             }
@@ -217,7 +218,7 @@ pub(super) fn tail_of_files(path: &Path) -> Vec<u8> {
             let _ = older.read_to_end(&mut data);
         }
         let _ = newer.read_to_end(&mut data);
-        // Otherwise the files were renamed while they were read.
+        // Reads again if the files were renamed meanwhile.
         let same = older.is_none_or(|older| is_still(&older, &older_path));
         if same && is_still(&newer, path) {
             break;

@@ -11,8 +11,8 @@
 //!
 //! A library's zero-initialised variables are in a region without a file, right behind the
 //! library's file. The kernel may have merged that region with a large one above it, so the
-//! beginning of such a region stays. From then on the child makes system calls through rustix where
-//! it can, which makes them without libc: libc's functions may access libc's variables.
+//! beginning of such a region stays. After the unmapping, the child makes system calls through
+//! rustix where it can, because libc's functions may access libc's variables.
 
 use super::super::child::Child;
 use super::super::signals::with_signals_blocked;
@@ -31,11 +31,11 @@ use std::ptr;
 
 /// The size of the child's stack, in bytes. Removing a directory takes about 3 KiB for each level.
 const STACK_SIZE: usize = 256 * 1024;
-/// The levels of nested directories that are removed.
+/// The depth to which nested directories are removed.
 const DEPTH: u32 = 16;
 /// The smallest region that is unmapped, in bytes. The variables of libraries take less.
 const LARGE: usize = 1 << 20;
-/// The descriptors that are closed one by one where `close_range` is missing.
+/// Where `close_range` is missing, only descriptors below this number are closed.
 const CLOSED_ONE_BY_ONE: RawFd = 1 << 16;
 
 /// The child's data, in the memory of its stack, which stays mapped.
@@ -140,9 +140,8 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     let _ = process::chdir(c"/");
     let _ = thread::set_name(c"p2pd-watchdog");
     close_all_but(body.reader, body.writer);
-    // SAFETY: from now on this child uses only its stack, its thread-local storage, and programs
-    // and libraries: their files, which are mapped privately, and the variables behind them. All
-    // that stays mapped.
+    // SAFETY: from now on this child uses only its stack, its thread-local storage, and the code and
+    // variables of the program and its libraries. All of that stays mapped.
     unsafe { unmap_large_regions(&[body as *const Body as usize, body.thread]) };
     // SAFETY: it was open at the fork and stays open.
     let reader = unsafe { BorrowedFd::borrow_raw(body.reader) };
@@ -159,7 +158,8 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     unsafe { libc::_exit(0) }
 }
 
-/// Closes all descriptors except `kept`; certainly `writer`, which would delay the end of the pipe.
+/// Closes all descriptors except `kept`. Where `close_range` is missing, a descriptor with a large
+/// number may stay open, but not `writer`: the pipe would then never end.
 #[allow(unsafe_code)]
 fn close_all_but(kept: RawFd, writer: RawFd) {
     let close_range = |first: RawFd, last: libc::c_uint| {
