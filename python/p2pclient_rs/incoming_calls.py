@@ -23,7 +23,7 @@ _MAX_PEERS = 4096
 
 
 class IncomingCalls:
-    """The handlers of one event loop, and the calls that they are working on.
+    """The handlers of one event loop, and their calls in progress.
 
     Args:
         reactor: The event loop.
@@ -80,7 +80,7 @@ class IncomingCalls:
                 self._cancel(connection, call_id, tasks)
 
     def on_cancelled(self, connection: PersistentConnection, call_id: bytes) -> None:
-        """Cancels the task of a call: its caller is gone."""
+        """Cancels the task of a call whose caller is gone."""
         self._cancel(connection, call_id, self.tasks)
 
     def cancel_all(self, connection: PersistentConnection) -> None:

@@ -40,7 +40,7 @@ class Listening(AbstractAsyncContextManager[T], Generic[T]):
     """The result of ``listen()``. ``async with`` listens until the end of the block, ``await``
     until the client is closed. Both return the client.
 
-    It does nothing until it is used in one of these ways.
+    Nothing happens until it is used in one of these ways.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class BackgroundListener:
     Args:
         client: The client that the streams are for. This holds a weak reference.
         listener: The socket, which is closed at the end.
-        poll: Another function to run in a task until the end. It must not refer to the client.
+        poll: Another function to run in a task until the end. It must not hold a reference to the
+            client.
     """
 
     def __init__(

@@ -59,11 +59,11 @@ class Settings:
         return self.fallback
 
     def peer_id(self, peer_id: PeerID) -> Any:
-        """A peer id as handlers get it."""
+        """Converts a peer id to what handlers get."""
         return self.connector.types.peer_id(peer_id)
 
     def find(self, fd: int) -> UnaryLimits:
-        """Looks for the daemon's limit on messages, and returns the limits of a connection.
+        """Determines the daemon's limit on messages, and returns the limits of a connection.
 
         Args:
             fd: The descriptor of that connection.
@@ -148,11 +148,11 @@ class Session:
     async def call(
         self, peer_id: PeerIDLike, proto: str, data: Buffer, repeated: bool = False
     ) -> tuple[PersistentConnection, tuple[Awaitable[bytes], bytes]]:
-        """Sends a call as soon as there are a connection and room. ``repeated`` says that this is
-        the second attempt.
+        """Sends a call as soon as a connection is open and its output buffer has room.
+        ``repeated`` means that this is the second attempt.
 
         Returns:
-            The connection, and what to await for the reply with the call's id.
+            The connection, the awaitable for the reply, and the call's id.
         """
         while True:
             await self.connect()
@@ -393,7 +393,7 @@ class Session:
             handle.cancel()
 
     def on_time(self, at: float) -> None:
-        """The timer for this time has fired."""
+        """Called when the timer for this time fires."""
         if os.getpid() != self._pid:
             return
         if self._timer == at:
@@ -446,7 +446,7 @@ class Session:
 
     @property
     def pending(self) -> int:
-        """Number of requests without an answer."""
+        """Number of requests without a reply."""
         return self.current.pending if self.current is not None else 0
 
     @property
@@ -533,7 +533,7 @@ def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException
 
 
 def timed_out(timeout: float | None) -> ControlTimeout:
-    """The exception for a request without an answer in this time, in seconds."""
+    """Returns the exception for a request without a reply within this time, in seconds."""
     return ControlTimeout(f"no answer within {timeout:g} s")
 
 

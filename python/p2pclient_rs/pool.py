@@ -19,7 +19,7 @@ _IDENTIFY = Request.identify()
 
 
 class PooledConnection(NamedTuple):
-    """A control connection, and the wait of its event loop for it."""
+    """A control connection, and the watch of its event loop over its descriptor."""
 
     raw: ControlConnection
     watch: Watch
@@ -42,8 +42,8 @@ class Pool:
     """The control connections of one event loop.
 
     Args:
-        max_slow: How many requests may run at once that make the daemon ask other peers.
-        max_idle: How many other requests may run at once, and how many idle connections are kept.
+        max_slow: Maximum number of concurrent requests that make the daemon contact other peers.
+        max_idle: Maximum number of other concurrent requests, and of idle connections kept.
     """
 
     def __init__(self, max_slow: int, max_idle: int) -> None:
@@ -70,7 +70,7 @@ class Pool:
         self._probing = anyio.Lock()
 
     def open_pipeline(self) -> Pipeline | None:
-        """Turns an idle connection into one for queries."""
+        """Turns an idle connection into the pipeline for queries."""
         self.pipeline = None
         self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
         # If callers gave up on that many, the next callers wait for a permit.
@@ -86,7 +86,7 @@ class Pool:
         return self.pipeline
 
     def choose_witness(self) -> object | None:
-        """Returns a token of the daemon for ``is_same_daemon``, right after a registration.
+        """Returns a token for ``is_same_daemon``. Call it right after a registration.
 
         Returns:
             The token; None if no connection can be kept open.
@@ -114,7 +114,7 @@ class Pool:
             return True
 
     def close(self) -> None:
-        """Closes the idle connections, and those in use when they are given back."""
+        """Closes the idle connections now, and those in use when they are given back."""
         for connection in self._idle.close():
             connection.close()
         if self.pipeline is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Pause:
-    """Sleeps for twice as long each time it is awaited: for 1 ms at first, 50 ms at most."""
+    """Sleeps for 1 ms at first, and then each time twice as long, up to 50 ms."""
 
     def __init__(self) -> None:
         self._seconds = 0.001
@@ -58,8 +58,8 @@ async def destroy(process: DaemonProcess, reason: BaseException | None = None) -
     """Destroys the process without blocking the event loop. Cancellation does not interrupt it.
 
     Args:
-        reason: The exception because of which the process is destroyed. After some exceptions the
-            caller's task can no longer wait, and this function blocks.
+        reason: The exception that led to this call, if any. After GeneratorExit, KeyboardInterrupt
+            or SystemExit the task can no longer wait, so this function blocks.
     """
     if isinstance(reason, (GeneratorExit, KeyboardInterrupt, SystemExit)):
         process.destroy()

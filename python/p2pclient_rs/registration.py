@@ -180,7 +180,7 @@ class Registrations:
                 self._registering[proto] = lock, users - 1
 
     async def register(self, owner: Owner, proto: str, balanced: bool) -> None:
-        """Registers a protocol at the daemon, unless it has the registration already.
+        """Registers a protocol at the daemon, unless the daemon already has this registration.
 
         Raises:
             DaemonRefused: Another client serves the protocol.
@@ -210,7 +210,7 @@ class Registrations:
 
         Raises:
             NotSupported: The daemon is not hivemind's.
-            DaemonRefused: It has no such registration of this client.
+            DaemonRefused: The daemon has no such registration of this client.
         """
         connector = owner.daemon_connector
         entry = self._registered.get(proto)

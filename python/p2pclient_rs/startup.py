@@ -1,5 +1,4 @@
-"""Waits until a daemon that was spawned is ready, as ``Startup`` decides, and finds out why it is
-not."""
+"""Waits, as ``Startup`` decides, until a spawned daemon is ready, or finds out why it is not."""
 
 from __future__ import annotations
 
@@ -115,7 +114,7 @@ async def _unreachable_peers(process: DaemonProcess) -> list[tuple[str, str]]:
 
 
 def reason(failure: ControlFailure) -> str:
-    """Returns the daemon's own message if the failure has one, in one line."""
+    """Returns a failure's reason in one line: the daemon's message, if it has one."""
     return " ".join((failure.daemon_message or _message(failure)).split())
 
 

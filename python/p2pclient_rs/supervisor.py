@@ -29,13 +29,13 @@ logger: logging.Logger = logging.getLogger("p2pclient_rs.daemon")
 class Supervisor:
     """A task that supervises a daemon, until it is stopped or has ended for good.
 
-    It does not hold the ``Daemon``, which ends the process when it is collected.
+    It holds no reference to the ``Daemon``, whose finalizer ends the process.
 
     Args:
         process: The daemon, which is ready.
         supervision: What to do and when.
-        clients: Those whose handlers are registered again after a restart.
-        start_timeout: For each restart, in seconds.
+        clients: The clients whose handlers are registered again after a restart.
+        start_timeout: How long each restart may take, in seconds.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Supervisor:
         return self._reactor.is_closed()
 
     async def stop(self) -> None:
-        """Stops the task, and waits until it has ended. The daemon stays as it is."""
+        """Stops the task, and waits until it has ended. Does not stop the daemon."""
         self._process.set_supervised(False)
         if not self.loop_closed:
             self._reactor.call_from_anywhere(self._work.cancel)
