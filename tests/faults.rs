@@ -779,6 +779,29 @@ async fn handler_stays_if_replacing_it_fails() {
 }
 
 #[tokio::test]
+async fn handler_dropped_while_replacing_it_fails_is_removed() {
+    let Listening {
+        client,
+        incoming,
+        mut control,
+        ..
+    } = listening().await;
+    let (outcome, ()) = join!(client.replace_stream_handler("/echo", false), async {
+        control.request().await;
+        drop(incoming);
+        tokio::task::yield_now().await; // to the task that would remove it
+        control.answer(refusal("no")).await;
+    });
+    assert!(matches!(outcome, Err(Error::Refused { .. })), "{outcome:?}");
+    accept_removal(&mut control).await;
+    let (again, ()) = join!(client.stream_handler("/echo", false), async {
+        control.request().await;
+        control.answer(ok()).await;
+    });
+    let _again = again.unwrap();
+}
+
+#[tokio::test]
 async fn protocol_of_a_dropped_handler_is_free_once_the_daemon_has_removed_it() {
     let Listening {
         client,

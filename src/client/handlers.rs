@@ -150,14 +150,23 @@ impl Name {
         &self.protocol
     }
 
-    /// Gives the name back to the handler that had it.
-    pub fn restore(self, replaced: Replaced) {
-        if self.is_taken() {
-            let mut handlers = lock(&self.handlers.by_protocol);
-            let entry = handlers.insert(self.protocol.clone(), replaced.0);
+    /// Gives the name back to the handler that had it. If that handler was dropped meanwhile, returns
+    /// the name: the caller must then remove the registration.
+    pub fn restore(self, replaced: Replaced) -> Option<Self> {
+        let mut handlers = lock(&self.handlers.by_protocol);
+        // Under the lock: a dropped handler clears `wanted` before it checks its name.
+        if replaced.0.wanted.strong_count() == 0 {
             drop(handlers);
-            drop(entry);
+            return Some(self);
         }
+        let current = handlers.get(&self.protocol);
+        let mut entry = None;
+        if current.is_some_and(|entry| entry.number == self.number) {
+            entry = handlers.insert(self.protocol.clone(), replaced.0);
+        }
+        drop(handlers);
+        drop(entry);
+        None
     }
 
     /// Whether the name is still this one's. When the runtime ends, all names become free, and

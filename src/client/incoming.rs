@@ -190,7 +190,7 @@ impl Client {
         let mut incoming = outcome
             .await
             .unwrap_or_else(|_| Err(Error::runtime_ended()))?;
-        incoming._wanted = Some(wanted);
+        incoming.wanted = Some(wanted);
         Ok(incoming)
     }
 
@@ -213,7 +213,7 @@ impl Client {
                 runtime: Handle::current(),
                 name,
             }),
-            _wanted: None,
+            wanted: None,
         };
         let former = replaced.as_ref().map(|replaced| Former {
             balanced: replaced.balanced(),
@@ -225,19 +225,16 @@ impl Client {
         let outcome = timeout(DETACHED_TIMEOUT, work).await;
         let outcome = outcome.unwrap_or_else(|_| Err(Error::timeout(DETACHED_TIMEOUT)));
         if let Err(error) = outcome {
-            return Err(match replaced {
-                Some(replaced) => {
-                    name.restore(replaced);
-                    error
-                }
-                // The daemon has no registration to remove.
-                None if registering.record() != Record::Current => error,
-                // Dropping the handler removes it.
-                None => {
-                    drop(handler(name, streams));
-                    error
-                }
-            });
+            let record = registering.record();
+            let left = match replaced {
+                Some(replaced) => name.restore(replaced),
+                None => Some(name).filter(|_| record == Record::Current),
+            };
+            // Dropping the handler removes the registration that the daemon may have.
+            if let Some(name) = left.filter(|_| record != Record::Nothing) {
+                drop(handler(name, streams));
+            }
+            return Err(error);
         }
         Ok(handler(name, streams))
     }
@@ -296,7 +293,7 @@ pub struct IncomingStreams {
     /// `None` once the removal has begun.
     registration: Option<Registration>,
     /// Keeps the name taken.
-    _wanted: Option<Arc<()>>,
+    wanted: Option<Arc<()>>,
 }
 
 /// A handler that the daemon has, or may have.
@@ -324,7 +321,8 @@ impl IncomingStreams {
         let Some(registration) = self.registration.take() else {
             return Ok(());
         };
-        // In a task, so that it completes if the caller gives up.
+        drop(self.wanted.take()); // first, as in `drop`
+                                  // In a task, so that it completes if the caller gives up.
         let removing = tokio::spawn(registration.remove());
         removing
             .await
@@ -342,6 +340,8 @@ impl futures_core::Stream for IncomingStreams {
 
 impl Drop for IncomingStreams {
     fn drop(&mut self) {
+        // First: once the removal has checked the name, `Name::restore` must not give it back.
+        drop(self.wanted.take());
         if let Some(registration) = self.registration.take() {
             // The runtime of the registration may have ended.
             let runtime = Handle::try_current().unwrap_or_else(|_| registration.runtime.clone());
