@@ -105,7 +105,7 @@ impl Client {
     /// valid for it; the daemons accept no others.
     ///
     /// # Errors
-    /// [`Error::Refused`] if the record is invalid, or no peer has taken it.
+    /// [`Error::Refused`] if the record is invalid, or no peer has stored it.
     pub async fn dht_put_value(
         &self,
         key: impl Into<Bytes>,
@@ -123,7 +123,7 @@ impl Client {
     /// PROVIDE: announces that the daemon's peer provides the content with the binary CID `cid`.
     ///
     /// # Errors
-    /// [`Error::Refused`] if `cid` is not a CID, or no peer was there to be told.
+    /// [`Error::Refused`] if `cid` is not a CID, or there was no peer to announce it to.
     pub async fn dht_provide(&self, cid: impl Into<Bytes>) -> Result<(), Error> {
         let about = Context::new("DHT PROVIDE");
         let request = Provide {

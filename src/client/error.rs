@@ -29,7 +29,7 @@ pub enum Error {
         /// The request that failed.
         context: Box<Context>,
     },
-    /// No connection to the control socket could be opened. Nothing was sent.
+    /// The client could not connect to the control socket. Nothing was sent.
     #[error("no connection to the daemon's control socket at {addr}: {source}{context}")]
     Unreachable {
         /// The control address.
@@ -74,7 +74,8 @@ pub enum Error {
         context: Box<Context>,
     },
     /// A message exceeds a limit of [`UnaryLimits`](protocol::UnaryLimits). Only this call fails: the
-    /// connection stays usable. A request was not sent; a reply was skipped, and the handler ran.
+    /// connection stays usable. A large request is not sent. A large reply is discarded, after the
+    /// handler has run.
     #[error("{} of {size} bytes; the limit is {limit}{context}", if *.received { "a reply" } else { "a message" })]
     MessageTooLarge {
         /// The size of the message, in bytes.
@@ -86,7 +87,7 @@ pub enum Error {
         /// The request that failed.
         context: Box<Context>,
     },
-    /// The peer's unary handler failed. No daemon is at fault.
+    /// The peer's unary handler failed. The daemons worked correctly.
     #[error("the handler failed: {message}{context}")]
     HandlerFailed {
         /// The handler's error message.
@@ -114,7 +115,7 @@ pub enum Error {
         /// The operating system's error.
         source: Arc<io::Error>,
     },
-    /// An address that is not a unix or TCP socket's.
+    /// An address that is not that of a unix or TCP socket.
     #[error(transparent)]
     Address(#[from] EndpointError),
 }
@@ -123,11 +124,11 @@ pub enum Error {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Context {
-    /// The request's name in the protocol, as `CONNECT` or `DHT GET_VALUE`.
+    /// The request's name in the protocol, such as `CONNECT` or `DHT GET_VALUE`.
     pub request: &'static str,
-    /// The peer, if it is about one.
+    /// The peer that the request is about, if any.
     pub peer: Option<PeerId>,
-    /// The protocol, several separated by commas.
+    /// The protocol, if any; several are separated by commas.
     pub protocol: Option<String>,
 }
 
@@ -235,7 +236,7 @@ impl Error {
             | Self::HandlerFailed { context, .. }
             | Self::AlreadyRegistered { context }
             | Self::NotRegistered { context } => {
-                // The error of another request that had to come first keeps that request's name.
+                // If another request had to come first and failed, the error keeps its name.
                 if context.request.is_empty() {
                     **context = about.clone();
                 } else {

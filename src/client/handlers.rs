@@ -1,4 +1,4 @@
-//! The handlers of inbound streams: which protocols this client serves, and who takes their streams.
+//! The handlers of inbound streams, by protocol. Each protocol has at most one, which owns its name.
 
 use super::lock;
 use super::stream::Stream;
@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use tokio::sync::{mpsc, Notify};
 
-/// How many streams of a protocol may wait to be taken. Further ones are refused: if they waited in
-/// the socket instead, they would hold up the streams of other protocols.
+/// The maximum number of accepted streams of a protocol that wait for the program. Further ones are
+/// refused: if they waited in the socket instead, they would block the streams of other protocols.
 pub const MAX_WAITING: usize = 256;
 
 /// The handlers of a client, by protocol.
@@ -27,12 +27,12 @@ struct Entry {
     number: u64,
     balanced: bool,
     sender: mpsc::Sender<Stream>,
-    /// Dangling once the caller has dropped the handler. The name is then about to become free.
+    /// Dangling once the caller has dropped the handler. The name will then become free soon.
     wanted: Weak<()>,
 }
 
-/// A protocol name, taken until this is dropped. That happens when the daemon has removed the
-/// registration, or cannot be told to.
+/// A protocol name, taken until this is dropped. It is dropped when the daemon has removed the
+/// registration, or when the request to remove it has failed.
 #[derive(Debug)]
 pub struct Name {
     handlers: Arc<Handlers>,
@@ -61,7 +61,7 @@ impl Replaced {
 }
 
 impl Handlers {
-    /// Takes a name. If its handler was dropped, waits until the daemon has removed that.
+    /// Takes a name. If the name's handler was dropped, waits until the daemon has removed it.
     ///
     /// # Arguments
     /// - `wanted`: dangling once the caller has dropped the handler.
@@ -169,8 +169,8 @@ impl Name {
         None
     }
 
-    /// Whether the name is still this one's. When the runtime ends, all names become free, and
-    /// another handler may take this one.
+    /// Whether this still owns the name. When the runtime ends, all names become free, and another
+    /// handler may take this one.
     pub fn is_taken(&self) -> bool {
         let handlers = lock(&self.handlers.by_protocol);
         let entry = handlers.get(&self.protocol);

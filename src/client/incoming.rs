@@ -1,4 +1,4 @@
-//! Inbound streams: registers their handlers at the daemon, and gives the streams to the program.
+//! Handlers of inbound streams: registers them with the daemon, and yields their streams.
 
 use super::handlers::{Entered, Name};
 use super::listener::ListenerStats;
@@ -16,11 +16,11 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-/// How long the daemon may take to reply to a request whose caller may have given up.
+/// Timeout for a request that continues after its caller has gone.
 const DETACHED_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Client {
-    /// STREAM_HANDLER: takes the inbound streams of a protocol, until the returned value is dropped.
+    /// STREAM_HANDLER: accepts the inbound streams of a protocol, until the returned value is dropped.
     /// With `balanced`, several clients may serve the protocol in turn (hivemind's daemon; others
     /// ignore it).
     ///
@@ -40,14 +40,14 @@ impl Client {
         self.within(about, work).await
     }
 
-    /// As [`stream_handler`](Self::stream_handler), but takes the protocol over from a handler of
-    /// this client if there is one: the [`IncomingStreams`] of that handler end. If this fails, that
-    /// handler stays.
+    /// Like [`stream_handler`](Self::stream_handler), but replaces this client's handler for the
+    /// protocol if there is one: the [`IncomingStreams`] of the old handler end. If this fails, the
+    /// old handler stays.
     ///
     /// hivemind's daemon has no handler for the protocol for a moment.
     ///
     /// # Errors
-    /// As for [`stream_handler`](Self::stream_handler), but for [`Error::AlreadyRegistered`].
+    /// As for [`stream_handler`](Self::stream_handler), except [`Error::AlreadyRegistered`].
     pub async fn replace_stream_handler(
         &self,
         protocol: impl Into<String>,
@@ -63,8 +63,8 @@ impl Client {
     /// restarted. A `P2PDaemon` does this itself when it restarts the daemon.
     ///
     /// # Errors
-    /// [`Error::Refused`] if another client has taken a protocol, after all others were registered.
-    /// Any other error ends this at once.
+    /// [`Error::Refused`] if another client has taken a protocol; the other handlers are registered
+    /// nevertheless. After any other error, the remaining handlers are not registered.
     pub async fn register_again(&self) -> Result<(), Error> {
         let handlers = self.shared.inbound.handlers.all();
         let addr = self.listen_maddr().filter(|_| !handlers.is_empty());
@@ -88,7 +88,7 @@ impl Client {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Registers a handler at a daemon that may have it already, or have one of another client.
+    /// Registers a handler at a daemon that may already have it, or may have another client's.
     async fn register_one_again(
         &self,
         addr: &Multiaddr,
@@ -149,7 +149,7 @@ impl Client {
         self.shared.inbound.stats()
     }
 
-    /// Where the daemon connects to for inbound streams; `None` before the first handler.
+    /// The address that the daemon connects to for inbound streams; `None` before the first handler.
     pub fn listen_maddr(&self) -> Option<Multiaddr> {
         self.shared.inbound.addr()
     }
@@ -169,7 +169,7 @@ impl Client {
         let still_wanted = Arc::downgrade(&wanted);
         tokio::spawn(async move {
             let inbound = &client.shared.inbound;
-            // Nothing has to be undone before the request is sent.
+            // Until the request is sent, giving up leaves nothing to undo.
             let ready = tokio::select! {
                 biased;
                 () = caller.closed() => return,
@@ -255,7 +255,7 @@ fn remove_request(addr: &Multiaddr, protocol: &str) -> RemoveStreamHandler {
     }
 }
 
-/// What the policy needs to know of the daemon's reply.
+/// Classifies the daemon's reply for the policy.
 fn reply(outcome: &Result<(), Error>) -> Reply {
     match outcome {
         Ok(()) => Reply::Done,
@@ -272,8 +272,8 @@ fn reply(outcome: &Result<(), Error>) -> Reply {
 /// The inbound streams of a protocol: a futures `Stream` of [`Stream`]s. Dropping it removes the
 /// handler.
 ///
-/// Up to 256 streams wait here to be taken; while they do, further ones are closed at once. It holds
-/// a clone of its client.
+/// Up to 256 streams wait here for [`next`](Self::next); while that many wait, further ones are
+/// closed at once. This holds a clone of its client.
 ///
 /// ```no_run
 /// # async fn example(client: p2pd_client::Client) -> Result<(), p2pd_client::Error> {
@@ -292,7 +292,7 @@ pub struct IncomingStreams {
     streams: mpsc::Receiver<Stream>,
     /// `None` once the removal has begun.
     registration: Option<Registration>,
-    /// Keeps the name taken.
+    /// Marks the handler as in use: another registration of its name then fails instead of waiting.
     wanted: Option<Arc<()>>,
 }
 

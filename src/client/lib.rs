@@ -1,12 +1,12 @@
 //! The client for tokio: a method for each request that a daemon serves.
 //!
-//! - [`Client`]: cheap to clone, shared between tasks. Each family of requests is a file with its
-//!   methods: `control`, `stream`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
+//! - [`Client`]: cheap to clone, shared between tasks. Each family of requests has a file with its
+//!   methods: `control`, `streams`, `incoming`, `dht`, `connmgr`, `pubsub`, `peerstore`, `unary`.
 //! - [`Stream`], [`IncomingStreams`], [`Results`], [`Subscription`]: results that arrive over time.
 //! - [`Error`]: the failures.
 //!
-//! The crate is a driver with sockets, timers and tasks. [`p2pd_protocol`] has the protocol, and the
-//! decisions about pooling, retries and registrations.
+//! This crate has the sockets, timers and tasks. [`p2pd_protocol`] has the protocol, and decides about
+//! pooling, retries and registrations.
 //!
 //! ```no_run
 //! use p2pd_client::Client;
@@ -62,15 +62,14 @@ use unary::calls::UnaryCalls;
 /// A client of one libp2p daemon.
 ///
 /// Clones are cheap and share their connections and handlers. A request opens a connection on the
-/// caller's tokio runtime, or uses one that an earlier request has left. Dropping a future cancels
-/// the request. [`with_timeout`](Self::with_timeout) cancels it after a time, which the daemon is
-/// told, too.
+/// caller's tokio runtime, or reuses an idle one. Dropping a future cancels the request.
+/// [`with_timeout`](Self::with_timeout) cancels it after a time.
 ///
 /// Dropping the last clone closes the idle connections and the persistent connection. Streams and
 /// subscriptions stay open. An [`IncomingStreams`] holds a clone.
 ///
 /// The persistent connection and the listener for inbound streams belong to the runtime on which they
-/// were opened, and work only while that runs. After it has ended, the next use opens them again.
+/// were opened, and work only while it runs. After it has ended, the next use opens them again.
 ///
 /// # Panics
 /// Its methods panic on a tokio runtime without I/O or time: build it with
@@ -159,9 +158,9 @@ impl Client {
         }
     }
 
-    /// Returns a clone whose calls may take this long, each from beginning to end. `None`, the default,
-    /// sets no limit; the daemons themselves give up CONNECT, STREAM_OPEN and DHT requests after 60 s.
-    /// The daemon receives the timeout with these requests, in whole seconds.
+    /// Returns a clone with a time limit for each call, from beginning to end. `None`, the default, sets
+    /// no limit. The daemons have limits of their own: they abort CONNECT, STREAM_OPEN and DHT requests
+    /// after 60 s. These requests carry the timeout, in whole seconds, so that the daemon applies it.
     ///
     /// ```
     /// # use p2pd_client::Client;
@@ -209,7 +208,7 @@ impl Client {
         .await
     }
 
-    /// Returns the result of `work`, or a timeout. An error says what the request was about.
+    /// Returns the result of `work`, or a timeout. Adds the request to an error.
     async fn within<T>(
         &self,
         about: Context,
@@ -248,9 +247,9 @@ impl ClientBuilder {
         self
     }
 
-    /// Sets how many requests may run at once that make the daemon ask other peers (CONNECT,
-    /// STREAM_OPEN, DHT), each on a connection of its own. Further ones wait. 64 by default, at least 1.
-    /// Open streams do not count.
+    /// Sets the maximum number of concurrent slow requests: those for which the daemon asks other peers
+    /// (CONNECT, STREAM_OPEN, DHT). Each uses a connection of its own, and further ones wait. 64 by
+    /// default, at least 1. Open streams do not count.
     pub fn max_connections(mut self, count: usize) -> Self {
         self.max_connections = count.max(1);
         self
@@ -259,7 +258,7 @@ impl ClientBuilder {
     /// Makes the client.
     ///
     /// # Errors
-    /// [`Error::Address`]: an address is not a unix or TCP socket's.
+    /// [`Error::Address`] if an address is not that of a unix or TCP socket.
     pub fn build(self) -> Result<Client, Error> {
         let pool = Pool::new(self.control, self.limits, self.max_connections)?;
         let pool = Arc::new(pool);

@@ -37,7 +37,7 @@ pub struct ListenerStats {
     pub bad_header: u64,
     /// Streams refused because 256 others waited for their handler.
     pub queue_full: u64,
-    /// Failed attempts to accept a connection, as without free descriptors.
+    /// Failed attempts to accept a connection, for example because no descriptor was free.
     pub accept_errors: u64,
 }
 
@@ -83,7 +83,7 @@ impl Tally {
         }
     }
 
-    /// The time as the policies want it.
+    /// The time since the start, which the policies use as their clock.
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -111,7 +111,7 @@ impl Tally {
     }
 }
 
-/// The inbound side of a client: its listener, if it listens, and its handlers.
+/// The inbound side of a client: its handlers, and its listener once there is a handler.
 #[derive(Debug)]
 pub struct Inbound {
     pub handlers: Arc<Handlers>,
@@ -159,7 +159,7 @@ impl Inbound {
         listening.as_ref().map(|listening| listening.addr.clone())
     }
 
-    /// Listens, unless it does already. Returns the address.
+    /// Starts to listen, unless it already does. Returns the address.
     pub async fn listen(&self, pool: &Pool) -> Result<Multiaddr, Error> {
         if let Some(listening) = &*lock(&self.listening) {
             // The task ends with its runtime.
@@ -275,7 +275,7 @@ async fn accept(listener: Weak<Listener>, handlers: ClearWhenDone, tally: Arc<Ta
         match admission {
             Admission::Accept => {}
             Admission::Wait(wait) => {
-                // A task that ends makes room sooner.
+                // A task that ends leaves room for another connection sooner.
                 let _ = timeout(wait, reading.join_next()).await;
                 continue;
             }
@@ -412,7 +412,10 @@ async fn read_frame(
 async fn read_some(socket: &mut Socket, buffer: &mut BytesMut) -> Result<(), Error> {
     let read = socket.read_buf(buffer).await;
     match read.map_err(|error| Error::lost(error, false))? {
-        0 => Err(Error::lost("no stream came", false)),
+        0 => Err(Error::lost(
+            "it ended before a complete stream header",
+            false,
+        )),
         _ => Ok(()),
     }
 }

@@ -1,5 +1,5 @@
-//! The pool of control connections, and requests over them. Which connection a request uses, and
-//! when it is sent again, [`p2pd_protocol::policy`] decides.
+//! The pool of control connections, and requests over them. [`p2pd_protocol::policy`] decides which
+//! connection a request uses, and whether it is sent again.
 
 use super::error::{Context, Error};
 use super::lock;
@@ -56,7 +56,7 @@ impl Pool {
     /// Makes an empty pool.
     ///
     /// # Arguments
-    /// `max_slow`: how many requests may run at once that make the daemon ask other peers.
+    /// `max_slow`: the maximum number of concurrent requests for which the daemon asks other peers.
     pub fn new(control: Multiaddr, limits: Limits, max_slow: usize) -> Result<Self, EndpointError> {
         Ok(Self {
             endpoint: control.endpoint()?,
@@ -150,7 +150,8 @@ impl Pool {
         }
     }
 
-    /// The error for a lost connection: `NotSupported` if the daemon still answers other requests.
+    /// Returns the error to report after a request failed: `NotSupported` if the daemon closed the
+    /// connection without a reply but still answers other requests, else the given error.
     pub async fn unknown_request(self: &Arc<Self>, error: Error) -> Error {
         let closed = matches!(
             &error,
@@ -191,7 +192,7 @@ impl Pool {
             }
         };
         let mut closed = Vec::new();
-        // Drops the lock before the connections in `closed`.
+        // The lock is released before the connections in `closed` are dropped.
         let taken = lock(&self.idle).take(fitness, &mut closed);
         taken
     }
@@ -253,7 +254,7 @@ impl PooledConnection {
     pub fn poll_event(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<Event, Error>> {
         match &mut self.connection {
             Some(connection) => connection.poll_event(cx),
-            None => Poll::Ready(Err(Error::lost("it is closed", false))),
+            None => Poll::Ready(Err(Error::lost("the connection is closed", false))),
         }
     }
 
@@ -262,7 +263,8 @@ impl PooledConnection {
         self.permit = None;
     }
 
-    /// Returns the socket of a connection that was consumed, and the bytes after the reply.
+    /// Takes the socket out of the pool for a stream, a subscription or unary calls. Returns it with the
+    /// bytes after the reply.
     pub fn into_socket(mut self) -> (Socket, Bytes) {
         let connection = self.connection.take();
         let Connection {

@@ -14,7 +14,7 @@ use std::task::{self, ready, Poll};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 
-/// How long to wait until the daemon has unsubscribed.
+/// The longest time to wait until the daemon has unsubscribed.
 const UNSUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Client {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::task::{self, ready, Poll};
 use std::time::Duration;
 
-/// The results of a DHT query, which begins when they are asked for.
+/// The results of a DHT query. The query begins when they are first awaited.
 ///
 /// `.await` returns all of them. As a [`Stream`], and with [`next`](Self::next), it yields each as
 /// soon as the daemon has found it; if the query fails, the last item is the error. The
@@ -33,7 +33,7 @@ use std::time::Duration;
 /// println!("{} providers", providers.len());
 /// # Ok(()) }
 /// ```
-#[must_use = "the query begins when its results are asked for"]
+#[must_use = "the query begins when its results are awaited"]
 pub struct Results<T> {
     stage: Stage,
     about: Context,
@@ -116,7 +116,8 @@ impl<T> Results<T> {
         match &mut self.stage {
             Stage::Starting(starting) => {
                 let (mut pooled, event) = ready!(starting.as_mut().poll(cx))?;
-                // The caller may need other queries to use these results.
+                // The caller may make other requests while it reads these results. If the query kept
+                // its permit, they could wait for each other.
                 pooled.release_permit();
                 self.stage = Stage::Running(Box::new(pooled));
                 Poll::Ready(Ok(event))

@@ -1,4 +1,4 @@
-//! A connection to the daemon or from it: a unix socket or, anywhere, TCP.
+//! Sockets for connections to and from the daemon: unix sockets (not on Windows) or TCP.
 
 use p2pd_protocol::endpoint::{Endpoint, Host};
 use p2pd_protocol::policy::retry::Transport;
@@ -91,9 +91,9 @@ impl Socket {
         either!(self, socket => (&*SockRef::from(socket)).read_vectored(pieces))
     }
 
-    /// Reads the available input after `readable`. If the buffers are not full afterwards, the next
-    /// `readable` waits for more. With tokio's own read, another system call would have to find nothing
-    /// first.
+    /// Reads the available input after `readable`. If that does not fill the buffers, the next
+    /// `readable` waits for more input. This saves a system call: tokio's own read would first have to
+    /// find the socket empty.
     pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let room: usize = pieces.iter().map(|piece| piece.len()).sum();
         let mut read = None;
@@ -141,8 +141,8 @@ impl Socket {
         read.map_ok(|()| take(buffer.filled()))
     }
 
-    /// Discards unread input. A socket that is closed with unread input is reset, and the daemon would
-    /// then drop the data sent last.
+    /// Discards unread input. Closing a socket with unread input resets the connection, and the daemon
+    /// would then lose the data sent last.
     pub fn drain(&self) {
         let mut room = [0; READ];
         let mut drained = 0;
@@ -162,7 +162,7 @@ async fn connect_unix(path: &str) -> io::Result<Socket> {
     let mut delay = Duration::from_millis(1);
     loop {
         match UnixStream::connect(path).await {
-            // The daemon's queue of connections is full, and nothing tells when that changes.
+            // The daemon's accept queue is full. There is no event for when that changes.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 tokio::time::sleep(delay).await;
                 delay = Duration::from_millis(50).min(2 * delay);
@@ -238,7 +238,7 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// Where the daemon connects to for inbound streams.
+/// The socket that the daemon connects to for inbound streams.
 #[derive(Debug)]
 pub struct Listener {
     socket: Listening,

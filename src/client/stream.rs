@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// A stream to a peer, through the daemon: tokio's [`AsyncRead`] and [`AsyncWrite`].
 ///
-/// Dropping it closes it; data written before reaches the peer. The Go daemons end both directions
-/// when one is shut down, so data that the peer sends after a
+/// Dropping it closes it. Data written before the drop still reaches the peer. The Go daemons end both
+/// directions when one is shut down, so data that the peer sends after a
 /// [`shutdown`](tokio::io::AsyncWriteExt::shutdown) is lost. Mark the end of a message in its
 /// protocol instead, for example by sending its length first.
 ///

@@ -1,4 +1,4 @@
-//! Locks that a panic does not poison.
+//! Locks a mutex even if a thread has panicked while holding it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

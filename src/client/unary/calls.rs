@@ -1,4 +1,4 @@
-//! Unary calls to peers, over the present session of a client.
+//! Unary calls to peers, over the current session of a client.
 
 use super::reader::Owner;
 use super::session::Session;
@@ -15,7 +15,7 @@ use tokio::time::Instant;
 pub struct UnaryCalls {
     pool: Arc<Pool>,
     limits: UnaryLimits,
-    /// The present session. Closing the client replaces it.
+    /// The current session. Closing the client replaces it.
     session: Mutex<Arc<Session>>,
 }
 

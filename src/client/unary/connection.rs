@@ -37,7 +37,7 @@ pub struct Connection {
     pub(super) inner: Mutex<Inner>,
     /// Wakes the reader for a change other than a ready socket.
     pub(super) attention: Notify,
-    /// The output has shrunk, or the connection is lost.
+    /// Notified when the output has shrunk or the connection is lost.
     room: Notify,
 }
 
@@ -46,16 +46,16 @@ pub(super) struct Inner {
     output: Output<Bytes>,
     /// Buffer for the head of a frame.
     head: BytesMut,
-    /// Holds messages back until the reader flushes, so that the messages of all tasks that one read
-    /// has woken are written together.
+    /// Whether messages are held back until the reader flushes. One read may wake several tasks; this
+    /// way their messages are written together.
     pub corked: bool,
     /// The events that the reader waits for.
     pub awaited: Awaited,
     /// The tasks of incoming calls.
     pub work: HashMap<CallId, Option<AbortHandle>>,
-    /// Error of a write. The reader still handles the input that has arrived.
+    /// The error of a failed write. The reader still handles the input that has arrived.
     pub broken: Option<Error>,
-    /// Reason for the loss of the connection.
+    /// Why the connection was lost.
     pub lost: Option<Error>,
 }
 
@@ -147,7 +147,7 @@ impl Connection {
         })
     }
 
-    /// Sends a request. `token` is given to the reader with the answer.
+    /// Sends a request. The reader gets `token` with the answer.
     ///
     /// # Errors
     /// Nothing of the request was sent.
@@ -256,7 +256,7 @@ impl Connection {
         }
     }
 
-    /// Wakes the reader if it must wait for other events now.
+    /// Wakes the reader if the set of events that it must wait for has changed.
     fn changed(&self, mut inner: MutexGuard<'_, Inner>) {
         let wanted = inner.wants();
         if wanted != inner.awaited {
@@ -283,7 +283,7 @@ impl Connection {
         self.socket.drain();
         self.socket.end();
         for token in pending {
-            // The session fails the others when it learns of the loss.
+            // The session fails its own requests when it learns of the loss.
             if let Token::Call(caller) = token {
                 complete(caller, Err(error.clone()));
             }
@@ -322,7 +322,7 @@ impl PendingCall {
 impl Drop for PendingCall {
     fn drop(&mut self) {
         if self.reply.is_some() {
-            // Dropped only when the lock is released.
+            // Dropped after the lock is released.
             let mut token = None;
             self.connection.send_head(|core, head| {
                 token = core.cancel(&self.id, Instant::now().into_std(), head)

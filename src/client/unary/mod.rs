@@ -1,6 +1,6 @@
 //! Unary calls: requests to a peer's handlers, and handlers for the requests of peers.
 //!
-//! - `calls`: calls to peers, over the present session.
+//! - `calls`: calls to peers, over the current session.
 //! - `session`: opens the persistent connection and registers handlers on it.
 //! - `connection`: one persistent connection; `reader` is the task that reads it.
 //! - `handler`: the user's handlers and their replies.
@@ -31,8 +31,8 @@ impl Client {
     /// hivemind's daemon exits when its last persistent connection is closed.
     ///
     /// # Errors
-    /// [`Error::HandlerFailed`] if the handler failed, or the peer's client has none of that name;
-    /// [`Error::Refused`] if the peer cannot be reached or serves no calls of that name;
+    /// [`Error::HandlerFailed`] if the handler failed, or the peer's client no longer has it;
+    /// [`Error::Refused`] if the peer cannot be reached or has no handler of that name;
     /// [`Error::MessageTooLarge`] if the request exceeds
     /// [`UnaryLimits::max_message`](p2pd_protocol::UnaryLimits), or the reply exceeds
     /// [`UnaryLimits::max_incoming`](p2pd_protocol::UnaryLimits);
@@ -52,10 +52,10 @@ impl Client {
     /// Registers a handler for incoming calls, until
     /// [`remove_unary_handler`](Self::remove_unary_handler) or [`close`](Self::close).
     ///
-    /// Each call runs in a task of its own, which is dropped if the caller is gone. The caller gets
-    /// the text of an error. With `balanced`, several clients may serve the name; the daemon gives
-    /// each of them a call in turn. When the connection is lost, the client reconnects by itself, with
-    /// pauses of up to 5 s between its attempts, and registers the handlers again.
+    /// Each call runs in a task of its own, which is dropped if the caller is gone. If the handler
+    /// fails, the caller receives the error's text. With `balanced`, several clients may serve the
+    /// name, and the daemon distributes calls in turn. When the connection is lost, the client
+    /// reconnects with a backoff of up to 5 s, and registers the handlers again.
     ///
     /// Dropping the future undoes the registration. A handler that holds a clone of its own client
     /// keeps that open until `close`.
@@ -76,7 +76,7 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::AlreadyRegistered`] if this client has a handler of that name, [`Error::Refused`] if
-    /// another one has, [`Error::NotSupported`] if the daemon is not hivemind's.
+    /// another client has one, [`Error::NotSupported`] if the daemon is not hivemind's.
     pub async fn add_unary_handler<H, F, R, E>(
         &self,
         protocol: impl Into<String>,

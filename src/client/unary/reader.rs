@@ -1,4 +1,4 @@
-//! The task that reads a persistent connection. It gives replies to their callers, starts a task for
+//! The task that reads a persistent connection. It passes replies to their callers, starts a task for
 //! each incoming call, and writes the output that the socket did not accept at once.
 
 use super::connection::{complete, Awaited, Connection, Event, Token};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::{sleep_until, Instant};
 
-/// Owner of a connection and of its handlers.
+/// The owner of a connection and its handlers: the session.
 pub trait Owner: Send + Sync {
     /// Returns the handler for incoming calls of a name.
     fn handler(&self, protocol: &str) -> Option<Arc<Handler>>;
@@ -50,7 +50,8 @@ impl Reader {
         Self { connection, owner }
     }
 
-    /// Reads until the connection is lost. `ahead` is the input behind the answer to the upgrade.
+    /// Reads until the connection is lost. `ahead` is the input that arrived after the reply to the
+    /// upgrade.
     pub async fn run(self, ahead: Bytes) {
         let connection = &self.connection;
         let mut scratch = vec![0; unary::READ_SIZE];
@@ -119,7 +120,7 @@ impl Reader {
             inner.corked = events.len() > 1;
             outcome
         };
-        // While there is always input, `writable` is never polled.
+        // Writes here too: under constant input, the loop never gets to poll `writable`.
         self.connection.flush();
         outcome
     }
@@ -195,7 +196,7 @@ impl Reader {
         }
     }
 
-    /// Gives the daemon's answer to the sender of the request.
+    /// Passes an answer of the daemon to the sender of the request.
     fn answer(&self, token: Token, outcome: Result<Bytes, Error>) {
         let name = match token {
             Token::Call(caller) => return complete(caller, outcome),
@@ -225,7 +226,7 @@ impl Reader {
                 drop(inner); // dropping the reply takes the lock
                 return;
             }
-            // Entered before the task can end.
+            // Inserted before the task exists, because the task's reply removes the entry.
             inner.work.insert(id, None);
         }
         // Without the lock: a runtime that shuts down drops the task, and so the reply, at once.

@@ -1,4 +1,4 @@
-//! A client's persistent connection and handlers, until the client is closed.
+//! A session: a client's persistent connection and unary handlers, until the client is closed.
 //!
 //! [`Lifecycle`] makes the decisions. This driver has the sockets, tasks and timers.
 
@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout, Instant};
 
-/// Time for the last messages to be sent when the client is closed.
+/// How long closing the client waits for the last messages to be sent.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The persistent connection and the handlers of a client.
@@ -45,14 +45,14 @@ struct State {
     timer: Option<(Instant, AbortHandle)>,
 }
 
-/// A caller that waits for the lifecycle.
+/// A pending `connect`, `add` or `remove`.
 struct Operation {
     done: oneshot::Sender<Result<(), Error>>,
     /// The handler to add.
     handler: Option<Arc<Handler>>,
 }
 
-/// Work for the time after the state is unlocked, because it can run any code and lock the state.
+/// Work deferred until the state is unlocked, because it can run user code and lock the state.
 #[derive(Default)]
 struct Deferred {
     open: Option<ConnectionId>,
@@ -191,8 +191,8 @@ impl Session {
         }
     }
 
-    /// Opens a connection in a task of its own, so that no caller can cancel it: if the daemon has no
-    /// other persistent connection, it would end with this one.
+    /// Opens a connection in a task of its own, so that no caller can cancel it. hivemind's daemon exits
+    /// when its last persistent connection is closed, and this may be the only one.
     fn open(self: &Arc<Self>, id: ConnectionId) {
         let report = OpeningReport {
             session: Arc::downgrade(self),
@@ -232,7 +232,7 @@ impl Session {
         let mut is_wanted = false;
         self.drive(|state, now| {
             state.opening = None;
-            // Set now, because the lifecycle's actions use it.
+            // Set before `opened`, because the actions that follow use the connection.
             let before = state.connection.replace(Arc::clone(&connection));
             is_wanted = state.lifecycle.opened(id, now);
             if !is_wanted {
