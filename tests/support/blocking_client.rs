@@ -227,7 +227,7 @@ pub fn serve(mut floor: BlockingClient, protocol: &str, serving: &mpsc::Sender<(
                     assert!(client.reply(&id, payload.len(), &mut out));
                     out.extend_from_slice(&payload);
                 }
-                other => panic!("nobody sent {other:?}"),
+                other => panic!("unexpected event {other:?}"),
             }
         }
     }

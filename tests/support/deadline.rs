@@ -41,13 +41,13 @@ pub async fn eventually<T>(mut attempt: impl AsyncFnMut() -> Result<T, Box<dyn E
     loop {
         match attempt().await {
             Ok(result) => return result,
-            Err(error) => assert!(begun.elapsed() < PATIENCE, "at last: {error}"),
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "timed out: {error}"),
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-/// An error for [`eventually`] unless `condition` is true.
+/// Returns an error for [`eventually`] unless `condition` is true.
 pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
     condition.then_some(()).ok_or_else(|| otherwise.into())
 }
@@ -55,10 +55,10 @@ pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
 /// Waits for `future`; panics with the name `what` if that takes too long.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     let outcome = tokio::time::timeout(PATIENCE, future).await;
-    outcome.unwrap_or_else(|_| panic!("in vain: {what}"))
+    outcome.unwrap_or_else(|_| panic!("timed out waiting for {what}"))
 }
 
-/// Polls a future once.
+/// Polls a future once. Panics if that completes it.
 pub async fn begin<T>(future: impl Future<Output = T>) {
     let mut future = pin!(future);
     let begun = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await;

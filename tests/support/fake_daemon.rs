@@ -1,4 +1,4 @@
-//! A daemon whose part the test plays: the test accepts each connection and answers the requests.
+//! A fake daemon that the test scripts: the test accepts each connection and answers each request.
 
 use crate::deadline::{within, Limit};
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::{UnixListener, UnixStream};
 
-/// A daemon whose part the test plays.
+/// A daemon that the test scripts.
 pub struct FakeDaemon {
     listener: UnixListener,
     directory: TempDir,
@@ -24,7 +24,7 @@ pub struct FakeDaemon {
 }
 
 impl FakeDaemon {
-    /// Listens at an address of its own.
+    /// Listens at a unix socket in a new directory.
     #[allow(clippy::new_without_default)] // it binds a socket
     pub fn new() -> Self {
         let directory = tempfile::Builder::new().prefix("p2p-").tempdir().unwrap();
@@ -62,7 +62,7 @@ impl FakeDaemon {
         assert_eq!(accepted.unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
-    /// Sets the backlog to one connection.
+    /// Limits the accept queue to one connection.
     pub fn is_busy(&self) {
         SockRef::from(&self.listener).listen(0).unwrap();
     }
@@ -180,7 +180,7 @@ impl Connection {
         let _ = self.socket.shutdown().await;
     }
 
-    /// Reads the next bytes, which are not a message.
+    /// Reads the next `count` bytes, such as the data of a stream.
     pub async fn bytes(&mut self, count: usize) -> Bytes {
         while self.input.len() < count {
             let read = self.socket.read_buf(&mut self.input);

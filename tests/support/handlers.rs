@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::join;
 use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver, UnboundedSender};
 
-/// A random public key and its unknown peer.
+/// The id and the random public key of a peer that no daemon knows.
 pub fn stranger() -> (PeerId, Vec<u8>) {
     let mut secret = [0; 32];
     getrandom(&mut secret);

@@ -1,4 +1,4 @@
-//! Locking of mutexes, whether poisoned or not.
+//! Locks a mutex even if a thread has panicked while holding it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -10,16 +10,22 @@
 //!
 //! - IDENTIFY, LIST_PEERS, CONNECT and similar requests get a fixed answer. The daemon refuses all other
 //!   requests, such as those of the DHT.
-//! - STREAM_OPEN to any peer: `/echo` echoes, `/source` sends zeros as fast as the client reads, `/sink`
-//!   drops all bytes, and closes when the client does. `/framed-source/SIZE` sends hivemind's messages (a
-//!   byte, the length in 8 bytes, the body) with bodies of that size, without end. `/framed-sink` reads
-//!   such messages, and answers one that begins with a 1 with the total size of all bodies so far, in 8
-//!   bytes. For any other protocol the daemon connects to the registered handler, as a real one does.
-//! - Unary calls to any peer: the daemon answers `echo` itself, with at most one copy of the payload and one
-//!   write for all calls of one read. A call of `load` has the payload `HANDLER SIZE PARALLEL COUNT`: the
-//!   daemon then makes COUNT calls of that handler, PARALLEL at once. It replies with the time for these, in
-//!   seconds, or with an error if a reply was not an echo. Calls of any other protocol go to the registered
-//!   handler, on any persistent connection.
+//! - STREAM_OPEN to any peer, by protocol:
+//!   - `/echo` echoes.
+//!   - `/source` sends zeros as fast as the client reads.
+//!   - `/sink` drops all bytes, and closes when the client does.
+//!   - `/framed-source/SIZE` sends an endless sequence of hivemind's messages (a byte, the length in 8
+//!     bytes, the body) with bodies of that size.
+//!   - `/framed-sink` reads such messages. It answers each one that begins with a 1 with the total size of
+//!     all bodies so far, in 8 bytes.
+//!   - For any other protocol the daemon connects to the registered handler, as a real one does.
+//! - Unary calls to any peer, by protocol:
+//!   - `echo` replies with the payload. The daemon copies it at most once, and writes the replies to all
+//!     calls of one read together.
+//!   - `load` has the payload `HANDLER SIZE PARALLEL COUNT`. The daemon makes COUNT calls of that handler
+//!     with payloads of SIZE bytes, PARALLEL at once. It replies with the time for these, in seconds, or
+//!     with an error if a reply was not an echo.
+//!   - Calls of any other protocol go to the registered handler, on any persistent connection.
 //!
 //! Each connection has a thread, which blocks while the socket is full: a client that does not read while it
 //! writes deadlocks, as with the Go daemons. No lock is held during a write: other threads queue bytes for
@@ -120,7 +126,7 @@ fn work(daemon: &Arc<MockDaemon>) -> io::Result<()> {
                 shared.threads.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        // The client must see the end, whatever the result.
+        // The client must see the end of the connection, also after an error.
         let _ = control::serve(&socket, shared);
         socket.shutdown(Shutdown::Both);
     }

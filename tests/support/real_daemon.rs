@@ -1,4 +1,4 @@
-//! Real daemons: hivemind's p2pd, single and in pairs.
+//! Starts hivemind's p2pd for tests: a single daemon, or a connected pair.
 
 use crate::deadline::{eventually, must, within, Limit, PATIENCE};
 use p2pd_client::{Client, Subscription};
@@ -18,7 +18,7 @@ pub fn required(variable: &str, hint: &str) -> PathBuf {
     path
 }
 
-/// hivemind's p2pd without options.
+/// hivemind's p2pd without optional services.
 pub fn bare_daemon() -> P2PDaemonBuilder {
     let hint = "a p2pd binary: P2PD_PATH=$(python3 tests/get_p2pd.py)";
     P2PDaemon::builder().binary(required("P2PD_PATH", hint))

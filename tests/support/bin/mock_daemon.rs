@@ -1,4 +1,4 @@
-//! The mock daemon as a program: `mock_daemon CONTROL_MADDR`. It announces itself as p2pd does.
+//! The mock daemon as a program: `mock_daemon CONTROL_MADDR`. It prints its addresses like p2pd.
 
 use p2pd_test_support::mock_daemon::MockDaemon;
 use std::error::Error;

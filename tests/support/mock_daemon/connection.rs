@@ -173,7 +173,7 @@ impl<T, F> Connection<T, F> {
     fn write(&self, output: &mut Output<Buffer>) -> io::Result<()> {
         while !output.is_empty() {
             let written = match &output.slices()[..] {
-                [all] => (&self.socket).write(all), // cheaper
+                [all] => (&self.socket).write(all), // cheaper than a vectored write
                 slices => (&self.socket).write_vectored(slices),
             };
             match written {
@@ -233,7 +233,7 @@ impl<T, F> Outbox<T, F> {
     pub(super) fn flush(&mut self) -> io::Result<()> {
         self.is_full = false;
         for other in self.others.drain(..) {
-            // On an error, its own thread sees the end.
+            // After an error, the thread of that connection sees the end.
             let _ = other.flush();
         }
         self.own.flush()

@@ -1,4 +1,4 @@
-//! The control connections.
+//! Serves control connections.
 
 use super::input::Input;
 use super::limits::{MAX_FRAME, MAX_HANDLERS};

@@ -116,7 +116,7 @@ impl Load {
         })
     }
 
-    /// Makes the first calls.
+    /// Makes the first calls, up to `parallel`.
     pub(super) fn begin(self: &Arc<Self>, outbox: &mut Outbox) {
         for _ in 0..self.parallel {
             let next = self.next(&mut lock(&self.progress));

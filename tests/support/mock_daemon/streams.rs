@@ -1,4 +1,4 @@
-//! Streams, served here or by registered handlers.
+//! Serves streams, or forwards them to registered handlers.
 
 use super::input::Input;
 use super::shared::{Failure, Shared};
@@ -21,7 +21,8 @@ pub const FRAMED_SOURCE: &str = "/framed-source/";
 /// The protocol of streams that read hivemind's messages.
 pub const FRAMED_SINK: &str = "/framed-sink";
 
-/// Size of the head of hivemind's messages: whether the sink must answer, and the body's length.
+/// Size of the head of hivemind's messages: a byte that says whether the sink must answer, and the body's
+/// length.
 pub const FRAME_HEAD: usize = 9;
 /// The byte that fills the bodies.
 pub const FRAME_BODY: u8 = 7;
