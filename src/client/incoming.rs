@@ -154,7 +154,7 @@ impl Client {
         self.shared.inbound.addr()
     }
 
-    /// Registers a handler in a task of its own. If the caller gives up, the task still waits for
+    /// Registers a handler in its own task. If the caller gives up, the task still waits for
     /// the daemon's reply, and then removes the handler. A removal that is sent sooner could
     /// overtake the registration.
     async fn register(

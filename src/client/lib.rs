@@ -147,7 +147,7 @@ impl Client {
         })
     }
 
-    /// Makes a client with settings of its own.
+    /// Returns a builder, for a client with custom settings.
     pub fn builder(control: Multiaddr) -> ClientBuilder {
         ClientBuilder {
             control,
@@ -159,7 +159,7 @@ impl Client {
     }
 
     /// Returns a clone with a time limit for each call, from beginning to end. `None`, the default, sets
-    /// no limit. The daemons have limits of their own: they abort CONNECT, STREAM_OPEN and DHT requests
+    /// no limit. The daemons have their own limits: they abort CONNECT, STREAM_OPEN and DHT requests
     /// after 60 s. These requests carry the timeout, in whole seconds, so that the daemon applies it.
     ///
     /// ```
@@ -248,7 +248,7 @@ impl ClientBuilder {
     }
 
     /// Sets the maximum number of concurrent slow requests: those for which the daemon asks other peers
-    /// (CONNECT, STREAM_OPEN, DHT). Each uses a connection of its own, and further ones wait. 64 by
+    /// (CONNECT, STREAM_OPEN, DHT). Each uses its own connection, and further ones wait. 64 by
     /// default, at least 1. Open streams do not count.
     pub fn max_connections(mut self, count: usize) -> Self {
         self.max_connections = count.max(1);

@@ -261,7 +261,7 @@ impl P2PDaemon {
         self.guard.0.control()
     }
 
-    /// Its process id; none once it has ended, and while it is being restarted.
+    /// Its process id; `None` once it has ended, and while it is being restarted.
     pub fn pid(&self) -> Option<u32> {
         self.guard.0.pid().filter(|_| self.guard.0.alive())
     }
@@ -287,8 +287,8 @@ impl P2PDaemon {
         Ok(client)
     }
 
-    /// Waits until the daemon has ended. With [`restart`](P2PDaemonBuilder::restart), waits until it
-    /// was stopped or the supervisor has given up. Any number of tasks may wait.
+    /// Waits until the daemon has ended. With [`restart`](P2PDaemonBuilder::restart), waits until
+    /// it was stopped or the supervisor has given up. Any number of tasks may wait.
     ///
     /// Returns 0 if another part of the program has reaped the daemon (by waiting for any child, or
     /// ignoring SIGCHLD), as the true exit status is then lost.
@@ -299,7 +299,7 @@ impl P2PDaemon {
         ended(&self.guard.0).await
     }
 
-    /// Why the supervisor gave up [restarting](P2PDaemonBuilder::restart) the daemon; none if it
+    /// Why the supervisor gave up [restarting](P2PDaemonBuilder::restart) the daemon; `None` if it
     /// did not.
     pub fn failure(&self) -> Option<StartError> {
         self.supervisor.as_ref()?.failure()

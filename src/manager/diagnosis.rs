@@ -219,9 +219,9 @@ pub fn excerpt(output: &str, limit: usize) -> Vec<&str> {
     lines
 }
 
-/// Finds the cause of a failed start, in one line; none if it is unknown.
+/// Finds the cause of a failed start, in one line; `None` if it is unknown.
 ///
-/// `status` is the exit status, negative for a signal, and none if the daemon is still running;
+/// `status` is the exit status, negative for a signal, and `None` if the daemon is still running;
 /// `arguments` are the daemon's.
 ///
 /// ```

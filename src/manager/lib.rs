@@ -1,7 +1,7 @@
 //! Finds, starts, supervises and stops a libp2p daemon (`p2pd`).
 //!
 //! - [`P2PDaemon`] (feature `tokio`, on by default): a daemon, from its start to its end.
-//! - [`process`]: its process, its files, and the watchdog that cleans up after it. It needs no event
+//! - [`process`]: its process, its files, and the watchdog that cleans up after it. Needs no event
 //!   loop; the Python `Daemon` uses it, too.
 //!
 //! Without I/O:

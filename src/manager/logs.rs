@@ -53,7 +53,7 @@ impl Logs {
         }
     }
 
-    /// Returns the next line, without its line ending; none once the daemon has ended.
+    /// Returns the next line, without its line ending; `None` once the daemon has ended.
     pub async fn next(&mut self) -> Option<String> {
         poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }

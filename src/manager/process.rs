@@ -207,14 +207,14 @@ impl Process {
         }
     }
 
-    /// Returns the policy that the daemon's supervisor follows; none if it needs no supervisor.
+    /// Returns the policy that the daemon's supervisor follows; `None` if it needs no supervisor.
     pub fn supervision(&self) -> Option<Supervision> {
         let (limit, peers) = (self.options.restart, self.background_peers().len());
         (limit > 0 || peers > 0).then(|| Supervision::new(limit, peers))
     }
 
-    /// The number of deaths in a row after which the supervisor gives up; 0 if it never restarts the
-    /// daemon.
+    /// The number of deaths in a row after which the supervisor gives up; 0 if it never restarts
+    /// the daemon.
     pub fn restart_limit(&self) -> u32 {
         self.options.restart
     }
@@ -301,7 +301,7 @@ impl Process {
         self.log.path()
     }
 
-    /// The daemon's process id, on unix also the id of its process group; none before it ran.
+    /// The daemon's process id, on unix also the id of its process group; `None` before it ran.
     pub fn pid(&self) -> Option<u32> {
         Some(self.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
     }
@@ -336,8 +336,8 @@ impl Process {
         self.poll().is_none() && seen
     }
 
-    /// The exit status; none while the daemon is running. It is 0 if another part of the program has
-    /// reaped the daemon, because the true status is then lost.
+    /// The exit status; `None` while the daemon is running. It is 0 if another part of the program
+    /// has reaped the daemon, because the true status is then lost.
     ///
     /// A forked child only knows a status that its parent knew at the fork.
     pub fn poll(&self) -> Option<ExitStatus> {
@@ -486,8 +486,8 @@ impl Process {
     /// Removes the control socket. Returns whether it is gone, or belongs to another daemon.
     #[cfg(unix)]
     fn end_socket(&self) -> bool {
-        // A process that a wrapper script left behind may still serve the socket: it was killed, but
-        // may not have ended yet. If the process group is gone, the socket is another daemon's.
+        // A process that a wrapper script left behind may still serve the socket: it was killed,
+        // but may not have ended yet. If the process group is gone, the socket is another daemon's.
         self.socket.as_ref().is_none_or(|socket| {
             let _ = p2pd_sockets::remove_stale(socket);
             socket.symlink_metadata().is_err() || !self.pid().is_some_and(group_exists)
@@ -522,7 +522,7 @@ impl Process {
     }
 
     /// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready;
-    /// none if it does.
+    /// `None` if it does.
     pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
         let must_say_so = start::must_say_so(&self.options);
         start::doubt(&self.output_of_run(), peer_id, must_say_so)

@@ -43,7 +43,7 @@ pub struct StartError {
     pub message: String,
     /// The binary and its arguments; empty if it was not spawned.
     pub command: Vec<String>,
-    /// The exit status, negative for a signal; none if it never ran or is still running.
+    /// The exit status, negative for a signal; `None` if it never ran or is still running.
     pub status: Option<i32>,
     /// The last lines of its output.
     pub logs: Vec<String>,
@@ -113,8 +113,8 @@ impl StartError {
     }
 
     /// Returns the error for a daemon that ended with `status` before it was ready. Without a
-    /// status, the daemon is running but was not ready in `timeout` seconds, and `obstacle` says why
-    /// the last probe failed. `output` is the daemon's output.
+    /// status, the daemon is running but was not ready in `timeout` seconds, and `obstacle` says
+    /// why the last probe failed. `output` is the daemon's output.
     pub fn not_ready(
         command: Vec<String>,
         output: &str,
@@ -224,8 +224,8 @@ pub fn must_say_so(options: &DaemonOptions) -> bool {
         && !options.extra_args.iter().any(quiet)
 }
 
-/// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready; none
-/// if it does.
+/// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready;
+/// `None` if it does.
 #[doc(hidden)]
 pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
     let (started, own) = said_to_have_started(output);

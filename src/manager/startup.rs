@@ -27,8 +27,8 @@ pub(super) async fn ready(process: &Process, limit: Duration) -> Result<Identity
     Err(error)
 }
 
-/// Waits until the daemon is ready. If it ends, or is not ready within `limit`, returns why the last
-/// probe failed, if there was one.
+/// Waits until the daemon is ready. If it ends, or is not ready within `limit`, returns why the
+/// last probe failed, if there was one.
 async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<String>> {
     let begun = Instant::now();
     let mut startup = Startup::new(Duration::ZERO, limit);

@@ -32,7 +32,7 @@ struct Shared {
 }
 
 impl Supervisor {
-    /// Starts the task for a daemon that is ready. Returns none if the options ask for neither
+    /// Starts the task for a daemon that is ready. Returns `None` if the options ask for neither
     /// restarts nor background bootstrap peers.
     pub(super) fn start(process: &Arc<Process>, start_timeout: Duration) -> Option<Self> {
         let supervision = process.supervision()?;

@@ -52,7 +52,7 @@ impl Client {
     /// Registers a handler for incoming calls, until
     /// [`remove_unary_handler`](Self::remove_unary_handler) or [`close`](Self::close).
     ///
-    /// Each call runs in a task of its own, which is dropped if the caller is gone. If the handler
+    /// Each call runs in its own task, which is dropped if the caller is gone. If the handler
     /// fails, the caller receives the error's text. With `balanced`, several clients may serve the
     /// name, and the daemon distributes calls in turn. When the connection is lost, the client
     /// reconnects with a backoff of up to 5 s, and registers the handlers again.

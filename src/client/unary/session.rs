@@ -191,7 +191,7 @@ impl Session {
         }
     }
 
-    /// Opens a connection in a task of its own, so that no caller can cancel it. hivemind's daemon exits
+    /// Opens a connection in its own task, so that no caller can cancel it. hivemind's daemon exits
     /// when its last persistent connection is closed, and this may be the only one.
     fn open(self: &Arc<Self>, id: ConnectionId) {
         let report = OpeningReport {

@@ -34,7 +34,7 @@ impl Child {
         Ok(process::waitid(WaitId::Pid(self.pid), options)?.is_some())
     }
 
-    /// Returns the exit status; none if it is running, or has been reaped elsewhere.
+    /// Returns the exit status; `None` if it is running, or has been reaped elsewhere.
     pub(super) fn reap(&self) -> Option<ExitStatus> {
         let (_, status) = process::waitpid(Some(self.pid), WaitOptions::NOHANG).ok()??;
         Some(ExitStatus::from_raw(status.as_raw()))

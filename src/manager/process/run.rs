@@ -28,7 +28,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Spawns the daemon in a session of its own, and sends its process group to the watchdog.
+    /// Spawns the daemon in its own session, and sends its process group to the watchdog.
     #[cfg(unix)]
     pub(super) fn spawn(
         binary: &Path,

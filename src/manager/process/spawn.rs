@@ -1,4 +1,4 @@
-//! Spawns a program: in a session of its own, with umask 077 and without inherited descriptors, and
+//! Spawns a program: in its own session, with umask 077 and without inherited descriptors, and
 //! with its process id in the watchdog's pipe.
 //!
 //! In its own session, the program does not get Ctrl-C from the terminal: the caller stops the
@@ -11,8 +11,8 @@
 //! 0.1 ms. So on Linux the child shares this process's memory until it executes the program.
 //! Elsewhere it is forked.
 //!
-//! Why not `execvp`: it passes a file that the kernel rejects, such as a binary for another machine,
-//! to a shell, whose syntax errors would hide the reason.
+//! Why not `execvp`: it passes a file that the kernel rejects, such as a binary for another
+//! machine, to a shell, whose syntax errors would hide the reason.
 
 use super::child::Child;
 #[cfg(target_os = "linux")]

@@ -102,8 +102,8 @@ impl Drainer {
         let _ = self.thread.join();
         #[cfg(target_os = "linux")]
         {
-            // The kernel lists the thread for a moment longer. CPython would count it, and warn that
-            // a process with several threads forks.
+            // The kernel lists the thread for a moment longer. CPython would count it, and warn
+            // that a process with several threads forks.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(20) && self.task.exists() {
                 thread::yield_now();

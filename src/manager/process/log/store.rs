@@ -25,7 +25,7 @@ pub(super) fn older(path: &Path) -> PathBuf {
 #[derive(Debug)]
 pub(super) struct Store {
     path: PathBuf,
-    /// The pipe; none after its end.
+    /// The pipe; `None` after its end.
     pub(super) source: Option<Arc<PipeReader>>,
     pub(super) file: Option<File>,
     /// Position of the first byte of `log`.

@@ -140,8 +140,8 @@ extern "C" fn watch(body: *mut c_void) -> c_int {
     let _ = process::chdir(c"/");
     let _ = thread::set_name(c"p2pd-watchdog");
     close_all_but(body.reader, body.writer);
-    // SAFETY: from now on this child uses only its stack, its thread-local storage, and the code and
-    // variables of the program and its libraries. All of that stays mapped.
+    // SAFETY: from now on this child uses only its stack, its thread-local storage, and the code
+    // and variables of the program and its libraries. All of that stays mapped.
     unsafe { unmap_large_regions(&[body as *const Body as usize, body.thread]) };
     // SAFETY: it was open at the fork and stays open.
     let reader = unsafe { BorrowedFd::borrow_raw(body.reader) };
@@ -282,7 +282,7 @@ impl Region {
     }
 }
 
-/// Reads until the end of file. Returns the number in the last line; none if that is 0.
+/// Reads until the end of file. Returns the number in the last line; `None` if that is 0.
 fn last_number(reader: BorrowedFd<'_>) -> Option<Pid> {
     let mut buffer = [0; 256];
     let (mut last, mut number) = (0i32, 0i32);
