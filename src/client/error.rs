@@ -1,4 +1,4 @@
-//! The errors of requests, each with the request that failed.
+//! The errors of the client. Most of them name the request that failed.
 
 use p2pd_protocol::endpoint::EndpointError;
 use p2pd_protocol::policy::refusal::Refusal;
@@ -8,8 +8,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A failed request. All errors but [`Error::Listen`] and [`Error::Address`] name the request, its
-/// peer and its protocol: [`Error::context`].
+/// A failed request. [`Error::context`] returns the request, its peer and its protocol, except for
+/// [`Error::Listen`] and [`Error::Address`].
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -48,7 +48,7 @@ pub enum Error {
         /// The operating system's error, if there was one; `UnexpectedEof` if the daemon closed the
         /// connection.
         source: Option<Arc<io::Error>>,
-        /// Whether the daemon cannot have read the whole request.
+        /// Whether it is certain that the daemon has not read the whole request.
         unexecuted: bool,
         /// Whether a part of the reply had arrived.
         mid_answer: bool,
@@ -58,7 +58,7 @@ pub enum Error {
     /// No reply in time. The daemon may have carried out the request.
     #[error("{}{context}", timed_out(*.after, .message.as_deref()))]
     Timeout {
-        /// The client's timeout, if that has expired.
+        /// The client's timeout, if it has expired.
         after: Option<Duration>,
         /// The daemon's error message, if the timeout in the request has expired.
         message: Option<String>,

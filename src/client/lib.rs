@@ -147,7 +147,7 @@ impl Client {
         })
     }
 
-    /// Returns a builder, for a client with custom settings.
+    /// Returns a builder for a client with custom settings.
     pub fn builder(control: Multiaddr) -> ClientBuilder {
         ClientBuilder {
             control,

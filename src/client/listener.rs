@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-/// The numbers of a client's accepted and refused inbound streams.
+/// Counters of a client's accepted and refused inbound streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListenerStats {
@@ -138,7 +138,8 @@ impl Drop for Listening {
 }
 
 impl Inbound {
-    /// Does not listen yet. Without an endpoint, one is chosen that the daemon can reach.
+    /// Does not listen yet. Without `wanted`, [`listen`](Self::listen) chooses an endpoint that the
+    /// daemon can reach.
     pub fn new(wanted: Option<Endpoint>) -> Self {
         Self {
             handlers: Arc::default(),
@@ -212,7 +213,8 @@ impl Inbound {
     }
 }
 
-/// An endpoint that the daemon can reach: of the same kind as its own, on the same host.
+/// Returns an endpoint that the daemon can reach: of the same kind as its control endpoint, and on the
+/// same host. For a unix socket, also returns the directory that contains it.
 fn default_endpoint(
     control: &Endpoint,
 ) -> io::Result<(Endpoint, Option<p2pd_sockets::PrivateDirectory>)> {
@@ -316,7 +318,8 @@ async fn accept(listener: Weak<Listener>, handlers: ClearWhenDone, tally: Arc<Ta
                         dispatch(stream, &handlers, &tally);
                     }
                 });
-                // Not locked while spawning: if the runtime is shutting down, that drops the guard.
+                // Not locked during the spawn: a runtime that shuts down drops the guard at once, which
+                // takes the lock.
                 let mut locked = lock(&half_open);
                 if locked.policy.contains(number) {
                     locked.tasks.insert(number, task);

@@ -205,7 +205,7 @@ impl Pool {
         drop(closed);
     }
 
-    /// Closes the idle connections, and those in use when they are given back.
+    /// Closes the idle connections. Connections in use are closed when they are given back.
     pub fn close_idle(&self) {
         let closed = lock(&self.idle).close_idle();
         drop(closed);

@@ -132,7 +132,7 @@ impl Connection {
     /// Sends a call. `encode` appends its head to the buffer; `payload` follows.
     ///
     /// # Errors
-    /// Nothing of the call was sent.
+    /// No part of the call was sent.
     pub fn call(
         self: &Arc<Self>,
         payload: &Bytes,
@@ -150,7 +150,7 @@ impl Connection {
     /// Sends a request. The reader gets `token` with the answer.
     ///
     /// # Errors
-    /// Nothing of the request was sent.
+    /// No part of the request was sent.
     pub fn request(
         &self,
         token: Token,

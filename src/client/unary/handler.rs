@@ -12,7 +12,7 @@ use std::sync::Arc;
 type Outcome = Result<Bytes, String>;
 type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
-/// A call of a peer, given to a handler.
+/// A peer's call, passed to a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UnaryCall {
@@ -57,7 +57,7 @@ impl Handler {
     }
 }
 
-/// The obligation to reply to a call of a peer. Dropped without a reply, it sends an error.
+/// Sends the reply to a peer's call. If this is dropped without a reply, it sends an error.
 pub struct Reply {
     connection: Arc<Connection>,
     id: CallId,

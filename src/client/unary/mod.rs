@@ -58,7 +58,7 @@ impl Client {
     /// reconnects with a backoff of up to 5 s, and registers the handlers again.
     ///
     /// Dropping the future undoes the registration. A handler that holds a clone of its own client
-    /// keeps that open until `close`.
+    /// keeps the client open until `close`.
     ///
     /// ```no_run
     /// use p2pd_client::UnaryCall;
