@@ -244,6 +244,7 @@ impl Driven for Pipeline {
     }
 
     fn run(slf: &Bound<'_, Self>, follow_up: FollowUp) -> PyResult<()> {
+        let _guard = enter(slf.py());
         let registered = driver::register(slf, follow_up.registrations);
         if registered.is_err() {
             // The replies would never be read.
