@@ -16,16 +16,16 @@ __all__ = ["Bindings", "bindings_of", "is_being_imported"]
 #: Packages whose modules import names from the bindings.
 _USERS = ("hivemind", "petals")
 
-#: Class attributes of the layer's ``ControlClient`` that the arguments of ``install()`` set.
+#: Class attributes of the layer's ``ControlClient`` that ``install()`` sets from its arguments.
 LIMITS = ("DEFAULT_MAX_UNANSWERED", "DEFAULT_MAX_UNANSWERED_BYTES")
 
 _all: dict[str, Bindings] = {}
 
 
 def bindings_of(package: str) -> Bindings:
-    """Returns the bindings of a package: the same object each time.
+    """Returns the ``Bindings`` of a package, the same object on each call.
 
-    The caller holds the lock of ``install()``.
+    Caller must hold the lock of ``install()``.
     """
     if package not in _all:
         _all[package] = Bindings(package)
@@ -33,13 +33,13 @@ def bindings_of(package: str) -> Bindings:
 
 
 class Bindings:
-    """The modules of a hivemind's bindings, and the classes that replace theirs.
+    """The modules of hivemind's bindings, and the classes that replace those in them.
 
     Args:
         package: The import name of hivemind, or of a copy.
 
     Attributes:
-        package: The same.
+        package: The import name, as given.
         modules: The names of the modules in which classes are replaced.
         p2p_daemon: The name of the module that defines hivemind's ``P2P``.
     """
@@ -53,17 +53,17 @@ class Bindings:
             f"{folder}.p2pclient": ("p2pclient", ("Client",)),
         }
         self.modules: tuple[str, ...] = tuple(self._replaced)
-        # From original classes to ours, and back.
+        # Map original classes to ours, and ours to the originals.
         self._ours: dict[type, type] = {}
         self._originals: dict[type, type] = {}
         self._limits: dict[str, Any] = {}
         self._limits_before: dict[str, Any] = {}
 
     def load_layer(self) -> None:
-        """Imports our modules for those bindings that are imported; waits for threads that import
-        them now.
+        """Imports our counterpart of each module of the bindings that is already imported.
 
-        The caller does not hold the lock of ``install()``, which another thread's import may need.
+        If another thread is importing one of them, waits for that thread. Caller must not hold the
+        lock of ``install()``, since the other thread may need it to finish its import.
         """
         _bootstrap._lock_unlock_module(self.p2p_daemon)  # type: ignore[attr-defined]
         for name, (module, _) in self._replaced.items():
@@ -82,11 +82,11 @@ class Bindings:
         """Records the original classes of a module of the bindings.
 
         Args:
-            module: The module, whose code has run.
+            module: The module, after its code has run.
             name: Its import name.
 
         Raises:
-            UnsupportedVersion: It lacks one of the classes.
+            UnsupportedVersion: The module lacks one of the classes.
         """
         _check(module, name)
         own_module, classes = self._replaced[name]
@@ -104,7 +104,8 @@ class Bindings:
     def replace_everywhere(self) -> list[str]:
         """Puts our classes into every module of hivemind and its users.
 
-        Skips bindings that are being imported: the import hook replaces their classes later.
+        Skips modules of the bindings that are still being imported: the import hook replaces
+        their classes later.
 
         Returns:
             The names of the modules that changed.
@@ -131,7 +132,7 @@ class Bindings:
         layer: Any = sys.modules.get(f"{hivemind_copies.layer_of(self.package)}.control")
         client = getattr(layer, "ControlClient", None)
         if client is None:
-            return  # Called again once it is imported.
+            return  # record_originals() calls this again once the layer is imported.
         for name in LIMITS:
             if name in self._limits:
                 self._limits_before.setdefault(name, client.__dict__.get(name, client))
@@ -149,8 +150,8 @@ class Bindings:
 
 
 def is_being_imported(module: ModuleType) -> bool:
-    """Returns whether a module of ``sys.modules`` has not run to its end yet."""
-    # Another thread may run it, and a lookup in sys.modules by an alias does not wait for that.
+    """Returns whether the code of a module in ``sys.modules`` is still running."""
+    # It may run in another thread, and looking up an alias in sys.modules does not wait for that.
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
@@ -170,7 +171,7 @@ def _loaded(packages: Iterable[str]) -> Iterator[tuple[str, ModuleType]]:
 
 
 def _replace_values(module: ModuleType, classes: dict[type, type]) -> bool:
-    """Replaces classes among a module's globals; returns whether there were any."""
+    """Replaces classes in a module's globals. Returns whether it replaced any."""
     changed = False
     for name, value in list(vars(module).items()):
         for old, new in list(classes.items()):

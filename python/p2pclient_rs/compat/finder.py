@@ -1,4 +1,4 @@
-"""The import hook: gives p2pclient's name to another package, and runs code after other imports."""
+"""The import hook: gives p2pclient's name to another package, and wraps other imports."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Finder(ReplacingFinder):
         """Gives p2pclient's name to this package's modules from now on.
 
         Args:
-            before: Called before each import of p2pclient, which fails with the exception that this
-                raises.
+            before: Called before each import of p2pclient. If it raises an exception, the import
+                fails with that.
         """
         self._before_p2pclient = before
 
@@ -52,7 +52,8 @@ class Finder(ReplacingFinder):
         Args:
             name: The module's name.
             after: Called with the module when its code has run.
-            before: Called before each import, which fails with the exception that this raises.
+            before: Called before each import. If it raises an exception, the import fails with
+                that.
         """
         self._hooks[name] = before, after
 
@@ -73,7 +74,7 @@ class Finder(ReplacingFinder):
         return spec
 
     def _alias(self, fullname: str) -> ModuleSpec | None:
-        # Imports at most the parent, which is imported under its real name already.
+        # find_spec imports the parent at most, and that is already imported under its real name.
         real = importlib.util.find_spec(P2PCLIENT_LAYER + fullname[len(P2PCLIENT) :])
         if real is None:
             return None
@@ -84,7 +85,7 @@ class Finder(ReplacingFinder):
 
 
 class _AliasLoader(Loader):
-    """Loads a module by handing the import system the module of another name."""
+    """Loads a module by returning the module object of another name."""
 
     def __init__(self, alias: str, real_name: str) -> None:
         self._alias = alias
@@ -97,9 +98,10 @@ class _AliasLoader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has just set the alias's spec, with which reload() would fail.
+        # The import system has just set the alias's spec, but reload() needs the real one.
         module.__spec__ = self._real_spec
-        # A package leaves the modules that it imports in sys.modules; so does its alias.
+        # Importing a package adds the submodules that it imports to sys.modules. Add them under the
+        # alias, too.
         for name, loaded in list(sys.modules.items()):
             if name.startswith(f"{self._real_name}.") and not is_being_imported(loaded):
                 sys.modules.setdefault(self._alias + name[len(self._real_name) :], loaded)
@@ -117,7 +119,7 @@ class _HookedLoader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module shows its own loader, as it would without the hook.
+        # Show the module's own loader, as without the hook.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

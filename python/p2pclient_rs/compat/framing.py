@@ -1,6 +1,6 @@
 """Protobuf messages with a length prefix, for programs that frame messages on their own streams.
 
-The clients do not use it: their messages are framed in Rust.
+The clients do not use this module: Rust frames their messages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = [
 
 DEFAULT_MAX_BITS = 64
 
-#: The size of the largest message that protobuf can parse, in bytes. The daemon's limit of 4 MiB
-#: does not apply to messages between programs.
+#: The size of the largest message that protobuf can parse, in bytes. Messages between programs are
+#: not subject to the daemon's limit of 4 MiB.
 MAX_MESSAGE_BYTES = 2**31 - 1
 
 #: Reads exactly this many bytes, or raises.
@@ -46,10 +46,10 @@ def encode_varint(integer: int, max_bits: int = DEFAULT_MAX_BITS) -> bytes:
 
 
 async def read_varint(read_exactly: ReadExactly, max_bits: int = DEFAULT_MAX_BITS) -> int:
-    """Reads an unsigned varint, byte by byte, so that nothing behind it is consumed.
+    """Reads an unsigned varint byte by byte, so that it consumes nothing after it.
 
     Raises:
-        ValueError: It has more than ``max_bits`` bits.
+        ValueError: The varint has more than ``max_bits`` bits.
     """
     result = shift = 0
     while True:
@@ -63,7 +63,7 @@ async def read_varint(read_exactly: ReadExactly, max_bits: int = DEFAULT_MAX_BIT
 
 
 def encode_message(message: Any) -> bytes:
-    """Encodes a protobuf message with its length before it.
+    """Encodes a protobuf message with a length prefix.
 
     Raises:
         google.protobuf.message.EncodeError: A required field is not set.
@@ -75,11 +75,11 @@ def encode_message(message: Any) -> bytes:
 async def read_message(
     read_exactly: ReadExactly, message: Any, max_bytes: int = MAX_MESSAGE_BYTES
 ) -> None:
-    """Reads a message with its length before it into ``message``.
+    """Reads a message with a length prefix into ``message``.
 
     Raises:
         ValueError: The message is longer than ``max_bytes``.
-        google.protobuf.message.DecodeError: The bytes are no such message.
+        google.protobuf.message.DecodeError: The bytes are not a valid message.
     """
     length = await read_varint(read_exactly)
     if length > max_bytes:

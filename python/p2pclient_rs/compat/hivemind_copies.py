@@ -1,8 +1,8 @@
 """The hivemind compatibility layer for a copy of hivemind under another import name.
 
-Forks ship hivemind inside a package of their own, such as ``fork.hivemind``. The modules of
-`p2pclient_rs.compat.hivemind` take and return the classes of the package ``hivemind``, so each copy
-gets modules of its own: the same files, imported again under the name
+Some forks ship hivemind inside their own package, such as ``fork.hivemind``. The modules of
+`p2pclient_rs.compat.hivemind` take and return the classes of the package ``hivemind``. So each copy
+gets its own modules: the same files, imported again under a name such as
 ``p2pclient_rs.compat.hivemind:fork:hivemind``.
 """
 
@@ -29,12 +29,12 @@ def layer_of(package: str) -> str:
     Args:
         package: ``hivemind``, or the name of a copy.
     """
-    # A colon, because with a dot the import system would look for a package in between.
+    # With dots instead of colons, the import system would look for packages in between.
     return _LAYER if package == "hivemind" else f"{_LAYER}:{package.replace('.', ':')}"
 
 
 def package_of(layer: str) -> str:
-    """Returns the name of the package that a layer replaces, given the layer's name."""
+    """Returns the name of the package that the layer of this name replaces."""
     return layer.partition(":")[2].replace(":", ".") or "hivemind"
 
 
@@ -53,7 +53,7 @@ def load(package: str, module: str) -> Any:
             importlib.import_module(layer)
         finally:
             sys.meta_path.remove(finder)
-    # The import system finds the layer's modules by its __path__, without the finder.
+    # The import system finds the layer's modules by the layer's __path__, without _Finder.
     return importlib.import_module(f"{layer}.{module}")
 
 
@@ -77,10 +77,10 @@ def reduce_exception(
 
     Args:
         package: The package that the layer replaces.
-        load: The function of the layer's module ``exceptions`` that makes the exception from
+        load: The function in the layer's module ``exceptions`` that makes the exception from
             ``cls`` and ``args``.
         cls: The exception's class in that module.
-        args: The other arguments of ``load``.
+        args: The remaining arguments of ``load``.
     """
     if package == "hivemind":
         return load, (cls, *args)

@@ -1,12 +1,12 @@
 """``install()``: replaces p2pclient and hivemind's bindings by the API compatibility layers.
 
-One import hook does it, and imports nothing ahead of time. For the name ``p2pclient`` it returns
-this package's own module objects, so that a class is the same under both names. hivemind is
-imported as it is, and then the clients in its bindings are replaced.
+``install()`` adds an import hook, which imports nothing ahead of time. For the name ``p2pclient``,
+the hook returns this package's own module objects, so that a class is the same under both names.
+It imports hivemind unchanged, and then replaces the clients in hivemind's bindings.
 
 The other modules of this folder check versions (``versions``), hook imports (``finder``), replace
-classes (``bindings``), reconnect hivemind's ``P2P`` (``reconnect``), and reach the processes that
-this one starts (``subprocesses``).
+classes (``bindings``), reconnect hivemind's ``P2P`` (``reconnect``), and activate the layers in
+child processes (``subprocesses``).
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Replacement:
         name: The package's import name.
         layer: The name of the API compatibility layer that replaces it.
         original: The original's file; None if it is not installed.
-        imported: Modules that were imported before. For p2pclient, all of its modules: code that
-            imported names from them keeps the original's objects. For hivemind, the modules of
-            hivemind and petals in which a class was replaced; existing clients do not change.
+        imported: Modules that were imported before ``install()``. For p2pclient, all of its
+            modules; code that imported names from them keeps the original's objects. For hivemind,
+            the modules of hivemind and petals in which a class was replaced; existing clients do
+            not change.
         version: The original's version, if it is installed and states one.
         refused: Why the package is not replaced; None if it is. Importing p2pclient, or hivemind's
             bindings, fails for this reason.
-        warning: How the replacement differs in ways that a program may notice: the differences from
-            p2pclient 0.2, or that an unknown version is replaced because of ``force``. None if it
-            does not.
+        warning: Differences that a program may notice: how the replacement differs from p2pclient
+            0.2, or that ``force`` replaces an unknown version. None if there are none.
         differs: The files of hivemind's bindings whose contents are not those of a known version.
     """
 
@@ -125,10 +125,10 @@ class _State:
     finder: Finder = field(default_factory=Finder)
     #: The packages to replace.
     requested: dict[str, _Options] = field(default_factory=dict)
-    #: The modules of p2pclient that were imported before.
+    #: The modules of p2pclient that were imported before ``install()``.
     originals: dict[str, ModuleType] = field(default_factory=dict)
     found: dict[str, Original] = field(default_factory=dict)
-    #: The warnings that were given.
+    #: The warnings issued so far.
     warned: set[str] = field(default_factory=set)
 
     def bindings(self) -> list[Bindings]:
@@ -161,12 +161,14 @@ def install(
 ) -> InstallReport:
     """Makes p2pclient and hivemind use this package.
 
-    From then on ``import p2pclient``, and the import of any submodule of it, gives this package's
-    layer; and hivemind, and programs built on it such as Petals, talk to their daemons through the
-    clients of `p2pclient_rs.compat.hivemind`.
+    From then on, ``import p2pclient``, or of any submodule, imports this package's layer. hivemind,
+    and programs built on it such as Petals, talk to their daemons through the clients of
+    `p2pclient_rs.compat.hivemind`.
 
-    The originals need not be installed, and may have been imported before. `uninstall` undoes it.
-    It holds for this process, for those forked from it, and for those that ``multiprocessing``
+    The originals need not be installed, and may already have been imported. `uninstall` undoes
+    ``install``.
+
+    ``install`` affects this process, processes forked from it, and those that ``multiprocessing``
     starts from it by ``spawn`` or ``forkserver``. Other processes must call it too, or be started
     below ``python -m p2pclient_rs run``. Another call adds packages and options to those of earlier
     calls.
@@ -177,24 +179,24 @@ def install(
         hivemind_package: The import name of hivemind, such as ``"fork.vendor.hivemind"`` for a copy
             in another package. Call ``install()`` once for each copy that a process uses.
         force: Replaces unknown versions too, with an `UnknownVersionWarning` that names the files
-            that differ. Bindings without a class that is replaced, or that the replacement uses,
-            are refused even so.
+            that differ. Still refuses bindings that lack a class that is replaced or that the
+            replacement uses.
         reconnect: Reconnects each ``P2P`` created from now on to its ``initial_peers`` when it has
             lost all of its peers. Checks its connections every 15 seconds, backs off from 1 to 60
-            seconds after failures, and logs to ``p2pclient_rs.compat.hivemind``. Does not apply to
+            seconds after failures, and logs to ``p2pclient_rs.compat.hivemind``. Does not affect
             a ``P2P`` made by ``P2P.replicate``.
         max_unanswered_calls: How many incoming unary calls each of hivemind's clients handles at
             once; None leaves the default.
-        max_unanswered_bytes: The largest total size of these calls' payloads, in bytes; None leaves
+        max_unanswered_bytes: The maximum total size of these calls' payloads, in bytes; None leaves
             the default.
 
     Returns:
         A report of all packages that this call and earlier ones replace.
 
     Raises:
-        UnsupportedVersion: p2pclient, or hivemind's bindings, were imported before, and their
-            version is not in `KNOWN_P2PCLIENT` or `KNOWN_HIVEMIND`. Nothing is changed. If they
-            were not imported, the report says so, and their import raises this.
+        UnsupportedVersion: An unknown version of p2pclient or hivemind's bindings, one not in
+            `KNOWN_P2PCLIENT` or `KNOWN_HIVEMIND`, is already imported. Nothing is changed. If it
+            is not imported yet, the report says so, and importing it raises this exception.
         ValueError: ``hivemind_package`` cannot be a package's name, or is given with
             ``hivemind=False``; or a limit is negative.
 
@@ -220,7 +222,7 @@ def install(
 
 
 def install_in_child(calls: Iterable[dict[str, Any]]) -> None:
-    """Calls ``install()`` in a child of a process that did, without repeating its warnings.
+    """Repeats the parent's calls of ``install()`` in a child process, without their warnings.
 
     Args:
         calls: The keyword arguments of each call.
@@ -260,11 +262,11 @@ def _add(requested: dict[str, _Options]) -> _State | None:
     """Adds packages to the state and to the import hook.
 
     Returns:
-        The state; None if another thread changed it meanwhile, and the caller must repeat the call.
+        The state. None if another thread has changed it meanwhile: the caller must call again.
     """
     global _state
-    # Without the lock: finding modules takes locks of the import system, whose holders may call
-    # install().
+    # Without the lock: finding modules takes locks of the import system, and a thread that holds
+    # one may call install().
     found = {name: _examine(name, options) for name, options in _new(requested).items()}
     with _lock:
         new = _new(requested)
@@ -295,7 +297,7 @@ def _add(requested: dict[str, _Options]) -> _State | None:
 
 
 def _new(requested: dict[str, _Options]) -> dict[str, _Options]:
-    """Returns the packages that are not replaced yet, or were refused and are now forced."""
+    """Returns the packages that are not replaced yet, or were refused without ``force``."""
     state = _state
     new = {}
     for name, options in requested.items():
@@ -314,7 +316,7 @@ def _examine(name: str, options: _Options) -> Original:
 
 
 def _check_imported(name: str, found: Original) -> None:
-    """Raises UnsupportedVersion if the package was imported before and cannot be replaced."""
+    """Raises UnsupportedVersion if the package is already imported and cannot be replaced."""
     modules = (P2PCLIENT,) if name == P2PCLIENT else bindings_of(name).modules
     if found.refused and not set(modules).isdisjoint(sys.modules):
         raise UnsupportedVersion(found.refused, name=name)
@@ -356,7 +358,7 @@ def _add_hooks(state: _State, name: str) -> None:
 
 def _check_at_import(state: _State, name: str) -> None:
     """Raises UnsupportedVersion if the package about to be imported cannot be replaced."""
-    # Examined again: since install() the import path may have changed.
+    # Examine it again, since the import path may have changed after install().
     found = _examine(name, state.requested[name])
     if found.refused:
         raise UnsupportedVersion(found.refused, name=name)
@@ -381,11 +383,11 @@ def _reconnect(module: ModuleType) -> None:
 
 
 def _replace_in_loaded(state: _State, name: str) -> None:
-    """Replaces the clients in modules that were imported, or being imported, before the hook."""
+    """Replaces the clients in modules whose import began before the hook was added."""
     entry = state.entry(name)
     if entry is None or entry.refused:
         return
-    # Without the lock: an import can wait for another thread that calls install().
+    # Without the lock: this imports modules, and may wait for a thread that calls install().
     bindings = bindings_of(name)
     bindings.load_layer()
     with _lock:
@@ -414,7 +416,7 @@ def _warn_once(state: _State, found: Original, stacklevel: int) -> None:
 
 
 def _calls() -> list[dict[str, Any]]:
-    """Returns the arguments of the calls of ``install()`` that reproduce the state in a child."""
+    """Returns the arguments of the ``install()`` calls that reproduce the state in a child."""
     state = _state
     if state is None:
         return []
@@ -423,7 +425,7 @@ def _calls() -> list[dict[str, Any]]:
         if name == P2PCLIENT:
             calls.append({"hivemind": False, "force": options.force})
             continue
-        # Options that were not given are left out; 0 is a limit that was given.
+        # Leave out options that were not given. A limit of 0 was given.
         given = {
             option: value
             for option, value in vars(options).items()
@@ -436,9 +438,9 @@ def _calls() -> list[dict[str, Any]]:
 def uninstall() -> None:
     """Undoes `install`.
 
-    Restores the modules of p2pclient that had been imported before `install`, and hivemind's own
-    clients in its bindings. Clients made in between do not change, and are no longer reconnected.
-    Does nothing without an earlier `install`.
+    Restores the modules of p2pclient that were imported before `install`, and hivemind's own
+    clients in its bindings. Clients created in between do not change, but are no longer
+    reconnected. Does nothing without an earlier `install`.
     """
     global _state
     with _lock:

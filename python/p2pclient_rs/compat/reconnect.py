@@ -1,7 +1,7 @@
 """Reconnects hivemind's ``P2P`` to its bootstrap peers when it has lost all of its peers.
 
-A task on the event loop that created the ``P2P`` lists the daemon's peers at the intervals that
-`Reconnection` sets. It ends with the ``P2P``, which it does not keep alive.
+A task on the event loop on which the ``P2P`` was created lists the daemon's peers at the intervals
+that `Reconnection` sets. It ends with the ``P2P`` and does not keep it alive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger: logging.Logger = logging.getLogger("p2pclient_rs.compat.hivemind")
 _ATTRIBUTE = "_p2pclient_rs_reconnection"
 
 _watchdogs: weakref.WeakSet[_Watchdog] = weakref.WeakSet()
-#: The wrapped classes: for each method, the class's own attribute before, and ours.
+#: For each wrapped class and method: the class's own attribute before wrapping, and our wrapper.
 _wrapped: dict[type, dict[str, tuple[Any, Any]]] = {}
 
 
@@ -39,7 +39,7 @@ def wrap(p2p_daemon: ModuleType) -> None:
         p2p_daemon: The module of hivemind that defines ``P2P``.
 
     Raises:
-        AttributeError: The class lacks the methods of hivemind's.
+        AttributeError: The class lacks a method that hivemind's ``P2P`` has.
     """
     owner = p2p_daemon.P2P
     if owner in _wrapped:
@@ -54,7 +54,7 @@ def wrap(p2p_daemon: ModuleType) -> None:
         p2p = await create(cls, *args, **kwargs)
         given = inspect.signature(create).bind(cls, *args, **kwargs).arguments
         peers = given.get("initial_peers")
-        # Code that has wrapped this function keeps calling it after `restore`.
+        # Other code may have wrapped this function, and then still calls it after `restore`.
         if peers and isinstance(peers, Sequence) and owner in _wrapped:
             watchdog = _Watchdog(p2p, [str(peer) for peer in peers])
             setattr(p2p, _ATTRIBUTE, watchdog)
@@ -105,11 +105,11 @@ class _Watchdog:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
-        # Otherwise asyncio reports the task if a loop is closed without cancelling its tasks.
+        # Otherwise asyncio warns of the task if the loop is closed without cancelling its tasks.
         self._task._log_destroy_pending = False  # type: ignore[attr-defined]
 
     def stop(self) -> None:
-        """Cancels the task, from any thread; does nothing in a forked child."""
+        """Cancels the task. Any thread may call this. Does nothing in a forked child."""
         if os.getpid() != self._pid or self._loop.is_closed():
             return
         if asyncio._get_running_loop() is self._loop:
@@ -145,7 +145,7 @@ class _Watchdog:
             logger.exception("%s is no longer reconnected to its bootstrap peers", self._name)
 
     async def _check(self, client: Any, schedule: Reconnection) -> float:
-        """Reconnects if there is no connection. Returns the seconds until the next check."""
+        """Reconnects if there are no peers. Returns the seconds until the next check."""
         try:
             if await control.ControlClient.list_peers(client, timeout=schedule.TIMEOUT):
                 pause, _ = schedule.connected()
@@ -186,7 +186,7 @@ class _Watchdog:
     async def _connect(
         self, client: Any, address: str, peer_id: PeerID, addrs: list[Multiaddr]
     ) -> str | None:
-        """Connects to a bootstrap peer. Returns the reason for a failure; None if it succeeds."""
+        """Connects to a bootstrap peer. Returns None, or the reason if it fails."""
         try:
             await control.ControlClient.connect(
                 client, peer_id, addrs, timeout=Reconnection.TIMEOUT

@@ -1,4 +1,4 @@
-"""Runs a Python program as the interpreter would, after ``install()``."""
+"""Runs a Python program after ``install()``, as the interpreter would run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ScriptNotFound", "run"]
 
 
 class ScriptNotFound(Exception):
-    """The script cannot be opened. ``args`` are the path and the system's reason."""
+    """The script cannot be opened. ``args`` are the path and the operating system's reason."""
 
 
 def run(program: str, args: list[str], *, is_module: bool = False) -> None:
@@ -30,12 +30,12 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
         ScriptNotFound: The script cannot be opened.
         BaseException: Whatever the program raises.
     """
-    # A new module, because code of the old one is still running with its globals.
+    # A new module, because code of the old one is still running and uses its globals.
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins
     try:
         if is_module:
-            # As the interpreter does for `-m`. sys.path[0] is the same already.
+            # As the interpreter does for `-m`. sys.path[0] is already right.
             sys.argv = ["-m", *args]
             runpy._run_module_as_main(program)  # type: ignore[attr-defined]
         elif pkgutil.get_importer(program) is not None:
@@ -79,7 +79,7 @@ def _safe_path() -> bool:
 def _hide_own_frames() -> None:
     """Removes this package's frames from the traceback of an uncaught exception.
 
-    It wraps the exception hook, so that everything else remains the interpreter's.
+    Wraps the exception hook, so that the rest of the output remains the interpreter's.
     """
     package = os.path.dirname(os.path.dirname(__file__))
     main_file = os.path.join(package, "__main__.py")

@@ -1,8 +1,8 @@
 """Activates the layers in the Python processes that this one starts.
 
-A process that ``multiprocessing`` starts afresh calls ``install()`` as it reads the first data that
-it is sent. Any other process does so only below ``python -m p2pclient_rs run``, which sets its
-environment.
+A process that ``multiprocessing`` starts by ``spawn`` or ``forkserver`` calls ``install()`` when it
+unpickles the first data sent to it. Other processes call it only below
+``python -m p2pclient_rs run``, which sets their environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 #: The module of ``multiprocessing`` that prepares the data for a new process.
 SPAWN = "multiprocessing.spawn"
 
-#: The environment variable with the options of ``python -m p2pclient_rs run``, for its children.
+#: The environment variable that passes the options of ``python -m p2pclient_rs run`` to children.
 OPTIONS_VARIABLE = "P2PCLIENT_RS_RUN"
 
 _PACKAGE, _FORCE, _RECONNECT = "--hivemind-package", "--force", "--reconnect"
@@ -41,7 +41,7 @@ class _Install:
         self._sys_path = sys_path
 
     def __reduce__(self) -> tuple[Any, tuple[str, dict[str, Any]]]:
-        # The child sets this path too, but later; it may find p2pclient_rs by it alone.
+        # The child sets this path itself only later, but may need it to find p2pclient_rs.
         code = f"import sys; sys.path = {self._sys_path!r}; "
         code += "from p2pclient_rs.compat.install import install_in_child; "
         code += f"install_in_child({self._calls!r})"
@@ -49,8 +49,9 @@ class _Install:
 
 
 def patch_spawn(module: ModuleType, calls: Callable[[], list[dict[str, Any]]]) -> None:
-    """Makes children started by spawn or forkserver call ``install()`` before they import anything
-    of the program's.
+    """Makes children started by spawn or forkserver call ``install()``.
+
+    They do so before they import any of the program's modules.
 
     Args:
         module: ``multiprocessing.spawn``.
@@ -73,7 +74,7 @@ def patch_spawn(module: ModuleType, calls: Callable[[], list[dict[str, Any]]]) -
 def unpatch_spawn(module: ModuleType) -> None:
     """Undoes `patch_spawn`."""
     before = getattr(module.get_preparation_data, "_before", None)
-    # If other code has wrapped our function, that stays and adds nothing.
+    # If other code has wrapped our function, ours stays in place and adds nothing.
     if before is not None:
         module.get_preparation_data = before  # type: ignore[attr-defined]
 
@@ -122,7 +123,7 @@ def set_environment(calls: Sequence[dict[str, Any]]) -> None:
     """
     folder = str(Path(__file__).parent / "pythonpath")
     others = os.environ.get("PYTHONPATH")
-    # An empty entry means the current directory, but an empty variable means no entry.
+    # An empty entry means the current directory, but an empty variable has no entries.
     paths = [path for path in others.split(os.pathsep) if path != folder] if others else []
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
     text = format_options(calls)

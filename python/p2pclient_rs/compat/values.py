@@ -53,19 +53,19 @@ class ConvertedTypes(connector.Types):
 
 
 def connection_protocol(maddr: Any) -> int | None:
-    """Finds the protocol by which a control or listen address is reached.
+    """Returns the code of the protocol for connecting to a control or listen address.
 
     Args:
         maddr: A multiaddr of any package.
 
     Returns:
-        The code of its one protocol that is in ``CONNECTION_PROTOCOLS``; None if it has none of
-        them, or several.
+        The code of the only protocol in the address that is in ``CONNECTION_PROTOCOLS``; None if it
+        has none of them, or several.
     """
     found = {protocol.code for protocol in maddr.protocols()}.intersection(CONNECTION_PROTOCOLS)
     return int(found.pop()) if len(found) == 1 else None
 
 
 def sha256_digest(data: str | bytes) -> bytes:
-    """Returns the SHA-256 of bytes, or of a string's UTF-8."""
+    """Returns the SHA-256 digest of bytes, or of a string encoded as UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()

@@ -1,6 +1,6 @@
 """Finds the originals, and decides by version and file contents whether to replace them.
 
-No original is imported: its version and its files are read where an import would find them.
+Imports no original: reads its version and its files where an import would find them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KNOWN_P2PCLIENT = ("0.2.0", "0.2.1", "0.3.0")
 _BINDINGS = "p2p/p2p_daemon_bindings"
 
 # The SHA-256 of the bindings' files in every commit of hivemind's main branch between the tags
-# 1.1.10 and 1.1.12; checkouts of these call themselves 1.2.0.dev0.
+# 1.1.10 and 1.1.12. Checkouts of these commits have the version 1.2.0.dev0.
 _KNOWN_FILES = {
     "control.py": (
         "a225696f1607e90ab785b9fc6e7e63ce02e2c96b1c3346bf7a1042c4eb46a79c",
@@ -62,7 +62,7 @@ _KNOWN_FILES = {
     ),
 }
 
-# Names that those files must define: the classes to replace, and those that the replacements use.
+# Names that those files must define: the classes that are replaced or that the replacements use.
 _NEEDED = {
     "control.py": ("ControlClient", "DaemonConnector"),
     "p2pclient.py": ("Client",),
@@ -86,18 +86,18 @@ class UnsupportedVersion(ImportError):
 
 
 class CompatibilityWarning(RuntimeWarning):
-    """The replacement of a package differs from it in ways that a program may notice."""
+    """The replacement differs from the original package in ways that a program may notice."""
 
 
 class UnknownVersionWarning(CompatibilityWarning):
     """An unknown version of p2pclient or hivemind is replaced.
 
-    Names the files of hivemind's bindings that differ from those of known versions.
+    The message names the files of hivemind's bindings that differ from those of known versions.
     """
 
 
 class ReplacingFinder(MetaPathFinder):
-    """The base class of the import hook. `find_spec` skips it when it looks for originals."""
+    """The base class of the import hook. `find_spec` skips the hook to find the originals."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Original:
         file: Its file; None if it is not installed.
         version: Its version, if it states one.
         refused: Why it is not replaced; None if it is.
-        warning: How its replacement differs in ways that a program may notice; None if it does not.
+        warning: Differences of its replacement that a program may notice; None if there are none.
         unknown: Whether the warning is about an unknown version.
         differs: The files of hivemind's bindings whose contents are not those of a known version.
     """
@@ -125,7 +125,7 @@ class Original:
 
 @dataclass(frozen=True)
 class _Package:
-    """A package's directory, which may be within an archive; None for a package without files."""
+    """A package's directory, which may be in an archive; None for a package without files."""
 
     name: str
     folder: str | None
@@ -158,12 +158,12 @@ def examine_p2pclient(force: bool = False) -> Original:
     """
     package = _locate("p2pclient")
     if package is None or package.file is None and package.module is None:
-        # A directory of that name without an __init__.py, such as a checkout, is no p2pclient.
+        # A directory of that name without an __init__.py, such as a checkout, is not p2pclient.
         return Original("p2pclient")
     version = _version_of(package)
     found = Original("p2pclient", package.file, version)
     if version is None and package.read("p2pclient.py") is None:
-        return found  # Another package of that name, which the replacement hides.
+        return found  # An unrelated package of that name, which the replacement hides.
     at = f" at {package.folder}" if package.folder else ""
     what = f"p2pclient {version or '(unknown version)'}{at}"
     if version not in KNOWN_P2PCLIENT:
@@ -212,7 +212,7 @@ def examine_hivemind(name: str, force: bool = False) -> Original:
             "install(hivemind=False) or do not call it; to replace them all the same, call "
             "install(force=True)",
         )
-    # Without sources, as where only .pyc files are installed, the version number decides.
+    # Without sources, for example if only .pyc files are installed, the version number decides.
     absent = [file for file, source in sources.items() if source is None]
     if absent and not (version in KNOWN_HIVEMIND and len(absent) == len(sources)):
         reason = f"there is no {_BINDINGS}/{absent[0]}"
@@ -232,10 +232,11 @@ def examine_hivemind(name: str, force: bool = False) -> Original:
 
 
 def _digest(source: bytes, package: str) -> str:
-    """Returns the SHA-256 that a file of a copy would have in hivemind itself."""
+    """Returns the SHA-256 of a copy's file, as if the file were in hivemind itself."""
     import hashlib
 
-    # A copy imports its own modules by its own name; git may have changed the line endings.
+    # Undo two differences: line endings, which git may have changed, and the name by which a copy
+    # imports its own modules.
     source = source.replace(b"\r\n", b"\n")
     if package != "hivemind":
         source = re.sub(rb"\b%s\b" % re.escape(package).encode(), b"hivemind", source)
@@ -252,7 +253,7 @@ def _problem(file: str, source: bytes) -> str | None:
         return f"{file} is not valid Python: {error}"
     names = set(_names(tree.body))
     if "*" in names:
-        return None  # Only its import can tell.
+        return None  # Only importing it can tell.
     missing = [name for name in _NEEDED[file] if name not in names]
     return f"{file} has no {' and no '.join(missing)}" if missing else None
 
@@ -281,14 +282,14 @@ def missing_names(module: Any, file: str) -> list[str]:
 
 
 def _version_of(package: _Package) -> str | None:
-    """Returns the version that a package, or the distribution beside it, states."""
+    """Returns the version that a package, or the distribution next to it, states."""
     for file in ("__init__.py", "_version.py"):
         source = (package.read(file) or b"").decode(errors="replace")
         found = re.search(r"^__version__\s*(?::[^=]+)?=\s*[\"']([^\"']+)", source, re.MULTILINE)
         if found:
             return found[1]
     if package.folder is not None and "." not in package.name:
-        # In the package's own directory only: another copy may be installed elsewhere.
+        # Search only the package's own directory, since another copy may be installed elsewhere.
         from importlib.metadata import distributions
 
         parent = os.path.dirname(os.path.abspath(package.folder))
@@ -299,7 +300,7 @@ def _version_of(package: _Package) -> str | None:
 
 
 def _locate(name: str) -> _Package | None:
-    """Finds the directory that a package was, or would be, imported from, without importing it."""
+    """Finds the directory from which a package is or would be imported, without importing it."""
     module: Any = sys.modules.get(name)
     if module is not None:
         spec = getattr(module, "__spec__", None)

@@ -101,24 +101,25 @@ _DEFAULT: Final[_Default] = _Default()
 
 _UNARY_REQUESTS = ("CALL_UNARY", "ADD_UNARY_HANDLER", "REMOVE_UNARY_HANDLER")
 
-#: The limit of requests that wait for peers. hivemind has none, and here it is large, so that peers
-#: that do not answer do not hold up requests about others.
+#: The maximum number of concurrent requests that wait for peers. hivemind has no limit. This one is
+#: high, so that unresponsive peers do not delay requests about other peers.
 _MAX_CONNECTIONS = 1024
 
-#: The size of the cache of peer ids. To make one, hivemind computes its base58 in Python.
+#: The size of the cache of hivemind's peer ids, which are slow to create: hivemind computes the
+#: base58 text in Python.
 _MAX_PEER_IDS = 4096
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 def parse_conn_protocol(maddr: Multiaddr) -> int:
-    """Finds the protocol by which a control or listen address is reached.
+    """Returns the code of the protocol for connecting to a control or listen address.
 
     Returns:
-        The code of its one protocol out of ``SUPPORT_CONN_PROTOCOLS``.
+        The code of the only protocol in the address that is in ``SUPPORT_CONN_PROTOCOLS``.
 
     Raises:
-        ValueError: The address has none of them, or several.
+        ValueError: The address has no such protocol, or several.
     """
     code = connection_protocol(maddr)
     if code is None:
@@ -148,8 +149,8 @@ class _Types(ConvertedTypes):
         if peer_id is not None:
             error.peer_id = self.peer_id(peer_id)  # type: ignore[attr-defined]
         if isinstance(error, OwnControlFailure) and error.request in _UNARY_REQUESTS:
-            # Petals distinguishes errors of unary calls by hivemind's text: the daemon's message,
-            # or the message of hivemind's client, which our client uses too.
+            # Petals tells errors of unary calls apart by the text that hivemind gives them: the
+            # daemon's message, or the message of hivemind's client. Our client uses the same texts.
             message = error.daemon_message
             if message is None and type(error) is OwnControlFailure:
                 message = str(error.args[0])
@@ -166,7 +167,7 @@ class DaemonConnector(connector.DaemonConnector):
         control_maddr: The socket's address; ``/unix/tmp/p2pd.sock`` if None.
 
     Raises:
-        ValueError: The address cannot be that of a control socket.
+        ValueError: The address cannot be the address of a control socket.
     """
 
     DEFAULT_CONTROL_MADDR = connector.DEFAULT_CONTROL_MADDR
@@ -178,7 +179,7 @@ class DaemonConnector(connector.DaemonConnector):
 
     @property
     def proto_code(self) -> int:
-        """The multiaddr code of the protocol by which ``control_maddr`` is reached."""
+        """The multiaddr code of the protocol for connecting to ``control_maddr``."""
         return parse_conn_protocol(self.control_maddr)
 
     def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
@@ -193,7 +194,7 @@ class DaemonConnector(connector.DaemonConnector):
         """Opens a connection to the control socket, and sends nothing on it.
 
         Raises:
-            ControlFailure: There is no daemon at the address. It is a ConnectionError, too.
+            ControlFailure: There is no daemon at the address. It is also a ConnectionError.
         """
         try:
             return reader_and_writer(await super().open_connection(timeout=timeout))
@@ -201,8 +202,10 @@ class DaemonConnector(connector.DaemonConnector):
             raise to_hivemind(error) from error.__cause__
 
     async def open_persistent_connection(self, *args: Any, **kwargs: Any) -> Any:
-        """Opens a persistent connection. Without arguments, returns a reader and a writer, for
-        callers that implement its protocol themselves, as hivemind's client does.
+        """Opens a persistent connection.
+
+        Without arguments, returns a reader and a writer, for callers that implement the protocol
+        themselves, as hivemind's client does.
 
         Raises:
             ControlFailure: There is no daemon at the address, or it is not hivemind's.
@@ -215,7 +218,7 @@ class DaemonConnector(connector.DaemonConnector):
 
 
 def _unary_setting(name: str, meaning: str) -> Any:
-    """Makes an attribute of ``ControlClient`` that reads and sets one of its ``UnaryClient``."""
+    """Makes a property of ``ControlClient`` that reads and sets an attribute of ``_unary``."""
 
     def read(client: ControlClient) -> Any:
         return getattr(client._unary, name)
@@ -234,13 +237,13 @@ class ControlClient(control.ControlClient):
     raised.
 
     Attributes:
-        daemon_connector: Connects to the daemon. Setting it affects the next request, and the
-            persistent connection when that is opened next.
+        daemon_connector: Connects to the daemon. A new value applies to the next request,
+            and to the next persistent connection that is opened.
         listen_maddr: The address of the listener for inbound streams.
         handlers: The handlers of inbound streams, by protocol.
-        unary_handlers: The unary handlers, by protocol: a table that is read at each call. Setting
-            an entry replaces the handler, and deleting it makes calls fail; the daemon is not
-            notified of either. The table itself can be replaced.
+        unary_handlers: The table of unary handlers, by protocol. It is read at each call. Setting
+            an entry replaces the handler, and deleting an entry makes calls fail; the daemon is
+            notified of neither. The table itself can be replaced.
         persistent_conn_max_msg_size, max_unanswered, max_unanswered_bytes, hold: See ``create``.
             Setting one affects the next message.
     """
@@ -285,7 +288,7 @@ class ControlClient(control.ControlClient):
             hold=self.DEFAULT_HOLD if isinstance(hold, _Default) else hold,
             handlers=self._unary_handlers,  # type: ignore[arg-type]
         )
-        # hivemind's programs stop the daemon while replicas use it, and expect no warning.
+        # hivemind's programs stop the daemon while replicas use it, which must not log a warning.
         self._unary._settings.loss_level = logging.INFO
         self._reactor = reactor()
         self._handler_tasks: HandlerTasks | None = None
@@ -299,7 +302,7 @@ class ControlClient(control.ControlClient):
     @daemon_connector.setter
     def daemon_connector(self, daemon_connector: connector.DaemonConnector) -> None:
         if not isinstance(daemon_connector, DaemonConnector):
-            # One of hivemind's own, made before install(), or of this package.
+            # Made by hivemind's own class before install(), or by p2pclient_rs.DaemonConnector.
             daemon_connector = DaemonConnector(daemon_connector.control_maddr)
         self._daemon_connector = daemon_connector
         unary = getattr(self, "_unary", None)
@@ -336,12 +339,12 @@ class ControlClient(control.ControlClient):
             persistent_conn_max_msg_size: The size of the largest message of a unary call to send,
                 in bytes. None means the daemon's limit if it can be determined (see
                 ``p2pclient_rs.daemon_limit``), or else hivemind's default.
-            max_unanswered: The number of calls by peers in progress from which no more are read;
-                None for no limit. By default ``DEFAULT_MAX_UNANSWERED``.
-            max_unanswered_bytes: The same for the total size of their payloads, in bytes. By
-                default ``DEFAULT_MAX_UNANSWERED_BYTES``.
-            hold: How long reading may pause because of these limits, in seconds, before calls above
-                them are refused; None to never refuse any. By default ``DEFAULT_HOLD``.
+            max_unanswered: The maximum number of incoming calls in progress, above which the client
+                stops reading; None for no limit. By default ``DEFAULT_MAX_UNANSWERED``.
+            max_unanswered_bytes: The same for the total size of the payloads of these calls, in
+                bytes. By default ``DEFAULT_MAX_UNANSWERED_BYTES``.
+            hold: How long the client may stop reading because of these limits, in seconds, before
+                it refuses calls over them; None to never refuse any. By default ``DEFAULT_HOLD``.
 
         Raises:
             ValueError: A limit is negative or not a number.
@@ -360,17 +363,18 @@ class ControlClient(control.ControlClient):
         if use_persistent_conn:
             await client._unary.open()
             if persistent_conn_max_msg_size is not None:
-                # For replicas in this process or in forked ones, which get no such argument.
+                # For replicas in this process or a forked one: P2P.replicate has no such argument.
                 maddr = client.daemon_connector.control_maddr
                 daemon_limit.remember(maddr, persistent_conn_max_msg_size)
         return client
 
     def close(self) -> None:  # type: ignore[override]
-        """Closes the persistent connection and the idle ones. Unary calls fail, and running unary
-        handlers are cancelled.
+        """Closes the persistent connection and the idle ones.
 
-        The listener and streams stay open. May be called from any thread, after the event loop is
-        closed, and in a forked child, where it does not affect the parent's connections.
+        Unary calls fail, and running unary handlers are cancelled.
+
+        The listener and streams stay open. Any thread may call this, even after the event loop is
+        closed. In a forked child it does not affect the parent's connections.
         """
         self._closed = True
         self._unary.close()
@@ -419,14 +423,14 @@ class ControlClient(control.ControlClient):
         await self._unary.remove_handler(proto)
 
     def call_unary_handler(self, peer_id: PeerID, proto: str, data: Buffer) -> Awaitable[bytes]:
-        """Calls a peer's unary handler; await the reply. See ``UnaryClient.call``."""
-        # Not an async function: a second coroutine for each call would cost time.
+        """Calls a peer's unary handler. Await it for the reply. See ``UnaryClient.call``."""
+        # Not an async function, to avoid the cost of a second coroutine for each call.
         return self._unary.call(peer_id, proto, data)
 
     # --- peers ---
 
     async def connect(self, peer_id: PeerID, maddrs: Iterable[Multiaddr]) -> None:  # type: ignore[override]
-        """Connects to a peer at any of the addresses, or of those that the daemon knows."""
+        """Connects to a peer, at one of these addresses or one that the daemon already knows."""
         await super().connect(peer_id, maddrs)
 
     # --- streams ---
@@ -449,14 +453,14 @@ class ControlClient(control.ControlClient):
             balanced: Whether several clients may serve the protocol in turn.
 
         Raises:
-            ControlFailure: This client serves the protocol already, or another client does without
+            ControlFailure: This client already serves the protocol, or another client does without
                 ``balanced``.
         """
-        # As in hivemind, handlers are not inspected, nor cancelled when their peer disconnects.
+        # As in hivemind: handlers are neither inspected, nor cancelled when their peer disconnects.
         await self._register(proto, handler_cb, balanced=balanced, timeout=None)  # type: ignore[arg-type]
 
     def _start_dispatch(self, raw: RawStream, start: Start) -> None:
-        # Not in the listener's task group, which would keep the task alive.
+        # Not in the listener's task group, which would keep the handler's task alive.
         if self._handler_tasks is None:
             raw.close(abort=True)
         else:
@@ -469,8 +473,11 @@ class ControlClient(control.ControlClient):
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[Self]:  # type: ignore[override]
-        """Accepts inbound streams and runs their handlers until the context is left; another task
-        may leave it than entered it. Handlers that still run are cancelled then."""
+        """Accepts inbound streams and runs their handlers until the context is exited.
+
+        Handlers that are still running are then cancelled. The task that exits the context need not
+        be the one that entered it.
+        """
         async with super().listen():
             yield self
 
@@ -480,13 +487,14 @@ class ControlClient(control.ControlClient):
         self._stopping = False
         self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
-        # hivemind's server is no task, and asyncio does not report it when the loop is closed.
+        # If the loop is closed, asyncio must not warn of this task: hivemind's server is not a
+        # task, so asyncio does not warn of it either.
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         closed = False
         try:
             yield
         except GeneratorExit:
-            # Raised by the garbage collector, or as the loop is closed: nothing can be awaited.
+            # The garbage collector or the end of the loop: no await is possible.
             closed = True
             raise
         finally:
@@ -506,6 +514,6 @@ class ControlClient(control.ControlClient):
                     raise error
 
     async def _unregister_all(self) -> None:
-        # After close() the program is about to stop the daemon or the loop.
+        # After close(), the program is about to stop the daemon or the loop, so skip this.
         if not self._closed:
             await super()._unregister_all()

@@ -1,4 +1,4 @@
-"""The value types of this layer: hivemind's classes; this package's where it is not installed."""
+"""The value types of this layer: hivemind's classes, or this package's without hivemind."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from p2pclient_rs.compat.values import sha256_digest
 from .original import import_bindings
 
 if TYPE_CHECKING:
-    # hivemind's have no annotations that a type checker could use.
+    # hivemind's classes have no annotations for a type checker.
     from p2pclient_rs._native import Multiaddr, PeerID, PeerInfo, StreamInfo
 else:
     _types = import_bindings("datastructures") or _native

@@ -1,8 +1,8 @@
-"""Exceptions that are hivemind's and this package's at once.
+"""Exceptions that are both hivemind's and this package's.
 
-For each ``ControlFailure`` of this package, and for ``P2PHandlerError``, this module has a class of
-the same name, derived from it and from hivemind's class. hivemind pickles exceptions to pass them
-between its processes; these can be unpickled where hivemind is not installed, too.
+For each subclass of ``ControlFailure``, and for ``P2PHandlerError``, this module has a class of the
+same name that is derived from both this package's class and hivemind's. hivemind pickles exceptions
+to pass them between its processes. These can also be unpickled where hivemind is not installed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _reduce(error: Exception) -> tuple[Any, ...]:
     *others, state = exceptions.parts(error)
     peer_id = state.get("peer_id")
     if peer_id is not None:
-        # As bytes, from which the reader makes a PeerID of its own, with or without hivemind.
+        # As bytes: the unpickling process makes its own PeerID of them, with or without hivemind.
         state["peer_id"] = peer_id.to_bytes()
     return hivemind_copies.reduce_exception(PACKAGE, _load, *others, state)
 
@@ -72,10 +72,10 @@ _define_class(exceptions.P2PHandlerError, P2PHandlerError)
 
 
 def to_hivemind(error: Exception) -> Exception:
-    """Converts an exception of this package into one that is hivemind's, too.
+    """Converts an exception of this package into one that is also hivemind's.
 
     Returns:
-        The new exception; ``error`` itself if hivemind is not installed, or has no such exception.
+        The new exception; ``error`` itself if hivemind is not installed or has no such exception.
     """
     kind, also, *others = exceptions.parts(error)
     cls = _CLASSES.get(kind)

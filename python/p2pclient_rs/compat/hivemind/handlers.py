@@ -1,4 +1,4 @@
-"""The tasks of stream handlers, each kept alive as long as asyncio's servers would keep it."""
+"""The tasks of stream handlers, kept alive for as long as asyncio's servers keep theirs."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from p2pclient_rs.stream import Stream
 
 __all__ = ["HandlerTasks"]
 
-#: The shortest interval between checks of the sockets by partial collections, in seconds.
+#: The shortest interval between checks of the sockets before partial collections, in seconds.
 _CHECK_INTERVAL = 1.0
 
 #: The pause before the event loop reads ahead again, in seconds.
 _READ_INTERVAL = 0.05
 
-#: The interval at which tasks that do not end are cancelled again, in seconds.
+#: How often ``stop`` cancels tasks that do not end, in seconds.
 _CANCEL_INTERVAL = 1.0
 
 
 class HandlerTasks:
     """The tasks of one listener.
 
-    asyncio keeps a stream handler's task alive while the event loop watches the stream's socket:
-    until the end of its input, or until 128 KiB of input are unread. After that, the garbage
-    collector ends the task unless something else holds a reference to wake it.
+    asyncio keeps a stream handler's task alive while the event loop watches the stream's socket,
+    that is, until the end of the input or until 128 KiB of input are unread. After that, the
+    garbage collector ends the task, unless something else holds a reference with which to wake it.
 
-    This class does the same: before a collection it releases the tasks of such streams. A daemon
-    that cannot deliver input does not report the peer's end of stream behind it either, and small
-    messages fill a socket buffer long before 128 KiB. So where a handler does not read, each check
-    also makes the event loop read up to 128 KiB ahead.
+    This class does the same: before a garbage collection, it drops its references to the tasks
+    whose sockets are no longer watched. If a handler does not read, the socket's buffer fills up,
+    with small messages long before 128 KiB. The daemon can then deliver neither the rest of the
+    input nor the end of the stream. So each check also makes the event loop read up to 128 KiB
+    ahead for handlers that do not read.
     """
 
     def __init__(self) -> None:
         self._tasks: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self._held: dict[asyncio.Task[None], RawStream] = {}
-        #: The streams whose handlers have been called.
+        #: The stream of each task whose handler has been called.
         self._streams: weakref.WeakKeyDictionary[
             asyncio.Task[None], weakref.ReferenceType[Stream]
         ] = weakref.WeakKeyDictionary()
@@ -79,7 +80,7 @@ class HandlerTasks:
     def set_stream(self, stream: Stream) -> None:
         """Records that the current task is about to call the handler of ``stream``."""
         task = asyncio.current_task()
-        # A weak reference: the stream is closed when its handler drops it.
+        # A weak reference, so that the stream is closed when its handler drops it.
         if task is not None:
             self._streams[task] = weakref.ref(stream)
 
@@ -93,14 +94,16 @@ class HandlerTasks:
             await asyncio.wait(pending, timeout=_CANCEL_INTERVAL)
 
     def release_all(self) -> None:
-        """Stops keeping the tasks alive, where nothing can be awaited. Those that something else
-        can wake continue."""
+        """Stops keeping the tasks alive, for callers that cannot await ``stop``.
+
+        Tasks that something else can wake continue.
+        """
         _remove_callback(self._before_collection)
         self._held.clear()
 
     def _release(self, generation: int) -> None:
-        # A stuck task soon leaves the youngest generation. Full collections, such as by
-        # ``gc.collect()``, always check.
+        # Collections of the youngest generation never check, as stuck tasks soon leave it. Full
+        # collections, such as ``gc.collect()``, always check.
         now = time.monotonic()
         recently = generation < 2 and now - self._released < _CHECK_INTERVAL
         if generation == 0 or recently or os.getpid() != self._pid:
@@ -113,8 +116,8 @@ class HandlerTasks:
             self._read_ahead_soon()
 
     def _read_ahead_soon(self) -> None:
-        # Not here: a collection can run in any thread, and between a task's attempt to read and its
-        # wait, which would then miss the input.
+        # Schedules the read, because a collection can run in any thread. It can also run after a
+        # task's attempt to read and before its wait, which would then miss the input.
         read_ahead = weakref.WeakMethod(self._read_ahead)
 
         def call() -> None:
@@ -145,7 +148,7 @@ class HandlerTasks:
 
 
 def _read_on(streams: list[tuple[weakref.ReferenceType[Stream], int]]) -> None:
-    """Continues to read ahead from streams that had input, unless they were used meanwhile."""
+    """Reads ahead again from streams that had input and have not been used since."""
     unfinished = [
         (reference, operations)
         for reference, operations in streams

@@ -1,4 +1,4 @@
-"""The hivemind that these modules stand in for, if it can be imported."""
+"""The hivemind that these modules replace, if it can be imported."""
 
 from __future__ import annotations
 

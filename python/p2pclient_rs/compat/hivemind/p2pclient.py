@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Client:
-    """A client of one daemon. Make one with ``create``. ``ControlClient`` describes its methods.
+    """A client of one daemon. Make one with ``create``. See ``ControlClient`` for its methods.
 
     Attributes:
         control: The control client, which does the work.
@@ -69,8 +69,8 @@ class Client:
                 ``/unix/tmp/p2pclient.sock`` if None.
             persistent_conn_max_msg_size: The size of the largest message of a unary call to send,
                 in bytes. None means the daemon's limit if it can be determined, or else 4 MiB.
-            max_unanswered, max_unanswered_bytes, hold: Limits of peers' calls in progress; by
-                default there are none. See ``ControlClient.create``.
+            max_unanswered, max_unanswered_bytes, hold: Limits on incoming calls in progress, by
+                default none. See ``ControlClient.create``.
 
         Raises:
             ControlFailure: There is no daemon at the address, or it is not hivemind's.
@@ -108,7 +108,7 @@ class Client:
         """Serves peers' unary calls of a protocol.
 
         Raises:
-            P2PDaemonError: This client serves it already, or another client does.
+            P2PDaemonError: This client or another one already serves the protocol.
         """
         await self.control.add_unary_handler(proto, handler, balanced=balanced)
 
@@ -121,11 +121,12 @@ class Client:
         await self.control.remove_unary_handler(proto)
 
     def call_unary_handler(self, peer_id: PeerID, proto: str, data: Buffer) -> Awaitable[bytes]:
-        """Calls a peer's unary handler; await the reply.
+        """Calls a peer's unary handler. Await the result for the reply.
 
         Raises:
             P2PHandlerError: The peer's handler failed, or it has no handler for the protocol.
-            P2PDaemonError: The call did not reach the peer, or the daemon's connection was lost.
+            P2PDaemonError: The call did not reach the peer, or the connection to the daemon was
+                lost.
         """
         return self.control.call_unary_handler(peer_id, proto, data)
 
@@ -135,11 +136,11 @@ class Client:
         return peer_id, maddrs
 
     async def connect(self, peer_id: PeerID, maddrs: Iterable[Multiaddr]) -> None:
-        """Connects to a peer at any of the addresses, or of those that the daemon knows."""
+        """Connects to a peer, at one of these addresses or one that the daemon already knows."""
         await self.control.connect(peer_id, maddrs)
 
     async def list_peers(self) -> tuple[PeerInfo, ...]:
-        """Lists the connected peers, with one entry for each connection."""
+        """Returns the connected peers, one entry for each connection."""
         return await self.control.list_peers()
 
     async def disconnect(self, peer_id: PeerID) -> None:

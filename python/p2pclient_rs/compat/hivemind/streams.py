@@ -1,8 +1,8 @@
 """asyncio's reader and writer over a stream, as hivemind's bindings return them.
 
 They inherit from asyncio's classes only for ``isinstance``. Reads and writes go straight to the
-stream's socket, and behave as in ``asyncio.streams``: after a close, data that had arrived can
-still be read, and then the end; when the connection is lost, reads and ``drain`` raise
+stream's socket and behave as in ``asyncio.streams``. After a close, reads still return the data
+that had arrived, and then the end. When the connection is lost, reads and ``drain`` raise
 ``ConnectionResetError``, and ``write`` does nothing.
 """
 
@@ -29,9 +29,9 @@ T = TypeVar("T")
 #: asyncio's limit for the length of a line, in bytes.
 _LIMIT = 64 * 1024
 
-#: Smaller writes, in bytes, are collected and sent at the event loop's next turn. hivemind writes a
-#: marker, a length and a message separately; so they take one system call, and reach the daemon as
-#: one message.
+#: Writes smaller than this, in bytes, are collected and sent in the event loop's next iteration.
+#: hivemind writes a marker, a length and a message separately. Collected, they take one system call
+#: and reach the daemon together.
 _CORK = 4096
 
 
@@ -51,7 +51,8 @@ class StreamReader(asyncio.StreamReader):
         return f"<{type(self).__name__} {self._stream!r}>"
 
     async def read(self, n: int = -1) -> bytes:
-        """Reads up to ``n`` bytes, at least one; everything up to the end if ``n`` is negative.
+        """Reads between 1 and ``n`` bytes, or everything up to the end if ``n`` is negative.
+
         Returns ``b""`` at the end.
 
         Raises:
@@ -69,7 +70,7 @@ class StreamReader(asyncio.StreamReader):
         if n == 0:
             return b""
         data = await self._pull("read", self._try_read_exactly, sys.maxsize)
-        if self._lost is not None:  # A write found the loss: this is not the stream's end.
+        if self._lost is not None:  # A write found the connection lost: not the stream's end.
             raise self._lost
         return data
 
@@ -77,8 +78,8 @@ class StreamReader(asyncio.StreamReader):
         """Reads exactly ``n`` bytes.
 
         Raises:
-            asyncio.IncompleteReadError: The stream ended, or was closed by this program, before
-                that. Its ``partial`` holds the data up to there.
+            asyncio.IncompleteReadError: The stream ended, or this program closed it, before ``n``
+                bytes had arrived. Its ``partial`` holds the data up to there.
             ConnectionResetError, RuntimeError: As for ``read``.
         """
         if n < 0:
@@ -95,7 +96,7 @@ class StreamReader(asyncio.StreamReader):
         """Reads up to and including ``separator``.
 
         Raises:
-            asyncio.IncompleteReadError: The stream ended, or was closed by this program, before it.
+            asyncio.IncompleteReadError: The stream ended, or this program closed it, before it.
             asyncio.LimitOverrunError: There is no separator within 64 KiB. The data stays unread.
             ConnectionResetError, RuntimeError: As for ``read``.
         """
@@ -109,7 +110,7 @@ class StreamReader(asyncio.StreamReader):
         return data
 
     async def readline(self) -> bytes:
-        """Reads a line, including its newline; the rest of the stream if it ends without one.
+        """Reads a line with its newline, or the rest of the stream if there is no newline.
 
         Raises:
             ValueError: The line is longer than 64 KiB. The part that has arrived is discarded.
@@ -125,19 +126,19 @@ class StreamReader(asyncio.StreamReader):
             raise ValueError(error.args[0]) from None
 
     def at_eof(self) -> bool:
-        """Returns whether the end has arrived and everything before it was read."""
+        """Returns whether everything up to the end of the stream has been read."""
         if self._lost is not None:
             return False
         try:
-            # Reading here would not wake a task that waits for this data.
+            # If a task waits for this data, reading it here would not wake the task.
             if not self._stream._reading:
                 self._stream._raw.look_ahead()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, ForkedClientError):
-            return False  # The next read raises it.
+            return False  # The next read raises the error.
         return self._stream._raw.at_eof
 
     def exception(self) -> Exception | None:
-        """Returns the error by which the connection was lost; None if it was not."""
+        """Returns the error that lost the connection; None if it is not lost."""
         return self._lost
 
     async def _pull(self, name: str, attempt: Callable[..., T | None], *args: Any) -> T:
@@ -158,7 +159,7 @@ class StreamReader(asyncio.StreamReader):
             ) from None
 
     def _lose(self, error: BaseException) -> OSError:
-        """Records the error by which the connection was lost, and closes the stream."""
+        """Records the error that lost the connection, and closes the stream."""
         if self._lost is None:
             cause = error.__cause__
             self._lost = (
@@ -193,8 +194,10 @@ class StreamTransport(asyncio.Transport):
         return f"<{type(self).__name__} {self._stream!r}>"
 
     def write(self, data: Buffer) -> None:
-        """Writes ``data``, and buffers a copy of what the socket does not accept at once. Does
-        nothing if the connection is closed or lost."""
+        """Writes ``data``, and buffers a copy of the part that the socket does not take at once.
+
+        Does nothing if the connection is closed or lost.
+        """
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(
                 f"data argument must be a bytes-like object, not {type(data).__name__!r}"
@@ -222,8 +225,10 @@ class StreamTransport(asyncio.Transport):
         self.write(b"".join(list_of_data))
 
     def write_eof(self) -> None:
-        """Ends this side of the stream. Go daemons then end both directions; see
-        ``Stream.send_eof``."""
+        """Ends this side of the stream.
+
+        Go daemons then end both directions; see ``Stream.send_eof``.
+        """
         if self._stream._closing or self._stream._ending:
             return
         try:
@@ -240,13 +245,13 @@ class StreamTransport(asyncio.Transport):
         return self._stream._closing
 
     def close(self) -> None:
-        """Closes the stream after sending the buffer. A task that reads gets the end."""
+        """Closes the stream after sending the buffer. A pending read returns the end."""
         self._stream._closing = True
-        # A handler's cleanup can run in any thread, by the garbage collector.
+        # The garbage collector can run a handler's cleanup in any thread.
         call_in_its_thread(self._loop, self._close)
 
     def abort(self) -> None:
-        """Closes the stream at once. Buffered data that the socket does not accept now is lost."""
+        """Closes the stream at once. Buffered data that the socket does not take now is lost."""
         self._stream._closing = True
         call_in_its_thread(self._loop, self._abort)
 
@@ -271,8 +276,10 @@ class StreamTransport(asyncio.Transport):
         return self._low, self._high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Sets the water marks: while more than ``high`` bytes are buffered, ``drain`` waits until
-        no more than ``low`` are."""
+        """Sets the water marks.
+
+        While more than ``high`` bytes are buffered, ``drain`` waits until at most ``low`` are left.
+        """
         if high is None:
             high = HIGH_WATER if low is None else 4 * low
         if low is None:
@@ -306,10 +313,10 @@ class StreamTransport(asyncio.Transport):
             buffered = self._raw.buffered
             if buffered > self._high:
                 await stream._flush(self._low)
-                if self._reader._lost is not None:  # A reader found the loss meanwhile.
+                if self._reader._lost is not None:  # A read found the connection lost meanwhile.
                     raise self._reader._lost
             elif buffered and not self._raw.blocked:
-                # The loop's attempt to send it failed.
+                # The event loop failed to send the buffer.
                 await stream._flush(buffered)
             stream._turns -= 1
             if stream._turns < 0:
@@ -342,7 +349,7 @@ class StreamWriter(asyncio.StreamWriter):
     def __init__(self, stream: Stream, reader: StreamReader) -> None:
         self._transport = transport = StreamTransport(stream, reader)
         self._reader = reader
-        # asyncio's methods would only pass these on.
+        # The transport's methods themselves: asyncio's writer adds a call in between.
         self.write: Callable[[Buffer], None] = transport.write  # type: ignore[assignment]
         self.drain: Callable[[], Coroutine[Any, Any, None]] = transport._drain
 
@@ -359,8 +366,10 @@ class StreamWriter(asyncio.StreamWriter):
         self._transport.writelines(data)
 
     def write_eof(self) -> None:
-        """Ends this side of the stream. Go daemons then end both directions; see
-        ``Stream.send_eof``."""
+        """Ends this side of the stream.
+
+        Go daemons then end both directions; see ``Stream.send_eof``.
+        """
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
@@ -368,7 +377,7 @@ class StreamWriter(asyncio.StreamWriter):
         return True
 
     def close(self) -> None:
-        """Closes the stream after sending the buffer. A task that reads gets the end."""
+        """Closes the stream after sending the buffer. A pending read returns the end."""
         self._transport.close()
 
     def is_closing(self) -> bool:
@@ -376,7 +385,7 @@ class StreamWriter(asyncio.StreamWriter):
         return self._transport.is_closing()
 
     async def wait_closed(self) -> None:
-        """Waits until the stream is closed. Call ``close`` before.
+        """Waits until the stream is closed. Call ``close`` first.
 
         Raises:
             ConnectionResetError: The connection was lost. It may be another ConnectionError.
@@ -396,13 +405,16 @@ class StreamWriter(asyncio.StreamWriter):
         raise NotImplementedError("a stream through the daemon has no TLS of its own")
 
     def __del__(self) -> None:
-        # The stream closes itself when it is dropped; asyncio's method would use missing state.
+        # asyncio's method would use attributes that this class lacks. The stream closes itself when
+        # it is garbage-collected.
         pass
 
 
 def reader_and_writer(stream: Stream) -> tuple[StreamReader, StreamWriter]:
-    """Makes a reader and a writer of a stream, on asyncio or uvloop. Use the stream only through
-    them from now on."""
+    """Makes a reader and a writer of a stream, on asyncio or uvloop.
+
+    From then on, use the stream only through them.
+    """
     stream._keep_input = True
     reader = StreamReader(stream)
     return reader, StreamWriter(stream, reader)

@@ -54,14 +54,14 @@ async def read_unsigned_varint(
     """Reads an unsigned varint.
 
     Raises:
-        ValueError: It has more than ``max_bits`` bits.
-        asyncio.IncompleteReadError: The stream ended within it.
+        ValueError: The varint has more than ``max_bits`` bits.
+        asyncio.IncompleteReadError: The stream ended within the varint.
     """
     return await read_varint(stream.readexactly, max_bits)
 
 
 def raise_if_failed(response: Any) -> None:
-    """Raises ``ControlFailure``, with the daemon's message, if it answered with an error.
+    """Raises ``ControlFailure`` with the daemon's message if the response is an error.
 
     Args:
         response: A ``Response`` message.
@@ -82,6 +82,6 @@ async def read_pbmsg_safe(stream: asyncio.StreamReader, pbmsg: Any) -> None:
     Raises:
         ValueError: The message is longer than protobuf can parse.
         asyncio.IncompleteReadError: The stream ended within the message.
-        google.protobuf.message.DecodeError: The bytes are no such message.
+        google.protobuf.message.DecodeError: The bytes are not a valid message.
     """
     await read_message(stream.readexactly, pbmsg)

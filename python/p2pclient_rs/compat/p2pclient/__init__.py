@@ -1,8 +1,8 @@
 """p2pclient 0.3.0's API, module for module, on this package's classes.
 
-Unlike `p2pclient_rs.Client` it returns the ecosystem's types: ``multiaddr.Multiaddr``, protobuf
+Unlike `p2pclient_rs.Client`, it returns the ecosystem's types: ``multiaddr.Multiaddr``, protobuf
 messages, and p2pclient's ``PeerInfo`` and ``StreamInfo``. Import it directly, or call
-`p2pclient_rs.install` to import it by p2pclient's name.
+`p2pclient_rs.install` to import it under p2pclient's name.
 """
 
 from p2pclient_rs.compat.p2pclient._extra import missing_dependency

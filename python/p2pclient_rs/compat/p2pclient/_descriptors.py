@@ -1,7 +1,7 @@
 """Protobuf classes, made at import from the schema that the native module contains.
 
-They are in a descriptor pool of their own. The default pool refuses a second, different
-``p2pd.proto``, and p2pclient's or hivemind's may be loaded in the same process.
+The classes are in their own descriptor pool. The default pool refuses a second, different
+``p2pd.proto``, and the process may also load p2pclient's or hivemind's.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["namespace"]
 
 
 def _use_js_flavour(file: FileDescriptorProto) -> None:
-    """Gives the numbers that collide between flavours their meaning in p2pclient and JavaScript."""
+    """Gives numbers that differ between flavours the meaning of p2pclient and JavaScript."""
     messages = {message.name: message for message in file.message_type}
     request, js_request = messages["Request"], messages["JsRequest"]
     (kind,) = request.enum_type
@@ -29,7 +29,7 @@ def _use_js_flavour(file: FileDescriptorProto) -> None:
     kind.options.ClearField("allow_alias")
     remove.CopyFrom(peer_store)
     file.message_type.remove(js_request)
-    # Programs written for p2pclient do not know the field, and make messages without it.
+    # Programs written for p2pclient do not know the field, so their messages lack it.
     balanced.label = balanced.LABEL_OPTIONAL
 
 
@@ -46,7 +46,7 @@ _pool = _load()
 
 
 def namespace(file_name: str, module: str) -> dict[str, Any]:
-    """Returns what the module generated from a .proto file would define.
+    """Returns the names that a module generated from a .proto file would define.
 
     Args:
         file_name: The file's name, such as ``"p2pd.proto"``.

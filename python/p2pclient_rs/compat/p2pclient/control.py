@@ -44,16 +44,16 @@ StreamHandler: TypeAlias = Callable[[StreamInfo, Stream], Awaitable[None]]
 
 
 def parse_conn_protocol(maddr: Multiaddr) -> int:
-    """Finds the protocol by which a control or listen address is reached.
+    """Returns the code of the protocol for connecting to a control or listen address.
 
     Args:
         maddr: The address.
 
     Returns:
-        The code of its one protocol out of ip4, ip6, dns, dns4, dns6 and unix.
+        The code of the only protocol in the address out of ip4, ip6, dns, dns4, dns6 and unix.
 
     Raises:
-        ValueError: The address has none of them, or several.
+        ValueError: The address has no such protocol, or several.
     """
     code = connection_protocol(maddr)
     if code is None:
@@ -88,7 +88,8 @@ class DaemonConnector(connector.DaemonConnector):
         super().__init__(maddr, types=_Types())
 
     def _parse(self, control_maddr: Any) -> tuple[p2pclient_rs.Multiaddr, Any]:
-        # Not through text: /unix has two binary forms, and Go's includes the path's leading slash.
+        # Not converted through text: /unix has two binary forms, and Go's includes the path's
+        # leading slash.
         maddr = Multiaddr(control_maddr) if isinstance(control_maddr, str) else control_maddr
         return p2pclient_rs.Multiaddr(maddr), maddr
 
@@ -132,7 +133,7 @@ class ControlClient(control.ControlClient):
         return self._task_group
 
     if TYPE_CHECKING:
-        # The connector's types say what these return.
+        # The connector's types determine what these return.
 
         async def identify(  # type: ignore[override]
             self, *, timeout: float | None = None

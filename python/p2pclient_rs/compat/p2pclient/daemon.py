@@ -1,6 +1,6 @@
-"""Daemons that start when they are constructed, each with a client, for the tests of programs.
+"""Daemons that start when they are constructed, and clients of them, for programs' tests.
 
-They are based on `p2pclient_rs.Daemon`, which is the class for all other uses.
+They are based on `p2pclient_rs.Daemon`. Use that class for everything else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def try_until_success(
 
     Args:
         coro_func: The function, which takes no arguments.
-        timeout: The time after which no new call is made, in seconds.
+        timeout: The time in seconds after which it makes no further call.
 
     Raises:
         AssertionError: The result was not true in time.
@@ -60,7 +60,10 @@ async def try_until_success(
 
 
 class Process:
-    """A daemon's process with the methods of ``subprocess.Popen``, which would reap it itself."""
+    """A daemon's process, with the methods of ``subprocess.Popen``.
+
+    It is not a ``Popen``, since that would reap the process.
+    """
 
     def __init__(self, process: DaemonProcess) -> None:
         self._process = process
@@ -180,7 +183,7 @@ class Daemon(daemon.Daemon):
         await self._become_ready(self._running)
 
     def close(self) -> None:
-        """Stops the daemon, waits for its end, and removes its files."""
+        """Stops the daemon, waits until it has ended, and removes its files."""
         if self.is_closed:
             return
         self._running.terminate()
@@ -234,7 +237,7 @@ async def make_p2pd_pair_ip4(
     enable_dht: bool,
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
-    """Calls `make_p2pd_pair` with TCP ports of the loopback interface."""
+    """Calls `make_p2pd_pair` with TCP ports on the loopback interface."""
     async with make_p2pd_pair(
         daemon_executable=daemon_executable,
         control_maddr=Multiaddr(f"/ip4/127.0.0.1/tcp/{get_unused_tcp_port()}"),
@@ -257,7 +260,7 @@ async def make_p2pd_pair(
     enable_dht: bool,
     enable_pubsub: bool,
 ) -> AsyncIterator[DaemonTuple]:
-    """Starts a daemon, and a client of it that listens. Both end with the context.
+    """Starts a daemon, and a client of it that listens. Stops both when the context exits.
 
     Args:
         daemon_executable: The binary, as for `Daemon`.

@@ -30,11 +30,11 @@ class DHTClient(dht.DHTClient):
     """Requests to the DHT.
 
     Args:
-        daemon_connector: The way to the daemon.
+        daemon_connector: Connects to the daemon.
     """
 
     if TYPE_CHECKING:
-        # The connector's types say what these return.
+        # The connector's types determine what these return.
 
         async def find_peer(  # type: ignore[override]
             self, peer_id: ID, *, timeout: float | None = None

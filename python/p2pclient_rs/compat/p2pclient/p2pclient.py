@@ -58,11 +58,11 @@ class Client(client.Client):
         self.connmgr = ConnectionManagerClient(connector)
         self.dht = DHTClient(connector)
         self.pubsub = PubSubClient(connector)
-        # Not in p2pclient's client, but inherited methods use it.
+        # p2pclient's client has no such attribute, but inherited methods use it.
         self.unary = UnaryClient(connector)
 
     if TYPE_CHECKING:
-        # The connector's types say what these return.
+        # The connector's types determine what these return.
 
         @property
         def control_maddr(self) -> Multiaddr: ...  # type: ignore[override]

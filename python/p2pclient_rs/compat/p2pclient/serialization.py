@@ -1,6 +1,6 @@
 """Unsigned varints on a stream, for programs that frame protobuf messages on their own streams.
 
-A stream is one of anyio's, or has the methods of anyio 1 that p2pclient 0.2 called:
+The stream is an anyio stream, or has the anyio 1 methods that p2pclient 0.2 called:
 ``receive_exactly`` and ``send_all``.
 """
 
@@ -78,10 +78,10 @@ async def write_unsigned_varint(
 
 
 async def read_unsigned_varint(stream: Receiver, max_bits: int = DEFAULT_MAX_BITS) -> int:
-    """Reads an unsigned varint, and nothing behind it.
+    """Reads an unsigned varint, and nothing after it.
 
     Raises:
-        ValueError: It has more than ``max_bits`` bits.
-        anyio.IncompleteRead: The stream ended within it.
+        ValueError: The varint has more than ``max_bits`` bits.
+        anyio.IncompleteRead: The stream ended within the varint.
     """
     return await read_varint(partial(receive_exactly, stream), max_bits)

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def raise_if_failed(response: p2pd_pb.Response) -> None:
-    """Raises `ControlFailure`, with the daemon's message, if it answered with an error."""
+    """Raises `ControlFailure` with the daemon's message if the response is an error."""
     if response.type == p2pd_pb.Response.ERROR:
         raise DaemonRefused(daemon_message=response.error.msg)
 
@@ -55,12 +55,12 @@ async def read_pbmsg_safe(
     Args:
         stream: The stream to read from.
         pbmsg: The message to fill.
-        max_bytes: The largest length; longer messages are refused unread.
+        max_bytes: The maximum length. Longer messages are refused without reading them.
 
     Raises:
         ValueError: The message is longer than ``max_bytes``.
         anyio.IncompleteRead: The stream ended within the message.
-        google.protobuf.message.DecodeError: The bytes are no such message.
+        google.protobuf.message.DecodeError: The bytes are not a valid message.
     """
     await read_message(partial(receive_exactly, stream), pbmsg, max_bytes)
 

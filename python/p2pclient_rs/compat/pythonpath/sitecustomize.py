@@ -1,8 +1,8 @@
-"""Run at the start of each Python process below ``python -m p2pclient_rs run``: calls ``install()``
-once the process imports a package to replace.
+"""Calls ``install()`` when a process below ``python -m p2pclient_rs run`` imports a package to
+replace.
 
-``PYTHONPATH`` begins with this folder. Any Python may start here, perhaps one without this package,
-so this file imports the rest of the package only when it needs it.
+``PYTHONPATH`` begins with this folder, so every Python process below ``run`` imports this file when
+it starts. That Python may lack this package, so this file imports the rest of it only when needed.
 """
 
 import os
@@ -35,7 +35,8 @@ class _Trigger(MetaPathFinder):
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         else:
             install_in_child(parse_options(_OPTIONS)[0])
-        # The import system would go on after the removed finder, and miss the new import hook.
+        # The import system would continue with the finders after this one, and miss the import hook
+        # that is now the first. So ask all finders.
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec = find(fullname, path, target) if find is not None else None
@@ -45,7 +46,7 @@ class _Trigger(MetaPathFinder):
 
 
 def _run_hidden_sitecustomize() -> None:
-    """Imports the sitecustomize that this one hides, which takes its place in ``sys.modules``."""
+    """Imports the sitecustomize that this one hides; it replaces this one in ``sys.modules``."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
     ours = sys.modules.pop("sitecustomize")

@@ -1,1 +1,1 @@
-"""The few parts of py-libp2p that p2pclient carries with it."""
+"""The few parts of py-libp2p that p2pclient includes."""

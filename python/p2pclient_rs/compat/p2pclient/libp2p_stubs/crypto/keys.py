@@ -11,7 +11,7 @@ __all__ = ["Key", "KeyPair", "KeyType", "PrivateKey", "PublicKey", "protobuf"]
 
 @unique
 class KeyType(Enum):
-    """Kinds of keys, with their numbers in libp2p. No serialised key has the last."""
+    """Kinds of keys, with their numbers in libp2p. The last never occurs in a serialised key."""
 
     RSA = 0
     Ed25519 = 1

@@ -14,7 +14,7 @@ __all__ = [
     "sha256_digest",
 ]
 
-# An id contains keys up to this length whole, and the hash of longer ones.
+# A peer id contains keys up to this length whole; of longer keys, it contains the hash.
 ENABLE_INLINING = True
 MAX_INLINE_KEY_LENGTH = 42
 IDENTITY_MULTIHASH_CODE = 0x00

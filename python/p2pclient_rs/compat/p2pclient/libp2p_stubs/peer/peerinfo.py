@@ -41,7 +41,7 @@ def info_from_p2p_addr(addr: Multiaddr) -> PeerInfo:
         addr: The address.
 
     Returns:
-        The peer. Its one address is the part before ``/p2p``; ``addr`` itself if that is empty.
+        The peer. Its only address is the part before ``/p2p``, or ``addr`` if that part is empty.
 
     Raises:
         InvalidAddrError: The address is empty or does not end in ``/p2p/<peer id>``.
