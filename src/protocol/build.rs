@@ -1,7 +1,7 @@
-//! Compiles `proto/` to Rust with protox and prost: no protoc is needed on the machine.
+//! Compiles `proto/` to Rust with protox and prost, so that no protoc is needed.
 //!
 //! Also writes the descriptors to `OUT_DIR/descriptors.bin`, from which the Python package builds the
-//! protobuf classes of the compatibility layer for p2pclient. So the schema is written once.
+//! protobuf classes of the compatibility layer for p2pclient.
 
 use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
@@ -25,8 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if field.label == Some(Label::Required as i32) {
                     field.label = Some(Label::Optional as i32);
                 }
-                // These can quote a peer, in any encoding. A request must not fail because its error
-                // message is not UTF-8, nor a connection because the protocol of a peer's call is not.
+                // These messages can quote a peer, so their text can have any encoding. A request must
+                // not fail because its error message is not UTF-8, nor a connection because a peer's
+                // protocol name is not.
                 if quotes_peers {
                     field.r#type = Some(Type::Bytes as i32);
                 }

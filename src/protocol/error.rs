@@ -35,7 +35,7 @@ pub enum Error {
         /// The missing field.
         field: &'static str,
     },
-    /// A well-formed message was not expected here.
+    /// A well-formed message arrived where it was not expected.
     #[error("unexpected message from the daemon: {0}")]
     Unexpected(String),
     /// The results of a DHT query exceed the limit.
@@ -64,7 +64,7 @@ pub enum Error {
         /// [`Limits::max_frame`](super::Limits), in bytes.
         limit: usize,
     },
-    /// A message that was received exceeds the limit; it was skipped.
+    /// A received message exceeds the limit; it was skipped.
     #[error("the message received has {size} bytes; the limit is {limit}")]
     ReplyTooLarge {
         /// Its size, in bytes.
@@ -75,7 +75,7 @@ pub enum Error {
     /// The connection is busy, has become a stream, or has failed.
     #[error("this connection cannot take a request: it is {0:?}")]
     NotReady(super::State),
-    /// A request has a type that no daemon supports. The server may go on with the next request.
+    /// No daemon supports requests of this type. The server can continue with the next request.
     #[error("a request of unknown type {0}")]
     UnknownRequest(i32),
     /// The reply does not belong to the request that is being served; it was not sent.
@@ -100,7 +100,7 @@ pub enum Fault {
 }
 
 impl Error {
-    /// Whose fault it is.
+    /// Returns whose fault the error is.
     pub fn fault(&self) -> Fault {
         match self {
             Error::RequestTooLarge { .. }

@@ -1,16 +1,16 @@
-//! The fields of a protobuf message, read without a schema.
+//! Reads the fields of a protobuf message without a schema.
 
 use super::framing;
 
-/// The length-delimited fields of a message, one after another. Skips fields of other types, and groups
-/// with all of their content. Stops in front of a malformed field.
+/// Iterates over the length-delimited fields of a message. Skips all other fields, including whole
+/// groups. Stops before a malformed field.
 ///
-/// prost cannot be used here: the Go daemon passes on unknown fields that a peer added to a message, and
-/// prost fails on deeply nested groups among them.
+/// prost cannot be used here. The Go daemon forwards unknown fields from peers, and prost fails if these
+/// contain deeply nested groups.
 pub struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
-    /// The fields of an encoded message.
+    /// Starts at the first field of an encoded message.
     pub fn new(message: &'a [u8]) -> Self {
         Self(message)
     }

@@ -1,4 +1,4 @@
-//! Messages in a stream of bytes: each is its length, as an unsigned varint, and that many bytes.
+//! Message framing: each message is preceded by its length as an unsigned varint.
 
 use super::Error;
 use bytes::{Buf, Bytes, BytesMut};
@@ -15,8 +15,8 @@ use unsigned_varint::decode;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Largest message in either direction, in bytes. Default: 4 MiB, the limit of the Go daemons,
-    /// and 64 KiB for the fields around a payload of that size.
+    /// Largest message in either direction, in bytes. Default: 4 MiB (the limit of the Go daemons) plus
+    /// 64 KiB for the fields around a payload of that size.
     pub max_frame: usize,
     /// Largest total size of the results of one DHT query, in bytes. Default: 64 MiB.
     pub max_answer: usize,
@@ -97,7 +97,8 @@ impl FrameDecoder {
         self.buffer.is_empty()
     }
 
-    /// Returns the buffered bytes. On a connection that became a stream they are its first bytes.
+    /// Returns the buffered bytes. If the connection became a stream, these are the first bytes of the
+    /// stream.
     pub fn into_remainder(self) -> Bytes {
         self.buffer.freeze()
     }
@@ -119,8 +120,8 @@ pub fn split_frame(buffer: &mut BytesMut, max_frame: usize) -> Result<Option<Byt
     }
 }
 
-/// Reads the length in front of `bytes`. Returns the size of the length itself, and its value; `None` until
-/// it is complete.
+/// Reads the length prefix of `bytes`. Returns the size of the prefix and the length that it declares;
+/// `None` if the prefix is incomplete.
 ///
 /// # Errors
 /// The length is malformed, or exceeds `max_frame` bytes.
@@ -141,8 +142,8 @@ pub fn split_length(bytes: &[u8], max_frame: usize) -> Result<Option<(usize, usi
     Ok(Some((prefix, length)))
 }
 
-/// Reads a varint; returns it and the bytes after it. Unlike `unsigned_varint`, refuses one of more than 64
-/// bits instead of truncating it.
+/// Reads a varint; returns it and the bytes after it. Refuses a varint of more than 64 bits, which
+/// `unsigned_varint` would truncate.
 pub(super) fn decode_varint(bytes: &[u8]) -> Result<(u64, &[u8]), decode::Error> {
     let (number, rest) = decode::u64(bytes)?;
     match bytes.len() - rest.len() {

@@ -2,14 +2,15 @@
 //!
 //! - [`framing`]: splits bytes into length-prefixed messages.
 //! - [`command`]: requests and replies, one file per family.
-//! - [`exchange`]: a control connection as a state machine, one for each end.
-//! - [`unary`]: the persistent connection for unary calls, likewise; [`output`]: its output queue.
-//! - [`policy`]: decisions that drivers make alike, such as the pause before a retry.
+//! - [`exchange`]: both ends of a control connection as state machines.
+//! - [`unary`]: both ends of a persistent connection for unary calls as state machines.
+//! - [`output`]: the output queue of a connection.
+//! - [`policy`]: decisions common to all drivers, such as the pause before a retry.
 //! - [`types`], [`pb`]: peer ids, multiaddrs, keys, and the protobuf messages.
 //! - [`error`]: the errors, and whose fault each is.
 //!
-//! There are no sockets, no clock and no Python here. A driver reads and writes the sockets, and passes
-//! the time in.
+//! There are no sockets, no clock and no Python here. A driver reads and writes the sockets and passes
+//! in the time.
 //!
 //! ```
 //! use p2pd_protocol::command::{control::Identify, Typed};

@@ -4,16 +4,16 @@ use bytes::{Buf, BytesMut};
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
-/// Smallest payload that is not copied, in bytes. Copying a smaller one behind the bytes before it costs
-/// less than a slice of its own.
+/// Smallest payload that is not copied, in bytes. Appending a smaller one to the previous buffer costs
+/// less than another slice.
 const SHARE: usize = 16 * 1024;
 
 /// Largest number of slices for one write. Linux accepts 1024, but 64 payloads are more than a socket's
 /// buffer can hold.
 const PIECES: usize = 64;
 
-/// A queue of bytes to send. `S` is a payload that the queue may own, such as `bytes::Bytes`; a large one is
-/// never copied.
+/// A queue of bytes to send. `S` is the type of a payload that the queue can own, such as
+/// `bytes::Bytes`. Large payloads are never copied.
 ///
 /// ```
 /// use p2pd_protocol::Output;
@@ -35,8 +35,9 @@ const PIECES: usize = 64;
 pub struct Output<S> {
     chunks: VecDeque<Chunk<S>>,
     len: usize,
-    /// An empty buffer for reuse, and the largest capacity to keep, in bytes.
+    /// An empty buffer for reuse.
     spare: BytesMut,
+    /// Largest capacity of `spare`, in bytes.
     keeps: usize,
 }
 
@@ -47,7 +48,7 @@ enum Chunk<S> {
 }
 
 impl<S: AsRef<[u8]>> Chunk<S> {
-    /// The bytes that were not sent yet: at least one.
+    /// The unsent bytes; never empty.
     fn rest(&self) -> &[u8] {
         match self {
             Chunk::Copied(bytes) => bytes,
@@ -104,7 +105,7 @@ impl<S: AsRef<[u8]>> Output<S> {
         }
     }
 
-    /// Lets `put` append to the queue's buffer. It must not remove anything from the buffer.
+    /// Lets `put` append to the queue's last buffer. `put` must not remove anything from it.
     pub fn append<R>(&mut self, put: impl FnOnce(&mut BytesMut) -> R) -> R {
         let mut chunk = match self.chunks.pop_back() {
             Some(Chunk::Copied(chunk)) => chunk,
@@ -124,8 +125,8 @@ impl<S: AsRef<[u8]>> Output<S> {
         result
     }
 
-    /// Appends a payload, without its first `sent` bytes. Copies the rest if it is small, and keeps the
-    /// payload otherwise.
+    /// Appends a payload without its first `sent` bytes. Copies the rest if it is small; otherwise keeps
+    /// the payload itself.
     pub fn push_shared(&mut self, data: S, sent: usize) {
         let rest = data.as_ref().get(sent..).unwrap_or_default();
         if rest.len() < SHARE {
@@ -135,14 +136,14 @@ impl<S: AsRef<[u8]>> Output<S> {
         self.chunks.push_back(Chunk::Shared { data, sent });
     }
 
-    /// Returns the slices to write next; none only if the queue is empty.
+    /// Returns the slices to write next. There are none only if the queue is empty.
     pub fn slices(&self) -> Vec<IoSlice<'_>> {
         let chunks = self.chunks.iter().take(PIECES);
         chunks.map(|chunk| IoSlice::new(chunk.rest())).collect()
     }
 
-    /// Removes the first `count` bytes, which were written. Returns the payloads that were sent completely,
-    /// for a driver that must drop them elsewhere.
+    /// Removes the first `count` bytes, which were written. Returns the payloads that were sent
+    /// completely, so that the driver can choose where to drop them.
     pub fn sent(&mut self, count: usize) -> Vec<S> {
         let mut count = count.min(self.len);
         let mut done = Vec::new();

@@ -1,4 +1,4 @@
-//! The protobuf messages, generated from `proto/` (see there for what each field means).
+//! The protobuf messages, generated from `proto/`, which documents the fields.
 
 /// The daemon control protocol (`proto/p2pd.proto`).
 #[allow(missing_docs, clippy::doc_markdown)]

@@ -165,7 +165,7 @@ impl Command {
     }
 }
 
-/// Makes the message of a peer and its addresses.
+/// Encodes a peer and its addresses as a message.
 pub(super) fn encode_peer_info(info: &PeerInfo) -> p2pd::PeerInfo {
     p2pd::PeerInfo {
         id: Some(info.peer_id.to_bytes()),

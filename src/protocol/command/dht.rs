@@ -101,7 +101,8 @@ pub struct Provide {
     pub timeout: Option<Duration>,
 }
 
-/// Implements [`Query`]: its name, the number and kind of its values, and the fields of its request.
+/// Implements [`Query`], given the name, the number and type of the values, and the fields of the
+/// request.
 macro_rules! query {
     ($name:ident, $text:literal, $answered:ident, $value:ty, $encode:ident, $decode:ident, $($field:ident: $fill:expr),*) => {
         impl Query for $name {
@@ -254,8 +255,8 @@ pub fn step(r#type: dht_response::Type) -> p2pd::DhtResponse {
     }
 }
 
-/// Makes the response that holds the first part of the answer to a query. All later parts are sent without
-/// a response.
+/// Makes the Response around the first part of the answer to a query. All later parts are sent without a
+/// Response.
 pub fn in_response(dht: p2pd::DhtResponse) -> p2pd::Response {
     p2pd::Response {
         dht: Some(dht),

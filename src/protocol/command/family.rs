@@ -49,7 +49,7 @@ macro_rules! family {
             }
         }
 
-        /// A reply to a request of this family. A query has one for each value.
+        /// A reply to a request of this family, or one value of the answer to a query.
         #[derive(Debug, Clone, PartialEq, Eq)]
         #[non_exhaustive]
         #[allow(missing_docs)] // each variant is the reply to the request of its name

@@ -1,4 +1,4 @@
-//! Parts of messages that several families of requests use.
+//! Message helpers that several families of requests share.
 
 use crate::pb::p2pd::{self, request::Type, response};
 use crate::{framing, Error, Multiaddr, PeerId};
@@ -51,13 +51,13 @@ pub(super) fn multiaddrs(addrs: Vec<Bytes>) -> Vec<Multiaddr> {
     addrs.into_iter().map(Multiaddr::from_bytes).collect()
 }
 
-/// Converts a timeout for the protocol: to whole seconds, rounded up. 0 would mean the daemon's default of
-/// 60 s.
+/// Converts a timeout to whole seconds, rounded up. Never returns 0, which would mean the daemon's
+/// default of 60 s.
 pub(super) fn whole_seconds(timeout: Option<Duration>) -> Option<i64> {
     timeout.map(|timeout| {
         let partial = u64::from(timeout.subsec_nanos() > 0);
         let seconds = timeout.as_secs().saturating_add(partial);
-        // The Go daemons multiply by 10^9 in 64 bits. A century is as good as no limit.
+        // At most a century, because the Go daemons multiply the seconds by 10^9 in 64 bits.
         i64::try_from(seconds.clamp(1, 100 * 366 * 86_400)).unwrap_or(i64::MAX)
     })
 }

@@ -1,9 +1,9 @@
-//! The requests of a client and the replies of a daemon, one file per family, with the encoding and the
-//! decoding of each side by side.
+//! The requests of a client and the replies of a daemon, one file per family. Each file holds both the
+//! encoding and the decoding.
 //!
-//! A [`Request`] is one kind of request with a typed reply. A client encodes it and decodes the
-//! reply; a server decodes it, as one of the [`Command`]s, and encodes the reply. [`Query`] is the
-//! counterpart for requests that are answered value by value, as those of the DHT.
+//! A [`Request`] is one kind of request with a typed reply. A client encodes it and decodes the reply; a
+//! server decodes it, as one of the [`Command`]s, and encodes the reply. [`Query`] is the counterpart
+//! for requests that are answered value by value, such as DHT queries.
 //!
 //! ```
 //! use p2pd_protocol::command::{control::Identify, Command, Request};
@@ -37,12 +37,12 @@ use crate::Error;
 use bytes::Bytes;
 use prost::Message as _;
 
-/// A request or query of any family: code that is generic over every kind of request needs this.
+/// A request or query of any family, for code that is generic over all requests.
 pub trait Typed: Member {
-    /// Makes it a reply of any request.
+    /// Converts the reply to this request to the common type [`Reply`].
     fn into_reply(output: Self::Output) -> Reply;
 
-    /// Takes out this request's reply; `None` if it is another request's.
+    /// Extracts the reply to this request; `None` if `reply` belongs to another request.
     fn from_reply(reply: Reply) -> Option<Self::Output>;
 
     /// Encodes the request for a client.
@@ -68,7 +68,7 @@ where
     }
 }
 
-/// A request as a client sends it, and how to read the reply.
+/// An encoded request, and how to read its reply.
 pub type EncodedRequest = request::EncodedRequest<Reply>;
 
 impl<R: Typed> From<R> for EncodedRequest {
@@ -86,7 +86,7 @@ where
     }
 }
 
-/// Joins the families. Each is given as the variant and the module of its name.
+/// Joins the families in the enums `Command` and `Reply`. Each family is given as `Variant(module)`.
 macro_rules! families {
     ($($(#[$doc:meta])* $family:ident($module:ident),)*) => {
         /// A request that a server has received.
@@ -132,7 +132,7 @@ macro_rules! families {
                 }
             }
 
-            /// Reads a request of whichever family has its type.
+            /// Reads a request, by trying each family.
             fn of_type(r#type: Type, mut request: p2pd::Request) -> Result<Option<Self>, Error> {
                 $(
                     if let Some(command) = $module::Command::decode(r#type, &mut request)? {
@@ -198,8 +198,8 @@ families! {
 impl Command {
     /// Reads a request's message, without its length.
     ///
-    /// Type 9 is PEERSTORE in the JavaScript daemon and PERSISTENT_CONN_UPGRADE in hivemind's fork.
-    /// It is read as PEERSTORE only if field 9 is present and begins with a varint of its own.
+    /// Type 9 is PEERSTORE in the JavaScript daemon and PERSISTENT_CONN_UPGRADE in hivemind's fork. It
+    /// is read as PEERSTORE only if field 9 is present and its content begins with a varint field.
     ///
     /// # Errors
     /// [`Error::UnknownRequest`] for a type that no daemon has; the connection stays usable.

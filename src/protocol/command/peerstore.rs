@@ -1,5 +1,6 @@
-//! PEERSTORE: what the JavaScript daemon knows about a peer. The Go daemons have no such requests, and
-//! hivemind's fork uses their number for another request, which can end the daemon: see [`Probe`].
+//! PEERSTORE: requests for what the JavaScript daemon knows about a peer. The Go daemons do not have
+//! them. hivemind's fork uses their number for another request, which can make the daemon exit: see
+//! [`Probe`].
 
 use super::control::{decode_peer_info, encode_peer_info};
 use super::family::{family, replies_done};
@@ -92,12 +93,13 @@ impl Request for GetPeerInfo {
 }
 
 impl Command {
-    /// Reads no request; `decode_frame` does.
+    /// Returns `None`: `decode_frame` reads the requests of this family.
     pub(super) fn decode(_: Type, _: &mut p2pd::Request) -> Result<Option<Self>, Error> {
         Ok(None)
     }
 
-    /// Reads a request if it is of this family, whose message differs from that of all others.
+    /// Reads a request if it belongs to this family. Its message differs from that of all other
+    /// families.
     pub(super) fn decode_frame(frame: &Bytes) -> Result<Option<Self>, Error> {
         // Looks only at the type and the first byte of field 9, since the message may belong to another
         // family.

@@ -23,7 +23,7 @@ pub struct PubsubMessage {
     pub topic_ids: Vec<String>,
     /// The publisher's signature, if messages are signed.
     pub signature: Bytes,
-    /// The publisher's public key, where `from` does not contain it.
+    /// The publisher's public key, if `from` does not contain it.
     pub key: Bytes,
 }
 
@@ -179,7 +179,7 @@ pub fn decode_message(frame: &[u8]) -> Result<PubsubMessage, Error> {
     })
 }
 
-/// Reads the publisher's peer id. The JavaScript daemon sends its text instead of its bytes.
+/// Reads the publisher's peer id. The JavaScript daemon sends it as text instead of bytes.
 fn sender(bytes: Bytes) -> PeerId {
     let text = std::str::from_utf8(&bytes).ok();
     text.filter(|text| text.starts_with("Qm") || text.starts_with('1'))

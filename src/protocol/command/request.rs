@@ -1,4 +1,4 @@
-//! What every kind of request has: a name, an encoding, and a reply of a type of its own.
+//! The traits of a kind of request: its name, its encoding, and the type of its reply.
 
 use crate::pb::p2pd;
 use crate::Error;
@@ -7,12 +7,13 @@ use bytes::Bytes;
 /// How the daemon answers a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answered {
-    /// At once, in one message, from what the daemon knows. Such requests may be pipelined: sent
-    /// before the ones in front of them are answered.
+    /// At once, in one message, from what the daemon knows. Such requests may be pipelined: sent before
+    /// earlier ones are answered.
     AtOnce,
     /// In one message, when the daemon is done.
     Once,
-    /// In one message. If the request succeeds, the connection then carries something else.
+    /// In one message. If the request succeeds, the connection then becomes a stream, a subscription or
+    /// a persistent connection.
     ByTakeover,
     /// With exactly one value.
     WithOneValue,
@@ -36,7 +37,7 @@ pub trait Request: Sized {
     /// Encodes the request, with its length in front.
     fn encode(&self) -> Bytes;
 
-    /// Makes the reply's message.
+    /// Encodes the reply as a message.
     fn encode_reply(reply: &Self::Reply) -> p2pd::Response;
 
     /// Reads the reply.
@@ -59,7 +60,7 @@ pub trait Query: Sized {
     /// Encodes the request, with its length in front.
     fn encode(&self) -> Bytes;
 
-    /// Makes a value's message.
+    /// Encodes a value as a message.
     fn encode_value(value: &Self::Value) -> p2pd::DhtResponse;
 
     /// Reads a value.
@@ -69,7 +70,7 @@ pub trait Query: Sized {
     fn decode_value(response: p2pd::DhtResponse) -> Result<Self::Value, Error>;
 }
 
-/// A request or query as a part of its family; the macro `family!` implements it.
+/// A request or query as a member of its family. The macro `family!` implements this trait.
 pub trait Member: Sized {
     /// The reply, or one value of it.
     type Output;
@@ -78,15 +79,15 @@ pub trait Member: Sized {
     /// The family's replies.
     type Reply;
 
-    /// Puts a reply among the family's.
+    /// Converts a reply to the family's reply type.
     fn into_family(output: Self::Output) -> Self::Reply;
-    /// Takes this request's reply out of the family's.
+    /// Extracts this request's reply from the family's reply type.
     fn from_family(reply: Self::Reply) -> Option<Self::Output>;
     /// Encodes the request for a client that reads replies of type `R`.
     fn encode_for<R: From<Self::Reply>>(&self) -> EncodedRequest<R>;
 }
 
-/// A request as a client sends it, and how to read the reply, of type `R`.
+/// An encoded request, and how to read its reply of type `R`.
 #[derive(Debug, Clone)]
 pub struct EncodedRequest<R> {
     frame: Bytes,
@@ -103,7 +104,7 @@ pub(crate) enum Reader<R> {
     Value(fn(p2pd::DhtResponse) -> Result<R, Error>),
 }
 
-// Derived, these would ask the same of `R`.
+// Not derived: derived implementations would require `R: Clone` and `R: Copy`.
 impl<R> Clone for Reader<R> {
     fn clone(&self) -> Self {
         *self

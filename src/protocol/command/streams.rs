@@ -22,7 +22,7 @@ pub struct StreamInfo {
     pub protocol: String,
 }
 
-/// Opens a stream to a peer for the first of the protocols that it speaks. On success the
+/// Opens a stream to a peer, with the first of the protocols that the peer supports. On success the
 /// connection becomes the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamOpen {

@@ -21,8 +21,9 @@ impl Request for Upgrade {
     fn encode(&self) -> Bytes {
         encode(Type::PersistentConnUpgrade, |request| {
             // The JavaScript daemon takes this for a PEERSTORE request, and would crash without field 9.
-            // It reads the field's length as type 2, GET_PEER_INFO, and the content as an unknown field,
-            // and answers that this is not implemented. hivemind's fork ignores the field.
+            // It reads the length of `addr` as type 2, GET_PEER_INFO, and the content of `addr` as an
+            // unknown field. It then replies that the request is not implemented. hivemind's fork
+            // ignores the field.
             request.remove_stream_handler = Some(p2pd::RemoveStreamHandlerRequest {
                 addr: Some(Bytes::from_static(b"\x78\x00")),
                 proto: Vec::new(),

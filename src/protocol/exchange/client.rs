@@ -18,7 +18,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use std::collections::VecDeque;
 
-/// What the bytes received amount to.
+/// An event of a control connection, decoded from the bytes received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -55,11 +55,11 @@ impl Expected {
     }
 }
 
-/// A request that was not answered yet.
+/// A request that is not answered yet.
 #[derive(Debug)]
 struct Pending {
     expected: Expected,
-    /// Number and size of a query's values so far, between BEGIN and END.
+    /// The number and size of a query's values so far. Set between BEGIN and END.
     values: Option<Values>,
 }
 
@@ -101,7 +101,7 @@ pub struct ClientExchange {
     pending: Option<Pending>,
     /// The pipelined requests behind `pending`.
     following: VecDeque<Expected>,
-    /// Whether the next event is the end of a query, which was answered with its only value.
+    /// Whether the next event is the end of a query that was answered with a single value.
     at_end: bool,
 }
 
@@ -128,8 +128,8 @@ impl ClientExchange {
         self.state == State::Ready && self.decoder.is_empty()
     }
 
-    /// Starts a request. Write the returned bytes to the connection. Requests that are
-    /// [answered at once](Answered::AtOnce) may follow others of that kind before these are answered.
+    /// Starts a request. Write the returned bytes to the connection. A request that is [answered at
+    /// once](Answered::AtOnce) may be sent while others of that kind are unanswered.
     ///
     /// # Errors
     /// [`Error::NotReady`] or [`Error::RequestTooLarge`]; the connection is as before.
@@ -163,7 +163,7 @@ impl ClientExchange {
         self.decoder.extend(bytes);
     }
 
-    /// The error to report if the connection ends now. The connection has failed then.
+    /// Puts the connection in the failed state, since its input has ended. Returns the error to report.
     pub fn end_of_file(&mut self) -> Error {
         let mid_message =
             !self.decoder.is_empty() || self.pending.as_ref().is_some_and(|p| p.values.is_some());
@@ -183,7 +183,7 @@ impl ClientExchange {
         event
     }
 
-    /// Returns the bytes behind the reply that consumed the connection: the first bytes of the stream.
+    /// Returns the bytes after the reply that consumed the connection: the first bytes of the stream.
     pub fn into_remainder(self) -> Bytes {
         self.decoder.into_remainder()
     }
@@ -207,7 +207,7 @@ impl ClientExchange {
                 return Ok(None);
             };
             if let (true, Reader::Value(read)) = (in_values, expected.reader) {
-                // A value keeps its whole frame in memory, even if it uses little of it.
+                // Counts the whole frame, because the value keeps all of it in memory.
                 let size = frame.len();
                 let response = p2pd::DhtResponse::decode(frame)
                     .map_err(|e| Error::malformed("DHTResponse", &e))?;
@@ -301,7 +301,8 @@ impl ClientExchange {
             dht_response::Type::Begin => Err(Error::Unexpected("DHT BEGIN after BEGIN".to_owned())),
             dht_response::Type::Value => {
                 values.count += 1;
-                // The rough overhead of a value: an endless row of empty values must reach the limit too.
+                // Adds the approximate overhead of a value, so that an endless series of empty values
+                // reaches the limit too.
                 let addrs = response.peer.as_ref().map_or(0, |peer| peer.addrs.len());
                 values.bytes += size + 64 + 32 * addrs;
                 if values.bytes > self.limits.max_answer {
@@ -322,7 +323,7 @@ impl ClientExchange {
         }
     }
 
-    /// Goes on to the next pipelined request, or to `state`.
+    /// Continues with the next pipelined request, or enters `state` if there is none.
     fn finish(&mut self, state: State) {
         self.pending = self.following.pop_front().map(Pending::new);
         self.state = match self.pending {

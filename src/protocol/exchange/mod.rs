@@ -9,9 +9,9 @@ pub mod server;
 pub enum State {
     /// It is ready for a request.
     Ready,
-    /// A request was not answered yet.
+    /// A request is not answered yet.
     Busy,
-    /// It carries a stream, a subscription or unary calls, and no more requests.
+    /// It has become a stream, a subscription or a persistent connection, and takes no more requests.
     Consumed,
     /// The protocol was violated, or the connection was lost.
     Failed,

@@ -66,8 +66,8 @@ impl ServerExchange {
         self.state
     }
 
-    /// Whether to read more from the client. While a request is served, at most one more message is buffered:
-    /// the back-pressure for a client that keeps sending.
+    /// Whether to read more from the client. While a request is served, at most one more message is
+    /// buffered, which puts back-pressure on a client that keeps sending.
     pub fn wants_input(&self) -> bool {
         match self.state {
             State::Ready => true,
@@ -120,8 +120,8 @@ impl ServerExchange {
         self.send_reply(R::NAME, &R::encode_reply(reply))
     }
 
-    /// Notes that the driver sends a frame that it has encoded before, with
-    /// `encode_frame(&R::encode_reply(…))`, as the reply.
+    /// Notes that the driver itself sends the reply, in a frame that it encoded earlier with
+    /// `encode_frame(&R::encode_reply(…))`.
     ///
     /// # Errors
     /// [`Error::WrongReply`] if the current request is of another kind.
@@ -143,7 +143,8 @@ impl ServerExchange {
     /// Refuses the current request, with an error message for the client's user.
     ///
     /// # Errors
-    /// [`Error::WrongReply`] if there is no current request, or values of its answer were sent.
+    /// [`Error::WrongReply`] if there is no current request, or if values were already sent in reply to
+    /// it.
     pub fn refuse(&mut self, message: &str) -> Result<Bytes, Error> {
         if self.serving.as_ref().is_none_or(|serving| serving.begun) {
             return Err(self.wrong("a refusal"));
@@ -152,8 +153,8 @@ impl ServerExchange {
         Ok(encode_frame(&refusal(message)))
     }
 
-    /// Sends one value of the answer to the current query. A query with exactly one value is complete
-    /// then; any other ends with [`end`](Self::end).
+    /// Sends one value of the answer to the current query. This completes a query with exactly one
+    /// value; any other query ends with [`end`](Self::end).
     ///
     /// # Errors
     /// [`Error::WrongReply`] if the current request is of another kind.
@@ -176,7 +177,7 @@ impl ServerExchange {
         Ok(frames.freeze())
     }
 
-    /// Returns the bytes behind the request that consumed the connection: the first bytes of the stream.
+    /// Returns the bytes after the request that consumed the connection: the first bytes of the stream.
     pub fn into_remainder(self) -> Bytes {
         self.decoder.into_remainder()
     }
@@ -209,7 +210,7 @@ impl ServerExchange {
         Ok(frames.freeze())
     }
 
-    /// Returns BEGIN, unless it was sent.
+    /// Returns BEGIN, unless it was already sent.
     fn begin(&mut self) -> BytesMut {
         let mut frames = BytesMut::new();
         if let Some(serving) = self.serving.as_mut().filter(|serving| !serving.begun) {

@@ -1,4 +1,4 @@
-//! Exponential backoff with jitter: how long to pause before something is tried again.
+//! Exponential backoff with jitter: how long to pause before the next attempt.
 
 use std::time::Duration;
 

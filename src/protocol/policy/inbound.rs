@@ -1,7 +1,7 @@
-//! Limits on the inbound streams of one client: on the header of each, on connections without a
-//! header, and on log lines about refused ones.
+//! Limits on the inbound streams of one client: the header of each stream, the number of connections
+//! without a header, and the rate of log lines about refused connections.
 //!
-//! The time is a [`Duration`] since any moment, the same one for all calls.
+//! Times are [`Duration`]s since an arbitrary moment, the same for all calls.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,20 +9,20 @@ use std::time::Duration;
 /// The largest header (StreamInfo) of an inbound stream, in bytes.
 pub const MAX_HEADER: usize = 64 * 1024;
 
-/// How long a header may take, from its first byte on. A connection on which nothing has arrived
-/// may stay: jsp2pd connects when a handler is registered, and writes when a stream comes.
+/// Time limit for a header, from its first byte on. It does not apply to a connection on which nothing
+/// has arrived: jsp2pd connects when a handler is registered, and writes only when a stream arrives.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How many connections may be without a complete header, besides one for each handler.
+/// Number of connections that may lack a complete header, in addition to one for each handler.
 pub const MAX_HALF_OPEN: usize = 256;
 
-/// How long a connection may be without a complete header if there are more than that.
+/// Time that a connection may lack a complete header while that number is exceeded.
 pub const HALF_OPEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The pause after a failed accept. The process is most likely out of descriptors.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The least time between two log lines of one kind.
+/// Shortest time between two log lines of one kind.
 pub const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What to do before the next connection is accepted.
@@ -30,9 +30,9 @@ pub const LOG_INTERVAL: Duration = Duration::from_secs(1);
 pub enum Admission {
     /// Accept it.
     Accept,
-    /// Look again after this time, or when a header is complete.
+    /// Call [`HalfOpen::admission`] again after this time, or when a header is complete.
     Wait(Duration),
-    /// Close the connection with this number, and look again.
+    /// Close the connection with this number, then call [`HalfOpen::admission`] again.
     Close(u64),
 }
 
@@ -41,20 +41,20 @@ pub enum Admission {
 pub struct HalfOpen {
     max: usize,
     patience: Duration,
-    /// By number, so the oldest comes first: when each was accepted.
+    /// The time at which each was accepted, by number. The oldest comes first.
     since: BTreeMap<u64, Duration>,
     accepted: u64,
 }
 
 impl Default for HalfOpen {
-    /// With [`MAX_HALF_OPEN`] and [`HALF_OPEN_PATIENCE`].
+    /// Uses [`MAX_HALF_OPEN`] and [`HALF_OPEN_PATIENCE`].
     fn default() -> Self {
         Self::new(MAX_HALF_OPEN, HALF_OPEN_PATIENCE)
     }
 }
 
 impl HalfOpen {
-    /// With other limits than the default ones.
+    /// Uses other limits than the default ones.
     pub fn new(max: usize, patience: Duration) -> Self {
         Self {
             max,
@@ -108,11 +108,11 @@ pub struct LogThrottle {
 }
 
 impl LogThrottle {
-    /// Notes `events` at `now`, for which one line would do.
+    /// Notes that `events` events happened at `now`, which can share one log line.
     ///
     /// # Returns
-    /// If the line may be logged, the number of events since the last line that this one does not
-    /// show; otherwise `None`.
+    /// If the line may be logged: the number of other events since the last line, for which no line is
+    /// logged. Otherwise `None`.
     pub fn note(&mut self, events: u64, now: Duration) -> Option<u64> {
         match self.last {
             Some(last) if now.saturating_sub(last) < LOG_INTERVAL => {

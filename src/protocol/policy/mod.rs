@@ -1,15 +1,15 @@
-//! Decisions that every driver of the protocol makes alike, as values and state machines without
-//! I/O. The time and random numbers are arguments.
+//! Decisions common to all drivers of the protocol, as values and state machines without I/O. Callers
+//! pass in the time and random numbers.
 //!
-//! - [`backoff`]: pauses before something is tried again.
+//! - [`backoff`]: pauses between attempts.
 //! - [`inbound`]: limits on inbound streams that have no header yet, and on log lines about them.
 //! - [`persistent`]: the lifecycle of a persistent connection and its handlers.
 //! - [`pool`]: which control connection a request uses, and how many requests may run at once.
 //! - [`reconnection`]: when to connect to a peer again, and which outcomes to report.
-//! - [`refusal`]: what the daemon means by refusing a request.
-//! - [`registration`]: how a stream handler is registered where the daemon may have it already.
-//! - [`retry`]: when a request is sent again.
-//! - [`startup`]: the wait for a daemon that was spawned to become ready.
+//! - [`refusal`]: why the daemon refused a request.
+//! - [`registration`]: how to register a stream handler that the daemon may already have.
+//! - [`retry`]: when to send a request again.
+//! - [`startup`]: waiting for a spawned daemon to become ready.
 //! - [`supervision`]: restarts of a daemon, and connections to its bootstrap peers.
 
 pub mod backoff;

@@ -4,10 +4,10 @@
 use crate::EncodedRequest;
 use std::collections::VecDeque;
 
-/// How many requests may run at once that make the daemon ask other peers. They can take a minute.
+/// Limit on concurrent requests for which the daemon asks other peers. Each can take a minute.
 pub const MAX_SLOW_REQUESTS: usize = 64;
 
-/// How many other requests may run at once, and how many idle connections are kept.
+/// Limit on other concurrent requests, and on idle connections.
 pub const MAX_IDLE: usize = 8;
 
 /// Which limit a request counts against. A slow request never holds up a quick one.
@@ -30,7 +30,7 @@ impl Permit {
     }
 }
 
-/// Which connections belong together: those opened between two calls of [`Pool::close_idle`].
+/// Identifies the connections that were opened between two calls of [`Pool::close_idle`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Generation(u64);
 
@@ -39,7 +39,7 @@ pub struct Generation(u64);
 pub enum Fitness {
     /// A request can be sent on it.
     Fit,
-    /// It must be closed: something has arrived on it, most likely its end.
+    /// It must be closed: something has arrived on it, most likely the end of the connection.
     Stale,
     /// Only another part of the program can use it, for example another runtime.
     Elsewhere,
@@ -50,7 +50,7 @@ pub enum Fitness {
 /// Methods that remove connections return them, for the caller to close when it holds no lock.
 #[derive(Debug)]
 pub struct Pool<C> {
-    /// The one used last comes last.
+    /// In the order of their last use; the most recently used one is last.
     idle: VecDeque<C>,
     max_idle: usize,
     generation: Generation,
@@ -67,7 +67,7 @@ struct Witness<C> {
     busy: bool,
 }
 
-/// Names a witness. See [`Pool::choose_witness`].
+/// Identifies a witness. See [`Pool::choose_witness`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WitnessId(pub u64);
 
@@ -88,7 +88,8 @@ impl<C> Pool<C> {
         self.generation
     }
 
-    /// Takes the fit connection used last. Stale ones that were used later are moved to `closed`.
+    /// Takes the most recently used fit connection. Moves stale connections that were used after it to
+    /// `closed`.
     pub fn take(
         &mut self,
         mut fitness: impl FnMut(&C) -> Fitness,
@@ -109,9 +110,9 @@ impl<C> Pool<C> {
     /// Takes a connection back after a request. Returns the one to close, if there is one.
     ///
     /// # Arguments
-    /// - `generation`: the pool's when the connection was opened.
-    /// - `reusable`: whether the reply was read to its end, with nothing behind it. Another request
-    ///   must not get the rest of this one's reply.
+    /// - `generation`: the pool's generation when the connection was opened.
+    /// - `reusable`: whether the whole reply was read, and nothing follows it. Otherwise the next
+    ///   request would get the rest of this reply.
     pub fn give_back(
         &mut self,
         connection: C,
@@ -129,7 +130,7 @@ impl<C> Pool<C> {
         None
     }
 
-    /// Removes all idle connections and the witness, for the caller to close. Those in use are
+    /// Removes all idle connections and the witness, for the caller to close. Connections in use are
     /// closed when they are given back.
     pub fn close_idle(&mut self) -> Vec<C> {
         self.generation.0 += 1;
@@ -137,15 +138,15 @@ impl<C> Pool<C> {
         self.idle.drain(..).chain(witness).collect()
     }
 
-    /// Chooses the witness of a registration that has just been made: a connection that is kept
-    /// open. While it is open, the daemon has not been restarted, and still has the registration.
+    /// Chooses the witness of a registration that has just been made: a connection that is kept open. As
+    /// long as it is open, the daemon has not been restarted and still has the registration.
     ///
-    /// The first witness is the connection given back last, which has carried the registration. It
-    /// serves for later registrations too.
+    /// The first witness is the connection given back last, on which the registration was sent. Later
+    /// registrations share it.
     ///
     /// # Arguments
     /// - `is_silent`: whether nothing has arrived on a connection, not even its end.
-    /// - `closed`: takes the former witness if it is stale.
+    /// - `closed`: receives the former witness if it is stale.
     ///
     /// # Returns
     /// `None` if there is no suitable connection.
@@ -155,7 +156,7 @@ impl<C> Pool<C> {
         closed: &mut Vec<C>,
     ) -> Option<WitnessId> {
         if let Some(witness) = &self.witness {
-            // What arrives on a busy one is a reply.
+            // Data that arrives on a busy witness is a reply.
             if witness.busy || is_silent(&witness.connection) {
                 return Some(witness.id);
             }

@@ -1,18 +1,19 @@
-//! When to connect to a peer again, and which outcomes to report.
+//! Reconnection to a peer: when to send CONNECT again, and which outcomes to report.
 
 use super::backoff::{jitter, Backoff};
 use std::time::Duration;
 
-/// How long a CONNECT to a bootstrap peer may take.
+/// Time limit for a CONNECT to a bootstrap peer.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a connected peer is connected to again, in case its connection was lost.
+/// Interval between CONNECTs to a connected peer, in case its connection was lost.
 pub(super) const INTERVAL: Duration = Duration::from_secs(15);
 
-/// The connection to one peer, or to any of several, that need not be reachable.
+/// Keeps up the connection to one peer, or to any of several, that may be unreachable.
 ///
-/// Connect again even while connected: the daemon then has nothing to do, and a lost connection is
-/// made again. (LIST_PEERS would show a loss, but can crash jsp2pd.)
+/// The driver repeats CONNECT even while the peer is connected. If the connection still exists, the
+/// daemon does nothing; if it was lost, the daemon connects again. (LIST_PEERS would show the loss, but
+/// can crash jsp2pd.)
 ///
 /// ```
 /// use p2pd_protocol::policy::reconnection::Reconnection;
@@ -43,8 +44,8 @@ impl Default for Reconnection {
 }
 
 impl Reconnection {
-    /// The peer is connected. Returns the pause before the next CONNECT, and whether to report the
-    /// connection.
+    /// Notes that the peer is connected. Returns the pause before the next CONNECT, and whether to
+    /// report the connection.
     ///
     /// `random` is a random number, for the jitter.
     pub fn connected(&mut self, random: u64) -> (Duration, bool) {
@@ -54,8 +55,8 @@ impl Reconnection {
         (jitter(INTERVAL, random), is_news)
     }
 
-    /// The peer could not be connected to. Returns the pause before the next CONNECT, and whether
-    /// to report the failure.
+    /// Notes that the CONNECT failed. Returns the pause before the next CONNECT, and whether to report
+    /// the failure.
     ///
     /// `random` is a random number, for the jitter.
     pub fn failed(&mut self, reason: &str, random: u64) -> (Duration, bool) {

@@ -1,6 +1,6 @@
-//! What the daemon means by refusing a request.
+//! Classifies the daemon's error messages for refused requests.
 
-/// The class of a refusal, by the daemon's error message.
+/// Why the daemon refused a request, according to its error message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -8,7 +8,7 @@ pub enum Refusal {
     NotSupported,
     /// The timeout in the request has expired.
     TimedOut,
-    /// A client has registered a handler for this protocol. It may be the same client.
+    /// A client, possibly the same one, has already registered a handler for this protocol.
     AlreadyRegistered,
     /// Anything else.
     Other,
@@ -39,13 +39,13 @@ impl Refusal {
     }
 }
 
-/// The message for a request on which the daemon closed the connection although it still answers
+/// Error message for a request on which the daemon closed the connection although it still answers
 /// others. Daemons do so when they do not know the request.
 pub const UNKNOWN_REQUEST: &str =
     "the daemon closed the connection, as it does on a request it does not know";
 
-/// Whether a lost connection may mean that the daemon does not know the request. Send IDENTIFY to
-/// find out: if the daemon answers, the request is not supported.
+/// Whether the connection may have been lost because the daemon does not know the request. To find out,
+/// send IDENTIFY: if the daemon answers, it does not support the request.
 pub fn may_be_unknown_request(reply_begun: bool) -> bool {
     !reply_begun
 }

@@ -1,9 +1,11 @@
-//! How a stream handler is registered where the daemon may have it already: a state machine that
-//! says which request comes next.
+//! Registration of a stream handler that the daemon may already have: a state machine that decides which
+//! request comes next.
 //!
-//! hivemind's daemon refuses a name that is taken in the same words whether this client has it or
-//! another one, and accepts a second entry for a balanced name from the same client. A daemon that
-//! was restarted has forgotten the name, and another client may have taken it.
+//! The daemon's reply alone does not show who has a name:
+//! - hivemind's daemon refuses a taken name with the same error, whether this client or another one has
+//!   it.
+//! - It accepts a second entry for a balanced name from the same client.
+//! - A restarted daemon has forgotten the name, and another client may have taken it.
 //!
 //! ```
 //! use p2pd_protocol::policy::registration::{Action, Ending, Registering, Reply};
@@ -14,7 +16,7 @@
 //! assert_eq!(registering.next(Reply::Done), Action::End(Ending::Registered));
 //! ```
 
-/// What the client last told the daemon about a protocol.
+/// The client's last registration of a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Former {
     /// Whether it registered the protocol as balanced.
@@ -34,15 +36,16 @@ pub enum Action {
         /// Whether to register the protocol as balanced.
         balanced: bool,
     },
-    /// Send REMOVE_STREAM_HANDLER. Do not cancel from here on: a removal whose reply is not awaited
-    /// could overtake a later registration.
+    /// Send REMOVE_STREAM_HANDLER. The driver must not be cancelled from here on: a removal whose reply
+    /// is not awaited could overtake a later registration.
     Remove {
         /// Whether to send the address of the former registration; the current one otherwise.
         former: bool,
     },
-    /// Ask the witness of the former registration whether the daemon is still the same.
+    /// Send a request on the witness of the former registration, to find out whether the daemon is still
+    /// the same.
     Probe,
-    /// It is over.
+    /// The registration has ended.
     End(Ending),
 }
 
@@ -53,18 +56,18 @@ pub enum Ending {
     Registered,
     /// The last request failed, and its error is the result.
     LastError,
-    /// The error of the first STREAM_HANDLER request is the result: another client has the name.
+    /// Another client has the name. The error of the first STREAM_HANDLER request is the result.
     FirstError,
 }
 
-/// How an [`Action`] went.
+/// The outcome of an [`Action`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
-    /// The daemon accepted the request; of a probe: it is the same daemon.
+    /// The daemon accepted the request. For a probe: it is the same daemon.
     Done,
     /// The daemon refused because the name is taken.
     Taken,
-    /// The daemon refused for another reason; of a probe: it may be another daemon.
+    /// The daemon refused for another reason. For a probe: it may be another daemon.
     Refused,
     /// Nothing was sent.
     Unreachable,
@@ -83,7 +86,7 @@ pub enum Record {
     Nothing,
 }
 
-/// The registration of one protocol, under way.
+/// A registration of one protocol, in progress.
 #[derive(Debug, Clone)]
 pub struct Registering {
     balanced: bool,
@@ -96,7 +99,8 @@ pub struct Registering {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Removes the former entry, as nothing could show later whether there are two.
+    /// Removes the former entry first: without a witness, it would be unknown later whether there are
+    /// two.
     RemovingFormer,
     Registering,
     /// The name is taken: by this client, if the daemon is still the same.
@@ -104,7 +108,7 @@ enum State {
     /// The name is taken: the removal succeeds only if this client has it.
     RemovingOwn,
     RegisteringAgain,
-    /// Others share the name: goes on sharing it.
+    /// Other clients share the name: registers as balanced again, to keep this client's share.
     Sharing,
     /// A second entry was added, if the daemon is still the same.
     ProbingSecond,
@@ -117,8 +121,8 @@ impl Registering {
     /// # Arguments
     /// - `balanced`: whether several clients may serve the protocol in turn.
     /// - `former`: the registration that the daemon may have.
-    /// - `replace`: whether the former registration may be replaced. If not, a name that this
-    ///   client has is taken.
+    /// - `replace`: whether the former registration may be replaced. If not, a name that this client has
+    ///   counts as taken.
     pub fn new(balanced: bool, former: Option<Former>, replace: bool) -> Self {
         let blind = former.is_some_and(|former| !former.witnessed);
         Self {
@@ -134,7 +138,7 @@ impl Registering {
         }
     }
 
-    /// The first action.
+    /// Returns the first action.
     pub fn first(&mut self) -> Action {
         match self.state {
             State::RemovingFormer => Action::Remove { former: true },
@@ -142,12 +146,12 @@ impl Registering {
         }
     }
 
-    /// Which registration the daemon has, or may have. A driver that gives up remembers this one.
+    /// Which registration the daemon has, or may have. A driver that stops early must remember it.
     pub fn record(&self) -> Record {
         self.record
     }
 
-    /// The next action, after the last one has gone like this.
+    /// Returns the next action, after the last one had this outcome.
     pub fn next(&mut self, reply: Reply) -> Action {
         match self.state {
             State::RemovingFormer => self.register(State::Registering, self.balanced),
@@ -160,7 +164,7 @@ impl Registering {
             State::ProbingSecond if reply == Reply::Done => {
                 self.remove(State::RemovingSecond, true)
             }
-            // One share too many is better than a failure.
+            // An extra share is better than a failure.
             State::ProbingSecond | State::RemovingSecond => Action::End(Ending::Registered),
         }
     }
@@ -204,7 +208,7 @@ impl Registering {
 
     fn registered_again(&mut self, reply: Reply) -> Action {
         match reply {
-            // The daemon may have carried out a request in between that this client gave up.
+            // The daemon may have carried out an abandoned request of this client in between.
             Reply::Taken => self.remove(State::RemovingOwn, false),
             _ => self.end_of(reply, Record::Nothing),
         }
@@ -235,7 +239,7 @@ impl Registering {
 
     fn register(&mut self, state: State, balanced: bool) -> Action {
         self.state = state;
-        // Until the daemon replies, it may have it or not.
+        // Until the daemon replies, it may or may not have the registration.
         self.record = Record::Current;
         Action::Register { balanced }
     }

@@ -1,25 +1,25 @@
-//! When a request is sent again: only if the daemon cannot have carried it out.
+//! Retries: a request is sent again only if the daemon cannot have carried it out.
 
 use crate::{ClientExchange, Error};
 use std::io::ErrorKind;
 
-/// What carries a control connection.
+/// The transport of a control connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// A unix socket. It is reset exactly if its peer closes it with input unread.
+    /// A unix socket. It is reset if and only if the peer closes it with unread input.
     Unix,
-    /// TCP. It can be reset for many reasons, also after the peer has read everything.
+    /// TCP. It can be reset for many reasons, even after the peer has read everything.
     Tcp,
 }
 
 /// How far a request had got when its connection was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// The system had not taken all bytes of it.
+    /// The operating system had not accepted all of its bytes.
     Sending,
-    /// It waited behind others on its connection, which the daemon serves in order.
+    /// It was behind other requests on its connection. The daemon serves them in order.
     Queued,
-    /// It was sent, and was the only request without a reply on its connection.
+    /// It was sent completely, and was the only unanswered request on its connection.
     Waiting {
         /// Whether a part of the reply had arrived.
         reply_begun: bool,
@@ -27,8 +27,8 @@ pub enum Progress {
 }
 
 impl Progress {
-    /// The progress of the only request on a connection, once all of it was sent. The exchange has
-    /// failed afterwards.
+    /// Returns the progress of the only request on a lost connection, all of which was sent. Puts the
+    /// exchange in the failed state.
     pub fn waiting(exchange: &mut ClientExchange) -> Self {
         let end = exchange.end_of_file();
         Self::Waiting {
@@ -61,10 +61,10 @@ pub fn is_disconnect(error: ErrorKind) -> bool {
 /// One attempt to send a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attempt {
-    /// Whether the connection was idle before. The daemon may have closed it meanwhile, for
-    /// example because it was restarted.
+    /// Whether the connection was idle before. The daemon may have closed it in the meantime, for
+    /// example by restarting.
     pub pooled: bool,
-    /// Whether the request was sent before on another connection.
+    /// Whether there was an earlier attempt, on another connection.
     pub repeated: bool,
 }
 

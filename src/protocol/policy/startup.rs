@@ -1,9 +1,9 @@
-//! The wait for a daemon that was spawned to become ready: when to probe it, and when to give up.
+//! Waiting for a spawned daemon to become ready: when to probe it, and when to give up.
 
 use super::backoff::Backoff;
 use std::time::Duration;
 
-/// How long it may take to find out why no bootstrap peer could be reached.
+/// Time limit for finding out why no bootstrap peer could be reached.
 pub const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 const PROBE_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(50));
@@ -22,9 +22,9 @@ pub enum Step {
     Failed,
 }
 
-/// A daemon that was spawned and has not been ready yet.
+/// The startup of a spawned daemon, until it is ready or has failed.
 ///
-/// Times are measured from any fixed moment, by a clock that does not go back.
+/// Times are measured from an arbitrary fixed moment, with a monotonic clock.
 ///
 /// ```
 /// use p2pd_protocol::policy::startup::{Startup, Step};
@@ -57,7 +57,7 @@ impl Startup {
         }
     }
 
-    /// What to do next.
+    /// Returns what to do next.
     pub fn step(&self, now: Duration) -> Step {
         match self.outcome {
             Some(outcome) => outcome,
@@ -67,7 +67,7 @@ impl Startup {
         }
     }
 
-    /// Takes the outcome of a probe: none if the daemon is ready, else what speaks against that.
+    /// Takes the outcome of a probe: `None` if the daemon is ready, otherwise why it is not.
     pub fn probed(&mut self, obstacle: Option<String>, now: Duration) {
         if self.outcome.is_some() {
             return;
@@ -80,7 +80,7 @@ impl Startup {
         self.next_probe = now + self.backoff.next(0);
     }
 
-    /// The process has ended, even if it was ready a moment ago.
+    /// Notes that the process has ended. The startup then fails, even if the daemon was ready before.
     pub fn ended(&mut self) {
         self.outcome = Some(Step::Failed);
     }

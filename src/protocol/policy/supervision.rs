@@ -1,5 +1,5 @@
-//! Supervision of a daemon: when to start it again after a death, when to connect it to its
-//! bootstrap peers, and what to report.
+//! Supervision of a daemon: when to restart it, when to connect it to its bootstrap peers, and what to
+//! report.
 //!
 //! A state machine without I/O. A driver feeds it [`Event`]s and carries out the [`Action`]s that
 //! [`Supervision::poll`] returns; at [`Supervision::deadline`] it feeds [`Event::Timeout`].
@@ -9,12 +9,12 @@ use super::reconnection::Reconnection;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// How long the registrations of one client may take after a restart.
+/// Time limit for the registrations of one client after a restart.
 pub const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Quick deaths in a row after which a daemon is given up by default.
+/// Default number of consecutive quick deaths after which a daemon is no longer restarted.
 pub const RESTART_LIMIT: u32 = 10;
 
-/// A daemon that lives for less than this dies a quick death.
+/// A quick death is one within this time after the start.
 const QUICK_DEATH: Duration = Duration::from_secs(10);
 
 const RESTART_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
@@ -24,7 +24,7 @@ const RESTART_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Durati
 pub enum Event {
     /// The daemon is ready: it was started by the caller, or by [`Action::Start`].
     Started,
-    /// [`Action::Start`] failed, and nothing is left of the process.
+    /// [`Action::Start`] failed, and the process is gone.
     StartFailed,
     /// The process of a daemon that was ready has ended.
     Died,
@@ -44,11 +44,12 @@ pub enum Event {
     },
     /// [`Supervision::deadline`] may have passed.
     Timeout,
-    /// The caller stops the daemon. It is not started again.
+    /// The caller stops the daemon. It is not restarted.
     Stopped,
 }
 
-/// What a driver has to do for a [`Supervision`]. Exhaustive: a driver carries out every action.
+/// What a driver must do for a [`Supervision`]. The enum is exhaustive on purpose: a driver must carry
+/// out every action.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Watch the daemon's process, and report [`Event::Died`] when it ends.
@@ -64,12 +65,12 @@ pub enum Action {
     /// Spawn the daemon and wait until it is ready. If that fails, kill it and wait for its end.
     /// Report [`Event::Started`] or [`Event::StartFailed`].
     Start,
-    /// Log this.
+    /// Log this report.
     Report(Report),
-    /// Store the last failure for the caller, and log it: the daemon is not started again, as it
-    /// died this number of times in a row.
+    /// Store the last failure for the caller, and log it. The daemon has died too often and is not
+    /// restarted.
     GiveUp {
-        /// Quick deaths in a row.
+        /// Number of consecutive quick deaths.
         deaths: u32,
     },
 }
@@ -77,36 +78,36 @@ pub enum Action {
 /// What a driver logs for a [`Supervision`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// A warning: the daemon died or could not be started, and is started again after this pause.
+    /// A warning: the daemon died or could not be started, and will be restarted after this pause.
     Restarting(Duration),
-    /// The daemon was started again.
+    /// The daemon was restarted.
     Restarted,
     /// This bootstrap peer is connected.
     PeerConnected(usize),
-    /// A warning: this bootstrap peer cannot be connected to, for this reason.
+    /// A warning: the connection to this bootstrap peer failed, for this reason.
     PeerUnreachable(usize, String),
 }
 
 /// The state of a daemon that is supervised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The first start is the caller's.
+    /// The caller has yet to start the daemon for the first time.
     Initial,
     Running {
         since: Duration,
     },
-    /// Dead; started again then.
+    /// Dead; to be restarted at `until`.
     Backoff {
         until: Duration,
     },
     Starting,
-    /// Stopped or given up, or dead with no restart wanted.
+    /// Stopped by the caller, or dead and not to be restarted.
     Finished,
 }
 
 /// Restarts of a daemon, and connections to its bootstrap peers.
 ///
-/// Times are measured from any fixed moment, by a clock that does not go back.
+/// Times are measured from an arbitrary fixed moment, with a monotonic clock.
 ///
 /// ```
 /// use p2pd_protocol::policy::supervision::{Action, Event, Report, Supervision};
@@ -140,8 +141,8 @@ pub struct Supervision {
 impl Supervision {
     /// Supervises a daemon with this number of bootstrap peers to connect to.
     ///
-    /// The daemon is given up after `restart_limit` deaths in a row within 10 seconds of its start
-    /// each; with 0 it is never started again.
+    /// After `restart_limit` consecutive deaths, each within 10 seconds of the start, the daemon is no
+    /// longer restarted. With 0 it is never restarted.
     pub fn new(restart_limit: u32, peers: usize) -> Self {
         Supervision {
             restart_limit,
@@ -153,12 +154,12 @@ impl Supervision {
         }
     }
 
-    /// The next thing to do, until there is nothing more.
+    /// Returns the next action; `None` if there is nothing to do now.
     pub fn poll(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// When to feed [`Event::Timeout`]; none if no pause is in progress.
+    /// When to feed [`Event::Timeout`]; `None` if no pause is in progress.
     pub fn deadline(&self) -> Option<Duration> {
         match self.state {
             State::Backoff { until } => Some(until),
@@ -174,8 +175,7 @@ impl Supervision {
 
     /// Takes an event that happened at `now`. `random` is a random number, for the jitter.
     ///
-    /// An event that does not fit the state, such as the late result of an aborted CONNECT, is
-    /// ignored.
+    /// Ignores an event that does not fit the state, such as the late result of an aborted CONNECT.
     pub fn handle(&mut self, event: Event, now: Duration, random: u64) {
         match (event, self.state) {
             (_, State::Finished) => {}
@@ -186,7 +186,7 @@ impl Supervision {
             }
             (Event::Started, State::Initial | State::Starting) => self.started(now),
             (Event::Died, State::Running { since }) => {
-                // Those that were not polled are for the daemon that died.
+                // Actions that were not polled yet are for the daemon that died.
                 let is_stale = |action: &_| matches!(action, Action::Connect(_) | Action::Register);
                 self.actions.retain(|action| !is_stale(action));
                 self.actions.push_back(Action::Abort);
@@ -280,7 +280,7 @@ impl Supervision {
 #[derive(Debug, Clone, Default)]
 struct Peer {
     reconnection: Reconnection,
-    /// When to connect again; none while a CONNECT is in progress.
+    /// When to connect again; `None` while a CONNECT is in progress.
     retry_at: Option<Duration>,
 }
 

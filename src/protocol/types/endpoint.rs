@@ -1,4 +1,4 @@
-//! Endpoints: the addresses of sockets, derived from multiaddrs.
+//! Endpoints: socket addresses, derived from multiaddrs.
 
 use super::multiaddr::component::{push_unix, Component};
 use super::multiaddr::{Multiaddr, MultiaddrError};
@@ -119,7 +119,7 @@ pub enum NotAnEndpoint {
     /// The host is followed by another transport.
     #[error("its transport is {0} rather than tcp")]
     NotTcp(&'static str),
-    /// It goes on after the port.
+    /// Something follows the port.
     #[error("it has {0} after the port")]
     Trailing(&'static str),
     /// Its path contains a NUL character.
@@ -132,10 +132,10 @@ pub enum NotAnEndpoint {
 
 impl Multiaddr {
     /// Returns the endpoint to connect to or listen at. The address must be `/unix/PATH` or
-    /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, and nothing after it.
+    /// `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, with nothing after it.
     ///
     /// # Errors
-    /// The address has another form, or its path cannot be a socket's.
+    /// The address has another form, or its path is not valid for a unix socket.
     pub fn endpoint(&self) -> Result<Endpoint, EndpointError> {
         self.try_endpoint().map_err(|reason| EndpointError {
             addr: self.clone(),

@@ -1,7 +1,7 @@
 //! Multiaddrs in binary form, parsed on demand.
 //!
-//! The `multiaddr` crate reads all protocols except `/unix`, of which it accepts only one path segment.
-//! Here, as in Go, the path is the rest of the address: `/unix/tmp/p2pd.sock` has the path
+//! The `multiaddr` crate reads all protocols except `/unix`, for which it accepts only one path segment.
+//! Here, as in Go, the path of `/unix` is the rest of the address: `/unix/tmp/p2pd.sock` has the path
 //! `/tmp/p2pd.sock`, stored with its leading slash.
 
 pub(crate) mod component;
@@ -16,8 +16,8 @@ use std::fmt;
 use std::str::FromStr;
 use unsigned_varint::encode;
 
-/// A multiaddr. Addresses from a daemon are kept unchanged, even if one of their protocols is unknown
-/// here.
+/// A multiaddr in binary form. Addresses from a daemon are kept unchanged, even if they contain an
+/// unknown protocol.
 ///
 /// ```
 /// use p2pd_protocol::Multiaddr;
@@ -31,7 +31,7 @@ use unsigned_varint::encode;
 pub struct Multiaddr(Bytes);
 
 impl Multiaddr {
-    /// Makes a multiaddr of any bytes; [`validate`](Self::validate) checks them.
+    /// Makes a multiaddr from any bytes; [`validate`](Self::validate) checks them.
     pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
         Self(bytes.into())
     }
@@ -41,7 +41,7 @@ impl Multiaddr {
         &self.0
     }
 
-    /// The binary form, shared.
+    /// The binary form, without a copy.
     pub fn to_bytes(&self) -> Bytes {
         self.0.clone()
     }
@@ -49,7 +49,7 @@ impl Multiaddr {
     /// Returns the protocols and their values, in order.
     ///
     /// # Errors
-    /// A component is malformed, or its protocol is unknown here.
+    /// A component is malformed, or its protocol is unknown.
     pub fn components(&self) -> Result<Vec<Component<'_>>, MultiaddrError> {
         self.walk().collect()
     }
@@ -135,8 +135,8 @@ impl FromStr for Multiaddr {
 }
 
 impl fmt::Display for Multiaddr {
-    /// The text form. From the first unknown or malformed component on, it is `/unknown/` and the bytes in
-    /// hexadecimal, which does not parse again.
+    /// Writes the text form. From the first unknown or malformed component on, writes `/unknown/` and
+    /// the remaining bytes in hexadecimal, which cannot be parsed back.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = 0;
         for part in self.walk() {

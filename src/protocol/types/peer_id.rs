@@ -17,7 +17,7 @@ const CID_V1: u64 = 1;
 /// specification.
 const MAX_INLINE_KEY_LENGTH: usize = 42;
 
-/// Longest peer id accepted, in bytes and as text. The time for base58 grows with the square of the length.
+/// Longest accepted peer id, in bytes and as text. Base58 takes quadratic time.
 const MAX_LENGTH: usize = 512;
 const MAX_TEXT: usize = 2048;
 
@@ -35,7 +35,7 @@ const MAX_TEXT: usize = 2048;
 pub struct PeerId(Bytes);
 
 impl PeerId {
-    /// Makes a peer id of any bytes; [`validate`](Self::validate) checks them.
+    /// Makes a peer id from any bytes; [`validate`](Self::validate) checks them.
     pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
         Self(bytes.into())
     }
@@ -54,13 +54,13 @@ impl PeerId {
         &self.0
     }
 
-    /// The bytes of the multihash, shared.
+    /// The bytes of the multihash, without a copy.
     pub fn to_bytes(&self) -> Bytes {
         self.0.clone()
     }
 
-    /// The usual text form: `Qm…` or `12D3Koo…`. For more than 512 bytes, which only a faulty daemon sends,
-    /// it is [`to_cid`](Self::to_cid), since base58 would take minutes.
+    /// Returns the usual text form: `Qm…` or `12D3Koo…`. For a peer id of more than 512 bytes, returns
+    /// [`to_cid`](Self::to_cid): base58 could take minutes. Only a faulty daemon sends such a peer id.
     pub fn to_base58(&self) -> String {
         if self.0.len() > MAX_LENGTH {
             return self.to_cid();
@@ -80,7 +80,7 @@ impl PeerId {
     /// Checks that the bytes are a multihash, of any hash function.
     ///
     /// # Errors
-    /// The bytes are not a multihash, or the digest has another length than declared.
+    /// The bytes are not a multihash, or the digest does not have the declared length.
     pub fn validate(&self) -> Result<(), ParsePeerIdError> {
         use ParsePeerIdError::{DigestLength, NotAMultihash};
         let (_code, rest) = decode_varint(&self.0).map_err(|_| NotAMultihash)?;
@@ -124,7 +124,7 @@ pub enum ParsePeerIdError {
     /// The bytes are not a multihash.
     #[error("its bytes are not a multihash")]
     NotAMultihash,
-    /// The digest has another length than declared.
+    /// The digest does not have the declared length.
     #[error("its multihash declares a digest of {declared} bytes and has {actual}")]
     DigestLength {
         /// Declared length, in bytes.

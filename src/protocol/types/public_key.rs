@@ -17,7 +17,7 @@ use prost::Message as _;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PublicKey {
-    /// 0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA; other numbers are kept unchanged.
+    /// The kind of key: 0 RSA, 1 Ed25519, 2 secp256k1, 3 ECDSA. Other numbers are kept unchanged.
     pub key_type: i32,
     /// The key, in the usual encoding of its kind.
     pub data: Bytes,
@@ -27,7 +27,7 @@ impl PublicKey {
     /// Decodes the serialised form.
     ///
     /// # Errors
-    /// It is not a `crypto.pb.PublicKey`, or lacks one of the two fields.
+    /// The bytes are not a `crypto.pb.PublicKey`, or a field is missing.
     pub fn decode(serialized: &[u8]) -> Result<Self, DecodePublicKeyError> {
         let message = crypto::PublicKey::decode(serialized)?;
         Ok(Self {
@@ -38,7 +38,7 @@ impl PublicKey {
         })
     }
 
-    /// Encodes the serialised form, whose hash is the peer id.
+    /// Returns the serialised form, from which the peer id is derived.
     pub fn encode(&self) -> Vec<u8> {
         let message = crypto::PublicKey {
             key_type: Some(self.key_type),

@@ -1,4 +1,4 @@
-//! The client's end of a persistent connection.
+//! The client's end of a persistent connection as a state machine.
 
 mod cancel;
 mod event;
@@ -29,7 +29,7 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::time::Instant;
 
-/// An incoming call that was not answered yet.
+/// An incoming call that is not answered yet.
 #[derive(Debug)]
 struct Incoming {
     /// Size of its payload, in bytes.
@@ -38,7 +38,7 @@ struct Incoming {
     cancelled: bool,
 }
 
-/// A call or request that the daemon was sent and has not answered yet.
+/// A call or request that was sent to the daemon and is not answered yet.
 #[derive(Debug)]
 struct Pending<T> {
     token: T,
@@ -109,7 +109,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.refuses_excess &= self.exceeds(1);
     }
 
-    // --- out ---
+    // --- output ---
 
     /// Calls a peer's handler of `protocol`. Appends the head of the frame to `out`; the payload of `len`
     /// bytes must follow.
@@ -134,8 +134,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         Ok(id)
     }
 
-    /// Requests to handle calls of `protocol`. If `balanced`, other clients may share it, and calls go
-    /// to each in turn.
+    /// Appends a request to register a handler of `protocol`. If `balanced`, other clients may share the
+    /// name, and calls go to each in turn.
     ///
     /// # Errors
     /// [`Error::RequestTooLarge`]; nothing was appended.
@@ -153,7 +153,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.request(ADD_HANDLER, &message.encode_to_vec(), token, out)
     }
 
-    /// Requests to handle no more calls of `protocol`.
+    /// Appends a request to unregister the handler of `protocol`.
     ///
     /// # Errors
     /// [`Error::RequestTooLarge`]; nothing was appended.
@@ -169,8 +169,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.request(REMOVE_HANDLER, &message.encode_to_vec(), token, out)
     }
 
-    /// Stops waiting for an answer. A call is cancelled at the daemon, now or
-    /// [later](Self::has_unconfirmed_cancels). `None` if it was answered already.
+    /// Stops waiting for an answer. Cancels a call at the daemon, now or
+    /// [later](Self::has_unconfirmed_cancels). Returns `None` if it was already answered.
     pub fn cancel(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) -> Option<T> {
         let pending = self.pending.remove(id)?;
         if let Some(called) = pending.called {
@@ -189,8 +189,8 @@ impl<T, P: Payload> PersistentClient<T, P> {
         !self.cancels.is_empty()
     }
 
-    /// Sends the cancels that are due: first ones that had to wait, and repeated ones that the daemon may
-    /// have missed. The driver calls this every [`CANCEL_INTERVAL`](super::CANCEL_INTERVAL) while
+    /// Sends the cancels that are due: delayed ones, and repetitions of those that the daemon may have
+    /// missed. The driver calls this every [`CANCEL_INTERVAL`](super::CANCEL_INTERVAL) while
     /// [`has_unconfirmed_cancels`](Self::has_unconfirmed_cancels).
     pub fn repeat_cancels(&mut self, now: Instant, out: &mut BytesMut) {
         self.cancels.repeat(now, out);
@@ -239,7 +239,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.cancels.finish(out);
     }
 
-    // --- in ---
+    // --- input ---
 
     /// Returns the next event, and removes its bytes from the front of `input`. `None` if all of `input`
     /// was read and more is needed.
@@ -280,24 +280,24 @@ impl<T, P: Payload> PersistentClient<T, P> {
         }
     }
 
-    /// Whether to read more. Not while there are too many unanswered calls, unless this client waits for
-    /// an answer itself, on which those calls may depend.
+    /// Whether to read more: not while too many calls are unanswered, unless this client itself waits
+    /// for an answer. Those calls may depend on that answer.
     pub fn wants_input(&self) -> bool {
         self.refuses_excess || !self.pending.is_empty() || !self.exceeds(1)
     }
 
-    /// Stops the back-pressure: input is wanted again, and calls over the limit are refused. Otherwise the
-    /// driver would never see the cancels, or the end of the connection, behind them.
+    /// Stops the back-pressure: input is wanted again, and further calls over the limit are refused.
+    /// Otherwise the driver would never see the cancels, or the end of the connection, behind them.
     pub fn stop_back_pressure(&mut self) {
         self.refuses_excess = self.exceeds(1);
     }
 
-    /// Number of calls and requests that were not answered yet.
+    /// Number of calls and requests that are not answered yet.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// Number of incoming calls that were not answered yet.
+    /// Number of incoming calls that are not answered yet.
     pub fn unanswered(&self) -> usize {
         self.unanswered.len()
     }
@@ -313,7 +313,7 @@ impl<T, P: Payload> PersistentClient<T, P> {
         pending.map(|(_, pending)| pending.token).collect()
     }
 
-    // --- within ---
+    // --- internals ---
 
     fn expect(&mut self, token: T, called: Option<Instant>) -> CallId {
         let id = self.ids.next();

@@ -1,4 +1,4 @@
-//! Encodes messages, up to their payloads.
+//! Encodes the messages of a persistent connection, up to their payloads.
 
 use super::call_id::CallId;
 use super::message::{Direction, CALL, CANCEL};
@@ -25,8 +25,8 @@ fn field_len(number: u32, len: usize) -> usize {
     key_len(number) + encoded_len_varint(len as u64) + len
 }
 
-/// The bytes in front of a content or a payload. Every call has them, so they are assembled on the stack
-/// and copied once.
+/// The bytes before a content or a payload. Assembled on the stack and copied once, since every call
+/// needs them.
 struct Prefix {
     bytes: [u8; 64],
     len: usize,
@@ -95,7 +95,7 @@ pub(super) fn put_field(out: &mut BytesMut, number: u32, value: &[u8]) {
     out.put_slice(value);
 }
 
-/// Appends a whole message with a small `content`, that of the field `number`.
+/// Appends a whole message, whose field `number` has the given small `content`.
 pub(super) fn put_message(out: &mut BytesMut, id: &CallId, number: u32, content: &[u8]) {
     let size = head_len(number, content.len());
     out.put_slice(Prefix::new(size, id, number, content.len()).as_slice());
@@ -107,7 +107,7 @@ pub(super) fn head_len(number: u32, len: usize) -> usize {
     18 + field_len(number, len)
 }
 
-/// Appends a call up to its payload of `len` bytes. The caller has checked its size.
+/// Appends a call up to its payload of `len` bytes. The caller must have checked its size.
 pub(super) fn put_call(
     out: &mut BytesMut,
     id: &CallId,
@@ -141,7 +141,7 @@ pub(super) fn reply_len(direction: Direction, len: usize) -> usize {
     head_len(direction.reply(), field_len(1, len))
 }
 
-/// Appends a handler's error as a reply, cut to fit a message of `limit` bytes.
+/// Appends a handler's error as a reply, truncated to fit a message of `limit` bytes.
 pub(super) fn put_handler_error(
     out: &mut BytesMut,
     direction: Direction,
@@ -155,7 +155,7 @@ pub(super) fn put_handler_error(
     put_field(out, 2, error);
 }
 
-/// Cuts an error message to fit a message of `limit` bytes.
+/// Truncates an error message to fit a message of `limit` bytes.
 pub(super) fn cut(error: &str, limit: usize) -> &str {
     let mut end = error.len().min(limit.saturating_sub(64).min(MAX_ERROR));
     while !error.is_char_boundary(end) {

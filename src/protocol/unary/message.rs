@@ -88,15 +88,15 @@ pub(super) enum Message<P> {
         /// Size of the payload, in bytes.
         size: usize,
     },
-    /// A call without peer, protocol or data. A peer wrote it, so only that call fails.
+    /// A call without peer, protocol or data. It comes from a peer, so only that call fails.
     InvalidCall { id: CallId },
-    /// What a handler returned.
+    /// A handler's result.
     Reply { id: CallId, payload: P },
     /// A handler's error.
     HandlerError { id: CallId, error: String },
     /// A reply with neither a payload nor an error.
     EmptyReply { id: CallId },
-    /// A reply to no pending call; it was not copied.
+    /// A reply that belongs to no pending call; it was not copied.
     UnwantedReply { id: CallId },
     /// Any other message: the field that determines its kind, if any, and its content.
     Other {
@@ -139,7 +139,7 @@ impl HeadRef<'_> {
 }
 
 impl Head<Bytes, String> {
-    /// Makes the message of a head and its payload.
+    /// Combines a head and its payload to a message.
     #[inline]
     pub(super) fn with<P>(self, payload: P, size: usize) -> Message<P> {
         match self {

@@ -1,9 +1,9 @@
-//! Unary calls: the persistent connection of hivemind's fork, on which calls and replies in both
-//! directions are matched by call ids and come in any order.
+//! Unary calls over the persistent connection of hivemind's fork. Calls and replies go in both
+//! directions and in any order; call ids match them.
 //!
-//! [`client`] and [`server`] are its two ends as state machines. They encode only the head of a frame;
-//! the driver sends the payload behind it. A large incoming payload is received straight into its
-//! final place, which the driver provides as a [`Payload`].
+//! [`client`] and [`server`] are the two ends as state machines. They encode only the head of a frame;
+//! the driver sends the payload after it. A large incoming payload is received directly into its final
+//! buffer, which the driver provides as a [`Payload`].
 
 mod call_id;
 pub mod client;

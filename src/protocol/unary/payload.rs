@@ -1,4 +1,4 @@
-//! Buffers for payloads, which are received straight into their final place.
+//! [`Payload`]: the driver's buffer, into which a payload is received directly.
 
 /// A buffer for a payload.
 pub trait Payload: Sized {

@@ -1,4 +1,4 @@
-//! Reads messages out of bytes that arrive in pieces of any size.
+//! [`Reader`]: splits the input of a persistent connection into messages.
 
 use super::call_id::CallId;
 use super::message::{Direction, Head, HeadRef, Message, CALL};
@@ -9,7 +9,7 @@ use crate::fields::Fields;
 use crate::{framing, Error};
 use bytes::{Bytes, BytesMut};
 
-/// Payloads of at least this many bytes are received straight into their buffer.
+/// Payloads of at least this many bytes are received directly into their buffer.
 pub(super) const DIRECT: usize = 16 * 1024;
 
 /// The buffer for a payload is allocated only after 1/16 of it has arrived, so that a declared
@@ -57,7 +57,7 @@ pub struct Receiving<P> {
 }
 
 impl<P: Payload> Receiving<P> {
-    /// The bytes that are missing. The driver reads into the front of them.
+    /// The part that has not arrived. The driver reads into its beginning.
     pub fn unfilled(&mut self) -> &mut [u8] {
         &mut self.payload.as_mut()[self.filled..self.len]
     }
@@ -156,7 +156,7 @@ impl<P: Payload> Reader<P> {
                     }
                 }
             }
-            // Copies no more than the frame, or than its head needs.
+            // Copies only what the frame, or its head, still needs.
             match self.frame(&self.buffer)? {
                 Frame::Whole { prefix, end } => {
                     let frame = if end > KEPT_BUFFER && end == self.buffer.len() {
@@ -235,7 +235,7 @@ impl<P: Payload> Reader<P> {
         }
     }
 
-    /// Looks at the frame in front of `bytes`.
+    /// Inspects the frame at the front of `bytes`.
     fn frame(&self, bytes: &[u8]) -> Result<Frame<P>, Error> {
         let (prefix, len) = match framing::split_length(bytes, self.max_incoming) {
             Ok(Some(split)) => split,
@@ -394,11 +394,11 @@ fn read_reply<P: Payload>(id: CallId, mut fields: Fields<'_>) -> Message<P> {
     }
 }
 
-/// What to do with the frame in front of the input.
+/// What to do with the frame at the front of the input.
 enum Frame<P> {
     /// It is complete: where the message begins and ends.
     Whole { prefix: usize, end: usize },
-    /// Its payload is received on its own, and already has all the bytes that arrived.
+    /// Its payload has a buffer of its own, which already holds the bytes that have arrived.
     Large(Receiving<P>),
     /// It is too large: all bytes after its length prefix are skipped.
     Skip { prefix: usize, skip: Box<Skip> },

@@ -1,4 +1,4 @@
-//! Finds the payload in the beginning of a frame.
+//! Finds the payload from the first bytes of a frame.
 
 use super::call_id::CallId;
 use super::message::{Direction, Head, HeadRef, CALL};

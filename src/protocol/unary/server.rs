@@ -26,12 +26,12 @@ const DAEMON_ERROR: u32 = 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerLimits {
-    /// Largest message to receive, and to send, in bytes. A larger one fails its call alone.
-    /// Default: 4 MiB.
+    /// Largest message to receive and to send, in bytes. If one is larger, only its call fails. Default:
+    /// 4 MiB.
     pub max_message: usize,
     /// Largest number of unanswered calls of the client. More are refused. Default: 65,536.
     pub max_calls: usize,
-    /// Size of their payloads, in bytes, above which more calls are refused. Default: 1 GiB.
+    /// Total payload size of those calls, in bytes, above which more are refused. Default: 1 GiB.
     pub max_call_bytes: usize,
 }
 
@@ -68,8 +68,8 @@ impl ServerLimits {
     }
 }
 
-/// What the bytes received amount to. `T` is the driver's token of a call that the client handles,
-/// `P` a payload.
+/// An event of a persistent connection, decoded from the bytes received. `T` is the driver's token of a
+/// call that the client handles, `P` a payload.
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ServerEvent<T, P> {
@@ -83,7 +83,8 @@ pub enum ServerEvent<T, P> {
         /// Whether several clients may serve the name in turn.
         balanced: bool,
     },
-    /// The client no longer wants to handle calls of a protocol. Answer as to `AddHandler`.
+    /// The client no longer wants to handle calls of a protocol. Answer it in the same way as
+    /// `AddHandler`.
     RemoveHandler {
         /// The request.
         id: CallId,
@@ -109,21 +110,21 @@ pub enum ServerEvent<T, P> {
     },
     /// The client's handler has returned.
     Reply {
-        /// The call that the client was given.
+        /// The call that the client handles.
         token: T,
         /// Result of the handler.
         payload: P,
     },
     /// The client's handler failed.
     HandlerFailed {
-        /// The call that the client was given.
+        /// The call that the client handles.
         token: T,
         /// The handler's error message.
         error: String,
     },
     /// The client's reply is invalid or too large. Only this call fails.
     InvalidReply {
-        /// The call that the client was given.
+        /// The call that the client handles.
         token: T,
         /// Error in the reply.
         error: Error,
@@ -137,7 +138,7 @@ pub enum ServerEvent<T, P> {
     },
     /// A message was too large and was skipped, and it had no call id. The driver should log it.
     Skipped {
-        /// Why.
+        /// Why the message was skipped.
         error: Error,
     },
 }
@@ -157,9 +158,9 @@ pub enum Offered<'a, 't, T> {
     },
     /// A reply. The driver returns the part of the payload for the event, or `None` for all of it.
     Reply {
-        /// The call that the client was given.
+        /// The call that the client handles.
         token: &'t mut T,
-        /// The client's handler has returned.
+        /// Result of the handler.
         payload: &'a [u8],
     },
 }
@@ -217,7 +218,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         }
     }
 
-    // --- out ---
+    // --- output ---
 
     /// Acknowledges that a handler was added or removed.
     pub fn acknowledge(&self, id: &CallId, out: &mut BytesMut) {
@@ -258,9 +259,8 @@ impl<T, P: Payload> PersistentServer<T, P> {
         }
     }
 
-    /// Gives the client a call to handle. Appends the head of the frame to `out`; the payload of `len` bytes
-    /// must follow. The call gets an id of this connection's own, so that peers cannot choose ids that
-    /// collide.
+    /// Passes a peer's call to the client. Appends the head of the frame to `out`; the payload of `len`
+    /// bytes must follow. The call gets a new id, so that peers cannot choose ids that collide.
     ///
     /// # Errors
     /// [`Error::RequestTooLarge`]; nothing was sent.
@@ -280,7 +280,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         Ok(id)
     }
 
-    /// Cancels a call that the client handles. `None` if the client has replied.
+    /// Cancels a call that the client handles. Returns `None` if the client has already replied.
     pub fn cancel(&mut self, id: &CallId, out: &mut BytesMut) -> Option<T> {
         let token = self.handled.remove(id)?;
         put_cancel(out, id);
@@ -298,7 +298,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         });
     }
 
-    // --- in ---
+    // --- input ---
 
     /// Returns the next event, and removes its bytes from the front of `input`. `None` if all of `input`
     /// was read and more is needed.
@@ -334,7 +334,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                     let token = handled.get_mut(&id)?;
                     Some(look(Offered::Reply { token, payload }).unwrap_or(payload))
                 }
-                // Its reply would answer the other call with this id.
+                // Not offered: its reply would answer the other call with this id.
                 Head::Call { id, .. } if calls.contains_key(&id) => Some(payload),
                 Head::Call { id, peer, protocol } => {
                     let call = Offered::Call {
@@ -418,7 +418,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.calls.drain().map(|(id, _)| id).collect()
     }
 
-    // --- within ---
+    // --- internals ---
 
     /// Removes a call of the client; returns whether the client still waited for the answer.
     fn finish(&mut self, id: &CallId) -> bool {
@@ -545,8 +545,8 @@ impl<T, P: Payload> PersistentServer<T, P> {
         Some(self.reject(id, skip_reason(&error)))
     }
 
-    /// Rejects a message, unless it has the id of an unanswered call, which the refusal would answer. Such
-    /// a message is skipped.
+    /// Rejects a message. One with the id of an unanswered call is skipped instead, since a refusal
+    /// would answer that call.
     fn reject(&self, id: CallId, reason: impl Into<Cow<'static, str>>) -> ServerEvent<T, P> {
         let reason = reason.into();
         if self.calls.contains_key(&id) {

@@ -1,4 +1,4 @@
-//! Frames that are too large: their bytes are dropped as they arrive, except for the call id.
+//! Skips frames that are too large: drops their bytes as they arrive, but keeps the call id.
 
 use super::call_id::CallId;
 use super::message::Direction;
@@ -115,7 +115,7 @@ impl Skip {
 
     fn varint_byte(&mut self, byte: u8) {
         let part = u64::from(byte & 0x7f);
-        // The tenth byte has one bit left.
+        // The tenth byte may hold only one more bit.
         if self.bits > 63 || (self.bits == 63 && part > 1) {
             self.reading = Reading::Malformed;
             return;
@@ -169,7 +169,7 @@ impl Skip {
         }
     }
 
-    /// Goes on with a value of which this many bytes are left.
+    /// Continues with a value of which this many bytes are left.
     fn value(&mut self, left: u64) {
         self.reading = if left == 0 {
             Reading::Key

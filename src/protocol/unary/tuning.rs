@@ -12,24 +12,24 @@ pub const LOOK_AHEAD: usize = 8 * 1024;
 /// Number of bytes read before other tasks may run.
 pub const READ_BUDGET: usize = 1024 * 1024;
 
-/// Callers wait while the output is larger than this, in bytes, …
+/// When the unsent output exceeds this many bytes, callers must wait.
 pub const HIGH_WATER: usize = 1024 * 1024;
-/// … until it has shrunk to this.
+/// Waiting callers continue when the unsent output has shrunk to this many bytes.
 pub const LOW_WATER: usize = 256 * 1024;
 
 /// Largest output buffer that is kept for reuse, in bytes: enough for a hundred small calls.
 pub const KEPT_OUTPUT: usize = 128 * 1024;
 
-/// Reading stops while the output is larger than this, in bytes, since the replies to more calls would
-/// only make it larger. It is far above the other marks: a daemon that writes before it reads would
-/// otherwise wait for this client, which waits for the daemon.
+/// Reading stops while the unsent output exceeds this many bytes, since replies to more calls would make
+/// it larger still. This limit is far above the other marks, to avoid a deadlock with a daemon that
+/// writes before it reads.
 pub const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
 /// Default of [`UnaryLimits::hold`](super::UnaryLimits::hold).
 pub const HOLD: Duration = Duration::from_secs(5);
 
-/// Least age of a call at which it is cancelled. hivemind's daemon crashes on a cancel that arrives while
-/// it starts the call (it writes a reply that is nil).
+/// Minimum age of a call before a Cancel is sent. hivemind's daemon crashes on a Cancel that arrives
+/// while it starts the call (it writes a nil reply).
 pub const CANCEL_DELAY: Duration = Duration::from_millis(20);
 
 /// Interval between repeated Cancel messages.

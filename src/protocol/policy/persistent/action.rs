@@ -1,4 +1,4 @@
-//! Actions of the lifecycle, and the reports of a driver.
+//! Actions that the lifecycle requests, and the outcomes that the driver reports.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ pub struct ConnectionId(pub u64);
 pub enum Action<T, E> {
     /// Open a connection, and report [`Lifecycle::opened`](super::Lifecycle::opened) or [`Lifecycle::open_failed`](super::Lifecycle::open_failed).
     Open(ConnectionId),
-    /// Stop opening the connection. A report is not needed.
+    /// Stop opening the connection. No report is needed.
     CancelOpen(ConnectionId),
     /// Close the connection, unless it is lost.
     Close,
     /// The connection can be used for calls.
     Ready,
-    /// Give the calls for `name` to the handler that was added with `token`.
+    /// Pass the calls for `name` to the handler that was added with `token`.
     Serve {
         /// Name of the handler.
         name: String,
@@ -56,7 +56,7 @@ pub enum Action<T, E> {
 pub enum Failure<E> {
     /// An error that the driver reported.
     Driver(E),
-    /// This client serves the name.
+    /// This client already serves the name.
     AlreadyRegistered,
     /// This client does not serve the name.
     NotRegistered,

@@ -1,4 +1,4 @@
-//! The handlers of a client by name, each with the requests about it.
+//! The handlers of a client by name, each with its pending requests.
 
 use crate::policy::retry::Attempt;
 use std::collections::{BTreeMap, VecDeque};
@@ -9,7 +9,7 @@ pub struct Handlers<T> {
     names: BTreeMap<String, Name<T>>,
 }
 
-/// One name.
+/// The state of one name.
 #[derive(Debug)]
 pub struct Name<T> {
     /// The handler that is served, until the daemon has acknowledged its removal.
@@ -32,9 +32,9 @@ pub struct Handler<T> {
 #[derive(Debug)]
 pub enum Request<T> {
     Register(Addition<T>),
-    /// On the next connection.
+    /// Registers the handler again, on a new connection.
     RegisterAgain,
-    /// The caller gave up: the registration is undone once the daemon has answered.
+    /// The caller no longer wants the handler: the registration is undone once the daemon has answered.
     RegisterAbandoned,
     /// A cancelled removal has no token.
     Unregister(Option<T>),
@@ -51,7 +51,7 @@ pub enum Change<T> {
 pub struct Addition<T> {
     pub token: T,
     pub balanced: bool,
-    /// Whether it failed on a connection before.
+    /// Whether it could not be sent on an earlier connection.
     pub repeated: bool,
 }
 
@@ -121,7 +121,7 @@ impl<T: Copy + PartialEq> Handlers<T> {
         found.map(|(name, _)| name.clone())
     }
 
-    /// Removes the additions that wait, and returns their operations.
+    /// Removes all queued additions, and returns their operations.
     pub fn take_additions(&mut self) -> Vec<T> {
         let mut taken = Vec::new();
         for entry in self.names.values_mut() {
@@ -167,8 +167,8 @@ impl<T: Copy + PartialEq> Name<T> {
         self.handler.is_some_and(|handler| handler.token == token)
     }
 
-    /// Removes an operation from the queue and from the removal in flight. Returns whether the handler
-    /// must be dropped.
+    /// Takes a cancelled operation out of the queue and out of the removal in flight. Returns whether
+    /// the handler must be dropped.
     pub fn cancel(&mut self, token: T) -> bool {
         self.queue
             .retain(|change| !matches!(change, Change::Add(it) if it.token == token));

@@ -1,4 +1,4 @@
-//! The state machine.
+//! [`Lifecycle`]: the state machine of a persistent connection.
 
 use super::action::{Action, ConnectionId, Failure, Registration};
 use super::handlers::{Addition, Change, Handler, Handlers, Request};
@@ -59,7 +59,8 @@ enum Phase {
     Registering {
         id: ConnectionId,
         deadline: Instant,
-        /// Until then a refusal may be about the previous connection's handler.
+        /// Until this time, the daemon may refuse a handler because the previous connection still has
+        /// it.
         forget_deadline: Instant,
         backoff: Backoff,
         retry_at: Option<Instant>,
@@ -99,7 +100,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// Adds a handler, once changes of its name that were requested before are done.
+    /// Adds a handler, after all earlier changes of its name are done.
     pub fn add(&mut self, token: T, name: &str, balanced: bool, now: Instant) {
         if matches!(self.phase, Phase::Closed) {
             return self.complete(token, Err(Failure::Closed));
@@ -113,8 +114,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.advance(name, now);
     }
 
-    /// Removes a handler, once changes of its name that were requested before are done. It serves
-    /// the calls that come before the daemon has acknowledged its removal.
+    /// Removes a handler, after all earlier changes of its name are done. The handler still serves calls
+    /// until the daemon acknowledges the removal.
     pub fn remove(&mut self, token: T, name: &str, now: Instant) {
         let entry = self.handlers.entry(name);
         entry.queue.push_back(Change::Remove(Some(token)));
@@ -122,8 +123,9 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.finish_registering(now);
     }
 
-    /// Cancels an operation: there is no [`Action::Complete`] for it. Undoes the addition of a handler,
-    /// even if it is complete. A cancelled removal is carried out, and drops the handler now.
+    /// Cancels an operation, which then gets no [`Action::Complete`]. Undoes the addition of a handler,
+    /// even if it is complete. A cancelled removal is still carried out, and the handler is dropped at
+    /// once.
     pub fn cancel(&mut self, token: T, now: Instant) {
         if let Some(place) = self.waiting.iter().position(|waiting| *waiting == token) {
             self.waiting.remove(place);
@@ -138,7 +140,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.advance(&name, now);
     }
 
-    /// Drops a handler now, and unregisters it in the background. One that is still being added stays.
+    /// Drops a handler at once, and unregisters it in the background. A handler that is still being
+    /// added stays.
     pub fn withdraw(&mut self, name: &str, now: Instant) {
         let in_flight = self.handlers.get(name).map(|entry| &entry.in_flight);
         if !matches!(in_flight, Some(Some(Request::Register(_)))) {
@@ -146,7 +149,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// Closes the connection, fails all operations and drops all handlers. Nothing can be opened
+    /// Closes the connection, fails all operations and drops all handlers. No connection can be opened
     /// afterwards.
     pub fn close(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Closed) {
@@ -174,7 +177,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     // --- reports of the driver ---
 
-    /// The connection is open. Returns false if it is not needed; the driver must close it.
+    /// The connection is open. Returns whether it is needed; if not, the driver must close it.
     pub fn opened(&mut self, id: ConnectionId, now: Instant) -> bool {
         let deadline = match self.phase {
             Phase::Opening {
@@ -246,7 +249,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
                     }
                     request => entry.in_flight = request,
                 }
-                // Nothing else can be sent on it either.
+                // Nothing else can be sent on this connection either.
                 self.actions.push_back(Action::Close);
                 return self.lost(id, error, now);
             }
@@ -264,7 +267,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.finish_registering(now);
     }
 
-    /// [`Action::Unregister`] was carried out, or the daemon refused it: it does not know the handler.
+    /// [`Action::Unregister`] was carried out, or the daemon refused it because it does not know the
+    /// handler.
     pub fn unregistered(&mut self, id: ConnectionId, name: &str, now: Instant) {
         if self.connection() != Some(id) {
             return;
@@ -311,12 +315,12 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     // --- queries of the driver ---
 
-    /// The next action.
+    /// Returns the next action.
     pub fn poll(&mut self) -> Option<Action<T, E>> {
         self.actions.pop_front()
     }
 
-    /// When the driver calls [`time`](Self::time).
+    /// When the driver must call [`time`](Self::time).
     pub fn deadline(&self) -> Option<Instant> {
         match self.phase {
             Phase::Opening { deadline, .. } => Some(deadline),
@@ -346,7 +350,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    // --- within ---
+    // --- internals ---
 
     /// The connection on which requests are in flight.
     fn connection(&self) -> Option<ConnectionId> {
@@ -386,8 +390,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.advance_all(now);
     }
 
-    /// Ends the requests that are in flight on a lost connection. Adds to `failed` the operations that
-    /// fail with it.
+    /// Ends the requests in flight on a lost connection. Adds the operations that fail with it to
+    /// `failed`.
     fn disconnect(&mut self, failed: &mut Vec<T>) {
         for name in self.handlers.names() {
             let entry = self.handlers.entry(&name);
@@ -405,7 +409,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// The daemon has forgotten the handler.
+    /// Drops a handler that the daemon no longer has, and completes its removal.
     fn removed(&mut self, name: &str, token: Option<T>) {
         let entry = self.handlers.get_mut(name);
         if entry.is_some_and(|entry| entry.handler.take().is_some()) {
@@ -482,7 +486,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
                         return;
                     }
                 }
-                // The other handlers are of use without this one.
+                // The connection is still useful for the other handlers.
                 entry.handler = None;
                 let name = name.to_owned();
                 self.actions.push_back(Action::Report {
@@ -536,7 +540,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// Carries out the changes of a name that need not wait.
+    /// Carries out the queued changes of a name, up to the first one that must wait.
     fn advance(&mut self, name: &str, now: Instant) {
         loop {
             let Some(entry) = self.handlers.get_mut(name) else {

@@ -1,4 +1,4 @@
-//! When a lost connection is replaced, if no operation needs it before.
+//! Schedule for replacing a lost connection, if no operation needs one earlier.
 
 use crate::policy::backoff::Backoff;
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ impl Reconnect {
         self.at.is_some_and(|at| at <= now)
     }
 
-    /// Schedules an attempt, unless one is due later.
+    /// Schedules an attempt, unless one is already scheduled for later.
     pub fn schedule(&mut self, now: Instant) {
         if self.at.is_none_or(|at| at <= now) {
             // Knuth's linear congruential generator. Its upper bits are the better ones.
@@ -74,7 +74,7 @@ impl Reconnect {
         self.at = None;
     }
 
-    /// A connection that was ready for this long is lost.
+    /// Notes the loss of a connection that was ready for this long.
     pub fn lost_after(&mut self, lasted: Duration) {
         if lasted >= STABLE {
             self.backoff.reset();

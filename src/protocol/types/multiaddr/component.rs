@@ -1,4 +1,4 @@
-//! One protocol of a multiaddr, in binary and as text.
+//! Reads and writes one protocol of a multiaddr, in binary and as text.
 
 use super::error::MultiaddrError;
 use crate::types::peer_id::{ParsePeerIdError, PeerId};
@@ -85,8 +85,8 @@ pub(crate) fn push_unix(out: &mut Vec<u8>, path: &str) {
     out.extend_from_slice(path.as_bytes());
 }
 
-/// Parses the first component of `text`, without a leading slash. Appends it to `out`, and returns the text
-/// after it, if any.
+/// Parses the first component of `text`, which has no leading slash. Appends its binary form to `out`.
+/// Returns the text after it, if any.
 pub(super) fn parse_component<'a>(
     text: &'a str,
     out: &mut Vec<u8>,
@@ -111,7 +111,7 @@ pub(super) fn parse_component<'a>(
         value: value.into(),
         reason,
     };
-    // The crate reads only base58; a peer id may also be a CID.
+    // The `multiaddr` crate reads only base58, but a peer id can also be a CID.
     let peer = match (name, value) {
         ("p2p" | "ipfs", Some(value)) => {
             let peer = value.parse::<PeerId>();
@@ -135,7 +135,7 @@ pub(super) fn parse_component<'a>(
     })?;
     let start = out.len();
     let written = protocol.write_bytes(out);
-    // Reads the component back, which refuses an empty or overlong value.
+    // Reads the component back, to refuse an empty or overlong value.
     if let Err(error) = written.map_err(|e| e.to_string()).and_then(|()| {
         read_component(&out[start..], start)
             .map_err(|error| error.to_string())

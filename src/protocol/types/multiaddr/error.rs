@@ -3,7 +3,7 @@
 /// Reason why text or bytes are not a multiaddr, or cannot be split into components.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MultiaddrError {
-    /// It is empty.
+    /// The text or the bytes are empty.
     #[error("it is empty")]
     Empty,
     /// The text does not begin with a slash.
@@ -25,7 +25,7 @@ pub enum MultiaddrError {
         /// The reason.
         reason: String,
     },
-    /// The bytes have an unknown protocol.
+    /// The bytes contain the number of an unknown protocol.
     #[error("protocol {0} is not known to this version")]
     UnknownCode(u32),
     /// The bytes are malformed.
@@ -36,7 +36,7 @@ pub enum MultiaddrError {
         /// The reason.
         reason: String,
     },
-    /// Another protocol follows the path of `/unix`. As text it would be a part of the path.
+    /// Another protocol follows the path of `/unix`. In text form it would become part of the path.
     #[error("/unix is not its last protocol")]
     UnixNotLast,
 }

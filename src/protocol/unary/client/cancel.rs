@@ -1,4 +1,4 @@
-//! Cancels of the client's own calls, some of which are sent later or again.
+//! Cancel messages for the client's own calls. Some are delayed or repeated.
 
 use crate::unary::call_id::{CallId, IdHasher};
 use crate::unary::encode::put_cancel;
@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::time::Instant;
 
-/// Largest number of times that one call is cancelled while the daemon does not answer.
+/// Largest number of Cancel messages for one call that the daemon does not answer.
 const MAX_SENT: u32 = 7;
 
 /// Largest number of cancelled calls that are remembered.
@@ -23,12 +23,13 @@ pub(super) struct Cancels(HashMap<CallId, Cancel, BuildHasherDefault<IdHasher>>)
 struct Cancel {
     /// When to send it next.
     due: Instant,
-    /// Number of times it was sent. The daemon may have read it before the call, and ignored it.
+    /// Number of times it was sent. It is repeated because the daemon ignores a Cancel that it reads
+    /// before the call.
     sent: u32,
 }
 
 impl Cancel {
-    /// Sends it if it is due. The time to the next one doubles.
+    /// Sends the message if it is due. The interval doubles each time.
     fn send(&mut self, id: &CallId, now: Instant, out: &mut BytesMut) {
         if self.due <= now {
             put_cancel(out, id);

@@ -5,7 +5,8 @@ use crate::Error;
 use bytes::Bytes;
 use std::borrow::Cow;
 
-/// What the bytes received amount to. `T` is the driver's token of a call, `P` a payload.
+/// An event of a persistent connection, decoded from the bytes received. `T` is the driver's token of a
+/// call, `P` a payload.
 ///
 /// The enum is exhaustive on purpose: a driver that ignores a new event would leave a caller waiting.
 #[derive(Debug, PartialEq, Eq)]
@@ -54,8 +55,8 @@ pub enum UnaryEvent<T, P> {
         /// Argument of the call.
         payload: P,
     },
-    /// The caller has cancelled its call. The driver must still reply, which sends nothing: until then
-    /// the call counts as unanswered.
+    /// The caller has cancelled its call. The driver must still reply. This sends nothing, but until
+    /// then the call counts as unanswered.
     Cancelled {
         /// The call.
         id: CallId,

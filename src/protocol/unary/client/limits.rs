@@ -23,18 +23,19 @@ pub struct UnaryLimits {
     /// Largest message to send, without its length prefix, in bytes. The daemon closes the
     /// connection on a larger one (its `-persistentConnMaxMsgSize`). Default: 4 MiB.
     pub max_message: usize,
-    /// Largest message to receive, in bytes. A larger one is skipped and fails its call alone.
-    /// Default: `None`, which is `max_message` and 64 KiB. [`MAX_PROTOBUF`](crate::unary::MAX_PROTOBUF) for no limit.
+    /// Largest message to receive, in bytes. A larger one is skipped; only its call fails. Default:
+    /// `None`, which means `max_message` plus 64 KiB. [`MAX_PROTOBUF`](crate::unary::MAX_PROTOBUF) means
+    /// no limit.
     pub max_incoming: Option<usize>,
     /// Number of incoming calls in progress above which no more are read. Default: 4096; `usize::MAX`
     /// for no limit.
     pub max_unanswered: usize,
-    /// Size of their payloads, in bytes, above which no more are read. Default: 64 MiB;
-    /// `usize::MAX` for no limit.
+    /// Total payload size of the incoming calls in progress, in bytes, above which no more are read.
+    /// Default: 64 MiB; `usize::MAX` for no limit.
     pub max_unanswered_bytes: usize,
-    /// Time that reading may pause because of the two limits above. After that the calls over the
-    /// limits are refused, so that cancels and the end of the connection behind them are seen.
-    /// Default: 5 s; `None` never refuses.
+    /// Time that reading may pause because of the two limits above. After that, calls over the limits
+    /// are refused, so that the cancels and the end of the connection behind them can be read. Default:
+    /// 5 s; `None` never refuses.
     pub hold: Option<Duration>,
 }
 
