@@ -1,4 +1,4 @@
-//! Receives data straight into the bytes object that Python gets, which saves a copy.
+//! Receives data directly into the bytes object that Python gets, which saves a copy.
 
 use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
@@ -7,11 +7,12 @@ use pyo3::types::PyBytes;
 
 #[allow(unsafe_code)]
 extern "C" {
-    /// Of the stable ABI, but not of PyO3's bindings.
+    /// Part of the stable ABI, but missing from PyO3's bindings.
     fn _PyBytes_Resize(object: *mut *mut ffi::PyObject, size: ffi::Py_ssize_t) -> i32;
 }
 
-/// The interpreter has no memory for a bytes object. Becomes a `MemoryError` where no lock is held.
+/// The interpreter cannot allocate a bytes object. Converted to a `MemoryError` only while no lock is
+/// held.
 #[derive(Debug)]
 pub struct NoMemory;
 
@@ -28,19 +29,20 @@ impl From<NoMemory> for PyErr {
 #[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn owned(py: Python<'_>, new: *mut ffi::PyObject) -> Result<Bound<'_, PyBytes>, NoMemory> {
-    // SAFETY: as required of the caller. To clear a MemoryError, which is preallocated, runs no code.
+    // SAFETY: guaranteed by the caller.
     match unsafe { Bound::from_owned_ptr_or_opt(py, new) } {
-        // SAFETY: as required of the caller.
+        // SAFETY: guaranteed by the caller.
         Some(object) => Ok(unsafe { object.cast_into_unchecked::<PyBytes>() }),
         None => {
-            // SAFETY: the GIL is held.
+            // SAFETY: the GIL is held. A MemoryError is preallocated, so clearing it runs no code.
             unsafe { ffi::PyErr_Clear() };
             Err(NoMemory)
         }
     }
 }
 
-/// Returns a bytes object with a copy of `bytes`. Unlike `PyBytes::new`, does not panic without memory.
+/// Returns a bytes object with a copy of `bytes`. Unlike `PyBytes::new`, does not panic if there is no
+/// memory.
 #[allow(unsafe_code)]
 #[inline(always)]
 pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, NoMemory> {
@@ -52,7 +54,7 @@ pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, 
     }
 }
 
-/// A bytes object without another reference to it, whose first `filled` bytes are written.
+/// A bytes object that is not shared yet. Its first `filled` bytes are written.
 pub struct BytesBuilder {
     object: Py<PyBytes>,
     filled: usize,

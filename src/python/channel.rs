@@ -18,8 +18,9 @@ pub const READ_BUDGET: usize = 2 * 1024 * 1024;
 pub trait Decoder {
     type Event;
 
-    /// The most that one system call reads, in bytes, and the most that it reads behind a payload.
+    /// Largest number of bytes that one system call reads.
     const READ: usize;
+    /// Largest number of bytes that it reads past the end of a payload.
     const READ_BEHIND: usize;
     /// The read budget, in bytes.
     const BUDGET: usize;
@@ -60,14 +61,14 @@ impl From<ReadError> for Loss {
 pub struct Channel {
     /// `None` once the connection is lost or closed.
     socket: Option<Socket>,
-    /// Holds bytes objects, but none of a subclass, whose drop could run Python.
+    /// Holds bytes objects, but none of a subclass: dropping one of those could run Python.
     output: Output<PyBackedBytes>,
-    /// A flush is scheduled; nothing is sent before it.
+    /// Whether a flush is scheduled, before which nothing is sent.
     corked: bool,
 }
 
 impl Channel {
-    /// A channel that keeps up to `kept` bytes of its output buffer for further use.
+    /// A channel that keeps up to `kept` bytes of its output buffer for reuse.
     pub fn new(socket: Socket, kept: usize) -> Self {
         Self {
             socket: Some(socket),
@@ -107,13 +108,13 @@ impl Channel {
         self.corked = false;
     }
 
-    /// Whether the event loop has to report when the socket takes more.
+    /// Whether the event loop must report when the socket is writable.
     pub fn is_blocked(&self) -> bool {
         !self.output.is_empty() && !self.corked
     }
 
-    /// Sends `head` and `tail`, and keeps the bytes that the socket does not take. Returns how many it
-    /// took.
+    /// Sends `head` and `tail`, and keeps the bytes that the socket does not accept. Returns how many it
+    /// accepted.
     pub fn send(&mut self, head: &[u8], tail: Tail<'_, '_>) -> io::Result<usize> {
         let mut sent = 0;
         if let (Some(socket), false, true) = (&self.socket, self.corked, self.output.is_empty()) {
@@ -132,7 +133,7 @@ impl Channel {
         Ok(sent)
     }
 
-    /// Sends the unsent output, unless it is corked. Returns how many bytes the socket took.
+    /// Sends the unsent output, unless it is corked. Returns how many bytes the socket accepted.
     pub fn flush(&mut self) -> io::Result<usize> {
         let mut total = 0;
         let Some(socket) = self.socket.as_ref().filter(|_| !self.corked) else {
@@ -187,10 +188,10 @@ impl Channel {
     }
 }
 
-/// The part of a message behind its head.
+/// The part of a message after its head.
 pub enum Tail<'a, 'py> {
     None,
-    /// A bytes object, which can be kept.
+    /// A bytes object, which is immutable and can be kept.
     Shared(&'a Bound<'py, PyBytes>),
     /// Borrowed from a buffer that may change afterwards.
     Borrowed(&'a [u8]),
@@ -199,7 +200,7 @@ pub enum Tail<'a, 'py> {
 impl<'a, 'py> Tail<'a, 'py> {
     pub fn of(data: &'a Bound<'py, PyAny>, bytes: &'a [u8]) -> Self {
         match data.cast_exact::<PyBytes>() {
-            // Not of a subclass, whose drop could run Python.
+            // Not of a subclass: dropping one of those could run Python.
             Ok(data) => Tail::Shared(data),
             Err(_) => Tail::Borrowed(bytes),
         }

@@ -1,5 +1,6 @@
-//! A control connection: the protocol's exchange over a non-blocking socket. As in `stream`, nothing
-//! waits here (`connector.py` does), and errors are Rust values while the state is locked.
+//! A control connection: the protocol's exchange over a non-blocking socket. Nothing here waits;
+//! `connector.py` does. While the state is locked, errors are Rust values, for the reason given in
+//! `stream`.
 
 use super::channel::{is_unread, READ_BUDGET};
 use super::errors::{self, ConnectionLost};
@@ -72,7 +73,7 @@ impl ConnectionError {
 #[pymethods]
 impl ControlConnection {
     /// Begins to connect to a path or to `(ip, port)`. Returns `None` if the listen queue of a unix
-    /// socket is full: try again later.
+    /// socket is full; the caller must try again later.
     #[staticmethod]
     #[pyo3(signature = (address, *, max_frame = None))]
     fn connect(
@@ -121,8 +122,8 @@ impl ControlConnection {
         })
     }
 
-    /// Sends a request. Returns whether the socket took all of it. If not, wait until it is writable and
-    /// call `flush`.
+    /// Sends a request. Returns whether the socket accepted all of it. If not, wait until it is writable
+    /// and call `flush`.
     fn start(&self, request: PyRef<'_, PyRequest>) -> PyResult<bool> {
         self.with(|inner| {
             inner.values.clear();
@@ -133,7 +134,7 @@ impl ControlConnection {
         })
     }
 
-    /// Sends the rest of the request. Returns whether the socket took all of it.
+    /// Sends the rest of the request. Returns whether the socket accepted all of it.
     fn flush(&self) -> PyResult<bool> {
         self.with(Inner::flush)
     }
@@ -173,14 +174,14 @@ impl ControlConnection {
             .is_some_and(|inner| inner.exchange.state() == State::Consumed)
     }
 
-    /// Whether data has arrived without a request: most likely the end of the connection.
+    /// Whether something has arrived without a request, most likely the end of the connection.
     #[getter]
     pub fn stale(&self) -> PyResult<bool> {
         self.with(|inner| Ok(inner.socket.is_readable()))
     }
 
-    /// Takes the stream or subscription that this connection has become; before any request, the bare
-    /// connection.
+    /// Takes the stream or subscription that this connection has become. While no request is in flight,
+    /// takes the bare connection.
     fn take_stream(&self) -> PyResult<RawStream> {
         let taken = self.take(|inner| {
             inner.exchange.state() == State::Consumed || inner.exchange.is_reusable()
@@ -236,8 +237,8 @@ impl ControlConnection {
         inner.as_ref().map_or(-1, |inner| inner.socket.as_raw_fd())
     }
 
-    /// Closes the socket, unless it was taken. In a forked child only the descriptor is closed: the
-    /// connection is the parent's.
+    /// Closes the socket, unless it was taken. In a forked child only the descriptor is closed, since
+    /// the connection belongs to the parent.
     fn close(&self) {
         let inner = self.lock().take();
         if let Some(inner) = inner.filter(|_| super::fork_guard::pid() == self.pid) {
@@ -337,7 +338,7 @@ impl Inner {
         }))
     }
 
-    /// Returns the next event, or `None` if the socket or the budget has too few bytes for it.
+    /// Returns the next event, or `None` if too few bytes have arrived or the budget is used up.
     fn next_event(&mut self, budget: &mut usize) -> Result<Option<Event>, ConnectionError> {
         loop {
             if let Some(event) = self.exchange.poll().map_err(ConnectionError::protocol)? {

@@ -13,21 +13,21 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `bool | str`: on and off, or on with a choice.
+/// `bool | str`: on or off, or on with a choice.
 #[derive(FromPyObject)]
 enum Switch {
     Flag(bool),
     Choice(String),
 }
 
-/// `bool | tuple[int, int, float]`: on and off, or on with limits.
+/// `bool | tuple[int, int, float]`: on or off, or on with limits.
 #[derive(FromPyObject)]
 enum Manager {
     Flag(bool),
     Limits(u32, u32, f64),
 }
 
-/// `bool | int`: on and off, or on with another limit.
+/// `bool | int`: on or off, or on with another limit.
 #[derive(FromPyObject)]
 enum Restart {
     Flag(bool),

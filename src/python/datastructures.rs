@@ -1,4 +1,4 @@
-//! What requests return: `PeerInfo`, `StreamInfo`, `Identity`, `PubsubMessage`.
+//! The Python classes of replies and messages: `PeerInfo`, `StreamInfo`, `Identity`, `PubsubMessage`.
 
 use super::buffer::extract_bytes;
 use super::multiaddr::{extract_multiaddr, extract_multiaddrs, PyMultiaddr};
@@ -294,7 +294,7 @@ impl PyPubsubMessage {
         PyBytes::new(py, &self.key)
     }
 
-    // A keyword of Python, so not a property that a stub could declare.
+    // Not a property: `from` is a keyword of Python, so no stub could declare it.
     fn __getattr__<'py>(&self, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyBytes>> {
         if name == "from" {
             return Ok(PyBytes::new(name.py(), &self.from));

@@ -1,8 +1,8 @@
 //! Drives a file descriptor with callbacks of an event loop. A `Driver` registers the callbacks, creates
-//! and completes futures, and detects a fork or a closed loop. A `Driven` connection adds what differs:
-//! how input is decoded, and whose futures the events complete.
+//! and completes futures, and detects a fork or a closed loop. A connection type implements `Driven`:
+//! how input is decoded, and which futures the events complete.
 //!
-//! No Python is called while a connection's state is locked, since it could call the same connection.
+//! No Python code runs while a connection's state is locked, since it could use the same connection.
 //! Under the lock, events and errors are Rust values.
 
 use super::channel::Channel;
@@ -20,7 +20,7 @@ use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// A descriptor on its event loop.
+/// A file descriptor on its event loop.
 pub struct Driver {
     /// asyncio's or uvloop's loop, or p2pclient_rs.reactor.TrioReactor, which has the same methods.
     event_loop: Py<PyAny>,
@@ -53,7 +53,8 @@ pub struct Registrations {
 }
 
 impl Registered {
-    /// Records which callbacks are wanted. Returns the changes, to be made without the lock.
+    /// Records which callbacks are wanted. Returns the changes, which the caller makes after it has
+    /// released the lock.
     pub fn update(&mut self, reader: bool, writer: bool) -> Registrations {
         let change = |registered: &mut bool, wanted| {
             let before = std::mem::replace(registered, wanted);
@@ -72,8 +73,8 @@ impl Registrations {
     }
 }
 
-/// Counts operations that found their result ready. After 16 in a row, callers have to wait for the event
-/// loop.
+/// Counts operations that found their result ready. After 16 in a row, the next one must wait for the
+/// event loop.
 #[derive(Default)]
 pub struct Attempts(u8);
 
@@ -87,7 +88,7 @@ impl Attempts {
         may
     }
 
-    /// The event loop has run other callbacks.
+    /// Resets the count, since the event loop has run other callbacks.
     pub fn start_over(&mut self) {
         self.0 = 0;
     }
@@ -104,7 +105,7 @@ impl Driver {
         }
     }
 
-    /// Whether this is a forked child. Descriptor and loop belong to its parent.
+    /// Whether this process is a forked child. The descriptor and the loop belong to its parent.
     pub fn is_forked(&self) -> bool {
         pid() != self.pid
     }
@@ -133,7 +134,7 @@ impl Driver {
         self.push(ready, future::complete(future, outcome, in_place));
     }
 
-    /// As `future::push`. Watches the first wake-up on this type of loop.
+    /// Like `future::push`, but checks the first wake-up on this type of loop.
     pub fn push(&self, ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
         let event_loop = self.event_loop.bind(ready.py());
         let completed = completed.and_then(|wake_up| {
@@ -148,7 +149,7 @@ impl Driver {
         self.batch.is_here()
     }
 
-    /// Registers `callback(argument)`, for when the descriptor is ready.
+    /// Registers `callback(argument)`, which the loop calls when the descriptor is ready.
     pub fn add(
         &self,
         way: Way,
@@ -174,7 +175,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Whether the loop was closed. It can then watch no descriptor and resume no task.
+    /// Whether the loop was closed. A closed loop can neither watch descriptors nor resume tasks.
     pub fn loop_is_closed(&self, py: Python<'_>) -> PyResult<bool> {
         let event_loop = self.event_loop.bind(py);
         event_loop
@@ -200,8 +201,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Removes a connection's callbacks and closes its socket, `gracefully` if a reset must not overtake
-    /// the last bytes sent. Returns whether the loop can still resume tasks, and the first error.
+    /// Removes a connection's callbacks and closes its socket. With `gracefully`, no reset overtakes the
+    /// last bytes sent. Returns whether the loop can still resume tasks, and the first error.
     pub fn close(
         &self,
         py: Python<'_>,
@@ -245,18 +246,18 @@ pub trait Driven: PyClass<Frozen = True> + Sync {
 
     fn state(&self) -> &Mutex<Self::State>;
 
-    /// `p2pclient_rs.driver.on_readable`, which the loop calls with this connection. It calls `read`,
-    /// makes the calls that are ready, and calls `flush`.
+    /// `p2pclient_rs.driver.on_readable`, which the loop calls with this connection. That function calls
+    /// `read`, makes the calls that are ready, and calls `flush`.
     fn on_readable(&self) -> &Py<PyAny>;
 
-    /// Completes the future of an event, or returns a call to make for it.
+    /// Completes the future of an event, or returns a call that the caller must make for it.
     fn handle(
         slf: &Bound<'_, Self>,
         event: <Self::State as DrivenState>::Event,
         in_place: bool,
     ) -> PyResult<Option<WakeUp>>;
 
-    /// Makes the loop operations that follow from a change of the state.
+    /// Carries out the loop operations that follow from a change of the state.
     fn run(
         slf: &Bound<'_, Self>,
         follow_up: <Self::State as DrivenState>::FollowUp,
@@ -265,7 +266,7 @@ pub trait Driven: PyClass<Frozen = True> + Sync {
     /// Ends the connection: closes the socket and fails all futures.
     fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()>;
 
-    /// As `lose`, after a write has failed.
+    /// Like `lose`, after a write has failed.
     fn lose_writing(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         Self::lose(slf, loss)
     }
@@ -275,7 +276,7 @@ pub trait Driven: PyClass<Frozen = True> + Sync {
 pub trait DrivenState {
     /// A decoded message.
     type Event;
-    /// Loop operations, to be made without the lock.
+    /// Loop operations, carried out after the lock is released.
     type FollowUp;
 
     fn channel(&mut self) -> &mut Channel;
@@ -286,7 +287,7 @@ pub trait DrivenState {
     /// Sends the unsent output, unless it is corked.
     fn flush(&mut self) -> Result<(), Loss>;
 
-    /// Why reading has ended. Kept until the events before that are handled.
+    /// Why reading has ended. Kept until all earlier events are handled.
     fn loss(&mut self) -> &mut Option<Loss>;
 
     fn follow_up(&mut self) -> Self::FollowUp;
@@ -297,15 +298,16 @@ pub fn lock<C: Driven>(this: &C) -> MutexGuard<'_, C::State> {
     this.state().lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads input and handles its events. Appends the calls to make to `ready`; when they are made, even if
-/// one has raised, the caller must call `flush`.
+/// Reads input and handles its events. Appends the calls to make to `ready`. The caller makes them, then
+/// calls `flush`, even if one has raised.
 pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResult<()> {
     let driver = slf.get().driver();
     if driver.is_forked() {
         return Ok(());
     }
     let _guard = enter(slf.py());
-    // First, since a signal handler can raise in it, and nothing that was read may be lost then.
+    // Called before reading: a signal handler can raise in `may_wake`, and input that was read would be
+    // lost.
     let may_wake = driver.may_wake(slf.py())?;
     if may_wake {
         driver.batch.begin();
@@ -317,7 +319,7 @@ pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResul
         let mut state = lock(slf.get());
         let loss = state.read(&mut events).err();
         if events.len() > 1 {
-            // The resumed tasks are likely to send messages: all of them go out in one write.
+            // The resumed tasks are likely to send messages. Corking sends all of them in one write.
             state.channel().cork();
         }
         let lost = loss.is_some();
@@ -343,8 +345,8 @@ pub fn handle_all<C: Driven>(
     }
 }
 
-/// Closes the connection if reading has failed. Otherwise sends the unsent output: `now`, or in the next
-/// iteration of the loop, after the woken tasks have run.
+/// Closes the connection if reading has failed. Otherwise sends the unsent output: at once if `now`,
+/// else in the next iteration of the loop, after the woken tasks have run.
 pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
     let driver = slf.get().driver();
     driver.batch.end();
@@ -355,7 +357,7 @@ pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
     let (mut read_failed, mut corked) = (false, false);
     let changed = change_state(slf.get(), |state| {
         if let Some(loss) = state.loss().take() {
-            // Before anything changes: `lose` removes the callbacks that are registered now.
+            // Checked before anything changes: `lose` removes the callbacks that are registered now.
             read_failed = true;
             return Err(loss);
         }
@@ -370,7 +372,7 @@ pub fn flush<C: Driven>(slf: &Bound<'_, C>, now: bool) -> PyResult<()> {
         changed => after(slf, changed),
     };
     if corked {
-        // Also if that raised: nothing else sends what is corked.
+        // Even if that raised: nothing else would send the corked output.
         let uncork = slf.as_any().getattr(intern!(slf.py(), "_uncork"));
         return outcome.and(uncork.and_then(|uncork| driver.call_soon(&uncork)));
     }
@@ -400,7 +402,7 @@ pub fn change<C: Driven>(
 /// The result of `change_state`.
 pub type Changed<C> = Result<<<C as Driven>::State as DrivenState>::FollowUp, Loss>;
 
-/// As `change`, without running Python. The caller must call `after`.
+/// Like `change`, but runs no Python code. The caller must then call `after`.
 pub fn change_state<C: Driven>(
     this: &C,
     f: impl FnOnce(&mut C::State) -> Result<(), Loss>,
@@ -412,7 +414,7 @@ pub fn change_state<C: Driven>(
     Ok(state.follow_up())
 }
 
-/// Makes the loop operations that follow from `change_state`.
+/// Carries out the loop operations that follow from `change_state`.
 pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()> {
     match changed {
         Ok(follow_up) => C::run(slf, follow_up),
@@ -424,8 +426,8 @@ pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()>
 pub fn register<C: Driven>(slf: &Bound<'_, C>, registrations: Registrations) -> PyResult<()> {
     let (py, this) = (slf.py(), slf.get());
     let driver = this.driver();
-    // Python code that ran since the state was unlocked may have closed the socket. Another file may have
-    // its number.
+    // Python code that ran since the state was unlocked may have closed the socket. Another file may
+    // have its descriptor number by now.
     let may_add = !registrations.adds() || lock(this).channel().is_open();
     match registrations.reader {
         Some(true) if may_add => {

@@ -33,7 +33,7 @@ fn make_lost(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     Ok(make.bind(py))
 }
 
-/// Imports the exceptions. Called when a socket is opened, since a finalizer that closes one while the
+/// Imports the exceptions. Called when a socket is opened: a finalizer that closes the socket while the
 /// interpreter exits cannot import anything.
 pub fn import(py: Python<'_>) {
     BrokenResourceError::type_object(py);
@@ -47,8 +47,8 @@ pub fn import(py: Python<'_>) {
     let _ = make_lost(py); // if this fails, the later use reports it
 }
 
-/// Creates an exception at once. PyO3 creates its exceptions when they are first used, and releases the
-/// interpreter for that. In a finalizer while the interpreter exits, it would not get it back.
+/// Creates an exception at once. PyO3 would create it on first use, and release the GIL for that. A
+/// finalizer that runs while the interpreter exits would not get the GIL back.
 pub fn made<E: PyTypeInfo>(py: Python<'_>, message: &str) -> PyErr {
     match E::type_object(py).call1((message,)) {
         Ok(value) => PyErr::from_value(value),
@@ -105,7 +105,7 @@ pub fn connection_gone(message: &str) -> PyErr {
     connection_gone_of(message, None)
 }
 
-/// As `connection_gone`, with the errno if there is one.
+/// Like `connection_gone`, with the errno if there is one.
 pub fn connection_gone_of(message: &str, number: Option<i32>) -> PyErr {
     Python::attach(|py| {
         let lost = made_lost(py, message, number);

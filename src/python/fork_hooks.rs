@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 static PROCESSES: Mutex<Vec<Weak<Process>>> = Mutex::new(Vec::new());
 
 thread_local! {
-    /// The daemons that this thread has paused, while it forks.
+    /// The daemons that this thread has paused; `None` unless it is forking.
     static PAUSED: RefCell<Option<Vec<Arc<Process>>>> = const { RefCell::new(None) };
 }
 
@@ -32,7 +32,7 @@ pub(super) static GATE: Gate = Gate {
 };
 
 impl Gate {
-    /// How long a fork waits for other threads. A method takes some milliseconds.
+    /// Time that a fork waits for other threads. A method takes a few milliseconds.
     const PATIENCE: Duration = Duration::from_secs(5);
     const PAUSE: Duration = Duration::from_micros(100);
 
@@ -80,13 +80,13 @@ impl Gate {
 }
 
 fn is_forking() -> bool {
-    // False while the thread exits.
+    // Returns false while the thread exits.
     PAUSED
         .try_with(|paused| paused.try_borrow().is_ok_and(|paused| paused.is_some()))
         .unwrap_or(false)
 }
 
-/// Registers a new daemon with the hooks. Call it within the gate.
+/// Registers a new daemon with the hooks. Must be called within the gate.
 pub(super) fn registered(process: Process) -> Arc<Process> {
     let process = Arc::new(process);
     let mut all = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);

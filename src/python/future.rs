@@ -1,4 +1,4 @@
-//! The futures that tasks await: made by the event loop, completed by a driver.
+//! The futures that tasks await. An event loop creates them, and a driver completes them.
 
 use super::shutdown_guard::enter;
 use super::wake::{self, WakeUp};
@@ -18,8 +18,8 @@ pub fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
         .is_truthy()
 }
 
-/// Completes a future, unless it is done. With `in_place`, returns the call that resumes its task. If it
-/// returns `None`, the event loop resumes the task in its next iteration.
+/// Completes a future, unless it is done. With `in_place`, returns the call that resumes its task, if
+/// possible. Otherwise the event loop resumes the task in its next iteration.
 pub fn complete(
     future: &Bound<'_, PyAny>,
     outcome: PyResult<Py<PyAny>>,
@@ -44,7 +44,8 @@ pub fn mark_retrieved(future: &Bound<'_, PyAny>) {
     let _ = future.call_method0(intern!(future.py(), "exception"));
 }
 
-/// Appends what `complete` returned to `ready`. An error is reported and does not stop the batch.
+/// Appends the result of `complete` to `ready`. Reports an error instead of returning it, so that the
+/// batch continues.
 pub fn push(ready: &Bound<'_, PyList>, completed: PyResult<Option<WakeUp>>) {
     let pushed = match completed {
         Ok(Some(wake_up)) => ready.append(wake_up),

@@ -115,7 +115,7 @@ mod _native {
     }
 }
 
-/// The code relies on the GIL, and is tested only with it.
+/// Refuses free-threaded Python: the code relies on the GIL.
 fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
     let flags: String = py
         .import("sys")?
@@ -130,11 +130,11 @@ fn refuse_free_threading(py: Python<'_>) -> PyResult<()> {
     Ok(())
 }
 
-/// PyO3's types are shared by all interpreters of a process, and PyO3 itself refuses only subinterpreters
-/// with their own GIL.
+/// Refuses subinterpreters: all interpreters of a process share PyO3's types. PyO3 itself refuses only
+/// subinterpreters with their own GIL.
 #[allow(unsafe_code)]
 fn refuse_subinterpreters() -> PyResult<()> {
-    // SAFETY: the calling thread runs in an interpreter, whose id is read.
+    // SAFETY: the calling thread is attached to the interpreter whose id is read.
     let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
     if id != 0 {
         return Err(PyImportError::new_err(

@@ -231,7 +231,7 @@ impl PyMultiaddr {
         let theirs = if let Ok(other) = other.cast::<Self>() {
             Some(other.get().0.to_bytes())
         } else if matches!(op, CompareOp::Eq | CompareOp::Ne) && is_named(other, &["Multiaddr"])? {
-            // Without with_absolute_path no unix address would equal py-multiaddr's.
+            // Without with_absolute_path, no unix address would equal one of py-multiaddr.
             bytes_of(other)?.map(|b| Multiaddr::from_bytes(b).with_absolute_path().to_bytes())
         } else {
             None
@@ -249,7 +249,7 @@ impl PyMultiaddr {
         self.to_bytes(py).hash()
     }
 
-    // Through from_bytes, since an address from a daemon need not be well-formed.
+    // Uses from_bytes, since an address from a daemon need not be well-formed.
     fn __reduce__<'py>(
         slf: &Bound<'py, Self>,
     ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
@@ -264,7 +264,7 @@ enum WantedProtocol {
     Name(PyBackedStr),
     #[pyo3(transparent)]
     Code(u32),
-    // Ours, or another library's.
+    // A `Protocol` of this or another library.
     Protocol {
         #[pyo3(attribute)]
         code: u32,

@@ -58,8 +58,8 @@ pub fn parse_peer_id(text: &Bound<'_, PyString>) -> PyResult<PeerId> {
 #[pyclass(frozen, subclass, weakref, name = "PeerID", module = "p2pclient_rs")]
 pub struct PyPeerId {
     peer_id: PeerId,
-    // Peer ids are keys of dicts and are logged: Python's bytes cache their hash, and base58 is
-    // quadratic.
+    // Cached, because peer ids are keys of dicts and are logged: Python's bytes cache their hash, and
+    // base58 takes quadratic time.
     bytes: PyOnceLock<Py<PyBytes>>,
     base58: PyOnceLock<Py<PyString>>,
 }
@@ -210,13 +210,13 @@ impl PyPeerId {
         self.text(py)
     }
 
-    // As both incumbents print it; logs are grepped for it.
+    // As p2pclient and hivemind print it; users search logs for this form.
     fn __repr__(&self, py: Python<'_>) -> String {
         format!("<libp2p.peer.id.ID ({})>", self.text(py))
     }
 
-    // Equal to its text and its bytes, too, as with the incumbents. Hashes as its bytes, so only
-    // those are interchangeable as keys of a dict.
+    // Also equal to its text and its bytes, as in p2pclient and hivemind. Has the hash of its bytes, so
+    // only the bytes are interchangeable with it as a key of a dict.
     fn __richcmp__<'py>(
         &self,
         other: &Bound<'py, PyAny>,
@@ -226,7 +226,8 @@ impl PyPeerId {
         let answer = match op {
             CompareOp::Eq => self.equals(other)?,
             CompareOp::Ne => self.equals(other)?.map(|equal| !equal),
-            // By text, as hivemind does: of ids of different lengths, bytes order otherwise.
+            // Ordered by text, as in hivemind. The order of the bytes differs for ids of different
+            // lengths.
             _ => match other.cast::<Self>() {
                 Ok(other) => {
                     let (mine, theirs) = (self.text(py), other.get().text(py));

@@ -1,5 +1,5 @@
-//! A persistent connection, for unary calls: the protocol's state machine, driven by callbacks of the
-//! event loop. `persistent.py` opens it, and takes the incoming calls.
+//! A persistent connection for unary calls: the protocol's state machine, driven by callbacks of the
+//! event loop. `persistent.py` opens the connection, and receives the incoming calls.
 
 mod payload;
 mod state;
@@ -44,9 +44,12 @@ struct Submitted {
     _forgotten: Option<Token>,
 }
 
-/// The limits as `unary.py` gives them: the largest message to send and to receive, in bytes; the
-/// number of calls in progress and the size of their payloads, in bytes; how long reading may pause
-/// above these, in seconds.
+/// The limits, in the order in which `unary.py` passes them:
+/// - the largest message to send, in bytes
+/// - the largest message to receive, in bytes
+/// - the number of incoming calls in progress
+/// - the total size of their payloads, in bytes
+/// - how long reading may pause because of the last two, in seconds
 #[derive(FromPyObject)]
 pub struct Limits(
     usize,
@@ -90,7 +93,7 @@ impl PersistentConnection {
 
 #[pymethods]
 impl PersistentConnection {
-    /// As the first `read`. `input` came together with the reply to the upgrade.
+    /// Acts as the first `read`, of `input` that arrived together with the reply to the upgrade.
     fn start(slf: &Bound<'_, Self>, input: &[u8], ready: &Bound<'_, PyList>) {
         let mut events = Vec::new();
         lock(slf.get()).start(input, &mut events);
@@ -102,7 +105,7 @@ impl PersistentConnection {
         driver::read(slf, ready)
     }
 
-    /// Sends unsent messages: `now`, or after the woken tasks have run.
+    /// Sends unsent messages: at once if `now`, else after the woken tasks have run.
     fn flush(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
         driver::flush(slf, now)
     }
@@ -135,8 +138,8 @@ impl PersistentConnection {
         Ok(id.map(|id| (future, PyBytes::new(py, &id))))
     }
 
-    /// Registers a handler of `protocol` with the daemon, which answers by `token.set_result` or
-    /// `token.set_exception`.
+    /// Registers a handler of `protocol` with the daemon. Calls `token.set_result` or
+    /// `token.set_exception` when the daemon answers.
     fn add_handler(
         slf: &Bound<'_, Self>,
         protocol: &str,
@@ -150,7 +153,7 @@ impl PersistentConnection {
         Self::finish(slf, submitted).map(drop)
     }
 
-    /// Unregisters the handler of `protocol`, as `add_handler` registers it.
+    /// Unregisters the handler of `protocol`. Uses `token` as `add_handler` does.
     fn remove_handler(slf: &Bound<'_, Self>, protocol: &str, token: Token) -> PyResult<()> {
         let submitted = slf.get().submit(Tail::None, |state| {
             let State { core, head, .. } = state;
@@ -159,8 +162,8 @@ impl PersistentConnection {
         Self::finish(slf, submitted).map(drop)
     }
 
-    /// Cancels a call, unless its reply has come. Does nothing in a forked child: the call is the
-    /// parent's.
+    /// Cancels a call, unless its reply has arrived. Does nothing in a forked child, since the call
+    /// belongs to the parent.
     fn cancel(slf: &Bound<'_, Self>, id: CallId) -> PyResult<()> {
         let mut token = None;
         driver::change(slf, |state| {
@@ -204,14 +207,15 @@ impl PersistentConnection {
         driver::change(slf, |state| {
             let hold = state.core.limits().hold;
             state.core.set_limits(limits.into());
-            // A timer that was started for another time does nothing.
+            // If the hold has changed, another timer is needed. The old one does nothing before the new
+            // hold is over.
             state.hold_timer &= state.core.limits().hold == hold;
             Ok(())
         })
     }
 
-    /// Whether the output has room for a call. If not, `token.set_result` is called when it has; a caller
-    /// that then makes no call must call `pass_on`.
+    /// Whether the output has room for a call. If not, calls `token.set_result` as soon as it has. A
+    /// caller that then makes no call must call `pass_on`.
     fn room(&self, token: Token) -> bool {
         let mut state = lock(self);
         if !state.channel.is_open() || state.channel.unsent() <= unary::HIGH_WATER {
@@ -245,8 +249,8 @@ impl PersistentConnection {
             drop(socket);
             return Ok(());
         }
-        // Go's daemon does not tell peers that a client has left: their calls, and our handlers, would
-        // never end. Bytes that the socket does not take at once are lost.
+        // The Go daemon does not notify peers that a client has left: their calls, and our handlers,
+        // would never end. Bytes that the socket does not accept at once are lost.
         let _ = driver::change(slf, |state| {
             state.channel.uncork();
             state
@@ -269,7 +273,7 @@ impl PersistentConnection {
         self.driver.in_wake_batch()
     }
 
-    /// Number of replies that are awaited.
+    /// Number of calls and requests that are not answered yet.
     #[getter]
     fn pending(&self) -> usize {
         lock(self).core.pending()
@@ -445,7 +449,7 @@ impl Driven for PersistentConnection {
                 std::mem::take(&mut state.callers),
             )
         };
-        // The last message sent must not be overtaken by a reset.
+        // A reset must not overtake the last message sent.
         let gracefully = matches!(loss, Loss::Closed);
         let (can_wake, mut outcome) = this.driver.close(py, socket, registered, gracefully);
         if !can_wake {
@@ -470,7 +474,7 @@ impl Driven for PersistentConnection {
     fn lose_writing(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let mut events = Vec::new();
         let _ = DrivenState::read(&mut *lock(slf.get()), &mut events);
-        // A handler's reply could not be sent.
+        // Incoming calls are dropped, since a handler's reply could not be sent.
         events.retain(|event| !matches!(event, Event::Call { .. } | Event::Cancelled { .. }));
         driver::handle_all(slf, events, false, &PyList::empty(slf.py()));
         Self::lose(slf, loss)
@@ -483,7 +487,7 @@ impl PersistentConnection {
         Ok((!owner.is_none()).then_some(owner))
     }
 
-    /// Sends the head that `encode` makes, and `tail`. The caller must call `finish`.
+    /// Sends the head that `encode` writes, and `tail`. The caller must then call `finish`.
     fn submit(
         &self,
         tail: Tail<'_, '_>,
@@ -508,13 +512,13 @@ impl PersistentConnection {
         Ok(Submitted {
             id: sent,
             too_large: encoded.err(),
-            // Also if nothing was sent: another caller may wait for the room.
+            // Even if nothing was sent: another caller may wait for the room.
             follow_up: DrivenState::follow_up(&mut *state),
             _forgotten: forgotten,
         })
     }
 
-    /// Makes the loop operations after `submit`. If this raises, the message was not sent.
+    /// Carries out the loop operations after `submit`. If this raises, the message was not sent.
     fn finish(slf: &Bound<'_, Self>, submitted: Submitted) -> PyResult<Option<CallId>> {
         Self::run(slf, submitted.follow_up)?;
         if let Some(error) = submitted.too_large {

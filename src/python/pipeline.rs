@@ -18,12 +18,12 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
-/// How many queries may be in flight, and how many bytes of them unsent: a daemon that does not reply or
-/// read must not fill our memory.
+/// Limits on queries in flight and on their unsent bytes, so that a daemon that does not reply or read
+/// cannot exhaust memory.
 const MAX_QUERIES: usize = 1024;
 const MAX_OUTPUT: usize = 1024 * 1024;
 
-/// How many bytes of the output buffer are kept for further use.
+/// How many bytes of the output buffer are kept for reuse.
 const KEPT_OUTPUT: usize = 16 * 1024;
 
 /// A control connection for the queries of one event loop.
@@ -40,12 +40,12 @@ pub struct State {
     /// The futures of the queries in flight, in the order of their replies. A query that was cancelled
     /// keeps its place.
     queries: VecDeque<Py<PyAny>>,
-    /// Takes no more queries, and closes after the last reply.
+    /// Whether the pipeline takes no more queries, and closes after the last reply.
     retired: bool,
     loss: Option<Loss>,
-    /// Whether anything was sent since no query was in flight.
+    /// Whether any bytes were sent since the last time that no query was in flight.
     sent: bool,
-    /// Of a lost connection: whether the daemon cannot have read the first query in flight.
+    /// Whether the connection was lost before the daemon could read the first query in flight.
     unread: bool,
     registered: Registered,
     attempts: Attempts,
@@ -60,7 +60,7 @@ enum Sent {
     Lost(Loss),
 }
 
-/// Loop operations after a change of the state.
+/// Loop operations to carry out after a change of the state.
 pub struct FollowUp {
     registrations: Registrations,
     retired: bool,
@@ -142,7 +142,7 @@ impl Pipeline {
         driver::read(slf, ready)
     }
 
-    /// Sends unsent queries: `now`, or after the woken tasks have run.
+    /// Sends unsent queries: at once if `now`, else after the woken tasks have run.
     fn flush(slf: &Bound<'_, Self>, now: bool) -> PyResult<()> {
         driver::flush(slf, now)
     }
@@ -247,7 +247,7 @@ impl Driven for Pipeline {
         let _guard = enter(slf.py());
         let registered = driver::register(slf, follow_up.registrations);
         if registered.is_err() {
-            // The replies would never be read.
+            // Without the callback, the replies would never be read.
             Self::lose(slf, Loss::Closed)?;
             return registered;
         }
@@ -304,13 +304,14 @@ impl State {
             return Sent::Refused;
         };
         let is_full = self.queries.len() >= MAX_QUERIES || self.channel.unsent() > MAX_OUTPUT;
-        // Only requests with a single message as their reply keep replies and queries in step.
+        // Replies are matched to queries by their order, so each query must have a single message as its
+        // reply.
         let is_query = request.answered() == Answered::AtOnce;
         if is_full || self.loss.is_some() || !is_query {
             return Sent::Refused;
         }
         if is_first && socket.is_readable() {
-            // Not a reply: most likely the end of the connection.
+            // This is not a reply; most likely the connection has ended.
             self.retired = true;
             return Sent::Refused;
         }
@@ -321,7 +322,7 @@ impl State {
         self.queries.push_back(future.clone().unbind());
         let sent = self.channel.send(&frame, Tail::None);
         let mut outcome = self.written(sent);
-        // A fast daemon has replied by now, unless it has to wait for this core.
+        // A fast daemon has already replied, unless it is waiting for this CPU core.
         if outcome.is_ok() && is_first && self.attempts.another() {
             outcome = self.read_replies(events);
         }
@@ -338,7 +339,7 @@ impl State {
                 Ok(())
             }
             Err(error) => {
-                // A part of a query is no query: the daemon cannot have acted on it.
+                // The daemon cannot have acted on a part of a query.
                 self.unread = !self.sent || self.queries.len() == 1;
                 Err(error.into())
             }

@@ -1,4 +1,4 @@
-//! The protocol's policies on inbound streams and registrations, for the Python driver.
+//! The protocol's policies for inbound streams and registrations, as Python classes.
 
 use p2pd_protocol::policy::inbound::{self, Admission};
 use p2pd_protocol::policy::registration::{self, Action, Ending, Former, Record, Reply};
@@ -72,7 +72,7 @@ impl LogThrottle {
     }
 }
 
-/// The registration of one protocol, under way.
+/// A registration of one protocol, in progress.
 ///
 /// An action is a pair: `("register", balanced)`, `("remove", former)`, `("probe", False)`, or, at
 /// the end, `("registered", False)`, `("last error", False)` or `("first error", False)`.

@@ -1,4 +1,5 @@
-//! The idle control connections of one event loop: the policy of the pool over Python's connections.
+//! The pool of idle control connections of one event loop: applies the protocol's pool policy to Python
+//! objects.
 
 use super::connection::ControlConnection;
 use p2pd_protocol::policy::pool::{self as policy, Fitness, Generation, WitnessId};
@@ -8,10 +9,10 @@ use pyo3::types::PyTuple;
 use pyo3::{intern, PyTraverseError, PyVisit};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How many requests may run at once that make the daemon ask other peers.
+/// Limit on concurrent requests for which the daemon asks other peers.
 pub const MAX_SLOW_REQUESTS: usize = policy::MAX_SLOW_REQUESTS;
 
-/// How many other requests may run at once, and how many idle connections are kept.
+/// Limit on other concurrent requests, and on idle connections.
 pub const MAX_IDLE: usize = policy::MAX_IDLE;
 
 /// The idle connections of one event loop. A connection is a tuple whose first item is a
@@ -19,7 +20,8 @@ pub const MAX_IDLE: usize = policy::MAX_IDLE;
 #[pyclass(frozen, module = "p2pclient_rs._native")]
 pub struct ConnectionPool {
     inner: Mutex<policy::Pool<Idle>>,
-    /// The generation of every connection. Once the pool is closed it takes none back.
+    /// The generation of every connection. A closed pool is in a later generation, so it takes none
+    /// back.
     generation: Generation,
 }
 

@@ -1,4 +1,5 @@
-//! A daemon's process for `p2pclient_rs.daemon`, which does the waiting.
+//! A daemon's process, as a Python class. `startup.py` waits until it is ready, and `process.py` until
+//! it ends.
 
 use super::daemon::{value_error, DaemonOptions};
 use super::errors;
@@ -84,18 +85,18 @@ impl DaemonProcess {
         self.0.supervision().map(Supervision)
     }
 
-    /// Deaths in a row after which the daemon is given up; 0 if it is never started again.
+    /// Consecutive deaths after which the daemon is no longer restarted; 0 if it is never restarted.
     #[getter]
     fn restart_limit(&self) -> u32 {
         self.0.restart_limit()
     }
 
-    /// Sets whether a supervisor starts the daemon again when it ends.
+    /// Sets whether a supervisor restarts the daemon when it ends.
     fn set_supervised(&self, supervised: bool) {
         self.0.set_supervised(supervised);
     }
 
-    /// Whether the daemon has ended, and no supervisor starts it again.
+    /// Whether the daemon has ended, and no supervisor restarts it.
     #[getter]
     fn finished(&self, py: Python<'_>) -> bool {
         outside(py, || self.0.finished())
@@ -192,7 +193,8 @@ impl DaemonProcess {
         }
     }
 
-    /// Why a reply to IDENTIFY with this peer id does not mean that the daemon is ready, or None.
+    /// Returns why a reply to IDENTIFY with this peer id does not mean that the daemon is ready, or
+    /// None.
     fn doubt(&self, py: Python<'_>, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
         let peer_id = extract_peer_id(peer_id)?;
         Ok(outside(py, || self.0.doubt(&peer_id)))
@@ -241,9 +243,8 @@ fn peers(peers: Vec<(String, BootstrapPeer)>) -> Vec<(String, PyPeerId, Vec<PyMu
     peers.map(converted).collect()
 }
 
-/// Converts to a DaemonStartError. If the operating system refused something, the exception has the
-/// error number and the OSError as its `__cause__`, and is also an instance of that OSError's
-/// class.
+/// Converts to a DaemonStartError. If the cause is an error of the operating system, the exception has
+/// the errno and the OSError as its `__cause__`, and is also an instance of that OSError's class.
 fn start_error(py: Python<'_>, error: StartError) -> PyErr {
     let make = || -> PyResult<PyErr> {
         let details = PyDict::new(py);

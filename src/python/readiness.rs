@@ -1,4 +1,4 @@
-//! Waits on asyncio and uvloop until a descriptor is ready, with the event loop's own callbacks.
+//! Waits until a descriptor is ready, with the callbacks of an asyncio or uvloop event loop.
 
 use super::connection::{closed, ControlConnection};
 use super::driver::{Attempts, Driver, Way};
@@ -25,23 +25,23 @@ pub struct Readiness {
     write: Mutex<Direction>,
 }
 
-/// The state of one way.
+/// The state of one direction, reading or writing.
 #[derive(Default)]
 struct Direction {
     registered: bool,
-    /// No task was waiting at the last event.
+    /// Whether no task was waiting at the last event.
     idle: bool,
     closed: bool,
     /// The futures of waiting tasks, each with the number of unsent bytes at which it is completed.
     futures: Vec<(Py<PyAny>, usize)>,
-    /// The stream whose unsent output the loop is to write.
+    /// The stream whose unsent output is written when the descriptor is writable.
     flushing: Option<Flushing>,
-    /// The connection whose reply the loop is to read, and the future of the reply.
+    /// The connection whose reply is read when the descriptor is readable, and the future of the reply.
     reply: Option<(Py<ControlConnection>, Py<PyAny>)>,
     attempts: Attempts,
 }
 
-/// A stream with unsent output, and the object that has to live until it is written.
+/// A stream with unsent output, and the object that must live until it is written.
 struct Flushing {
     stream: Py<RawStream>,
     owner: Py<PyAny>,
@@ -100,7 +100,7 @@ impl Readiness {
         let _guard = enter(py);
         let this = slf.get();
         let future = this.driver.create_future(py)?;
-        // A fast daemon has replied by now, unless it has to wait for this core.
+        // A fast daemon has already replied, unless it is waiting for this CPU core.
         if this.direction(Way::Read).attempts.another() {
             if let Some(answer) = connection.get().step(py)? {
                 future::complete(&future, Ok(answer), false)?;
@@ -148,8 +148,8 @@ impl Readiness {
         self.driver.remove(py, Way::Write)
     }
 
-    /// Removes the callbacks and completes all futures. In a forked child it does neither: the loop's
-    /// epoll instance is the parent's.
+    /// Removes the callbacks and completes all futures. In a forked child it does neither, since the
+    /// loop's epoll instance belongs to the parent.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if self.driver.is_forked() {
             for way in [Way::Read, Way::Write] {
@@ -230,7 +230,10 @@ impl Readiness {
         direction.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// No Python is called while a direction is locked, since it could call this object.
+    /// Returns a future, completed when the descriptor may be ready and at most `mark` bytes are unsent,
+    /// or on `close`.
+    ///
+    /// No Python code runs while a direction is locked, since it could use this object.
     fn wait(slf: &Bound<'_, Self>, way: Way, mark: usize) -> PyResult<Py<PyAny>> {
         let (py, this) = (slf.py(), slf.get());
         let _guard = enter(py);
@@ -262,7 +265,7 @@ impl Readiness {
             direction.closed
         };
         if closed {
-            // Python code above has closed this.
+            // Python code above has closed this object.
             for (future, _) in futures {
                 future::complete(future.bind(py), Ok(py.None()), false)?;
             }
@@ -272,8 +275,8 @@ impl Readiness {
         Ok(future.unbind())
     }
 
-    /// Registers the callback, unless it is registered or this is closed: then another file may have
-    /// the descriptor's number.
+    /// Registers the callback, unless it is registered or this object is closed. After a close, another
+    /// file may have the descriptor's number.
     fn register(slf: &Bound<'_, Self>, way: Way) -> PyResult<()> {
         let this = slf.get();
         {
@@ -295,7 +298,8 @@ impl Readiness {
     fn collect(&self, ready: &Bound<'_, PyList>, way: Way) -> PyResult<()> {
         let py = ready.py();
         let _guard = enter(py);
-        // First, since a signal handler can raise in it, and no future may be lost then.
+        // Called first: a signal handler can raise in `may_wake`, and futures taken before would be
+        // lost.
         let may_wake = self.driver.may_wake(py)?;
         let (futures, flushing, reply) = {
             let mut direction = self.direction(way);
@@ -305,7 +309,7 @@ impl Readiness {
                 direction.reply.take(),
             )
         };
-        // The resumed task will meet an error itself.
+        // Errors are ignored here, since the resumed task will run into them itself.
         let left = flushing
             .as_ref()
             .map_or(0, |flushing| flushing.stream.get().flush().unwrap_or(0));
@@ -340,7 +344,8 @@ impl Readiness {
             } else {
                 kept.append(&mut direction.futures);
                 std::mem::swap(&mut direction.futures, &mut kept);
-                // Python code above may have set new ones; the old ones are dropped without the lock.
+                // Python code above may have set new ones. The old ones are then dropped after the lock
+                // is released.
                 if direction.flushing.is_none() {
                     direction.flushing = unfinished.take();
                 }
@@ -356,7 +361,7 @@ impl Readiness {
             }
         };
         if closed_meanwhile {
-            // Python code above has closed this: no event will complete these.
+            // Python code above has closed this object, so no event will complete these.
             completed.extend(kept.into_iter().map(|(future, _)| (future, Ok(py.None()))));
             completed.extend(unanswered.map(|(_, future)| (future, Err(closed()))));
         }

@@ -1,4 +1,4 @@
-//! The requests, as constructors of one Python class, and the replies as Python objects.
+//! Requests as constructors of one Python class, and replies as Python objects.
 
 use super::buffer::extract_bytes;
 use super::datastructures::{identity, PyPeerInfo, PyPubsubMessage, PyStreamInfo};
@@ -23,7 +23,8 @@ type Buffer<'a, 'py> = &'a Bound<'py, PyAny>;
 
 #[pymethods]
 impl PyRequest {
-    /// Which limit it counts against: 0 if the daemon answers at once, 1 if it asks other peers.
+    /// Which limit the request counts against: 0 if the daemon answers at once, 1 if it asks other
+    /// peers.
     #[getter]
     fn permit(&self) -> usize {
         Permit::of(&self.0) as usize

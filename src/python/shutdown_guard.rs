@@ -2,8 +2,8 @@
 //! other threads.
 //!
 //! Once finalization has begun, Python before 3.14 stops each thread that wants the GIL by unwinding its
-//! stack. Unwinding through Rust aborts the process. So finalization first waits for the threads that
-//! call Python from Rust, and delays those that are about to.
+//! stack. Unwinding through Rust aborts the process. So an exit handler delays finalization until no
+//! thread calls Python from Rust. It also delays threads that are about to.
 
 use pyo3::prelude::*;
 use std::cell::Cell;
@@ -11,31 +11,32 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long finalization waits for these threads.
+/// Time limit of that wait.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long a thread is delayed. Usually the process has ended by then; if not, an exit handler may be
-/// waiting for the thread.
+/// How long a thread is delayed. Usually the process ends before that; if it does not, an exit handler
+/// may be waiting for the thread.
 const DELAY: Duration = Duration::from_millis(100);
 
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Number of threads that call Python from Rust.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
+/// Whether finalization is about to begin.
 static NEAR: AtomicBool = AtomicBool::new(false);
-/// The process to which these belong: a forked child has none of its parent's threads.
+/// The process to which the counters belong: a forked child has none of its parent's threads.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
-    /// This thread finalizes the interpreter.
+    /// Whether this thread finalizes the interpreter.
     static ENDING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// While it lives, finalization waits for this thread.
 pub struct ShutdownGuard(());
 
-/// Call it first in Rust functions that an event loop calls and that call Python.
+/// Must be called first in each Rust function that an event loop calls and that calls Python.
 pub fn enter(py: Python<'_>) -> ShutdownGuard {
     let depth = DEPTH.get();
     if depth == 0 {

@@ -1,4 +1,4 @@
-//! A non-blocking socket. No call waits: one that would block says so.
+//! A non-blocking socket. A call that would block returns a value that says so.
 
 use super::errors;
 use p2pd_protocol::policy::retry::Transport;
@@ -23,7 +23,7 @@ const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL;
 #[cfg(not(target_os = "linux"))]
 const SEND_FLAGS: i32 = 0;
 
-/// The poll event for a peer that has shut its writing half down, where there is one.
+/// The poll event for a peer that has shut its writing half down; 0 on systems without one.
 #[cfg(target_os = "linux")]
 const READ_ENDED: libc::c_short = libc::POLLRDHUP;
 #[cfg(not(target_os = "linux"))]
@@ -75,7 +75,7 @@ pub enum Connecting {
     Done(Socket),
     /// The socket will be writable once connected or failed.
     Pending(Socket),
-    /// The listen queue of a unix socket is full, and no event reports when it is not: try again later.
+    /// The listen queue of a unix socket is full. No event reports when it has space: try again later.
     Full,
 }
 
@@ -125,7 +125,7 @@ impl Socket {
         unless_blocked(|| (&self.0).read(room))
     }
 
-    /// As `read`, into two buffers one after the other.
+    /// Like `read`, into two buffers one after the other.
     pub fn read_both(&self, room: &mut [u8], more: &mut [u8]) -> io::Result<Option<usize>> {
         unless_blocked(|| {
             (&self.0).read_vectored(&mut [IoSliceMut::new(room), IoSliceMut::new(more)])
@@ -188,7 +188,7 @@ impl Socket {
         matches!(is_unix(&self.0), Ok(true))
     }
 
-    /// What carries the connection, for the policy on retries.
+    /// The transport, for the policy on retries.
     pub fn transport(&self) -> Transport {
         if self.is_unix() {
             Transport::Unix

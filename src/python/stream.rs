@@ -2,8 +2,8 @@
 //! `None` (or a count of 0), and `stream.py` waits and tries again.
 //!
 //! No Python runs while the state is locked. `State` reports errors as `StreamError`, which
-//! `RawStream::with` turns into an exception after it has released the lock: creating one can run
-//! Python code (a collection's finalizers, an `__init__`) that uses the same stream.
+//! `RawStream::with` turns into an exception after it has released the lock: creating an exception can
+//! run Python code (a finalizer, an `__init__`) that uses the same stream.
 
 mod state;
 
@@ -92,7 +92,8 @@ impl RawStream {
         self.with_input(|state| {
             state.release_large(py);
             if state.input.is_empty() && max_bytes >= READ_AHEAD {
-                // No look-ahead data: received straight into the object that the caller gets.
+                // There is no look-ahead data, so the data is received directly into the object that the
+                // caller gets.
                 if state.at_eof {
                     return Ok(Some(bytes_builder::bytes(py, b"")?));
                 }
@@ -124,9 +125,9 @@ impl RawStream {
         })
     }
 
-    /// Returns everything up to and including `separator`, or up to the end of the stream. Raises
-    /// asyncio's LimitOverrunError, and keeps the input, if more than `limit` bytes come without it,
-    /// or with `eager` as many as `limit`.
+    /// Returns everything up to and including `separator`, or up to the end of the stream. If more than
+    /// `limit` bytes arrive without the separator, keeps the input and raises asyncio's
+    /// LimitOverrunError; with `eager`, already at `limit` bytes.
     #[pyo3(signature = (separator, limit, eager = false))]
     fn try_read_until<'py>(
         &self,
@@ -218,8 +219,8 @@ impl RawStream {
         })
     }
 
-    /// Writes the unsent output, then as much of `data` from `offset` on as the socket takes. Returns how many
-    /// bytes of `data` it took; 0 if it would block.
+    /// Writes the unsent output, then as much of `data` from `offset` on as the socket accepts. Returns
+    /// how many bytes of `data` it accepted; 0 if it would block.
     fn try_send(&self, data: &Bound<'_, PyAny>, offset: usize) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             self.with(|state| {
@@ -233,8 +234,8 @@ impl RawStream {
         })
     }
 
-    /// Writes `data`. Keeps what the socket does not take: a large bytes object itself, of anything else
-    /// a copy. Returns how many bytes are unsent.
+    /// Writes `data`, and keeps the part that the socket does not accept. Copies that part, unless
+    /// `data` is a large bytes object. Returns how many bytes are unsent.
     fn write(&self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         with_bytes(data, |bytes| {
             self.with(|state| {
@@ -292,13 +293,13 @@ impl RawStream {
         self.lock().socket.is_none()
     }
 
-    /// Whether the writing state was ended.
+    /// Whether the writing half was closed.
     #[getter]
     fn write_ended(&self) -> bool {
         self.lock().write_ended
     }
 
-    /// Ends the writing state: the other side reads the end of the stream.
+    /// Closes the writing half, so that the other side reads the end of the stream.
     fn shutdown_write(&self) -> PyResult<()> {
         self.with(|state| {
             if !state.write_ended {
@@ -310,7 +311,8 @@ impl RawStream {
         })
     }
 
-    /// Reads if there is no look-ahead data, so that `at_eof` notices an end that has arrived.
+    /// Reads if there is no look-ahead data. If the end of the stream has arrived, `at_eof` is true
+    /// afterwards.
     fn look_ahead(&self, py: Python<'_>) -> PyResult<()> {
         self.with_input(|state| {
             state.release_large(py);
@@ -322,9 +324,9 @@ impl RawStream {
     }
 
     /// Closes the socket gracefully or, with `abort`, at once. In a forked child only the descriptor is
-    /// closed: the socket is the parent's.
+    /// closed, since the socket belongs to the parent.
     ///
-    /// `keep_input` closes as asyncio does: unsent output is written if the socket takes it, and input
+    /// `keep_input` closes as asyncio does: unsent output is written if the socket accepts it, and input
     /// that has arrived, up to a limit, can still be read.
     #[pyo3(signature = (*, abort = false, keep_input = false))]
     fn close(&self, py: Python<'_>, abort: bool, keep_input: bool) {
@@ -349,7 +351,7 @@ impl RawStream {
         if forked {
             drop(socket);
         } else if abort && keep_input {
-            // No reset, which would discard the data sent last.
+            // Not `abort`: a reset would discard the data sent last.
             socket.end();
         } else if abort {
             socket.abort();
@@ -384,8 +386,8 @@ impl RawStream {
     }
 
     /// Whether asyncio would not watch this socket: it is closed, the peer has shut its writing half
-    /// down, or as much input is unread as asyncio buffers. False while another thread uses the
-    /// stream.
+    /// down, or the unread input has reached the size that asyncio buffers. False while another thread
+    /// uses the stream.
     fn is_unwatched(&self, py: Python<'_>) -> bool {
         // The garbage collector calls this: it must not block.
         let state = match self.state.try_lock() {
@@ -412,7 +414,7 @@ impl RawStream {
         let mut state = self.lock();
         state.release_large(py);
         let before = state.input.len();
-        // On a broken connection the handler's next read has to report the reason.
+        // Not on a broken connection, where the handler's next read must report the reason.
         let open = |socket: &Socket| !socket.peer_closed();
         if !state.at_eof && state.socket.as_ref().is_some_and(open) {
             state.prefetch(limit);

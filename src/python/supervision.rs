@@ -1,5 +1,6 @@
-//! The decisions of a daemon's supervision for `p2pclient_rs.supervisor` and
-//! `p2pclient_rs.startup`, which carry them out. Times are seconds of the event loop's clock.
+//! The protocol's policies for starting and supervising a daemon, as Python classes.
+//! `p2pclient_rs.supervisor` and `p2pclient_rs.startup` carry out the decisions. Times are seconds of
+//! the event loop's clock.
 
 use p2pd_protocol::policy::reconnection::{self, CONNECT_TIMEOUT};
 use p2pd_protocol::policy::startup::{self, Step, EXPLAIN_TIMEOUT};
@@ -34,11 +35,11 @@ impl Supervision {
         Supervision(supervision::Supervision::new(restart_limit, peers))
     }
 
-    /// How long the registrations of one client may take after a restart.
+    /// Time limit for the registrations of one client after a restart.
     #[classattr]
     const REGISTER_TIMEOUT: f64 = REGISTER_TIMEOUT.as_secs_f64();
 
-    /// The next thing to do, until there is nothing more.
+    /// Returns the next action; None if there is nothing to do now.
     fn poll(&mut self) -> Option<SupervisionAction> {
         self.0.poll().map(SupervisionAction::from)
     }
@@ -89,7 +90,7 @@ impl Supervision {
     }
 }
 
-/// What the driver of a `Supervision` has to do; fields that the kind does not use are 0 or empty.
+/// What the driver of a `Supervision` must do. Fields that the kind does not use are 0 or empty.
 #[pyclass(frozen, get_all, module = "p2pclient_rs._native")]
 pub struct SupervisionAction {
     kind: &'static str,
@@ -139,7 +140,7 @@ impl From<Action> for SupervisionAction {
     }
 }
 
-/// The wait for a daemon that was spawned to become ready.
+/// Waiting for a spawned daemon to become ready.
 #[pyclass(module = "p2pclient_rs._native")]
 pub struct Startup(startup::Startup);
 
@@ -150,11 +151,11 @@ impl Startup {
         Startup(startup::Startup::new(duration(now), duration(limit)))
     }
 
-    /// How long it may take to find out why no bootstrap peer could be reached.
+    /// Time limit for finding out why no bootstrap peer could be reached.
     #[classattr]
     const EXPLAIN_TIMEOUT: f64 = EXPLAIN_TIMEOUT.as_secs_f64();
 
-    /// What to do next, and until when for "wait"; for the others the time means nothing.
+    /// Returns what to do next and, for "wait", until when. For other steps, ignore the time.
     fn step(&self, now: f64) -> (&'static str, f64) {
         match self.0.step(duration(now)) {
             Step::Probe => ("probe", 0.0),
@@ -164,12 +165,12 @@ impl Startup {
         }
     }
 
-    /// Takes the outcome of a probe: None if the daemon is ready, else what speaks against that.
+    /// Takes the outcome of a probe: None if the daemon is ready, otherwise why it is not.
     fn probed(&mut self, obstacle: Option<String>, now: f64) {
         self.0.probed(obstacle, duration(now));
     }
 
-    /// The process has ended, even if it was ready a moment ago.
+    /// Notes that the process has ended. The startup then fails, even if the daemon was ready before.
     fn ended(&mut self) {
         self.0.ended();
     }

@@ -2,10 +2,10 @@
 //! safe.
 //!
 //! An asyncio future schedules its task for the next iteration of the loop. That iteration, with its
-//! system call, is most of what a small operation costs. So the task's wake-up callback is taken off
-//! the future before it is completed, and called by the Python function that the loop has called.
-//! `Future._callbacks` is private: each type of loop is tested before it is relied on, and there is a
-//! switch.
+//! system call, is most of the cost of a small operation. So the task's wake-up callback is removed from
+//! the future before the future is completed. The Python function that the loop has called then calls
+//! the callback itself. `Future._callbacks` is private. Each type of loop is therefore tested first, and
+//! a switch turns the mechanism off.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -27,7 +27,7 @@ pub fn read_environment() {
     ENABLED.store(!off, Relaxed);
 }
 
-/// Turns the resuming of asyncio tasks in place on or off, for all event loops.
+/// Turns in-place resumption of asyncio tasks on or off, for all event loops.
 #[pyfunction]
 pub fn set_inplace_wake(enabled: bool) {
     ENABLED.store(enabled, Relaxed);
@@ -36,7 +36,7 @@ pub fn set_inplace_wake(enabled: bool) {
 /// Whether the tasks of a type of event loop can be resumed in place.
 pub struct LoopKind(AtomicU8);
 
-/// Its futures cannot be used, or it is not asyncio's.
+/// Its futures failed the test, or it is not an asyncio loop.
 const UNUSABLE: u8 = 0;
 /// Its futures passed the test; no task has been resumed yet.
 const UNPROVEN: u8 = 1;
@@ -68,9 +68,9 @@ impl LoopKind {
         kind
     }
 
-    /// Whether tasks of a loop of this kind may be resumed now. They may not while another task runs, as
-    /// in a loop that is run inside a task. Under nest_asyncio they never may: a task could run the loop
-    /// again, and the loop cannot call a callback that is already on its stack.
+    /// Whether tasks of a loop of this kind may be resumed in place now. They may not while another task
+    /// runs, as in a loop that runs inside a task. Under nest_asyncio they never may: a resumed task
+    /// could run the loop again, and the loop cannot call a callback that is already on its stack.
     pub fn may_wake(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
         static CURRENT_TASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let py = event_loop.py();
@@ -106,7 +106,7 @@ pub fn report_first_wake(event_loop: &Bound<'_, PyAny>, resumed: bool) {
     LoopKind::of(event_loop).0.store(state, Relaxed);
 }
 
-/// Whether the futures of a loop show their callbacks, and let them be removed.
+/// Whether the futures of a loop show their callbacks and allow their removal.
 fn test(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     let wake = event_loop.py().import("p2pclient_rs.wake")?;
     wake.call_method1("shows_callbacks", (event_loop,))?
@@ -118,7 +118,7 @@ fn is_nested(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
     let py = event_loop.py();
     let modules = MODULES.import(py, "sys", "modules")?;
-    // Looked up first, since before Python 3.13 a missing attribute costs an exception.
+    // The modules are checked first, since before Python 3.13 a missing attribute costs an exception.
     for name in [intern!(py, "nest_asyncio"), intern!(py, "nest_asyncio2")] {
         if modules.get_item(name)?.is_some() {
             let patched = event_loop.getattr_opt(intern!(py, "_nest_patched"))?;
@@ -128,8 +128,8 @@ fn is_nested(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
     Ok(false)
 }
 
-/// Takes the wake-up callback of the only task that awaits a future. `None` if there is no task,
-/// several callbacks, or a future that hides them: that one resumes its task itself.
+/// Takes the wake-up callback of the only task that awaits a future. `None` if there is no task, if
+/// there are several callbacks, or if the future hides them. The future then resumes its task itself.
 pub fn take_from(future: &Bound<'_, PyAny>) -> Option<WakeUp> {
     let py = future.py();
     let callbacks = future.getattr(intern!(py, "_callbacks")).ok()?;
@@ -141,14 +141,15 @@ pub fn take_from(future: &Bound<'_, PyAny>) -> Option<WakeUp> {
     let only = only.cast::<PyTuple>().ok()?;
     let (callback, context) = (only.get_item(0).ok()?, only.get_item(1).ok()?);
     let removed = future.call_method1(intern!(py, "remove_done_callback"), (&callback,));
-    // A callback that was not removed will be called by the future.
+    // If the callback was not removed, the future will call it.
     let removed: usize = removed.ok()?.extract().ok()?;
     let future = future.clone().unbind();
     (removed == 1).then(|| (Some(context.unbind()), callback.unbind(), future))
 }
 
-/// Marks the time during which one callback resumes tasks: the thread of their loop, or 0. In such a task
-/// the running loop is known, which saves the system call that asyncio makes for it up to Python 3.11.
+/// Marks the time during which a callback resumes tasks: holds the thread of their loop, or 0. The
+/// running loop of such a task is known, which saves the system call that asyncio makes to find it up to
+/// Python 3.11.
 #[derive(Default)]
 pub struct WakeBatch(AtomicUsize);
 
@@ -161,7 +162,7 @@ impl WakeBatch {
         self.0.store(0, Relaxed);
     }
 
-    /// Whether the caller is such a task.
+    /// Whether the caller is a task that the callback has resumed.
     pub fn is_here(&self) -> bool {
         self.0.load(Relaxed) == thread()
     }

@@ -1,10 +1,10 @@
-//! The payload of a unary call: a Python bytes object from the start.
+//! The payload of a unary call, received directly into a Python bytes object.
 
 use p2pd_protocol::unary::Payload;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-/// A payload that is received into the bytes object that Python gets.
+/// A payload in the bytes object that Python gets.
 pub struct PyPayload(Py<PyBytes>);
 
 impl PyPayload {

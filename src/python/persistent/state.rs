@@ -24,7 +24,7 @@ pub struct State {
     pub head: BytesMut,
     loss: Option<Loss>,
     pub registered: Registered,
-    /// Since when nothing is read, if nothing is.
+    /// When reading was paused; `None` while it is not.
     pub paused: Option<Instant>,
     /// Whether a timer will end the pause.
     pub hold_timer: bool,
@@ -34,14 +34,14 @@ pub struct State {
     pub callers: VecDeque<Token>,
 }
 
-/// Loop operations, to be made without the lock.
+/// Loop operations, carried out after the lock is released.
 #[derive(Default)]
 pub struct FollowUp {
     pub registrations: Registrations,
-    /// When the pause is to end.
+    /// The time after which the pause must end.
     pub hold_later: Option<Duration>,
     pub cancel_later: bool,
-    /// The future of a caller, for whose call the output has room.
+    /// The future of a waiting caller, now that the output has room for its call.
     pub caller: Option<Token>,
 }
 
@@ -60,7 +60,7 @@ impl State {
         }
     }
 
-    /// Sends the message that `encode` makes, if it makes one. It has no payload.
+    /// Sends the message that `encode` writes, if any. The message has no payload.
     pub fn send_head(
         &mut self,
         encode: impl FnOnce(&mut PersistentClient<Token, PyPayload>, &mut BytesMut),
@@ -88,7 +88,7 @@ impl State {
         Decoder::wants_input(&self.core, self.channel.unsent())
     }
 
-    /// How much longer callers are held back, if nothing is read and there is a limit to that.
+    /// How much longer reading may pause; `None` if it is not paused, or may pause without limit.
     pub fn hold_left(&self) -> Option<Duration> {
         let hold = self.core.limits().hold?;
         Some(hold.saturating_sub(self.paused?.elapsed()))
@@ -126,7 +126,7 @@ impl DrivenState for State {
             self.paused = (!read).then(Instant::now);
         }
         follow_up.registrations = self.registered.update(read, self.channel.is_blocked());
-        // Unsent output stops reading as well, and no timer ends that.
+        // Not for a pause because of unsent output, which no timer ends.
         if !self.hold_timer && !self.core.wants_input() {
             follow_up.hold_later = self.hold_left();
             self.hold_timer = follow_up.hold_later.is_some();

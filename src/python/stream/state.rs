@@ -15,15 +15,16 @@ use std::io::{self, IoSlice};
 /// A read of fewer bytes than this fills the look-ahead buffer, and is served from it.
 pub const READ_AHEAD: usize = 16 * 1024;
 
-/// A read of exactly this many bytes or more is received into the object that the caller gets.
+/// A `try_read_exactly` of at least this many bytes receives directly into the object that the caller
+/// gets.
 pub const LARGE: usize = 64 * 1024;
 
-/// The largest such object that is allocated before its bytes arrive: a peer may have told the caller
-/// the number, and a number alone must cost no memory.
+/// The largest such object that is allocated before its bytes arrive. A peer may have declared the size,
+/// and a declared size alone must cost no memory.
 const MAX_UNRECEIVED: usize = 128 * 1024 * 1024;
 
-/// How many bytes are read behind a large object in the same system call: mostly the header of the
-/// next one.
+/// How many bytes are read past the end of a large object in the same system call, mostly the header of
+/// the next one.
 const LOOK_AHEAD: usize = 4 * 1024;
 
 /// How many bytes the first read after a large object takes, so that little of the next large object
@@ -38,17 +39,17 @@ pub struct State {
     pub socket: Option<Socket>,
     /// The look-ahead buffer: received, not yet returned to a caller.
     pub input: BytesMut,
-    /// The object of an unfinished or cancelled `try_read_exactly`, and its length. It comes before
+    /// The object of an unfinished or cancelled `try_read_exactly`, and its length. Its bytes precede
     /// `input`, which is empty meanwhile.
     pub large: Option<(BytesBuilder, usize)>,
     /// The most that one read adds to `input`, in bytes.
     pub ahead: usize,
-    /// The last `try_receive` filled at least half of its buffer.
+    /// Whether the last `try_receive` filled at least half of its buffer.
     pub bulk: bool,
-    /// Accepted by `write`, not yet taken by the socket. Holds bytes objects, but none of a subclass,
-    /// whose drop could run Python.
+    /// Accepted by `write`, not yet by the socket. Holds bytes objects, but none of a subclass: dropping
+    /// one of those could run Python.
     pub output: Output<PyBackedBytes>,
-    /// The last write was partial: the loop reports when the socket takes more.
+    /// Whether the last write was partial. The loop then reports when the socket is writable.
     pub blocked: bool,
     pub at_eof: bool,
     /// Closed with `keep_input`: reads return the look-ahead data, then the end of the stream.
@@ -82,7 +83,7 @@ impl StreamError {
         Self::Protocol(Box::new(error))
     }
 
-    /// The exception. Caller must not hold the lock.
+    /// Returns the exception. Caller must not hold the lock.
     #[cold]
     pub fn into_exception(self) -> PyErr {
         match self {
@@ -178,7 +179,7 @@ impl State {
                 None => None,
             }
         } else {
-            // Far fewer bytes are likely to come: they are copied into an object of their size.
+            // Far fewer bytes are likely to arrive, so they are copied into an object of their size.
             let read = socket.read_with(size, |bytes| bytes_builder::bytes(py, bytes));
             read.map_err(StreamError::Broken)?.transpose()?
         };
@@ -198,7 +199,7 @@ impl State {
     ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let begin = self.input.len();
         while self.input.len() < count && !self.at_eof {
-            // A sender that keeps up must not starve the rest of the loop.
+            // A fast sender must not starve the other tasks of the loop.
             if self.input.len() - begin >= READ_BUDGET || !self.fill()? {
                 return Ok(None);
             }
@@ -292,7 +293,7 @@ impl State {
         }
     }
 
-    /// Writes the unsent output. Returns whether the socket took all of it.
+    /// Writes the unsent output. Returns whether the socket accepted all of it.
     pub fn flush(&mut self) -> StreamResult<bool> {
         self.blocked = false;
         while !self.output.is_empty() && !self.blocked {
@@ -301,8 +302,8 @@ impl State {
         Ok(self.output.is_empty())
     }
 
-    /// Writes the unsent output, and as much of `bytes` as the socket takes. Does nothing if the last write
-    /// was partial.
+    /// Writes the unsent output, then as much of `bytes` as the socket accepts. Returns how many of
+    /// `bytes` were written. Does nothing if the last write was partial.
     pub fn write(&mut self, bytes: &[u8]) -> StreamResult<usize> {
         if self.blocked {
             return Ok(0);
@@ -338,7 +339,7 @@ impl State {
     ) -> StreamResult<Bound<'py, PyBytes>> {
         let bytes = bytes_builder::bytes(py, &self.input[..count])?;
         if count == self.input.len() {
-            // Only a small buffer is kept for further use.
+            // Only a small buffer is kept for reuse.
             if self.input.capacity() > READ_SIZE {
                 self.input = BytesMut::new();
             } else {
