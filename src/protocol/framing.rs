@@ -152,7 +152,7 @@ pub(super) fn decode_varint(bytes: &[u8]) -> Result<(u64, &[u8]), decode::Error>
     }
 }
 
-/// Encodes `message` with its length in front.
+/// Encodes `message` with its length prefix.
 pub fn encode_frame(message: &impl prost::Message) -> Bytes {
     let mut frame = BytesMut::with_capacity(message.encoded_len() + 10);
     message

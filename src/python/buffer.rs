@@ -41,7 +41,7 @@ pub fn extract_bytes(object: &Bound<'_, PyAny>) -> PyResult<Bytes> {
     bytes_of(object)?.ok_or_else(|| wrong_type("bytes", object))
 }
 
-/// Returns whether an object's class has one of these names. This recognises peer ids and multiaddrs
+/// Returns whether an object's class has one of these names. Used to recognise peer ids and multiaddrs
 /// of other libraries.
 pub fn is_named(object: &Bound<'_, PyAny>, names: &[&str]) -> PyResult<bool> {
     let name = object.get_type().name()?;
@@ -69,9 +69,9 @@ pub fn with_bytes<T>(data: &Bound<'_, PyAny>, f: impl FnOnce(&[u8]) -> PyResult<
     if buffer.len_bytes() == 0 {
         return f(&[]);
     }
-    // SAFETY: the buffer is contiguous and `len_bytes` long, its exporter keeps it in place while
-    // the PyBuffer is held, and no Python code, which could change it, runs in `f`: `f` writes to
-    // a socket. Copying instead would cost a pass over every large payload sent.
+    // SAFETY: the buffer is contiguous and `len_bytes` long, and its exporter keeps it in place while
+    // the PyBuffer is held. `f` writes to a socket and runs no Python code, which could change the
+    // bytes. Copying instead would cost a pass over every large payload sent.
     let bytes =
         unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast::<u8>(), buffer.len_bytes()) };
     f(bytes)

@@ -1,5 +1,5 @@
 //! A connection's socket with its unsent output: reads within a budget, writes as much as the socket
-//! takes, and sends nothing while it is corked.
+//! accepts, and sends nothing while it is corked.
 
 use super::errors::Loss;
 use super::socket::{with_scratch, Socket};

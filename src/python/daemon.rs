@@ -127,7 +127,7 @@ pub(super) fn value_error(error: OptionsError) -> PyErr {
     }
 }
 
-/// Finds the daemon's binary. Returns it; or None, the places searched, and a hint.
+/// Finds the daemon's binary. Returns its path; or None, with the places searched and a hint.
 #[pyfunction]
 #[pyo3(signature = (explicit, variable, path, hivemind))]
 pub fn find_daemon(

@@ -27,7 +27,7 @@ pub struct PyPeerInfo {
 }
 
 impl PyPeerInfo {
-    /// From a daemon's reply.
+    /// Makes one from the values of a daemon's reply.
     pub fn from_core(peer_id: PeerId, addrs: Vec<Multiaddr>) -> Self {
         Self { peer_id, addrs }
     }
@@ -104,7 +104,7 @@ pub struct PyStreamInfo {
 }
 
 impl PyStreamInfo {
-    /// From a daemon's reply.
+    /// Makes one from the values of a daemon's reply.
     pub fn from_core(peer_id: PeerId, addr: Multiaddr, proto: String) -> Self {
         Self {
             peer_id,

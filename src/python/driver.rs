@@ -1,6 +1,6 @@
 //! Drives a file descriptor with callbacks of an event loop. A `Driver` registers the callbacks, creates
-//! and completes futures, and detects a fork or a closed loop. A connection type implements `Driven`:
-//! how input is decoded, and which futures the events complete.
+//! and completes futures, and detects a fork or a closed loop. Each connection type implements `Driven`,
+//! which adds how input is decoded and which futures the events complete.
 //!
 //! No Python code runs while a connection's state is locked, since it could use the same connection.
 //! Under the lock, events and errors are Rust values.

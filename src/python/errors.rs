@@ -202,7 +202,7 @@ pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
     )))
 }
 
-/// The class of a refusal: "not supported", "timed out", "already registered", or None.
+/// Classifies a refusal: "not supported", "timed out", "already registered", or None.
 #[pyfunction]
 pub fn refusal_kind(message: &str) -> Option<&'static str> {
     match Refusal::of(message) {

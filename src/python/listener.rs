@@ -65,7 +65,7 @@ impl RawListener {
             return;
         };
         if std::process::id() != self.pid {
-            // The file is the parent's.
+            // The file belongs to the parent.
             std::mem::forget(inner.file);
             return;
         }
@@ -79,8 +79,8 @@ impl RawListener {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns what `look` finds about the open listener, or `None` if it is closed. `look` must not
-    /// run Python, since the state is locked.
+    /// Calls `look` on the open listener. Returns its result, or `None` if the listener is closed.
+    /// `look` must not run Python, since the state is locked.
     fn look<T>(&self, look: impl FnOnce(&Listening) -> T) -> Option<T> {
         self.lock().as_ref().map(look)
     }

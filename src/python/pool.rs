@@ -47,7 +47,7 @@ impl ConnectionPool {
         }
     }
 
-    /// Takes the idle connection used last, and closes stale ones.
+    /// Takes the most recently used idle connection, and closes stale ones.
     fn take(&self, py: Python<'_>) -> PyResult<Option<Py<PyTuple>>> {
         let mut closed = Vec::new();
         let fitness = |idle: &Idle| match idle.is_silent() {
@@ -74,7 +74,8 @@ impl ConnectionPool {
         close_all(py, closed)
     }
 
-    /// Removes and returns the idle connections and the witness. From now on the pool takes none back.
+    /// Removes and returns the idle connections and the witness. From now on the pool takes no
+    /// connection back.
     fn close(&self) -> Vec<Py<PyTuple>> {
         let closed = self.lock().close_idle();
         closed.into_iter().map(|idle| idle.connection).collect()

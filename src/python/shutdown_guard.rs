@@ -90,7 +90,7 @@ fn is_this_process() -> bool {
     PROCESS.load(Ordering::Relaxed) == super::fork_guard::pid()
 }
 
-/// Waits without the GIL; for ever if the interpreter is finalized.
+/// Waits without the GIL; forever if the interpreter is finalized.
 fn delay() {
     let begun = Instant::now();
     while begun.elapsed() < DELAY || !is_running() {

@@ -146,7 +146,7 @@ impl Socket {
         Ok(unless_blocked(|| self.0.send_with_flags(bytes, SEND_FLAGS))?.unwrap_or(0))
     }
 
-    /// Whether a read would return at once, with data, the end, or an error.
+    /// Whether a read would return at once: with data, the end of the stream, or an error.
     pub fn is_readable(&self) -> bool {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         !matches!(unless_blocked(|| self.0.peek(&mut byte)), Ok(None))
@@ -157,8 +157,8 @@ impl Socket {
         self.0.shutdown(Shutdown::Write)
     }
 
-    /// Closes gracefully. Discards unread input first: with unread input the close would be a reset, and
-    /// the peer could lose the last bytes sent to it.
+    /// Closes gracefully. Discards unread input first: otherwise the close would be a reset, and the
+    /// peer could lose the last bytes sent to it.
     pub fn close(self) {
         let _ = self.0.shutdown(Shutdown::Write);
         let mut drained = 0;

@@ -52,7 +52,7 @@ impl RawStream {
         outcome.map_err(StreamError::into_exception)
     }
 
-    /// As `with`, for a read. A closed stream is an error, unless it was closed with `keep_input`.
+    /// Like `with`, for a read. A closed stream is an error, unless it was closed with `keep_input`.
     #[inline(always)]
     fn with_input<T>(&self, read: impl FnOnce(&mut State) -> StreamResult<T>) -> PyResult<T> {
         self.with(|state| {
@@ -63,13 +63,13 @@ impl RawStream {
         })
     }
 
-    /// Returns what `look` finds about the socket of an open stream.
+    /// Calls `look` on the socket of an open stream, and returns its result.
     fn look<T>(&self, look: impl FnOnce(&Socket) -> StreamResult<T>) -> PyResult<T> {
         let found = self.lock().socket().and_then(look);
         found.map_err(StreamError::into_exception)
     }
 
-    /// As `look`, for callers that must not block or fail, such as callbacks of the garbage collector.
+    /// Like `look`, for callers that must not block or fail, such as callbacks of the garbage collector.
     /// Returns `None` if the stream is closed or in use.
     fn try_look<T>(&self, look: impl FnOnce(&Socket) -> T) -> Option<T> {
         let state = match self.state.try_lock() {

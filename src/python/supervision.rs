@@ -199,19 +199,19 @@ impl Reconnection {
         Reconnection(reconnection::Reconnection::default())
     }
 
-    /// How long a CONNECT to a bootstrap peer may take.
+    /// Time limit for a CONNECT to a bootstrap peer.
     #[classattr]
     const TIMEOUT: f64 = CONNECT_TIMEOUT.as_secs_f64();
 
-    /// The peer is connected. Returns the pause before the next CONNECT, and whether to report the
-    /// connection.
+    /// Notes that the peer is connected. Returns the pause before the next CONNECT, and whether to
+    /// report the connection.
     fn connected(&mut self) -> (f64, bool) {
         let (pause, is_news) = self.0.connected(p2pd_sockets::random(0));
         (pause.as_secs_f64(), is_news)
     }
 
-    /// The peer could not be connected to. Returns the pause before the next CONNECT, and whether
-    /// to report the failure.
+    /// Notes that the CONNECT failed. Returns the pause before the next CONNECT, and whether to report
+    /// the failure.
     fn failed(&mut self, reason: &str) -> (f64, bool) {
         let (pause, is_news) = self.0.failed(reason, p2pd_sockets::random(0));
         (pause.as_secs_f64(), is_news)

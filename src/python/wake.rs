@@ -14,8 +14,9 @@ use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-/// A call to make: in a context with one argument, or without a context with several. Python code makes
-/// it, since a resumed task must not have Rust on its stack (see `shutdown_guard`).
+/// A call to make: a context, a function, and its argument. Without a context, the last item is a tuple
+/// of arguments. Python code makes the call, since a resumed task must not have Rust on its stack (see
+/// `shutdown_guard`).
 pub type WakeUp = (Option<Py<PyAny>>, Py<PyAny>, Py<PyAny>);
 
 /// Whether tasks may be resumed in place at all.

@@ -14,7 +14,7 @@ macro_rules! family {
         }
 
         impl Command {
-            /// Encodes the request, with its length in front.
+            /// Encodes the request, with its length prefix.
             pub fn encode(&self) -> bytes::Bytes {
                 match self {
                     $(Self::$request(request) => $crate::command::request::Request::encode(request),)*

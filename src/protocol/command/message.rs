@@ -24,7 +24,7 @@ pub fn refusal(message: &str) -> p2pd::Response {
     }
 }
 
-/// Encodes a request of a type, with its length in front. `fill` sets its fields.
+/// Encodes a request of a type, with its length prefix. `fill` sets its fields.
 pub(super) fn encode(r#type: Type, fill: impl FnOnce(&mut p2pd::Request)) -> Bytes {
     let mut request = p2pd::Request {
         r#type: Some(r#type as i32),

@@ -104,7 +104,7 @@ macro_rules! families {
         }
 
         impl Command {
-            /// Encodes the request, with its length in front.
+            /// Encodes the request, with its length prefix.
             pub fn encode(&self) -> Bytes {
                 match self {
                     $(Self::$family(command) => command.encode(),)*
@@ -196,7 +196,7 @@ families! {
 }
 
 impl Command {
-    /// Reads a request's message, without its length.
+    /// Reads a request's message, without its length prefix.
     ///
     /// Type 9 is PEERSTORE in the JavaScript daemon and PERSISTENT_CONN_UPGRADE in hivemind's fork. It
     /// is read as PEERSTORE only if field 9 is present and its content begins with a varint field.

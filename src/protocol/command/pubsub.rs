@@ -150,7 +150,7 @@ impl Command {
     }
 }
 
-/// Encodes a message of a subscription, with its length in front.
+/// Encodes a message of a subscription, with its length prefix.
 pub fn encode_message(message: &PubsubMessage) -> Bytes {
     let present = |bytes: &Bytes| (!bytes.is_empty()).then(|| bytes.clone());
     framing::encode_frame(&p2pd::PsMessage {
@@ -163,7 +163,7 @@ pub fn encode_message(message: &PubsubMessage) -> Bytes {
     })
 }
 
-/// Reads a message of a subscription, without its length.
+/// Reads a message of a subscription, without its length prefix.
 ///
 /// # Errors
 /// It is not a PSMessage.

@@ -26,7 +26,7 @@ pub trait Request: Sized {
     /// Reply to a successful request.
     type Reply;
 
-    /// Name of the request in the protocol, for messages to people.
+    /// Name of the request in the protocol, for log and error messages.
     const NAME: &'static str;
     /// How the daemon answers.
     const ANSWERED: Answered = Answered::Once;
@@ -34,7 +34,7 @@ pub trait Request: Sized {
     /// timeout of the request.
     const WAITS_FOR_PEERS: bool = false;
 
-    /// Encodes the request, with its length in front.
+    /// Encodes the request, with its length prefix.
     fn encode(&self) -> Bytes;
 
     /// Encodes the reply as a message.
@@ -52,12 +52,12 @@ pub trait Query: Sized {
     /// One of the values.
     type Value;
 
-    /// Name of the request in the protocol, for messages to people.
+    /// Name of the request in the protocol, for log and error messages.
     const NAME: &'static str;
     /// [`Answered::WithOneValue`] or [`Answered::WithValues`].
     const ANSWERED: Answered;
 
-    /// Encodes the request, with its length in front.
+    /// Encodes the request, with its length prefix.
     fn encode(&self) -> Bytes;
 
     /// Encodes a value as a message.
@@ -142,7 +142,7 @@ impl<R> EncodedRequest<R> {
         }
     }
 
-    /// The encoded request, with its length in front.
+    /// The encoded request, with its length prefix.
     pub fn frame(&self) -> &Bytes {
         &self.frame
     }
@@ -157,8 +157,8 @@ impl<R> EncodedRequest<R> {
         self.answered
     }
 
-    /// Whether the daemon asks other peers before it answers. That can take as long as the timeout
-    /// of the request, and the connection serves nothing else meanwhile.
+    /// Whether the daemon asks other peers before it answers. That can take as long as the timeout of
+    /// the request, and the connection serves nothing else in the meantime.
     pub fn waits_for_peers(&self) -> bool {
         self.waits_for_peers
     }

@@ -146,12 +146,12 @@ impl Command {
     }
 }
 
-/// Encodes the header of an inbound stream, with its length in front.
+/// Encodes the header of an inbound stream, with its length prefix.
 pub fn encode_stream_info(info: &StreamInfo) -> Bytes {
     framing::encode_frame(&message(info))
 }
 
-/// Reads the header of an inbound stream, without its length.
+/// Reads the header of an inbound stream, without its length prefix.
 ///
 /// # Errors
 /// It is not a StreamInfo, or a field is missing.

@@ -33,7 +33,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// The error of a driver that does not expect this event.
+    /// Returns the error to report if this event was not expected.
     pub fn unexpected(&self) -> Error {
         Error::Unexpected(format!("{self:?}"))
     }

@@ -10,7 +10,7 @@ pub const MAX_SLOW_REQUESTS: usize = 64;
 /// Limit on other concurrent requests, and on idle connections.
 pub const MAX_IDLE: usize = 8;
 
-/// Which limit a request counts against. A slow request never holds up a quick one.
+/// Which limit a request counts against. A slow request never delays a quick one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {
     /// The daemon answers at once.

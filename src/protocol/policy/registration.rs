@@ -82,7 +82,7 @@ pub enum Record {
     Former,
     /// The one sent last with [`Action::Register`].
     Current,
-    /// None.
+    /// No registration.
     Nothing,
 }
 

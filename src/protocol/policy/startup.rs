@@ -46,7 +46,7 @@ pub struct Startup {
 }
 
 impl Startup {
-    /// The daemon was spawned at `now` and has `limit` to become ready.
+    /// Begins the wait for a daemon that was spawned at `now` and has `limit` to become ready.
     pub fn new(now: Duration, limit: Duration) -> Self {
         Startup {
             deadline: now.saturating_add(limit),

@@ -223,9 +223,9 @@ impl<T, P: Payload> PersistentClient<T, P> {
         self.put_error(out, id, reason);
     }
 
-    /// Prepares to close the connection: replies to all unanswered calls with `error`, and cancels all of
-    /// this client's calls, even those younger than [`CANCEL_DELAY`](super::CANCEL_DELAY). These stay
-    /// [pending](Self::take_pending).
+    /// Prepares to close the connection: replies to all unanswered calls with `error`, and cancels all
+    /// of this client's calls, even those younger than [`CANCEL_DELAY`](super::CANCEL_DELAY). The calls
+    /// stay [pending](Self::take_pending).
     pub fn shut_down(&mut self, error: &str, out: &mut BytesMut) {
         let unanswered = std::mem::take(&mut self.unanswered);
         for (id, _) in unanswered.iter().filter(|(_, call)| !call.cancelled) {

@@ -114,7 +114,7 @@ pub(super) enum Message<P> {
     },
 }
 
-/// The part of a frame in front of its payload. `B` (bytes) and `S` (a string) may borrow from the frame.
+/// The part of a frame before its payload. `B` (bytes) and `S` (a string) may borrow from the frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Head<B, S> {
     Reply { id: CallId },
@@ -139,7 +139,7 @@ impl HeadRef<'_> {
 }
 
 impl Head<Bytes, String> {
-    /// Combines a head and its payload to a message.
+    /// Combines a head and its payload into a message.
     #[inline]
     pub(super) fn with<P>(self, payload: P, size: usize) -> Message<P> {
         match self {

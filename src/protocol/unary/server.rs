@@ -406,13 +406,14 @@ impl<T, P: Payload> PersistentServer<T, P> {
         self.handled.len()
     }
 
-    /// Removes the calls that the client handles, since the connection has ended. Their callers must get an
-    /// error.
+    /// Removes the calls that the client handles, since the connection has ended. The driver must send
+    /// their callers an error.
     pub fn take_handled(&mut self) -> Vec<T> {
         self.handled.drain().map(|(_, token)| token).collect()
     }
 
-    /// Removes the client's own calls, since the connection has ended. They must be cancelled at the peers.
+    /// Removes the client's own calls, since the connection has ended. The driver must cancel them at
+    /// the peers.
     pub fn take_calls(&mut self) -> Vec<CallId> {
         self.call_bytes = 0;
         self.calls.drain().map(|(id, _)| id).collect()

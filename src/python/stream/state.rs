@@ -28,7 +28,7 @@ const MAX_UNRECEIVED: usize = 128 * 1024 * 1024;
 const LOOK_AHEAD: usize = 4 * 1024;
 
 /// How many bytes the first read after a large object takes, so that little of the next large object
-/// has to be copied.
+/// must be copied.
 const AFTER_LARGE: usize = 16 * 1024;
 
 /// How many unread bytes a close keeps, if it keeps them: as many as asyncio buffers.
@@ -40,7 +40,7 @@ pub struct State {
     /// The look-ahead buffer: received, not yet returned to a caller.
     pub input: BytesMut,
     /// The object of an unfinished or cancelled `try_read_exactly`, and its length. Its bytes precede
-    /// `input`, which is empty meanwhile.
+    /// `input`, which is empty in the meantime.
     pub large: Option<(BytesBuilder, usize)>,
     /// The most that one read adds to `input`, in bytes.
     pub ahead: usize,

@@ -177,7 +177,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     // --- reports of the driver ---
 
-    /// The connection is open. Returns whether it is needed; if not, the driver must close it.
+    /// Reports that the connection is open. Returns whether it is needed; if not, the driver must close
+    /// it.
     pub fn opened(&mut self, id: ConnectionId, now: Instant) -> bool {
         let deadline = match self.phase {
             Phase::Opening {
@@ -198,14 +199,14 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         true
     }
 
-    /// The connection could not be opened.
+    /// Reports that the connection could not be opened.
     pub fn open_failed(&mut self, id: ConnectionId, error: E, now: Instant) {
         if matches!(self.phase, Phase::Opening { id: expected, .. } if expected == id) {
             self.fail_opening(Failure::Driver(error), now);
         }
     }
 
-    /// The connection is lost. Reports about a connection that was lost or closed are ignored.
+    /// Reports that the connection is lost. Ignored if that connection was already lost or closed.
     pub fn lost(&mut self, id: ConnectionId, error: E, now: Instant) {
         match self.phase {
             Phase::Opening { id: current, .. } | Phase::Registering { id: current, .. }
@@ -227,7 +228,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         }
     }
 
-    /// The outcome of [`Action::Register`].
+    /// Reports the outcome of [`Action::Register`].
     pub fn registered(
         &mut self,
         id: ConnectionId,
@@ -267,8 +268,8 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.finish_registering(now);
     }
 
-    /// [`Action::Unregister`] was carried out, or the daemon refused it because it does not know the
-    /// handler.
+    /// Reports that [`Action::Unregister`] was carried out, or that the daemon refused it because it
+    /// does not know the handler.
     pub fn unregistered(&mut self, id: ConnectionId, name: &str, now: Instant) {
         if self.connection() != Some(id) {
             return;
@@ -287,7 +288,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         self.finish_registering(now);
     }
 
-    /// The [deadline](Self::deadline) may have passed.
+    /// Reports that the [deadline](Self::deadline) may have passed.
     pub fn time(&mut self, now: Instant) {
         match &mut self.phase {
             Phase::Opening { id, deadline } if *deadline <= now => {
