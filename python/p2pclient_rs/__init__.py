@@ -63,7 +63,7 @@ if _DEBUG_BUILD:
         stacklevel=2,
     )
 
-#: The name that p2pclient has for it.
+#: p2pclient's name for ``PeerID``.
 ID = PeerID
 
 __all__ = [

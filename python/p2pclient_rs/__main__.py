@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
     Args:
         argv: The arguments after ``python -m p2pclient_rs``.
     """
-    # Not by argparse: everything after PROGRAM is the program's, including options and `--`.
+    # Not argparse: everything after PROGRAM belongs to the program, including options and `--`.
     calls: list[dict[str, Any]] = []
     if argv[:1] == ["run"]:
         try:
-            # The options of a `run` above this one apply unless this one has options.
+            # Without options, this `run` takes those of the `run` that started it, if any.
             above = os.environ.get(subprocesses.OPTIONS_VARIABLE, "").split()
             inherited, _ = subprocesses.parse_options(above)
             calls, rest = subprocesses.parse_options(argv[1:])

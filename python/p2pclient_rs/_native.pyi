@@ -1,4 +1,4 @@
-# The extension module, typed. The value types and the daemon's process have stubs of their own.
+# Stubs of the extension module. Those of the value types and the daemon's process are separate.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -101,16 +101,16 @@ __all__ = [
 
 __version__: str
 DEBUG_BUILD: bool
-#: How many idle connections are kept, and how many requests may run at once that the daemon answers
-#: at once.
+#: The maximum number of idle connections, and of concurrent requests that the daemon answers
+#: without asking other peers.
 MAX_IDLE: int
-#: How many requests may run at once that make the daemon ask other peers.
+#: The maximum number of concurrent requests that make the daemon ask other peers.
 MAX_SLOW_REQUESTS: int
-#: The largest header of an inbound stream, in bytes, and how long it may take, in seconds.
+#: The largest header of an inbound stream, in bytes, and the time limit for it, in seconds.
 MAX_HEADER: int
 HEADER_TIMEOUT: float
-#: How many connections may be without a header, besides one for each handler. If there are more,
-#: those are closed that have been for this long, in seconds.
+#: The maximum number of connections without a header, besides one for each handler. If there are
+#: more, those that have waited for longer than HALF_OPEN_PATIENCE, in seconds, are closed.
 MAX_HALF_OPEN: int
 HALF_OPEN_PATIENCE: float
 #: The pause after a failed accept, in seconds.
@@ -120,10 +120,10 @@ UNKNOWN_REQUEST: str
 
 # --- types ---
 
-# The limits of a persistent connection: the largest message to send and to receive, in bytes; the
-# number of incoming calls in progress and the size of their payloads, in bytes; how long reading
-# may pause above these two, in seconds. None means no limit, except that the second is then the
-# first plus 64 KiB.
+# The limits of a persistent connection, in this order: the largest message to send, in bytes; the
+# largest to receive; the number of incoming calls in progress; the size of their payloads, in
+# bytes; how long reading may pause above these two limits, in seconds. None means no limit, except
+# for the second, where it means 64 KiB more than the first.
 _UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 _ReplyT = TypeVar("_ReplyT", covariant=True)
@@ -132,7 +132,7 @@ _Action: TypeAlias = Literal[
 ]
 _ConnectionT = TypeVar("_ConnectionT", bound=tuple[ControlConnection, object])
 
-# --- driver: what client, connector, control and streams are made of ---
+# --- drivers: the parts of client, connector, control and streams ---
 
 _Address: TypeAlias = str | tuple[str, int]
 
@@ -154,7 +154,7 @@ class Request(Generic[_ReplyT]):
     def is_query(self) -> bool: ...
     @property
     def permit(self) -> int:
-        """The limit it counts against: 0 if the daemon answers at once, else 1."""
+        """The limit it counts against: 0 for quick requests, 1 if the daemon asks other peers."""
     @staticmethod
     def identify() -> Request[Identity]: ...
     @staticmethod
@@ -224,17 +224,17 @@ class ControlConnection:
 
     @staticmethod
     def connect(address: _Address, *, max_frame: int | None = None) -> ControlConnection | None:
-        """Begins to connect. Returns None if the daemon's queue of connections is full."""
+        """Begins to connect. Returns None if the daemon's accept queue is full."""
     @property
     def connected(self) -> bool: ...
     def finish_connect(self) -> None: ...
     def start(self, request: Request[object]) -> bool: ...
     def flush(self) -> bool: ...
     def step(self) -> tuple[Any] | None:
-        """Continues the exchange as far as the socket allows. Returns (reply,) at its end."""
+        """Continues the exchange as far as the socket allows. Returns (reply,) when complete."""
     def next_value(self) -> tuple[Any, ...] | None:
         """Continues a DHT query as far as the socket allows, up to its next value. Returns (value,)
-        once the value has arrived, () at the end of the query, and None before."""
+        if the value has arrived, () if the query has ended, and None if it would block."""
     @property
     def reusable(self) -> bool: ...
     @property
@@ -263,16 +263,16 @@ class ConnectionPool(Generic[_ConnectionT]):
 
     def __new__(cls, max_idle: int) -> ConnectionPool[_ConnectionT]: ...
     def take(self) -> _ConnectionT | None:
-        """Takes the idle connection used last, and closes stale ones."""
+        """Takes the most recently used idle connection, and closes stale ones."""
     def give_back(self, connection: _ConnectionT) -> None:
         """Takes a connection back after a request. Closes it if it cannot be used again, or the
         oldest idle one if there are too many."""
     def close(self) -> list[_ConnectionT]:
-        """Removes and returns the idle connections and the witness. From now on the pool takes none
-        back."""
+        """Removes and returns the idle connections and the witness. Afterwards the pool takes no
+        connection back."""
     def choose_witness(self) -> int | None:
-        """Chooses the witness of a registration that was just made. Returns its number, or None if
-        there is no suitable connection."""
+        """Chooses the connection that is the witness of the latest registration: while it is open,
+        the daemon has not been restarted. Returns its number, or None if no connection suits."""
     def begin_probe(self, witness: int) -> _ConnectionT | None:
         """Begins a request on a witness. Returns its connection, or None if it is gone."""
     def end_probe(self, witness: int) -> None:
@@ -283,18 +283,18 @@ class HalfOpen:
     """The accepted connections that have no complete header yet. Times are in seconds.
 
     Args:
-        max: How many there may be, besides one for each handler.
+        max: The maximum number, besides one for each handler.
         patience: How long a connection may be without a header if there are more.
     """
 
     def __new__(cls, max: int, patience: float) -> HalfOpen: ...
     def enter(self, now: float) -> int:
-        """Notes a connection accepted at ``now``. Returns its number."""
+        """Records a connection accepted at ``now``. Returns its number."""
     def leave(self, number: int) -> None:
-        """Forgets a connection."""
+        """Removes a connection."""
     def admission(self, handlers: int, now: float) -> float | int | None:
-        """Decides whether another connection may be accepted: None if it may, a float for the
-        seconds to wait, an int for the number of a connection to close first."""
+        """Decides whether to accept another connection. Returns None to accept, a float to wait for
+        that many seconds, an int to close the connection of that number first."""
 
 @final
 class LogThrottle:
@@ -302,17 +302,17 @@ class LogThrottle:
 
     def __new__(cls) -> LogThrottle: ...
     def note(self, now: float) -> int | None:
-        """Notes an event at ``now``, in seconds. Returns the number of suppressed lines since the
-        last one, or None if this one is suppressed too."""
+        """Records an event at ``now``, in seconds. Returns the number of suppressed lines since the
+        last allowed one, or None if this line is suppressed too."""
 
 @final
 class Registering:
-    """The registration of one protocol, under way.
+    """Decides the steps of a registration of one protocol.
 
     Args:
         balanced: Whether several clients may serve the protocol in turn.
-        former: Whether the former registration is balanced, unchanged, and has a witness; None if
-            there is none.
+        former: Whether the former registration is balanced, is the same, and has a witness; None
+            if there is no former registration.
         replace: Whether the former registration may be replaced.
     """
 
@@ -320,22 +320,22 @@ class Registering:
         cls, balanced: bool, former: tuple[bool, bool, bool] | None, replace: bool
     ) -> Registering: ...
     def first(self) -> tuple[_Action, bool]:
-        """The first action. The bool says whether to register the protocol as balanced, or whether
-        to remove it with the former address."""
+        """Returns the first action. For "register" the bool says whether to register as balanced,
+        for "remove" whether to remove the former registration."""
     def next(
         self, reply: Literal["done", "taken", "refused", "unreachable", "lost"]
     ) -> tuple[_Action, bool]:
-        """The next action, after the last one has gone like this."""
+        """Returns the next action, given the outcome of the last one."""
     @property
     def record(self) -> Literal["former", "current", "none"]:
         """Which registration the daemon has, or may have."""
 
 def may_retry(pooled: bool, repeated: bool, unsent: bool) -> bool:
-    """Whether to send a request once more, on a new connection.
+    """Returns whether to send a request again on a new connection.
 
     Args:
-        pooled: Whether the failed attempt used a connection that was idle before.
-        repeated: Whether it was not the first attempt.
+        pooled: Whether the failed attempt used a connection from the pool.
+        repeated: Whether that attempt was already a repetition.
         unsent: Whether the daemon cannot have read the whole request.
     """
 
@@ -344,7 +344,7 @@ class Pipeline:
     """A control connection with pipelined queries, for one event loop."""
 
     def request(self, request: Request[_ReplyT]) -> asyncio.Future[_ReplyT] | None:
-        """Sends a query. Returns the future of its reply, or None if the pipeline takes no more."""
+        """Sends a query. Returns the future of its reply, or None if it takes no more queries."""
     def read(self, ready: list[_WakeUp]) -> None: ...
     def flush(self, now: bool) -> None: ...
     def retire(self) -> None:
@@ -362,7 +362,7 @@ class Pipeline:
 
 @final
 class RawStream:
-    """The socket of a stream. No method blocks: None, or a count of 0, means that it would."""
+    """The socket of a stream. Methods that would block return None, or a count of 0, instead."""
 
     def try_receive(self, max_bytes: int) -> bytes | None: ...
     def try_read_exactly(self, count: int) -> bytes | None: ...
@@ -418,7 +418,7 @@ class RawListener:
 
 @final
 class Readiness:
-    """One descriptor on one asyncio or uvloop loop."""
+    """Waits for one descriptor on one asyncio or uvloop loop."""
 
     def __new__(
         cls,
@@ -437,16 +437,16 @@ class Readiness:
     def remove_idle_writer(self) -> None: ...
     def close(self) -> None: ...
 
-# A function to call: in a context with one argument, or without a context with several.
+# A call to make: with a context and one argument, or without a context and any arguments.
 _WakeUp: TypeAlias = tuple[Context | None, Callable[..., object], Any]
 
 @final
 class Lifecycle:
-    """Decides when a persistent connection is opened, and which handlers are registered on it.
+    """Decides when to open a persistent connection, and which handlers to register on it.
 
-    The owner reports events, and then carries out the actions of ``poll`` until there are none. It
-    identifies each operation (``connect``, ``add``, ``remove``) by a token of its own, which a
-    ``complete`` or ``fail`` action names.
+    The owner reports events, and then carries out the actions that ``poll`` returns until there are
+    none. It chooses a token for each operation (``connect``, ``add``, ``remove``). A ``complete``
+    or ``fail`` action refers to the operation by its token.
     """
 
     def __new__(
@@ -456,15 +456,15 @@ class Lifecycle:
         open_timeout: float | None = None,
         backoff: tuple[float, float] | None = None,
     ) -> Self:
-        """``random`` is a random 64-bit number. ``backoff`` has the first and the longest pause
-        between attempts to replace a lost connection. Times are in seconds."""
+        """``random`` is a random 64-bit number. ``backoff`` is the first and the longest pause
+        between attempts to reconnect. Times are in seconds."""
 
     def connect(self, token: int) -> None: ...
     def add(self, token: int, name: str, balanced: bool) -> None: ...
     def remove(self, token: int, name: str) -> None: ...
     def cancel(self, token: int) -> None: ...
     def withdraw(self, name: str) -> None:
-        """Drops a handler now, and unregisters it in the background."""
+        """Drops a handler at once, and unregisters it in the background."""
     def close(self) -> None: ...
     def opened(self, connection_id: int) -> bool:
         """Returns whether the connection is still needed. If not, the owner closes it."""
@@ -480,9 +480,9 @@ class Lifecycle:
     ) -> None: ...
     def unregistered(self, connection_id: int, name: str) -> None: ...
     def time(self) -> None:
-        """The deadline may have passed."""
+        """Call this when the deadline may have passed."""
     def poll(self) -> tuple[Any, ...] | None:
-        """The next action: its name and its arguments."""
+        """Returns the next action, as its name and arguments, or None."""
     @property
     def deadline(self) -> float | None:
         """When to call ``time``, in seconds from now."""
@@ -492,7 +492,7 @@ class Lifecycle:
 
 @final
 class PersistentConnection:
-    """A connection upgraded for unary calls. The event loop calls it back; no method blocks."""
+    """A connection upgraded for unary calls, driven by the event loop. No method blocks."""
 
     def start(self, input: bytes, ready: list[_WakeUp]) -> None: ...
     def read(self, ready: list[_WakeUp]) -> None: ...
@@ -520,11 +520,12 @@ class PersistentConnection:
     @property
     def unanswered(self) -> int: ...
 
-# --- the interpreter's end, waking, refusals ---
+# --- interpreter shutdown, waking, refusals ---
 
 def _wait_before_finalization() -> None:
-    """Prepares for the end of the interpreter: waits until no other thread calls Python from Rust,
-    which would abort the process, and delays threads that would call it later."""
+    """Prepares for interpreter shutdown, during which a call of Python from Rust would abort the
+    process: waits until no other thread makes such a call, and blocks threads that would make one
+    later."""
 
 def report_first_wake(event_loop: object, resumed: bool) -> None: ...
 def set_inplace_wake(enabled: bool) -> None:
@@ -545,7 +546,7 @@ def set_inplace_wake(enabled: bool) -> None:
 def refusal_kind(
     message: str,
 ) -> Literal["not supported", "timed out", "already registered"] | None:
-    """Returns why a daemon refused a request with this message; None if the reason is another."""
+    """Returns the kind of refusal that this message of a daemon means; None if it is unknown."""
 
 # --- schema ---
 

@@ -1,4 +1,4 @@
-# The daemon's process and its supervision in `_native`, typed: a stub without a module of its own.
+# Stubs of the daemon's process and its supervision in `_native`. No module has this name.
 
 from os import PathLike
 from pathlib import Path
@@ -35,18 +35,18 @@ def find_daemon(
     path: str | None,
     hivemind: list[str],
 ) -> tuple[Path | None, list[str], str | None]:
-    """Returns the daemon's binary; or None, the places searched, each with the reason why it was
-    rejected, and a hint for the user.
+    """Finds the daemon's binary. Returns its path; or None, the places searched, each with the
+    reason for its rejection, and a hint for the user.
 
-    Takes the binary asked for, the values of P2PD_PATH and PATH, and the package directories of
+    Takes the requested binary, the values of P2PD_PATH and PATH, and the package directories of
     hivemind."""
 
 def before_fork() -> None:
-    """For ``os.register_at_fork``: keeps other threads out of all daemons, and ends the threads
-    that store their output."""
+    """For ``os.register_at_fork``: blocks other threads from using any daemon, and ends the
+    threads that store the daemons' output."""
 
 def after_fork_in_parent() -> None:
-    """Undoes ``before_fork``. Does nothing if that did not run."""
+    """Undoes ``before_fork``, if that has run."""
 
 def after_fork_in_child() -> None:
     """Lets other threads use daemons again, and closes the child's pipes to the watchdogs."""
@@ -59,20 +59,20 @@ def unused_tcp_port(host: str = "127.0.0.1") -> int:
 
 @final
 class DaemonProcess:
-    """A daemon's process, its watchdog and its files. Knows no event loop: only `destroy` waits.
+    """A daemon's process, its watchdog and its files. Needs no event loop: only `destroy` waits.
 
-    The daemon and its files never outlive this process, even if it is killed. The object belongs to
-    this process: in a forked child it signals and removes nothing.
+    The daemon and its files never outlive this process, even if this process is killed. The object
+    belongs to this process: in a forked child it sends no signals and removes no files.
 
     Args:
         binary: The daemon's binary.
         options: Its options.
         parent: The parent of its private directory, unless paths there are too long for sockets.
         watchdog: The kind of process that cleans up if this one is killed: "shell" or "forked". By
-            default "shell", or "forked" where there is no shell.
+            default "shell", or "forked" if there is no shell.
 
-    Raises ValueError for options that this kind of daemon does not support, DaemonStartError if a
-    file or process could not be created."""
+    Raises ValueError for options that this kind of daemon does not support, and DaemonStartError if
+    a file or process cannot be created."""
 
     def __new__(
         cls,
@@ -83,32 +83,31 @@ class DaemonProcess:
         watchdog: str | None = None,
     ) -> Self: ...
     def without_bootstrap(self) -> DaemonProcess:
-        """The same daemon in a process of its own, which does not connect to its bootstrap
-        peers."""
+        """Returns a second process with the same options, but without bootstrap peers."""
 
     def bootstrap_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
-        """Returns the bootstrap peers, each with its address as it was given."""
+        """Returns the bootstrap peers, each with its address as given."""
 
     def background_peers(self) -> list[tuple[str, PeerID, list[Multiaddr]]]:
-        """Returns the bootstrap peers that the supervisor connects to, not the daemon."""
+        """Returns the bootstrap peers to which the supervisor connects instead of the daemon."""
 
     def supervision(self) -> Supervision | None:
         """The decisions of a supervisor for this daemon; None if it needs no supervisor."""
 
     @property
     def restart_limit(self) -> int:
-        """Deaths in a row after which the daemon is given up; 0 if it is never started again."""
+        """Deaths in a row after which the supervisor gives up; 0 if it never restarts."""
 
     def set_supervised(self, supervised: bool) -> None:
-        """Sets whether a supervisor starts the daemon again when it ends."""
+        """Sets whether a supervisor restarts the daemon when it ends."""
 
     @property
     def finished(self) -> bool:
-        """Whether the daemon has ended, and no supervisor starts it again."""
+        """Whether the daemon has ended and no supervisor will restart it."""
 
     def spawn(self) -> None:
-        """Runs the daemon; again, if it has ended. Raises DaemonStartError if it cannot be
-        executed."""
+        """Starts the daemon, or starts it again if it has ended. Raises DaemonStartError if the
+        binary cannot be executed."""
 
     @property
     def command(self) -> list[str]:
@@ -123,12 +122,12 @@ class DaemonProcess:
 
     @property
     def log(self) -> str:
-        """The file with the daemon's newest output, at most 1 MiB; `destroy` removes it. Up to
-        1 MiB of earlier output is in the file with the same name and ".1"."""
+        """The file with the daemon's latest output, at most 1 MiB. Up to 1 MiB of earlier output is
+        in a file with the suffix ".1". `destroy` removes them."""
 
     @property
     def pid(self) -> int | None:
-        """The id of the daemon's process and process group; None before it ran."""
+        """The id of the daemon's process and process group; None before its first start."""
 
     @property
     def watchdog_pid(self) -> int: ...
@@ -138,11 +137,11 @@ class DaemonProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether `destroy` has begun. Some files or processes may still exist."""
+        """Whether `destroy` has begun. Files or processes may remain."""
 
     @property
     def destroyed(self) -> bool:
-        """Whether it was destroyed, with all files and processes."""
+        """Whether `destroy` is complete: no file or process remains."""
 
     @property
     def alive(self) -> bool:
@@ -162,43 +161,43 @@ class DaemonProcess:
         """Returns the last MiB of the daemon's output."""
 
     def try_destroy(self) -> bool:
-        """Does the next step of `destroy` without waiting. Returns whether it is complete. The
-        caller repeats it every few milliseconds until then, for about 10 s at most."""
+        """Does the next step of `destroy` without waiting. Returns whether `destroy` is complete.
+        The caller repeats this every few milliseconds until then, for about 10 s at most."""
 
     def destroy(self) -> None:
         """Ends the daemon and removes its files. The exit status and the output stay available.
-        Waits with the interpreter released: milliseconds, or some seconds for a process that
-        cannot be interrupted."""
+        Releases the GIL while it waits: milliseconds, or some seconds if a process cannot be
+        interrupted."""
 
     def doubt(self, peer_id: PeerID) -> str | None:
-        """Returns why an IDENTIFY reply with this peer id may come from another daemon; None if it
-        comes from this one."""
+        """Returns why an IDENTIFY reply with this peer id may be from another daemon; None if it is
+        from this one."""
 
     def not_ready(
         self, timeout: float, obstacle: str | None, reasons: list[tuple[str, str]] = ...
     ) -> Exception:
-        """Returns the DaemonStartError of a daemon that ended, or was not ready within this many
-        seconds because of this obstacle. `reasons` has the unreachable bootstrap peers, each with
-        the reason."""
+        """Returns the DaemonStartError for a daemon that ended, or that was not ready after
+        `timeout` seconds because of `obstacle`. `reasons` has the unreachable bootstrap peers, each
+        with the reason."""
 
     @property
     def unconnected(self) -> bool:
-        """Whether it ended because it reached none of its bootstrap peers."""
+        """Whether the daemon ended because it reached none of its bootstrap peers."""
 
     def died(self) -> Exception:
-        """Returns the DaemonStartError of a daemon that was ready and died."""
+        """Returns the DaemonStartError for a daemon that died after it was ready."""
 
 @final
 class Supervision:
-    """When to start a daemon again, when to connect it to its bootstrap peers, and what to report.
+    """Decides when to restart a daemon, when to connect it to its bootstrap peers, and what to log.
     Times are in seconds of any monotonic clock.
 
     The driver calls a method for each event, carries out the actions of ``poll`` until that returns
     None, and calls ``timeout`` at ``deadline``.
 
     Args:
-        restart_limit: Deaths in a row, within 10 seconds of the start each, after which the daemon
-            is given up; 0 if it is never started again.
+        restart_limit: Deaths in a row, each within 10 seconds of the start, after which the
+            supervisor gives up; 0 to never restart.
         peers: The number of bootstrap peers."""
 
     REGISTER_TIMEOUT: float
@@ -208,37 +207,37 @@ class Supervision:
 
     @property
     def deadline(self) -> float | None:
-        """When to call ``timeout``; None if no pause is in progress."""
+        """When to call ``timeout``; None if nothing is scheduled."""
 
     @property
     def finished(self) -> bool:
         """Whether supervision has ended: no event leads to another action."""
 
     def started(self, now: float) -> None:
-        """The daemon is ready: it was started by the caller, or by "start"."""
+        """Reports that the daemon is ready, after the caller or a "start" action started it."""
 
     def start_failed(self, now: float) -> None:
-        """ "start" failed, and nothing is left of the process."""
+        """Reports that "start" failed, and that no process is left."""
 
     def died(self, now: float) -> None:
-        """The process of a daemon that was ready has ended."""
+        """Reports that the process of a daemon that was ready has ended."""
 
     def connected(self, peer: int, now: float) -> None:
-        """ "connect" to this bootstrap peer succeeded."""
+        """Reports that "connect" to this bootstrap peer succeeded."""
 
     def connect_failed(self, peer: int, reason: str, daemon_lost: bool, now: float) -> None:
-        """ "connect" to this bootstrap peer failed. `daemon_lost` if the daemon was unreachable, so
-        that this says nothing about the peer."""
+        """Reports that "connect" to this bootstrap peer failed. `daemon_lost` means that the daemon
+        was unreachable, so the failure says nothing about the peer."""
 
     def timeout(self, now: float) -> None:
-        """``deadline`` may have passed."""
+        """Call this when ``deadline`` may have passed."""
 
     def stopped(self, now: float) -> None:
-        """The caller stops the daemon. It is not started again."""
+        """Reports that the caller stops the daemon, so it must not be restarted."""
 
 @final
 class SupervisionAction:
-    """An action for the driver of a ``Supervision``. Fields that its kind does not use are 0 or
+    """An action for the driver of a ``Supervision``. Fields that do not apply to its kind are 0 or
     empty."""
 
     @property
@@ -262,31 +261,31 @@ class SupervisionAction:
 
     @property
     def pause(self) -> float:
-        """Seconds until the daemon is started again."""
+        """Seconds until the daemon is restarted."""
 
     @property
     def deaths(self) -> int:
-        """Deaths in a row of a daemon that is given up."""
+        """Deaths in a row after which the supervisor gives up."""
 
     @property
     def reason(self) -> str:
-        """Why a bootstrap peer could not be connected to."""
+        """Why the connection to a bootstrap peer failed."""
 
 @final
 class Startup:
-    """When to probe a spawned daemon, and when to stop waiting for it. Times are in seconds of any
-    monotonic clock; `limit` may be infinite."""
+    """Decides when to probe a spawned daemon, and when to stop waiting for it. Times are in seconds
+    of any monotonic clock; `limit` may be infinite."""
 
     EXPLAIN_TIMEOUT: float
     def __new__(cls, now: float, limit: float) -> Self: ...
     def step(self, now: float) -> tuple[Literal["probe", "wait", "ready", "failed"], float]:
-        """What to do next, and until when for "wait"."""
+        """Returns what to do next, and for "wait" until when."""
 
     def probed(self, obstacle: str | None, now: float) -> None:
-        """Takes the outcome of a probe: None if the daemon is ready, otherwise the obstacle."""
+        """Reports the outcome of a probe: None if the daemon is ready, otherwise the obstacle."""
 
     def ended(self) -> None:
-        """The process has ended, even if it was ready a moment ago."""
+        """Reports that the process has ended, even if it was ready a moment ago."""
 
     @property
     def deadline(self) -> float:
@@ -298,14 +297,14 @@ class Startup:
 
 @final
 class Reconnection:
-    """When to connect to a peer again, and which outcomes to report."""
+    """Decides when to reconnect to a peer, and which outcomes to log."""
 
     TIMEOUT: float
     def __new__(cls) -> Self: ...
     def connected(self) -> tuple[float, bool]:
-        """The peer is connected. Returns the pause before the next CONNECT, in seconds, and
-        whether to report the connection."""
+        """Reports that the peer is connected. Returns the pause before the next CONNECT, in
+        seconds, and whether to log the connection."""
 
     def failed(self, reason: str) -> tuple[float, bool]:
-        """The peer could not be connected to. Returns the pause before the next CONNECT, in
-        seconds, and whether to report the failure."""
+        """Reports that connecting to the peer failed. Returns the pause before the next CONNECT, in
+        seconds, and whether to log the failure."""

@@ -1,4 +1,4 @@
-# The value types of `_native`, typed: a stub without a module of its own.
+# Stubs of the value types in `_native`. No module has this name.
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol as TypingProtocol, TypeAlias, final

@@ -32,8 +32,8 @@ class IncompleteRead(asyncio.IncompleteReadError, anyio.IncompleteRead):
     """
 
     def __init__(self, partial: bytes, expected: int | None) -> None:
-        # asyncio's calls super().__init__(message), which from Python 3.15 on is anyio's, without
-        # arguments.
+        # Does not call asyncio's __init__. That calls super().__init__(message), which from Python
+        # 3.15 on is anyio's __init__, without parameters.
         total = "undefined" if expected is None else repr(expected)
         message = f"{len(partial)} bytes read on a total of {total} expected bytes"
         Exception.__init__(self, message)
@@ -163,7 +163,7 @@ class SocketStream(ByteStream):
 class _Chunks(AsyncIterator[bytes]):
     """Iterates over the results of a function until it returns None.
 
-    Not a generator, as trio warns when a generator is not run to its end.
+    Not a generator, as trio warns about generators that are not exhausted.
     """
 
     def __init__(self, next_chunk: Callable[[], Awaitable[bytes | None]]) -> None:

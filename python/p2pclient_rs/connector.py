@@ -42,8 +42,8 @@ __all__ = ["DEFAULT_CONTROL_MADDR", "DaemonConnector", "MultiaddrLike", "PeerIDL
 
 DEFAULT_CONTROL_MADDR = "/unix/tmp/p2pd.sock"
 
-#: Of a persistent connection; see ``UnaryClient``: ``max_message_size``, ``max_incoming_size``,
-#: ``max_unanswered``, ``max_unanswered_bytes`` and ``hold``.
+#: The limits of a persistent connection: ``max_message_size``, ``max_incoming_size``,
+#: ``max_unanswered``, ``max_unanswered_bytes`` and ``hold``, as in ``UnaryClient``.
 UnaryLimits: TypeAlias = tuple[int, int | None, int | None, int | None, float | None]
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class DaemonConnector:
         self._max_message_size = max_message_size
         self._pid = os.getpid()
         self._pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()
-        #: The pool used last, and its asyncio loop.
+        #: The most recently used pool, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: Pool | None = None
 
@@ -120,7 +120,7 @@ class DaemonConnector:
             self.close()
 
     def _parse(self, control_maddr: MultiaddrLike) -> tuple[Multiaddr, Multiaddr]:
-        """Returns a control address, and the value of the attribute for it."""
+        """Returns a control address as a ``Multiaddr``, and as ``control_maddr`` returns it."""
         maddr = Multiaddr(control_maddr)
         return maddr, self.types.multiaddr(maddr)
 
@@ -182,7 +182,7 @@ class DaemonConnector:
         return await self.described(self._peerstore(request), name, timeout, peer_id)
 
     async def _peerstore(self, request: Request[T]) -> T:
-        # hivemind's daemon would take the request for another one, and could exit because of it.
+        # hivemind's daemon would mistake the request for another one, and could exit.
         try:
             await self._exchange(Request.peerstore_probe())
         except DaemonRefused as error:
@@ -320,12 +320,12 @@ class DaemonConnector:
                     raise
                 except BaseException:
                     with suppress(RuntimeError):  # from a closed loop
-                        answer.cancel()  # not yet done if the coroutine was closed
-                    # The daemon may be slow with this query. Others must not queue behind it.
+                        answer.cancel()  # not done yet if the coroutine was closed
+                    # The daemon may be slow with this query, and others must not queue behind it.
                     pipeline.retire()
                     raise
                 finally:
-                    del answer  # breaks a cycle: its exception's traceback has this frame
+                    del answer  # breaks a reference cycle: its exception's traceback has this frame
         return (await self._exchange(request, repeated))[0]
 
     async def start_query(
@@ -354,16 +354,16 @@ class DaemonConnector:
         repeated: bool = False,
         read: Callable[[PooledConnection], Awaitable[Any]] | None = None,
     ) -> tuple[T, PooledConnection]:
-        """Sends a request.
+        """Sends a request, and waits for its reply or for the first part of that.
 
         Args:
             request: The request.
-            repeated: Whether it was sent before, on another connection.
+            repeated: Whether it was already sent on another connection.
             read: Waits for the reply, or for the first part of it.
 
         Returns:
-            The reply. The connection, which is open only if it became a stream, or if ``read``
-            has returned a part of the reply.
+            The result of ``read``, and the connection. The connection is open only if it became a
+            stream, or if ``read`` returned a part of the reply.
         """
         self.check_fork()
         # Fast path: no lookup of the pool.
@@ -384,7 +384,7 @@ class DaemonConnector:
                 raw, watch = connection
                 consumed = False
                 try:
-                    # As `pool.send`, without its coroutine.
+                    # Same as `pool.send`, without the cost of its coroutine.
                     if not raw.start(request):
                         await watch.writable()
                         while not raw.flush():
@@ -412,7 +412,7 @@ class DaemonConnector:
         loop = current_loop()
         pool = self._pools.get(loop)
         if pool is None:
-            # Something may still refer to a closed loop, which keeps its pool.
+            # If something refers to a closed loop, its pool is still here.
             for other in list(self._pools):
                 if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
                     self._pools.pop(other).close()
@@ -452,7 +452,7 @@ class DaemonConnector:
         Raises:
             ControlTimeout: It took longer.
         """
-        if timeout is not None and not timeout >= 0:  # NaN, too
+        if timeout is not None and not timeout >= 0:  # also rejects NaN
             work.close()
             raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
         try:
@@ -478,7 +478,7 @@ class DaemonConnector:
                 raise error
             raise raised from error.__cause__
         finally:
-            # Breaks a cycle: the traceback has this frame.
+            # Breaks a reference cycle: the traceback has this frame.
             del error, raised
 
     def describe(
@@ -490,7 +490,7 @@ class DaemonConnector:
     ) -> Exception:
         """Returns the exception to raise for ``error``, with the context of the request."""
         precise = _precise(error)
-        # The error of another request that had to come first keeps that request's name.
+        # If an earlier, preparatory request failed, its error already has that request's name.
         if not (isinstance(precise, NotSupported) and precise.request):
             precise.request = request
         precise.peer_id = None if peer_id is None else PeerID(peer_id)
@@ -505,7 +505,7 @@ async def _first_result(connection: PooledConnection) -> tuple[Any, ...]:
 
 
 def _precise(error: ControlFailure) -> ControlFailure:
-    """Returns the error of the subclass for the daemon's message."""
+    """Returns the error as the subclass that fits the daemon's message."""
     message = error.daemon_message
     if isinstance(error, DaemonRefused) and message is not None:
         kind = refusal_kind(message)

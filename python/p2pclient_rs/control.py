@@ -46,7 +46,7 @@ __all__ = ["DEFAULT_LISTEN_MADDR", "ControlClient", "ListenerStats", "StreamHand
 
 DEFAULT_LISTEN_MADDR = "/unix/tmp/p2pclient.sock"
 
-#: How long removing the handlers from the daemon may take at the end, in seconds.
+#: How long removing all handlers from the daemon may take when listening ends, in seconds.
 _GOODBYE_TIMEOUT = 1.0
 
 _IDENTIFY = Request.identify()
@@ -74,7 +74,7 @@ class ControlClient(InboundStreams):
 
     #: Whether registering a handler replaces this client's former one.
     _replaces_handlers = True
-    #: Whether handlers that outlive their peers are cancelled.
+    #: Whether handlers are cancelled if they outlive their peers by more than their linger.
     _lingers = True
 
     def __init__(
@@ -82,12 +82,12 @@ class ControlClient(InboundStreams):
     ) -> None:
         super().__init__()
         self.daemon_connector = daemon_connector
-        #: The address that was asked for, and the one in use, if that differs.
+        #: The requested listen address, and the one in use if it differs.
         self._wanted_maddr: Multiaddr | None = None
         self._bound_maddr: Multiaddr | None = None
         self._private: PrivateSocket | None = None
         self.listen_maddr = listen_maddr
-        #: Those registered as balanced.
+        #: The protocols registered as balanced.
         self._balanced: set[str] = set()
         self._registrations = Registrations()
         self._scope: anyio.CancelScope | None = None
@@ -125,7 +125,7 @@ class ControlClient(InboundStreams):
         self._bound_maddr = None
 
     def _parse(self, listen_maddr: MultiaddrLike) -> Multiaddr:
-        """A listen address as the attribute shows it."""
+        """Returns a listen address as ``listen_maddr`` returns it."""
         return self._show(Multiaddr(listen_maddr))
 
     def _show(self, maddr: Multiaddr) -> Multiaddr:
@@ -231,7 +231,7 @@ class ControlClient(InboundStreams):
         except BaseException:
             stream.abort()
             raise
-        # As ``OpenedStream(info, stream)``, at less cost.
+        # Same as ``OpenedStream(info, stream)``, but faster.
         return tuple.__new__(OpenedStream, (info, stream))
 
     async def stream_handler(
@@ -279,7 +279,7 @@ class ControlClient(InboundStreams):
         """
         registration = HandlerOptions.of(handler_cb, linger)
         before = self._options.get(proto)
-        # Before the daemon can open a stream.
+        # Before the request, since the daemon may open a stream at once.
         self._options[proto] = registration
         try:
             await self._register(
@@ -311,7 +311,7 @@ class ControlClient(InboundStreams):
                 raise ControlFailure(f"Handler for protocol {proto} already registered")
             before, was_balanced = self.handlers.get(proto), proto in self._balanced
             self._note_balanced(proto, balanced)
-            # Before the daemon has it: a stream can arrive before the daemon's reply.
+            # Before the request, since a stream can arrive before the daemon's reply.
             self.handlers[proto] = handler_cb
             try:
                 await self._register_at_daemon(proto, balanced)
@@ -418,7 +418,7 @@ class ControlClient(InboundStreams):
                 try:
                     yield self
                 except GeneratorExit:
-                    # The garbage collector or the end of the loop: no await is possible.
+                    # Raised by the garbage collector or the end of the loop: no await is possible.
                     closed = True
                     raise
                 finally:
@@ -445,7 +445,7 @@ class ControlClient(InboundStreams):
         return self
 
     async def _begin(self) -> RawListener:
-        """Opens the listening socket and notes its address."""
+        """Opens the listening socket and records its address."""
         if self._background is not None and self._background.loop_ended:
             self._background.close()
         if self._listening:
@@ -486,7 +486,7 @@ class ControlClient(InboundStreams):
         After ``await listen()`` it also removes the protocols from the daemon and waits until the
         handlers have ended.
         """
-        # In a forked child, cancelling the parent's tasks would change the parent's epoll.
+        # In a forked child, cancelling the parent's tasks would change the parent's epoll instance.
         here = os.getpid() == self._pid
         background = self._background if here else None
         try:
@@ -552,7 +552,7 @@ class ControlClient(InboundStreams):
             listener.close()
 
     async def _unregister_all(self) -> None:
-        """Removes all handlers from the daemon, as far as it replies in time."""
+        """Removes all handlers from the daemon, or as many as it acknowledges in time."""
         with UnlessClosed(anyio.move_on_after(_GOODBYE_TIMEOUT, shield=True)):
             for proto in list(self.handlers):
                 try:

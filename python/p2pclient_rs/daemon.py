@@ -201,7 +201,7 @@ class Daemon:
         try:
             with anyio.CancelScope(shield=True):
                 if self._supervisor is not None:
-                    # With a timeout, as the supervisor's event loop may no longer run.
+                    # With a timeout, as the supervisor's event loop may no longer be running.
                     with anyio.move_on_after(self._stop_timeout):
                         await self._supervisor.stop()
                 with anyio.move_on_after(self._stop_timeout):
@@ -308,7 +308,7 @@ class Daemon:
         return restarted or self._identity
 
     def _prepare(self) -> DaemonProcess:
-        """Prepares a process."""
+        """Creates the process object without starting the process."""
         if self._process is not None and not self._process.destroyed:
             raise RuntimeError("the daemon has been started already")
         binary = _find_binary(self._binary)
@@ -350,7 +350,7 @@ class Daemon:
 
 
 def _abandoned(process: DaemonProcess) -> None:
-    """Destroys the process of a Daemon that was collected, or still alive at interpreter exit."""
+    """Destroys the process if its Daemon was garbage-collected or the interpreter exits."""
     if process.owned and not process.ended:
         warnings.warn(f"daemon {process.pid} was not stopped", ResourceWarning, stacklevel=2)
         process.destroy()
@@ -359,7 +359,7 @@ def _abandoned(process: DaemonProcess) -> None:
 def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
     failure: OSError | None = None
     try:
-        # Does not import hivemind, which would take seconds and need torch.
+        # Finds hivemind without importing it, which would take seconds and need torch.
         spec = importlib.util.find_spec("hivemind")
     except (ImportError, ValueError):
         spec = None
@@ -394,8 +394,10 @@ def _temporary_directory() -> str:
 
 
 def _refusal_to_open() -> OSError | None:
-    """Returns the error if no descriptor is left: every directory then seems unusable to
-    ``tempfile``, which hides the reason."""
+    """Returns the error if no descriptor is left, None otherwise.
+
+    ``tempfile`` then reports that no directory is usable, and hides the reason.
+    """
     try:
         os.close(os.open("/", os.O_RDONLY))
     except OSError as error:
@@ -412,5 +414,5 @@ def _seconds(option: str, timeout: float) -> float:
 
 
 def _texts(addresses: Sequence[Multiaddr | str]) -> list[str]:
-    # A single address is a sequence too: of characters.
+    # A single address is also a sequence, of characters.
     return [str(a) for a in ([addresses] if isinstance(addresses, (str, Multiaddr)) else addresses)]

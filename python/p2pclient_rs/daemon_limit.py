@@ -1,11 +1,11 @@
 """Finds the largest message that a daemon accepts, for a client without an explicit limit.
 
 The control protocol has no request for this limit, and a daemon closes the persistent connection
-when a message exceeds it. Two sources are reliable:
+when a message exceeds it. There are two reliable sources:
 
 - On Linux, the command line of the process that listens at the daemon's unix socket.
-- The limit that the creator of the daemon gave to its client, in this process or in one from which
-  it was forked.
+- The limit that the program gave to an earlier client of the daemon, in this process or in one from
+  which this process was forked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_PROTOBUF = 2**31 - 1
 
 _FLAG = b"persistentConnMaxMsgSize"
 
-#: The flags of p2pd that take no value as the next argument.
+#: The flags of p2pd whose value, if any, is not the next argument.
 _SWITCHES = frozenset(
     b"q b dht dhtClient dhtServer connManager quic natPortMap pubsub pubsubSign pubsubSignStrict "
     b"relay relayActive relayHop autoRelay relayDiscovery relayService autonat noListenAddrs i "
     b"pprof noise tls forceReachabilityPublic forceReachabilityPrivate".split()
 )
 
-#: Limits that clients were given, in bytes, by control address. Forked children inherit them.
+#: The limits given to clients, in bytes, by control address. Forked children inherit them.
 _told: dict[str, int] = {}
 _MAX_TOLD = 1024
 
@@ -94,7 +94,7 @@ def of_command(arguments: Sequence[bytes]) -> int | None:
     """Finds the limit in the command line of a daemon.
 
     Args:
-        arguments: The command line. It is parsed like Go's ``flag`` package does.
+        arguments: The command line, which is parsed as by Go's ``flag`` package.
 
     Returns:
         The limit in bytes, or None if this is not a command line of p2pd, or is invalid.

@@ -13,7 +13,7 @@ from p2pclient_rs.readiness import watch
 
 __all__ = ["dial", "resolve"]
 
-#: Errors of a connection attempt that do not concern the control socket.
+#: Errors of a connection attempt that are not about the control socket.
 _NOT_ABOUT_THE_SOCKET = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 
@@ -22,10 +22,10 @@ async def dial(maddr: Multiaddr, max_message_size: int | None) -> PooledConnecti
 
     Args:
         maddr: The address.
-        max_message_size: The largest message taken from the daemon, in bytes.
+        max_message_size: The largest message to accept from the daemon, in bytes.
 
     Raises:
-        DaemonUnreachable: No daemon listens there, or the connection failed otherwise.
+        DaemonUnreachable: No daemon listens there, or connecting failed for another reason.
     """
     path = None
     try:
@@ -49,7 +49,7 @@ async def _connect(
 ) -> PooledConnection:
     delay = 0.001
     while (raw := ControlConnection.connect(address, max_frame=max_message_size)) is None:
-        # The daemon's queue of connections is full, and nothing tells when that changes.
+        # The daemon's accept queue is full. There is no event for room in it, so poll.
         await anyio.sleep(delay)
         delay = min(2 * delay, 0.05)
     connection = PooledConnection(raw, watch(raw.fileno()))

@@ -10,7 +10,7 @@ from p2pclient_rs._native import PersistentConnection, Pipeline
 
 __all__ = ["WakeUp", "on_readable", "run_ready"]
 
-#: A call to make: in a context with one argument, or without a context with several.
+#: A call to make: with a context and one argument, or without a context and any arguments.
 WakeUp: TypeAlias = tuple[Context | None, Callable[..., Any], Any]
 
 
@@ -26,11 +26,12 @@ def on_readable(connection: PersistentConnection | Pipeline) -> None:
 def run_ready(connection: PersistentConnection | Pipeline, ready: list[WakeUp]) -> None:
     """Makes the calls that a read has made ready, then sends the connection's unsent output.
 
-    They are made in Python, since they resume tasks: a thread that the interpreter's finalization
-    stops in a task must not have Rust on its stack.
+    The calls resume tasks. Python makes them and not Rust, because interpreter finalization may
+    stop a thread within a task, and such a thread must not have Rust on its stack.
     """
     failed: BaseException | None = None
-    # Without in-place wake-ups the tasks run later, and their messages are sent together.
+    # Whether to send at once. Tasks that are not resumed in place run later, and their messages are
+    # then sent together.
     now = bool(ready)
     try:
         for context, function, argument in ready:
@@ -46,7 +47,7 @@ def run_ready(connection: PersistentConnection | Pipeline, ready: list[WakeUp]) 
                     failed = error
     finally:
         if ready:
-            # A task may keep an exception whose frames reach this one.
+            # A task may keep an exception whose traceback includes this frame.
             context = function = argument = None  # type: ignore[assignment]
             ready.clear()
         try:

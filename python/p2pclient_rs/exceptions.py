@@ -85,7 +85,7 @@ class P2PDaemonError(Exception):
         return rebuild, parts(self)
 
 
-#: The classes made by `combined`, by its arguments.
+#: The classes made by `combined`, keyed by its arguments.
 _COMBINED: dict[tuple[type[Exception], tuple[type[Exception], ...]], type[Exception]] = {}
 
 #: The attributes of an OSError besides its arguments.
@@ -109,9 +109,9 @@ class ControlFailure(P2PDaemonError):
     peer_id: PeerID | None
     protocol: str | None
     daemon_message: str | None
-    #: Whether its text is the message alone, for hivemind, whose users compare that.
+    #: Whether its text is the message alone. hivemind's users compare that text.
     _terse: bool = False
-    #: In a class made by `combined`: the arguments of that.
+    #: In a class made by `combined`: the arguments of that call.
     _made_of: tuple[type[Exception], tuple[type[Exception], ...]] | None = None
 
     def __init__(
@@ -149,7 +149,7 @@ class ControlFailure(P2PDaemonError):
         return f"{text} ({context})" if text else context
 
     def __repr__(self) -> str:
-        # Programs log it and hivemind sends it to callers, so it includes the daemon's message.
+        # Includes the daemon's message: programs log the repr, and hivemind sends it to callers.
         return f"{type(self).__name__}({str(self)!r})"
 
 
@@ -171,7 +171,7 @@ def combined(kind: type[Exception], also: tuple[type[Exception], ...]) -> type[E
             "__doc__": kind.__doc__,
             "_made_of": (kind, also),
         }
-        # Another thread may have made the class meanwhile; all threads use the same one.
+        # If another thread has made the class meanwhile, use that one.
         made = _COMBINED.setdefault((kind, also), type(kind.__name__, (kind, *also), namespace))
     return made
 
@@ -210,7 +210,7 @@ def with_errno(
 
 def from_os_error(kind: type[E], message: str, cause: OSError, filename: str | None = None) -> E:
     """Creates an exception with the number, text, class and file name of ``cause``."""
-    # Name resolution has numbers of its own, without built-in classes.
+    # Errors of name resolution have their own numbers, without built-in classes.
     if isinstance(cause, (socket.gaierror, socket.herror)):
         error = with_errno(kind, message, None, strerror=cause.strerror, also=(type(cause),))
         error.errno = cause.errno  # type: ignore[attr-defined]
@@ -227,8 +227,8 @@ def connection_lost(message: str, number: int | None = None) -> ConnectionLost:
 def parts(error: Exception) -> tuple[Any, ...]:
     """Returns the arguments with which ``rebuild`` creates a copy of ``error``.
 
-    Pickle alone would not do: it finds a class by its name, which a combined class shares with
-    another one, and it drops an ``errno`` that is not in ``args``.
+    Pickle's default would not work: it finds a class by its name, which a combined class shares
+    with another class, and it drops an ``errno`` that is not in ``args``.
     """
     kind, also = getattr(error, "_made_of", None) or (type(error), ())
     fields = tuple(getattr(error, name, None) for name in _OS_FIELDS)
@@ -268,7 +268,7 @@ class DaemonUnreachable(ControlFailure, ConnectionError):
     ``socket.gaierror``.
     """
 
-    #: The message without the hint, for callers that add a hint of their own.
+    #: The message without the hint, for callers that add their own hint.
     _without_hint: str | None = None
 
 

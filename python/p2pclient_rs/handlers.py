@@ -26,21 +26,21 @@ StreamHandler: TypeAlias = (
 #: How long a handler may leave its stream unused after the peer has closed it, in seconds.
 DEFAULT_LINGER = 300.0
 
-#: How often a peer is polled within a linger, and the bounds of the interval, in seconds.
+#: How many times a peer is polled within its linger, and the bounds of the interval, in seconds.
 _POLLS = 8
 _SHORTEST_INTERVAL = 0.05
 _LONGEST_INTERVAL = 30.0
 
-#: How much input is read ahead at a time for a handler that does not read, in bytes.
+#: The maximum amount to read ahead per step for a handler that does not read, in bytes.
 _STEP = 1 << 20
-#: The most input to read ahead for one handler, in bytes. This exceeds what the daemon and the
+#: The maximum amount to read ahead for one handler, in bytes. This is more than the daemon and the
 #: sockets buffer for a peer that has left.
 _MAX_AHEAD = 32 << 20
-#: The most input to read ahead for all handlers of a listener together, in bytes.
+#: The maximum amount to read ahead for all handlers of a listener together, in bytes.
 _MAX_ALL_AHEAD = 64 << 20
 
-#: With this much input read ahead, in bytes, a handler stays among those read from for this long
-#: without further input, in seconds. The daemon may need the time to deliver the rest.
+#: If this many bytes were read ahead for a handler, reading ahead for it continues until there has
+#: been no input for ``_PATIENCE`` seconds. The daemon may need that time to deliver the rest.
 _MUCH_AHEAD = 64 << 10
 _PATIENCE = 0.5
 
@@ -61,10 +61,10 @@ class HandlerOptions(NamedTuple):
 
         Raises:
             TypeError: The handler takes neither ``(info, stream)`` nor ``(stream)``, or ``linger``
-                is no number.
-            ValueError: ``linger`` is negative or not a number.
+                is not a number.
+            ValueError: ``linger`` is negative or NaN.
         """
-        if linger is not None and not linger >= 0:  # NaN compares false
+        if linger is not None and not linger >= 0:  # also rejects NaN
             raise ValueError(f"linger is a number of seconds from 0 on, or None, not {linger}")
         return cls(handler, linger, takes_info(handler))
 
@@ -82,7 +82,7 @@ def takes_info(handler: Callable[..., Any]) -> bool:
         raise TypeError(f"a stream handler must be callable, not {handler!r}")
     one, two = _accepts(handler, follow_wrapped=False)
     if one and two:
-        # For example a decorator's (*args). The wrapped function may be stricter.
+        # For example a decorator's (*args). The wrapped function may accept only one of the two.
         one, two = _accepts(handler, follow_wrapped=True)
         return two or not one
     if not one and not two:
@@ -122,11 +122,11 @@ class _Run:
         ahead: _ReadingAhead,
     ) -> None:
         self.interval = min(max(linger / _POLLS, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
-        #: When to check it next.
+        #: The time of the next check.
         self.due = anyio.current_time() + self.interval
         #: Whether ``check`` has cancelled it.
         self.expired = False
-        #: How many bytes were read ahead for the handler.
+        #: The number of bytes that were read ahead for the handler.
         self.ahead = 0
         self._stream = stream
         self._info = info
@@ -136,7 +136,7 @@ class _Run:
         self._operations = -1
         #: When a check last found the stream in use.
         self._used_at = self.due
-        #: Since when the stream has been unused after the peer's close.
+        #: The time since which the handler has not used the stream that the peer has closed.
         self._unused_since: float | None = None
 
     def check(self, now: float) -> None:
@@ -156,7 +156,7 @@ class _Run:
             self._read_ahead(now)
             return
         if self._unused_since is None or used:
-            # The unread input may have hidden the close since the last use.
+            # The close came after the unread input, so it may be as old as the last use.
             self._unused_since = self._used_at if self.ahead else now
         deadline = self._unused_since + self._linger
         if deadline > now:
@@ -176,7 +176,7 @@ class _Run:
     def _read_ahead(self, now: float) -> None:
         """Reads some input ahead if the handler has not used its stream for its linger.
 
-        A daemon that cannot deliver input does not report the close that follows it.
+        While input is undelivered, the daemon cannot report the close that follows it.
         """
         unused_until = self._used_at + self._linger
         if unused_until > now:
@@ -195,16 +195,16 @@ class _Run:
 class _ReadingAhead:
     """Reads ahead for the handlers of one listener, within bounds.
 
-    Reads from the streams of a few handlers at a time, each up to the peer's close or its bound;
-    the other handlers queue. Reading from all at once could stop each of them halfway, at the
-    common bound.
+    Reads from the streams of a few handlers at a time, each up to the peer's close or to the bound
+    per handler. The other handlers queue. If it read from all streams at once, the common bound
+    could stop all of them before their ends.
     """
 
     def __init__(self, runs: set[_Run]) -> None:
         self._runs = runs
-        #: The handlers whose streams are read from, and when each last had input.
+        #: The handlers for which it reads ahead, and when each last had input.
         self._active: dict[_Run, float] = {}
-        #: The queue of the others.
+        #: The queue of handlers for which it does not read ahead yet.
         self._waiting: dict[_Run, None] = {}
 
     def read(self, run: _Run, now: float) -> bool:
@@ -215,7 +215,8 @@ class _ReadingAhead:
             self._waiting[run] = None
             return False
         limit = min(_STEP, _MAX_AHEAD - run.ahead, left)
-        # A peer with so much unread input is there: it would have blocked otherwise.
+        # At the bound per handler, the peer must still be there: more has arrived than the daemon
+        # and the sockets buffer for a peer that has left.
         if limit > 0 and run.read_ahead(limit):
             self._active[run] = now
             return True
@@ -270,7 +271,7 @@ class Lingering:
         info: StreamInfo,
         linger: float,
     ) -> None:
-        """Calls and awaits ``handle``. If it outlives its peer by too much, cancels it and aborts
+        """Calls and awaits ``handle``. If it outlives its peer for too long, cancels it and aborts
         the stream."""
         if isinstance(current_loop(), asyncio.AbstractEventLoop):
             await self._run_in_asyncio(handle, stream, info, linger)
@@ -292,7 +293,7 @@ class Lingering:
         info: StreamInfo,
         linger: float,
     ) -> None:
-        # Without a scope, as anyio would keep a reference to the task even if its loop is closed.
+        # Uses no scope, as anyio would keep a reference to the task even if its loop is closed.
         task = asyncio.current_task()
         assert task is not None
         run = self._add(stream, info, linger, task.cancel)
@@ -334,7 +335,7 @@ class Lingering:
             if planned == math.inf:
                 await wake.wait()
             elif isinstance(loop, asyncio.AbstractEventLoop):
-                # Without a scope, as in ``_run_in_asyncio``.
+                # Uses no scope, as in ``_run_in_asyncio``.
                 timer = loop.call_at(planned, wake.set)
                 try:
                     await wake.wait()
@@ -346,7 +347,7 @@ class Lingering:
 
     def _check(self) -> float:
         """Checks the handlers that are due. Returns when to check again."""
-        # In a method of its own, so that no variable keeps a stream open while the task sleeps.
+        # A separate method, so that no local variable keeps a stream open while the task sleeps.
         if not self._runs:
             return math.inf
         now = anyio.current_time()
@@ -354,7 +355,7 @@ class Lingering:
             if run.due <= now:
                 run.check(now)
         self._ahead.next(now)
-        # Bounds the number of checks if many handlers are due at different times.
+        # Checks no more often than this, even if many handlers are due at different times.
         interval = _SHORTEST_INTERVAL
         if not self._ahead.busy:
             interval = min(run.interval for run in self._runs) / 4

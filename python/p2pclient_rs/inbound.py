@@ -34,7 +34,7 @@ from p2pclient_rs.stream import Stream
 __all__ = ["InboundStreams"]
 
 
-#: How often to check for room while too many connections have no header, in seconds.
+#: The interval between checks for room while too many connections have no header, in seconds.
 _SHORTEST_PAUSE = 0.02
 
 
@@ -49,7 +49,7 @@ class InboundStreams:
 
     #: Receives the log lines about inbound streams.
     logger: logging.Logger = logger
-    #: Whether the client is cancelling the tasks that it started.
+    #: Whether the client is cancelling its tasks.
     _stopping = False
 
     daemon_connector: DaemonConnector
@@ -58,7 +58,7 @@ class InboundStreams:
 
     def __init__(self) -> None:
         self.handlers = {}
-        #: The options of handlers that were registered, by protocol.
+        #: The options of the registered handlers, by protocol.
         self._options: dict[str, HandlerOptions] = {}
         self._lingering: Lingering | None = None
         self._half_open = HalfOpen(MAX_HALF_OPEN, HALF_OPEN_PATIENCE)
@@ -120,7 +120,7 @@ class InboundStreams:
         try:
             await self._handle(handler, info, stream)
         except GeneratorExit:
-            # Garbage collection ends the task and closes the stream, in the thread of the loop.
+            # Raised by the garbage collector, which also closes the stream, in the loop's thread.
             raise
         except Exception:
             self.logger.exception(
@@ -151,7 +151,7 @@ class InboundStreams:
             number = self._half_open.enter(anyio.current_time())
             self._headers[number] = scope
             try:
-                # jsp2pd connects when a handler is registered, and writes when a stream comes.
+                # jsp2pd connects once a handler is registered, and writes when a stream arrives.
                 await stream._watch.readable()
                 scope.deadline = anyio.current_time() + HEADER_TIMEOUT
                 return await stream.receive_frame(MAX_HEADER)
@@ -165,7 +165,7 @@ class InboundStreams:
     ) -> None:
         registration = self._options.get(info.proto)
         if registration is None or registration.handler is not handler:
-            # The program has set an item of ``handlers`` itself.
+            # The program itself has set this item of ``handlers``.
             registration = HandlerOptions.of(handler, DEFAULT_LINGER)
         if registration.linger is None or self._lingering is None:
             await (handler(info, stream) if registration.takes_info else handler(stream))
@@ -183,8 +183,11 @@ class _NoHandler(DispatchFailure):
 
 
 def _is_stray(error: BaseException) -> bool:
-    """Returns whether an asyncio cancellation comes from no scope of anyio's, for example from
-    awaiting a cancelled task. A task group would take it for its own and end."""
+    """Returns whether an asyncio cancellation does not come from an anyio scope.
+
+    For example, it may come from awaiting a cancelled task. A task group would take it for its own
+    cancellation and end.
+    """
     return (
         isinstance(error, asyncio.CancelledError)
         and anyio.current_effective_deadline() != -math.inf

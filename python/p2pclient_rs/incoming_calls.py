@@ -18,7 +18,7 @@ __all__ = ["IncomingCalls", "UnaryHandler"]
 #: returns the reply.
 UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable["Buffer"]]
 
-#: Number of callers whose peer ids are kept as the objects that handlers get.
+#: The size of the cache of callers' peer ids, in the form that handlers get.
 _MAX_PEERS = 4096
 
 
@@ -44,7 +44,7 @@ class IncomingCalls:
         self.contexts: dict[str, Context] = {}
         #: The context for handlers that other code put into the table.
         self._context = copy_context()
-        #: The tasks of the present connection, by call id.
+        #: The tasks of the current connection, by call id.
         self.tasks: dict[bytes, Work | None] = {}
         self._peers: dict[bytes, Any] = {}
 
@@ -52,7 +52,7 @@ class IncomingCalls:
         self, connection: PersistentConnection, call_id: bytes, proto: str, peer: bytes, data: bytes
     ) -> None:
         """Starts a task for a call."""
-        if connection.closed:  # by an earlier message of the same read
+        if connection.closed:  # because of an earlier message in the same read
             return
         handler = self.handlers.get(proto)
         if handler is None:

@@ -1,5 +1,5 @@
-"""Listening: the result of ``listen()``, a listener in the background, private addresses, and the
-counting and logging of refused streams."""
+"""Listening: the result of ``listen()``, the background listener, private addresses, and counters
+and logging of refused streams."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Listening(AbstractAsyncContextManager[T], Generic[T]):
         return await self._context.__aexit__(kind, error, traceback)
 
 
-#: Calls an async function with one argument in a task of its own.
+#: Calls an async function with one argument, in a new task.
 Start = Callable[[Callable[[Any], Coroutine[Any, Any, None]], Any], object]
 
 
@@ -101,7 +101,7 @@ class _Jobs:
         self.running: set[_Job] = set()
         #: Whether no more tasks will start.
         self.closed = False
-        #: Set once no more tasks will start and all have ended.
+        #: Set once no more tasks will start and all tasks have ended.
         self.ended = anyio.Event()
 
     def left(self, job: _Job) -> None:
@@ -112,16 +112,16 @@ class _Jobs:
 
 
 class BackgroundListener:
-    """Accepts inbound streams in tasks of the event loop, on trio in system tasks.
+    """Accepts inbound streams in tasks of the event loop; on trio, in system tasks.
 
-    It ends after ``aclose`` or ``close``, when the client is garbage-collected, and with the event
-    loop. Running handlers keep the client alive.
+    It ends after ``aclose`` or ``close``, when the client is garbage-collected, or when the event
+    loop ends. Running handlers keep the client alive.
 
     Args:
-        client: The client that the streams are for. This holds a weak reference.
-        listener: The socket, which is closed at the end.
-        poll: Another function to run in a task until the end. It must not hold a reference to the
-            client.
+        client: The client that the streams are for. The listener holds only a weak reference.
+        listener: The socket. It is closed when the listener ends.
+        poll: A function to run in another task until the listener ends. It must not hold a
+            reference to the client.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class BackgroundListener:
             await self._jobs.ended.wait()
 
     def close(self) -> None:
-        """Stops and cancels the running handlers. Any thread may call this.
+        """Stops, and cancels the running handlers. Any thread may call this.
 
         In a forked child this only closes the descriptor.
         """
@@ -176,7 +176,7 @@ class BackgroundListener:
             return
         self._jobs.closed = True
         if self._reactor.is_closed():
-            # A closed loop cannot cancel tasks. The garbage collector ends them.
+            # A closed loop cannot cancel tasks. Drop them, so that the garbage collector ends them.
             self._jobs.running.clear()
         for job in list(self._jobs.running):
             if job.work is not None:
@@ -210,7 +210,7 @@ class BackgroundListener:
 
     def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         work = self._start(lambda _: function(), None)
-        # If the loop is closed without cancelling its tasks, asyncio must not warn of this one.
+        # If the loop is closed without cancelling its tasks, asyncio must not warn of this task.
         if hasattr(work, "_log_destroy_pending"):
             work._log_destroy_pending = False
 
@@ -244,8 +244,8 @@ async def pause(wait: float | None, readable: Callable[[], Awaitable[object]]) -
 class PrivateSocket:
     """A path for a unix socket in a new directory that only this user can access.
 
-    ``remove`` removes the directory, as do garbage collection and the end of the program, but not
-    in a forked child.
+    ``remove`` removes the directory, as do garbage collection of this object and the end of the
+    program. In a forked child, none of them does.
     """
 
     def __init__(self) -> None:
@@ -309,7 +309,7 @@ class ListenerStats:
 class Refusals:
     """Counts inbound streams and logs refusals, at most one line per kind and second.
 
-    A line gives the number of lines suppressed before it.
+    A line includes the number of suppressed lines before it.
     """
 
     def __init__(self) -> None:

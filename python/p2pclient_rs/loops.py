@@ -27,7 +27,7 @@ def current_loop() -> Any:
     Raises:
         RuntimeError: No event loop is running.
     """
-    # Trio first, since in guest mode it runs inside an asyncio loop.
+    # Check for trio first, since in guest mode it runs inside an asyncio loop.
     if in_trio_task():
         return sys.modules["trio"].lowlevel.current_trio_token()
     return asyncio.get_running_loop()
@@ -37,7 +37,7 @@ def is_current(loop: asyncio.AbstractEventLoop | None) -> bool:
     """Returns whether ``loop`` is the running event loop. Cheaper than ``current_loop``."""
     if asyncio._get_running_loop() is not loop:
         return False
-    # In guest mode trio runs inside it.
+    # In guest mode, trio runs inside the asyncio loop.
     return "trio" not in sys.modules or not in_trio_task()
 
 
@@ -64,9 +64,9 @@ def call_in_its_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], o
 class UnlessClosed(Generic[T]):
     """Exits a context at the end of a ``with`` block, unless the coroutine is closed there.
 
-    The garbage collector, or the end of the event loop, closes a coroutine with ``GeneratorExit``.
-    Its task, and perhaps its loop, no longer exist: anyio's scopes and locks cannot be exited, and
-    nothing can be awaited. The context's objects are collected with the coroutine.
+    The garbage collector or the end of the event loop closes a coroutine with ``GeneratorExit``. By
+    then its task, and perhaps its loop, no longer exists, so anyio's scopes and locks cannot be
+    exited and nothing can be awaited. The context's objects are collected with the coroutine.
     """
 
     def __init__(self, context: AbstractContextManager[T, bool | None]) -> None:

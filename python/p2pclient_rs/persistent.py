@@ -1,6 +1,6 @@
 """The persistent connection of one event loop, with its handlers.
 
-``Lifecycle`` makes the decisions. ``Session`` has the connection, tasks and timers.
+``Lifecycle`` makes the decisions. ``Session`` owns the connection, tasks and timers.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Settings:
     max_unanswered: int | None = None
     max_unanswered_bytes: int | None = None
     hold: float | None = None
-    #: The daemon's limit on messages, in bytes, if known.
+    #: The daemon's limit on messages, in bytes; None if unknown.
     found: int | None = None
-    #: The limit if that is unknown, in bytes.
+    #: The limit on messages to use if the daemon's is unknown, in bytes.
     fallback: int = DEFAULT_MAX_MESSAGE_SIZE
     #: The level of the log line about a lost connection.
     loss_level: int = logging.WARNING
@@ -59,7 +59,7 @@ class Settings:
         return self.fallback
 
     def peer_id(self, peer_id: PeerID) -> Any:
-        """Converts a peer id to what handlers get."""
+        """Converts a peer id to the type that handlers get."""
         return self.connector.types.peer_id(peer_id)
 
     def find(self, fd: int) -> UnaryLimits:
@@ -114,22 +114,22 @@ class Session:
         self._lifecycle = Lifecycle(int.from_bytes(os.urandom(8), "big"))
         #: The connection, if it is ready for calls.
         self.current: PersistentConnection | None = None
-        #: The connection of the lifecycle and its id.
+        #: The id that the lifecycle has given to the connection, and the connection.
         self._connection: tuple[int, PersistentConnection] | None = None
         #: The task that opens a connection.
         self._opening: Work | None = None
         self._tokens = count()
         self._operations: dict[int, _Operation] = {}
         self._carrying_out = False
-        #: A registration is being sent.
+        #: Whether a registration is being sent.
         self._registering = False
-        #: A loss of the connection that is reported after that.
+        #: A loss of the connection to report after that.
         self._held_loss: ControlFailure | None = None
         #: When the next timer fires.
         self._timer: float | None = None
         self._timer_handle: Work | None = None
         self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
-        # The connection calls these.
+        # The connection calls these callbacks.
         self.on_call: Callable[[PersistentConnection, bytes, str, bytes, bytes], None] = (
             self.incoming.on_call
         )
@@ -149,6 +149,7 @@ class Session:
         self, peer_id: PeerIDLike, proto: str, data: Buffer, repeated: bool = False
     ) -> tuple[PersistentConnection, tuple[Awaitable[bytes], bytes]]:
         """Sends a call as soon as a connection is open and its output buffer has room.
+
         ``repeated`` means that this is the second attempt.
 
         Returns:
@@ -187,7 +188,7 @@ class Session:
         )
 
     async def remove_handler(self, proto: str) -> None:
-        """Unregisters a handler. It serves calls until the daemon has acknowledged that."""
+        """Unregisters a handler. It serves calls until the daemon acknowledges the removal."""
         self._settings.connector.check_fork()
         if proto not in self.handlers:
             raise _failure("not_registered", proto)
@@ -212,7 +213,7 @@ class Session:
         except BaseException:
             self._operations.pop(token, None)
             if os.getpid() == self._pid and not self.ended:
-                # If the operation has failed, this does nothing.
+                # Does nothing if the operation has failed.
                 self._lifecycle.cancel(token)
                 self._carry_out()
             raise
@@ -220,7 +221,7 @@ class Session:
             del promise  # it has the exception, whose traceback has this frame
 
     async def _room(self, connection: PersistentConnection) -> None:
-        """Waits until there is room for another call. Callers go on in order."""
+        """Waits until there is room for another call. Waiting callers continue in order."""
         promise = self._reactor.create_future()
         if not connection.room(promise):
             try:
@@ -233,7 +234,7 @@ class Session:
 
     def _carry_out(self) -> None:
         """Carries out the lifecycle's actions, and sets its timer."""
-        if self._carrying_out:  # an action led here
+        if self._carrying_out:  # called by an action
             return
         self._carrying_out = True
         try:
@@ -248,7 +249,7 @@ class Session:
 
     def _do_open(self, connection_id: int) -> None:
         self._opening = work = self._reactor.spawn(self._open(connection_id), copy_context())
-        # asyncio logs nothing if the loop ends before this task.
+        # Keeps asyncio from logging a warning if the loop ends before this task.
         if hasattr(work, "_log_destroy_pending"):
             work._log_destroy_pending = False
 
@@ -333,7 +334,8 @@ class Session:
                     promise.set_result(None)
 
         if promises:
-            # In the next iteration: calls that arrived with the acknowledgement are served first.
+            # Completes in the loop's next iteration, so that calls that arrived together with the
+            # acknowledgement are served first.
             self._reactor.call_soon(complete)
 
     def _do_fail(self, tokens: list[int], reason: str, detail: Any) -> None:
@@ -344,8 +346,11 @@ class Session:
                 operation.promise.set_exception(error)
 
     async def _open(self, connection_id: int) -> None:
-        """Opens a connection, in a task of its own so that no caller can cancel it: hivemind's
-        daemon exits when its last persistent connection is closed."""
+        """Opens a connection.
+
+        Runs in its own task, so that no caller can cancel it: hivemind's daemon exits when its last
+        persistent connection is closed.
+        """
         self.incoming.tasks = {}
         try:
             opened = await self._settings.connector.open_persistent_connection(
@@ -381,7 +386,7 @@ class Session:
             self._cancel_timer()
             return
         at = time.monotonic() + seconds
-        # A later deadline keeps the timer: one that fires too early has no effect.
+        # If the deadline moves back, keep the timer: firing too early has no effect.
         if self._timer is None or at < self._timer - 0.001:
             self._cancel_timer()
             callback = functools.partial(_on_time, weakref.ref(self), at)
@@ -414,7 +419,7 @@ class Session:
             message = "the persistent connection to the daemon was lost: %s"
             logger.log(self._settings.loss_level, message, error)
         self.incoming.cancel_all(connection)
-        # If a registration could not be sent, the lifecycle must know that before the loss.
+        # While a registration is being sent, its outcome must reach the lifecycle before the loss.
         if self._registering:
             self._held_loss = error
         else:
@@ -469,9 +474,10 @@ class Session:
     # --- end ---
 
     def close(self) -> None:
-        """Closes the connection and drops the handlers. May be called from any thread.
+        """Closes the connection and drops the handlers. Any thread may call this.
 
-        In a forked child this only closes the descriptor."""
+        In a forked child this only closes the descriptor.
+        """
         if os.getpid() != self._pid:
             self._do_close()
         elif self.ended:
@@ -498,7 +504,7 @@ def _on_time(session: Callable[[], Session | None], at: float) -> None:
 
 
 class _Answer:
-    """Calls back with the daemon's answer: None, or an exception."""
+    """A future that calls back with the daemon's answer: None, or an exception."""
 
     def __init__(self, callback: Callable[[BaseException | None], object]) -> None:
         self._callback = callback
@@ -517,7 +523,7 @@ class _Answer:
 
 
 def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException:
-    """The exception for an operation of the lifecycle that failed."""
+    """Returns the exception for a failed operation of the lifecycle."""
     if reason == "already_registered":
         return ControlFailure(f"Handler for protocol {name} already registered")
     if reason == "not_registered":
@@ -526,7 +532,7 @@ def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException
         return timed_out(detail)
     if reason == "closed":
         return ConnectionLost("the client was closed")
-    # Each caller adds what its request was about.
+    # A copy, since each caller adds the context of its own request.
     error: BaseException = copy.copy(detail)
     error.__cause__ = detail.__cause__
     return error
@@ -538,7 +544,7 @@ def timed_out(timeout: float | None) -> ControlTimeout:
 
 
 def _drop_frames(error: BaseException) -> None:
-    """Drops the frames of an exception, some of which refer to it."""
+    """Drops the traceback of an exception, whose frames may refer to the exception."""
     cause: BaseException | None = error
     while cause is not None:
         cause = cause.with_traceback(None).__cause__ or cause.__context__

@@ -19,7 +19,7 @@ _IDENTIFY = Request.identify()
 
 
 class PooledConnection(NamedTuple):
-    """A control connection, and the watch of its event loop over its descriptor."""
+    """A control connection, and its event loop's watch of its descriptor."""
 
     raw: ControlConnection
     watch: Watch
@@ -54,16 +54,16 @@ class Pool:
         self.take: Callable[[], PooledConnection | None] = idle.take
         #: Takes a connection back after a request, or closes it.
         self.give_back: Callable[[PooledConnection], None] = idle.give_back
-        #: By ``Request.permit``: the permits of quick and of slow requests.
+        #: The semaphores for quick and for slow requests, indexed by ``Request.permit``.
         self.permits: tuple[anyio.Semaphore, anyio.Semaphore] = (
             anyio.Semaphore(max_idle, fast_acquire=True),
             anyio.Semaphore(max_slow, fast_acquire=True),
         )
-        #: For queries, once there was a connection to spare.
+        #: The pipeline for queries; None until a connection is idle.
         self.pipeline: Pipeline | None = None
-        #: That one, and those that take no more queries and are not yet closed.
+        #: All pipelines that are not yet closed, including retired ones.
         self._pipelines: list[Pipeline] = []
-        #: The reactor of the pipelines. Made with the first, since it keeps the loop alive.
+        #: The reactor of the pipelines. Created with the first one, as it keeps the loop alive.
         self._reactor: Reactor | None = None
         #: Identifies this pool in the tokens of its witnesses.
         self._key = object()
@@ -73,7 +73,8 @@ class Pool:
         """Turns an idle connection into the pipeline for queries."""
         self.pipeline = None
         self._pipelines = [pipeline for pipeline in self._pipelines if not pipeline.closed]
-        # If callers gave up on that many, the next callers wait for a permit.
+        # Each cancelled query retires a pipeline. If too many are still open, the next queries wait
+        # for a permit instead.
         if len(self._pipelines) >= self._max_idle:
             return None
         connection = self.take()
@@ -104,7 +105,7 @@ class Pool:
             if connection is None:
                 return False
             try:
-                # A TCP connection to a host that is gone looks open until something is sent.
+                # A TCP connection to a lost host looks open until something is sent.
                 await send(connection, _IDENTIFY)
                 await connection.watch.answer(connection.raw)
             except ControlFailure:
@@ -114,7 +115,7 @@ class Pool:
             return True
 
     def close(self) -> None:
-        """Closes the idle connections now, and those in use when they are given back."""
+        """Closes the idle connections at once, and the others when they are given back."""
         for connection in self._idle.close():
             connection.close()
         if self.pipeline is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Pause:
-    """Sleeps for 1 ms at first, and then each time twice as long, up to 50 ms."""
+    """Sleeps for 1 ms at first, then twice as long each time, up to 50 ms."""
 
     def __init__(self) -> None:
         self._seconds = 0.001
@@ -71,7 +71,7 @@ async def destroy(process: DaemonProcess, reason: BaseException | None = None) -
             with anyio.CancelScope(shield=True):
                 await pause()
         except anyio.get_cancelled_exc_class() as error:
-            cancelled = error  # by asyncio itself: a scope does not shield from that
+            cancelled = error  # by asyncio itself: scopes do not shield from it
         except BaseException:
             process.destroy()
             raise

@@ -54,11 +54,14 @@ class Reactor(Protocol):
         """Runs ``work``, which must not raise, in a new task with a copy of ``context``."""
 
     def when_ended(self, work: Any, callback: Callable[[], object]) -> None:
-        """Calls ``callback`` when ``work`` has ended, unless it always begins, on trio."""
+        """Calls ``callback`` when ``work`` has ended, even if it never began.
+
+        Does nothing on trio, where a task always begins and so can do this itself.
+        """
 
     def call_from_anywhere(self, callback: Callable[[], object]) -> None:
-        """Calls ``callback`` in the loop's thread, or at once if the loop has stopped, or in a
-        forked child."""
+        """Calls ``callback`` in the loop's thread. If the loop has stopped, and in a forked child,
+        calls it at once."""
 
 
 def reactor() -> Reactor:
@@ -94,9 +97,9 @@ class AsyncioReactor:
         if loop.get_task_factory() is not None or sys.version_info < (3, 11):
             # A new task copies the current context.
             return context.run(loop.create_task, work)
-        # As ``create_task`` does, but faster.
+        # Same as ``create_task``, but faster.
         if sys.version_info >= (3, 12):
-            # A handler that does not wait ends here, which saves an iteration of the loop (1 us).
+            # A handler that does not wait completes here, which saves a loop iteration (1 us).
             return asyncio.Task(work, loop=loop, context=context.copy(), eager_start=True)
         return asyncio.Task(work, loop=loop, context=context.copy())
 
@@ -111,9 +114,9 @@ class AsyncioReactor:
 
 
 class TrioReactor:
-    """A trio run. Each callback has a system task, which waits for its descriptor.
+    """A trio run. Each callback has its own system task, which waits for the descriptor.
 
-    The system tasks end with the run. Futures are not completed then, since no task awaits them.
+    The system tasks end with the run. Futures stay incomplete then, since no task awaits them.
     """
 
     def __init__(self, token: Any) -> None:
@@ -128,7 +131,7 @@ class TrioReactor:
         self._token = weakref.ref(token)
         self._pid = os.getpid()
         self._scopes: dict[tuple[int, str], Any] = {}
-        #: Whether a system task runs a callback, and the calls to make after it.
+        #: Whether a system task is running a callback, and the calls to make after that.
         self._in_callback = False
         self._soon: list[Callable[[], object]] = []
 
@@ -182,7 +185,7 @@ class TrioReactor:
                 with scope:
                     await work
             except Exception:
-                # The rest of an exception group with Cancelled in it must not end the run.
+                # What remains of an exception group without its Cancelled must not end the run.
                 logger.exception("a handler failed when it was cancelled")
 
         self._trio.lowlevel.spawn_system_task(run, context=context.copy())
@@ -215,7 +218,7 @@ class TrioReactor:
     def _remove(self, fd: int, wait: str) -> None:
         scope = self._scopes.pop((fd, wait), None)
         if scope is not None:
-            # Unregisters the descriptor at once: another task can wait for it.
+            # Unregisters the descriptor at once, so that another task can wait for it.
             scope.cancel()
 
     async def _call_back(
@@ -244,8 +247,8 @@ class TrioReactor:
             logger.exception("cannot wait for a descriptor")
 
     async def _call_soon(self) -> None:
-        # The woken tasks run in the next batch of trio's scheduler, before or after this task. In
-        # the batch after that, they have run.
+        # The woken tasks run in the next batch of trio's scheduler, in any order relative to this
+        # task. By the batch after that, they have run.
         for _ in range(2):
             await self._trio.lowlevel.cancel_shielded_checkpoint()
         soon, self._soon = self._soon, []

@@ -20,12 +20,12 @@ __all__ = ["AsyncioWatch", "TrioWatch", "Watch", "watch"]
 class Watch(Protocol):
     """One file descriptor on one event loop.
 
-    A wait can end early: the caller tries the operation, and waits again if it would block.
+    A wait can end early: the caller must try the operation, and wait again if it would block.
     """
 
-    #: How many operations in a row may find their data ready before a checkpoint.
+    #: The number of operations in a row that may find data ready before a checkpoint is needed.
     turns: int
-    #: Whether the loop writes what ``flush_later`` is given.
+    #: Whether ``flush_later`` has an effect.
     runs_callbacks: bool
 
     def checkpoint(self) -> Awaitable[object]:
@@ -41,14 +41,16 @@ class Watch(Protocol):
         """Waits for the reply to the request that ``raw`` has sent, and returns it."""
 
     def flush_later(self, raw: RawStream, owner: object) -> None:
-        """Has the loop write the unsent output of a stream, if ``runs_callbacks``."""
+        """Lets the event loop write a stream's unsent output, if ``runs_callbacks``."""
 
     def drained(self, mark: int) -> Awaitable[object]:
-        """Waits until at most ``mark`` bytes are unsent; without ``runs_callbacks``, until the
-        descriptor may be writable."""
+        """Waits until at most ``mark`` bytes are unsent.
+
+        Without ``runs_callbacks``, waits until the descriptor may be writable.
+        """
 
     def close(self) -> None:
-        """Ends all waits. Call it before the descriptor is closed."""
+        """Ends all waits. Call this before closing the descriptor."""
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
         """Closes a socket from a finalizer, in any thread or forked child."""
@@ -80,7 +82,7 @@ class AsyncioWatch:
         self.close: Callable[[], None] = readiness.close
 
     async def checkpoint(self) -> None:
-        # As anyio does, without the search for the running loop.
+        # Same as anyio's checkpoint, without looking up the running loop.
         await asyncio.sleep(0)
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
@@ -97,8 +99,8 @@ class AsyncioWatch:
 
 
 def _on_readable(readiness: Readiness) -> None:
-    # Resumes a task here. An asyncio future would schedule it for the loop's next iteration, whose
-    # system call costs more than the rest.
+    # Resumes a task in place. An asyncio future would schedule it for the loop's next iteration,
+    # whose system call costs more than everything else here.
     ready: list[WakeUp] = []
     try:
         readiness.read_ready(ready)
@@ -119,7 +121,7 @@ def _on_writable(readiness: Readiness) -> None:
 
 def _run_first(ready: list[WakeUp]) -> None:
     for context, function, argument in ready:
-        # The task may keep an exception whose frames reach this one.
+        # The task may keep an exception whose traceback includes this frame.
         ready.clear()
         try:
             if context is not None:
@@ -143,7 +145,7 @@ class TrioWatch:
         self._fd = fd
         self._pid = os.getpid()
         self._writing: trio.Event | None = None
-        #: If so, another file may have the descriptor's number.
+        #: Whether it is closed. The descriptor's number may then belong to another file.
         self._closed = False
 
     async def checkpoint(self) -> None:
@@ -170,7 +172,7 @@ class TrioWatch:
         try:
             await self._trio.lowlevel.wait_writable(self._fd)
         except self._trio.ClosedResourceError:
-            pass  # the next write of the caller reports it
+            pass  # the caller's next write raises the error
         finally:
             self._writing.set()
             self._writing = None
@@ -190,11 +192,11 @@ class TrioWatch:
         if self._closed:
             return
         self._closed = True
-        # In a forked child the epoll instance is the parent's.
+        # In a forked child, this would change the parent's epoll instance.
         if self._trio.lowlevel.in_trio_task() and os.getpid() == self._pid:
             self._trio.lowlevel.notify_closing(self._fd)
 
     def abandon(self, raw: RawStream | ControlConnection) -> None:
-        # No task waits, since it would keep the stream alive.
+        # No task is waiting, since a waiting task would keep the stream alive.
         self._closed = True
         raw.close()

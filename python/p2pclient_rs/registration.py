@@ -29,7 +29,7 @@ from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync
 
 __all__ = ["Registrations"]
 
-#: How long the removal of a former registration may take, in seconds, even for a cancelled caller.
+#: How long replacing a former registration may take, in seconds. Cancellation does not shorten it.
 _REPLACING = 5.0
 
 
@@ -37,9 +37,9 @@ Reply: TypeAlias = Literal["done", "taken", "refused", "unreachable", "lost"]
 
 
 class Owner(Protocol):
-    """The client whose registrations these are: a ``ControlClient``."""
+    """The client that owns the registrations: a ``ControlClient``."""
 
-    #: Whether a new handler replaces a former one of this client.
+    #: Whether registering a handler replaces this client's former one.
     _replaces_handlers: bool
 
     @property
@@ -52,7 +52,7 @@ class Owner(Protocol):
 class _Registration:
     """A stream handler that the daemon has, or may have."""
 
-    #: The listen address that the daemon was given.
+    #: The listen address sent to the daemon.
     maddr: Multiaddr
     balanced: bool
     #: For `DaemonConnector.still_registered`; None if no connection could be kept open.
@@ -89,7 +89,7 @@ class _Attempt:
         self.action, self._flag = self._policy.first()
 
     async def run(self, *actions: str) -> None:
-        """Carries out actions, as long as the next one is one of ``actions``."""
+        """Carries out actions until the next one is not one of ``actions``."""
         while self.action in actions:
             self.last_error = None
             try:
@@ -140,14 +140,14 @@ class _Attempt:
             return self.last_error
         if self.action == "first error" or self.first_error is not None:
             return self.first_error
-        # Out of time. A second entry that is left does no harm.
+        # Out of time. If the former entry remains beside the current one, it does no harm.
         if self.action == "remove" and self._policy.record == "current":
             return None
         return ControlTimeout(f"no answer within {_REPLACING:g} s")
 
 
 def _reply(error: ControlFailure) -> Reply:
-    """Converts an error for the registration policy."""
+    """Returns the outcome to report to the registration policy for an error."""
     if isinstance(error, DaemonRefused):
         kind = refusal_kind(error.daemon_message or "")
         return "taken" if kind == "already registered" else "refused"
@@ -161,9 +161,9 @@ class Registrations:
     """
 
     def __init__(self) -> None:
-        #: By protocol: the handlers that the daemon has or may have.
+        #: The handlers that the daemon has or may have, by protocol.
         self._registered: dict[str, _Registration] = {}
-        #: By protocol: the lock for changing its registration, and how many tasks use that.
+        #: The lock for changing a protocol's registration and the number of its users, by protocol.
         self._registering: dict[str, tuple[anyio.Lock, int]] = {}
 
     @asynccontextmanager
@@ -189,14 +189,14 @@ class Registrations:
         try:
             await attempt.run("register", "probe")
             if attempt.action == "remove":
-                # A removal that is cancelled could overtake a later registration.
+                # Shielded: a cancelled removal could overtake a later registration.
                 with UnlessClosed(anyio.move_on_after(_REPLACING, shield=True)):
                     await attempt.run("register", "probe", "remove")
             error = attempt.error()
             if error is not None:
                 raise error
         finally:
-            # Breaks cycles: the tracebacks of the errors have this frame.
+            # Breaks reference cycles: the tracebacks of the errors have this frame.
             attempt.first_error = attempt.last_error = error = None
 
     def _remember(self, proto: str, registration: _Registration | None) -> None:

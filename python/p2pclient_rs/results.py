@@ -57,12 +57,12 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         self._convert = convert
         #: The coroutine that collects all results, if this object is awaited.
         self._all: Coroutine[Any, Any, tuple[T, ...]] | None = None
-        # If this object is iterated: the request, its deadline, and its connection.
+        # The request, its deadline, and its connection, if this object is iterated.
         self._request: Request[tuple[T, ...]] | None = None
         self._deadline = math.inf
         self._connection: PooledConnection | None = None
         self._pool: Pool | None = None
-        #: How many more results may be ready before other tasks get to run.
+        #: The number of further results to return before letting other tasks run.
         self._turns = 0
         self._waiting = False
         self._ended = False
@@ -143,7 +143,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
             self._waiting = False
 
     async def _next(self, request: Request[tuple[T, ...]]) -> tuple[T, ...]:
-        """Returns a tuple of the next result, or an empty one after the last."""
+        """Returns a tuple of the next result, or an empty tuple after the last one."""
         connection = self._connection
         if connection is None:
             result, connection, self._pool = await self._connector.start_query(request)
@@ -164,7 +164,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         else:
             self._connection = None
             if self._pool is not None:
-                # Its own pool: the client may have another daemon's address by now.
+                # The connection's own pool: the client may use another daemon's address by now.
                 self._pool.give_back(connection)
         return result
 

@@ -1,4 +1,4 @@
-"""Waits, as ``Startup`` decides, until a spawned daemon is ready, or finds out why it is not."""
+"""Waits until a spawned daemon is ready, or finds out why it is not. ``Startup`` decides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ async def ready(process: DaemonProcess, timeout: float) -> Identity:
     """
     startup = Startup(anyio.current_time(), timeout)
     async with anyio.create_task_group() as tasks:
-        # This task only polls: a cancelled task can keep the caller's `Daemon` for a moment longer.
+        # Another task probes and this one only polls, since a cancelled task can keep the caller's
+        # `Daemon` alive for a moment longer.
         outcome: list[Identity | None] = []
         tasks.start_soon(_probe_until_ready, process, startup, outcome)
         await poll_exit(process, unless=outcome)
@@ -40,7 +41,7 @@ async def ready(process: DaemonProcess, timeout: float) -> Identity:
 async def _probe_until_ready(
     process: DaemonProcess, startup: Startup, outcome: list[Identity | None]
 ) -> None:
-    """Appends the daemon's identity to `outcome` once it is ready; None if it was not in time."""
+    """Appends the daemon's identity to `outcome` once it is ready, or None if time runs out."""
     identity: Identity | None = None
     while True:
         step, until = startup.step(anyio.current_time())
@@ -64,7 +65,7 @@ class _NotReady(Exception):
 
 
 async def _probe(process: DaemonProcess) -> Identity:
-    """Asks the daemon who it is."""
+    """Sends IDENTIFY to the daemon and returns its identity."""
     try:
         async with Client(process.control_maddr) as client:
             identity = await client.identify()
@@ -77,8 +78,10 @@ async def _probe(process: DaemonProcess) -> Identity:
 
 
 async def _unreachable_peers(process: DaemonProcess) -> list[tuple[str, str]]:
-    """Returns each bootstrap peer and why it could not be reached, as a second daemon reports it:
-    the one that ended printed only that none could."""
+    """Returns each bootstrap peer with the reason why it could not be reached.
+
+    Starts a second daemon to find the reasons: the one that ended printed none.
+    """
     timeout = Startup.EXPLAIN_TIMEOUT
     peers = process.bootstrap_peers()
     reasons = {address: f"no answer within {timeout:g} s" for address, _, _ in peers}
@@ -119,7 +122,7 @@ def reason(failure: ControlFailure) -> str:
 
 
 def _message(failure: ControlFailure) -> str:
-    """The failure without the hint to start a daemon: it is being started."""
+    """Returns the failure's message without the hint to start a daemon, which is starting."""
     if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
         return failure._without_hint
     return str(failure)

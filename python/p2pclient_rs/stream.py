@@ -25,9 +25,9 @@ __all__ = ["IncompleteRead", "Stream", "StreamAttribute"]
 
 T = TypeVar("T")
 
-#: ``drain`` waits if more than this is buffered, in bytes.
+#: ``drain`` waits if more than this many bytes are buffered.
 HIGH_WATER = 64 * 1024
-#: It returns when no more than this is buffered, in bytes.
+#: ``drain`` returns when at most this many bytes are buffered.
 LOW_WATER = 16 * 1024
 
 
@@ -69,14 +69,14 @@ class Stream(SocketStream):
         self._raw = raw
         self._watch = watch
         self._readable = watch.readable
-        #: The peer, its address and the protocol. None if the stream leads to no peer, as a
-        #: subscription and a bare control connection do; the type is that of all others.
+        #: The peer, its address and the protocol. None in a subscription or a bare control
+        #: connection, which has no peer. The type omits None, as all other streams have a peer.
         self.info: StreamInfo = info  # type: ignore[assignment]
         self._pid = os.getpid()
         self._reading = False
         self._sending = False
         self._turns = watch.turns
-        #: Whether the event loop calls back once the buffer is empty.
+        #: Whether the event loop will call back once the buffer is empty.
         self._finishing = False
         self._ending = False
         self._closing = False
@@ -296,7 +296,7 @@ class Stream(SocketStream):
             anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError
         """
         if self._sending:
-            # The data would land in the middle of the other task's.
+            # The data would end up in the middle of the other task's data.
             raise anyio.BusyResourceError("writing to")
         if self._raw.write(_bytes(data)):
             self._watch.flush_later(self._raw, self)
@@ -399,7 +399,7 @@ class Stream(SocketStream):
             self._reading = False
 
     async def _turn(self) -> None:
-        """Lets other tasks run if this stream has kept the event loop busy for long."""
+        """Lets other tasks run if this stream has kept the event loop busy for too long."""
         self._turns -= 1
         if self._turns < 0:
             self._turns = self._watch.turns
@@ -421,8 +421,10 @@ class Stream(SocketStream):
         self._after_flush()
 
     def _after_flush(self) -> None:
-        """Ends or closes the stream if that is due and the buffer is empty. Otherwise arranges for
-        the event loop to do so later."""
+        """Ends or closes the stream, if requested, once the buffer is empty.
+
+        If the buffer is not empty, lets the event loop send the rest and call this again.
+        """
         if not self._raw.buffered:
             if self._closing:
                 self._close()
@@ -493,7 +495,7 @@ class _Later:
 
 
 def _bytes(data: Buffer) -> bytes | bytearray | memoryview:
-    """``data`` as something whose length is its number of bytes."""
+    """Returns ``data`` as an object whose ``len()`` is the number of bytes."""
     if isinstance(data, bytes | bytearray):
         return data
     view = memoryview(data)

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from p2pclient_rs._native import DaemonProcess, Identity, SupervisionAction
 
-#: The messages are about `Daemon`, the public name.
+#: Named after the module of `Daemon`, which is the public class.
 logger: logging.Logger = logging.getLogger("p2pclient_rs.daemon")
 
 
 class Supervisor:
-    """A task that supervises a daemon, until it is stopped or has ended for good.
+    """A task that supervises a daemon until it is stopped or there is nothing left to supervise.
 
     It holds no reference to the ``Daemon``, whose finalizer ends the process.
 
     Args:
         process: The daemon, which is ready.
-        supervision: What to do and when.
+        supervision: Decides what to do and when.
         clients: The clients whose handlers are registered again after a restart.
         start_timeout: How long each restart may take, in seconds.
     """
@@ -45,9 +45,9 @@ class Supervisor:
         clients: weakref.WeakSet[Client],
         start_timeout: float,
     ) -> None:
-        #: What the daemon answered after the last restart; None before the first.
+        #: The daemon's identity after the last restart; None before the first.
         self.identity: Identity | None = None
-        #: Why the daemon was given up, if it was.
+        #: Why the supervisor gave up; None if it did not.
         self.failure: DaemonStartError | None = None
         self._process = process
         self._peers = process.background_peers()
@@ -55,18 +55,18 @@ class Supervisor:
         self._clients = clients
         self._start_timeout = start_timeout
         self._last_failure: DaemonStartError | None = None
-        #: Set when an event has gone to `_supervision`.
+        #: Set when an event was reported to `_supervision`.
         self._wake = anyio.Event()
         self._finished = anyio.Event()
         self._reactor = reactor()
-        # Already now, before the task has begun.
+        # At once, not only when the task begins.
         process.set_supervised(process.restart_limit > 0)
         self._work = self._reactor.spawn(self._run(), copy_context())
         self._reactor.when_ended(self._work, self._finish)
 
     @property
     def loop_closed(self) -> bool:
-        """Whether its event loop is closed, so that the task never ends."""
+        """Whether its event loop is closed, so that the task will never end."""
         return self._reactor.is_closed()
 
     async def stop(self) -> None:
@@ -85,7 +85,7 @@ class Supervisor:
             self._supervision.started(anyio.current_time())
             aborted = True
             while aborted:
-                # For the work of one run of the daemon.
+                # A task group for the work of one run of the daemon.
                 async with anyio.create_task_group() as tasks:
                     aborted = await self._carry_out_until_abort(tasks)
                     tasks.cancel_scope.cancel()
@@ -201,5 +201,5 @@ async def _register(client: Client) -> None:
 
 
 def _brief(error: DaemonStartError) -> str:
-    """The error without the command line and the output."""
+    """Returns the error's text without the command line and the output."""
     return f"{error.args[0]}: {error.cause}" if error.cause else str(error.args[0])

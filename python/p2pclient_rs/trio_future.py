@@ -21,7 +21,7 @@ __all__ = ["TrioFuture"]
 class TrioFuture:
     """A result that one trio task awaits, and that a callback of the run sets.
 
-    Parks and reschedules the task itself, which takes half the time of a ``trio.Event``.
+    Parks and reschedules the task directly, which takes half the time of a ``trio.Event``.
     """
 
     __slots__ = ("__weakref__", "_outcome", "_task")
@@ -46,12 +46,12 @@ class TrioFuture:
         if task is None:
             self._outcome = outcome
         else:
-            # Does not keep the outcome: an exception has the task's frames, which have this future.
+            # Does not keep the outcome: an exception refers to the task's frames, and they to this.
             self._task, self._outcome = None, _DONE
             reschedule(task, outcome)
 
     def cancel(self) -> None:
-        """Discards a later result."""
+        """Makes it ignore a later result."""
         if self._outcome is None:
             self._task, self._outcome = None, _DONE
 

@@ -34,7 +34,7 @@ __all__ = [
 
 #: Default number of incoming calls in progress above which no more are read.
 DEFAULT_MAX_UNANSWERED = 4096
-#: Default size of their payloads above which no more are read, in bytes.
+#: Default total size of their payloads above which no more are read, in bytes.
 DEFAULT_MAX_UNANSWERED_BYTES = 64 << 20
 #: Default time for which reading may pause because of these two limits, in seconds.
 DEFAULT_HOLD = 5.0
@@ -105,9 +105,9 @@ class UnaryClient:
     ) -> None:
         self._settings = Settings(daemon_connector)
         self._table = handlers
-        #: One per event loop.
+        #: One session per event loop.
         self._sessions: dict[Any, Session] = {}
-        #: The session used last, and its asyncio loop.
+        #: The most recently used session, and its asyncio loop.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recent: Session | None = None
         self.max_message_size = max_message_size
@@ -173,7 +173,7 @@ class UnaryClient:
 
     @hold.setter
     def hold(self, seconds: float | None) -> None:
-        if seconds is not None and not seconds >= 0:  # NaN, too
+        if seconds is not None and not seconds >= 0:  # also rejects NaN
             raise ValueError(f"hold must be None or a number of seconds from 0 on, not {seconds}")
         self._settings.hold = None if seconds == math.inf else seconds
         self._apply()
@@ -248,7 +248,7 @@ class UnaryClient:
             try:
                 return await reply
             except BaseException:
-                # If the call has failed, this does nothing.
+                # Does nothing if the call has failed.
                 connection.cancel(call_id)
                 raise
             finally:
@@ -384,13 +384,13 @@ class UnaryClient:
 def _limit(name: str, limit: int | None) -> int | None:
     if limit is None:
         return None
-    if not limit >= 0:  # NaN, too
+    if not limit >= 0:  # also rejects NaN
         raise ValueError(f"{name} must be None or a number from 0 on, not {limit}")
-    # The native code takes no larger numbers.
+    # The native code does not accept larger numbers.
     return int(min(limit, sys.maxsize))
 
 
 def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
-    if timeout is not None and not timeout >= 0:  # NaN, too
+    if timeout is not None and not timeout >= 0:  # also rejects NaN
         raise ValueError(f"a timeout must be a number of seconds from 0 on, not {timeout}")
     return UnlessClosed(anyio.move_on_after(timeout))

@@ -16,8 +16,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 def shows_callbacks(loop: object) -> bool:
-    """Returns whether the futures of ``loop`` show their callbacks in ``_callbacks``, as asyncio's
-    do, and let them be removed. Called once for each type of loop."""
+    """Returns whether the futures of ``loop`` have their callbacks in ``_callbacks``, as asyncio's
+    do, and allow removing them. Called once for each type of loop."""
     if not isinstance(loop, asyncio.AbstractEventLoop):
         return False
 
@@ -48,9 +48,9 @@ def first_wake(
     callback: Callable[[Any], object],
     future: object,
 ) -> None:
-    """Calls the callback that a task left on its future, and reports whether the task was resumed.
+    """Calls the callback that a task added to its future. Reports whether it resumed the task.
 
-    If not, schedules the callback with the loop, as the future would have done.
+    If it did not, schedules the callback with the loop, as the future would have done.
     """
     task = getattr(callback, "__self__", None)
     context.run(callback, future)

@@ -245,7 +245,7 @@ def _check_package(name: str, hivemind: bool) -> None:
 
 
 def _check_limit(name: str, limit: int | None) -> None:
-    if limit is not None and not limit >= 0:  # NaN, too
+    if limit is not None and not limit >= 0:  # also rejects NaN
         raise ValueError(f"{name} cannot be {limit}")
 
 
