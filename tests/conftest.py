@@ -34,7 +34,7 @@ from support import (
 
 from p2pclient_rs import Client
 
-#: Number of deselected tests by reason: see daemons/features.py.
+#: The number of deselected tests by reason; see daemons/features.py.
 _DESELECTED = pytest.StashKey[Counter[str]]()
 
 #: Time limit of an async test, in seconds.
@@ -126,7 +126,7 @@ def _pending_tasks() -> list[object]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fails_on_leaks() -> Iterator[None]:
-    """Fails a module that leaks a descriptor, thread, task, process or socket file."""
+    """Fails a test module that leaks a descriptor, thread, task, process or socket file."""
     uvloop.new_event_loop().close()  # the first uvloop opens a pipe that stays open
     gc.collect()
     before = open_descriptors(), _threads(), child_processes()
@@ -141,7 +141,7 @@ def fails_on_leaks() -> Iterator[None]:
 
 @pytest.fixture
 async def _no_task_left(anyio_backend: Any) -> AsyncIterator[None]:
-    """Fails a test that leaves a task; checked before the test runner cancels it."""
+    """Fails a test that leaves a task. Checks before the test runner cancels tasks."""
     if anyio_backend[0] == "trio":
         yield  # trio's tasks cannot outlive their nursery
         return
@@ -166,20 +166,20 @@ def fails_on_logged_errors(
 
 # --- daemons ---
 
-#: Options that switch on every optional service.
+#: Options that enable every optional service.
 FULL = ("-dhtServer", "-pubsub", "-connManager")
 
 
 @pytest.fixture(scope="module", params=["unix", "tcp"])
 def transport(request: pytest.FixtureRequest) -> str:
-    """Kind of address of control sockets and listeners."""
+    """The kind of address of control sockets and listeners."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
 def daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons with every service switched on, shared by a module's tests."""
+    """Two daemons with every optional service enabled, shared by a module's tests."""
     with (
         DaemonProcess(*FULL, transport=transport) as first,
         DaemonProcess(*FULL, transport=transport) as second,

@@ -1,10 +1,9 @@
-"""Provokes the defects of hivemind's bindings in them or in ours, and prints the results as JSON:
-true for correct behaviour.
+"""Provokes the defects of hivemind's bindings, in those or in ours, and prints the results as JSON.
 
 Usage: defects.py ours|hivemind
 
-It is a program of its own, because it imports the original. An event that has not happened within a
-second counts as never happening.
+The result of each test is true for correct behaviour. This is a separate program because it imports
+the original. An event that does not happen within a second counts as never happening.
 """
 
 import asyncio
@@ -36,7 +35,7 @@ CALL_ID = bytes(range(16))
 
 
 async def happens(awaitable: Awaitable[Any]) -> bool:
-    """Returns whether it ends in time, with a result or an error."""
+    """Returns whether ``awaitable`` completes in time, with a result or an error."""
     try:
         await asyncio.wait_for(awaitable, NEVER)
     except asyncio.TimeoutError:
@@ -52,7 +51,7 @@ def add_one_handler(connection: Connection) -> None:
 
 
 class Answer:
-    """Sends the client a call of a protocol, and records whether it was answered."""
+    """Sends a call of a protocol to the client, and records whether the client answers it."""
 
     def __init__(self, proto: str) -> None:
         self.proto = proto
@@ -66,7 +65,7 @@ class Answer:
 
 
 class Contender(Protocol):
-    """The operations that both clients have."""
+    """The operations that both clients support."""
 
     async def call(self, data: bytes) -> bytes:
         """Calls a peer's echo."""

@@ -23,7 +23,8 @@ def cache_dir() -> Path:
 def download(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
     """Downloads a distribution into a temporary folder of the cache and checks it.
 
-    Move files from there into place: renaming is atomic, so concurrent downloads do no harm.
+    The caller moves the files from there into place. Renaming is atomic, so concurrent downloads do
+    no harm.
 
     Args:
         requirement: Name and version, for example ``"p2pclient==0.3.0"``.
@@ -44,7 +45,7 @@ def download(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
 @contextmanager
 def hivemind_wheel() -> Iterator[Path]:
     """Downloads hivemind's wheel, which has its bindings and its daemon."""
-    # The same platform for every interpreter: the wheel has no compiled Python code.
+    # The same platform for every interpreter, since the wheel has no compiled Python code.
     options = ("--only-binary=:all:", "--platform=manylinux2014_x86_64")
     with download(f"hivemind=={HIVEMIND_VERSION}", HIVEMIND_SHA256, *options) as wheel:
         yield wheel

@@ -55,7 +55,8 @@ ADDR = b"\x04\x7f\x00\x00\x01\x06\x0f\xa1"  # /ip4/127.0.0.1/tcp/4001
 OK = field(1, 0)
 ERROR = field(1, 1) + field(2, field(1, b"no such luck"))
 IDENTITY = OK + field(4, field(1, PEER) + field(2, ADDR))
-#: The client probes for a peerstore with an unknown request type; jsp2pd, which has one, replies:
+#: The unknown request with which the client probes for a peerstore. jsp2pd, which has one, replies
+#: NO_SUCH_REQUEST.
 PEERSTORE_PROBE = field(1, 2**31 - 1)
 NO_SUCH_REQUEST = field(1, 1) + field(2, field(1, b"ERR_INVALID_REQUEST_TYPE"))
 STREAM_INFO = field(1, PEER) + field(2, ADDR) + field(3, b"/echo")
@@ -70,7 +71,8 @@ def dht(kind: int, **fields: bytes) -> bytes:
 
 # --- the persistent connection ---
 
-# Its extra field, which servers that know the request ignore, keeps jsp2pd from crashing.
+# The upgrade request. Its extra field keeps jsp2pd from crashing; daemons that know the request
+# ignore the field.
 UPGRADE = field(1, 9) + field(9, field(1, b"\x78\x00"))
 
 
@@ -233,7 +235,7 @@ class Connection:
         assert self.read_request() in (
             UPGRADE,
             field(1, 9),
-        )  # the second form is of hivemind's bindings
+        )  # hivemind's bindings send the second form
         self.send(frame(OK))
 
     def read_message(self) -> Message:
@@ -259,7 +261,7 @@ class Connection:
         return data
 
     def reset(self) -> None:
-        """Closes the connection so that a TCP client sees a reset."""
+        """Closes the connection in such a way that a TCP client sees a reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -268,7 +270,7 @@ Script: TypeAlias = Callable[[Connection], None]
 
 
 def honest(connection: Connection) -> None:
-    """Answers every request like IDENTIFY."""
+    """Answers every request as if it were IDENTIFY."""
     while True:
         connection.answer(IDENTITY)
 
@@ -303,9 +305,9 @@ Answer: TypeAlias = Callable[[Connection, bytes], "bool | None"]
 
 
 class Plan:
-    """A script that behaves correctly except for the next request of one kind.
+    """A script that behaves correctly, except for the next request of one kind.
 
-    The kind of a control request is "request"; on a persistent connection it is ``Message.kind``.
+    The kind of a control request is "request". On a persistent connection it is ``Message.kind``.
     """
 
     def __init__(self) -> None:
@@ -314,8 +316,9 @@ class Plan:
     def next(self, kind: str, fault: Answer) -> None:
         """Answers the next request of ``kind`` by calling ``fault`` with the call id, if any.
 
-        The connection is closed if that returns None. Otherwise it continues: after UPGRADE as a
-        persistent connection if true, as a control connection if false.
+        If ``fault`` returns None, the connection is closed. Otherwise it continues. After UPGRADE,
+        it continues as a persistent connection if the result is true, and as a control connection
+        if it is false.
         """
         self._next = (kind, fault)
 
@@ -358,11 +361,11 @@ class Plan:
 
 
 class FakeDaemon:
-    """Listens until the end of the block, and raises there what a script has raised.
+    """Listens until the end of the block, and then raises the exception of a script, if any.
 
     Args:
         script: Serves one connection, which is closed when the script returns. The script also
-            ends when the client closes the connection.
+            ends if the client closes the connection.
         transport: "unix" or "tcp".
     """
 

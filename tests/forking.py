@@ -23,7 +23,7 @@ async def in_child(work: Callable[[], None]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
-        )  # Python 3.12 warns about a fork with threads
+        )  # Python 3.12 warns about forking a process with threads
         pid = os.fork()
     if pid == 0:
         status, report = 1, ""
@@ -54,7 +54,7 @@ async def in_child(work: Callable[[], None]) -> None:
 
 
 def run_in_thread(backend: Any, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs an event loop in a new thread, as the parent's loop occupies this one in a child."""
+    """Runs an event loop in a new thread, since in a child the parent's loop occupies this one."""
     errors: list[BaseException] = []
 
     def target() -> None:

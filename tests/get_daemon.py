@@ -2,7 +2,7 @@
 
     python tests/get_daemon.py hivemind|go|js
 
-Uses Go's and npm's own clients, with the versions and checksums committed in ``daemons/``.
+Uses the ``go`` and ``npm`` commands, with the versions and checksums pinned in ``daemons/``.
 """
 
 import functools
@@ -19,7 +19,7 @@ from downloads import cache_dir
 
 _PINS = Path(__file__).parent / "daemons"
 
-#: Kinds of daemon, with the environment variable that can name another binary.
+#: Kinds of daemon → the environment variable that can name another binary.
 KINDS = {"hivemind": "P2PD_PATH", "go": "GO_P2PD_PATH", "js": "JSP2PD_PATH"}
 
 
@@ -34,8 +34,11 @@ def fetch(kind: str) -> Path:
 
 
 def _go() -> Path:
-    """Builds upstream's p2pd as a requirement of an empty module. Unlike ``go install …@version``,
-    this checks the checksums of the daemon and of all its dependencies."""
+    """Builds upstream's p2pd as a requirement of an empty module.
+
+    Unlike ``go install …@version``, this checks the checksums of the daemon and of all its
+    dependencies.
+    """
     package = "github.com/libp2p/go-libp2p-daemon/p2pd"
     build = ["go", "build", "-mod=readonly", "-o", "p2pd", package]
     return _build("go-p2pd-0.9.2", "go", ["go.mod", "go.sum", "tools.go"], build) / "p2pd"
@@ -50,15 +53,17 @@ def _js() -> Path:
 
 
 def _build(name: str, kind: str, pins: list[str], command: list[str]) -> Path:
-    """Returns the folder in which ``command`` has built a daemon from its pins. The folder's name
-    has a hash of the pins, so changed pins give a new build."""
+    """Returns a folder in which ``command`` has built a daemon from its pins.
+
+    The folder's name includes a hash of the pins, so changed pins cause a new build.
+    """
     contents = [(_PINS / kind / pin).read_bytes() for pin in pins]
     kept = cache_dir() / f"{name}-{hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
     if kept.exists():
         return kept
     program = _tool(command[0])
     cache_dir().mkdir(parents=True, exist_ok=True)
-    # Built in a temporary folder and then renamed, so that concurrent builds do no harm.
+    # Build in a temporary folder and then rename it, so that concurrent builds do no harm.
     with tempfile.TemporaryDirectory(dir=cache_dir()) as temporary:
         folder = Path(temporary) / "made"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Prints the path of the source distribution of p2pclient 0.3.0, for the sake of its test suite."""
+"""Prints the path of p2pclient 0.3.0's source distribution, which contains its test suite."""
 
 from pathlib import Path
 

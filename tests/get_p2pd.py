@@ -1,6 +1,6 @@
 """Prints the path of hivemind's p2pd, a Go daemon taken from hivemind's wheel on PyPI.
 
-Keeps the binary only.
+Keeps only the binary.
 """
 
 import zipfile

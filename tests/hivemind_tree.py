@@ -1,6 +1,6 @@
 """Makes a hivemind that can be imported without torch: its bindings and `P2P`, from the wheel.
 
-All files are the originals, except the packages' `__init__`s, which would import the rest.
+All files are the originals, except for the `__init__` modules, which would import the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make(directory: Path, version: str = "1.1.12") -> Path:
 def make_copy(
     directory: Path, name: str = "fork.vendor.hivemind", version: str = "1.1.12+fork"
 ) -> Path:
-    """Makes a copy of hivemind in another package, whose modules import each other by that name.
+    """Makes a copy of hivemind under another name, by which its modules import each other.
 
     Args:
         directory: The directory to import it from.

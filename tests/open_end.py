@@ -3,8 +3,8 @@
 Usage: open_end.py CONTROL_MADDR LISTEN_MADDR LOOP HOW, where LOOP is asyncio, uvloop or trio, and
 HOW is return, forget, exit, raise, thread or stop.
 
-With ``thread`` the event loop keeps running in a daemon thread; with ``stop`` the loop is not run
-any further. Prints a word for each kind of thing that is open.
+With ``thread``, the event loop keeps running in a daemon thread. With ``stop``, the loop is stopped
+and never run again. Prints a word for each kind of thing that is open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ kept: list[Any] = []
 
 
 async def open_all(control: str, listen: str, start: Start | None) -> None:
-    """Opens everything; and starts tasks that use it, if ``start`` is given."""
+    """Opens everything, and starts tasks that use it if ``start`` is given."""
     client = Client(control, listen)
     kept.append(client)
     await client.identify()
@@ -40,7 +40,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
     async def handler(data: bytes, peer: PeerID) -> bytes:
         called.set()
-        # Without ``start`` it must end: asyncio reports a task that is dropped while it runs.
+        # Without ``start`` it must end: asyncio warns of a pending task that is dropped.
         return data if start is None else await forever()
 
     await client.add_unary_handler("handler", handler)
@@ -71,7 +71,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
     async def listening() -> None:
         async with client.listen():
-            # The daemon then connects to the handler.
+            # The daemon then opens a stream to the handler.
             await client.stream_handler("/served", serve)
             await forever()
 
@@ -82,7 +82,7 @@ async def open_all(control: str, listen: str, start: Start | None) -> None:
 
 async def main(control: str, listen: str, how: str, ready: threading.Event) -> None:
     if how in ("exit", "raise", "stop"):
-        # Not in a task group, which would raise an ExceptionGroup.
+        # No task group, which would raise an ExceptionGroup.
         await open_all(control, listen, None)
         if how == "exit":
             sys.exit(3)

@@ -2,8 +2,9 @@
 
 Usage: python_peer.py CONTROL_MADDR LISTEN_MADDR
 
-Each line of input is a JSON object ``{"id": …, "do": …, …}``. The reply is a line ``[id, result]``;
-an exception is reported as a list of its class and message. Events are printed as a JSON string.
+Each line of input is a JSON object ``{"id": …, "do": …, …}``. The reply is a line ``[id, result]``.
+If the command raised an exception, the result is a list of its class and message. Each event is
+printed as a JSON string.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def say(thing: object) -> None:
 
 
 def pattern(size: int, seed: int) -> bytes:
-    """A recognisable sequence of bytes, the same as in common/mod.rs."""
+    """Returns a recognisable sequence of bytes, the same as in common/mod.rs."""
     return bytes((place * 31 + seed) >> 3 & 0xFF for place in range(size))
 
 
@@ -55,7 +56,7 @@ async def say_python(data: bytes, caller: PeerID) -> bytes:
 
 
 class Peer:
-    """The commands, as methods of the same name."""
+    """The commands, each a method of the same name."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -81,7 +82,7 @@ class Peer:
         return received == payload
 
     async def echo(self, peer: str, handler: str, size: int) -> bool:
-        """Calls an echo handler; returns whether the reply is right."""
+        """Calls an echo handler; returns whether the reply is correct."""
         payload = pattern(size, 2)
         return await self.client.call_unary(peer, handler, payload) == payload
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: real daemons, temporary directories, and waiting by polling."""
+"""Helpers for the tests: real daemons, temporary directories, and waiting by polling."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def unknown_peer() -> PeerID:
 
 
 async def eventually(check: Callable[[], Awaitable[T]], within: float = 15.0) -> T:
-    """Repeats ``check`` until it raises no AssertionError or DaemonRefused; returns its result."""
+    """Repeats ``check`` while it raises AssertionError or DaemonRefused; returns its result."""
     deadline = time.monotonic() + within
     while True:
         try:
@@ -99,7 +99,7 @@ class DaemonProcess:
 
     Args:
         options: Command line options of p2pd, for example ``"-dhtServer"``.
-        transport: Kind of address of its control socket and of its clients' listeners: "unix",
+        transport: The kind of address of its control socket and of its clients' listeners: "unix",
             "tcp", "ip6" or "dns4".
         control_maddr: Control address; by default a new one.
         kind: "hivemind", "go" or "js"; by default the tested kind.
@@ -138,7 +138,7 @@ class DaemonProcess:
         self.peer_id, self.addrs = self._identify()
 
     def restart(self) -> None:
-        """Starts an ended daemon again at its address, as another peer."""
+        """Restarts an ended daemon at the same address, as another peer."""
         kept = self._kept is not None
         self.stop()
         self._spawn()
@@ -217,7 +217,7 @@ class DaemonProcess:
     def stop(self) -> None:
         """Stops the daemon and removes the socket file, which a killed daemon leaves behind."""
         if (code := self.process.poll()) is not None and code not in (0, -9):
-            # Some tests do this on purpose; for others this is the only trace of it.
+            # Some tests end daemons on purpose. Otherwise this is the only trace of a crash.
             log = (self.directory / "log").read_text(errors="replace")
             CRASH_REPORTS.append(f"{self.directory} ended with {code} and said:\n{log[:8000]}")
         self.kill()
@@ -237,7 +237,7 @@ class DaemonProcess:
 
 
 async def check_running(*daemons: DaemonProcess) -> None:
-    """Fails a test after which a daemon has ended, and starts the daemon again."""
+    """Fails a test after which a daemon has ended, and restarts the daemon."""
     if any(daemon.kind in RACES for daemon in daemons):
         await anyio.sleep(0.2)  # time for a daemon to end because of a closed client
     revive(*daemons)
@@ -253,7 +253,7 @@ def revive(*daemons: DaemonProcess) -> None:
 
 
 def remove_directories() -> list[Path]:
-    """Removes every directory of the tests; returns the socket files that were in them."""
+    """Removes the tests' directories; returns the socket files that were in them."""
     sockets = [
         path for directory in DIRECTORIES for path in directory.rglob("*") if path.is_socket()
     ]
@@ -263,16 +263,16 @@ def remove_directories() -> list[Path]:
 
 
 def open_descriptors() -> list[str]:
-    """What the descriptors of this process refer to."""
+    """Returns the targets of this process's open descriptors."""
     targets = []
     for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the descriptor that listdir used
+        with suppress(FileNotFoundError):  # for the descriptor that listdir used
             targets.append(os.readlink(f"/proc/self/fd/{fd}"))
     return sorted(targets)
 
 
 def child_processes() -> set[int]:
-    """Process ids of this process's children."""
+    """Returns the process ids of this process's children."""
     children = set()
     for entry in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -288,7 +288,7 @@ def resident_memory() -> int:
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether the peer of a non-blocking socket has closed it."""
+    """Returns whether the other end of a non-blocking socket has closed it."""
     try:
         return sock.recv(100) == b""
     except BlockingIOError:

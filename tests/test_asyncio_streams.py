@@ -1,4 +1,4 @@
-"""The hivemind layer's reader and writer behave as asyncio's: every test runs on both."""
+"""The hivemind layer's reader and writer behave like asyncio's: every test runs on both."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ async def until_waiting(task: asyncio.Task[Any]) -> None:
 
 
 async def run_loop() -> None:
-    """Runs the event loop until it has seen the arrived data."""
+    """Runs the event loop until it has noticed the data that has arrived."""
     for _ in range(3):
         await asyncio.sleep(0)
 
@@ -285,7 +285,7 @@ async def test_data_read_ahead_can_be_read_after_close(ends: Ends) -> None:
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_data_that_had_arrived_can_be_read_after_close(ends: Ends, how: str) -> None:
     ends.peer.sendall(b"abc\ndef")
-    await run_loop()  # asyncio's reader reads it then.
+    await run_loop()  # asyncio's reader then reads the data.
     if how == "close":
         ends.writer.close()
         await ends.writer.wait_closed()
@@ -314,7 +314,7 @@ async def test_data_of_a_cancelled_large_read_can_be_read_after_close(ends: Ends
 
 
 async def test_at_most_128_kib_of_input_are_kept_after_close(anyio_backend: Any) -> None:
-    # asyncio's reader keeps the data of its last read, which varies.
+    # Not on asyncio's reader: it also keeps the data of its last read, whose size varies.
     async with connected("ours", "unix") as ends:
         ends.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         ends.peer.setblocking(False)
@@ -381,7 +381,7 @@ async def test_abort_sends_the_data_that_the_socket_accepts(
     async with connected(kind, family) as ends:
         ends.writer.write(b"the ")
         ends.writer.write(b"end")
-        # uvloop's writer has sent nothing before this.
+        # uvloop's writer sends nothing before the next iteration.
         await run_loop()
         ends.writer.write(b"" if kind == "asyncio" else b".")
         ends.writer.transport.abort()
@@ -391,7 +391,7 @@ async def test_abort_sends_the_data_that_the_socket_accepts(
 
 
 async def test_abort_discards_the_buffer(anyio_backend: Any) -> None:
-    # uvloop's writer sometimes sends it.
+    # Not on uvloop's writer, which sometimes sends the buffer.
     async with connected("ours", "unix") as ends:
         ends.writer.write(bytes(4 * MIB))
         ends.writer.transport.abort()
@@ -418,7 +418,7 @@ async def test_pending_read_raises_when_the_connection_is_lost(tcp_ends: Ends) -
                 await read(count)
     with pytest.raises(ConnectionResetError):
         await tcp_ends.reader.readline()
-    with suppress(RuntimeError):  # uvloop's writer raises it.
+    with suppress(RuntimeError):  # Raised by uvloop's writer.
         tcp_ends.writer.write(b"nothing")
     with pytest.raises(ConnectionResetError):
         await tcp_ends.writer.drain()
@@ -433,7 +433,7 @@ async def test_drain_raises_after_writing_to_a_lost_peer(ends: Ends) -> None:
             ends.writer.write(b"x" * 1000)
             await ends.writer.drain()
             await asyncio.sleep(0)
-    with suppress(RuntimeError):  # uvloop's writer raises it.
+    with suppress(RuntimeError):  # Raised by uvloop's writer.
         ends.writer.write(b"x")
     assert ends.writer.is_closing()
 
@@ -464,7 +464,7 @@ async def test_pending_drain_raises_a_loss_that_a_reader_found(
 async def test_loss_found_by_a_write_leaves_arrived_data_to_the_reader(
     anyio_backend: Any,
 ) -> None:
-    # asyncio's writer does if it has seen the loss before.
+    # Not on asyncio's writer, which does so only if it has noticed the loss before.
     for wanted, got in ((5, b"hello"), (6, None)):
         async with connected("ours", "unix") as ends:
             reading = asyncio.create_task(ends.reader.readexactly(wanted))
@@ -516,7 +516,7 @@ async def test_any_kind_of_buffer_can_be_written(
 
 
 async def test_buffer_may_be_changed_after_write(anyio_backend: Any) -> None:
-    # With uvloop's writer it may not be.
+    # Not on uvloop's writer, with which the buffer may not be changed.
     async with connected("ours", "unix") as ends:
         data = bytearray(b"a" * 4 * MIB)
         ends.writer.write(data)

@@ -1,5 +1,8 @@
-"""Public attributes set after creation. Each attribute that the original packages read on each use
-takes effect, or cannot be set. The list is derived from the originals' source."""
+"""Setting public attributes after creation.
+
+Each attribute that the original packages read on each use either takes effect or cannot be set. The
+list is derived from the originals' source.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def two() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
 
 
 def attributes(*sources: str) -> set[str]:
-    """Names of the public attributes that classes assign, as ``Class.attribute``."""
+    """Returns the names of the public attributes that classes assign, as ``Class.attribute``."""
     found = set()
     for source in sources:
         for cls in ast.parse(source).body:
@@ -191,7 +194,7 @@ async def control_maddr(layer: Layer) -> None:
 
 
 async def requests_in_flight(layer: Layer) -> None:
-    """Requests in flight when the address is set are answered by either daemon."""
+    """Either daemon may answer requests that are in flight when the address is set."""
     client = await layer.client()
     await client.identify()
     peers: list[str] = []
@@ -227,7 +230,7 @@ async def listen_maddr(layer: Layer) -> None:
     async with client.listen():
         dial(first).close()
         await client.stream_handler("attributes", layer.handler(b"hello"))
-        # Applies to later registrations.
+        # The new value applies to later registrations.
         client.control.listen_maddr = layer.maddr(second)
         assert client.control.listen_maddr == layer.maddr(second)
         dial(first).close()
@@ -264,7 +267,7 @@ def dial(listen: str) -> socket.socket:
 
 
 async def greeting(layer: Layer) -> bytes:
-    """What the handler sends on a new stream of ``/echo``."""
+    """Returns the data that the handler sends on a new ``/echo`` stream."""
     with dial(layer.listen) as connection:
         connection.sendall(frame(STREAM_INFO))
         connection.setblocking(False)
@@ -400,7 +403,7 @@ async def proto_code(layer: Layer) -> None:
 
 
 async def new_persistent_connection(layer: Layer) -> None:
-    """An open connection stays; a new one goes to the daemon that is set."""
+    """An open connection stays; a new one goes to the new daemon."""
     client = await layer.client()
     here = await layer.peer_of(client)
 
@@ -422,7 +425,7 @@ async def new_persistent_connection(layer: Layer) -> None:
     taken = await layer.client()
     await taken.add_unary_handler(
         "attributes", handler
-    )  # registered with the other daemon, free here
+    )  # the name is registered with the other daemon, but free here
     for each in (client, taken):
         await each.remove_unary_handler("attributes")
         await layer.close(each)

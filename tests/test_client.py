@@ -73,7 +73,7 @@ async def greeting(client: Client, peer_id: PeerID, protocol: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def plain_daemons(transport: str) -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Two daemons without a DHT, which therefore do not connect to peers by themselves."""
+    """Two daemons that do not connect to peers by themselves, since they have no DHT."""
     with (
         DaemonProcess(transport=transport) as first,
         DaemonProcess(transport=transport) as second,
@@ -263,7 +263,7 @@ async def test_peer_id_invalid_to_the_daemon_is_refused(pair: Pair) -> None:
 
 
 async def test_stream_open_selects_the_first_protocol_that_the_peer_speaks(pair: Pair) -> None:
-    # The daemon prefers protocols it knows from the peer, so use names it cannot know yet.
+    # The daemon prefers protocols that it knows the peer supports, so use new names.
     first, second, third = (f"/{os.urandom(4).hex()}" for _ in range(3))
     for name in (second, third):
         await pair.bob.stream_handler(name, greeter(name.encode()))
@@ -372,7 +372,7 @@ async def test_removed_handler_is_no_longer_found(pair: Pair) -> None:
 @pytest.mark.needs("remove_stream_handler")
 async def test_leaving_listen_removes_the_handlers(pair: Pair) -> None:
     async with pair.bob_daemon.client() as client:
-        for _ in range(2):  # the second registration fails if the first is left
+        for _ in range(2):  # the second registration fails if the first one remains
             async with client.listen():
                 await client.stream_handler("/for-a-while", greeter(b"hello"))
                 assert (
@@ -579,7 +579,7 @@ async def test_messages_reach_the_subscribers_of_both_daemons(pair: Pair, topic:
     ):
         assert topic in await pair.alice.pubsub_get_topics()
         assert await wait_for_subscribers(pair.alice, topic) == (pair.bob_daemon.peer_id,)
-        # A subscribed daemon sends to its gossip mesh, which the other daemon joins after a while.
+        # A subscribed daemon sends only to its gossip mesh, and the other daemon joins that late.
         heard = False
         while not heard:
             await pair.alice.pubsub_publish(topic, b"anybody there?")
@@ -623,7 +623,7 @@ async def test_subscription_can_be_read_as_raw_frames(pair: Pair, topic: str) ->
         await pair.alice.pubsub_publish(topic, b"raw")
         length = (await subscription.readexactly(2))[
             0
-        ]  # a varint of two bytes, as the message has 128 to 255
+        ]  # a varint of two bytes, since the message has 128 to 255 bytes
         assert length & 0x80
         assert b"\x12\x03raw" in await subscription.receive()
 
@@ -749,7 +749,7 @@ async def test_address_that_is_not_a_socket_is_named_on_use(addr: str) -> None:
 
 
 class BlackHole:
-    """A listener that never sends anything, so that connecting a peer to it hangs."""
+    """A listener that never sends anything, so that a daemon's CONNECT to it hangs."""
 
     def __init__(self, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -758,7 +758,7 @@ class BlackHole:
         self.addr = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}"
 
     def connections(self) -> int:
-        """Returns how many connections it has accepted."""
+        """Returns the number of accepted connections."""
         with suppress(BlockingIOError):
             while True:
                 self._accepted.append(self._listener.accept()[0])

@@ -1,4 +1,4 @@
-"""Clients and coroutines ended by the garbage collector or the event loop print nothing."""
+"""Clients and coroutines that the garbage collector or the event loop ends print nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDS = {
     "left to the interpreter": "interpreter",
 }
 
-#: Listens and drops client and task, as hivemind's P2P does.
+#: Listens, and drops the client and its task, as hivemind's P2P does.
 PROGRAM = """
 import asyncio, gc, os, sys
 client_kind, end, control_maddr, listen_maddr = sys.argv[1:5]
@@ -135,7 +135,7 @@ def test_dropped_client_of_real_hivemind_prints_nothing(daemon: DaemonProcess, e
     Path(maddrs[1].removeprefix("/unix")).unlink(missing_ok=True)
 
 
-#: Drops each kind of request, with its task and loop, while the daemon does not answer.
+#: Drops each kind of request, with its task and loop, before the daemon has answered.
 WAITING = """
 import asyncio, gc, sys
 from p2pclient_rs import Client

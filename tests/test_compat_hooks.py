@@ -1,7 +1,7 @@
-"""The private parts of CPython, asyncio and hivemind that ``compat/`` relies on work as it assumes.
+"""``compat/`` relies on private parts of CPython, asyncio and hivemind. These work as it assumes.
 
-Each test fails when a new release changes one of them. The behaviour that rests on them is tested
-in ``test_install.py``, ``test_hivemind_compat.py`` and ``test_asyncio_streams.py``.
+Each test fails when a new release changes one of them. ``test_install.py``,
+``test_hivemind_compat.py`` and ``test_asyncio_streams.py`` test the behaviour that depends on them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_lock_of_a_module_waits_for_the_thread_that_imports_it(
         loader.go_on.set()
         thread.join()
         sys.modules.pop("slow", None)
-    # Returns at once for a module that no thread imports.
+    # Returns at once for a module that no thread is importing.
     _bootstrap._lock_unlock_module("not.imported")  # type: ignore[attr-defined]
 
 
@@ -102,7 +102,7 @@ def test_running_loop_of_asyncio_is_none_outside_of_one() -> None:
     assert asyncio.run(running())
 
 
-# Public methods that only asyncio calls, or that mean nothing for a stream of the daemon.
+# Public methods that only asyncio calls, or that make no sense for a daemon's stream.
 ABSENT = {
     StreamReader: {"feed_data", "feed_eof", "set_exception", "set_transport"},
     StreamWriter: set[str](),
@@ -118,10 +118,10 @@ ABSENT = {
 
 @pytest.mark.parametrize("ours", ABSENT)
 def test_every_method_of_asyncios_stream_classes_is_overridden(ours: type) -> None:
-    # An inherited one would use attributes of asyncio's __init__, which ours does not call.
+    # An inherited method would use attributes set by asyncio's __init__, which ours does not call.
     (theirs,) = ours.__bases__
     names = {name for name in dir(theirs) if not name.startswith("_")}
-    # StreamWriter takes these two from its transport.
+    # StreamWriter gets these two methods from its transport.
     own = {*vars(ours), *({"write", "drain"} if ours is StreamWriter else ())}
     assert names - own == ABSENT[ours]
     special = {"__init__", "__repr__", "__del__", "__aiter__", "__anext__"} & vars(theirs).keys()
@@ -146,7 +146,7 @@ def test_gc_callbacks_receive_the_generation() -> None:
 def test_preparation_data_of_multiprocessing_is_a_dictionary_sent_before_the_main_module() -> None:
     data = multiprocessing.spawn.get_preparation_data("name")
     assert {"name", "sys_path"} <= data.keys()
-    # The child unpickles all of it before prepare() imports the program's main module.
+    # The child unpickles all of the data before prepare() imports the program's main module.
     source = inspect.getsource(multiprocessing.spawn._main)
     assert source.index("reduction.pickle.load") < source.index("prepare(")
 

@@ -37,10 +37,10 @@ pytestmark = pytest.mark.anyio
 
 FULL = ("-dhtServer", "-pubsub", "-connManager")
 
-#: The limit for "at once", in seconds: shorter than the timeout of any daemon.
+#: The time limit for failing "at once", in seconds; less than the timeout of any daemon.
 PROMPT = 10.0
 
-#: The limit for a supported feature, in seconds: some propagate from peer to peer.
+#: The time limit for a supported feature, in seconds. Some features propagate from peer to peer.
 PATIENCE = 20.0
 
 
@@ -48,7 +48,7 @@ class Differs(Exception):
     """The daemon reported no error, but did something other than the request."""
 
 
-# The client is the same on each event loop; only the daemons differ.
+# One event loop is enough, as the client is the same on each; only the daemons differ.
 @pytest.fixture
 def anyio_backend() -> Any:
     return ("asyncio", {"use_uvloop": False})
@@ -69,7 +69,7 @@ class Scene:
 
     near: Client
     far: Client
-    other: Client  # Another client of the near daemon.
+    other: Client  # A second client of the near daemon.
     near_daemon: DaemonProcess
     far_daemon: DaemonProcess
     bare_daemon: DaemonProcess
@@ -80,7 +80,7 @@ PROBES: dict[str, Probe] = {}
 
 
 def probe(test: Probe) -> Probe:
-    """Registers a probe: it raises nothing if a daemon has the feature of its name."""
+    """Registers a probe, which raises nothing if the daemon has the feature of that name."""
     PROBES[test.__name__] = test
     return test
 
@@ -97,7 +97,7 @@ async def echo(info: StreamInfo, stream: Stream) -> None:
 
 
 async def answered(client: Client, daemon: DaemonProcess, proto: str) -> bytes:
-    """Sends a line, and returns the peer's reply."""
+    """Sends a line to a peer, and returns its reply."""
     _, stream = await client.stream_open(daemon.peer_id, [proto])
     async with stream:
         await stream.send(b"hello\n")
@@ -282,7 +282,7 @@ async def unary(scene: Scene) -> None:
         return data * 2
 
     proto = unused()
-    with pytest.raises(DaemonRefused):  # On every daemon.
+    with pytest.raises(DaemonRefused):  # Every daemon refuses this.
         await scene.near.call_unary(scene.far_daemon.peer_id, proto, b"ab")
     await scene.far.add_unary_handler(proto, double)
     assert await scene.near.call_unary(scene.far_daemon.peer_id, proto, b"ab") == b"abab"
@@ -440,7 +440,7 @@ async def pubsub_own(scene: Scene) -> None:
             message = await subscription.receive_message()
             assert (message.data, message.peer_id) == (b"from here", scene.near_daemon.peer_id)
             return
-        # Not because it had no time: the later message arrives.
+        # There was enough time for it, since this later message arrives.
         await heard(subscription, scene.far, topic)
         raise Differs("nothing came")
 

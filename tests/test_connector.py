@@ -1,4 +1,4 @@
-"""The pool of control connections, and what a call raises when the daemon misbehaves."""
+"""The pool of control connections, and the errors of calls when the daemon misbehaves."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_pool_is_bounded_and_keeps_at_most_max_idle() -> None:
             connection.read_request()
             with lock:
                 busy.append(busy[-1] + 1)
-            # Holds back replies until the pool has reached its limit.
+            # Hold back replies until the pool has reached its limit.
             deadline = time.monotonic() + 10
             while max(busy) < 5 and time.monotonic() < deadline:
                 time.sleep(0.001)
@@ -626,8 +626,9 @@ async def test_peerstore_request_is_sent_only_after_a_probe() -> None:
             request = decode(connection.read_request())
             assert (request[1], sorted(request)) == (9, [1, 9])
             connection.send(frame(OK + field(8, store)))
-        # The probe gets no reply here. hivemind's daemon would take the PEERSTORE request for an
-        # upgrade and could shut down when that connection ends; upstream's closes the connection.
+        # This daemon does not answer the probe, so the client must not send the PEERSTORE request.
+        # hivemind's daemon would mistake it for an upgrade, and could shut down when the connection
+        # ends; upstream's daemon closes the connection.
         assert decode(connection.read_request()) == {1: 2**31 - 1}
 
     with FakeDaemon(script) as fake:

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind", "go")]
 
 Backend: TypeAlias = tuple[str, dict[str, Any]]
 
-# On SIGTERM p2pd's normal exit races with its signal handler's, so either status is possible.
+# On SIGTERM, p2pd's normal exit races with its signal handler, so either status is possible.
 EXITED_BY_ITSELF = (0, 128 + signal.SIGTERM)
 UNREACHABLE = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
@@ -70,7 +70,7 @@ def assert_nothing_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p2pd: Path
 ) -> Iterator[None]:
     """Puts all private directories in one place; checks after each test that nothing is left."""
-    # Not in tmp_path, whose path is too long for a socket.
+    # Not tmp_path, which is too long for a socket's path.
     home = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     try:
@@ -83,7 +83,7 @@ def assert_nothing_left(
 
 
 def children() -> list[str]:
-    """Command lines of this process's children that run or are unreaped."""
+    """Returns the command lines of this process's children that are running or unreaped."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids]
 
@@ -93,7 +93,7 @@ def is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"  # init reaps the zombie of an orphan
+    return state not in "ZX"  # a zombie counts as ended: init reaps orphans
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 15) -> None:
@@ -104,7 +104,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 15) -> None:
 
 
 def links(pid: int | None) -> list[str]:
-    """What the open descriptors of a process refer to."""
+    """Returns the targets of a process's open descriptors."""
     found = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -241,7 +241,7 @@ async def test_control_socket_at_a_given_path_is_removed(tmp_path: Path) -> None
         assert path.is_socket()
         pid = daemon.pid
         assert pid is not None
-        # Killed, the daemon cannot remove the socket itself.
+        # A killed daemon cannot remove its socket.
         os.kill(pid, signal.SIGKILL)
     assert not path.exists()
 
@@ -285,7 +285,7 @@ async def test_identity_file_determines_the_peer_id(tmp_path: Path) -> None:
 async def test_bootstrap_peers_are_connected() -> None:
     async with Daemon(dht="server") as first:
         peer = f"{first.addrs[0]}/p2p/{first.peer_id}"
-        # An unreachable one among them does no harm.
+        # An unreachable bootstrap peer among others does no harm.
         async with Daemon(dht="server", bootstrap_peers=[UNREACHABLE, peer]) as second:
             async with first.client() as one, second.client() as other:
                 assert [p.peer_id for p in await other.list_peers()] == [first.peer_id]
@@ -309,7 +309,7 @@ async def test_options_reach_the_daemon() -> None:
         "relay": False,
         "pubsub": "floodsub",
         "connmgr": (1, 2, 1.5),
-        # 127.0.0.2 is a local address on Linux without configuration.
+        # On Linux, 127.0.0.2 is a local address without any configuration.
         "host_addrs": [Multiaddr("/ip4/127.0.0.1/tcp/0"), "/ip4/127.0.0.2/tcp/0"],
         "announce_addrs": ["/ip4/192.0.2.1/tcp/4001"],
         "extra_args": ["-muxer=yamux"],
@@ -779,7 +779,7 @@ def test_lack_of_descriptors_is_named_at_every_step() -> None:
     for report in refused:
         assert report["cause"].startswith("cannot ") and "Too many open files" in report["cause"]
         assert "ulimit -n" in report["hint"] and "OSError" in report["kind"]
-    # The client's connection also needs a descriptor, after the daemon was spawned.
+    # After the daemon was spawned, the client's connection also needs a descriptor.
     others = [report for report in reports if report["errno"] not in (0, 24)]
     assert all("open files" in report["text"] for report in others)
 
@@ -988,7 +988,7 @@ def test_fork_while_another_thread_uses_the_daemon_does_not_hang(anyio_backend: 
 
 
 def test_log_thread_is_stopped_during_a_fork(anyio_backend: Backend, tmp_path: Path) -> None:
-    # CPython warns about a fork with threads since 3.12. Fork hooks run in reverse order.
+    # Since 3.12, CPython warns about forking with threads. Fork hooks run in reverse order.
     first = """
 seen = []
 os.register_at_fork(before=lambda: seen.append(len(os.listdir("/proc/self/task"))))
@@ -1183,7 +1183,7 @@ async def test_path_comes_before_hivemind(hivemind: Path, p2pd: Path, tmp_path: 
 
 @pytest.fixture
 def stubborn(tmp_path: Path, p2pd: Path) -> Path:
-    """A wrapper that ignores SIGTERM and so outlives its p2pd."""
+    """A wrapper of p2pd that ignores SIGTERM, and so outlives p2pd."""
     body = f'trap : TERM\n{p2pd} "$@" &\necho $! > {tmp_path}/pid\nwhile :; do sleep 1; done'
     return script(tmp_path / "p2pd", body)
 
@@ -1233,9 +1233,11 @@ class Stalls:
 
 @pytest.fixture
 def leaves_a_process(tmp_path: Path) -> Iterator[Path]:
-    """A daemon that ignores SIGTERM. It leaves behind a process that serves its control socket,
-    and one in its process group that is never reaped. While the file `mute` exists it does not
-    answer."""
+    """A daemon that ignores SIGTERM.
+
+    It leaves behind a process that serves its control socket, and one in its process group that is
+    never reaped. It does not answer while the file `mute` exists.
+    """
     body = f"""
         import contextlib, os, signal, socket, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1279,7 +1281,7 @@ async def test_stop_does_not_block_the_event_loop(leaves_a_process: Path, tmp_pa
         tasks.start_soon(stalls.watch)
         begun = time.monotonic()
         await daemon.stop()
-        assert time.monotonic() - begun > 0.6  # stop waited for the process left behind
+        assert time.monotonic() - begun > 0.6  # stop waited for the remaining process
         await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
@@ -1306,7 +1308,7 @@ async def test_failed_start_does_not_block_the_event_loop(
 async def test_large_output_of_a_failed_start_does_not_block_the_event_loop(tmp_path: Path) -> None:
     fake = script(tmp_path / "p2pd", "yes | head -c 1000000; exit 3")
     longest: list[float] = []
-    for _ in range(5):  # other processes can delay the loop too
+    for _ in range(5):  # repeat, as other processes can also delay the loop
         stalls = Stalls()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stalls.watch)
@@ -1345,7 +1347,7 @@ def test_waiting_for_a_lock_lets_other_threads_run(tmp_path: Path) -> None:
     process = DaemonProcess(fake, Daemon()._options, str(tempfile.tempdir))
     process.spawn()
     directory = Path(process.log).parent
-    # Makes the removal of the directory slow.
+    # Make removing the directory slow.
     for number in range(20_000):
         (directory / str(number)).touch()
     ending = threading.Thread(target=process.destroy)
@@ -1448,7 +1450,7 @@ async def test_death_of_the_daemon_fails_calls_in_flight_and_ends_wait() -> None
     statuses: list[int] = []
 
     async def call(client: Client) -> None:
-        # Requests that the daemon had not read are retried, and find no daemon.
+        # The client retries requests that the daemon had not read, and then finds no daemon.
         with pytest.raises((ConnectionLost, DaemonUnreachable)) as caught:
             await client.identify()
         failures.append(caught.value)
@@ -1458,7 +1460,7 @@ async def test_death_of_the_daemon_fails_calls_in_flight_and_ends_wait() -> None
 
     async with Daemon() as daemon, daemon.client() as client:
         pid = daemon.pid or 0
-        await suspend(pid)  # keeps it from answering
+        await suspend(pid)  # keeps the daemon from answering
         with anyio.fail_after(15):
             async with anyio.create_task_group() as tasks:
                 for _ in range(3):
@@ -1609,7 +1611,7 @@ async def test_handlers_are_registered_again_after_a_restart() -> None:
         await wait_for_restart(daemon, pid)
         await caller.connect(daemon.peer_id, daemon.addrs)
 
-        # The server makes no call that would reconnect.
+        # The server makes no call of its own, which would reconnect it.
         async def greeted(protocol: str) -> bool:
             try:
                 _, stream = await caller.stream_open(daemon.peer_id, [protocol])
@@ -1734,7 +1736,7 @@ async def test_daemon_starts_without_its_bootstrap_peers_and_logs_the_reason(
 
 
 class Hasty:
-    """A supervision whose clock runs 1000 times as fast."""
+    """A supervision whose clock runs 1000 times faster."""
 
     def __init__(self, supervision: Supervision) -> None:
         self._supervision = supervision
@@ -1771,7 +1773,7 @@ async def test_lost_bootstrap_peers_are_reconnected(
                 await wait_connected(client, other.peer_id)
                 await client.disconnect(other.peer_id)
                 await wait_connected(client, other.peer_id)
-                # After a restart of the daemon as well.
+                # And again after a restart of the daemon.
                 pid = daemon.pid
                 os.kill(pid or 0, signal.SIGKILL)
                 await wait_for_restart(daemon, pid)
@@ -1889,7 +1891,7 @@ def test_killed_parent_leaves_no_orphan_after_a_restart(
 
 # --- without a shell ---
 
-#: Forces the watchdog that is used where there is no shell.
+#: Forces the kind of watchdog that is used if there is no shell.
 FORKED = """
 import functools, p2pclient_rs.daemon
 p2pclient_rs.daemon.DaemonProcess = functools.partial(
@@ -1931,7 +1933,7 @@ def test_forked_watchdog_kills_the_group_and_removes_subdirectories(
 
 
 def test_forked_watchdog_releases_its_parents_memory(anyio_backend: Backend) -> None:
-    # The parent's pages are no longer shared once the child has unmapped them.
+    # Once the child has unmapped the parent's pages, they are no longer shared.
     setup = FORKED + "\nmemory = bytearray(os.urandom(1 << 20) * 100)\n"
     program = Program(anyio_backend, FOREVER, setup=setup)
     statm = Path(f"/proc/{program.watchdog}/statm")
@@ -1957,7 +1959,7 @@ def test_forked_watchdog_keeps_only_its_pipe_open(anyio_backend: Backend) -> Non
 def test_daemon_starts_and_stops_in_a_container_without(
     anyio_backend: Backend, number: signal.Signals, has: str, p2pd: Path
 ) -> None:
-    """The container has p2pd, its libraries and /dev/null; with a shell in it, still no `rm`."""
+    """The container has only p2pd, its libraries, /dev/null and perhaps a shell, but no `rm`."""
     root = Path(str(tempfile.tempdir)) / "root"
     for name in ("dev", "tmp", "bin", "proc/self"):
         (root / name).mkdir(parents=True)
@@ -1974,7 +1976,7 @@ def test_daemon_starts_and_stops_in_a_container_without(
             if word.startswith("/"):
                 (root / word[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(word, root / word[1:])
-    # Import everything first: there are no modules in the container.
+    # Import everything first, since the container has no modules.
     setup = f"""
 import asyncio, concurrent.futures.thread, encodings.idna, ipaddress, stringprep, tempfile
 import importlib.util, uvloop, trio, anyio._backends._asyncio, anyio._backends._trio
@@ -2032,7 +2034,7 @@ def test_forked_child_leaves_the_daemon_alone(anyio_backend: Backend) -> None:
 
 
 def test_exit_handlers_in_a_forked_child_leave_the_daemon_alone(anyio_backend: Backend) -> None:
-    # Not with sys.exit(): unwinding trio's loop in the child breaks the parent's.
+    # Does not use sys.exit(), which would unwind trio's loop in the child and break the parent's.
     then = """
     if (pid := os.fork()) == 0:
         atexit._run_exitfuncs()
@@ -2064,7 +2066,7 @@ def test_forked_child_does_not_keep_the_daemon_alive(anyio_backend: Backend) -> 
     assert program.process.stdout.readline() == b"forked\n"
     program.process.kill()
     program.process.wait()
-    # The child lives until its standard input is closed.
+    # The child keeps running until its standard input is closed.
     eventually(lambda: not program.left())
     program.process.stdin.close()
     program.process.stdout.close()

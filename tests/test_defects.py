@@ -1,4 +1,4 @@
-"""The defects of hivemind's bindings exist in the original and not here. See docs/defects.md."""
+"""The defects of hivemind's bindings exist in the original but not here. See docs/defects.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed descriptors: their numbers may already belong to other files."""
+"""Closed descriptors, whose numbers may already belong to other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def echo(connection: Connection) -> None:
 
 @asynccontextmanager
 async def echoing() -> AsyncIterator[Stream]:
-    """A stream to an echo peer. Only this thread opens descriptors."""
+    """A stream to an echo peer. Only the current thread opens descriptors."""
     path = f"{new_directory()}/s"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -88,7 +88,7 @@ async def test_closed_stream_exposes_no_descriptor(how: str) -> None:
         fd = stream._raw.fileno()
         assert os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
         await close_it(stream, how)
-        with taking(fd):  # the number is now another socket's
+        with taking(fd):  # the number now belongs to another socket
             assert stream._raw.fileno() == -1
             assert stream.get_extra_info("socket") is None
             assert stream.get_extra_info("socket", 5) == 5
@@ -192,7 +192,7 @@ async def assert_watch_unaffected(stream: Stream, taken: socket.socket, far: soc
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        # None of these may affect the file that has the number now.
+        # None of these calls may affect the file that now has the number.
         old.close()
         old.flush_later(stream._raw, stream)
         for wait_for in (old.readable, old.writable, lambda: old.drained(0)):

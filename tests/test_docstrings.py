@@ -1,4 +1,4 @@
-"""The examples in docstrings: each is run as it stands, against real daemons."""
+"""Runs the examples in docstrings, unchanged, against real daemons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Example:
 
 
 def examples_of(name: str, docstring: str | None) -> Iterator[Example]:
-    """The examples of one docstring: the indented blocks after a line ``Example:``."""
+    """Yields the examples of a docstring: the indented blocks after a line ``Example:``."""
     lines = inspect.cleandoc(docstring or "").splitlines()
     for start, line in enumerate(lines):
         if line == "Example:":
@@ -47,7 +47,7 @@ def examples_of(name: str, docstring: str | None) -> Iterator[Example]:
 
 
 def docstrings(module: str, tree: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """The names of a module, its classes and functions, with their docstrings."""
+    """Yields the names of a module, its classes and functions, with their docstrings."""
     yield module, ast.get_docstring(tree)
 
     def visit(prefix: str, node: ast.AST) -> Iterator[tuple[str, str | None]]:
@@ -61,7 +61,7 @@ def docstrings(module: str, tree: ast.Module) -> Iterator[tuple[str, str | None]
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
-    """The package's modules and stubs."""
+    """Yields the package's modules and stubs."""
     for path in sorted(PACKAGE.rglob("*.py*")):
         if path.suffix in (".py", ".pyi") and "compat" not in path.parts:
             parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -143,7 +143,7 @@ async def test_example_runs(
 
 
 def documented() -> Iterator[tuple[str, object]]:
-    """The public names of the package, and those of its classes."""
+    """Yields the public names of the package and of its classes."""
     for name in sorted(p2pclient_rs.__all__):
         thing = getattr(p2pclient_rs, name)
         if inspect.isclass(thing) or inspect.isroutine(thing):

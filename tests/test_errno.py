@@ -1,5 +1,7 @@
-"""Failed requests as built-in exceptions: class, errno and file name, and that all of these survive
-copying and pickling."""
+"""Failed requests as built-in exceptions: the class, the errno and the file name.
+
+All of these must survive copying and pickling.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def assert_survives_copies(error: Any) -> None:
 
 @pytest.fixture
 def stale_socket() -> Iterator[str]:
-    """The path of a socket file without a listener."""
+    """Yields the path of a socket file without a listener."""
     path = str(new_directory() / "stale.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -159,7 +161,7 @@ def test_lack_of_descriptors_raises_os_error_with_errno() -> None:
         async def main() -> OSError:
             client = Client(fake.control_maddr)
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            # No descriptor is free below the lowest free one.
+            # All descriptors below the lowest free one are in use.
             lowest = os.dup(0)
             os.close(lowest)
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))

@@ -1,4 +1,4 @@
-"""Forked processes: a client and its streams belong to the process that made them."""
+"""Forked processes: a client and its streams belong to the process that created them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ async def assert_parent_works(pair: Pair, stream: Stream, subscription: Any) -> 
 async def test_closing_without_a_loop_in_a_forked_child_leaves_waiting_tasks_alone(
     pair: Pair, how: str
 ) -> None:
-    """To the child, the parent's loop appears to be running."""
+    """In the child, the parent's loop appears to be running."""
     received = []
 
     async def wait_for_data() -> None:

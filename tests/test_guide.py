@@ -1,4 +1,4 @@
-"""Whole programs as a reader of the guide would paste them, each run in its own process."""
+"""Whole programs, as a reader of the guide would paste them. Each runs in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How stream handlers are called, and when they are cancelled because their peer has left."""
+"""Calling stream handlers, and cancelling them after their peer has left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 #: jsp2pd does not close a handler's socket when the peer leaves (docs/streams.md).
 reports_closed_streams = pytest.mark.daemons("hivemind", "go")
 
-#: Seconds; short, since tests wait for it.
+#: A linger in seconds, short because tests wait for it.
 LINGER = 0.2
 
 
@@ -45,7 +45,7 @@ def living_tasks() -> int:
 
 
 async def get_stuck() -> None:
-    """Blocks forever; on asyncio, on a full queue."""
+    """Blocks forever; on asyncio, by putting to a full queue."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -97,7 +97,7 @@ def stuck() -> Handler:
 
 
 def cancellations(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Log lines about handlers cancelled because their peer has left."""
+    """Returns the log lines about handlers that were cancelled because their peer has left."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -115,7 +115,7 @@ async def test_stuck_handlers_are_cancelled_and_logged_once_their_peers_left(
 ) -> None:
     handler = stuck()
     await pair.bob.stream_handler("/stuck", handler, linger=LINGER)
-    await pair.alice.list_peers()  # pools a connection, as the last list_peers does
+    await pair.alice.list_peers()  # leaves a pooled connection, as the last list_peers does
     tasks, descriptors = living_tasks(), len(open_descriptors())
     streams = [await pair.alice.stream_open(pair.bob_daemon.peer_id, ["/stuck"]) for _ in range(20)]
     await until(lambda: len(handler.events) == 20)
@@ -223,7 +223,7 @@ async def test_read_ahead_input_is_bounded_per_stream_and_per_listener(
 
             await until(lambda: len(streams) == 2)
             await until(lambda: sum(ahead()) >= 3 << 20)
-            # Neither grows any further.
+            # Neither amount grows any further.
             await anyio.sleep(3 * LINGER)
             one_mib, two_mib = ahead()
             assert 1 << 20 <= one_mib < (1 << 20) + 65536
@@ -256,7 +256,7 @@ async def test_handler_receives_input_that_was_read_ahead() -> None:
     async with listening() as client:
         await client.stream_handler("/p", handler, linger=LINGER)
         with inbound(client, "/p") as peer:
-            # More than the sockets hold, so this returns only if the listener reads ahead.
+            # The sockets cannot hold all of this, so it returns only if the listener reads ahead.
             await anyio.to_thread.run_sync(peer.sendall, data)
             peer_has_sent.set()
         await until(lambda: handler.ended)
@@ -524,7 +524,7 @@ async def needs_keyword(info: Any, stream: Any, *, key: Any) -> None: ...
 
 
 def passing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator whose wrapper passes on all arguments."""
+    """A decorator whose wrapper passes all arguments on."""
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,8 @@
-"""The hivemind compatibility layer, side by side with the original: the same tests run on
-hivemind's own bindings, on ours with hivemind's types, and on ours where there is no hivemind."""
+"""The hivemind compatibility layer, side by side with the original.
+
+The same tests run on hivemind's own bindings, on ours with hivemind's types, and on ours without
+hivemind.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def all_bindings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     forget("p2pclient_rs.compat.hivemind")
     path = str(hivemind_tree.make(tmp_path_factory.mktemp("hivemind")))
     sys.path.insert(0, path)
-    # Its own descriptor pool: the default one may have p2pclient's files of the same names.
+    # A separate descriptor pool, as the default one may have p2pclient's files of the same names.
     pool = descriptor_pool.DescriptorPool()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +112,7 @@ def ours(all_bindings: dict[str, Bindings]) -> Bindings:
 
 @pytest.fixture(scope="module")
 def two_daemons() -> Iterator[tuple[DaemonProcess, DaemonProcess]]:
-    """Runs two daemons, each with a persistent connection: a daemon ends with its last one."""
+    """Runs two daemons, each with a persistent connection, as a daemon exits with its last one."""
     with DaemonProcess("-dhtServer") as first, DaemonProcess("-dhtServer") as second:
         holders = []
         for daemon in (first, second):
@@ -144,7 +147,7 @@ class Clients:
             client.close()
             if self.b.is_original:
                 Path(client.control.listen_maddr["unix"]).unlink(missing_ok=True)
-        # The original's tasks end shortly after.
+        # The original's tasks end shortly after that.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         names = ("_read_from_persistent", "_write_to_persistent", "_handle_persistent")
         await until(lambda: not any(n in repr(t) for n in names for t in others if not t.done()))
@@ -202,7 +205,7 @@ def test_every_public_name_of_the_original_exists_with_its_parameters(
 
 
 def accepts(owner: Any, name: str, original: Any) -> bool:
-    """Returns whether the attribute exists and has the original's parameters in their order."""
+    """Returns whether the attribute exists and has the original's parameters, in the same order."""
     original = getattr(original, "__func__", original)
     if not callable(original):
         return hasattr(owner, name)
@@ -445,7 +448,7 @@ async def test_second_registration_of_a_stream_handler_is_refused(
         await two.far.stream_handler("twice", first)
         with pytest.raises(two.b.ControlFailure):
             await two.far.stream_handler("twice", second)
-        if not two.b.is_original:  # The original's table has the refused one.
+        if not two.b.is_original:  # The original's table has the refused handler.
             _, reader, writer = await two.near.stream_open(two.far_id, ("twice",))
             assert await reader.read(100) == b"first"
             writer.close()
@@ -487,7 +490,7 @@ async def test_cancelled_error_of_a_handler_ends_only_its_stream(two: Pair) -> N
         _, running, to_running = await two.near.stream_open(two.far_id, ("echo",))
         to_running.write(b"a")
         assert await running.readexactly(1) == b"a"
-        if not two.b.is_original:  # Some versions of asyncio's server fail there.
+        if not two.b.is_original:  # Some versions of asyncio's server fail here.
             _, ended, to_ended = await two.near.stream_open(two.far_id, ("gives up",))
             to_ended.write(b"a")
             with anyio.fail_after(10):
@@ -522,7 +525,7 @@ async def test_data_that_a_handler_wrote_before_it_raised_arrives(two: Pair) -> 
         await two.far.remove_stream_handler("refuse")
 
 
-# --- handlers whose peer is gone: kept alive as asyncio keeps them ---
+# --- handlers whose peer has left: kept alive for as long as asyncio does ---
 
 
 async def get_stuck() -> None:
@@ -560,7 +563,7 @@ async def test_collector_ends_stuck_handlers_that_asyncio_would_release(
 
     async with two.far.listen():
         await two.far.stream_handler(name, handler)
-        await two.near.list_peers()  # Leaves a pooled connection, as there is at the end.
+        await two.near.list_peers()  # Leaves a pooled connection, as at the end of the test.
         gc.collect()
         tasks, descriptors = len(asyncio.all_tasks()), len(open_descriptors())
         writers = [(await two.near.stream_open(two.far_id, [name]))[2] for _ in range(20)]
@@ -686,7 +689,7 @@ async def test_collector_spares_handlers_with_unread_input(
             await writer.drain()
         await until(lambda: len(begun) == 2)
         for _ in range(5):
-            await asyncio.sleep(0.1)  # The daemons deliver the data.
+            await asyncio.sleep(0.1)  # Time for the daemons to deliver the data.
             gc.collect()
         assert ended == []
         go_on.set()
@@ -873,7 +876,7 @@ async def test_errors_of_unary_calls_have_exactly_the_originals_text(
     two_daemons: tuple[DaemonProcess, DaemonProcess],
     anyio_backend: Any,
 ) -> None:
-    # Petals compares them with the daemon's: str(e) == "protocol not supported".
+    # Petals compares the texts with the daemon's: str(e) == "protocol not supported".
     async def handler(request: bytes, caller: Any) -> bytes:
         return request
 
@@ -1020,7 +1023,7 @@ async def test_peer_ids_are_cached(ours: Bindings, anyio_backend: Any) -> None:
 async def test_shutdown_without_awaiting_is_quick_and_quiet(
     ours: Bindings, anyio_backend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # As hivemind's P2P does, from __del__ too: nothing is awaited.
+    # As hivemind's P2P does, also from __del__: nothing is awaited.
     with DaemonProcess() as daemon:
         client = await ours.Client.create(
             ours.Multiaddr(daemon.control_maddr), ours.Multiaddr(daemon.listen_maddr())
@@ -1067,7 +1070,7 @@ async def test_listening_ends_quickly_after_the_daemon_died(
 
 
 def test_close_works_at_any_time_and_in_any_thread(ours: Bindings) -> None:
-    """With the loop running in another thread, stopped or closed; in a forked child; and twice."""
+    """While the loop runs in another thread, is stopped or closed; in a forked child; and twice."""
     with DaemonProcess() as daemon:
 
         async def create() -> Any:

@@ -1,7 +1,7 @@
-"""Every client call against every way in which a daemon or a peer can misbehave.
+"""Every client call, with every kind of misbehaviour of a daemon or a peer.
 
-Each call raises the exception that names the fault, within its timeout, leaves nothing open, and
-does not affect the next call.
+Each call raises the exception for the fault within its timeout, leaves nothing open, and does not
+affect the next call.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FAKE_PEER = PeerID(PEER)
 INFO = field(1, PEER) + field(2, ADDR)
 KEY = field(1, 99) + field(2, b"a key of a kind that is not known")
 BEGIN, END = OK + field(5, dht(0)), dht(2)
-#: Seconds within which a call must fail if it can fail at once.
+#: The time limit for calls that can fail at once, in seconds.
 SOON = 5.0
 
 
@@ -80,12 +80,12 @@ async def ignore(info: StreamInfo, stream: Stream) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """A client call, and the messages with which a daemon answers it."""
+    """A client call, and a daemon's valid reply to it."""
 
     request: str
     make: Callable[[Client, float], Awaitable[Any]]
     answer: tuple[bytes, ...] = (OK,)
-    #: Replies in which a required part is missing.
+    #: Replies that lack a required part.
     lacking: tuple[tuple[bytes, ...], ...] = ()
     #: Whether the call's result is the expected one.
     is_expected: Callable[[Any], bool] = having(default=lambda result: result is None)
@@ -97,17 +97,17 @@ class Call:
 
     @property
     def means_unknown(self) -> bool:
-        """Whether closing the connection is how a daemon rejects this request as unknown."""
+        """Whether a daemon that does not know this request closes the connection."""
         return self.request in ("REMOVE_STREAM_HANDLER", "PERSISTENT_CONN_UPGRADE")
 
 
 def one(value: bytes) -> bytes:
-    """The reply to a DHT query with one result."""
+    """Returns the reply to a DHT query with a single result."""
     return OK + field(5, value)
 
 
 def many(*values: bytes) -> tuple[bytes, ...]:
-    """The reply to a DHT query with a list of results."""
+    """Returns the reply to a DHT query with a list of results."""
     return (BEGIN, *values, END)
 
 
@@ -242,12 +242,13 @@ class UnaryCall:
     """A call on the persistent connection."""
 
     request: str
-    #: Kind of its message.
+    #: The kind of its message.
     kind: str
     make: Callable[[Client, float], Awaitable[Any]]
     answer: Callable[[bytes], bytes]
     result: bytes | None = None
-    #: Whether losing the connection has the effect of the call: the daemon drops its handlers.
+    #: Whether losing the connection has the same effect as the call, since the daemon then drops
+    #: the handlers.
     done_by_loss: bool = False
 
     def framed(self, call_id: bytes) -> bytes:
@@ -280,7 +281,7 @@ UNARY_CALLS = [
 
 
 async def close_result(result: Any) -> None:
-    """Closes what a call has opened."""
+    """Closes the stream or subscription that a call has opened, if any."""
     for opened in result if isinstance(result, tuple) else (result,):
         if isinstance(opened, Stream):
             await opened.aclose()
@@ -314,7 +315,7 @@ async def fails(
             assert client.unary.handlers == {}
             return
     except ControlFailure as error:
-        # By name: errors with an errno are of a subclass with the same name.
+        # Compares names, as errors with an errno are of a subclass with the same name.
         assert type(error).__name__ == expected.__name__, f"{call.request}: {error!r}"
         assert error.request == call.request, f"{call.request}: {error!r}"
         assert str(error), call.request
@@ -330,14 +331,14 @@ async def fails(
 class Fault:
     """What a daemon sends instead of a reply."""
 
-    #: Bytes to send, given the valid reply.
+    #: Returns the bytes to send, given the valid reply.
     data: Callable[[bytes], bytes]
     expected: type[Exception]
     #: Whether the daemon then closes the connection.
     close: bool = False
 
     def answer(self, valid: bytes | Callable[[bytes], bytes]) -> Answer:
-        """The step of a plan, given the valid reply or a function from call id to reply."""
+        """Returns the step of a plan, given the valid reply or a function from call id to it."""
 
         def answer(connection: Connection, call_id: bytes) -> bool | None:
             connection.send(self.data(valid if isinstance(valid, bytes) else valid(call_id)))
@@ -378,8 +379,8 @@ FAULTS = {
 
 faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 
-#: A persistent connection skips a message over the limit, so it waits for the rest of it; only a
-#: length that protobuf does not allow fails at once.
+#: A persistent connection skips a message over the limit, so it waits for the rest of the message.
+#: Only a length that protobuf does not allow fails at once.
 UNARY_FAULTS = FAULTS | {
     "a length just over the limit": Fault(
         lambda valid: varint((4 << 20) + (64 << 10) + 1), ControlTimeout
@@ -451,7 +452,7 @@ async def test_every_call_raises_daemon_refused_on_a_refusal() -> None:
             refused = NotSupported if call.request == "PERSISTENT_CONN_UPGRADE" else DaemonRefused
             await fails(call, client, refused)
             await assert_usable(client)
-        # One connection for queries, one for all else.
+        # One connection for queries, and one for everything else.
         assert fake.accepted <= 2, "a refusal leaves the connection usable"
 
 
@@ -526,7 +527,7 @@ async def test_every_call_accepts(send: Callable[[Connection, bytes], None], mor
 
 
 def without(message: bytes, *numbers: int) -> bytes:
-    """An incoming call without some of its fields."""
+    """Returns an incoming call without some of its fields."""
     call = [field(1, PEER), field(2, b"echo"), field(3, b"data")]
     kept = b"".join(part for number, part in enumerate(call, 1) if number not in numbers)
     return field(1, message) + field(3, kept)
@@ -555,7 +556,7 @@ async def test_invalid_incoming_call_is_refused_and_the_next_one_served() -> Non
             connection.send(frame(bad))
             answers.append(connection.read_message())
             good = bytes([number]) * 16
-            # Unknown fields, as of a newer peer.
+            # Unknown fields, as a newer peer may send.
             connection.trickle(frame(incoming(good, "echo", b"good") + UNKNOWN))
             answers.append(connection.read_message())
         return True
@@ -605,7 +606,7 @@ async def test_incoming_calls_are_served_after_reconnect_from(fault: Fault) -> N
 # --- subscriptions ---
 
 MESSAGE = field(1, PEER) + field(2, b"data") + field(3, b"1") + field(4, b"topic")
-#: What arrives instead of a message, whether the daemon then closes, and the exception raised.
+#: The data instead of a message, whether the daemon then closes, and the resulting exception.
 BAD_MESSAGES: dict[str, tuple[bytes, bool, type[Exception]]] = {
     "EOF": (b"", True, anyio.EndOfStream),
     "a length cut short": (b"\x80", True, ConnectionLost),
@@ -764,7 +765,7 @@ async def test_endless_sender_is_held_back_by_a_slow_reader(kind: str) -> None:
                 await stream.receive()
         await assert_usable(client)
     assert sent[0] == count * len(message)
-    # Only the buffers of the sockets and of the client are filled.
+    # Sending stops once the buffers of the sockets and of the client are full.
     assert most < 2 << 20
 
 
@@ -773,7 +774,7 @@ async def test_endless_sender_is_held_back_by_a_slow_reader(kind: str) -> None:
 
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[Client, Callable[[], socket.socket], list[bytes]]]:
-    """A listening client, a function that connects like the daemon, and what the handler read."""
+    """A listening client, a function that connects like the daemon, and what its handler read."""
     got: list[bytes] = []
 
     async def handler(info: StreamInfo, stream: Stream) -> None:
@@ -863,7 +864,7 @@ async def test_half_open_inbound_streams_are_bounded_in_number_and_time(
         silent = [connect() for _ in range(20)]
         for connection in silent[::2]:
             connection.sendall(frame(STREAM_INFO)[:5])
-        # The oldest are closed in favour of new ones.
+        # The oldest connections are closed in favour of new ones.
         await assert_served(connect, got)
         assert sum(map(is_closed, silent)) >= 20 - 7
         # Connections that have sent nothing may stay, since jsp2pd connects early.

@@ -246,7 +246,7 @@ def test_p2pclient_0_2_is_replaced_with_a_warning_that_lists_the_differences(
     assert warning.filename == __file__
     assert report.replaced[0].warning == str(warning.message)
     assert str(warning.message) in repr(report)
-    assert p2pclient_rs.install() is report  # Another warning would be an error.
+    assert p2pclient_rs.install() is report  # A second warning would be an error.
     assert importlib.import_module("p2pclient").Client.__module__.startswith("p2pclient_rs")
 
 
@@ -263,7 +263,7 @@ def test_unknown_p2pclient_is_refused_by_its_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, dist_info: str | None
 ) -> None:
     package = p2pclient_of(tmp_path / "site", version, dist_info=dist_info)
-    # Another copy, which is later on the path.
+    # Another copy, later on the path.
     p2pclient_of(tmp_path / "other", "0.3.0", dist_info="0.3.0")
     monkeypatch.syspath_prepend(str(tmp_path / "other"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -360,7 +360,7 @@ async def test_messages_pass_over_streams_with_only_the_methods_of_anyio_1() -> 
         await serialization.read_unsigned_varint(stream)
 
 
-# --- hivemind: each test in a process of its own, since its modules stay imported ---
+# --- hivemind: each test in its own process, since hivemind's modules stay imported ---
 
 WHERE = """
 import sys, importlib
@@ -951,7 +951,7 @@ def test_parents_of_a_copy_are_not_imported_to_find_it(tmp_path: Path) -> None:
 
 
 def test_hivemind_layer_imports_its_own_modules_by_relative_names() -> None:
-    # An absolute name would give a copy of hivemind the classes of hivemind.
+    # With absolute names, a copy of hivemind would get the classes of hivemind itself.
     folder = Path(p2pclient_rs.__file__).parent / "compat" / "hivemind"
     files = list(folder.glob("*.py"))
     assert folder / "control.py" in files
@@ -1016,7 +1016,7 @@ class Quick:
 
 
 class FakeP2P:
-    """The part of hivemind's ``P2P`` that reconnecting uses. It has no daemon."""
+    """The part of hivemind's ``P2P`` that reconnecting uses, without a daemon."""
 
     peer_id = PEER_ID
     _child: Any = None
@@ -1253,7 +1253,7 @@ PARENT_OF_FORKS = WHERE + dedent("""
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory to import two copies of hivemind from, one of them with unknown bindings."""
+    """The directory to import two copies of hivemind from. One has unknown bindings."""
     directory = tmp_path_factory.mktemp("forks")
     hivemind_tree.make_copy(directory, COPY)
     folder = hivemind_tree.make_copy(directory, "my_hivemind", "2.0")
@@ -1361,7 +1361,7 @@ def test_children_started_after_uninstall_are_not_affected(hivemind: Path, tmp_p
 
 
 def test_child_finds_the_package_by_its_parents_sys_path(tmp_path: Path, hivemind: Path) -> None:
-    # The parent extends sys.path itself, as a zip application or a notebook does.
+    # The parent itself extends sys.path, as a zip application or a notebook does.
     code = PARENT.replace("import p2pclient_rs", "sys.path += sys.argv[3:]; import p2pclient_rs")
     (tmp_path / "parent.py").write_text(code)
     paths = [str(hivemind), *sys.path[1:]]

@@ -1,5 +1,4 @@
-"""The guard of benches/instructions: comparing counts with a record, and reading callgrind
-files."""
+"""benches/instructions: comparing counts with a record, and reading callgrind's profiles."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Peers on different kinds of daemon: streams in both directions, peer ids, the DHT and pubsub.
 
 ``--daemon=go`` pairs upstream Go with hivemind's daemon, ``--daemon=js`` JavaScript with both.
-daemons/features.py lists what does not work between them.
+daemons/features.py lists the features that do not work between them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ MIB = 1 << 20
 
 
 def pairs(*, connect: bool) -> list[tuple[str, str]]:
-    """Pairs of the tested kind with itself and with the kinds before it, in both orders: those that
-    can connect, or those that cannot."""
+    """Returns the pairs of the tested kind with itself and the kinds before it, in both orders.
+
+    If ``connect``, returns the pairs that can connect; otherwise those that cannot.
+    """
     kinds = list(DAEMONS)
     kind = support.DEFAULT_KIND
     others = kinds[: kinds.index(kind)]
@@ -52,14 +54,14 @@ class Ends:
     far_daemon: DaemonProcess
 
     def both_ways(self) -> tuple[tuple[Client, Client, DaemonProcess], ...]:
-        """Caller, server and the server's daemon, in both directions."""
+        """The caller, the server and the server's daemon, for both directions."""
         return (
             (self.near, self.far, self.far_daemon),
             (self.far, self.near, self.near_daemon),
         )
 
     def entry(self, feature: str) -> Any:
-        """What the feature table says about a feature between the two kinds."""
+        """Returns the entry in the feature table for a feature between the two kinds."""
         return between(self.near_daemon.kind, self.far_daemon.kind, feature)
 
 

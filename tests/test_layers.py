@@ -1,4 +1,4 @@
-"""No module of the package, and no file of the crates, depends on itself through others."""
+"""The modules of the package, and the files of the crates, have no cyclic dependencies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-# --- Python: every import statement, those within functions and for type checkers included ---
+# --- Python: every import statement, including those in functions and for type checkers ---
 
 
 def python_modules() -> dict[str, Path]:
@@ -53,7 +53,7 @@ def python_graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
     for name, file in modules.items():
         graph[name] = set()
         for imported in imports(name, file, file.read_text()):
-            # A submodule; or something that a module defines.
+            # A submodule, or a name that a module defines.
             for target in (imported, imported.rpartition(".")[0]):
                 if target in modules:
                     graph[name].add(target)
@@ -68,7 +68,7 @@ def test_no_python_module_imports_itself_through_others() -> None:
     assert cycle(graph) == []
 
 
-# --- Rust: every path into the same crate, outside of comments and tests ---
+# --- Rust: every path to the same crate, except in comments and tests ---
 
 
 USE = re.compile(r"^\s*(pub )?use ([^;]*);", re.MULTILINE)
@@ -111,7 +111,7 @@ class Crate:
         return {m.rpartition("::")[2] for m in self.code if m.rpartition("::")[0] == module}
 
     def _file_of(self, module: str, path: str, depth: int = 8) -> str | None:
-        """Returns the module whose file defines what a path in ``module`` leads to."""
+        """Returns the module whose file defines the item that a path in ``module`` refers to."""
         first, *names = path.replace("$", "").split("::")
         match first:
             case "crate":
@@ -167,7 +167,7 @@ def without_tests(code: str) -> str:
     code = re.sub(r"//.*", "", code)
     code = re.sub(r"\bpub\([^)]*\)", "pub", code)
     code = re.split(r"^#\[cfg\(test\)\]\s*(?:pub\S* )?mod tests", code, flags=re.MULTILINE)[0]
-    # What an inline module calls ``super`` is the file itself.
+    # In an inline module, ``super`` is the file itself.
     inline = re.compile(r"^mod \w+ \{.*?^\}", re.MULTILINE | re.DOTALL)
     return inline.sub(lambda found: found[0].replace("super::", "self::"), code)
 

@@ -89,7 +89,7 @@ async def test_awaited_listen_serves_until_the_client_is_closed(pair: Pair) -> N
     await client.close()
     assert client.control.handlers == {}
     assert path is None or not path.exists()
-    # The daemon has released the protocol.
+    # The daemon has released the protocol, so another client can register it.
     async with pair.bob_daemon.client() as other, other.listen():
         await other.stream_handler("/await", hello)
         assert await greeted(pair, "/await") == b"hello"
@@ -142,7 +142,7 @@ def test_cancelled_close_still_stops_listening() -> None:
         await client.stream_handler("/hello", hello)
         path = private_path(client)
         silent.set()
-        # asyncio's own cancellation, which anyio's shields do not hold off.
+        # anyio's shields do not protect against asyncio's own cancellation.
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(client.close(), 0.1)
         assert not path.exists()

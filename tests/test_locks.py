@@ -1,4 +1,4 @@
-"""No lock is held while an exception is created, since code run then may use the same object."""
+"""No lock is held while an exception is created, since that can run code that uses the object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from p2pclient_rs._native import (
     Request,
 )
 
-#: Time limit for all cases, in seconds. A case that waits for its own lock never ends.
+#: The time limit for all cases, in seconds. A case that waits for its own lock never ends.
 PATIENCE = 60
 
 #: Called while an exception is created, if set.
@@ -46,7 +46,7 @@ def reenter_now() -> None:
 
 
 class Garbage:
-    """A reference cycle whose collection calls ``reenter``, too."""
+    """A reference cycle whose collection also calls ``reenter``."""
 
     def __init__(self) -> None:
         self.me = self
@@ -248,7 +248,7 @@ def listeners() -> Iterator[tuple[str, Callable[[], object], Callable[[], object
 
 
 def run() -> None:
-    """Runs every case. Prints its name first, so that a case that hangs is the last one named."""
+    """Runs every case. Prints the name first, so that a case that hangs is the last one printed."""
     global reenter
     gc.collect()
     gc.set_threshold(1)
@@ -262,7 +262,7 @@ def run() -> None:
                 try:
                     operation()
                 except Exception as error:
-                    # Some exceptions are created lazily, when looked at.
+                    # Some exceptions are created lazily, on first use.
                     assert str(error)
                 else:
                     raise AssertionError("no exception")

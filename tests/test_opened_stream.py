@@ -1,4 +1,4 @@
-"""``stream_open`` returns an ``OpenedStream``: a stream and the tuple ``(info, stream)`` in one."""
+"""``stream_open`` returns an ``OpenedStream``, both a stream and the tuple ``(info, stream)``."""
 
 from __future__ import annotations
 

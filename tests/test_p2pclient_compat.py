@@ -58,7 +58,7 @@ from p2pclient_rs.compat.p2pclient.libp2p_stubs.peer.peerinfo import (
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
 from p2pclient_rs.exceptions import ConnectionLost, DaemonStartError
 
-# On p2pd only. p2pclient's own suite tests the JavaScript daemon.
+# Only on p2pd: p2pclient's own suite tests the JavaScript daemon.
 pytestmark = pytest.mark.daemons("hivemind", "go")
 
 REQUIRED = FieldDescriptorProto.LABEL_REQUIRED
@@ -76,7 +76,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- the surface ---
 
-# Prints the names that each module of the original defines or imports from another one; with the
+# Prints the names that each module of the original defines or imports from another one, and the
 # parameters of functions, classes and methods.
 SURFACE = """
 import importlib, inspect, json, pkgutil, types, p2pclient
@@ -108,8 +108,8 @@ for info in pkgutil.walk_packages(p2pclient.__path__, "p2pclient."):
 print(json.dumps(surface))
 """
 
-# Intentionally absent: the open file of the daemon's log, and the pattern by which p2pclient
-# guesses that a daemon is ready.
+# Intentionally absent: the open file of the daemon's log, and the pattern with which p2pclient
+# guesses whether a daemon is ready.
 LEFT_OUT = {"f_log", "LINES_HEAD_PATTERN"}
 
 
@@ -150,7 +150,7 @@ def differences(where: str, ours: Any, parameters: list[str] | None) -> list[str
 
 @pytest.fixture(scope="session")
 def original_pb(original: Path) -> list[tuple[ModuleType, ModuleType]]:
-    """Pairs of the original's generated modules and ours."""
+    """Returns pairs of the original's generated modules and ours."""
 
     def load(path: str) -> ModuleType:
         file = original / "p2pclient" / path
@@ -210,7 +210,7 @@ def test_messages_have_the_originals_encoding(
 
 
 def fill(message: Message, only: Any = None) -> Message:
-    """Sets every field that another descriptor has to some value."""
+    """Sets every field to some value, or only the fields that another descriptor has."""
     samples: dict[int, Any] = {
         FieldDescriptor.TYPE_STRING: "text",
         FieldDescriptor.TYPE_BYTES: b"\x00\xff",

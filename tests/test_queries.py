@@ -1,5 +1,7 @@
-"""Pipelined queries: each gets its own reply, and one that fails, is cancelled or loses the
-connection does not fail the others."""
+"""Pipelined queries: each gets its own reply.
+
+A query that fails, is cancelled or loses the connection does not fail the others.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,12 @@ pytestmark = [pytest.mark.anyio, pytest.mark.independent]
 
 FAKE_PEER = PeerID(PEER)
 
-#: Number of the field ``pubsub`` in Response.
+#: The number of the field ``pubsub`` in Response.
 PUBSUB = 7
 
 
 def topic_of(request: bytes) -> bytes | None:
-    """The topic of a PUBSUB LIST_PEERS request."""
+    """Returns the topic of a PUBSUB LIST_PEERS request; None for other requests."""
     query = decode(request).get(8)
     topic = decode(query)[2] if isinstance(query, bytes) else None
     assert not isinstance(topic, int)
@@ -62,13 +64,13 @@ def topic_of(request: bytes) -> bytes | None:
 
 
 def answer_to(request: bytes) -> bytes:
-    """Replies to LIST_PEERS with a peer whose id is the topic, to IDENTIFY with an identity."""
+    """Answers LIST_PEERS with a peer whose id is the topic, and IDENTIFY with an identity."""
     topic = topic_of(request)
     return IDENTITY if topic is None else OK + field(PUBSUB, field(2, topic))
 
 
 async def enter_pipeline(client: Client) -> None:
-    """Makes the client's queries share its only connection from now on."""
+    """Makes the client's queries share its only connection from then on."""
     for _ in range(2):
         assert (await client.identify(timeout=10)).peer_id == FAKE_PEER
 
@@ -85,19 +87,19 @@ async def pipeline(
 
 
 async def assert_own_reply(client: Client, number: int) -> None:
-    """Sends a query to which only one reply is right."""
+    """Sends a query to which only one reply is correct."""
     topic = f"topic {number}"
     assert await client.pubsub_list_peers(topic) == (PeerID(topic.encode()),)
 
 
 class Held:
-    """Answers two requests, and then holds replies until ``count`` requests have arrived."""
+    """Answers two requests, and then holds back replies until ``count`` requests have arrived."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.requests: list[bytes] = []
         self.complete = threading.Event()
-        #: Cleared to stop reading first.
+        #: Clear it to stop reading first.
         self.go = threading.Event()
         self.go.set()
 
@@ -260,7 +262,7 @@ async def test_lost_connection_fails_the_current_query_and_retries_the_rest(
 
     async with pipeline(script) as (client, fake):
         results = await all_of(assert_own_reply(client, number) for number in range(100))
-        # Trio starts tasks in this order or in the reverse.
+        # Trio starts tasks in this order or in the reverse order.
         topic = topic_of(held.requests[30])
         assert topic is not None
         lost = results.pop(int(topic.split()[1]))
@@ -329,7 +331,7 @@ async def test_connection_lost_while_blocked_leaves_no_writer_registered() -> No
         for _ in range(20):
             await anyio.lowlevel.checkpoint()
         go.set()
-        # Blocks the loop, which then finds the socket readable and writable at once.
+        # Block the loop, which then finds the socket readable and writable at the same time.
         assert ended.wait(PATIENCE)
 
     topics = [f"{number}" * 150_000 for number in range(2)]  # too much for the socket's buffer
@@ -359,7 +361,7 @@ async def test_daemon_that_is_gone_fails_every_waiting_query(no_descriptor_left:
             await enter_pipeline(client)
             tasks.start_soon(query)
             await until(held.complete.is_set)
-    # The stopping daemon may still have accepted some of the retries.
+    # While stopping, the daemon may still have accepted some of the retries.
     assert all(isinstance(error, (DaemonUnreachable, ConnectionLost)) for error in errors)
     assert len({id(error) for error in errors}) == 20
     assert {getattr(error, "request", None) for error in errors} == {"IDENTIFY"}
@@ -514,7 +516,7 @@ def test_connection_is_closed_with_its_event_loop(anyio_backend: Any, waiting: b
 
     def run_and_close(function: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
         if backend == "trio":
-            # The fixtures have a run in this thread.
+            # In another thread, since the fixtures' event loop runs in this one.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(trio.run, function, client).result()
         loop = uvloop.new_event_loop() if options["use_uvloop"] else asyncio.new_event_loop()
@@ -541,12 +543,12 @@ async def test_connections_of_cancelled_queries_are_bounded() -> None:
 
         return script
 
-    # Each connection answers once, which makes it idle, and then never again.
+    # Each connection answers once, and so becomes idle, and then never again.
     with FakeDaemon(deaf_after(1)) as fake:
         async with Client(fake.control_maddr) as client, anyio.create_task_group() as tasks:
             for _ in range(20):
                 with anyio.move_on_after(0.05):
-                    await client.identify()  # leaves an idle connection if one may be opened
+                    await client.identify()  # leaves an idle connection, unless too many are open
                 tasks.start_soon(client.identify)
                 with anyio.move_on_after(0.05):
                     await client.identify()

@@ -1,5 +1,5 @@
-"""Registering a stream handler again: with the same daemon, after its restart, and after another
-client has taken the protocol."""
+"""Registering a stream handler again: with the same daemon, after it has restarted, and after
+another client has taken the protocol."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def greeter(greeting: bytes) -> Callable[[StreamInfo, Stream], Awaitable[None]]:
 
 @asynccontextmanager
 async def connected(daemon: DaemonProcess) -> AsyncIterator[Client]:
-    """A client of another daemon, connected to ``daemon``."""
+    """A client of another daemon that is connected to ``daemon``."""
     with DaemonProcess() as other:
         async with other.client() as client:
             await client.connect(daemon.peer_id, daemon.addrs)

@@ -138,7 +138,7 @@ async def test_daemon_killed_between_results_raises_connection_lost() -> None:
             assert await results.__anext__() == far.peer_id
             near.kill()
             try:
-                assert [peer async for peer in results] == []  # the end had come already
+                assert [peer async for peer in results] == []  # the query has already ended
             except ConnectionLost as error:
                 assert error.request == "DHT GET_CLOSEST_PEERS"
 
@@ -221,7 +221,7 @@ async def test_buffered_results_let_other_tasks_run() -> None:
 
 
 def stalls(connection: Connection) -> None:
-    """Finds one value, then hangs."""
+    """A daemon that finds one value and then hangs."""
     connection.read_request()
     connection.send(begin() + value(0))
     connection.wait_closed()
@@ -359,7 +359,7 @@ async def test_query_on_a_stale_connection_is_sent_again() -> None:
         if connection.number == 1:
             connection.answer(IDENTITY)
             closing.wait(20)
-            return  # with the query unread, if that has come
+            return  # without reading the query, if it has arrived
         connection.read_request()
         connection.send(begin() + value(0) + end())
         connection.wait_closed()

@@ -59,7 +59,7 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": quiet}
     environment.pop(
         "PYTHONASYNCIODEBUG", None
-    )  # its warnings about slow callbacks depend on the machine
+    )  # asyncio's warnings about slow callbacks depend on the machine
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -80,7 +80,7 @@ IDENTIFY, STREAM_OPEN, STREAM_HANDLER, DHT, PUBSUB, PERSISTENT = 0, 2, 3, 4, 8, 
 
 
 def accept_everything(connection: Connection) -> None:
-    """A daemon at which everything can be opened and that then sends nothing more."""
+    """A daemon that accepts every request, and then sends nothing more."""
     while True:
         request = decode(connection.read_request())
         kind = request[1]
@@ -147,7 +147,7 @@ HOWS = ["return", "forget", "exit", "raise", "thread", "stop"]
 
 @pytest.mark.parametrize(
     ("loop", "how"),
-    # trio.run cannot be abandoned midway.
+    # trio.run cannot be stopped midway.
     [(loop, how) for loop in LOOPS for how in HOWS if (loop, how) != ("trio", "stop")],
 )
 def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: FakeDaemon) -> None:
@@ -156,7 +156,7 @@ def test_exit_with_everything_open_is_silent(loop: str, how: str, openable: Fake
     printed = ended.stdout.split()
     assert printed[:3] == ["idle", "unary", "streams"], ended.stderr
     if how == "raise":
-        # Only the exception raised on purpose.
+        # There is only the exception raised on purpose.
         assert ended.stderr.startswith("Traceback") and ended.stderr.count("Traceback") == 1
         assert ended.stderr.endswith("KeyError: 'meant'\n")
         assert ended.returncode == 1
@@ -328,8 +328,8 @@ def test_no_profile_aborts_on_panic() -> None:
     assert "[profile.release]" in manifest
     assert not re.search(r"^\s*panic\s*=", manifest, re.MULTILINE)
     for source in HERE.parent.glob("src/python/**/*.rs"):
-        # Rust called from C: a panic there cannot unwind and ends the process. The function of
-        # fork_guard.rs only sets a number to 0.
+        # Rust functions called from C: a panic in one cannot unwind, and aborts the process. The
+        # function in fork_guard.rs only sets a number to 0.
         called = re.findall(r'extern "[^"]*"\s+fn (\w+)', source.read_text())
         assert called == (["forget"] if source.name == "fork_guard.rs" else []), source
 
@@ -338,8 +338,10 @@ def test_no_profile_aborts_on_panic() -> None:
 
 
 def unclosed(control: str, *, unsent: int = 0) -> Callable[[], Any]:
-    """Opens one of everything that has a descriptor and no task, in reference cycles. asyncio keeps
-    a stream with unsent data alive."""
+    """Opens one of everything that has a descriptor and no task, in reference cycles.
+
+    With ``unsent``, leaves unsent data in the stream, which asyncio then keeps alive.
+    """
 
     async def open_all() -> list[Any]:
         client = Client(control)
@@ -376,7 +378,7 @@ async def test_objects_collected_in_cycles_close_their_descriptors(
     await until(lambda: len(open_descriptors()) == len(before) + 2 * 4)
     del everything
     gc.collect()
-    # The peers' descriptors are in this process too.
+    # This process also has the descriptors of the other ends.
     await until(lambda: len(open_descriptors()) <= len(before))
 
 
@@ -431,7 +433,7 @@ def test_waiting_tasks_of_an_abandoned_loop_close_their_descriptors(
         await until(lambda: all(stream._reading for stream in streams))
         return reading
 
-    caplog.set_level(logging.CRITICAL, "asyncio")  # it warns about pending tasks
+    caplog.set_level(logging.CRITICAL, "asyncio")  # asyncio warns about pending tasks
     for _ in range(3):  # a later round reuses descriptors leaked by an earlier one
         loop = uvloop.new_event_loop() if backend[1]["use_uvloop"] else asyncio.new_event_loop()
         left = [weakref.ref(task) for task in loop.run_until_complete(main())]
@@ -517,7 +519,7 @@ def test_reply_too_large_for_memory_fails_only_its_call() -> None:
 
 
 def announcing(size: int, sent: int) -> Callable[[Connection], None]:
-    """A daemon that answers a call with the first ``sent`` bytes of a reply of ``size`` bytes."""
+    """A daemon that answers a call with only the first ``sent`` of ``size`` bytes of a reply."""
 
     def script(connection: Connection) -> None:
         connection.upgrade()
@@ -550,7 +552,7 @@ async def test_endless_empty_dht_results_raise_protocol_violation() -> None:
 #: Modules that create objects or run code from bytes.
 UNSAFE = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "ctypes", "code"}
 CALLS = {"eval", "exec", "compile", "__import__"}
-#: Runs the user's own program, named on the command line.
+#: The file that runs the user's own program, which the command line names.
 RUNS_PROGRAMS = "__main__.py"
 
 

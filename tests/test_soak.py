@@ -1,5 +1,7 @@
-"""Runs the soak scenarios of benches/soak at a small scale, and checks that they detect corrupted,
-repeated and unserved payloads, a leak, growth and a stall."""
+"""Runs the soak scenarios of benches/soak at a small scale.
+
+Checks that they detect corrupted, repeated and unserved payloads, a leak, growth and a stall.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.needs("unary")
 
 SOAK = Path(__file__).parents[1] / "benches" / "soak"
 
-#: Event loop of each scenario in this test; the full runs use all loops.
+#: The event loop of each scenario in this test. The full runs use all loops.
 SCENARIOS = {
     "dying_peers": "asyncio",
     "restarts": "uvloop",
@@ -45,7 +47,7 @@ Run = tuple[int, dict[str, Any], str]
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
-    """Starts all runs, four at a time, since they mostly wait."""
+    """Starts all runs, four at a time, as they mostly wait."""
     directory = new_directory()
 
     def run(name: str, *arguments: str) -> Run:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
-#: Upper bound of what fits between two clients: several windows and socket buffers.
+#: More data than fits between two clients, in several windows and socket buffers, in bytes.
 PIPELINE = 64 * MIB
 
 
@@ -203,7 +203,7 @@ async def test_handler_data_sent_before_close_arrives_whole(pair: Pair) -> None:
 @pytest.mark.flaky(reruns=2)
 async def test_event_loop_flushes_after_close_without_await(pair: Pair, anyio_backend: Any) -> None:
     if anyio_backend[0] == "trio":
-        # trio runs nothing in the background, so close must be awaited there.
+        # On trio nothing runs in the background, so close must be awaited.
         return
     data = os.urandom(8 * MIB)
     async with both_ends(pair) as (near, far):
@@ -221,13 +221,13 @@ async def test_send_eof_ends_both_directions_on_go_daemons(pair: Pair) -> None:
     async with both_ends(pair) as (near, far):
         await near.send(b"all of it")
         await near.send_eof()
-        # The peer gets every byte and then EOF …
+        # The peer gets every byte and then EOF,
         assert await far.read() == b"all of it"
         assert far.at_eof()
-        # … but this side gets EOF too, at once …
+        # but this side also gets EOF, at once,
         with pytest.raises(anyio.EndOfStream):
             await near.receive()
-        # … and what the peer sends afterwards is lost.
+        # and data that the peer sends afterwards is lost.
         with pytest.raises(anyio.BrokenResourceError):
             while True:
                 await far.send(b"answer")
@@ -619,7 +619,7 @@ async def test_stream_with_constant_data_does_not_starve_other_tasks() -> None:
     assert turns >= 2000 // 20
 
 
-# --- names of anyio 1, used by programs for p2pclient 0.2 ---
+# --- anyio 1's names, which programs for p2pclient 0.2 use ---
 
 
 async def test_p2pclient_0_2_names_work_on_both_ends(pair: Pair) -> None:
@@ -777,7 +777,7 @@ async def test_eof_during_a_large_read_raises_with_the_partial_bytes() -> None:
     data = os.urandom(100_000)
     async with raw_stream(lambda c: c.send(data)) as stream:
         assert await stream.readexactly(10) == data[:10]
-        # Counts larger than the memory, as a peer may declare them.
+        # Counts that exceed the memory, as a peer may declare them.
         for count in (data[10:], 1 << 46), (b"", MIB), (b"", 1 << 60):
             with pytest.raises(IncompleteRead) as caught:
                 await stream.readexactly(count[1])
@@ -859,7 +859,7 @@ async def test_cancelling_a_waiting_task_passes_on_the_message() -> None:
 
 
 def reads_later(release: threading.Event, received: list[bytes]) -> Script:
-    """A peer that reads nothing until ``release`` is set, and then everything."""
+    """A peer that reads nothing until ``release`` is set, and then reads everything."""
 
     def script(connection: Connection) -> None:
         release.wait(20)
@@ -868,7 +868,7 @@ def reads_later(release: threading.Event, received: list[bytes]) -> Script:
     return script
 
 
-# trio runs nothing in the background.
+# On trio, nothing runs in the background.
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2], indirect=True)
 async def test_garbage_collected_stream_still_sends_its_buffer() -> None:
     release = threading.Event()
@@ -1295,7 +1295,7 @@ async def test_second_listen_is_refused_while_the_first_runs(pair: Pair) -> None
     with pytest.raises(ControlFailure, match="already listening"):
         async with pair.alice.listen():
             pass
-    async with both_ends(pair) as (near, far):  # the first keeps working
+    async with both_ends(pair) as (near, far):  # the first listener keeps working
         await near.send(b"x")
         assert await far.receive() == b"x"
 
@@ -1377,7 +1377,7 @@ async def test_listen_on_an_address_in_use_raises_os_error_naming_it() -> None:
                 assert "in use" in str(error.value)
                 assert error.value.errno == errno.EADDRINUSE
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(str(path))  # still accepts connections
+            probe.connect(str(path))  # the socket still accepts connections
     assert file.read_text() == "precious"
     path.unlink()
     with pytest.raises(FileNotFoundError, match="/missing/listen.sock"):
@@ -1442,7 +1442,7 @@ async def test_listener_out_of_descriptors_logs_once_and_accepts_later(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         daemon.sendall(frame(HEADER) + b"ping")
         await until(lambda: peek(daemon) == b"ping")
-    # alice's listener may log the same for a stream of its own.
+    # alice's listener may log the same message for its own streams.
     message = f"cannot accept a stream at {pair.bob.control.listen_maddr}"
     assert [message in record.getMessage() for record in caplog.records].count(True) == 1
 

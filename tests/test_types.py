@@ -148,7 +148,7 @@ def test_peer_id_hashes_like_its_bytes() -> None:
 
 
 def test_peer_ids_are_ordered_by_base58_text() -> None:
-    # Their lengths differ, so their order as bytes is the opposite.
+    # Their lengths differ, so the order of their bytes is the opposite.
     low, high = PeerID(ED25519), PeerID(RSA)
     assert low < high and low <= high and high > low and high >= low and low <= PeerID(low)
     peers = [PeerID(bytes([i, 7 * i % 256, 3]) * (1 + i % 3)) for i in range(60)]
@@ -310,7 +310,7 @@ def test_encapsulate_and_decapsulate() -> None:
     )
     assert whole.decapsulate(peer) == base
     assert whole.decapsulate("/tcp/5") == Multiaddr("/ip4/1.2.3.4")
-    # Removes from the last match on, and matches whole components; py-multiaddr matches text.
+    # Cuts at the last match, and matches whole components. py-multiaddr matches text.
     assert str(Multiaddr("/tcp/1/tcp/2/tcp/1").decapsulate("/tcp/1")) == "/tcp/1/tcp/2"
     for absent in ("/tcp/6", "/ip4/1.2.3.4/tcp/6", "/ip4/1.2.3.4/tcp/5/ws"):
         with pytest.raises(ValueError, match="is not in"):

@@ -1,4 +1,4 @@
-"""Unary calls between clients of two real daemons of hivemind's fork."""
+"""Unary calls between clients of two real hivemind daemons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from p2pclient_rs import (
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
-#: Message limit of clients and daemons, in bytes.
+#: The message limit of clients and daemons, in bytes.
 LIMIT = 4 << 20
 
 
@@ -70,11 +70,11 @@ class Pair:
     bob_daemon: DaemonProcess
 
     async def call(self, proto: str, data: Any = b"", timeout: float | None = None) -> bytes:
-        """Alice calls a handler of Bob's."""
+        """Makes Alice call one of Bob's handlers."""
         return await self.alice.call_unary(self.bob_daemon.peer_id, proto, data, timeout=timeout)
 
     def idle(self) -> bool:
-        """Whether neither client has calls pending or unanswered."""
+        """Whether neither client has pending or unanswered calls."""
         clients = (self.alice.unary, self.bob.unary)
         return not any(c.pending_calls or c.unanswered_calls for c in clients)
 
@@ -86,7 +86,8 @@ async def pair(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair
         pair = Pair(alice, bob, first, second)
         yield pair
         await until(pair.idle)
-        # The next test registers the same names, perhaps before the daemons notice that these left.
+        # The next test registers the same names, perhaps before the daemons notice that these
+        # clients have left.
         for client in (alice, bob):
             for name in client.unary.handlers:
                 await client.remove_unary_handler(name)
@@ -353,7 +354,7 @@ async def test_request_over_the_limit_is_refused_before_sending(pair: Pair) -> N
     assert error.value.request == "CALL_UNARY"
     assert error.value.peer_id == pair.bob_daemon.peer_id
     assert error.value.protocol == "length"
-    # Had it been sent, the daemon would have closed the connection and dropped its handlers.
+    # The daemon has not closed the connection and dropped the handlers, so it was not sent.
     assert await pair.call("length", bytes(size)) == b"%d" % size
 
 
@@ -391,7 +392,7 @@ async def test_invalid_timeout_raises_value_error(pair: Pair, timeout: float) ->
     assert not pair.alice.unary.connected
 
 
-# --- raw peers, which write to the libp2p stream themselves ---
+# --- raw peers, which write directly to the libp2p stream ---
 
 
 async def read_frame(stream: Stream) -> bytes:
@@ -405,7 +406,7 @@ async def read_frame(stream: Stream) -> bytes:
             return await stream.readexactly(length)
 
 
-#: Bytes that Go keeps as unknown fields and passes on, though prost rejects some of them.
+#: Bytes that Go keeps as unknown fields and forwards, although prost rejects some of them.
 JUNK = {
     "groups in groups": b"\x7b" * 120 + b"\x7c" * 120,
     "field 0": b"\x02\x00",
@@ -418,14 +419,14 @@ JUNK = {
 async def test_unknown_fields_from_a_raw_peer_do_not_break_the_connection(
     pair: Pair, caplog: pytest.LogCaptureFixture, junk: bytes
 ) -> None:
-    """hivemind's daemon would exit with its last persistent connection."""
+    """If it broke, hivemind's daemon would exit with its last persistent connection."""
 
     async def raw_peer(info: StreamInfo, stream: Stream) -> None:
         async with stream:
             call_id = (await read_frame(stream))[2:18]
             answer = field(4, field(1, b"data") + junk)
             await stream.send(frame(field(1, call_id) + answer))
-            await stream.read()  # let the caller's daemon read it all before the stream ends
+            await stream.read()  # lets the caller's daemon read everything before the stream ends
 
     await pair.alice.unary.open()
     await pair.bob.add_unary_handler("echo", echo)
@@ -478,7 +479,7 @@ async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> 
                 assert b"hang up" in request
                 return
             await stream.send(frame(answer))
-            await stream.read()  # let the caller's daemon read it all before the stream ends
+            await stream.read()  # lets the caller's daemon read everything before the stream ends
 
     await pair.bob.add_unary_handler("echo", echo)
     async with pair.bob.listen():
@@ -493,7 +494,7 @@ async def test_invalid_reply_from_a_raw_peer_fails_only_its_call(pair: Pair) -> 
         await pair.alice.unary.open()
         results = await all_of(pair.call("raw_peer", data, timeout=10) for data in errors)
         assert [type(result) for result in results] == list(errors.values())
-        # The daemon matches this reply to its call by the stream.
+        # The daemon matches a reply to its call by the stream, not by the call id.
         assert await pair.call("raw_peer", b"another id", timeout=10) == b"data"
         assert await pair.call("echo", b"still there") == b"still there"
 
@@ -529,7 +530,7 @@ async def test_calls_cancelled_right_after_sending_cancel_their_handlers(pair: P
             tasks.start_soon(pair.call, "gate")
             await anyio.lowlevel.checkpoint()
             tasks.cancel_scope.cancel()
-    # Once this later registration answers, nothing earlier is still in transit.
+    # Once this later registration is acknowledged, no earlier message is still in transit.
     await pair.bob.add_unary_handler("echo", echo)
     await eventually(lambda: pair.call("echo"))
     await until(pair.idle)
@@ -611,7 +612,8 @@ async def test_cancelled_handler_may_clean_up_slowly(pair: Pair) -> None:
 
 async def test_ten_thousand_randomly_cancelled_calls_leave_nothing_pending(pair: Pair) -> None:
     done = {"answered": 0, "cancelled": 0}
-    #: Refusals by the daemons' limit on streams between them, which a loaded machine can reach.
+    #: Calls refused because of the daemons' limit on streams between them, which a loaded machine
+    #: can reach.
     refused = []
 
     async def handler(data: bytes, peer_id: PeerID) -> bytes:
@@ -677,7 +679,7 @@ async def test_each_handler_runs_in_its_own_context(pair: Pair) -> None:
 async def test_handler_that_never_suspends_may_use_task_features(
     pair: Pair, anyio_backend: Any
 ) -> None:
-    """Although the client could run such a handler without a task."""
+    """The client could run such a handler without a task, but must not."""
 
     async def with_anyio(data: bytes, peer_id: PeerID) -> bytes:
         with anyio.fail_after(10):
@@ -903,7 +905,7 @@ async def test_close_fails_pending_calls_and_sends_errors_to_callers_of_handlers
     for error in errors[:3]:
         assert isinstance(error, ConnectionLost), error
         assert (error.peer_id, error.protocol) == (pair.bob_daemon.peer_id, "gate")
-    # The Go daemon reports nothing to them, so without these errors they would wait forever.
+    # The Go daemon reports nothing to these callers. Without the errors they would wait forever.
     assert {type(error) for error in errors[3:]} == {P2PHandlerError}
     await until(lambda: gate.cancelled == 6)
     await until(pair.idle)

@@ -139,7 +139,7 @@ async def test_daemon_without_persistent_connections_raises_not_supported(script
             with pytest.raises(ControlFailure, match="not registered"):
                 await client.remove_unary_handler("echo")
             assert (await client.identify()).peer_id == FAKE_PEER
-    # The error carries the daemon's message if there was one.
+    # The error has the daemon's message if there was one.
     assert (error.value.daemon_message == "no such luck") == (script is refuses)
 
 
@@ -272,7 +272,7 @@ async def test_lost_connection_fails_every_pending_call_at_once(how: str) -> Non
                 assert str(FAKE_PEER) in str(error) and f"p{number}" in str(error)
             assert (
                 len({id(error) for error in errors}) == 100
-            )  # separate tracebacks need separate objects
+            )  # each caller gets its own object, for its own traceback
             assert client.unary.pending_calls == 0 and not client.unary.connected
             await assert_usable(client)
             assert fake.accepted == 2
@@ -319,7 +319,7 @@ async def test_connection_lost_while_idle_is_reopened_with_its_handlers() -> Non
 
 
 async def test_reconnect_retries_handlers_until_the_daemon_drops_the_old_connection() -> None:
-    """Until then the daemon holds the protocol for this client's old connection."""
+    """Until then, the protocol is still registered for this client's old connection."""
     lose = threading.Event()
     refused: list[Message] = []
 
@@ -405,7 +405,7 @@ async def test_unsent_registration_is_sent_again_on_the_next_connection() -> Non
         async with Client(fake.control_maddr) as client:
             await client.unary.open()
             close.set()
-            closed.wait(PATIENCE)  # the event loop does not notice
+            closed.wait(PATIENCE)  # blocks the event loop, which does not notice
             await client.add_unary_handler("echo", echo)
             assert list(client.unary.handlers) == ["echo"]
             assert fake.accepted == 2
@@ -489,7 +489,7 @@ async def test_handlers_are_registered_again_after_a_daemon_restart() -> None:
             with DaemonProcess(control_maddr=address) as there:
                 async with bob:
                     await until(lambda: not bob.unary.connected)
-                    # A client that only serves must reconnect on its own.
+                    # A client that only serves must reconnect by itself.
                     await until(lambda: bob.unary.connected)
                     await alice.connect(there.peer_id, there.addrs)
                     assert await alice.call_unary(there.peer_id, "echo", b"after") == b"after"
@@ -566,7 +566,7 @@ def test_client_whose_loop_ended_during_the_upgrade_can_be_closed_and_used(
 
     def run(function: Callable[[Client], Coroutine[Any, Any, object]]) -> None:
         if backend == "trio":
-            # The fixtures have a run in this thread.
+            # In another thread, since the fixtures' event loop runs in this one.
             with ThreadPoolExecutor(1) as thread:
                 thread.submit(trio.run, function, client).result()
             return
@@ -613,7 +613,7 @@ async def test_reconnect_stops_when_there_are_no_handlers_left(
         else:
             client = None
             gc.collect()
-        await anyio.sleep(0.1)  # let an attempt in progress end
+        await anyio.sleep(0.1)  # time for an attempt in progress to end
         before = fake.accepted
         await anyio.sleep(0.3)
         assert fake.accepted == before
@@ -663,7 +663,7 @@ async def test_cancelled_call_sends_cancel_and_drops_its_late_reply() -> None:
             message = connection.read_message()
             if message.kind == "cancel":
                 (call,) = (m for m in late if m.call_id == message.call_id)
-                # A reply that crossed with the Cancel, then Go's answer to the Cancel.
+                # A reply that crossed with the Cancel, then the Go daemon's answer to the Cancel.
                 connection.send(frame(reply(call.call_id, b"late")))
                 connection.send(frame(cancellation(call.call_id)))
                 late.append(message)
@@ -705,7 +705,7 @@ async def test_daemon_error_raises_daemon_refused_with_its_message() -> None:
             with pytest.raises(DaemonRefused, match="no way") as error:
                 await client.add_unary_handler("echo", echo)
             assert error.value.protocol == "echo"
-            # Nothing was registered: it can be added again, but not removed.
+            # Nothing was registered, so the handler can be added again but not removed.
             with pytest.raises(DaemonRefused, match="no way"):
                 await client.add_unary_handler("echo", echo)
             with pytest.raises(ControlFailure, match="not registered"):
@@ -786,10 +786,10 @@ async def test_invalid_reply_fails_all_pending_calls_at_once(
     with FakeDaemon(by_connection(broken, then=unary_echo)) as fake:
         async with Client(fake.control_maddr) as client:
             errors = await all_of(call_echo(client, timeout=10) for _ in range(5))
-            # By name: errors with an errno are of a subclass with the same name.
+            # Compares names, as errors with an errno are of a subclass with the same name.
             kinds = {type(error).__name__ for error in errors}
             assert kinds == {"ConnectionLost"} if close else "ProtocolViolation" in kinds
-            # Calls other than the first may raise either.
+            # The calls after the first may raise either.
             assert kinds <= {"ConnectionLost", "ProtocolViolation"}
             for error in errors:
                 assert isinstance(error, ControlFailure)
@@ -943,7 +943,7 @@ async def test_call_without_a_handler_is_answered_with_an_error() -> None:
 
 
 async def test_call_with_a_protocol_that_is_not_utf8_is_answered_with_an_error() -> None:
-    """The caller chooses the protocol's bytes, and Go forwards them unchecked."""
+    """The caller chooses the protocol's bytes, and the Go daemon forwards them unchecked."""
     call = field(1, PEER) + field(2, b"\xff\xfe") + field(3, b"data")
     answers: list[Message] = []
     with FakeDaemon(one_call(field(1, CALL_ID) + field(3, call), answers)) as fake:
@@ -1156,7 +1156,7 @@ async def test_calls_wait_while_the_daemon_does_not_read() -> None:
                 for _ in range(300):
                     tasks.start_soon(call_echo, client, data)
                 await until(lambda: client.unary.pending_calls)
-                await anyio.sleep(0.3)  # the client signals nothing when it stops accepting
+                await anyio.sleep(0.3)  # there is no event when the client stops accepting
                 assert resident_memory() - before < 128 << 20
                 # A waiting call can still be cancelled or time out.
                 with pytest.raises(ControlTimeout):
@@ -1164,7 +1164,7 @@ async def test_calls_wait_while_the_daemon_does_not_read() -> None:
                 tasks.cancel_scope.cancel()
             assert client.unary.pending_calls == 0
             read_on.set()
-            # A message partly written is completed first, so that the daemon reads whole messages.
+            # The client first completes a partly written message: the daemon reads whole messages.
             data = b"x" + data
             results = await all_of(call_echo(client, data, timeout=20) for _ in range(20))
             assert all(result == data for result in results)
@@ -1229,7 +1229,7 @@ async def test_daemon_that_dies_without_reading_fails_all_calls() -> None:
                 die.set()
 
             *errors, _ = await all_of([*pending, kill()])
-            # Calls that were certainly not sent may have been sent to the next daemon instead.
+            # Calls that were certainly not sent may have been retried and answered instead.
             assert all(isinstance(error, (ConnectionLost, bytes)) for error in errors)
             assert any(isinstance(error, ConnectionLost) for error in errors)
             await assert_usable(client)
@@ -1237,11 +1237,11 @@ async def test_daemon_that_dies_without_reading_fails_all_calls() -> None:
 
 @pytest.mark.parametrize("left", [300_000, 510_000], ids=["written", "room for a call"])
 async def test_connection_lost_while_blocked_fails_all_calls_and_is_reopened(left: int) -> None:
-    """The loop finds the socket readable and writable at once, and the daemon's end of file first.
+    """The loop finds the socket readable and writable at once, and sees the daemon's EOF first.
 
     Args:
-        left: Number of bytes that the daemon has not read before. The socket takes all of them, or
-            so many that a caller that waits for room may go on.
+        left: The number of bytes that the daemon leaves unread at first. Once it reads them, the
+            socket accepts all pending data, or enough for a caller waiting for room to continue.
     """
     read, go, ended = threading.Event(), threading.Event(), threading.Event()
     size = 700_000
@@ -1279,7 +1279,7 @@ async def test_connection_lost_while_blocked_fails_all_calls_and_is_reopened(lef
 
 
 async def test_call_ids_are_unique_across_clients_and_forks(anyio_backend: Any) -> None:
-    """Daemons tell calls of all their clients, and of other peers, apart by call id."""
+    """Daemons tell calls of all their clients and of other peers apart by call id."""
     with FakeDaemon(unary_echo) as fake:
 
         async def calls() -> None:

@@ -1,5 +1,5 @@
 """The lifecycle of unary handlers: cancelled registrations, early cancellation, back-pressure,
-errors that are hard to send; and that nothing is left behind."""
+errors that are hard to send, and leftovers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Registry:
     """A daemon's table of handlers, which outlives its connections.
 
     Args:
-        before: Called with kind and protocol of each request, before it is answered.
+        before: Called with the kind and the protocol of each request, before it is answered.
     """
 
     def __init__(self, before: Callable[[str, str], object] = lambda kind, name: None) -> None:
@@ -484,7 +484,7 @@ async def test_failed_write_does_not_lose_a_reply_already_received() -> None:
                 results.append(await call_echo(client))
 
             async def second() -> None:
-                # Block the loop from reading, so that this call's write comes first.
+                # Block the loop, so that this call is written before the reply is read.
                 replied.wait(PATIENCE)
                 results.append(await call_echo(client, b"second"))
 
@@ -521,7 +521,7 @@ async def test_data_may_have_a_finalizer_that_uses_the_client() -> None:
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
 async def test_event_loop_running_in_a_forked_child_leaves_replies_to_the_parent() -> None:
-    """Not on trio, where the kernel reports each event to only one of the processes."""
+    """Not tested on trio, where the kernel reports each event to only one of the processes."""
     go = threading.Event()
 
     def script(connection: Connection) -> None:

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.needs("unary")]
 
 MIB = 1 << 20
 FAKE_PEER = PeerID(PEER)
-#: Message limit of the daemons of the fixture ``large``, in bytes.
+#: The message limit of the daemons in the fixture ``large``, in bytes.
 LARGE = 64 * MIB
 #: A message limit set on clients, and the largest message they then accept, in bytes.
 LIMIT, INCOMING = 1000, 1000 + (64 << 10)
@@ -330,7 +330,7 @@ async def test_hivemind_replicas_adopt_the_daemons_limit(
     creator = await HivemindClient.create(
         second.control_maddr, second.listen_maddr(), persistent_conn_max_msg_size=LARGE
     )
-    # Over TCP the daemon's process is unknown, but ``creator`` was given the limit.
+    # Over TCP, the daemon's process is unknown, but the program gave the limit to ``creator``.
     other = await HivemindClient.create(second.control_maddr, second.listen_maddr())
     try:
         for client in (replica, creator, other):
@@ -425,7 +425,7 @@ async def test_limit_of_a_hivemind_client_can_be_changed_later(
                 assert control.persistent_conn_max_msg_size == LARGE
             answer = await faked.call_unary_handler(FAKE_PEER, "echo", bytes(5 * MIB))
             assert answer == bytes(5 * MIB)
-            # This daemon does not know the peer, but it accepted the size of the call.
+            # The daemon does not know the peer, but it did accept the size of the call.
             with pytest.raises(ControlFailure) as caught:
                 await client.call_unary_handler(FAKE_PEER, "echo", bytes(5 * MIB))
             assert "limit" not in str(caught.value)
@@ -530,7 +530,7 @@ async def test_hivemind_layer_serves_sixty_large_calls_at_once() -> None:
         client = await HivemindClient.create(fake.control_maddr, "/unix/tmp/unused.sock")
         try:
             await client.add_unary_handler("handler", crowd.handler)
-            # All run at once; none waits until another has ended.
+            # All run at once: none waits for another to end.
             await until(lambda: len(crowd.entered) == crowd.count)
             crowd.go_on.set()
             await until(lambda: len(crowd.answers) == crowd.count)
@@ -554,7 +554,7 @@ async def test_bounds_can_be_lifted_while_calls_are_held_back() -> None:
 
 @pytest.mark.parametrize("later", [False, True])
 async def test_calls_over_the_bound_are_refused_after_hold_seconds(later: bool) -> None:
-    # Larger than one read, so that the client notices the bound between the calls.
+    # Each call is larger than one read, so the client checks the limit between the calls.
     crowd = Crowd(6, 100_000)
     options: dict[str, Any] = {"max_unanswered": 2, "hold": 0.0}
     with FakeDaemon(crowd.script) as fake:

@@ -67,12 +67,12 @@ LOOPS = {False: asyncio.new_event_loop, True: uvloop.new_event_loop}
 
 @pytest.fixture(params=BACKENDS[:2])
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param  # trio wakes its tasks itself
+    return request.param  # no trio, which wakes its tasks itself
 
 
 @pytest.fixture(params=[True, False], ids=["in place", "ordinary"], autouse=True)
 def in_place(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether the switch lets tasks be resumed in place."""
+    """Whether tasks are resumed in place."""
     set_inplace_wake(request.param)
     yield request.param
     set_inplace_wake(True)
@@ -373,8 +373,10 @@ def test_interrupt_before_any_task_is_woken_mixes_up_no_replies() -> None:
 
 
 class Interrupting:
-    """A connection or readiness that returns one task to wake, and raises ``Interrupted`` right
-    after that and before its first flush."""
+    """A connection or readiness that returns one task to wake.
+
+    Raises ``Interrupted`` right after that, and before its first flush.
+    """
 
     def __init__(self, resumed: list[object]) -> None:
         self._work = copy_context(), resumed.append, self
@@ -496,7 +498,7 @@ async def test_environment_variable_turns_waking_in_place_off(value: str) -> Non
 
 
 def log_of(loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Runs a call on ``loop``, which may not resume its task in place; returns what was logged."""
+    """Runs a call on ``loop``, which may not resume its task in place; returns the log."""
     with caplog.at_level(logging.DEBUG, "p2pclient_rs.wake"):
         assert not kind_of_wake(loop)
     return [record.message for record in caplog.records if record.name == "p2pclient_rs.wake"]
@@ -528,7 +530,7 @@ async def test_first_wake_that_resumes_no_task_falls_back(caplog: pytest.LogCapt
         pass
 
     class Callback:
-        """Of a task that awaits ``future``: does not resume it the first time."""
+        """The callback of a task that awaits ``future``. The first call does not resume it."""
 
         def __init__(self, task: asyncio.Task[None]) -> None:
             self.__self__ = task
@@ -696,7 +698,7 @@ async def test_wait_on_a_watch_closed_meanwhile_ends_at_once() -> None:
 
 
 class Settled:
-    """The flush of a persistent connection; records whether it was immediate."""
+    """A connection that records whether its flush was immediate."""
 
     def __init__(self) -> None:
         self.now: list[bool] = []
@@ -708,7 +710,7 @@ class Settled:
 async def test_flush_is_deferred_if_tasks_or_handlers_still_have_to_run() -> None:
     connection: Any = Settled()
     run_ready(connection, [(copy_context(), lambda _: None, None)])
-    run_ready(connection, [])  # woken the ordinary way, as on trio
+    run_ready(connection, [])  # tasks are woken the ordinary way, as on trio
     run_ready(connection, [(None, lambda: None, ())])  # a handler was started
     assert connection.now == [True, False, False]
 

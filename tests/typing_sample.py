@@ -1,4 +1,4 @@
-"""A user's program, which mypy checks with ``--strict`` and pyright with its defaults: never run.
+"""A user's program that mypy checks with ``--strict``, and pyright with its defaults. Never runs.
 
 Each grouped method and its flat twin return the same type, and no value is ``Any``.
 """

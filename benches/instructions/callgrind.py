@@ -1,8 +1,8 @@
 """Counts the instructions of sections of a program, with valgrind's callgrind.
 
-Its cargo-driven relatives (iai-callgrind, gungraun) need a runner of their own version installed
-first, and measure Rust functions only. This needs valgrind alone, and measures any program that
-calls getppid() before and after each section, and then prints ``{"name": …, "count": …}``.
+The cargo-based tools iai-callgrind and gungraun need a runner of the same version installed first,
+and measure only Rust functions. This module needs only valgrind. It measures any program that calls
+getppid() before and after each section and then prints ``{"name": …, "count": …}``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 #: The timeout for a program, in seconds: about thirty times its usual duration.
 PATIENCE = 300
 
-#: The name of an object file, written in full at its first occurrence.
+#: A line with an object file. Its name is present only at its first occurrence.
 _OBJECT = re.compile(r"c?ob=\((\d+)\)(?: (.*))?")
 
 
@@ -68,7 +68,7 @@ def count(
             raise SystemExit(f"{parts} parts for {len(sections)} sections of {command[0]}")
         counts = {}
         for number, section in enumerate(sections, 1):
-            # Profiles with odd numbers end where a section begins.
+            # Section n is in profile 2n: profiles with odd numbers end where a section begins.
             profile = Path(f"{out}.{2 * number}")
             by_object = self_cost(profile.read_text())
             ours = sum(cost for path, cost in by_object.items() if is_ours(path))
@@ -81,7 +81,7 @@ def count(
 
 
 def self_cost(profile: str) -> dict[str, int]:
-    """Returns the instructions by object file, from a profile in callgrind's format."""
+    """Returns the number of instructions by object file, from a profile in callgrind's format."""
     names: dict[str, str] = {}
     costs: dict[str, int] = {}
     current = ""

@@ -1,6 +1,6 @@
-"""The program with the Python client whose instructions are counted (see callgrind.py).
+"""A program that uses the Python client, and whose instructions callgrind.py counts.
 
-Usage: client.py DIRECTORY, where daemon.py listens.
+Usage: client.py DIRECTORY, the directory in which daemon.py listens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Lockstep(selectors.DefaultSelector):
 
     def __init__(self, directory: str) -> None:
         super().__init__()
-        #: The order that is sent to the daemon with its next turn.
+        #: The order to send to the daemon with its next turn.
         self.order = b""
         self._turns = socket.socket(socket.AF_UNIX)
         self._turns.connect(f"{directory}/turns")
@@ -46,7 +46,7 @@ class Lockstep(selectors.DefaultSelector):
 
 
 def calls(client: Client, size: int, parallel: int) -> Scenario:
-    """Unary calls, ``parallel`` at once."""
+    """Makes unary calls, ``parallel`` at once."""
     data = bytes(size)
 
     async def scenario(count: int) -> None:
@@ -62,7 +62,7 @@ def calls(client: Client, size: int, parallel: int) -> Scenario:
 
 
 def handled(client: Client, daemon: Lockstep, size: int, parallel: int) -> Scenario:
-    """Handled unary calls, ``parallel`` at once."""
+    """Handles incoming unary calls, ``parallel`` at once."""
     proto = f"handled-{parallel}"
     left = 0
     done = asyncio.Event()
@@ -92,7 +92,7 @@ async def open_stream(client: Client, proto: str) -> Stream:
 
 
 async def scenarios(control: str, daemon: Lockstep) -> dict[str, tuple[int, Scenario]]:
-    """Returns the scenarios by name, each with the number of operations for a steady count."""
+    """Returns the scenarios by name, each with a number of operations that gives a steady count."""
     client = Client(control)
     echo = await open_stream(client, "echo")
     as_p2pclient = p2pclient.Client(control)
@@ -169,7 +169,7 @@ async def write_framed(writer: StreamWriter, count: int) -> None:
 async def main(control: str, daemon: Lockstep) -> None:
     for name, (count, scenario) in (await scenarios(control, daemon)).items():
         await scenario(count)
-        # When the garbage collector runs depends on the scenarios before.
+        # Otherwise, when the garbage collector runs depends on the previous scenarios.
         gc.collect()
         gc.disable()
         os.getppid()

@@ -1,11 +1,12 @@
-"""A daemon in lockstep with its client: it waits for its turn, and then serves everything that has
-arrived.
+"""A daemon in lockstep with its client: it waits for its turn, then serves everything that arrived.
 
-Usage: daemon.py DIRECTORY; it listens at ``control`` there, and for the turns at ``turns``.
+Usage: daemon.py DIRECTORY. It listens for control connections on the socket ``control`` in the
+directory, and for turns on ``turns``.
 
-So the data of each read, and with it the client's instructions, do not depend on timing. The client
-sends a line for each turn, and gets a byte when the daemon is done. A line that is not empty is an
-order, ``PROTO COUNT PARALLEL SIZE``: to call the client's unary handler COUNT times.
+Lockstep makes the data of each read, and so the client's instruction count, independent of timing.
+The client sends a line to begin each turn, and gets a byte when the daemon is done. A line that is
+not empty, ``PROTO COUNT PARALLEL SIZE``, makes the daemon call the client's unary handler COUNT
+times.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import fake_daemon
 from fake_daemon import Message, field, frame
 
-#: A framed message of hivemind: a marker, the length, the body.
+#: A message as hivemind frames it: a marker, the length, the body.
 FRAMED = b"\0" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
 
 
@@ -52,14 +53,14 @@ class Connection:
         self.input = bytearray()
         self.output = bytearray()
         self.is_source = False
-        #: Parses the input: requests at first.
+        #: Parses the input; at first, as requests.
         self.take: Callable[[], None] = self._take_requests
         self.calls_left = 0
         self.next_call = b""
         self.serial = 0
 
     def ready(self, events: int) -> None:
-        """Reads, serves and writes as much as is possible without waiting."""
+        """Reads, serves and writes as much as possible without waiting."""
         if events & selectors.EVENT_READ:
             try:
                 data = self.socket.recv(1 << 20)
@@ -83,7 +84,7 @@ class Connection:
         except BlockingIOError:
             events = selectors.EVENT_READ | selectors.EVENT_WRITE
         except ConnectionError:
-            return  # the next read will find it
+            return  # the next read will find that it is closed
         self.daemon.selector.modify(self.socket, events, self.ready)
 
     def _take_requests(self) -> None:
@@ -119,7 +120,7 @@ class Connection:
                 self.call()
 
     def call(self) -> None:
-        """Calls the client's handler, unless all calls of the order are made."""
+        """Calls the client's handler, unless all calls of the order have been made."""
         if self.calls_left:
             self.calls_left -= 1
             self.serial += 1
@@ -128,7 +129,7 @@ class Connection:
 
 
 class Daemon:
-    """Listens, and serves in its turns."""
+    """Listens, and serves its client in turns."""
 
     def __init__(self, directory: Path) -> None:
         self.selector = selectors.DefaultSelector()

@@ -1,4 +1,4 @@
-"""The recorded counts, and the changes since."""
+"""The recorded counts, and comparing new counts with them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from instructions.callgrind import Count
 
-#: The tolerance for a count, above which a growth fails and a decrease has to be recorded.
+#: The tolerated change of a count. A larger growth fails, and a larger decrease must be recorded.
 ALLOWED = 0.05
-#: The tolerance for another compiler or interpreter.
+#: The tolerated change if the compiler or its target differs from the recorded one.
 ALLOWED_OF_ANOTHER_BUILD = 0.10
 
 
 @dataclass(frozen=True)
 class Record:
-    """Counts by scenario, with the environment that they depend on."""
+    """Counts by scenario, and the environment on which they depend."""
 
     #: The compiler and its target.
     build: str
-    #: Also relevant for the totals: the interpreter, the C library, the kind of CPU.
+    #: What the totals also depend on: the interpreter, the C library, the kind of CPU.
     surroundings: dict[str, str]
     counts: dict[str, Count]
 
@@ -39,7 +39,7 @@ class Comparison:
     """A table of changes, with remarks."""
 
     table: list[str]
-    #: Comparisons that were not possible, or less strict.
+    #: Notes about comparisons that were skipped or less strict.
     notes: list[str] = field(default_factory=list)
     #: Reasons to fail.
     failures: list[str] = field(default_factory=list)

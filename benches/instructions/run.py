@@ -2,7 +2,7 @@
 
 Usage: run.py [--update] [--keep DIRECTORY]
 
-``--update`` records the counts in counts.json, after a decrease or a growth that is justified.
+``--update`` records the counts in counts.json, after a decrease or a justified growth.
 ``--keep`` keeps the profiles, for callgrind_annotate.
 """
 
@@ -28,7 +28,7 @@ COUNTS = HERE / "counts.json"
 
 
 def protocol(keep: Path | None) -> dict[str, callgrind.Count]:
-    """Counts of the protocol crate alone, without Python."""
+    """Counts the protocol crate alone, without Python."""
     command = ["cargo", "bench", "--locked", "--quiet", "--bench=protocol", "--no-run"]
     build = subprocess.run(
         [*command, "--message-format=json"], cwd=HERE, stdout=subprocess.PIPE, check=True
@@ -40,7 +40,7 @@ def protocol(keep: Path | None) -> dict[str, callgrind.Count]:
 
 
 def client(keep: Path | None) -> dict[str, callgrind.Count]:
-    """Counts of the Python client with its extension module."""
+    """Counts the Python client with its extension module."""
     with tempfile.TemporaryDirectory(prefix="lockstep-") as directory:
         daemon = subprocess.Popen(
             [sys.executable, HERE / "daemon.py", directory], stdout=subprocess.PIPE
@@ -67,12 +67,12 @@ def build() -> str:
 
 def surroundings() -> dict[str, str]:
     """Describes the environment that the totals depend on."""
-    # The interpreter is a library or the program itself.
+    # The interpreter is in a shared library or in the program itself.
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     libraries = [path for path in mapped if Path(path).name.startswith("libpython")]
     (interpreter,) = libraries or [os.path.realpath(sys.executable)]
     digest = hashlib.sha256(Path(interpreter).read_bytes()).hexdigest()[:16]
-    # The C library and memchr choose their code by the features of valgrind's CPU.
+    # The C library and memchr choose their code by the CPU features that valgrind reports.
     has_avx2 = "avx2" in Path("/proc/cpuinfo").read_text().split()
     return {
         "interpreter": f"{platform.python_version()} {digest}",

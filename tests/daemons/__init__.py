@@ -1,1 +1,1 @@
-"""The daemons that the tests run on: what pins them, and what each of them can do."""
+"""The daemons that the tests run on: their pinned versions and their features."""

@@ -1,4 +1,4 @@
-"""The features of each kind of daemon, and the error where one is missing.
+"""The features of each kind of daemon, and the errors for missing features.
 
 ``test_compatibility.py`` checks every entry against the daemons, in both directions. The marker
 ``needs`` selects tests by feature. ``python -m daemons.features``, run in ``tests/``, prints
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-#: Kind of daemon, as named in the tests → title.
+#: Kind of daemon, by its name in the tests → title.
 DAEMONS = {
     "hivemind": "hivemind's p2pd 0.5 (hivemind 1.1.12)",
     "go": "upstream Go p2pd 0.9.2",
@@ -34,11 +34,11 @@ class Entry:
 
     Attributes:
         state: Whether the daemon has the feature.
-        error: Exception raised where it does not; ``Differs`` if the daemon reports no error but
-            behaves differently.
-        words: Pattern that the error's text matches.
+        error: The exception if it does not; ``Differs`` if the daemon reports no error but behaves
+            differently.
+        words: A pattern that matches the error's text.
         why: The cause, in one line.
-        ends: Whether the daemon's process ends because of it; None if it may.
+        ends: Whether the daemon's process ends because of the request; None if it may.
     """
 
     state: State
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that a program may want of a daemon."""
+    """A feature that a program may want from a daemon."""
 
     what: str
     hivemind: Entry
@@ -87,11 +87,11 @@ def _crashes(why: str) -> Entry:
     return _broken("ConnectionLost", "", why, ends=True)
 
 
-#: Output of a daemon that has ended because of a race condition of its own, for which no test can
-#: be blamed. jsp2pd ends when it writes to a connection that its client has just closed.
+#: The output of daemons that ended because of their own race conditions, which no test causes.
+#: jsp2pd ends when it writes to a connection that its client has just closed.
 RACES = {"js": "EPIPE|ECONNRESET|ERR_STREAM_DESTROYED"}
 
-#: Name of the feature, as in ``pytest.mark.needs`` → entries.
+#: Name of a feature, as in ``pytest.mark.needs`` → its entries.
 FEATURES = {
     "manager": Feature("started by `Daemon`", YES, YES, YES),
     # --- peers ---
@@ -242,9 +242,9 @@ FEATURES = {
 
 _NO_MUXER = "one supports only yamux, the other only mplex"
 
-#: Entries between different kinds of daemon, as (caller, peer), where they differ from those
-#: between two daemons of the caller's kind. Upstream Go's p2pd has one muxer at a time: yamux, as
-#: hivemind's, or mplex (``-muxer mplex``), as JavaScript's.
+#: The entries for pairs of different kinds of daemon, (caller, peer), if they differ from those
+#: for two daemons of the caller's kind. Upstream Go's p2pd has one muxer at a time: yamux, like
+#: hivemind's, or mplex (``-muxer mplex``), like JavaScript's.
 PAIRS: dict[tuple[str, str], dict[str, Entry]] = {
     ("hivemind", "js"): {
         "connect": _absent("DaemonRefused", "failed to negotiate stream multiplexer", _NO_MUXER),
@@ -307,7 +307,7 @@ def _cell(entry: Entry) -> str:
 
 
 def render() -> str:
-    """``docs/compatibility.md``."""
+    """Returns the text of ``docs/compatibility.md``."""
     lines = [_TEXT + "| | " + " | ".join(DAEMONS.values()) + " |", "| --- " * 4 + "|"]
     for feature in FEATURES.values():
         cells = (_cell(feature.of(daemon)) for daemon in DAEMONS)

@@ -1,7 +1,7 @@
-"""Swarms of real hivemind in real processes, on its own bindings or on this package's.
+"""Tests of real hivemind swarms in real processes, on hivemind's own bindings or this package's.
 
     python -m pytest tests/hivemind_swarm --bindings=original
     python -m pytest tests/hivemind_swarm --bindings=ours
 
-The same assertions hold for both. ``make test-hivemind`` makes the environment and runs both.
+The same assertions hold for both. ``make test-hivemind`` creates the environment and runs both.
 """

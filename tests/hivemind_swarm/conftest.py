@@ -1,4 +1,4 @@
-"""The option --bindings; and the check that no test leaves a process."""
+"""The option --bindings, and the check that no test leaves a process behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # A thread pool in this process would not work in processes forked from it.
     torch.set_num_threads(1)
-    # Orphans become children of this process, so that the check below finds them.
+    # Makes orphans children of this process, so that the check below finds them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Prints a line at the end of the run, to compare the two bindings."""
+    """Prints a line at the end of the run, for comparing the two bindings."""
     return pytestconfig.stash[_reports].append
 
 

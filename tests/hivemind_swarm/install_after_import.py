@@ -1,4 +1,4 @@
-"""Imports hivemind and then calls ``install()``, or does not: install_after_import.py on|off"""
+"""Imports hivemind, and with ``on`` then calls ``install()``: install_after_import.py on|off"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts and stops the processes of a swarm, and lists those that are left."""
+"""Starts and stops the processes of a swarm, and lists those that remain."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hivemind.p2p import P2P
 #: Helper processes that torch and multiprocessing start once and keep until the program exits.
 HELPERS = ("torch_shm_manager", "multiprocessing.resource_tracker")
 
-#: Repeats a test whose handler closes a stream right after writing: with any bindings, p2pd loses
-#: the end of about one in 150 long streams (docs/defects.md). A failed assertion is not repeated.
+#: Repeats a test whose handler closes a stream right after writing, unless an assertion has failed.
+#: With any bindings, p2pd loses the end of about one in 150 long streams (docs/defects.md).
 may_be_cut_short = pytest.mark.flaky(reruns=2, rerun_except=["AssertionError"])
 
 _fork = mp.get_context("fork")
@@ -93,7 +93,7 @@ def serving(setup: Callable[[P2P], Awaitable[None]], *, replicate: Any = None) -
     """Runs another process with a ``P2P`` until the end of the block.
 
     Args:
-        setup: Registers the handlers. It runs in that process.
+        setup: Registers the handlers. It runs in the other process.
         replicate: The ``control_maddr`` of the daemon to use; None to start a new daemon.
     """
     ours, theirs = _fork.Pipe()
@@ -135,7 +135,7 @@ def dht_swarm(size: int, *, chain: bool = False, **options: Any) -> Iterator[lis
 
     Args:
         size: The number of nodes.
-        chain: Whether each node's initial peer is the node before it, and not the first node.
+        chain: Whether each node's initial peer is the node before it instead of the first node.
         options: The options of each ``hivemind.DHT``.
     """
     nodes: list[DHT] = []

@@ -1,7 +1,7 @@
 """A peer whose only bootstrap peer dies and restarts: reconnecting.py on|off p2p|forked|dht
 
-Prints the log of p2pclient_rs, and at the end whether the two are connected. Meanwhile the peer
-makes no call.
+Prints p2pclient_rs's log, and finally whether the two are connected. The peer makes no calls in the
+meantime.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hivemind.p2p import P2P
 from p2pclient_rs import install
 from p2pclient_rs.daemon import unused_tcp_port
 
-#: More than the interval between three checks of the connections, in seconds.
+#: Longer than two intervals between checks of the connections, in seconds.
 LONG_ENOUGH = 35.0
 
 RECONNECTS = sys.argv[1] == "on"
@@ -35,7 +35,7 @@ async def bootstrap_peer(identity: Path, port: int) -> P2P:
 
 
 async def until_peers(p2p: P2P, connected: bool, within: float) -> bool:
-    """Waits until a daemon has peers, or none; returns whether that happened in time."""
+    """Waits until a daemon has peers, or has none. Returns whether that happened in time."""
     deadline = time.monotonic() + within
     while bool(await p2p.list_peers()) != connected:
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""hivemind's command ``run_dht``, which first prints the module that defines its clients."""
+"""Prints the module that defines hivemind's clients, and then runs hivemind's ``run_dht``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A group of DecentralizedAveragers, each with a process and a daemon of its own."""
+"""A group of DecentralizedAveragers, each with its own process and daemon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def nodes() -> Iterator[list[DHT]]:
 
 
 def test_group_averages_its_tensors(nodes: list[DHT]) -> None:
-    # Each peer reduces several parts of the larger tensor, and less than a part of the smaller.
+    # Each peer reduces several parts of the larger tensor, but the smaller is less than one part.
     tensors = [[torch.randn(1_000_000), torch.randn(3, 41)] for _ in range(SIZE)]
     expected = [torch.stack(same).mean(dim=0) for same in zip(*tensors, strict=True)]
     with ExitStack() as stack:

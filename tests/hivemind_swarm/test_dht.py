@@ -1,4 +1,4 @@
-"""A DHT of eight nodes, each with a process and a daemon of its own."""
+"""A DHT of eight nodes, each with its own process and daemon."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def get_large(_: DHT, node: DHTNode) -> bool:
 
 
 def test_value_of_a_megabyte_arrives_intact(nodes: list[DHT]) -> None:
-    # Created in the nodes' processes: hivemind's pipe to them may break above 16 KiB.
+    # The nodes' processes create the value: hivemind's pipe to them may break above 16 KiB.
     assert nodes[0].run_coroutine(store_large) is True
     assert [node.run_coroutine(get_large) for node in nodes] == [True] * SIZE
 

@@ -1,4 +1,4 @@
-"""Many stores and gets from many nodes at once, as in hivemind's own benchmark of its DHT."""
+"""Many stores and gets from many nodes at once, as in hivemind's own DHT benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hivemind_swarm.processes import dht_swarm
 NODES = 10
 WORKERS = 8
 ROUNDS = 8
-#: The number of nodes that store, and of those that get, in each round.
+#: The number of nodes that store, and of nodes that get, in each round.
 AT_ONCE = 5
 
 

@@ -1,4 +1,4 @@
-"""A mixture-of-experts server: its runtime, its DHT node and its handlers are processes."""
+"""A mixture-of-experts server, whose runtime, DHT node and handlers are separate processes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def setting() -> Iterator[Setting]:
 
 
 @may_be_cut_short
-# A batch of this size does not fit into a unary call: hivemind streams it.
+# The larger batch does not fit into a unary call, so hivemind streams it.
 @pytest.mark.parametrize("batch", [3, 8192], ids=["unary", "streamed"])
 def test_remote_expert_computes_the_same_as_the_local_one(setting: Setting, batch: int) -> None:
     for remote, local in zip(setting.remote, setting.local, strict=True):

@@ -1,4 +1,4 @@
-"""Separate programs: one that calls install() late, and hivemind's command line under ``run``."""
+"""Separate programs: one that calls install() late, and hivemind's commands under ``run``."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import pytest
 
 PROGRAM = str(Path(__file__).with_name("reconnecting.py"))
 
-#: The programs. The peer is in the program's own process, in a forked one, or in that of a DHT;
-#: below ``python -m p2pclient_rs run --reconnect``; or without the option.
+#: The programs. The peer runs in the program's own process, in a forked one, or in a DHT's. Some
+#: programs run below ``python -m p2pclient_rs run --reconnect``, and some do not reconnect.
 RUNS = {
     "p2p": [PROGRAM, "on", "p2p"],
     "forked": [PROGRAM, "on", "forked"],
@@ -24,7 +24,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def programs(replaced: bool) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Runs all programs at once, because each waits most of the time."""
+    """Runs all programs at once, since each waits most of the time."""
     if not replaced:
         pytest.skip("needs install()")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,4 +1,4 @@
-"""Several processes share one daemon, which balances calls between their handlers."""
+"""Several processes share one daemon, which balances calls among their handlers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALLS = 60
 
 
 class Who(ServicerBase):
-    """Returns the id of the process that answers."""
+    """Replies with the id of its process."""
 
     async def rpc_unary(self, request: Request, _: P2PContext) -> Response:
         return Response(number=os.getpid())
@@ -49,7 +49,7 @@ async def _balanced(p2p: P2P) -> None:
 
 @dataclass
 class Setting:
-    """A daemon in a process of its own, and the processes that serve through it."""
+    """A daemon with its own process, and the processes that serve through it."""
 
     daemon: Peer
     workers: list[Peer]
@@ -135,7 +135,7 @@ async def _answering(p2p: P2P) -> None:
 
 
 async def test_replica_accepts_messages_up_to_the_daemons_limit(anyio_backend: Any) -> None:
-    """``P2P.replicate`` has no argument for a limit: it receives what the daemon accepts."""
+    """``P2P.replicate`` has no argument for a limit, so the replica uses the daemon's limit."""
     creator = await P2P.create(persistent_conn_max_msg_size=LARGE)
     caller = await P2P.create(
         initial_peers=await creator.get_visible_maddrs(), persistent_conn_max_msg_size=LARGE
@@ -172,7 +172,7 @@ async def test_replica_sends_messages_up_to_the_daemons_limit(
     )
     await Answer().add_p2p_handlers(other)
     with serving(_answering, replicate=creator.daemon_listen_maddr):
-        # A reply by the replica, and a call by another one.
+        # First a replica replies, then another one calls.
         response = await Answer.get_stub(other, creator.peer_id).rpc_large(
             Tensor(buffer=bytes(SIZE))
         )

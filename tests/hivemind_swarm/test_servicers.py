@@ -9,7 +9,7 @@ import weakref
 from collections.abc import AsyncIterator as Yields, Awaitable, Callable
 from dataclasses import dataclass
 
-# hivemind does not recognise collections.abc's as a stream.
+# hivemind does not recognise collections.abc.AsyncIterator as a stream.
 from typing import Any, AsyncIterator  # noqa: UP035
 
 import pytest
@@ -18,7 +18,7 @@ from hivemind.proto.test_pb2 import TestRequest as Request, TestResponse as Resp
 
 pytestmark = pytest.mark.anyio
 
-#: The timeout for actions of the other side, in seconds.
+#: The time limit for actions of the other side, in seconds.
 SOON = 10
 
 
@@ -27,7 +27,7 @@ class Part:
 
 
 class Numbers(ServicerBase):
-    """Methods of each kind that reply, that fail, and that wait until they are cancelled."""
+    """Methods of each kind: some reply, some fail, and some wait until they are cancelled."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -80,7 +80,7 @@ class Numbers(ServicerBase):
         self.queue = weakref.ref(requests.ag_frame.f_locals["requests"])  # type: ignore[attr-defined]
         async for request in requests:
             yield Response(number=request.number)
-            # In a failed round the handler waits for parts that never arrive, while the rest of the
+            # In a failed round, the handler waits for parts that never arrive, and the rest of the
             # input fills the queue.
             await asyncio.Event().wait()
 
@@ -139,8 +139,10 @@ async def numbers(stream: Yields[Response]) -> list[int]:
 
 
 async def assert_gives(ask: Callable[[], Awaitable[Yields[Response]]], expected: list[int]) -> None:
-    """Asserts the replies of a call's stream. Repeats a call whose stream ended early: with either
-    bindings, p2pd sometimes loses data that was written right before a close."""
+    """Asserts that a call's stream gives these replies. Repeats a call whose stream ended early.
+
+    With either bindings, p2pd sometimes loses data that was written right before a close.
+    """
     for _ in range(3):
         got = await numbers(await ask())
         assert got == expected[: len(got)]
@@ -197,7 +199,7 @@ async def test_many_streams_at_once(call: Call) -> None:
             async for request in requests(20):
                 yield request
             # When many streams end at once, about one in 1,500 loses the end of its handler's data,
-            # with any bindings. So this handler waits until the caller has received everything.
+            # with any bindings. So the input ends only once the caller has received everything.
             await have_all.wait()
 
         responses = await call.stub.rpc_squares(ask())
@@ -270,7 +272,7 @@ async def test_failed_rounds_are_collected_after_their_callers_leave(
     tasks = len(asyncio.all_tasks())
     for _ in range(5):
         call.servicer.queue = None
-        # More than fits into the queue, without an end before the caller disconnects.
+        # The input does not fit into the queue, and does not end before the caller disconnects.
         stream = await call.stub.rpc_fail_round(endless_requests())
         async for response in stream:
             assert response.number == 0
@@ -286,7 +288,7 @@ async def test_failed_rounds_are_collected_after_their_callers_leave(
         gc.collect()
     assert said.count("Task was destroyed but it is pending!") >= 5
     assert (await call.stub.rpc_square(Request(number=3))).number == 9
-    # In the following turns of the loop, asyncio reports that it cannot close the generators.
+    # In the next iterations of the loop, asyncio reports that it cannot close the generators.
     for _ in range(10):
         await asyncio.sleep(0)
         gc.collect()

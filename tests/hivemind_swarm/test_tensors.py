@@ -49,7 +49,7 @@ async def echo_raw(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamW
         data = await P2P.receive_raw_data(reader)
         await P2P.send_raw_data(digest(data), writer)
         await P2P.send_raw_data(data, writer)
-        await reader.read()  # Wait for the caller's close: p2pd may lose data before ours.
+        await reader.read()  # Waits for the caller's close: p2pd may lose data that precedes ours.
 
 
 async def _register(p2p: P2P) -> None:

@@ -1,7 +1,7 @@
-"""The conftest.py for p2pclient's own tests: its sdist has none.
+"""The conftest.py for p2pclient's own tests, whose sdist has none.
 
-run.sh copies this file beside the unmodified tests. Its name here keeps pytest from loading it for
-our own tests.
+run.sh copies this file next to the unmodified tests. It has another name here, so that pytest does
+not load it for our own tests.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("daemon") == "js":
-        # p2pclient's own CI leaves these out, too. All others must pass.
+        # p2pclient's own CI also leaves the marked tests out. All others must pass.
         others = [item for item in items if any(map(item.get_closest_marker, _MARKERS))]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
@@ -88,8 +88,9 @@ def pace(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Delays every request of this package.
 
     The tests assume that when one daemon learns of a subscription or a disconnection, its
-    neighbours learn of it before the next request. The protocol does not promise that. It holds for
-    p2pclient, whose requests take a millisecond or more; ours take a twentieth of that.
+    neighbours learn of it before the next request. The protocol does not promise that. It
+    happens to be true for p2pclient, whose requests take a millisecond or more. Ours take a
+    twentieth of that.
     """
     if pytestconfig.getoption("incumbent"):
         return
