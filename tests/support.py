@@ -205,7 +205,7 @@ class DaemonProcess:
             assert self._kept.recv(3, socket.MSG_WAITALL) == b"\x02\x08\x00"  # Response{OK}
 
     def ended_by_known_race(self) -> bool:
-        """Whether the daemon has ended because of a known race condition of its own."""
+        """Returns whether the daemon has ended because of one of its known race conditions."""
         output = (self.directory / "log").read_text(errors="replace")
         return self.kind in RACES and re.search(RACES[self.kind], output[-2000:]) is not None
 

@@ -523,9 +523,9 @@ class PersistentConnection:
 # --- interpreter shutdown, waking, refusals ---
 
 def _wait_before_finalization() -> None:
-    """Prepares for interpreter shutdown, during which a call of Python from Rust would abort the
-    process: waits until no other thread makes such a call, and blocks threads that would make one
-    later."""
+    """Waits until no other thread calls Python from Rust, and blocks those that would do so later.
+
+    During interpreter shutdown, such a call would abort the process."""
 
 def report_first_wake(event_loop: object, resumed: bool) -> None: ...
 def set_inplace_wake(enabled: bool) -> None:

@@ -368,7 +368,7 @@ class ControlClient(InboundStreams):
             try:
                 raise refused
             finally:
-                del refused  # its traceback has this frame
+                del refused  # breaks a reference cycle: its traceback has this frame
 
     async def _register_one_again(self, proto: str) -> None:
         async with self._registrations.changing(proto):

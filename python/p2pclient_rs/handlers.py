@@ -17,7 +17,7 @@ from p2pclient_rs.stream import Stream
 
 __all__ = ["DEFAULT_LINGER", "HandlerOptions", "Lingering", "StreamHandler", "takes_info"]
 
-#: A handler of inbound streams, called in a task of its own: with the ``StreamInfo`` and the
+#: A handler of inbound streams. It is called in its own task, with the ``StreamInfo`` and the
 #: stream, or with the stream alone.
 StreamHandler: TypeAlias = (
     Callable[[StreamInfo, Stream], Awaitable[object]] | Callable[[Stream], Awaitable[object]]
@@ -26,7 +26,7 @@ StreamHandler: TypeAlias = (
 #: How long a handler may leave its stream unused after the peer has closed it, in seconds.
 DEFAULT_LINGER = 300.0
 
-#: How many times a peer is polled within its linger, and the bounds of the interval, in seconds.
+#: The number of polls of a peer within its linger, and the bounds of the interval, in seconds.
 _POLLS = 8
 _SHORTEST_INTERVAL = 0.05
 _LONGEST_INTERVAL = 30.0
@@ -97,7 +97,7 @@ def _accepts(handler: Callable[..., Any], follow_wrapped: bool) -> tuple[bool, b
     """Returns whether ``handler`` accepts one positional argument, and whether it accepts two."""
     try:
         signature = inspect.signature(handler, follow_wrapped=follow_wrapped)
-    except (TypeError, ValueError):  # for example of a C function
+    except (TypeError, ValueError):  # for example, for a C function
         return True, True
     return _binds(signature, 1), _binds(signature, 2)
 

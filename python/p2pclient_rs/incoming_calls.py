@@ -1,4 +1,4 @@
-"""Incoming unary calls: each runs its handler in a task of its own."""
+"""Incoming unary calls: each runs its handler in its own task."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["IncomingCalls", "UnaryHandler"]
 
-#: Handles an incoming call, in a task of its own. Gets the request and the caller's peer id, and
-#: returns the reply.
+#: Handles an incoming call, in its own task. Gets the request and the caller's peer id, and returns
+#: the reply.
 UnaryHandler: TypeAlias = Callable[[bytes, Any], Awaitable["Buffer"]]
 
 #: The size of the cache of callers' peer ids, in the form that handlers get.

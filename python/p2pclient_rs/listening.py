@@ -222,7 +222,7 @@ class BackgroundListener:
                 if client is None:
                     break
                 wait = client._accept_one(self._listener, self._start)
-                del client  # must not stay alive during the wait
+                del client  # this task must not keep the client alive while it waits
                 await pause(wait, self._watched.readable)
         finally:
             # The loop may end without a call of `close`.
@@ -260,7 +260,7 @@ class PrivateSocket:
 def _fits(directory: str) -> bool:
     try:
         path = os.path.join(directory, _SOCKET).encode()
-    except UnicodeEncodeError:  # a multiaddr is UTF-8
+    except UnicodeEncodeError:  # the path is not UTF-8, as a multiaddr must be
         return False
     return len(path) <= _MAX_SOCKET_PATH
 

@@ -125,7 +125,7 @@ class Session:
         self._registering = False
         #: A loss of the connection to report after that.
         self._held_loss: ControlFailure | None = None
-        #: When the next timer fires.
+        #: The time at which the timer fires; None if it is not set.
         self._timer: float | None = None
         self._timer_handle: Work | None = None
         self.incoming: IncomingCalls = IncomingCalls(self._reactor, handlers, settings.peer_id)
@@ -180,7 +180,7 @@ class Session:
         self._settings.connector.check_fork()
         if proto in self._lifecycle.handlers:
             self._drop_withdrawn()
-        elif proto in self.handlers:  # other code put it there
+        elif proto in self.handlers:  # added by other code
             raise ControlFailure(f"Handler for protocol {proto} already registered")
         addition = _Addition(handler, context)
         await self._operate(
@@ -192,7 +192,7 @@ class Session:
         self._settings.connector.check_fork()
         if proto not in self.handlers:
             raise _failure("not_registered", proto)
-        if proto not in self._lifecycle.handlers:  # other code put it there
+        if proto not in self._lifecycle.handlers:  # added by other code
             del self.handlers[proto]
             return
         await self._operate(lambda token: self._lifecycle.remove(token, proto), proto)
@@ -218,7 +218,7 @@ class Session:
                 self._carry_out()
             raise
         finally:
-            del promise  # it has the exception, whose traceback has this frame
+            del promise  # breaks a reference cycle through the exception's traceback
 
     async def _room(self, connection: PersistentConnection) -> None:
         """Waits until there is room for another call. Waiting callers continue in order."""
@@ -234,7 +234,7 @@ class Session:
 
     def _carry_out(self) -> None:
         """Carries out the lifecycle's actions, and sets its timer."""
-        if self._carrying_out:  # called by an action
+        if self._carrying_out:  # called from within an action
             return
         self._carrying_out = True
         try:
@@ -254,7 +254,7 @@ class Session:
             work._log_destroy_pending = False
 
         def ended() -> None:
-            # A task that was cancelled before it began has reported nothing.
+            # If the task was cancelled before it began, it has not reported its outcome.
             error = ConnectionLost("the opening of the connection was cancelled")
             self._lifecycle.open_failed(connection_id, error)
             self._carry_out()
@@ -481,7 +481,7 @@ class Session:
         if os.getpid() != self._pid:
             self._do_close()
         elif self.ended:
-            # No task can be resumed or cancelled.
+            # The loop has ended, so no task can be resumed or cancelled.
             self._operations.clear()
             self._opening = None
             self._close()

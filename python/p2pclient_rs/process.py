@@ -79,4 +79,4 @@ async def destroy(process: DaemonProcess, reason: BaseException | None = None) -
         try:
             raise cancelled
         finally:
-            cancelled = None  # its traceback refers to this frame
+            cancelled = None  # breaks a reference cycle: its traceback has this frame

@@ -252,7 +252,7 @@ class UnaryClient:
                 connection.cancel(call_id)
                 raise
             finally:
-                del called, reply  # it has the exception, whose traceback has this frame
+                del called, reply  # breaks a reference cycle through the exception's traceback
         except ControlFailure as error:
             self.daemon_connector.raise_described(error, "CALL_UNARY", peer_id, proto)
         except P2PHandlerError as error:

@@ -131,7 +131,7 @@ def _serve(pipe: Connection, setup: Callable[[P2P], Awaitable[None]], replicate:
 
 @contextmanager
 def dht_swarm(size: int, *, chain: bool = False, **options: Any) -> Iterator[list[DHT]]:
-    """Runs DHT nodes, each with a process and a daemon of its own, until the end of the block.
+    """Runs DHT nodes, each with its own process and daemon, until the end of the block.
 
     Args:
         size: The number of nodes.

@@ -65,7 +65,7 @@ class Replacement:
         refused: Why the package is not replaced; None if it is. Importing p2pclient, or hivemind's
             bindings, fails for this reason.
         warning: Differences that a program may notice: how the replacement differs from p2pclient
-            0.2, or that ``force`` replaces an unknown version. None if there are none.
+            0.2, or that ``force`` replaces an unknown version. None otherwise.
         differs: The files of hivemind's bindings whose contents are not those of a known version.
     """
 

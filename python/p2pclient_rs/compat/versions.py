@@ -109,7 +109,7 @@ class Original:
         file: Its file; None if it is not installed.
         version: Its version, if it states one.
         refused: Why it is not replaced; None if it is.
-        warning: Differences of its replacement that a program may notice; None if there are none.
+        warning: Differences of its replacement that a program may notice, if any.
         unknown: Whether the warning is about an unknown version.
         differs: The files of hivemind's bindings whose contents are not those of a known version.
     """

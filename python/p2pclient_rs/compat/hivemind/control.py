@@ -74,7 +74,7 @@ __all__ = [
     "write_pbmsg",
 ]
 
-#: The type of a handler of inbound streams, which runs in a task of its own.
+#: The type of a handler of inbound streams. Each stream has its own task.
 StreamHandler: TypeAlias = Callable[
     [StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 ]
@@ -483,7 +483,7 @@ class ControlClient(control.ControlClient):
 
     @asynccontextmanager
     async def _serving(self, listener: RawListener) -> AsyncIterator[None]:
-        # In a task of its own: only the task that enters a task group may leave it.
+        # Runs in its own task, because only the task that enters a task group may exit it.
         self._stopping = False
         self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))

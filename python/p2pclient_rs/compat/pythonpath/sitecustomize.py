@@ -1,5 +1,4 @@
-"""Calls ``install()`` when a process below ``python -m p2pclient_rs run`` imports a package to
-replace.
+"""Calls ``install()`` below ``python -m p2pclient_rs run``, once a package to replace is imported.
 
 ``PYTHONPATH`` begins with this folder, so every Python process below ``run`` imports this file when
 it starts. That Python may lack this package, so this file imports the rest of it only when needed.
