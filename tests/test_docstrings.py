@@ -122,6 +122,7 @@ async def namespace(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator
                 "connector": client.control.daemon_connector,
                 "control_maddr": near.control_maddr,
                 "echo": echo,
+                "p2pclient_rs": p2pclient_rs,
                 "peer_id": far.peer_id,
                 "square": square,
             }
@@ -137,6 +138,8 @@ async def test_example_runs(
     result = eval(code, namespace)
     if inspect.isawaitable(result):
         await result
+    # An example turns it off.
+    p2pclient_rs.set_inplace_wake(True)
     client = namespace["client"]
     for proto in list(client.control.handlers):
         await client.remove_stream_handler(proto)

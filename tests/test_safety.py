@@ -553,7 +553,7 @@ async def test_endless_empty_dht_results_raise_protocol_violation() -> None:
 UNSAFE = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "ctypes", "code"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 #: The file that runs the user's own program, which the command line names.
-RUNS_PROGRAMS = "__main__.py"
+RUNS_PROGRAMS = "run.py"
 
 
 def test_package_never_unpickles_or_evaluates() -> None:

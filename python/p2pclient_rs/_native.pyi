@@ -539,8 +539,7 @@ def set_inplace_wake(enabled: bool) -> None:
         enabled: Whether to resume tasks in place, from the next reply on.
 
     Example:
-        >>> import p2pclient_rs
-        >>> p2pclient_rs.set_inplace_wake(False)
+        p2pclient_rs.set_inplace_wake(False)
     """
 
 def refusal_kind(

@@ -35,7 +35,7 @@ __all__ = ["InboundStreams"]
 
 
 #: The interval between checks for room while too many connections have no header, in seconds.
-_SHORTEST_PAUSE = 0.02
+_ROOM_CHECK_INTERVAL = 0.02
 
 
 class InboundStreams:
@@ -76,7 +76,7 @@ class InboundStreams:
         admission = self._half_open.admission(len(self.handlers), anyio.current_time())
         if admission is not None:
             if isinstance(admission, float):
-                return min(admission, _SHORTEST_PAUSE)
+                return min(admission, _ROOM_CHECK_INTERVAL)
             self._headers[admission].cancel()
             return 0.0
         try:

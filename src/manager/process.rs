@@ -248,13 +248,12 @@ impl Process {
         }
         let mut run = self.run();
         self.reap(&mut run);
-        let ran = !run.is_new();
         if run.is_running() {
             return Err(refused("it is running"));
         }
         #[cfg(unix)]
         // The last run may have died without removing its socket.
-        if let (true, Ok(Endpoint::Unix(path))) = (ran, self.control.endpoint()) {
+        if let (false, Ok(Endpoint::Unix(path))) = (run.is_new(), self.control.endpoint()) {
             let _ = p2pd_sockets::remove_stale(Path::new(&path));
         }
         let spawned = self.log.begin_run().and_then(|(output, begun)| {

@@ -55,7 +55,6 @@ mod _native {
 
     // --- driver ---
     #[pymodule_export]
-    #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
     use super::errors::refusal_kind;

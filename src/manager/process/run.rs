@@ -75,6 +75,7 @@ impl Run {
     }
 
     /// Whether the daemon never ran.
+    #[cfg(unix)]
     pub(super) fn is_new(&self) -> bool {
         self.child.is_none()
     }
