@@ -68,6 +68,11 @@ impl Registered {
 }
 
 impl Registrations {
+    /// Whether there is nothing to change.
+    pub fn is_empty(self) -> bool {
+        self.reader.is_none() && self.writer.is_none()
+    }
+
     fn adds(self) -> bool {
         self.reader == Some(true) || self.writer == Some(true)
     }

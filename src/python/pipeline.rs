@@ -244,6 +244,9 @@ impl Driven for Pipeline {
     }
 
     fn run(slf: &Bound<'_, Self>, follow_up: FollowUp) -> PyResult<()> {
+        if follow_up.registrations.is_empty() && !follow_up.retired {
+            return Ok(());
+        }
         let _guard = enter(slf.py());
         let registered = driver::register(slf, follow_up.registrations);
         if registered.is_err() {

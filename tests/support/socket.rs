@@ -39,6 +39,7 @@ impl Listener {
     }
 
     /// Address of a listener that was bound to `endpoint`.
+    #[cfg_attr(not(unix), allow(unused_variables))]
     pub(crate) fn address(&self, endpoint: Endpoint) -> io::Result<Multiaddr> {
         Ok(Multiaddr::from(&match self {
             Self::Tcp(listener) => listener.local_addr()?.into(),
