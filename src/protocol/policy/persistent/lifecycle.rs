@@ -27,12 +27,10 @@ const REGISTER_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duratio
 /// let (mut lifecycle, now) = (Lifecycle::<u32, String>::new(Timing::default(), 0), Instant::now());
 /// lifecycle.add(1, "echo", false, now);
 /// let Some(Action::Open(id)) = lifecycle.poll() else { panic!() };
-/// // … the driver opens the connection …
 /// assert!(lifecycle.opened(id, now));
 /// assert_eq!(lifecycle.poll(), Some(Action::Ready));
 /// assert_eq!(lifecycle.poll(), Some(Action::Serve { name: "echo".into(), token: 1 }));
 /// assert_eq!(lifecycle.poll(), Some(Action::Register { name: "echo".into(), balanced: false }));
-/// // … the daemon acknowledges the registration …
 /// lifecycle.registered(id, "echo", Registration::Accepted, now);
 /// assert_eq!(lifecycle.poll(), Some(Action::Complete { tokens: vec![1], outcome: Ok(()) }));
 /// ```
@@ -59,8 +57,7 @@ enum Phase {
     Registering {
         id: ConnectionId,
         deadline: Instant,
-        /// Until this time, the daemon may refuse a handler because the previous connection still has
-        /// it.
+        /// Until then, the daemon may refuse a handler that the previous connection still has.
         forget_deadline: Instant,
         backoff: Backoff,
         retry_at: Option<Instant>,
