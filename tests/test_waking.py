@@ -735,7 +735,7 @@ def test_trio_run_outlives_a_wait_for_a_closed_descriptor(caplog: pytest.LogCapt
         closed = socket.socket()
         fd = closed.fileno()
         closed.close()
-        reactor().add_reader(fd, print)
+        reactor().event_loop.add_reader(fd, print)
         await trio.testing.wait_all_tasks_blocked()
 
     trio.run(wait)

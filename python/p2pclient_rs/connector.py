@@ -31,6 +31,7 @@ from p2pclient_rs.exceptions import (
     DaemonRefused,
     ForkedClientError,
     NotSupported,
+    timed_out,
 )
 from p2pclient_rs.loops import UnlessClosed, current_loop, is_current
 from p2pclient_rs.pool import Pool, PooledConnection
@@ -460,7 +461,7 @@ class DaemonConnector:
                 return await work
             with UnlessClosed(anyio.move_on_after(timeout)):
                 return await work
-            raise ControlTimeout(f"no answer within {timeout:g} s")
+            raise timed_out(timeout)
         except ControlFailure as error:
             self.raise_described(error, name, peer_id, protocol)
 

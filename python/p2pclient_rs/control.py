@@ -519,7 +519,7 @@ class ControlClient(InboundStreams):
                 return listener, self.listen_maddr
             host, port = listener.local_address
             actual = Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
-            return listener, self.daemon_connector.types.multiaddr(actual)
+            return listener, self._show(actual)
         raise OSError(errno.EADDRNOTAVAIL, f"no address to listen at: {maddr}")
 
     @asynccontextmanager

@@ -9,6 +9,7 @@ import anyio
 from p2pclient_rs._native import ControlConnection, Multiaddr, endpoint
 from p2pclient_rs.exceptions import DaemonUnreachable, from_os_error
 from p2pclient_rs.pool import PooledConnection
+from p2pclient_rs.process import Pause
 from p2pclient_rs.readiness import watch
 
 __all__ = ["dial", "resolve"]
@@ -47,11 +48,10 @@ async def dial(maddr: Multiaddr, max_message_size: int | None) -> PooledConnecti
 async def _connect(
     address: str | tuple[str, int], max_message_size: int | None
 ) -> PooledConnection:
-    delay = 0.001
+    pause = Pause()
     while (raw := ControlConnection.connect(address, max_frame=max_message_size)) is None:
         # The daemon's accept queue is full. There is no event for room in it, so poll.
-        await anyio.sleep(delay)
-        delay = min(2 * delay, 0.05)
+        await pause()
     connection = PooledConnection(raw, watch(raw.fileno()))
     try:
         if not raw.connected:

@@ -307,6 +307,11 @@ class ControlTimeout(ControlFailure, TimeoutError):
         self.errno, self.strerror = errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)
 
 
+def timed_out(timeout: float | None) -> ControlTimeout:
+    """Returns the exception for a request without a reply within this time, in seconds."""
+    return ControlTimeout(f"no answer within {timeout:g} s")
+
+
 class ProtocolViolation(ControlFailure):
     """The daemon violated the control protocol."""
 

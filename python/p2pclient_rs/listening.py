@@ -22,7 +22,7 @@ import anyio
 from p2pclient_rs._native import LogThrottle, Multiaddr, RawListener, endpoint
 from p2pclient_rs.exceptions import ControlFailure
 from p2pclient_rs.loops import current_loop
-from p2pclient_rs.reactor import Work, reactor
+from p2pclient_rs.reactor import Work, reactor, silence
 from p2pclient_rs.readiness import watch
 
 __all__ = ["BackgroundListener", "ListenerStats", "Listening", "PrivateSocket", "Refusals"]
@@ -210,9 +210,7 @@ class BackgroundListener:
 
     def _start_silently(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         work = self._start(lambda _: function(), None)
-        # If the loop is closed without cancelling its tasks, asyncio must not warn of this task.
-        if hasattr(work, "_log_destroy_pending"):
-            work._log_destroy_pending = False
+        silence(work)
 
     async def _accept(self) -> None:
         self._begun.set()

@@ -21,14 +21,14 @@ from p2pclient_rs import daemon_limit
 from p2pclient_rs._native import Lifecycle, PeerID, PersistentConnection, may_retry
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
-from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, ControlTimeout
+from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, timed_out
 from p2pclient_rs.incoming_calls import IncomingCalls, UnaryHandler
-from p2pclient_rs.reactor import Future, Work, reactor
+from p2pclient_rs.reactor import Future, Work, reactor, silence
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Session", "Settings", "timed_out"]
+__all__ = ["Session", "Settings"]
 
 logger: logging.Logger = logging.getLogger("p2pclient_rs.unary")
 
@@ -181,7 +181,7 @@ class Session:
         if proto in self._lifecycle.handlers:
             self._drop_withdrawn()
         elif proto in self.handlers:  # added by other code
-            raise ControlFailure(f"Handler for protocol {proto} already registered")
+            raise _failure("already_registered", proto)
         addition = _Addition(handler, context)
         await self._operate(
             lambda token: self._lifecycle.add(token, proto, balanced), proto, addition
@@ -249,9 +249,7 @@ class Session:
 
     def _do_open(self, connection_id: int) -> None:
         self._opening = work = self._reactor.spawn(self._open(connection_id), copy_context())
-        # Keeps asyncio from logging a warning if the loop ends before this task.
-        if hasattr(work, "_log_destroy_pending"):
-            work._log_destroy_pending = False
+        silence(work)
 
         def ended() -> None:
             # If the task was cancelled before it began, it has not reported its outcome.
@@ -536,11 +534,6 @@ def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException
     error: BaseException = copy.copy(detail)
     error.__cause__ = detail.__cause__
     return error
-
-
-def timed_out(timeout: float | None) -> ControlTimeout:
-    """Returns the exception for a request without a reply within this time, in seconds."""
-    return ControlTimeout(f"no answer within {timeout:g} s")
 
 
 def _drop_frames(error: BaseException) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from p2pclient_rs.loops import call_in_its_thread, current_loop
 
-__all__ = ["Future", "Reactor", "Work", "reactor"]
+__all__ = ["Future", "Reactor", "Work", "reactor", "silence"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -40,10 +40,6 @@ class Reactor(Protocol):
     def event_loop(self) -> Any:
         """The object for the native drivers: asyncio's loop, or this reactor."""
 
-    def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
-    def remove_reader(self, fd: int, /) -> object: ...
-    def add_writer(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object: ...
-    def remove_writer(self, fd: int, /) -> object: ...
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Work: ...
 
@@ -64,6 +60,12 @@ class Reactor(Protocol):
         calls it at once."""
 
 
+def silence(work: Any) -> None:
+    """Keeps asyncio from warning of a task if its loop is closed without cancelling its tasks."""
+    if hasattr(work, "_log_destroy_pending"):
+        work._log_destroy_pending = False
+
+
 def reactor() -> Reactor:
     """Returns a reactor of the running event loop.
 
@@ -80,20 +82,15 @@ class AsyncioReactor:
     """An asyncio or uvloop loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.event_loop: asyncio.AbstractEventLoop = loop
+        self.event_loop = loop
         self._pid = os.getpid()
-        self.add_reader: Callable[..., None] = loop.add_reader
-        self.remove_reader: Callable[[int], bool] = loop.remove_reader
-        self.add_writer: Callable[..., None] = loop.add_writer
-        self.remove_writer: Callable[[int], bool] = loop.remove_writer
         self.call_soon: Callable[..., object] = loop.call_soon
         self.call_later: Callable[..., Work] = loop.call_later
         self.create_future: Callable[[], Future] = loop.create_future
         self.is_closed: Callable[[], bool] = loop.is_closed
 
     def spawn(self, work: Coroutine[Any, Any, None], context: Context) -> Work:
-        loop = self._loop
+        loop = self.event_loop
         if loop.get_task_factory() is not None or sys.version_info < (3, 11):
             # A new task copies the current context.
             return context.run(loop.create_task, work)
@@ -110,7 +107,7 @@ class AsyncioReactor:
         if os.getpid() != self._pid:
             callback()
         else:
-            call_in_its_thread(self._loop, callback)
+            call_in_its_thread(self.event_loop, callback)
 
 
 class TrioReactor:

@@ -20,10 +20,10 @@ from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import (
     ConnectionLost,
     ControlFailure,
-    ControlTimeout,
     DaemonRefused,
     DaemonUnreachable,
     NotSupported,
+    timed_out,
 )
 from p2pclient_rs.loops import UnlessClosed, UnlessClosedAsync
 
@@ -143,7 +143,7 @@ class _Attempt:
         # Out of time. If the former entry remains beside the current one, it does no harm.
         if self.action == "remove" and self._policy.record == "current":
             return None
-        return ControlTimeout(f"no answer within {_REPLACING:g} s")
+        return timed_out(_REPLACING)
 
 
 def _reply(error: ControlFailure) -> Reply:

@@ -11,7 +11,7 @@ import anyio
 
 from p2pclient_rs._native import Request
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
-from p2pclient_rs.exceptions import ControlFailure, ControlTimeout
+from p2pclient_rs.exceptions import ControlFailure, timed_out
 from p2pclient_rs.loops import UnlessClosed
 from p2pclient_rs.pool import Pool, PooledConnection
 
@@ -60,8 +60,8 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         # The request, its deadline, and its connection, if this object is iterated.
         self._request: Request[tuple[T, ...]] | None = None
         self._deadline = math.inf
-        self._connection: PooledConnection | None = None
-        self._pool: Pool | None = None
+        #: The connection, and its pool: the client may use another daemon's address by now.
+        self._source: tuple[PooledConnection, Pool] | None = None
         #: The number of further results to return before letting other tasks run.
         self._turns = 0
         self._waiting = False
@@ -88,9 +88,9 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         self._ended = True
         if self._all is not None:
             self._all.close()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        source, self._source = self._source, None
+        if source is not None:
+            source[0].close()
 
     def _collected(self) -> Coroutine[Any, Any, tuple[T, ...]]:
         if self._all is None:
@@ -135,7 +135,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
                     return result if self._convert is None else self._convert(result)
                 self._ended = True
                 raise StopAsyncIteration
-            raise ControlTimeout(f"no answer within {self._timeout:g} s")
+            raise timed_out(self._timeout)
         except ControlFailure as error:
             self.close()
             self._connector.raise_described(error, self._name, self._peer_id)
@@ -144,14 +144,15 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
 
     async def _next(self, request: Request[tuple[T, ...]]) -> tuple[T, ...]:
         """Returns a tuple of the next result, or an empty tuple after the last one."""
-        connection = self._connection
-        if connection is None:
-            result, connection, self._pool = await self._connector.start_query(request)
+        if self._source is None:
+            result, connection, pool = await self._connector.start_query(request)
             self._turns = connection.watch.turns
             if self._ended:  # closed by another task while this one waited
                 connection.close()
                 return ()
+            self._source = connection, pool
         else:
+            connection, pool = self._source
             if self._turns == 0:
                 await connection.watch.checkpoint()
                 self._turns = connection.watch.turns
@@ -159,13 +160,9 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
             while (found := connection.raw.next_value()) is None:
                 await connection.watch.readable()
             result = found
-        if result:
-            self._connection = connection
-        else:
-            self._connection = None
-            if self._pool is not None:
-                # The connection's own pool: the client may use another daemon's address by now.
-                self._pool.give_back(connection)
+        if not result:
+            self._source = None
+            pool.give_back(connection)
         return result
 
     async def aclose(self) -> None:
@@ -185,6 +182,7 @@ class Results(Coroutine[Any, Any, tuple[T, ...]], AsyncIterator[T], Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        connection = getattr(self, "_connection", None)
-        if connection is not None:
+        source = getattr(self, "_source", None)
+        if source is not None:
+            connection, _ = source
             connection.watch.abandon(connection.raw)

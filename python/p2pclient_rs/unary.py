@@ -15,10 +15,10 @@ import anyio
 from p2pclient_rs._native import PeerID, may_retry
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
-from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, P2PHandlerError
+from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, P2PHandlerError, timed_out
 from p2pclient_rs.incoming_calls import UnaryHandler
 from p2pclient_rs.loops import UnlessClosed, current_loop, is_current
-from p2pclient_rs.persistent import Session, Settings, timed_out
+from p2pclient_rs.persistent import Session, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -299,16 +299,10 @@ class UnaryClient:
             ControlFailure: This client already has a handler of that name.
             DaemonRefused: Another client has one.
         """
-        session = self._session()
-        try:
-            with _deadline(timeout):
-                await session.add_handler(proto, handler, balanced=balanced, context=copy_context())
-                return
-            raise timed_out(timeout)
-        except ControlFailure as error:
-            raise self.daemon_connector.describe(
-                error, "ADD_UNARY_HANDLER", protocol=proto
-            ) from error.__cause__
+        adding = self._session().add_handler(
+            proto, handler, balanced=balanced, context=copy_context()
+        )
+        await self.daemon_connector.described(adding, "ADD_UNARY_HANDLER", timeout, protocol=proto)
 
     async def remove_handler(self, proto: str, *, timeout: float | None = None) -> None:
         """Removes a handler. Calls in progress continue.
@@ -316,16 +310,10 @@ class UnaryClient:
         Raises:
             ControlFailure: This client has no handler of that name.
         """
-        session = self._session()
-        try:
-            with _deadline(timeout):
-                await session.remove_handler(proto)
-                return
-            raise timed_out(timeout)
-        except ControlFailure as error:
-            raise self.daemon_connector.describe(
-                error, "REMOVE_UNARY_HANDLER", protocol=proto
-            ) from error.__cause__
+        removing = self._session().remove_handler(proto)
+        await self.daemon_connector.described(
+            removing, "REMOVE_UNARY_HANDLER", timeout, protocol=proto
+        )
 
     def close(self) -> None:
         """Closes the persistent connection and drops all handlers. Pending calls fail, and running
@@ -392,5 +380,5 @@ def _limit(name: str, limit: int | None) -> int | None:
 
 def _deadline(timeout: float | None) -> UnlessClosed[anyio.CancelScope]:
     if timeout is not None and not timeout >= 0:  # also rejects NaN
-        raise ValueError(f"a timeout must be a number of seconds from 0 on, not {timeout}")
+        raise ValueError(f"a timeout is a number of seconds from 0 on, not {timeout}")
     return UnlessClosed(anyio.move_on_after(timeout))

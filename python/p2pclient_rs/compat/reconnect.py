@@ -19,6 +19,7 @@ from typing import Any
 from p2pclient_rs import control
 from p2pclient_rs._native import Multiaddr, PeerID, Reconnection
 from p2pclient_rs.exceptions import ControlFailure
+from p2pclient_rs.reactor import silence
 
 __all__ = ["restore", "wrap"]
 
@@ -105,8 +106,7 @@ class _Watchdog:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
-        # Otherwise asyncio warns of the task if the loop is closed without cancelling its tasks.
-        self._task._log_destroy_pending = False  # type: ignore[attr-defined]
+        silence(self._task)
 
     def stop(self) -> None:
         """Cancels the task. Any thread may call this. Does nothing in a forked child."""

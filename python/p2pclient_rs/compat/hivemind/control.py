@@ -30,7 +30,7 @@ from p2pclient_rs.compat.values import (
 )
 from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
 from p2pclient_rs.listening import Start
-from p2pclient_rs.reactor import reactor
+from p2pclient_rs.reactor import reactor, silence
 from p2pclient_rs.stream import Stream
 from p2pclient_rs.unary import DEFAULT_HOLD, MAX_PROTOBUF_SIZE, UnaryClient
 
@@ -487,9 +487,8 @@ class ControlClient(control.ControlClient):
         self._stopping = False
         self._handler_tasks = handlers = HandlerTasks()
         task = asyncio.create_task(self._serve(listener, anyio.CancelScope()))
-        # If the loop is closed, asyncio must not warn of this task: hivemind's server is not a
-        # task, so asyncio does not warn of it either.
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        # hivemind's server is not a task, so asyncio does not warn of it.
+        silence(task)
         closed = False
         try:
             yield
