@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -92,6 +93,13 @@ async def until(condition: Callable[[], object], within: float = 15.0) -> None:
         assert condition()
 
     await eventually(check, within)
+
+
+async def suspend(pid: int) -> None:
+    """Stops a process, and waits until it has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    await until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", within=20)
 
 
 class DaemonProcess:

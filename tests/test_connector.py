@@ -146,9 +146,8 @@ async def test_local_requests_do_not_queue_behind_remote_ones() -> None:
 
 
 async def test_connection_turned_stream_leaves_the_pool() -> None:
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         connection.answer(STREAM_OPENED)
         assert connection.read(4) == b"ping"
         connection.send(b"pong")

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias, cast
 import anyio
 import anyio.lowlevel
 import pytest
+from support import suspend
 
 import p2pclient_rs.daemon
 from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo
@@ -1431,12 +1432,6 @@ async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(20):
         while not condition():
             await anyio.sleep(0.01)
-
-
-async def suspend(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    stat_of = Path(f"/proc/{pid}/stat")
-    await until(lambda: stat_of.read_text().rpartition(")")[2].split()[0] == "T")
 
 
 async def test_suspended_daemon_is_killed() -> None:

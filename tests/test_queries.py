@@ -28,6 +28,7 @@ from fake_daemon import (
     Connection,
     FakeDaemon,
     Script,
+    by_connection,
     decode,
     field,
     frame,
@@ -67,6 +68,17 @@ def answer_to(request: bytes) -> bytes:
     """Answers LIST_PEERS with a peer whose id is the topic, and IDENTIFY with an identity."""
     topic = topic_of(request)
     return IDENTITY if topic is None else OK + field(PUBSUB, field(2, topic))
+
+
+def answers(connection: Connection) -> None:
+    """Answers every request by ``answer_to``."""
+    while True:
+        connection.send(frame(answer_to(connection.read_request())))
+
+
+def first_connection(script: Script) -> Script:
+    """Runs the script on the first connection, and ``answers`` on further ones."""
+    return by_connection(script, then=answers)
 
 
 async def enter_pipeline(client: Client) -> None:
@@ -157,9 +169,8 @@ async def test_woken_tasks_send_further_queries_and_get_their_own_replies(transp
 async def test_requests_with_side_effects_are_never_pipelined() -> None:
     held = Held(1)
 
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         held.read(connection)
         changed.wait()
         connection.send(frame(IDENTITY))
@@ -195,10 +206,8 @@ async def test_refusal_fails_only_its_query() -> None:
 async def test_cancelled_query_keeps_its_place_and_new_ones_use_another_connection() -> None:
     held = Held(3)
 
+    @first_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            while True:
-                connection.send(frame(answer_to(connection.read_request())))
         requests = held.read(connection)
         was_cancelled.wait()
         for request in requests:
@@ -231,9 +240,8 @@ async def test_cancelled_query_keeps_its_place_and_new_ones_use_another_connecti
 async def test_connection_whose_queries_all_timed_out_is_closed_at_once() -> None:
     held = Held(5)
 
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         held.read(connection)
         connection.wait_closed()
 
@@ -250,10 +258,8 @@ async def test_lost_connection_fails_the_current_query_and_retries_the_rest(
 ) -> None:
     held = Held(100)
 
+    @first_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            while True:
-                connection.send(frame(answer_to(connection.read_request())))
         requests = held.read(connection)
         for request in requests[:30]:
             connection.send(frame(answer_to(request)))
@@ -275,9 +281,8 @@ async def test_lost_connection_fails_the_current_query_and_retries_the_rest(
 async def test_query_is_retried_on_a_lost_connection_only_if_unread(
     read: bool,
 ) -> None:
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         connection.answer(IDENTITY)
         connection.answer(IDENTITY)
         if read:
@@ -293,9 +298,8 @@ async def test_query_is_retried_on_a_lost_connection_only_if_unread(
 
 
 async def test_queries_that_could_not_be_written_are_all_retried() -> None:
+    @by_connection
     def deaf(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         connection.answer(IDENTITY)
         connection.answer(IDENTITY)
         connection.socket.shutdown(socket.SHUT_RD)  # the client's write fails, its read does not
@@ -315,10 +319,8 @@ async def test_connection_lost_while_blocked_leaves_no_writer_registered() -> No
     """The next connection gets the same descriptor."""
     go, ended = threading.Event(), threading.Event()
 
+    @first_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            while True:
-                connection.send(frame(answer_to(connection.read_request())))
         connection.answer(IDENTITY)
         connection.answer(IDENTITY)
         go.wait(PATIENCE)
@@ -371,9 +373,8 @@ async def test_daemon_that_is_gone_fails_every_waiting_query(no_descriptor_left:
 async def test_invalid_reply_fails_its_query_and_the_rest_are_retried() -> None:
     held = Held(3)
 
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         held.read(connection)
         connection.send(frame(IDENTITY) + frame(b"\xff\xff\xff"))
         connection.wait_closed()
@@ -389,9 +390,8 @@ async def test_invalid_reply_fails_its_query_and_the_rest_are_retried() -> None:
 async def test_unsolicited_data_is_not_taken_for_a_reply() -> None:
     sent = threading.Event()
 
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         connection.answer(IDENTITY)
         connection.answer(IDENTITY)
         connection.send(frame(ERROR))
@@ -407,10 +407,8 @@ async def test_unsolicited_data_is_not_taken_for_a_reply() -> None:
 async def test_queries_over_the_limit_of_a_connection_use_others() -> None:
     held = Held(1024)
 
+    @first_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            while True:
-                connection.send(frame(answer_to(connection.read_request())))
         for request in held.read(connection):
             connection.send(frame(answer_to(request)))
         connection.wait_closed()
@@ -493,9 +491,8 @@ def test_connection_is_closed_with_its_event_loop(anyio_backend: Any, waiting: b
     backend, options = anyio_backend
     held = Held(3)
 
+    @by_connection
     def script(connection: Connection) -> None:
-        if connection.number > 1:
-            return honest(connection)
         held.read(connection)
         connection.wait_closed()
 

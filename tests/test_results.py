@@ -10,14 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from conftest import FULL, Pair
 from fake_daemon import ERROR, IDENTITY, OK, PEER, Connection, FakeDaemon, dht, field, frame
-from support import DaemonProcess, eventually, open_descriptors, unknown_peer, until
+from support import DaemonProcess, eventually, open_descriptors, suspend, unknown_peer, until
 
 from p2pclient_rs import (
     Client,
@@ -149,9 +148,8 @@ async def test_query_to_a_frozen_daemon_times_out_and_the_next_one_works(
     how: str, dht_pair: Pair, nothing_left_open: None
 ) -> None:
     alice, process = dht_pair.alice, dht_pair.alice_daemon.process
-    process.send_signal(signal.SIGSTOP)
     try:
-        await until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+        await suspend(process.pid)
         if how == "timeout":
             with pytest.raises(ControlTimeout):
                 async for _ in alice.dht_get_closest_peers(b"some key", timeout=0.2):
@@ -461,6 +459,7 @@ async def test_refused_iteration_keeps_the_connection() -> None:
             assert fake.accepted == 1
 
 
+@pytest.mark.independent
 async def test_connection_of_a_query_is_closed_if_the_control_address_changed_meanwhile() -> None:
     def old_daemon(connection: Connection) -> None:
         connection.read_request()
@@ -484,6 +483,7 @@ async def test_connection_of_a_query_is_closed_if_the_control_address_changed_me
         assert (old.accepted, new.accepted) == (1, 1)
 
 
+@pytest.mark.independent
 async def test_closing_during_the_first_wait_closes_the_connection(nothing_left_open: None) -> None:
     def script(connection: Connection) -> None:
         connection.read_request()

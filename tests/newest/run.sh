@@ -48,8 +48,7 @@ for version in $versions; do
             mkdir -p "$root$folder"
             mount --rbind "$folder" "$root$folder"
         done
-        cd "$repository"
-        exec chroot "$root" sh -c "cd \"\$1\" && shift && exec make \"\$@\"" sh "$repository" \
+        exec chroot "$root" make -C "$repository" \
             test-python "PYTHON=python$version" "VENV=.venv-$version" "PYTEST_ARGS=$*"
     ' sh "$@"
 done
