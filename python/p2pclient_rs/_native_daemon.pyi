@@ -193,15 +193,9 @@ class Supervision:
     Times are in seconds of any monotonic clock.
 
     The driver calls a method for each event, carries out the actions of ``poll`` until that returns
-    None, and calls ``timeout`` at ``deadline``.
-
-    Args:
-        restart_limit: Deaths in a row, each within 10 seconds of the start, after which the
-            supervisor gives up; 0 to never restart.
-        peers: The number of bootstrap peers."""
+    None, and calls ``timeout`` at ``deadline``. ``DaemonProcess.supervision`` creates it."""
 
     REGISTER_TIMEOUT: float
-    def __new__(cls, restart_limit: int, peers: int) -> Self: ...
     def poll(self) -> SupervisionAction | None:
         """Returns the next action, or None."""
 

@@ -54,6 +54,33 @@ pub fn bytes<'py>(py: Python<'py>, bytes: &[u8]) -> Result<Bound<'py, PyBytes>, 
     }
 }
 
+/// Returns an uninitialised bytes object, which must not be shared before all of it is written. Zeroing it
+/// would cost a pass over all received data.
+#[allow(unsafe_code)]
+pub fn uninitialised(py: Python<'_>, size: usize) -> Result<Bound<'_, PyBytes>, NoMemory> {
+    let size = isize::try_from(size).map_err(|_| NoMemory)?;
+    // SAFETY: a null pointer requests an uninitialised object of that size; the result is a new
+    // reference, or null with an exception set.
+    unsafe {
+        let new = ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
+        owned(py, new)
+    }
+}
+
+/// Returns the content of a bytes object, to be written.
+///
+/// # Safety
+/// The object must not be shared yet: nothing but `object` refers to it.
+#[allow(unsafe_code)]
+pub unsafe fn content_mut<'a>(py: Python<'_>, object: &'a mut Py<PyBytes>) -> &'a mut [u8] {
+    let size = object.bind(py).as_bytes().len();
+    // SAFETY: the object is a bytes object of that size. The caller guarantees that it is not shared.
+    unsafe {
+        let data = ffi::PyBytes_AsString(object.as_ptr());
+        std::slice::from_raw_parts_mut(data.cast::<u8>(), size)
+    }
+}
+
 /// A bytes object that is not shared yet. Its first `filled` bytes are written.
 pub struct BytesBuilder {
     object: Py<PyBytes>,
@@ -67,16 +94,9 @@ impl BytesBuilder {
     /// # Errors
     /// There is no memory.
     pub fn new(py: Python<'_>, size: usize) -> Result<Self, NoMemory> {
-        let size = isize::try_from(size.max(1)).unwrap_or(isize::MAX);
-        // SAFETY: a null pointer requests an uninitialised object of that size; the result is a new
-        // reference, or null with an exception set. Zeroing the object would cost a pass over all
-        // received data, and `finish` returns only the bytes that were written.
-        let object = unsafe {
-            let new = ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
-            owned(py, new)?
-        };
+        // `finish` returns only the bytes that were written.
         Ok(Self {
-            object: object.unbind(),
+            object: uninitialised(py, size.max(1))?.unbind(),
             filled: 0,
         })
     }
@@ -92,13 +112,8 @@ impl BytesBuilder {
 
     /// The unwritten part of the buffer.
     pub fn rest<'a>(&'a mut self, py: Python<'a>) -> &'a mut [u8] {
-        let size = self.size(py);
-        // SAFETY: the object is a bytes object of that size, and nothing but this `&mut self`
-        // refers to it.
-        let all = unsafe {
-            let data = ffi::PyBytes_AsString(self.object.as_ptr());
-            std::slice::from_raw_parts_mut(data.cast::<u8>(), size)
-        };
+        // SAFETY: nothing but this `&mut self` refers to the object.
+        let all = unsafe { content_mut(py, &mut self.object) };
         &mut all[self.filled..]
     }
 

@@ -161,9 +161,7 @@ impl ControlConnection {
     /// Whether another request can be sent.
     #[getter]
     pub fn reusable(&self) -> bool {
-        self.lock()
-            .as_ref()
-            .is_some_and(|inner| inner.exchange.is_reusable() && inner.output.is_empty())
+        self.lock().as_ref().is_some_and(Inner::is_reusable)
     }
 
     /// Whether the connection has become a stream or a subscription.
@@ -222,7 +220,7 @@ impl ControlConnection {
         event_loop: &Bound<'_, PyAny>,
         on_readable: Py<PyAny>,
     ) -> PyResult<Pipeline> {
-        let taken = self.take(|inner| inner.exchange.is_reusable() && inner.output.is_empty())?;
+        let taken = self.take(Inner::is_reusable)?;
         Ok(Pipeline::new(
             taken.socket,
             taken.exchange,
@@ -287,6 +285,10 @@ impl ControlConnection {
 }
 
 impl Inner {
+    fn is_reusable(&self) -> bool {
+        self.exchange.is_reusable() && self.output.is_empty()
+    }
+
     fn flush(&mut self) -> Result<bool, ConnectionError> {
         while !self.output.is_empty() {
             match self.socket.write(&self.output) {

@@ -404,6 +404,16 @@ pub fn change<C: Driven>(
     after(slf, changed)
 }
 
+/// Closes a connection. In a forked child only the descriptor is closed.
+pub fn close<C: Driven>(slf: &Bound<'_, C>) -> PyResult<()> {
+    if slf.get().driver().is_forked() {
+        let socket = lock(slf.get()).channel().close();
+        drop(socket);
+        return Ok(());
+    }
+    C::lose(slf, Loss::Closed)
+}
+
 /// The result of `change_state`.
 pub type Changed<C> = Result<<<C as Driven>::State as DrivenState>::FollowUp, Loss>;
 

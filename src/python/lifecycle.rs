@@ -2,15 +2,15 @@
 //! `p2pd_protocol::policy::persistent`.
 
 use super::errors::DaemonRefused;
+use super::policy::duration;
 use p2pd_protocol::policy::backoff::Backoff;
 use p2pd_protocol::policy::persistent::{
     self as policy, Action, ConnectionId, Failure, Registration, Timing,
 };
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 type Error = Py<PyAny>;
 
@@ -159,8 +159,4 @@ fn to_tuple(py: Python<'_>, action: Action<u64, Error>) -> PyResult<Bound<'_, Py
             Err(Failure::Closed) => ("fail", tokens, "closed", py.None()).into_pyobject(py),
         },
     }
-}
-
-fn duration(seconds: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))
 }

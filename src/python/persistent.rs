@@ -244,11 +244,6 @@ impl PersistentConnection {
 
     /// Closes the connection. In a forked child only the descriptor is closed.
     fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
-        if slf.get().driver.is_forked() {
-            let socket = lock(slf.get()).channel.close();
-            drop(socket);
-            return Ok(());
-        }
         // The Go daemon does not notify peers that a client has left: their calls, and our handlers,
         // would never end. Bytes that the socket does not accept at once are lost.
         let _ = driver::change(slf, |state| {
@@ -258,7 +253,7 @@ impl PersistentConnection {
             state.channel.flush()?;
             Ok(())
         });
-        Self::lose(slf, Loss::Closed)
+        driver::close(slf)
     }
 
     /// Whether the connection was closed or lost.

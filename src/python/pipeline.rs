@@ -159,12 +159,7 @@ impl Pipeline {
 
     /// Closes the connection. In a forked child only the descriptor is closed.
     fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
-        if slf.get().driver.is_forked() {
-            let socket = lock(slf.get()).channel.close();
-            drop(socket);
-            return Ok(());
-        }
-        Self::lose(slf, Loss::Closed)
+        driver::close(slf)
     }
 
     /// Whether the caller is a task that a reply over this connection has resumed.

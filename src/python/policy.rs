@@ -133,6 +133,6 @@ fn pair(action: Action) -> (&'static str, bool) {
     }
 }
 
-fn duration(seconds: f64) -> PyResult<Duration> {
+pub(super) fn duration(seconds: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))
 }

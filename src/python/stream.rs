@@ -69,15 +69,14 @@ impl RawStream {
         found.map_err(StreamError::into_exception)
     }
 
-    /// Like `look`, for callers that must not block or fail, such as callbacks of the garbage collector.
-    /// Returns `None` if the stream is closed or in use.
-    fn try_look<T>(&self, look: impl FnOnce(&Socket) -> T) -> Option<T> {
-        let state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
-        state.socket.as_ref().map(look)
+    /// Like `lock`, for callers that must not block, such as callbacks of the garbage collector.
+    /// Returns `None` if another thread uses the stream.
+    fn try_lock(&self) -> Option<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -382,18 +381,17 @@ impl RawStream {
     /// counts too. False if the stream is closed.
     #[getter]
     fn peer_closed(&self) -> bool {
-        self.try_look(Socket::peer_closed).unwrap_or(false)
+        let state = self.try_lock();
+        let socket = state.as_ref().and_then(|state| state.socket.as_ref());
+        socket.is_some_and(Socket::peer_closed)
     }
 
     /// Whether asyncio would not watch this socket: it is closed, the peer has shut its writing half
     /// down, or the unread input has reached the size that asyncio buffers. False while another thread
     /// uses the stream.
     fn is_unwatched(&self, py: Python<'_>) -> bool {
-        // The garbage collector calls this: it must not block.
-        let state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
+        let Some(state) = self.try_lock() else {
+            return false;
         };
         let Some(socket) = &state.socket else {
             return true;

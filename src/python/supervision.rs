@@ -30,11 +30,6 @@ impl Supervision {
 
 #[pymethods]
 impl Supervision {
-    #[new]
-    fn new(restart_limit: u32, peers: usize) -> Self {
-        Supervision(supervision::Supervision::new(restart_limit, peers))
-    }
-
     /// Time limit for the registrations of one client after a restart.
     #[classattr]
     const REGISTER_TIMEOUT: f64 = REGISTER_TIMEOUT.as_secs_f64();

@@ -1,5 +1,6 @@
 //! The payload of a unary call, received directly into a Python bytes object.
 
+use crate::bytes_builder::{content_mut, uninitialised};
 use p2pd_protocol::unary::Payload;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -16,18 +17,8 @@ impl PyPayload {
 #[allow(unsafe_code)]
 impl Payload for PyPayload {
     fn with_len(len: usize) -> Option<Self> {
-        Python::attach(|py| {
-            let size = isize::try_from(len).ok()?;
-            // SAFETY: a null pointer requests an uninitialised object of that size; the result is a
-            // new reference, or null with an exception set. Zeroing the object would cost a pass over
-            // every large payload, and the protocol emits it only when all of it is written.
-            let bytes = unsafe {
-                let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
-                Bound::from_owned_ptr_or_err(py, new)
-            };
-            let bytes = bytes.ok()?.cast_into::<PyBytes>().ok()?;
-            Some(Self(bytes.unbind()))
-        })
+        // The protocol emits it only when all of it is written.
+        Python::attach(|py| Some(Self(uninitialised(py, len).ok()?.unbind())))
     }
 
     fn copy_from(bytes: &[u8]) -> Self {
@@ -36,13 +27,9 @@ impl Payload for PyPayload {
 
     fn as_mut(&mut self) -> &mut [u8] {
         Python::attach(|py| {
-            let len = self.0.bind(py).as_bytes().len();
-            // SAFETY: the object is a bytes object of that length. It is written to only while it is
-            // being received, when nothing but this `&mut self` refers to it.
-            unsafe {
-                let data = pyo3::ffi::PyBytes_AsString(self.0.as_ptr());
-                std::slice::from_raw_parts_mut(data.cast::<u8>(), len)
-            }
+            // SAFETY: the payload is written to only while it is being received, when nothing but this
+            // `&mut self` refers to it.
+            unsafe { content_mut(py, &mut self.0) }
         })
     }
 }
