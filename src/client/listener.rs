@@ -162,11 +162,8 @@ impl Inbound {
 
     /// Starts to listen, unless it already does. Returns the address.
     pub async fn listen(&self, pool: &Pool) -> Result<Multiaddr, Error> {
-        if let Some(listening) = &*lock(&self.listening) {
-            // The task ends with its runtime.
-            if !listening.accepting.is_finished() {
-                return Ok(listening.addr.clone());
-            }
+        if let Some(addr) = current(&lock(&self.listening)) {
+            return Ok(addr);
         }
         let failed = |addr: &Endpoint, error: io::Error| Error::Listen {
             addr: addr.into(),
@@ -183,10 +180,8 @@ impl Inbound {
 
         let mut listening = lock(&self.listening);
         // Another registration may have begun to listen meanwhile.
-        if let Some(listening) = &*listening {
-            if !listening.accepting.is_finished() {
-                return Ok(listening.addr.clone());
-            }
+        if let Some(addr) = current(&listening) {
+            return Ok(addr);
         }
         *listening = None;
         let bound = Listener::bind(&endpoint).and_then(|listener| {
@@ -211,6 +206,12 @@ impl Inbound {
         });
         Ok(addr)
     }
+}
+
+/// The address listened at, unless the accepting task has ended with its runtime.
+fn current(listening: &Option<Listening>) -> Option<Multiaddr> {
+    let listening = listening.as_ref()?;
+    (!listening.accepting.is_finished()).then(|| listening.addr.clone())
 }
 
 /// Returns an endpoint that the daemon can reach: of the same kind as its control endpoint, and on the

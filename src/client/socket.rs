@@ -157,15 +157,15 @@ impl Socket {
 
 #[cfg(unix)]
 async fn connect_unix(path: &str) -> io::Result<Socket> {
+    use p2pd_protocol::policy::backoff::Backoff;
     use std::time::Duration;
 
-    let mut delay = Duration::from_millis(1);
+    let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(50));
     loop {
         match UnixStream::connect(path).await {
             // The daemon's accept queue is full. There is no event for when that changes.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                tokio::time::sleep(delay).await;
-                delay = Duration::from_millis(50).min(2 * delay);
+                tokio::time::sleep(backoff.next(0)).await;
             }
             connected => return connected.map(Socket::Unix),
         }

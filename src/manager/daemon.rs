@@ -213,11 +213,7 @@ impl P2PDaemonBuilder {
         })?;
         // From here on, an error or a dropped future destroys the process.
         let guard = ProcessGuard(Arc::new(Process::prepare(binary, &self.options, None)?));
-        let outcome = match guard.0.spawn() {
-            Ok(()) => startup::ready(&guard.0, self.start_timeout).await,
-            Err(error) => Err(error),
-        };
-        match outcome {
+        match startup::start(&guard.0, self.start_timeout).await {
             Ok(identity) => Ok(P2PDaemon {
                 supervisor: Supervisor::start(&guard.0, self.start_timeout),
                 guard,

@@ -1,6 +1,7 @@
 //! Destroys a daemon's process, and waits for its end, on tokio.
 
 use super::process::Process;
+use p2pd_protocol::policy::backoff::Backoff;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,10 +32,9 @@ impl Drop for ProcessGuard {
 
 /// Destroys the process, and waits until nothing is left of it.
 pub(super) async fn destroyed(process: &Process) {
-    let mut pause = Duration::from_millis(1);
+    let mut backoff = Backoff::new(Duration::from_millis(1), POLL_INTERVAL);
     while !process.try_destroy() {
-        sleep(pause).await;
-        pause = POLL_INTERVAL.min(2 * pause);
+        sleep(backoff.next(0)).await;
     }
 }
 

@@ -37,6 +37,7 @@ use super::locks::{lock, try_lock};
 use super::options::{Bootstrap, BootstrapPeer, DaemonOptions, Flavour};
 use super::start::{self, DaemonError, StartError};
 use p2pd_protocol::endpoint::Endpoint;
+use p2pd_protocol::policy::backoff::Backoff;
 use p2pd_protocol::policy::supervision::Supervision;
 use p2pd_protocol::{Multiaddr, PeerId};
 use std::io;
@@ -417,13 +418,12 @@ impl Process {
     #[doc(hidden)]
     pub fn destroy_within(&self, limit: Duration) -> bool {
         let begun = Instant::now();
-        let mut pause = Duration::from_micros(200);
+        let mut backoff = Backoff::new(Duration::from_micros(200), Duration::from_millis(10));
         while !self.try_destroy() {
             if begun.elapsed() >= limit {
                 return false;
             }
-            thread::sleep(pause);
-            pause = (2 * pause).min(Duration::from_millis(10));
+            thread::sleep(backoff.next(0));
         }
         true
     }

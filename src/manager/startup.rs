@@ -11,11 +11,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, Instant};
 
-/// Waits until the daemon is ready, for at most `limit`.
+/// Spawns the daemon, and waits until it is ready, for at most `limit`.
 ///
 /// # Errors
-/// The daemon ended, or was not ready in time.
-pub(super) async fn ready(process: &Process, limit: Duration) -> Result<Identity, StartError> {
+/// The daemon cannot be spawned, ended, or was not ready in time.
+pub(super) async fn start(process: &Process, limit: Duration) -> Result<Identity, StartError> {
+    process.spawn()?;
     let obstacle = match probed(process, limit).await {
         Ok(identity) => return Ok(identity),
         Err(obstacle) => obstacle,

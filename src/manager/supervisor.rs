@@ -5,7 +5,7 @@ use super::locks::lock;
 use super::options::BootstrapPeer;
 use super::process::Process;
 use super::start::StartError;
-use super::startup::{ready, reason};
+use super::startup::{self, reason};
 use p2pd_client::{Client, Error, WeakClient};
 use p2pd_protocol::policy::reconnection::CONNECT_TIMEOUT;
 use p2pd_protocol::policy::supervision::{Action, Event, Report, Supervision, REGISTER_TIMEOUT};
@@ -210,11 +210,7 @@ impl Driver {
     }
 
     async fn start(&mut self) -> Event {
-        let outcome = match self.process.spawn() {
-            Ok(()) => ready(&self.process, self.start_timeout).await,
-            Err(error) => Err(error),
-        };
-        match outcome {
+        match startup::start(&self.process, self.start_timeout).await {
             Ok(_) => Event::Started,
             Err(_) if self.process.ended() => Event::Stopped,
             Err(error) => {

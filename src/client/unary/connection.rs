@@ -92,38 +92,27 @@ impl Connection {
 
     /// Waits until the connection is lost.
     pub async fn lost(&self) -> Error {
-        loop {
-            let room = self.room.notified();
-            if let Some(error) = &lock(&self.inner).lost {
-                return error.clone();
-            }
-            room.await;
-        }
+        self.until(|inner| inner.lost.clone()).await
     }
 
     /// Waits until there is room for another call.
     pub async fn room(&self) {
-        loop {
-            let room = self.room.notified();
-            {
-                let inner = lock(&self.inner);
-                if inner.is_gone() || inner.output.len() <= unary::HIGH_WATER {
-                    return;
-                }
-            }
-            room.await;
-        }
+        let has_room = |inner: &Inner| inner.is_gone() || inner.output.len() <= unary::HIGH_WATER;
+        self.until(|inner| has_room(inner).then_some(())).await;
     }
 
     /// Waits until the output is empty.
     pub async fn flushed(&self) {
+        let is_flushed = |inner: &Inner| inner.is_gone() || inner.output.is_empty();
+        self.until(|inner| is_flushed(inner).then_some(())).await;
+    }
+
+    /// Waits until `done` returns a value.
+    async fn until<T>(&self, done: impl Fn(&Inner) -> Option<T>) -> T {
         loop {
             let room = self.room.notified();
-            {
-                let inner = lock(&self.inner);
-                if inner.is_gone() || inner.output.is_empty() {
-                    return;
-                }
+            if let Some(value) = done(&lock(&self.inner)) {
+                return value;
             }
             room.await;
         }

@@ -64,11 +64,8 @@ struct Deferred {
 
 impl Session {
     pub fn new(pool: Arc<Pool>, limits: UnaryLimits) -> Arc<Self> {
-        let mut random = [0; 8];
-        // Only used for jitter.
-        let _ = getrandom::fill(&mut random);
         let state = State {
-            lifecycle: Lifecycle::new(Timing::default(), u64::from_ne_bytes(random)),
+            lifecycle: Lifecycle::new(Timing::default(), p2pd_sockets::random(0)),
             last_token: 0,
             operations: HashMap::new(),
             handlers: HashMap::new(),

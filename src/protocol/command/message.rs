@@ -35,7 +35,7 @@ pub(super) fn encode(r#type: Type, fill: impl FnOnce(&mut p2pd::Request)) -> Byt
 }
 
 /// Returns a required field of a message, or an error if it is missing.
-pub(super) fn required<T>(
+pub(crate) fn required<T>(
     value: Option<T>,
     message: &'static str,
     field: &'static str,

@@ -29,6 +29,7 @@ pub mod streams;
 pub mod unary;
 
 pub use message::refusal;
+pub(crate) use message::required;
 pub use request::{Answered, Member, Query, Request};
 pub(crate) use request::{EncodedReply, Reader};
 
@@ -209,10 +210,7 @@ impl Command {
             return Ok(command.into());
         }
         let request = p2pd::Request::decode(frame).map_err(|e| Error::malformed("Request", &e))?;
-        let number = request.r#type.ok_or(Error::MissingField {
-            message: "Request",
-            field: "type",
-        })?;
+        let number = required(request.r#type, "Request", "type")?;
         let r#type = Type::try_from(number).map_err(|_| Error::UnknownRequest(number))?;
         Self::of_type(r#type, request)?.ok_or(Error::UnknownRequest(number))
     }

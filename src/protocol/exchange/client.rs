@@ -11,7 +11,7 @@
 //! them is answered.
 
 use super::State;
-use crate::command::{Answered, EncodedRequest, Reader, Reply};
+use crate::command::{required, Answered, EncodedRequest, Reader, Reply};
 use crate::pb::p2pd::{self, dht_response, response};
 use crate::{Error, FrameDecoder, Limits};
 use bytes::Bytes;
@@ -227,10 +227,7 @@ impl ClientExchange {
         response: p2pd::Response,
         expected: Expected,
     ) -> Result<Option<Event>, Error> {
-        let r#type = response.r#type.ok_or(Error::MissingField {
-            message: "Response",
-            field: "type",
-        })?;
+        let r#type = required(response.r#type, "Response", "type")?;
         match response::Type::try_from(r#type) {
             Ok(response::Type::Ok) => {}
             Ok(response::Type::Error) => {
@@ -267,10 +264,7 @@ impl ClientExchange {
         response: p2pd::Response,
         read: fn(p2pd::DhtResponse) -> Result<Reply, Error>,
     ) -> Result<Option<Event>, Error> {
-        let response = response.dht.ok_or(Error::MissingField {
-            message: "Response",
-            field: "dht",
-        })?;
+        let response = required(response.dht, "Response", "dht")?;
         match step(&response)? {
             dht_response::Type::Begin => {
                 if let Some(pending) = &mut self.pending {
@@ -335,10 +329,7 @@ impl ClientExchange {
 
 /// Returns which part of a query's answer this is.
 fn step(response: &p2pd::DhtResponse) -> Result<dht_response::Type, Error> {
-    let r#type = response.r#type.ok_or(Error::MissingField {
-        message: "DHTResponse",
-        field: "type",
-    })?;
+    let r#type = required(response.r#type, "DHTResponse", "type")?;
     dht_response::Type::try_from(r#type)
         .map_err(|_| Error::Unexpected(format!("DHTResponse of unknown type {type}")))
 }

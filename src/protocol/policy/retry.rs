@@ -51,7 +51,7 @@ impl Progress {
 }
 
 /// Whether a socket's error means that the other side has closed the connection.
-pub fn is_disconnect(error: ErrorKind) -> bool {
+fn is_disconnect(error: ErrorKind) -> bool {
     matches!(
         error,
         ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted

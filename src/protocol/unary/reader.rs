@@ -5,6 +5,7 @@ use super::message::{Direction, Head, HeadRef, Message, CALL};
 use super::payload::Payload;
 use super::scan::{scan, Scan};
 use super::skip::Skip;
+use crate::command::required;
 use crate::fields::Fields;
 use crate::{framing, Error};
 use bytes::{Bytes, BytesMut};
@@ -329,10 +330,7 @@ impl<P: Payload> Reader<P> {
                 reason: "its fields cannot be told apart".to_owned(),
             });
         }
-        let id = id.ok_or(Error::MissingField {
-            message: name,
-            field: "callId",
-        })?;
+        let id = required(id, name, "callId")?;
         let id: CallId = id
             .try_into()
             .map_err(|_| Error::Unexpected(format!("a call id of {} bytes", id.len())))?;

@@ -11,6 +11,7 @@ use super::message::{
 };
 use super::payload::Payload;
 use super::reader::{Reader, Receiving};
+use crate::command::required;
 use crate::pb::p2pd;
 use crate::Error;
 use bytes::{Bytes, BytesMut};
@@ -499,10 +500,6 @@ impl<T, P: Payload> PersistentServer<T, P> {
         field: Option<u64>,
         content: Bytes,
     ) -> Result<Option<ServerEvent<T, P>>, Error> {
-        let name = |proto: Option<String>, message| {
-            let field = "proto";
-            proto.ok_or(Error::MissingField { message, field })
-        };
         Ok(match field.and_then(|field| u32::try_from(field).ok()) {
             Some(ADD_HANDLER) => {
                 const MESSAGE: &str = "AddUnaryHandlerRequest";
@@ -510,7 +507,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                     .map_err(|e| Error::malformed(MESSAGE, &e))?;
                 Some(ServerEvent::AddHandler {
                     id,
-                    protocol: name(add.proto, MESSAGE)?,
+                    protocol: required(add.proto, MESSAGE, "proto")?,
                     balanced: add.balanced.unwrap_or(false),
                 })
             }
@@ -518,7 +515,7 @@ impl<T, P: Payload> PersistentServer<T, P> {
                 const MESSAGE: &str = "RemoveUnaryHandlerRequest";
                 let remove = p2pd::RemoveUnaryHandlerRequest::decode(content)
                     .map_err(|e| Error::malformed(MESSAGE, &e))?;
-                let protocol = name(remove.proto, MESSAGE)?;
+                let protocol = required(remove.proto, MESSAGE, "proto")?;
                 Some(ServerEvent::RemoveHandler { id, protocol })
             }
             Some(CANCEL) => {

@@ -397,8 +397,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
             match entry.in_flight.take() {
                 Some(Request::Register(addition)) => {
                     failed.push(addition.token);
-                    entry.handler = None;
-                    self.actions.push_back(Action::Forget(name));
+                    self.forget(&name);
                 }
                 // The daemon forgets the handlers of a lost connection.
                 Some(Request::Unregister(token)) => self.removed(&name, token),
@@ -409,22 +408,25 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
 
     /// Drops a handler that the daemon no longer has, and completes its removal.
     fn removed(&mut self, name: &str, token: Option<T>) {
-        let entry = self.handlers.get_mut(name);
-        if entry.is_some_and(|entry| entry.handler.take().is_some()) {
-            self.actions.push_back(Action::Forget(name.to_owned()));
-        }
+        self.forget(name);
         if let Some(token) = token {
             self.complete(token, Ok(()));
         }
     }
 
+    /// Drops the handler of a name, if there is one.
+    fn forget(&mut self, name: &str) {
+        let entry = self.handlers.get_mut(name);
+        if entry.is_some_and(|entry| entry.handler.take().is_some()) {
+            self.actions.push_back(Action::Forget(name.to_owned()));
+        }
+    }
+
     fn drop_handler(&mut self, name: &str, now: Instant) {
+        self.forget(name);
         let Some(entry) = self.handlers.get_mut(name) else {
             return;
         };
-        if entry.handler.take().is_some() {
-            self.actions.push_back(Action::Forget(name.to_owned()));
-        }
         match &mut entry.in_flight {
             Some(request @ (Request::Register(_) | Request::RegisterAgain)) => {
                 *request = Request::RegisterAbandoned;
@@ -448,8 +450,7 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
         if outcome.is_ok() {
             entry.registered = true;
         } else {
-            entry.handler = None;
-            self.actions.push_back(Action::Forget(name.to_owned()));
+            self.forget(name);
         }
         self.complete(addition.token, outcome);
     }
@@ -457,12 +458,11 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
     /// Adds the handler on the next connection.
     fn add_again(&mut self, name: &str, addition: Addition<T>) {
         let entry = self.handlers.entry(name);
-        entry.handler = None;
         entry.queue.push_front(Change::Add(Addition {
             repeated: true,
             ..addition
         }));
-        self.actions.push_back(Action::Forget(name.to_owned()));
+        self.forget(name);
     }
 
     fn registered_again(&mut self, name: &str, outcome: Registration<E>, now: Instant) {
@@ -485,13 +485,11 @@ impl<T: Copy + PartialEq, E> Lifecycle<T, E> {
                     }
                 }
                 // The connection is still useful for the other handlers.
-                entry.handler = None;
-                let name = name.to_owned();
                 self.actions.push_back(Action::Report {
-                    name: name.clone(),
+                    name: name.to_owned(),
                     error,
                 });
-                self.actions.push_back(Action::Forget(name));
+                self.forget(name);
             }
             Registration::Unsent(error) | Registration::Failed(error) => {
                 self.actions.push_back(Action::Close);
