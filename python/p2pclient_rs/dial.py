@@ -9,7 +9,6 @@ import anyio
 from p2pclient_rs._native import ControlConnection, Multiaddr, endpoint
 from p2pclient_rs.exceptions import DaemonUnreachable, from_os_error
 from p2pclient_rs.pool import PooledConnection
-from p2pclient_rs.process import Pause
 from p2pclient_rs.readiness import watch
 
 __all__ = ["dial", "resolve"]
@@ -48,10 +47,11 @@ async def dial(maddr: Multiaddr, max_message_size: int | None) -> PooledConnecti
 async def _connect(
     address: str | tuple[str, int], max_message_size: int | None
 ) -> PooledConnection:
-    pause = Pause()
+    delay = 0.001
     while (raw := ControlConnection.connect(address, max_frame=max_message_size)) is None:
         # The daemon's accept queue is full. There is no event for room in it, so poll.
-        await pause()
+        await anyio.sleep(delay)
+        delay = min(2 * delay, 0.05)
     connection = PooledConnection(raw, watch(raw.fileno()))
     try:
         if not raw.connected:
