@@ -51,6 +51,8 @@ def test_pickling_preserves_all_attributes(kind: type[P2PDaemonError]) -> None:
 def test_control_failure_text_names_the_request_and_the_daemons_message() -> None:
     text = str(example(DaemonRefused))
     assert text == f"failed: no dial (request CONNECT, peer {PEER}, protocol /x/1)"
+    hinted = ControlFailure("failed", protocol="/x/1", hint="wait")
+    assert str(hinted) == "failed; wait (protocol /x/1)"
     assert str(ControlFailure("failed")) == "failed"
     assert str(ControlFailure(daemon_message="no dial")) == "no dial"
     assert str(ControlFailure("CONNECT failed", request="CONNECT")) == "CONNECT failed"

@@ -325,10 +325,10 @@ async def test_handler_is_registered_once_and_can_be_removed(two: Pair) -> None:
     async def echo(request: bytes, caller: Any) -> bytes:
         return request
 
-    with pytest.raises(two.b.P2PDaemonError, match="Handler for protocol e is not registered"):
+    with pytest.raises(two.b.P2PDaemonError, match="^Handler for protocol e is not registered$"):
         await two.far.remove_unary_handler("e")
     await two.far.add_unary_handler("e", echo)
-    with pytest.raises(two.b.P2PDaemonError, match="Handler for protocol e already registered"):
+    with pytest.raises(two.b.P2PDaemonError, match="^Handler for protocol e already registered$"):
         await two.far.add_unary_handler("e", echo)
     assert await two.near.call_unary_handler(two.far_id, "e", b"x") == b"x"
     await two.far.remove_unary_handler("e")

@@ -4,6 +4,7 @@ another client has taken the protocol."""
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,14 @@ import anyio
 import pytest
 from support import DaemonProcess, eventually
 
-from p2pclient_rs import Client, ControlFailure, DaemonRefused, StreamInfo
+from p2pclient_rs import (
+    AlreadyRegistered,
+    Client,
+    ControlFailure,
+    DaemonRefused,
+    NotRegistered,
+    StreamInfo,
+)
 from p2pclient_rs.stream import Stream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.daemons("hivemind")]
@@ -94,8 +102,29 @@ async def test_handler_is_replaced_only_if_that_is_allowed() -> None:
                 await client.stream_handler("/name", greeter(b"second"), replace=False)
             assert failure.value.request == "STREAM_HANDLER"
             assert failure.value.protocol == "/name"
+            assert type(failure.value) is AlreadyRegistered
+            assert failure.value.daemon_message is None
+            assert "replace" in str(failure.value)
             async with connected(daemon) as caller:
                 assert await greeting(caller, daemon, "/name") == b"first"
+
+
+async def test_refused_registration_and_removal_raise_their_own_classes() -> None:
+    with DaemonProcess() as daemon:
+        async with daemon.client() as first, first.listen(), daemon.client() as second:
+            await first.stream_handler("/name", greeter(b"first"))
+            async with second.listen():
+                with pytest.raises(AlreadyRegistered) as taken:
+                    await second.stream_handler("/name", greeter(b"second"))
+                with pytest.raises(NotRegistered) as missing:
+                    await second.remove_stream_handler("/name")
+            for error, message in ((taken.value, "already set"), (missing.value, "not exist")):
+                assert isinstance(error, DaemonRefused)
+                assert error.protocol == "/name"
+                assert error.daemon_message is not None and message in error.daemon_message
+                assert error.hint is not None and error.hint in str(error)
+                copy = pickle.loads(pickle.dumps(error))
+                assert type(copy) is type(error) and str(copy) == str(error)
 
 
 async def test_replacing_a_handler_drops_no_streams() -> None:

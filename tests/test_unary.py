@@ -19,6 +19,7 @@ from fake_daemon import field, frame, varint
 from support import BACKENDS, DaemonProcess, all_of, eventually, unknown_peer, until
 
 from p2pclient_rs import (
+    AlreadyRegistered,
     Client,
     ConnectionLost,
     ControlFailure,
@@ -26,6 +27,7 @@ from p2pclient_rs import (
     DaemonRefused,
     InvalidPeerID,
     MessageTooLarge,
+    NotRegistered,
     P2PDaemonError,
     P2PHandlerError,
     PeerID,
@@ -790,8 +792,11 @@ async def test_removed_handler_is_no_longer_called(pair: Pair) -> None:
 
 
 async def test_removing_an_unregistered_handler_is_refused(pair: Pair) -> None:
-    with pytest.raises(ControlFailure, match="echo.*not registered"):
+    with pytest.raises(ControlFailure, match="echo.*not registered") as error:
         await pair.bob.remove_unary_handler("echo")
+    assert type(error.value) is NotRegistered
+    assert error.value.protocol == "echo"
+    assert error.value.hint is not None and error.value.hint in str(error.value)
 
 
 async def test_removed_handler_finishes_its_running_calls(pair: Pair) -> None:
@@ -813,8 +818,11 @@ async def test_removed_handler_finishes_its_running_calls(pair: Pair) -> None:
 async def test_client_has_one_handler_per_protocol(pair: Pair) -> None:
     await pair.bob.add_unary_handler("echo", echo)
     for balanced in (False, True):
-        with pytest.raises(ControlFailure, match="echo already registered"):
+        with pytest.raises(ControlFailure, match="echo already registered") as error:
             await pair.bob.add_unary_handler("echo", backwards, balanced=balanced)
+        assert type(error.value) is AlreadyRegistered
+        assert error.value.protocol == "echo" and error.value.daemon_message is None
+        assert error.value.hint is not None and error.value.hint in str(error.value)
     assert await pair.call("echo", b"data") == b"data"
 
 
@@ -825,7 +833,9 @@ async def test_protocol_of_another_client_is_refused_and_nothing_changes(
     async with pair.bob_daemon.client() as second:
         with pytest.raises(DaemonRefused, match="already set") as error:
             await second.add_unary_handler("echo", backwards)
+        assert isinstance(error.value, AlreadyRegistered)
         assert error.value.protocol == "echo"
+        assert error.value.hint is not None and error.value.hint in str(error.value)
         with pytest.raises(ControlFailure, match="not registered"):
             await second.remove_unary_handler("echo")
         for _ in range(4):

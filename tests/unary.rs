@@ -299,6 +299,7 @@ async fn protocol_has_one_handler_until_it_is_removed() {
     ));
     let error = add(&other).await.unwrap_err();
     assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    assert!(error.to_string().contains("use another name"), "{error}");
     assert_eq!(other.unary_handlers(), [""; 0]);
     pair.alice.call_unary(bob, "passing", "").await.unwrap();
 

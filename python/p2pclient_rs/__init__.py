@@ -33,6 +33,7 @@ from p2pclient_rs.control import ControlClient
 from p2pclient_rs.daemon import Daemon
 from p2pclient_rs.dht import DHTClient
 from p2pclient_rs.exceptions import (
+    AlreadyRegistered,
     ConnectionLost,
     ControlFailure,
     ControlTimeout,
@@ -43,6 +44,7 @@ from p2pclient_rs.exceptions import (
     DispatchFailure,
     ForkedClientError,
     MessageTooLarge,
+    NotRegistered,
     NotSupported,
     P2PDaemonError,
     P2PHandlerError,
@@ -68,6 +70,7 @@ ID = PeerID
 
 __all__ = [
     "ID",
+    "AlreadyRegistered",
     "Client",
     "CompatibilityWarning",
     "ConnectionLost",
@@ -91,6 +94,7 @@ __all__ = [
     "InvalidPeerID",
     "MessageTooLarge",
     "Multiaddr",
+    "NotRegistered",
     "NotSupported",
     "OpenedStream",
     "P2PDaemonError",

@@ -87,13 +87,13 @@ __all__ = [
     "after_fork_in_child",
     "after_fork_in_parent",
     "before_fork",
+    "classify_refusal",
     "decode_pubsub_message",
     "decode_stream_info",
     "endpoint",
     "find_daemon",
     "may_retry",
     "p2pd_descriptors",
-    "refusal_kind",
     "report_first_wake",
     "set_inplace_wake",
     "unused_tcp_port",
@@ -542,10 +542,13 @@ def set_inplace_wake(enabled: bool) -> None:
         p2pclient_rs.set_inplace_wake(False)
     """
 
-def refusal_kind(
-    message: str,
-) -> Literal["not supported", "timed out", "already registered"] | None:
-    """Returns the kind of refusal that this message of a daemon means; None if it is unknown."""
+_RefusalKind: TypeAlias = Literal[
+    "not supported", "timed out", "already registered", "not registered"
+]
+
+def classify_refusal(message: str) -> tuple[_RefusalKind | None, str | None]:
+    """Returns the kind of refusal that this message of a daemon means, or None if it is unknown,
+    and a hint, or None."""
 
 # --- schema ---
 

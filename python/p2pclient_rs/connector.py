@@ -19,18 +19,21 @@ from p2pclient_rs._native import (
     PeerID,
     PersistentConnection,
     Request,
+    classify_refusal,
     may_retry,
-    refusal_kind,
 )
 from p2pclient_rs.dial import dial
 from p2pclient_rs.driver import on_readable, run_ready
 from p2pclient_rs.exceptions import (
+    AlreadyRegistered,
     ConnectionLost,
     ControlFailure,
     ControlTimeout,
     DaemonRefused,
     ForkedClientError,
+    NotRegistered,
     NotSupported,
+    combined,
     timed_out,
 )
 from p2pclient_rs.loops import UnlessClosed, current_loop, is_current
@@ -509,9 +512,13 @@ def _precise(error: ControlFailure) -> ControlFailure:
     """Returns the error as the subclass that fits the daemon's message."""
     message = error.daemon_message
     if isinstance(error, DaemonRefused) and message is not None:
-        kind = refusal_kind(message)
+        kind, hint = classify_refusal(message)
         if kind == "not supported":
             return NotSupported(str(error.args[0]), daemon_message=message)
         if kind == "timed out":
             return ControlTimeout("the daemon gave up", daemon_message=message)
+        if kind in ("already registered", "not registered"):
+            made = AlreadyRegistered if kind == "already registered" else NotRegistered
+            refused: Any = combined(made, (DaemonRefused,))
+            return refused(str(error.args[0]), daemon_message=message, hint=hint)  # type: ignore[no-any-return]
     return error

@@ -22,7 +22,12 @@ from p2pclient_rs._native import (
 )
 from p2pclient_rs.connector import DaemonConnector, MultiaddrLike, PeerIDLike
 from p2pclient_rs.dial import resolve
-from p2pclient_rs.exceptions import ControlFailure, DaemonRefused, NotSupported
+from p2pclient_rs.exceptions import (
+    ControlFailure,
+    DaemonRefused,
+    NotSupported,
+    already_registered,
+)
 from p2pclient_rs.handlers import DEFAULT_LINGER, HandlerOptions, Lingering, StreamHandler
 from p2pclient_rs.inbound import InboundStreams
 from p2pclient_rs.listening import (
@@ -265,8 +270,8 @@ class ControlClient(InboundStreams):
             timeout: In seconds.
 
         Raises:
-            ControlFailure: This client already serves the protocol, and ``replace`` is false.
-            DaemonRefused: Another client serves the protocol (hivemind's daemon).
+            AlreadyRegistered: This client serves the protocol, and ``replace`` is false; or
+                another client serves it (hivemind's daemon). The latter is also a DaemonRefused.
             TypeError: The handler cannot be called with one or two arguments.
             ValueError: ``linger`` is negative or not a number.
 
@@ -308,7 +313,7 @@ class ControlClient(InboundStreams):
     ) -> None:
         async with self._registrations.changing(proto):
             if not replace and proto in self.handlers:
-                raise ControlFailure(f"Handler for protocol {proto} already registered")
+                raise already_registered(proto, "remove it first, or pass replace=True")
             before, was_balanced = self.handlers.get(proto), proto in self._balanced
             self._note_balanced(proto, balanced)
             # Before the request, since a stream can arrive before the daemon's reply.
@@ -328,7 +333,7 @@ class ControlClient(InboundStreams):
 
         Raises:
             ControlFailure: The port of the listen address is not known yet.
-            DaemonRefused: Another client serves the protocol.
+            AlreadyRegistered: Another client serves the protocol.
         """
         maddr = Multiaddr(self.listen_maddr)
         kind, _, port = endpoint(maddr)
@@ -381,7 +386,7 @@ class ControlClient(InboundStreams):
         Raises:
             NotSupported: The daemon is not hivemind's. It still offers the protocol to its peers,
                 but this client refuses their streams.
-            DaemonRefused: There is no such handler.
+            NotRegistered: The daemon has no such handler of this client.
         """
         self.handlers.pop(proto, None)
         self._options.pop(proto, None)

@@ -65,10 +65,8 @@ async def _connect(
 
 def _unreachable(error: OSError, maddr: Multiaddr, path: str | None) -> DaemonUnreachable:
     message = f"no connection to the daemon's control socket at {maddr}: {error}"
-    hint = _hint(error, maddr)
-    text = f"{message}; {hint}" if hint else message
-    unreachable = from_os_error(DaemonUnreachable, text, error, path)
-    unreachable._without_hint = message
+    unreachable = from_os_error(DaemonUnreachable, message, error, path)
+    unreachable.hint = _hint(error, maddr)
     return unreachable
 
 

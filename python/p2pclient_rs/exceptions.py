@@ -4,6 +4,10 @@
     ├── ControlFailure              a request to the daemon failed
     │   ├── DaemonRefused           the daemon replied with an error
     │   │   └── NotSupported        … because it does not support the request
+    │   ├── AlreadyRegistered       there is a handler for the protocol (a DaemonRefused, if another
+    │   │                           client has it)
+    │   ├── NotRegistered           there is no handler to remove (a DaemonRefused, if the daemon
+    │   │                           found out)
     │   ├── DaemonUnreachable       no connection to the control socket (an OSError)
     │   ├── ConnectionLost          the connection ended before the reply (an OSError)
     │   ├── ControlTimeout          no reply in time (a TimeoutError)
@@ -58,9 +62,11 @@ if TYPE_CHECKING:
         peer_id: PeerID | None
         protocol: str | None
         daemon_message: str | None
+        hint: str | None
 
 
 __all__ = [
+    "AlreadyRegistered",
     "ConnectionLost",
     "ControlFailure",
     "ControlTimeout",
@@ -71,6 +77,7 @@ __all__ = [
     "DispatchFailure",
     "ForkedClientError",
     "MessageTooLarge",
+    "NotRegistered",
     "NotSupported",
     "P2PDaemonError",
     "P2PHandlerError",
@@ -103,12 +110,14 @@ class ControlFailure(P2PDaemonError):
         peer_id: The peer that the request was about.
         protocol: The protocol id that the request was about, or several separated by commas.
         daemon_message: The daemon's error message.
+        hint: The next step in one line, if one is known.
     """
 
     request: str | None
     peer_id: PeerID | None
     protocol: str | None
     daemon_message: str | None
+    hint: str | None
     #: Whether its text is the message alone. hivemind's users compare that text.
     _terse: bool = False
     #: In a class made by `combined`: the arguments of that call.
@@ -122,12 +131,14 @@ class ControlFailure(P2PDaemonError):
         peer_id: PeerID | None = None,
         protocol: str | None = None,
         daemon_message: str | None = None,
+        hint: str | None = None,
     ) -> None:
         super().__init__(message)
         self.request = request
         self.peer_id = peer_id
         self.protocol = protocol
         self.daemon_message = daemon_message
+        self.hint = hint
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
@@ -135,6 +146,8 @@ class ControlFailure(P2PDaemonError):
             return text
         if self.daemon_message and self.daemon_message not in text:
             text = f"{text}: {self.daemon_message}" if text else self.daemon_message
+        if self.hint:
+            text = f"{text}; {self.hint}"
         context = ", ".join(
             f"{name} {value}"
             for name, value in (
@@ -158,7 +171,7 @@ def combined(kind: type[Exception], also: tuple[type[Exception], ...]) -> type[E
 
     Args:
         kind: A class of this package.
-        also: Built-in classes. Base classes of ``kind`` are ignored.
+        also: Other exception classes. Base classes of ``kind`` are ignored.
     """
     also = tuple(base for base in also if not issubclass(kind, base))
     if not also:
@@ -260,6 +273,36 @@ class NotSupported(DaemonRefused):
     or the feature is off."""
 
 
+class AlreadyRegistered(ControlFailure):
+    """There is already a handler for the protocol.
+
+    If another client of the daemon has registered it, the daemon has refused the request: the
+    exception is also a ``DaemonRefused``, with a ``daemon_message``. If this client has, nothing
+    was sent. The ``hint`` names the next step.
+
+    Example:
+        async def double(request: bytes, caller: PeerID) -> bytes:
+            return 2 * request
+
+        try:
+            await client.add_unary_handler("double", double)
+        except AlreadyRegistered as error:
+            print(error.protocol, "is taken:", error.hint)
+    """
+
+
+class NotRegistered(ControlFailure):
+    """This client has no handler for the protocol, so it can remove none.
+
+    If the daemon found out, the exception is also a ``DaemonRefused``, with a ``daemon_message``.
+    """
+
+
+def already_registered(proto: str | None, hint: str) -> AlreadyRegistered:
+    """Returns the exception for a second handler of the same client."""
+    return AlreadyRegistered(f"Handler for protocol {proto} already registered", hint=hint)
+
+
 class DaemonUnreachable(ControlFailure, ConnectionError):
     """The client could not connect to the daemon's control socket: nothing was sent.
 
@@ -267,9 +310,6 @@ class DaemonUnreachable(ControlFailure, ConnectionError):
     socket, ConnectionRefusedError if no daemon listens on it, PermissionError, or
     ``socket.gaierror``.
     """
-
-    #: The message without the hint, for callers that add their own hint.
-    _without_hint: str | None = None
 
 
 class ConnectionLost(ControlFailure, ConnectionResetError, EOFError):

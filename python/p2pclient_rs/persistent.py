@@ -21,7 +21,13 @@ from p2pclient_rs import daemon_limit
 from p2pclient_rs._native import Lifecycle, PeerID, PersistentConnection, may_retry
 from p2pclient_rs.connector import DaemonConnector, PeerIDLike, UnaryLimits
 from p2pclient_rs.daemon_limit import DEFAULT_MAX_MESSAGE_SIZE
-from p2pclient_rs.exceptions import ConnectionLost, ControlFailure, timed_out
+from p2pclient_rs.exceptions import (
+    ConnectionLost,
+    ControlFailure,
+    NotRegistered,
+    already_registered,
+    timed_out,
+)
 from p2pclient_rs.incoming_calls import IncomingCalls, UnaryHandler
 from p2pclient_rs.reactor import Future, Work, reactor, silence
 
@@ -523,9 +529,12 @@ class _Answer:
 def _failure(reason: str, name: str | None, detail: Any = None) -> BaseException:
     """Returns the exception for a failed operation of the lifecycle."""
     if reason == "already_registered":
-        return ControlFailure(f"Handler for protocol {name} already registered")
+        return already_registered(name, "remove it first, or use another name")
     if reason == "not_registered":
-        return ControlFailure(f"Handler for protocol {name} is not registered")
+        return NotRegistered(
+            f"Handler for protocol {name} is not registered",
+            hint="this client can remove only the handlers that it has added",
+        )
     if reason == "timed_out":
         return timed_out(detail)
     if reason == "closed":

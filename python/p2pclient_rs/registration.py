@@ -14,7 +14,7 @@ from p2pclient_rs._native import (
     Multiaddr,
     Registering,
     Request,
-    refusal_kind,
+    classify_refusal,
 )
 from p2pclient_rs.connector import DaemonConnector
 from p2pclient_rs.exceptions import (
@@ -149,7 +149,7 @@ class _Attempt:
 def _reply(error: ControlFailure) -> Reply:
     """Returns the outcome to report to the registration policy for an error."""
     if isinstance(error, DaemonRefused):
-        kind = refusal_kind(error.daemon_message or "")
+        kind, _ = classify_refusal(error.daemon_message or "")
         return "taken" if kind == "already registered" else "refused"
     return "unreachable" if isinstance(error, DaemonUnreachable) else "lost"
 
@@ -183,7 +183,7 @@ class Registrations:
         """Registers a protocol at the daemon, unless the daemon already has this registration.
 
         Raises:
-            DaemonRefused: Another client serves the protocol.
+            AlreadyRegistered: Another client serves the protocol.
         """
         attempt = _Attempt(self, owner, proto, balanced)
         try:
@@ -210,7 +210,7 @@ class Registrations:
 
         Raises:
             NotSupported: The daemon is not hivemind's.
-            DaemonRefused: The daemon has no such registration of this client.
+            NotRegistered: The daemon has no such registration of this client.
         """
         connector = owner.daemon_connector
         entry = self._registered.get(proto)

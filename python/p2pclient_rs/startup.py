@@ -123,6 +123,4 @@ def reason(failure: ControlFailure) -> str:
 
 def _message(failure: ControlFailure) -> str:
     """Returns the failure's message without the hint to start a daemon, which is starting."""
-    if isinstance(failure, DaemonUnreachable) and failure._without_hint is not None:
-        return failure._without_hint
-    return str(failure)
+    return str(failure.args[0] if isinstance(failure, DaemonUnreachable) else failure)

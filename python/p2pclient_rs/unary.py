@@ -296,8 +296,8 @@ class UnaryClient:
                 a call in turn.
 
         Raises:
-            ControlFailure: This client already has a handler of that name.
-            DaemonRefused: Another client has one.
+            AlreadyRegistered: This client already has a handler of that name, or another client
+                has one. The latter is also a DaemonRefused.
         """
         adding = self._session().add_handler(
             proto, handler, balanced=balanced, context=copy_context()
@@ -308,7 +308,7 @@ class UnaryClient:
         """Removes a handler. Calls in progress continue.
 
         Raises:
-            ControlFailure: This client has no handler of that name.
+            NotRegistered: This client has no handler of that name.
         """
         removing = self._session().remove_handler(proto)
         await self.daemon_connector.described(

@@ -14,7 +14,7 @@ use std::time::Duration;
 #[non_exhaustive]
 pub enum Error {
     /// The daemon answered with an error.
-    #[error("the daemon refused: {message}{context}")]
+    #[error("the daemon refused: {message}{hint}{context}", hint = hint(.message))]
     Refused {
         /// The daemon's error message.
         message: String,
@@ -148,6 +148,14 @@ impl Context {
     pub(super) fn protocol(mut self, protocol: impl Into<String>) -> Self {
         self.protocol = Some(protocol.into());
         self
+    }
+}
+
+/// The next step after a refusal with this message, as an addition to the error's text.
+fn hint(message: &str) -> String {
+    match Refusal::of(message).hint() {
+        Some(hint) => format!("; {hint}"),
+        None => String::new(),
     }
 }
 

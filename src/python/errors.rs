@@ -202,13 +202,16 @@ pub fn check_fork(pid: u32, what: &str) -> PyResult<()> {
     )))
 }
 
-/// Classifies a refusal: "not supported", "timed out", "already registered", or None.
+/// Classifies a refusal. Returns its kind, or None if that is unknown, and a hint, if there is one.
 #[pyfunction]
-pub fn refusal_kind(message: &str) -> Option<&'static str> {
-    match Refusal::of(message) {
+pub fn classify_refusal(message: &str) -> (Option<&'static str>, Option<&'static str>) {
+    let refusal = Refusal::of(message);
+    let kind = match refusal {
         Refusal::NotSupported => Some("not supported"),
         Refusal::TimedOut => Some("timed out"),
         Refusal::AlreadyRegistered => Some("already registered"),
+        Refusal::NotRegistered => Some("not registered"),
         _ => None,
-    }
+    };
+    (kind, refusal.hint())
 }

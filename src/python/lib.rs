@@ -57,7 +57,7 @@ mod _native {
     #[pymodule_export]
     use super::connection::ControlConnection;
     #[pymodule_export]
-    use super::errors::refusal_kind;
+    use super::errors::classify_refusal;
     #[pymodule_export]
     use super::lifecycle::Lifecycle;
     #[pymodule_export]

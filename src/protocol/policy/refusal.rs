@@ -10,6 +10,8 @@ pub enum Refusal {
     TimedOut,
     /// A client, possibly the same one, has already registered a handler for this protocol.
     AlreadyRegistered,
+    /// The handler to remove is not registered, or belongs to another client.
+    NotRegistered,
     /// Anything else.
     Other,
 }
@@ -34,7 +36,27 @@ impl Refusal {
             | "ERR_NOT_IMPLEMENTED" => Self::NotSupported,
             _ if message.ends_with("context deadline exceeded") => Self::TimedOut,
             _ if message.ends_with("already set") => Self::AlreadyRegistered,
+            _ if message.starts_with("handler for protocol ")
+                && message.ends_with("does not exist") =>
+            {
+                Self::NotRegistered
+            }
             _ => Self::Other,
+        }
+    }
+
+    /// The next step for the user, if the daemon's message does not show it.
+    pub fn hint(self) -> Option<&'static str> {
+        match self {
+            Self::AlreadyRegistered => Some(
+                "another client of this daemon serves it: use another name, or register it as \
+                 balanced in all of its clients",
+            ),
+            Self::NotRegistered => Some(
+                "this client has nothing to remove there: the daemon was restarted, or another \
+                 client serves the protocol",
+            ),
+            Self::NotSupported | Self::TimedOut | Self::Other => None,
         }
     }
 }
@@ -65,6 +87,15 @@ mod tests {
                 "handler for protocol /echo already set",
                 Refusal::AlreadyRegistered,
             ),
+            (
+                "handler for protocol /echo does not exist",
+                Refusal::NotRegistered,
+            ),
+            (
+                "handler for protocol /echo with maddr /unix/tmp/a.sock does not exist",
+                Refusal::NotRegistered,
+            ),
+            ("the key does not exist", Refusal::Other),
             ("failed to dial: no addresses", Refusal::Other),
             // Only the whole message counts.
             ("the peer says: not supported", Refusal::Other),

@@ -28,7 +28,11 @@ from p2pclient_rs.compat.values import (
     ConvertedTypes,
     connection_protocol,
 )
-from p2pclient_rs.exceptions import ControlFailure as OwnControlFailure
+from p2pclient_rs.exceptions import (
+    AlreadyRegistered,
+    ControlFailure as OwnControlFailure,
+    NotRegistered,
+)
 from p2pclient_rs.listening import Start
 from p2pclient_rs.reactor import reactor, silence
 from p2pclient_rs.stream import Stream
@@ -135,6 +139,10 @@ def _peer_id(peer: bytes) -> PeerID:
     return PeerID(peer)
 
 
+#: The classes of errors that hivemind's client raises with a message of its own.
+_OWN_MESSAGES = OwnControlFailure, AlreadyRegistered, NotRegistered
+
+
 class _Types(ConvertedTypes):
     """Converts the results and the errors of requests into hivemind's types."""
 
@@ -152,7 +160,7 @@ class _Types(ConvertedTypes):
             # Petals tells errors of unary calls apart by the text that hivemind gives them: the
             # daemon's message, or the message of hivemind's client. Our client uses the same texts.
             message = error.daemon_message
-            if message is None and type(error) is OwnControlFailure:
+            if message is None and type(error) in _OWN_MESSAGES:
                 message = str(error.args[0])
             if message is not None:
                 error.args = (message,)
