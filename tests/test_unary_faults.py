@@ -518,6 +518,32 @@ async def test_connection_broken_right_after_a_reconnect_is_reopened() -> None:
             await until(lambda: client.unary.connected)
 
 
+async def test_every_lost_connection_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    served = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.upgrade()
+        message = connection.read_message()
+        if connection.number == 2:  # is lost while the handler is registered again
+            return
+        connection.send(frame(acknowledgement(message.call_id)))
+        if connection.number == 3:
+            served.set()
+            connection.wait_closed()
+
+    def losses() -> list[str]:
+        return [line for line in caplog.messages if "persistent connection" in line]
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            await client.add_unary_handler("echo", echo)
+            await until(served.is_set)
+            await until(lambda: client.unary.connected)
+            assert len(losses()) == 2
+        # The client has closed the third connection itself.
+        assert len(losses()) == 2
+
+
 async def test_reconnect_backs_off_if_the_daemon_drops_every_connection() -> None:
     def script(connection: Connection) -> None:
         connection.upgrade()

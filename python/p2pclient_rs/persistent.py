@@ -127,6 +127,8 @@ class Session:
         self._tokens = count()
         self._operations: dict[int, _Operation] = {}
         self._carrying_out = False
+        #: Whether the session is closing a connection.
+        self._closing = False
         #: Whether a registration is being sent.
         self._registering = False
         #: A loss of the connection to report after that.
@@ -273,7 +275,14 @@ class Session:
         if self._connection is not None:
             _, connection = self._connection
             self._connection = self.current = None
+            self._close_connection(connection)
+
+    def _close_connection(self, connection: PersistentConnection) -> None:
+        self._closing = True
+        try:
             connection.close()
+        finally:
+            self._closing = False
 
     def _do_ready(self) -> None:
         if self._connection is not None:
@@ -372,7 +381,7 @@ class Session:
             before, self._connection = self._connection, (connection_id, opened)
             if not self._lifecycle.opened(connection_id):
                 self._connection = before
-                opened.close()
+                self._close_connection(opened)
         self._carry_out()
 
     def _drop_withdrawn(self) -> None:
@@ -419,7 +428,7 @@ class Session:
     def on_lost(self, connection: PersistentConnection, error: ControlFailure) -> None:
         if self.current is connection:
             self.current = None
-        if self._connection is not None:
+        if not self._closing:
             message = "the persistent connection to the daemon was lost: %s"
             logger.log(self._settings.loss_level, message, error)
         self.incoming.cancel_all(connection)
