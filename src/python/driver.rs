@@ -101,6 +101,7 @@ impl Attempts {
 
 impl Driver {
     pub fn new(event_loop: &Bound<'_, PyAny>, fd: RawFd) -> Self {
+        let _guard = enter(event_loop.py());
         Self {
             event_loop: event_loop.clone().unbind(),
             kind: LoopKind::of(event_loop),
@@ -243,7 +244,8 @@ impl Driver {
     }
 }
 
-/// A connection that is served by callbacks of an event loop.
+/// A connection that is served by callbacks of an event loop. Callers of `handle`, `run` and `lose` hold a
+/// `ShutdownGuard`.
 pub trait Driven: PyClass<Frozen = True> + Sync {
     type State: DrivenState;
 
@@ -336,14 +338,13 @@ pub fn read<C: Driven>(slf: &Bound<'_, C>, ready: &Bound<'_, PyList>) -> PyResul
     Ok(())
 }
 
-/// Handles events. Appends the calls to make to `ready`.
+/// Handles events. Appends the calls to make to `ready`. The caller holds a `ShutdownGuard`.
 pub fn handle_all<C: Driven>(
     slf: &Bound<'_, C>,
     events: Vec<<C::State as DrivenState>::Event>,
     in_place: bool,
     ready: &Bound<'_, PyList>,
 ) {
-    let _guard = enter(slf.py());
     let driver = slf.get().driver();
     for event in events {
         driver.push(ready, C::handle(slf, event, in_place));
@@ -411,6 +412,7 @@ pub fn close<C: Driven>(slf: &Bound<'_, C>) -> PyResult<()> {
         drop(socket);
         return Ok(());
     }
+    let _guard = enter(slf.py());
     C::lose(slf, Loss::Closed)
 }
 
@@ -431,6 +433,7 @@ pub fn change_state<C: Driven>(
 
 /// Carries out the loop operations that follow from `change_state`.
 pub fn after<C: Driven>(slf: &Bound<'_, C>, changed: Changed<C>) -> PyResult<()> {
+    let _guard = enter(slf.py());
     match changed {
         Ok(follow_up) => C::run(slf, follow_up),
         Err(loss) => C::lose_writing(slf, loss),

@@ -1,5 +1,6 @@
 //! Converts errors of the protocol and of sockets to the package's Python exceptions.
 
+use super::shutdown_guard::enter;
 use p2pd_protocol as protocol;
 use p2pd_protocol::policy::refusal::Refusal;
 pub use p2pd_protocol::policy::refusal::UNKNOWN_REQUEST;
@@ -50,6 +51,7 @@ pub fn import(py: Python<'_>) {
 /// Creates an exception at once. PyO3 would create it on first use, and release the GIL for that. A
 /// finalizer that runs while the interpreter exits would not get the GIL back.
 pub fn made<E: PyTypeInfo>(py: Python<'_>, message: &str) -> PyErr {
+    let _guard = enter(py);
     match E::type_object(py).call1((message,)) {
         Ok(value) => PyErr::from_value(value),
         Err(failed) => failed,
@@ -146,6 +148,7 @@ pub fn refused(py: Python<'_>, message: &str) -> PyErr {
 /// Returns a ConnectionLost that is also an instance of the built-in class for the errno `number`.
 fn made_lost(py: Python<'_>, message: &str, number: Option<i32>) -> PyErr {
     let special = number.and_then(|number| {
+        let _guard = enter(py);
         let make = make_lost(py);
         make.and_then(|make| make.call1((message, number))).ok()
     });

@@ -1,6 +1,6 @@
-//! The futures that tasks await. An event loop creates them, and a driver completes them.
+//! The futures that tasks await. An event loop creates them, and a driver completes them. Callers hold a
+//! `ShutdownGuard`.
 
-use super::shutdown_guard::enter;
 use super::wake::{self, WakeUp};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -26,7 +26,6 @@ pub fn complete(
     in_place: bool,
 ) -> PyResult<Option<WakeUp>> {
     let py = future.py();
-    let _guard = enter(py);
     if is_done(future)? {
         return Ok(None);
     }

@@ -95,6 +95,7 @@ impl PersistentConnection {
 impl PersistentConnection {
     /// Acts as the first `read`, of `input` that arrived together with the reply to the upgrade.
     fn start(slf: &Bound<'_, Self>, input: &[u8], ready: &Bound<'_, PyList>) {
+        let _guard = enter(slf.py());
         let mut events = Vec::new();
         lock(slf.get()).start(input, &mut events);
         driver::handle_all(slf, events, false, ready);
@@ -146,6 +147,7 @@ impl PersistentConnection {
         balanced: bool,
         token: Token,
     ) -> PyResult<()> {
+        let _guard = enter(slf.py());
         let submitted = slf.get().submit(Tail::None, |state| {
             let State { core, head, .. } = state;
             core.add_handler(protocol, balanced, token, head).map(Some)
@@ -155,6 +157,7 @@ impl PersistentConnection {
 
     /// Unregisters the handler of `protocol`. Uses `token` as `add_handler` does.
     fn remove_handler(slf: &Bound<'_, Self>, protocol: &str, token: Token) -> PyResult<()> {
+        let _guard = enter(slf.py());
         let submitted = slf.get().submit(Tail::None, |state| {
             let State { core, head, .. } = state;
             core.remove_handler(protocol, token, head).map(Some)
@@ -227,6 +230,7 @@ impl PersistentConnection {
 
     /// Withdraws `room`: the caller no longer waits, or leaves the room to the next caller.
     fn pass_on(slf: &Bound<'_, Self>, token: Token) -> PyResult<()> {
+        let _guard = enter(slf.py());
         if slf.get().driver.is_forked() {
             return Ok(());
         }
@@ -410,7 +414,6 @@ impl Driven for PersistentConnection {
 
     fn run(slf: &Bound<'_, Self>, follow_up: FollowUp) -> PyResult<()> {
         let py = slf.py();
-        let _guard = enter(py);
         driver::register(slf, follow_up.registrations)?;
         let cancel_later = follow_up.cancel_later.then_some(unary::CANCEL_INTERVAL);
         for (delay, callback) in [
@@ -431,7 +434,6 @@ impl Driven for PersistentConnection {
 
     fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        let _guard = enter(py);
         let (socket, registered, pending, callers) = {
             let mut state = lock(this);
             let Some(socket) = state.channel.close() else {

@@ -242,7 +242,6 @@ impl Driven for Pipeline {
         if follow_up.registrations.is_empty() && !follow_up.retired {
             return Ok(());
         }
-        let _guard = enter(slf.py());
         let registered = driver::register(slf, follow_up.registrations);
         if registered.is_err() {
             // Without the callback, the replies would never be read.
@@ -259,7 +258,6 @@ impl Driven for Pipeline {
     /// which can be sent again.
     fn lose(slf: &Bound<'_, Self>, loss: Loss) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        let _guard = enter(py);
         let (socket, queries, unread, registered) = {
             let mut state = lock(this);
             (

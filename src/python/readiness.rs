@@ -78,6 +78,7 @@ impl Readiness {
     /// Writes the unsent output of a stream when the descriptor is writable. Keeps `owner` alive until
     /// that is done or has failed.
     fn flush_later(slf: &Bound<'_, Self>, stream: Py<RawStream>, owner: Py<PyAny>) -> PyResult<()> {
+        let _guard = enter(slf.py());
         {
             let mut direction = slf.get().direction(Way::Write);
             if direction.closed || direction.flushing.is_some() {
@@ -137,6 +138,7 @@ impl Readiness {
 
     /// Removes the writer if no task waits for it: most sockets are writable all the time.
     fn remove_idle_writer(&self, py: Python<'_>) -> PyResult<()> {
+        let _guard = enter(py);
         {
             let mut direction = self.direction(Way::Write);
             let busy = direction.flushing.is_some() || !direction.futures.is_empty();
@@ -144,20 +146,19 @@ impl Readiness {
                 return Ok(());
             }
         }
-        let _guard = enter(py);
         self.driver.remove(py, Way::Write)
     }
 
     /// Removes the callbacks and completes all futures. In a forked child it does neither, since the
     /// loop's epoll instance belongs to the parent.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let _guard = enter(py);
         if self.driver.is_forked() {
             for way in [Way::Read, Way::Write] {
                 self.direction(way).closed = true;
             }
             return Ok(());
         }
-        let _guard = enter(py);
         // A closed loop has no callbacks and resumes no tasks.
         let loop_is_closed = self.driver.loop_is_closed(py)?;
         for way in [Way::Read, Way::Write] {
@@ -285,7 +286,6 @@ impl Readiness {
                 return Ok(());
             }
         }
-        let _guard = enter(slf.py());
         let added = this.add(slf, way);
         if added.is_err() {
             this.direction(way).registered = false;

@@ -4,6 +4,12 @@
 //! Once finalization has begun, Python before 3.14 stops each thread that wants the GIL by unwinding its
 //! stack. Unwinding through Rust aborts the process. So an exit handler delays finalization until no
 //! thread calls Python from Rust. It also delays threads that are about to.
+//!
+//! A guard is taken where such a call begins, and nowhere below:
+//! - in the functions of `driver` that methods of `Pipeline` and `PersistentConnection` call;
+//! - in each method of these two classes and of `Readiness` that calls Python in another way, as its first
+//!   statement;
+//! - in `errors`, around the constructors of exceptions, since any method may fail.
 
 use pyo3::prelude::*;
 use std::cell::Cell;
@@ -36,7 +42,7 @@ thread_local! {
 /// While it lives, finalization waits for this thread.
 pub struct ShutdownGuard(());
 
-/// Must be called first in each Rust function that an event loop calls and that calls Python.
+/// Begins a call of Python; see the rule above. The caller must hold no lock.
 pub fn enter(py: Python<'_>) -> ShutdownGuard {
     let depth = DEPTH.get();
     if depth == 0 {
