@@ -343,7 +343,7 @@ async fn invalid_options_are_refused() {
         ),
         (
             daemon().bootstrap_peers([addr(UNREACHABLE), addr("/ip4/127.0.0.1/tcp/1")]),
-            "\"/ip4/127.0.0.1/tcp/1\" cannot be one: it does not end in /p2p/",
+            "invalid bootstrap peer \"/ip4/127.0.0.1/tcp/1\": it does not end in /p2p/",
         ),
     ] {
         match builder.spawn().await {

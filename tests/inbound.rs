@@ -188,7 +188,7 @@ async fn register_again_reports_a_protocol_taken_by_another_client() {
         refused.context().unwrap().protocol.as_deref(),
         Some("/taken")
     );
-    assert_eq!(lines_with("the handler of \"/taken\" is lost"), 1);
+    assert_eq!(lines_with("lost the handler of \"/taken\""), 1);
     // The other protocol was registered, so the thief is refused.
     let outcome = thief.stream_handler("/free", false).await;
     assert!(matches!(outcome, Err(Error::Refused { .. })), "{outcome:?}");

@@ -1554,11 +1554,11 @@ def test_program_under_run_imports_our_p2pclient(
     [
         ("", "which command?"),
         ("ran x.py", "unknown command or option 'ran'"),
-        ("run", "run: which program?"),
-        ("run -m", "run: which program?"),
+        ("run", "run: no program given"),
+        ("run -m", "run: no program given"),
         ("run --fast x.py", "run: unknown option --fast"),
         ("run -m --fast x", "run: unknown option --fast"),
-        ("run --force", "run: which program?"),
+        ("run --force", "run: no program given"),
         ("run --hivemind-package", "run: --hivemind-package needs the name of a package"),
         (
             "run --hivemind-package --force x.py",

@@ -175,7 +175,9 @@ async def test_removal_waits_for_the_reconnect_that_registers_the_handler() -> N
             assert registry.names == set(client.unary.handlers) == {"two"}
 
 
-async def test_reconnect_drops_a_handler_whose_protocol_another_client_took() -> None:
+async def test_reconnect_drops_a_handler_whose_protocol_another_client_took(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     registry = Registry()
     registry.names.add("echo")
 
@@ -192,6 +194,8 @@ async def test_reconnect_drops_a_handler_whose_protocol_another_client_took() ->
             await until(lambda: not client.unary.connected)
             await client.unary.open()
             assert client.unary.handlers == {}
+            (line,) = [line for line in caplog.messages if "lost the unary handler" in line]
+            assert "'echo'" in line and "already set" in line and "use another name" in line
             with pytest.raises(DaemonRefused, match="already set"):
                 await client.add_unary_handler("echo", echo)
             registry.names.clear()

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         case ["run", program, *args] if not program.startswith("-"):
             _run(program, args, calls)
         case ["run"] | ["run", "-m" | "--"]:
-            _usage_error("run: which program?")
+            _usage_error("run: no program given")
         case ["run", "-m", option, *_] | ["run", option, *_]:
             _usage_error(f"run: unknown option {option}")
         case [command, *_]:

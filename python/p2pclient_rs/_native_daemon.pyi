@@ -169,15 +169,15 @@ class DaemonProcess:
         Releases the GIL while it waits: milliseconds, or some seconds if a process cannot be
         interrupted."""
 
-    def doubt(self, peer_id: PeerID) -> str | None:
-        """Returns why an IDENTIFY reply with this peer id may be from another daemon; None if it is
-        from this one."""
+    def why_not_ready(self, peer_id: PeerID) -> str | None:
+        """Returns why an IDENTIFY reply with this peer id does not prove that the daemon is ready;
+        None if it does."""
 
     def not_ready(
-        self, timeout: float, obstacle: str | None, reasons: list[tuple[str, str]] = ...
+        self, timeout: float, reason: str | None, reasons: list[tuple[str, str]] = ...
     ) -> Exception:
         """Returns the DaemonStartError for a daemon that ended, or that was not ready after
-        `timeout` seconds because of `obstacle`. `reasons` has the unreachable bootstrap peers, each
+        `timeout` seconds because of `reason`. `reasons` has the unreachable bootstrap peers, each
         with the reason."""
 
     @property
@@ -275,8 +275,8 @@ class Startup:
     def step(self, now: float) -> tuple[Literal["probe", "wait", "ready", "failed"], float]:
         """Returns what to do next, and for "wait" until when."""
 
-    def probed(self, obstacle: str | None, now: float) -> None:
-        """Reports the outcome of a probe: None if the daemon is ready, otherwise the obstacle."""
+    def probed(self, reason: str | None, now: float) -> None:
+        """Reports the outcome of a probe: None if the daemon is ready, otherwise the reason."""
 
     def ended(self) -> None:
         """Reports that the process has ended, even if it was ready a moment ago."""
@@ -286,7 +286,7 @@ class Startup:
         """When to stop waiting for the reply to a probe."""
 
     @property
-    def obstacle(self) -> str | None:
+    def reason(self) -> str | None:
         """Why the last probe did not find the daemon ready."""
 
 @final

@@ -367,7 +367,7 @@ class ControlClient(InboundStreams):
                     self._register_one_again(proto), "STREAM_HANDLER", timeout, protocol=proto
                 )
             except DaemonRefused as error:
-                self.logger.error("the daemon has not taken a handler again: %s", error)
+                self.logger.error("lost the handler of %r: %s", proto, error)
                 refused = refused or error
         if refused is not None:
             try:

@@ -372,7 +372,7 @@ def _find_binary(wanted: str | os.PathLike[str] | None) -> Path:
     )
     if found is None:
         if failure is not None:
-            looked_at.append(f"hivemind: cannot be looked for: {failure}")
+            looked_at.append(f"hivemind: the search failed: {failure}")
         message = "no binary of a libp2p daemon to run"
         raise DaemonNotFound(message, looked_at=looked_at, hint=hint) from failure
     return found

@@ -133,7 +133,7 @@ class InboundStreams:
                 raise
             if not (self._stopping or _is_cancelled()):
                 self.logger.warning(
-                    "the handler of %r was cancelled on a stream from %s, and by nobody",
+                    "the handler of %r on a stream from %s was cancelled, but not by its client",
                     info.proto,
                     info.peer_id,
                     exc_info=True,

@@ -231,7 +231,7 @@ class Session:
     async def _room(self, connection: PersistentConnection) -> None:
         """Waits until there is room for another call. Waiting callers continue in order."""
         promise = self._reactor.create_future()
-        if not connection.room(promise):
+        if not connection.has_room(promise):
             try:
                 await promise
             except BaseException:
@@ -335,7 +335,8 @@ class Session:
             answered(error)
 
     def _do_report(self, name: str, error: Any) -> None:
-        logger.error("lost the handler of %r: %s", name, error.daemon_message)
+        described = self._settings.connector.describe(error, "ADD_UNARY_HANDLER", protocol=name)
+        logger.error("lost the unary handler of %r: %s", name, described)
 
     def _do_complete(self, tokens: list[int]) -> None:
         operations = [self._operations.pop(token, None) for token in tokens]

@@ -34,7 +34,7 @@ async def ready(process: DaemonProcess, timeout: float) -> Identity:
     identity = outcome[0] if outcome and startup.step(anyio.current_time())[0] == "ready" else None
     if identity is None:
         reasons = await _unreachable_peers(process) if process.unconnected else []
-        raise process.not_ready(timeout, startup.obstacle, reasons)
+        raise process.not_ready(timeout, startup.reason, reasons)
     return identity
 
 
@@ -47,12 +47,12 @@ async def _probe_until_ready(
         step, until = startup.step(anyio.current_time())
         if step == "probe":
             with anyio.CancelScope(deadline=startup.deadline):
-                obstacle = None
+                failure = None
                 try:
                     identity = await _probe(process)
                 except _NotReady as error:
-                    obstacle = str(error)
-                startup.probed(obstacle, anyio.current_time())
+                    failure = str(error)
+                startup.probed(failure, anyio.current_time())
         elif step == "wait":
             await anyio.sleep_until(until)
         else:
@@ -71,9 +71,9 @@ async def _probe(process: DaemonProcess) -> Identity:
             identity = await client.identify()
     except ControlFailure as failure:
         raise _NotReady(_message(failure)) from failure
-    doubt = process.doubt(identity.peer_id)
-    if doubt is not None:
-        raise _NotReady(doubt)
+    why = process.why_not_ready(identity.peer_id)
+    if why is not None:
+        raise _NotReady(why)
     return identity
 
 

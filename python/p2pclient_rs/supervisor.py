@@ -90,7 +90,7 @@ class Supervisor:
                     aborted = await self._carry_out_until_abort(tasks)
                     tasks.cancel_scope.cancel()
         except Exception:
-            logger.exception("the daemon is no longer looked after")
+            logger.exception("the supervisor failed: the daemon will not be restarted")
         finally:
             self._finish()
 
@@ -128,7 +128,7 @@ class Supervisor:
             await self._start()
         elif kind == "give up":
             logger.error(
-                "the daemon has died %d times in a row and is given up: %s",
+                "the daemon has died %d times in a row and will not be restarted: %s",
                 action.deaths,
                 self._last_failure,
             )
@@ -140,9 +140,9 @@ class Supervisor:
         kind = action.kind
         if kind == "report restarting":
             brief = "" if self._last_failure is None else _brief(self._last_failure)
-            logger.warning("%s; it is started again in %.1f s", brief, action.pause)
+            logger.warning("%s; starting it again in %.1f s", brief, action.pause)
         elif kind == "report restarted":
-            logger.info("the daemon was started again as process %s", self._process.pid)
+            logger.info("restarted the daemon as process %s", self._process.pid)
         elif kind == "report connected":
             address = self._peers[action.peer][0]
             logger.info("connected to the bootstrap peer %s", address)

@@ -38,7 +38,7 @@ def shows_callbacks(loop: object) -> bool:
         _fall_back(loop, repr(error))
         return False
     if not works:
-        _fall_back(loop, "their callbacks cannot be taken off")
+        _fall_back(loop, "the callbacks of its futures cannot be removed")
     return works
 
 
@@ -60,10 +60,10 @@ def first_wake(
         report_first_wake(loop, True)
     else:
         report_first_wake(loop, False)
-        _fall_back(loop, "their callbacks do not resume tasks")
+        _fall_back(loop, "the callbacks of its futures do not resume tasks")
         loop.call_soon(callback, future, context=context)
 
 
 def _fall_back(loop: object, reason: str) -> None:
     kind = f"{type(loop).__module__}.{type(loop).__qualname__}"
-    logger.debug("tasks of %s are resumed in the ordinary way: its futures: %s", kind, reason)
+    logger.debug("tasks of %s are resumed in the ordinary way: %s", kind, reason)

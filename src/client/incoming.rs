@@ -76,7 +76,7 @@ impl Client {
             match self.within(about, work).await {
                 Ok(()) => {}
                 Err(error @ Error::Refused { .. }) => {
-                    log::error!("the handler of {protocol:?} is lost: {error}");
+                    log::error!("lost the handler of {protocol:?}: {error}");
                     refused.get_or_insert(error);
                 }
                 Err(error) => return Err(error),

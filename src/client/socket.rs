@@ -95,13 +95,13 @@ impl Socket {
     /// `readable` waits for more input. This saves a system call: tokio's own read would first have to
     /// find the socket empty.
     pub fn try_read_vectored(&self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        let room: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let capacity: usize = pieces.iter().map(|piece| piece.len()).sum();
         let mut read = None;
         let outcome = either!(self, socket => socket.try_io(Interest::READABLE, || {
             let count = self.read_now(pieces)?;
             read = Some(count);
             // A short read empties the socket; epoll and kqueue then report the next input.
-            if cfg!(unix) && count > 0 && count < room {
+            if cfg!(unix) && count > 0 && count < capacity {
                 return Err(ErrorKind::WouldBlock.into());
             }
             Ok(())
@@ -135,8 +135,8 @@ impl Socket {
         cx: &mut Context<'_>,
         take: impl FnOnce(&[u8]) -> T,
     ) -> Poll<io::Result<T>> {
-        let mut room = [std::mem::MaybeUninit::uninit(); READ];
-        let mut buffer = ReadBuf::uninit(&mut room);
+        let mut bytes = [std::mem::MaybeUninit::uninit(); READ];
+        let mut buffer = ReadBuf::uninit(&mut bytes);
         let read = Pin::new(self).poll_read(cx, &mut buffer);
         read.map_ok(|()| take(buffer.filled()))
     }
@@ -144,10 +144,10 @@ impl Socket {
     /// Discards unread input. Closing a socket with unread input resets the connection, and the daemon
     /// would then lose the data sent last.
     pub fn drain(&self) {
-        let mut room = [0; READ];
+        let mut buffer = [0; READ];
         let mut drained = 0;
         while drained < DRAIN_LIMIT {
-            match self.read_now(&mut [IoSliceMut::new(&mut room)]) {
+            match self.read_now(&mut [IoSliceMut::new(&mut buffer)]) {
                 Ok(count) if count > 0 => drained += count,
                 _ => break,
             }

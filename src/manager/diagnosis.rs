@@ -44,8 +44,8 @@ const HINTS: [(&str, &str); 21] = [
      "look for the out-of-memory killer in the kernel's log (dmesg), and allow the daemon more \
       memory"),
     ("answers in its place", "stop that daemon, or choose another control address"),
-    ("panic: ", "this is a fault of the daemon: try another version, and report it there"),
-    ("fatal error: ", "this is a fault of the daemon: try another version, and report it there"),
+    ("panic: ", "this is a bug in the daemon: try another version, and report it to its authors"),
+    ("fatal error: ", "this is a bug in the daemon: try another version, and report it to its authors"),
 ];
 
 /// How much of the end of the output is searched for the cause, in bytes. It is limited because the
@@ -86,7 +86,7 @@ fn system_error(message: &str) -> Option<io::Error> {
 /// Returns a hint for a cause that [`diagnose`] found, in one line.
 #[doc(hidden)]
 pub fn hint(cause: &str) -> Option<&'static str> {
-    // Operating-system errors come first: they are not the fault of the daemon or an address.
+    // Operating-system errors come first: neither the daemon nor an address causes them.
     if let Some(hint) = system_error(cause).and_then(|error| hint_of_system(cause, &error)) {
         return Some(hint);
     }
@@ -178,7 +178,7 @@ impl Startup {
 /// Returns whether the daemon has printed that it has started, and the peer id if it has printed
 /// that. It is called repeatedly, so it is faster than [`Startup::read`] on a large output.
 #[doc(hidden)]
-pub fn said_to_have_started(output: &str) -> (bool, Option<&str>) {
+pub fn reported_start(output: &str) -> (bool, Option<&str>) {
     // Without the last line if it is incomplete.
     let lines = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
     let peer_id = last_line(lines, "Peer ID: ").and_then(|line| line.strip_prefix("Peer ID: "));

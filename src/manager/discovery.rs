@@ -85,8 +85,8 @@ pub fn find(search: &Search<'_>) -> Result<PathBuf, NotFound> {
         .map(Path::new);
     let mut looked_at = Vec::new();
     let found = match (search.explicit, variable) {
-        (Some(wish), _) => search.wish("argument", wish, &mut looked_at),
-        (None, Some(wish)) => search.wish(VARIABLE, wish, &mut looked_at),
+        (Some(named), _) => search.find_named("argument", named, &mut looked_at),
+        (None, Some(named)) => search.find_named(VARIABLE, named, &mut looked_at),
         (None, None) => {
             looked_at.push(format!("{VARIABLE}: not set"));
             search
@@ -95,10 +95,8 @@ pub fn find(search: &Search<'_>) -> Result<PathBuf, NotFound> {
         }
     };
     let hint = match (search.explicit, variable) {
-        (Some(_), _) => "correct the path of the binary, or leave it out to have one looked for",
-        (None, Some(_)) => {
-            "set P2PD_PATH to the path of a p2pd, or unset it to have one looked for"
-        }
+        (Some(_), _) => "correct the path of the binary, or omit it to search for one",
+        (None, Some(_)) => "set P2PD_PATH to the path of a p2pd, or unset it to search for one",
         (None, None) => {
             "set P2PD_PATH to the path of a p2pd, put one into a directory of PATH, or install \
              hivemind, which brings one (pip install hivemind)"
@@ -108,11 +106,16 @@ pub fn find(search: &Search<'_>) -> Result<PathBuf, NotFound> {
 }
 
 impl Search<'_> {
-    fn wish(&self, source: &str, wish: &Path, looked_at: &mut Vec<String>) -> Option<PathBuf> {
-        if wish.components().count() == 1 && wish.is_relative() && !wish.starts_with(".") {
-            return self.in_path(wish, looked_at);
+    fn find_named(
+        &self,
+        source: &str,
+        named: &Path,
+        looked_at: &mut Vec<String>,
+    ) -> Option<PathBuf> {
+        if named.components().count() == 1 && named.is_relative() && !named.starts_with(".") {
+            return self.in_path(named, looked_at);
         }
-        try_one(source, wish.into(), looked_at)
+        try_one(source, named.into(), looked_at)
     }
 
     fn in_path(&self, name: &Path, looked_at: &mut Vec<String>) -> Option<PathBuf> {
@@ -247,7 +250,7 @@ mod tests {
 
     #[test]
     fn does_not_replace_a_wrong_choice_by_another_daemon() {
-        let dir = Dir::new("wish");
+        let dir = Dir::new("named");
         dir.file("p2pd", 0o755);
         let missing = dir.0.join("missing");
         let path = Some(dir.0.as_os_str());
@@ -263,7 +266,7 @@ mod tests {
         };
         for (search, source) in [(argument, "argument"), (variable, VARIABLE)] {
             let NotFound { looked_at, hint } = find(&search).unwrap_err();
-            assert!(hint.contains("to have one looked for"));
+            assert!(hint.contains("to search for one"));
             assert_eq!(
                 looked_at,
                 [format!("{source}: {} does not exist", missing.display())]

@@ -230,7 +230,7 @@ pub enum OptionsError {
         address: String,
     },
     /// The address of a bootstrap peer is invalid.
-    #[error("the bootstrap peer {address:?} cannot be one: {reason}")]
+    #[error("invalid bootstrap peer {address:?}: {reason}")]
     BootstrapPeer {
         /// Its address.
         address: String,

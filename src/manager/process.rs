@@ -522,17 +522,17 @@ impl Process {
 
     /// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready;
     /// `None` if it does.
-    pub fn doubt(&self, peer_id: &PeerId) -> Option<String> {
-        let must_say_so = start::must_say_so(&self.options);
-        start::doubt(&self.output_of_run(), peer_id, must_say_so)
+    pub fn why_not_ready(&self, peer_id: &PeerId) -> Option<String> {
+        let must_report_start = start::must_report_start(&self.options);
+        start::why_not_ready(&self.output_of_run(), peer_id, must_report_start)
     }
 
-    /// The error for a daemon that ended, or was not ready in `timeout` seconds. `obstacle` says
+    /// The error for a daemon that ended, or was not ready in `timeout` seconds. `reason` says
     /// why the last probe failed.
-    pub fn not_ready(&self, timeout: f64, obstacle: Option<String>) -> StartError {
+    pub fn not_ready(&self, timeout: f64, reason: Option<String>) -> StartError {
         let status = self.poll().map(exit_code);
         let output = self.output_of_run();
-        StartError::not_ready(self.command(), &output, status, timeout, obstacle)
+        StartError::not_ready(self.command(), &output, status, timeout, reason)
     }
 
     /// The error for a daemon that was ready and died.

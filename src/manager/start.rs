@@ -3,7 +3,7 @@
 //! Without I/O: the caller passes the daemon's output and replies.
 
 use super::diagnosis::{
-    diagnose, end_of, excerpt, hint, hint_of_system, said_to_have_started, shortened, TOO_SLOW,
+    diagnose, end_of, excerpt, hint, hint_of_system, reported_start, shortened, TOO_SLOW,
     UNCONNECTED,
 };
 use super::discovery::NotFound;
@@ -113,21 +113,21 @@ impl StartError {
     }
 
     /// Returns the error for a daemon that ended with `status` before it was ready. Without a
-    /// status, the daemon is running but was not ready in `timeout` seconds, and `obstacle` says
+    /// status, the daemon is running but was not ready in `timeout` seconds, and `reason` says
     /// why the last probe failed. `output` is the daemon's output.
     pub fn not_ready(
         command: Vec<String>,
         output: &str,
         status: Option<i32>,
         timeout: f64,
-        obstacle: Option<String>,
+        reason: Option<String>,
     ) -> Self {
         let arguments = command.get(1..).unwrap_or_default();
         let mut cause = diagnose(output, status, arguments);
         let mut message = match status {
             Some(status) => format!("the daemon {} before it was ready", describe(status)),
             None => {
-                cause = cause.or(obstacle);
+                cause = cause.or(reason);
                 format!("the daemon {NOT_READY} in {timeout} seconds")
             }
         };
@@ -218,7 +218,7 @@ pub fn one_line(message: &str) -> String {
 /// chose, or at a TCP port, another daemon may reply. And upstream's daemons reply before they have
 /// connected to their bootstrap peers.
 #[doc(hidden)]
-pub fn must_say_so(options: &DaemonOptions) -> bool {
+pub fn must_report_start(options: &DaemonOptions) -> bool {
     let quiet = |arg: &String| arg == "-q" || arg == "--quiet";
     (options.control.is_some() || cfg!(not(unix)) || !options.required_peers().is_empty())
         && !options.extra_args.iter().any(quiet)
@@ -227,13 +227,14 @@ pub fn must_say_so(options: &DaemonOptions) -> bool {
 /// Returns why a reply to IDENTIFY with this peer id does not prove that the daemon is ready;
 /// `None` if it does.
 #[doc(hidden)]
-pub fn doubt(output: &str, peer_id: &PeerId, must_say_so: bool) -> Option<String> {
-    let (started, own) = said_to_have_started(output);
+pub fn why_not_ready(output: &str, peer_id: &PeerId, must_report_start: bool) -> Option<String> {
+    let (started, own) = reported_start(output);
     let answering = peer_id.to_string();
     if own.is_some_and(|own| own != answering) {
         return Some(format!("another daemon, {answering}, answers in its place"));
     }
-    (must_say_so && !started).then(|| "it answers, but has not printed that it has started".into())
+    (must_report_start && !started)
+        .then(|| "it answers, but has not printed that it has started".into())
 }
 
 /// Describes an exit status, negative for a signal.
@@ -282,8 +283,8 @@ mod tests {
 
     const PEER: &str = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
 
-    fn doubted(output: &str, must_say_so: bool) -> Option<String> {
-        doubt(output, &PEER.parse().unwrap(), must_say_so)
+    fn reason(output: &str, must_report_start: bool) -> Option<String> {
+        why_not_ready(output, &PEER.parse().unwrap(), must_report_start)
     }
 
     fn command(parts: &[&str]) -> Vec<String> {
@@ -292,34 +293,34 @@ mod tests {
 
     #[test]
     fn accepts_identify_unless_the_log_contradicts_it() {
-        assert_eq!(doubted("", false), None);
-        assert_eq!(doubted(&format!("Peer ID: {PEER}\n"), true), None);
-        assert_eq!(doubted("daemon has started\n", true), None);
+        assert_eq!(reason("", false), None);
+        assert_eq!(reason(&format!("Peer ID: {PEER}\n"), true), None);
+        assert_eq!(reason("daemon has started\n", true), None);
         let noisy = format!(
             "Peer ID: QmOther\nPeer ID: {PEER}\n{}",
             "no\n".repeat(300_000)
         );
-        assert_eq!(doubted(&noisy, true), None);
-        assert_eq!(doubted("Peer ID: half", false), None);
+        assert_eq!(reason(&noisy, true), None);
+        assert_eq!(reason("Peer ID: half", false), None);
     }
 
     #[test]
-    fn doubts_an_answer_of_another_daemon_or_before_the_start() {
-        let other = doubted("Peer ID: QmOther\n", false).unwrap();
+    fn rejects_an_answer_of_another_daemon_or_before_the_start() {
+        let other = reason("Peer ID: QmOther\n", false).unwrap();
         assert_eq!(
             other,
             format!("another daemon, {PEER}, answers in its place")
         );
-        let early = doubted(&format!("Peer ID: {PEER}"), true).unwrap();
+        let early = reason(&format!("Peer ID: {PEER}"), true).unwrap();
         assert!(early.contains("has not printed"), "{early}");
-        assert!(doubted("daemon has started", true).is_some());
-        assert!(doubted("the daemon has started\n", true).is_some());
+        assert!(reason("daemon has started", true).is_some());
+        assert!(reason("the daemon has started\n", true).is_some());
     }
 
     #[test]
     fn requires_the_start_message_where_others_may_answer() {
         let private = DaemonOptions::default();
-        assert_eq!(must_say_so(&private), cfg!(not(unix)));
+        assert_eq!(must_report_start(&private), cfg!(not(unix)));
         let bootstrapping = DaemonOptions {
             bootstrap_peers: vec!["/ip4/127.0.0.1/tcp/1".into()],
             ..private.clone()
@@ -329,10 +330,10 @@ mod tests {
             ..private
         };
         for options in [bootstrapping, chosen] {
-            assert!(must_say_so(&options));
+            assert!(must_report_start(&options));
             for quiet in ["-q", "--quiet"] {
                 let extra_args = vec![quiet.into()];
-                assert!(!must_say_so(&DaemonOptions {
+                assert!(!must_report_start(&DaemonOptions {
                     extra_args,
                     ..options.clone()
                 }));

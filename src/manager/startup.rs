@@ -17,11 +17,11 @@ use tokio::time::{sleep, Instant};
 /// The daemon cannot be spawned, ended, or was not ready in time.
 pub(super) async fn start(process: &Process, limit: Duration) -> Result<Identity, StartError> {
     process.spawn()?;
-    let obstacle = match probed(process, limit).await {
+    let reason = match probed(process, limit).await {
         Ok(identity) => return Ok(identity),
-        Err(obstacle) => obstacle,
+        Err(reason) => reason,
     };
-    let error = process.not_ready(limit.as_secs_f64(), obstacle);
+    let error = process.not_ready(limit.as_secs_f64(), reason);
     if error.is_unconnected() {
         return Err(error.with_reasons(&unreachable_peers(process).await));
     }
@@ -41,8 +41,8 @@ async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<S
         match startup.step(now) {
             Step::Probe => tokio::select! {
                 reply = probe(process) => {
-                    let obstacle = reply.map(|found| identity = Some(found)).err();
-                    startup.probed(obstacle, begun.elapsed());
+                    let reason = reply.map(|found| identity = Some(found)).err();
+                    startup.probed(reason, begun.elapsed());
                 }
                 _ = &mut ended => startup.ended(),
                 () = sleep(startup.deadline().saturating_sub(now)) => {}
@@ -55,7 +55,7 @@ async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<S
             Step::Ready if process.poll().is_some() => startup.ended(),
             step => {
                 let identity = identity.filter(|_| step == Step::Ready);
-                return identity.ok_or_else(|| startup.obstacle().map(Into::into));
+                return identity.ok_or_else(|| startup.reason().map(Into::into));
             }
         }
     }
@@ -65,9 +65,9 @@ async fn probed(process: &Process, limit: Duration) -> Result<Identity, Option<S
 async fn probe(process: &Process) -> Result<Identity, String> {
     let client = Client::new(process.control().clone()).map_err(|error| error.to_string())?;
     let identity = client.identify().await.map_err(|error| error.to_string())?;
-    match process.doubt(&identity.peer_id) {
+    match process.why_not_ready(&identity.peer_id) {
         None => Ok(identity),
-        Some(doubt) => Err(doubt),
+        Some(reason) => Err(reason),
     }
 }
 

@@ -64,7 +64,7 @@ impl Supervisor {
         clients.push(client.downgrade());
     }
 
-    /// Why the daemon was given up, if it was.
+    /// Why the supervisor gave up, if it did.
     pub(super) fn failure(&self) -> Option<StartError> {
         lock(&self.shared.failure).clone()
     }
@@ -201,7 +201,7 @@ impl Driver {
             Action::GiveUp { deaths } => {
                 if let Some(failure) = self.failure.take() {
                     log::error!(
-                        "the daemon has died {deaths} times in a row and is given up: {failure}"
+                        "the daemon has died {deaths} times in a row and will not be restarted: {failure}"
                     );
                     *lock(&self.shared.failure) = Some(failure);
                 }
@@ -228,11 +228,11 @@ impl Driver {
             Report::Restarting(pause) => {
                 let failure = self.failure.as_ref().map(StartError::brief);
                 let (failure, seconds) = (failure.unwrap_or_default(), pause.as_secs_f64());
-                log::warn!("{failure}; it is started again in {seconds:.1} s");
+                log::warn!("{failure}; starting it again in {seconds:.1} s");
             }
             Report::Restarted => {
                 let pid = self.process.pid();
-                log::info!("the daemon was started again as process {pid:?}");
+                log::info!("restarted the daemon as process {pid:?}");
             }
             Report::PeerConnected(peer) => {
                 log::info!("connected to the bootstrap peer {}", address(peer));

@@ -161,10 +161,10 @@ impl Channel {
         };
         let mut budget = D::BUDGET;
         with_scratch(|scratch| loop {
-            let (room, wanted, read) = match decoder.payload_buffer() {
-                Some(room) => {
-                    let (len, behind) = (room.len(), &mut scratch[..D::READ_BEHIND]);
-                    let read = socket.read_both(room, behind);
+            let (payload, wanted, read) = match decoder.payload_buffer() {
+                Some(buffer) => {
+                    let (len, behind) = (buffer.len(), &mut scratch[..D::READ_BEHIND]);
+                    let read = socket.read_both(buffer, behind);
                     (len, len + D::READ_BEHIND, read)
                 }
                 None => (0, D::READ, socket.read(&mut scratch[..D::READ])),
@@ -175,10 +175,10 @@ impl Channel {
             if count == 0 {
                 return Err(ReadError::Protocol(decoder.end_of_file()));
             }
-            if room > 0 {
-                decoder.payload_filled(count.min(room));
+            if payload > 0 {
+                decoder.payload_filled(count.min(payload));
             }
-            let received = decoder.receive(&scratch[..count.saturating_sub(room)], events);
+            let received = decoder.receive(&scratch[..count.saturating_sub(payload)], events);
             received.map_err(ReadError::Protocol)?;
             budget = budget.saturating_sub(count);
             if count < wanted || budget == 0 || !decoder.wants_input(self.output.len()) {

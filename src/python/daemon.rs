@@ -104,9 +104,11 @@ impl DaemonOptions {
         options.restart = match restart {
             Restart::Flag(false) => 0,
             Restart::Flag(true) => RESTART_LIMIT,
-            Restart::Limit(limit) => limit
-                .try_into()
-                .map_err(|_| PyValueError::new_err(format!("restart cannot be {limit} deaths")))?,
+            Restart::Limit(limit) => limit.try_into().map_err(|_| {
+                PyValueError::new_err(format!(
+                    "restart must be True, False or a number of deaths of at least 0, not {limit}"
+                ))
+            })?,
         };
         options.validate().map_err(value_error)?;
         Ok(DaemonOptions(options))

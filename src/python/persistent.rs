@@ -112,7 +112,7 @@ impl PersistentConnection {
     }
 
     /// Calls the handler of `protocol` at a peer. Returns the future of the reply and the call's id, or
-    /// `None` if the output is full: the caller must wait for `room`.
+    /// `None` if the output is full: the caller must wait for room.
     fn call<'py>(
         slf: &Bound<'py, Self>,
         peer: &Bound<'py, PyAny>,
@@ -219,7 +219,7 @@ impl PersistentConnection {
 
     /// Whether the output has room for a call. If not, calls `token.set_result` as soon as it has. A
     /// caller that then makes no call must call `pass_on`.
-    fn room(&self, token: Token) -> bool {
+    fn has_room(&self, token: Token) -> bool {
         let mut state = lock(self);
         if !state.channel.is_open() || state.channel.unsent() <= unary::HIGH_WATER {
             return true;
@@ -228,7 +228,7 @@ impl PersistentConnection {
         false
     }
 
-    /// Withdraws `room`: the caller no longer waits, or leaves the room to the next caller.
+    /// Withdraws the token of `has_room`: the caller no longer waits, or leaves the room to the next caller.
     fn pass_on(slf: &Bound<'_, Self>, token: Token) -> PyResult<()> {
         let _guard = enter(slf.py());
         if slf.get().driver.is_forked() {

@@ -195,22 +195,26 @@ impl DaemonProcess {
 
     /// Returns why a reply to IDENTIFY with this peer id does not mean that the daemon is ready, or
     /// None.
-    fn doubt(&self, py: Python<'_>, peer_id: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+    fn why_not_ready(
+        &self,
+        py: Python<'_>,
+        peer_id: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<String>> {
         let peer_id = extract_peer_id(peer_id)?;
-        Ok(outside(py, || self.0.doubt(&peer_id)))
+        Ok(outside(py, || self.0.why_not_ready(&peer_id)))
     }
 
     /// Returns the DaemonStartError for a daemon that ended, or was not ready in `timeout` seconds.
     /// `reasons` has each bootstrap peer and why it could not be reached.
-    #[pyo3(signature = (timeout, obstacle, reasons = Vec::new()))]
+    #[pyo3(signature = (timeout, reason, reasons = Vec::new()))]
     fn not_ready(
         &self,
         py: Python<'_>,
         timeout: f64,
-        obstacle: Option<String>,
+        reason: Option<String>,
         reasons: Vec<(String, String)>,
     ) -> PyErr {
-        let error = outside(py, || self.0.not_ready(timeout, obstacle));
+        let error = outside(py, || self.0.not_ready(timeout, reason));
         start_error(py, error.with_reasons(&reasons))
     }
 

@@ -121,14 +121,14 @@ impl Socket {
     }
 
     /// Reads once. Returns 0 at the end of the stream, `None` if it would block.
-    pub fn read(&self, room: &mut [u8]) -> io::Result<Option<usize>> {
-        unless_blocked(|| (&self.0).read(room))
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        unless_blocked(|| (&self.0).read(buffer))
     }
 
     /// Like `read`, into two buffers one after the other.
-    pub fn read_both(&self, room: &mut [u8], more: &mut [u8]) -> io::Result<Option<usize>> {
+    pub fn read_both(&self, buffer: &mut [u8], more: &mut [u8]) -> io::Result<Option<usize>> {
         unless_blocked(|| {
-            (&self.0).read_vectored(&mut [IoSliceMut::new(room), IoSliceMut::new(more)])
+            (&self.0).read_vectored(&mut [IoSliceMut::new(buffer), IoSliceMut::new(more)])
         })
     }
 

@@ -161,8 +161,8 @@ impl Startup {
     }
 
     /// Takes the outcome of a probe: None if the daemon is ready, otherwise why it is not.
-    fn probed(&mut self, obstacle: Option<String>, now: f64) {
-        self.0.probed(obstacle, duration(now));
+    fn probed(&mut self, reason: Option<String>, now: f64) {
+        self.0.probed(reason, duration(now));
     }
 
     /// Notes that the process has ended. The startup then fails, even if the daemon was ready before.
@@ -178,8 +178,8 @@ impl Startup {
 
     /// Why the last probe did not find the daemon ready.
     #[getter]
-    fn obstacle(&self) -> Option<&str> {
-        self.0.obstacle()
+    fn reason(&self) -> Option<&str> {
+        self.0.reason()
     }
 }
 

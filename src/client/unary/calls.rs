@@ -58,7 +58,7 @@ impl UnaryCalls {
                 }
                 continue;
             };
-            connection.room().await;
+            connection.wait_for_room().await;
             let sent = connection.call(&payload, |core, token, head| {
                 let (len, now) = (payload.len(), Instant::now().into_std());
                 core.call(peer.as_bytes(), protocol, len, token, now, head)

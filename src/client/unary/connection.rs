@@ -36,9 +36,9 @@ pub struct Connection {
     pub(super) socket: Socket,
     pub(super) inner: Mutex<Inner>,
     /// Wakes the reader for a change other than a ready socket.
-    pub(super) attention: Notify,
+    pub(super) wanted_changed: Notify,
     /// Notified when the output has shrunk or the connection is lost.
-    room: Notify,
+    output_shrunk: Notify,
 }
 
 pub(super) struct Inner {
@@ -63,7 +63,7 @@ pub(super) struct Inner {
 pub(super) struct Awaited {
     pub end: bool,
     pub input: bool,
-    pub room: bool,
+    pub output: bool,
     pub cancel_timer: bool,
     /// Limits the time of back-pressure on peers.
     pub hold_timer: bool,
@@ -85,8 +85,8 @@ impl Connection {
             id,
             socket,
             inner: Mutex::new(inner),
-            attention: Notify::new(),
-            room: Notify::new(),
+            wanted_changed: Notify::new(),
+            output_shrunk: Notify::new(),
         }
     }
 
@@ -96,7 +96,7 @@ impl Connection {
     }
 
     /// Waits until there is room for another call.
-    pub async fn room(&self) {
+    pub async fn wait_for_room(&self) {
         let has_room = |inner: &Inner| inner.is_gone() || inner.output.len() <= unary::HIGH_WATER;
         self.until(|inner| has_room(inner).then_some(())).await;
     }
@@ -110,11 +110,11 @@ impl Connection {
     /// Waits until `done` returns a value.
     async fn until<T>(&self, done: impl Fn(&Inner) -> Option<T>) -> T {
         loop {
-            let room = self.room.notified();
+            let changed = self.output_shrunk.notified();
             if let Some(value) = done(&lock(&self.inner)) {
                 return value;
             }
-            room.await;
+            changed.await;
         }
     }
 
@@ -241,7 +241,7 @@ impl Connection {
         };
         drop((sent, rest));
         if low {
-            self.room.notify_waiters();
+            self.output_shrunk.notify_waiters();
         }
     }
 
@@ -251,7 +251,7 @@ impl Connection {
         if wanted != inner.awaited {
             inner.awaited = wanted;
             drop(inner);
-            self.attention.notify_one();
+            self.wanted_changed.notify_one();
         }
     }
 
@@ -280,8 +280,8 @@ impl Connection {
         for task in work.into_values().flatten() {
             task.abort();
         }
-        self.attention.notify_one();
-        self.room.notify_waiters();
+        self.wanted_changed.notify_one();
+        self.output_shrunk.notify_waiters();
     }
 }
 
@@ -329,7 +329,7 @@ impl Inner {
         Awaited {
             end: self.is_gone(),
             input: self.core.wants_input() && self.output.len() <= unary::MAX_OUTPUT,
-            room: !self.output.is_empty() && !self.corked,
+            output: !self.output.is_empty() && !self.corked,
             cancel_timer: self.core.has_unconfirmed_cancels(),
             hold_timer: !self.core.wants_input(),
         }
@@ -382,11 +382,11 @@ impl Inner {
     ) -> Result<bool, Error> {
         let mut budget = unary::READ_BUDGET;
         loop {
-            let (room, wanted, count) = match self.core.payload_buffer() {
-                Some(room) => {
+            let (payload, wanted, count) = match self.core.payload_buffer() {
+                Some(buffer) => {
                     let ahead = &mut scratch[..unary::LOOK_AHEAD];
-                    let (len, wanted) = (room.len(), room.len() + ahead.len());
-                    let mut pieces = [IoSliceMut::new(room), IoSliceMut::new(ahead)];
+                    let (len, wanted) = (buffer.len(), buffer.len() + ahead.len());
+                    let mut pieces = [IoSliceMut::new(buffer), IoSliceMut::new(ahead)];
                     (len, wanted, read(&mut pieces))
                 }
                 None => {
@@ -400,8 +400,8 @@ impl Inner {
                 Ok(None) => return Ok(false),
                 Err(error) => return Err(Error::lost(error, false)),
             };
-            self.core.payload_filled(count.min(room));
-            self.poll(&scratch[..count.saturating_sub(room)], events)?;
+            self.core.payload_filled(count.min(payload));
+            self.poll(&scratch[..count.saturating_sub(payload)], events)?;
             budget = budget.saturating_sub(count);
             if count < wanted || !self.wants().input {
                 return Ok(false);

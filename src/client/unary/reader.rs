@@ -80,11 +80,11 @@ impl Reader {
             timers.set(awaited);
             outcome = tokio::select! {
                 biased;
-                () = connection.attention.notified() => Ok(false),
+                () = connection.wanted_changed.notified() => Ok(false),
                 ready = connection.socket.readable(), if awaited.input => {
                     self.read(ready, &mut scratch, &mut events)
                 }
-                ready = connection.socket.writable(), if awaited.room => {
+                ready = connection.socket.writable(), if awaited.output => {
                     ready.map_err(|error| Error::lost(error, false)).map(|()| {
                         connection.flush();
                         false

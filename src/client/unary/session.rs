@@ -338,7 +338,7 @@ impl State {
             Action::Register { name, balanced } => self.register(&name, balanced),
             Action::Unregister(name) => self.unregister(&name),
             Action::Report { name, error } => {
-                log::error!("the unary handler of {name:?} is lost: {error}");
+                log::error!("lost the unary handler of {name:?}: {error}");
             }
             Action::Complete { tokens, outcome } => {
                 for token in tokens {

@@ -188,8 +188,8 @@ fn gives_a_hint_for_each_cause() {
             "correct the value",
         ),
         ("Exec format error", "P2PD_PATH"),
-        ("panic: no", "fault of the daemon"),
-        ("fatal error: no", "fault of the daemon"),
+        ("panic: no", "bug in the daemon"),
+        ("fatal error: no", "bug in the daemon"),
     ] {
         let cause = diagnose(&format!("{time} {line}\n"), Some(1), &arguments).unwrap();
         let hint = hint(&cause).unwrap_or_else(|| panic!("none for {cause}"));

@@ -41,7 +41,7 @@ pub struct Startup {
     deadline: Duration,
     next_probe: Duration,
     backoff: Backoff,
-    obstacle: Option<String>,
+    reason: Option<String>,
     outcome: Option<Step>,
 }
 
@@ -52,7 +52,7 @@ impl Startup {
             deadline: now.saturating_add(limit),
             next_probe: now,
             backoff: PROBE_BACKOFF,
-            obstacle: None,
+            reason: None,
             outcome: None,
         }
     }
@@ -68,15 +68,15 @@ impl Startup {
     }
 
     /// Takes the outcome of a probe: `None` if the daemon is ready, otherwise why it is not.
-    pub fn probed(&mut self, obstacle: Option<String>, now: Duration) {
+    pub fn probed(&mut self, reason: Option<String>, now: Duration) {
         if self.outcome.is_some() {
             return;
         }
-        if obstacle.is_none() {
+        if reason.is_none() {
             self.outcome = Some(Step::Ready);
             return;
         }
-        self.obstacle = obstacle;
+        self.reason = reason;
         self.next_probe = now + self.backoff.next(0);
     }
 
@@ -91,8 +91,8 @@ impl Startup {
     }
 
     /// Why the last probe did not find the daemon ready.
-    pub fn obstacle(&self) -> Option<&str> {
-        self.obstacle.as_deref()
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
     }
 }
 
@@ -117,7 +117,7 @@ mod tests {
             assert_eq!(startup.step(now), Step::Wait(next));
             now = next;
         }
-        assert_eq!(startup.obstacle(), Some("no"));
+        assert_eq!(startup.reason(), Some("no"));
         startup.probed(None, now);
         assert_eq!(startup.step(now), Step::Ready);
         assert_eq!(startup.step(LIMIT), Step::Ready);

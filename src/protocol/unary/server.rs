@@ -227,11 +227,11 @@ impl<T, P: Payload> PersistentServer<T, P> {
     }
 
     /// Refuses a call, or to add or remove a handler, with an error message.
-    pub fn refuse(&mut self, id: &CallId, words: &str, out: &mut BytesMut) {
+    pub fn refuse(&mut self, id: &CallId, message: &str, out: &mut BytesMut) {
         self.finish(id);
         let error = p2pd::DaemonError {
             message: Some(Bytes::copy_from_slice(
-                cut(words, self.limits.max_message).as_bytes(),
+                cut(message, self.limits.max_message).as_bytes(),
             )),
         };
         put_message(out, id, DAEMON_ERROR, &error.encode_to_vec());
@@ -244,8 +244,8 @@ impl<T, P: Payload> PersistentServer<T, P> {
             return false;
         }
         if reply_len(Direction::ToClient, len) > self.limits.max_message {
-            let words = reply_too_large(len, self.limits.max_message);
-            self.refuse(id, &words, out);
+            let message = reply_too_large(len, self.limits.max_message);
+            self.refuse(id, &message, out);
             return false;
         }
         self.finish(id);

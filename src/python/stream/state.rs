@@ -170,11 +170,11 @@ impl State {
     ) -> StreamResult<Option<Bound<'py, PyBytes>>> {
         let socket = self.socket()?;
         let received = if self.bulk {
-            let mut room = BytesBuilder::new(py, size)?;
-            match socket.read(room.rest(py)).map_err(StreamError::Broken)? {
+            let mut builder = BytesBuilder::new(py, size)?;
+            match socket.read(builder.rest(py)).map_err(StreamError::Broken)? {
                 Some(count) => {
-                    room.advance(py, count);
-                    Some(room.finish(py)?)
+                    builder.advance(py, count);
+                    Some(builder.finish(py)?)
                 }
                 None => None,
             }
@@ -214,12 +214,12 @@ impl State {
         if self.at_eof || count > MAX_UNRECEIVED && self.input.len() < MAX_UNRECEIVED {
             return false;
         }
-        let Ok(mut room) = BytesBuilder::new(py, count) else {
+        let Ok(mut builder) = BytesBuilder::new(py, count) else {
             return false;
         };
-        room.push(py, &self.input);
+        builder.push(py, &self.input);
         self.input = BytesMut::new();
-        self.large = Some((room, count));
+        self.large = Some((builder, count));
         true
     }
 
@@ -231,14 +231,14 @@ impl State {
         let mut budget = READ_BUDGET;
         while budget > 0 {
             self.socket()?;
-            let (Some(socket), Some((room, _))) = (&self.socket, &mut self.large) else {
+            let (Some(socket), Some((builder, _))) = (&self.socket, &mut self.large) else {
                 break;
             };
             let input = &mut self.input;
-            let wanted = room.rest(py).len();
+            let wanted = builder.rest(py).len();
             let read = with_scratch(|scratch| {
                 let behind = &mut scratch[..LOOK_AHEAD];
-                let read = socket.read_both(room.rest(py), behind)?;
+                let read = socket.read_both(builder.rest(py), behind)?;
                 if let Some(count) = read.filter(|count| *count > wanted) {
                     input.extend_from_slice(&behind[..count - wanted]);
                 }
@@ -247,11 +247,11 @@ impl State {
             let Some(count) = read.map_err(StreamError::Broken)? else {
                 return Ok(None);
             };
-            room.advance(py, count.min(wanted));
+            builder.advance(py, count.min(wanted));
             if count >= wanted {
                 self.ahead = AFTER_LARGE;
                 return match self.large.take() {
-                    Some((room, _)) => Ok(Some(room.finish(py)?)),
+                    Some((builder, _)) => Ok(Some(builder.finish(py)?)),
                     None => Ok(None),
                 };
             }
@@ -268,15 +268,15 @@ impl State {
 
     /// Moves the bytes of an unfinished large object to `input`, for the next read of any kind.
     pub fn release_large(&mut self, py: Python<'_>) {
-        if let Some((room, _)) = self.large.take() {
-            self.input.extend_from_slice(room.filled(py));
+        if let Some((builder, _)) = self.large.take() {
+            self.input.extend_from_slice(builder.filled(py));
         }
     }
 
     /// Number of bytes received and not yet returned to a caller.
     pub fn received(&self, py: Python<'_>) -> usize {
         let large = self.large.as_ref();
-        self.input.len() + large.map_or(0, |(room, _)| room.filled(py).len())
+        self.input.len() + large.map_or(0, |(builder, _)| builder.filled(py).len())
     }
 
     /// Reads until `input` has `limit` bytes, or the socket has no more.
@@ -354,8 +354,8 @@ impl State {
 
 fn broken(error: io::Error) -> PyErr {
     Python::attach(|py| {
-        let words = format!("the stream is broken: {error}");
-        let broken = errors::made::<BrokenResourceError>(py, &words);
+        let message = format!("the stream is broken: {error}");
+        let broken = errors::made::<BrokenResourceError>(py, &message);
         broken.set_cause(py, Some(errors::os_error(error)));
         broken
     })

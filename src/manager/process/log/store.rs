@@ -112,14 +112,14 @@ impl Store {
     /// stopped, the full pipe would block the daemon.
     pub(super) fn append(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
-            let room = match self.room() {
-                Ok(room) => room.min(data.len() as u64) as usize,
+            let count = match self.free_space() {
+                Ok(free) => free.min(data.len() as u64) as usize,
                 Err(error) => return self.lose(data.len(), error),
             };
-            let (now, rest) = data.split_at(room);
+            let (now, rest) = data.split_at(count);
             let written = self.file.as_ref().map(|mut file| file.write_all(now));
             match written {
-                Some(Ok(())) => self.end += room as u64,
+                Some(Ok(())) => self.end += count as u64,
                 Some(Err(error)) => {
                     // Part of it may have been written.
                     let length = self.file.as_ref().and_then(|file| file.metadata().ok());
@@ -139,10 +139,10 @@ impl Store {
     }
 
     /// Returns how many bytes fit into `log`. Begins another `log` if it is full.
-    fn room(&mut self) -> io::Result<u64> {
-        let room = LIMIT.saturating_sub(self.end - self.begin);
-        if room > 0 && self.file.is_some() {
-            return Ok(room);
+    fn free_space(&mut self) -> io::Result<u64> {
+        let free = LIMIT.saturating_sub(self.end - self.begin);
+        if free > 0 && self.file.is_some() {
+            return Ok(free);
         }
         // Closed first: on Windows, an open file cannot be renamed.
         self.file = None;
