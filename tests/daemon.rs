@@ -10,6 +10,7 @@ use p2pd_manager::{
     Bootstrap, ConnectionManager, DaemonError, Dht, P2PDaemon, P2PDaemonBuilder, Pubsub, StartError,
 };
 use p2pd_protocol::Multiaddr;
+use p2pd_test_support::{eventually, must, soon};
 use rustix::process::{kill_process, test_kill_process, Pid, Signal};
 use std::fs;
 use std::future::Future;
@@ -120,21 +121,8 @@ async fn suspend(pid: Pid) {
     .await;
 }
 
-/// Fails instead of hanging if something quick takes too long.
-async fn soon<T>(future: impl Future<Output = T>) -> T {
-    let limit = Duration::from_secs(60);
-    timeout(limit, future).await.expect("it takes too long")
-}
-
 async fn until(condition: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !condition() {
-        assert!(
-            begun.elapsed() < Duration::from_secs(15),
-            "it did not come true"
-        );
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    eventually(async || must(condition(), "it did not come true")).await;
 }
 
 /// Returns the error of a start that must fail, and checks that nothing is left.

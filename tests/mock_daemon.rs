@@ -6,11 +6,10 @@ use p2pd_protocol::command::{dht, unary::Upgrade, EncodedRequest, Typed as _};
 use p2pd_protocol::unary::CallId;
 use p2pd_protocol::{ClientExchange, Event, Limits};
 use p2pd_protocol::{Multiaddr, PersistentClient, UnaryEvent, UnaryLimits};
+use p2pd_test_support::deadline::Limit;
 use p2pd_test_support::mock_daemon::{MockDaemon, UNARY_ECHO, UNARY_LOAD};
 use p2pd_test_support::socket::Socket;
 use std::io::{Read as _, Write as _};
-use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -19,6 +18,7 @@ type Reply = UnaryEvent<u32, Vec<u8>>;
 struct Daemon {
     control: Multiaddr,
     _directory: TempDir,
+    _limit: Limit,
 }
 
 impl Daemon {
@@ -30,6 +30,7 @@ impl Daemon {
         Self {
             control,
             _directory: directory,
+            _limit: Limit::of(Duration::from_secs(60)),
         }
     }
 
@@ -67,10 +68,10 @@ fn ask(mut socket: &Socket, request: &EncodedRequest) -> Event {
         if let Some(event) = exchange.poll().unwrap() {
             return event;
         }
-        let mut room = [0; 1024];
-        let count = socket.read(&mut room).unwrap();
+        let mut buffer = [0; 1024];
+        let count = socket.read(&mut buffer).unwrap();
         assert_ne!(count, 0, "the daemon closed");
-        exchange.receive(&room[..count]);
+        exchange.receive(&buffer[..count]);
     }
 }
 
@@ -113,10 +114,10 @@ impl Client {
             if let Some(event) = event {
                 return event;
             }
-            let mut room = vec![0; 64 << 10];
-            let count = (&self.socket).read(&mut room).unwrap();
+            let mut buffer = vec![0; 64 << 10];
+            let count = (&self.socket).read(&mut buffer).unwrap();
             assert_ne!(count, 0, "the daemon closed");
-            self.input.extend_from_slice(&room[..count]);
+            self.input.extend_from_slice(&buffer[..count]);
         }
     }
 
@@ -128,202 +129,173 @@ impl Client {
     }
 }
 
-/// Runs `test`, and fails if it takes too long.
-fn within_time(test: impl FnOnce() + Send + 'static) {
-    let (ended, end) = mpsc::channel();
-    let tested = thread::spawn(move || {
-        test();
-        let _ = ended.send(());
-    });
-    match end.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it took too long"),
-        _ => tested.join().unwrap(),
-    }
-}
-
 fn replied(token: u32, payload: &[u8]) -> Reply {
     let payload = payload.to_vec();
     UnaryEvent::Reply { token, payload }
 }
 
-fn refused(token: u32, words: &str) -> Reply {
-    let error = words.to_owned();
+fn refused(token: u32, message: &str) -> Reply {
+    let error = message.to_owned();
     UnaryEvent::Refused { token, error }
 }
 
 #[test]
 fn refuses_unsupported_requests_and_serves_the_next() {
-    within_time(|| {
-        let (daemon, timeout) = (Daemon::start(), None);
-        let control = daemon.control();
-        let get = dht::GetValue {
-            key: b"key".as_slice().into(),
-            timeout,
-        };
-        for _ in 0..2 {
-            let refused = Event::Refused("the mock daemon has no DHT GET_VALUE".to_owned());
-            assert_eq!(ask(&control, &get.encoded()), refused);
-        }
-    });
+    let (daemon, timeout) = (Daemon::start(), None);
+    let control = daemon.control();
+    let get = dht::GetValue {
+        key: b"key".as_slice().into(),
+        timeout,
+    };
+    for _ in 0..2 {
+        let refused = Event::Refused("the mock daemon has no DHT GET_VALUE".to_owned());
+        assert_eq!(ask(&control, &get.encoded()), refused);
+    }
 }
 
 #[test]
 fn echoes_payloads_of_every_size() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let mut client = daemon.client();
-        for size in [0, 1, 5_000, 16_000, 70_000, 200_000, 3 << 20] {
-            let payload: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
-            client.call(UNARY_ECHO, &payload, 1);
-            assert!(client.event() == replied(1, &payload), "{size} bytes");
-        }
-    });
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    for size in [0, 1, 5_000, 16_000, 70_000, 200_000, 3 << 20] {
+        let payload: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
+        client.call(UNARY_ECHO, &payload, 1);
+        assert!(client.event() == replied(1, &payload), "{size} bytes");
+    }
 }
 
 #[test]
 fn forwards_calls_and_replies() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
-        for size in [3, 20_000, 300_000] {
-            let (payload, reply) = (vec![1; size], vec![2; size + 1]);
-            caller.call("name", &payload, 1);
-            let (id, received) = handler.called();
-            assert_eq!(received, payload);
-            handler.reply(&id, &reply);
-            assert_eq!(caller.event(), replied(1, &reply));
-        }
-        caller.call("name", b"", 2);
-        let (id, _) = handler.called();
-        handler
-            .client
-            .reply_error(&id, "it failed", &mut handler.out);
-        handler.flush();
-        let error = "it failed".to_owned();
-        assert_eq!(
-            caller.event(),
-            UnaryEvent::HandlerFailed { token: 2, error }
-        );
-        caller.call("other", b"", 3);
-        assert_eq!(caller.event(), refused(3, "protocols not supported"));
-    });
+    let daemon = Daemon::start();
+    let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
+    for size in [3, 20_000, 300_000] {
+        let (payload, reply) = (vec![1; size], vec![2; size + 1]);
+        caller.call("name", &payload, 1);
+        let (id, received) = handler.called();
+        assert_eq!(received, payload);
+        handler.reply(&id, &reply);
+        assert_eq!(caller.event(), replied(1, &reply));
+    }
+    caller.call("name", b"", 2);
+    let (id, _) = handler.called();
+    handler
+        .client
+        .reply_error(&id, "it failed", &mut handler.out);
+    handler.flush();
+    let error = "it failed".to_owned();
+    assert_eq!(
+        caller.event(),
+        UnaryEvent::HandlerFailed { token: 2, error }
+    );
+    caller.call("other", b"", 3);
+    assert_eq!(caller.event(), refused(3, "protocols not supported"));
 }
 
 #[test]
 fn balanced_handlers_serve_in_turn() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let mut handlers = [daemon.handler("name", true), daemon.handler("name", true)];
-        let mut caller = daemon.client();
-        caller
-            .client
-            .add_handler("name", false, 9, &mut caller.out)
-            .unwrap();
-        let words = "handler for the protocol already set";
-        assert_eq!(caller.event(), refused(9, words));
-        for _ in 0..2 {
-            caller.call("name", b"", 1);
-            caller.call("name", b"", 1);
-            for handler in &mut handlers {
-                let (id, _) = handler.called();
-                handler.reply(&id, b"");
-                assert_eq!(caller.event(), replied(1, b""));
-            }
+    let daemon = Daemon::start();
+    let mut handlers = [daemon.handler("name", true), daemon.handler("name", true)];
+    let mut caller = daemon.client();
+    caller
+        .client
+        .add_handler("name", false, 9, &mut caller.out)
+        .unwrap();
+    let message = "handler for the protocol already set";
+    assert_eq!(caller.event(), refused(9, message));
+    for _ in 0..2 {
+        caller.call("name", b"", 1);
+        caller.call("name", b"", 1);
+        for handler in &mut handlers {
+            let (id, _) = handler.called();
+            handler.reply(&id, b"");
+            assert_eq!(caller.event(), replied(1, b""));
         }
-    });
+    }
 }
 
 #[test]
 fn cancel_reaches_the_handler() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
-        let call = caller.call("name", b"", 1);
-        let (id, _) = handler.called();
-        let later = Instant::now() + Duration::from_secs(1);
-        caller.client.cancel(&call, later, &mut caller.out);
-        caller.flush();
-        assert_eq!(handler.event(), UnaryEvent::Cancelled { id });
-        // The load's calls are cancelled too.
-        let load = caller.call(UNARY_LOAD, b"name 100 3 3", 2);
-        let ids = [0; 3].map(|_| handler.called().0);
-        caller.client.cancel(&load, later, &mut caller.out);
-        caller.flush();
-        for _ in ids {
-            let event = handler.event();
-            assert!(matches!(event, UnaryEvent::Cancelled { id } if ids.contains(&id)));
-        }
-    });
+    let daemon = Daemon::start();
+    let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
+    let call = caller.call("name", b"", 1);
+    let (id, _) = handler.called();
+    let later = Instant::now() + Duration::from_secs(1);
+    caller.client.cancel(&call, later, &mut caller.out);
+    caller.flush();
+    assert_eq!(handler.event(), UnaryEvent::Cancelled { id });
+    // The load's calls are cancelled too.
+    let load = caller.call(UNARY_LOAD, b"name 100 3 3", 2);
+    let ids = [0; 3].map(|_| handler.called().0);
+    caller.client.cancel(&load, later, &mut caller.out);
+    caller.flush();
+    for _ in ids {
+        let event = handler.event();
+        assert!(matches!(event, UnaryEvent::Cancelled { id } if ids.contains(&id)));
+    }
 }
 
 #[test]
 fn closed_connection_cancels_its_calls_and_fails_those_it_handles() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
-        let mut other = daemon.client();
-        caller.call("name", b"", 1);
-        let (id, _) = handler.called();
-        drop(caller);
-        assert_eq!(handler.event(), UnaryEvent::Cancelled { id });
-        other.call("name", b"", 2);
-        other.call(UNARY_LOAD, b"name 100 1 2", 3);
-        handler.called();
-        handler.called();
-        drop(handler);
-        let mut events = [other.event(), other.event()];
-        events.sort_by_key(|event| matches!(event, UnaryEvent::Refused { token: 3, .. }));
-        assert_eq!(
-            events,
-            [2, 3].map(|token| refused(token, "the handler's client left"))
-        );
-        daemon.handler("name", false);
-    });
+    let daemon = Daemon::start();
+    let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
+    let mut other = daemon.client();
+    caller.call("name", b"", 1);
+    let (id, _) = handler.called();
+    drop(caller);
+    assert_eq!(handler.event(), UnaryEvent::Cancelled { id });
+    other.call("name", b"", 2);
+    other.call(UNARY_LOAD, b"name 100 1 2", 3);
+    handler.called();
+    handler.called();
+    drop(handler);
+    let mut events = [other.event(), other.event()];
+    events.sort_by_key(|event| matches!(event, UnaryEvent::Refused { token: 3, .. }));
+    assert_eq!(
+        events,
+        [2, 3].map(|token| refused(token, "the handler's client left"))
+    );
+    daemon.handler("name", false);
 }
 
 #[test]
 fn measures_a_load_and_checks_its_replies() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
-        for (size, parallel, count) in [(8, 2, 5), (20_000, 1, 3), (300_000, 4, 4)] {
-            let load = format!("name {size} {parallel} {count}");
-            caller.call(UNARY_LOAD, load.as_bytes(), 1);
-            for _ in 0..count {
-                let (id, payload) = handler.called();
-                assert_eq!(payload.len(), size);
-                handler.reply(&id, &payload);
-            }
-            let event = caller.event();
-            let UnaryEvent::Reply { payload, .. } = event else {
-                panic!("{event:?}")
-            };
-            let seconds: f64 = String::from_utf8(payload).unwrap().parse().unwrap();
-            assert!(seconds > 0.0);
+    let daemon = Daemon::start();
+    let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
+    for (size, parallel, count) in [(8, 2, 5), (20_000, 1, 3), (300_000, 4, 4)] {
+        let load = format!("name {size} {parallel} {count}");
+        caller.call(UNARY_LOAD, load.as_bytes(), 1);
+        for _ in 0..count {
+            let (id, payload) = handler.called();
+            assert_eq!(payload.len(), size);
+            handler.reply(&id, &payload);
         }
-        caller.call(UNARY_LOAD, b"name 100 1 2", 2);
-        let (id, mut payload) = handler.called();
-        payload[50] = 0;
-        handler.reply(&id, &payload);
-        assert_eq!(caller.event(), refused(2, "the handler's reply is no echo"));
-        caller.call(UNARY_LOAD, b"name 1 1 1", 3);
-        assert_eq!(
-            caller.event(),
-            refused(3, "no such handler, or not that large")
-        );
-    });
+        let event = caller.event();
+        let UnaryEvent::Reply { payload, .. } = event else {
+            panic!("{event:?}")
+        };
+        let seconds: f64 = String::from_utf8(payload).unwrap().parse().unwrap();
+        assert!(seconds > 0.0);
+    }
+    caller.call(UNARY_LOAD, b"name 100 1 2", 2);
+    let (id, mut payload) = handler.called();
+    payload[50] = 0;
+    handler.reply(&id, &payload);
+    assert_eq!(caller.event(), refused(2, "the handler's reply is no echo"));
+    caller.call(UNARY_LOAD, b"name 1 1 1", 3);
+    assert_eq!(
+        caller.event(),
+        refused(3, "no such handler, or not that large")
+    );
 }
 
 #[test]
 fn handler_that_does_not_read_while_it_writes_serves_more_than_sockets_hold() {
-    within_time(|| {
-        let daemon = Daemon::start();
-        let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
-        caller.call(UNARY_LOAD, b"name 65536 64 256", 1);
-        for _ in 0..256 {
-            let (id, payload) = handler.called();
-            handler.reply(&id, &payload);
-        }
-        assert!(matches!(caller.event(), UnaryEvent::Reply { token: 1, .. }));
-    });
+    let daemon = Daemon::start();
+    let (mut handler, mut caller) = (daemon.handler("name", false), daemon.client());
+    caller.call(UNARY_LOAD, b"name 65536 64 256", 1);
+    for _ in 0..256 {
+        let (id, payload) = handler.called();
+        handler.reply(&id, &payload);
+    }
+    assert!(matches!(caller.event(), UnaryEvent::Reply { token: 1, .. }));
 }

@@ -9,8 +9,11 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time after which a test fails.
+/// Time after which a test fails, by default.
 const LIMIT: Duration = Duration::from_secs(90);
+
+/// Time to wait for a daemon process to do something.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Time to wait for anything that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -22,12 +25,17 @@ impl Limit {
     /// Starts the clock of a test.
     #[allow(clippy::new_without_default)] // it starts a thread
     pub fn new() -> Self {
+        Self::of(LIMIT)
+    }
+
+    /// Starts the clock of a test that must end within `limit`.
+    pub fn of(limit: Duration) -> Self {
         let (sender, receiver) = mpsc::channel();
         let name = thread::current().name().unwrap_or("a test").to_owned();
         thread::spawn(move || {
-            if receiver.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 // `eprintln!` would be captured, and shown only when the test ends.
-                let _ = writeln!(std::io::stderr(), "{name} took over {LIMIT:?}");
+                let _ = writeln!(std::io::stderr(), "{name} took over {limit:?}");
                 std::process::exit(101);
             }
         });
@@ -54,7 +62,16 @@ pub fn must(condition: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
 
 /// Waits for `future`; panics with the name `what` if that takes too long.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    let outcome = tokio::time::timeout(PATIENCE, future).await;
+    within_time(PATIENCE, what, future).await
+}
+
+/// Waits for something that a daemon process does; panics if that takes too long.
+pub async fn soon<T>(future: impl Future<Output = T>) -> T {
+    within_time(DAEMON_PATIENCE, "a daemon process", future).await
+}
+
+async fn within_time<T>(limit: Duration, what: &str, future: impl Future<Output = T>) -> T {
+    let outcome = tokio::time::timeout(limit, future).await;
     outcome.unwrap_or_else(|_| panic!("timed out waiting for {what}"))
 }
 

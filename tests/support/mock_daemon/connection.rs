@@ -63,16 +63,16 @@ impl<T, F> State<T, F> {
     }
 
     /// Refuses a call, unless it was cancelled.
-    pub(super) fn refuse(&mut self, id: &CallId, words: &str) {
+    pub(super) fn refuse(&mut self, id: &CallId, message: &str) {
         if self.server.is_unanswered(id) {
             self.forwarded.remove(id);
-            self.refuse_request(id, words);
+            self.refuse_request(id, message);
         }
     }
 
-    pub(super) fn refuse_request(&mut self, id: &CallId, words: &str) {
+    pub(super) fn refuse_request(&mut self, id: &CallId, message: &str) {
         let server = &mut self.server;
-        self.output.append(|out| server.refuse(id, words, out));
+        self.output.append(|out| server.refuse(id, message, out));
     }
 
     pub(super) fn acknowledge(&mut self, id: &CallId) {

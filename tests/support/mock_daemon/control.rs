@@ -59,7 +59,7 @@ pub(super) fn serve(mut socket: &Socket, shared: &Shared) -> Result<(), Failure>
                         socket.write_all(&exchange.reply::<streams::StreamOpen>(&info)?)?;
                         return service.run(socket, Input::of(&exchange.into_remainder()));
                     }
-                    Err(words) => exchange.refuse(&words)?,
+                    Err(message) => exchange.refuse(&message)?,
                 }
             }
             Command::Streams(Streams::StreamHandler(request)) => {

@@ -146,8 +146,8 @@ impl Load {
                 output.push_copied(&self.payload[8..]);
             })
         });
-        if let Err(words) = made {
-            self.fail(&words, outbox);
+        if let Err(message) = made {
+            self.fail(&message, outbox);
         }
     }
 
@@ -188,8 +188,8 @@ impl Load {
         });
     }
 
-    pub(super) fn fail(&self, words: &str, outbox: &mut Outbox) {
+    pub(super) fn fail(&self, message: &str, outbox: &mut Outbox) {
         self.stop(outbox);
-        outbox.update(&self.caller, |state| state.refuse(&self.id, words));
+        outbox.update(&self.caller, |state| state.refuse(&self.id, message));
     }
 }

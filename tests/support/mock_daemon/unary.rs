@@ -104,7 +104,7 @@ impl Server<'_> {
                 let added = self.add_handler(protocol, balanced);
                 self.outbox.update_own(|state| match added {
                     Ok(()) => state.acknowledge(&id),
-                    Err(words) => state.refuse_request(&id, words),
+                    Err(message) => state.refuse_request(&id, message),
                 });
             }
             ServerEvent::RemoveHandler { id, protocol } => {
@@ -125,8 +125,8 @@ impl Server<'_> {
                     UNARY_LOAD => self.start_load(id, &payload.0),
                     name => self.forward(id, &peer, name, payload),
                 };
-                if let Err(words) = served {
-                    self.outbox.update_own(|state| state.refuse(&id, &words));
+                if let Err(message) = served {
+                    self.outbox.update_own(|state| state.refuse(&id, &message));
                 }
             }
             ServerEvent::Cancelled { id } => {
