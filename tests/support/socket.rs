@@ -6,6 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 #[cfg(unix)]
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
 /// Evaluates the same expression for either kind of socket.
 macro_rules! either {
@@ -97,6 +98,14 @@ impl Socket {
         }
     }
 
+    /// Makes writes fail with `WouldBlock` if they make no progress for this time. Does nothing on Windows, where
+    /// the socket would be unusable after that.
+    pub(crate) fn limit_writes(&self, time: Duration) {
+        if cfg!(unix) {
+            let _ = either!(self, socket => socket.set_write_timeout(Some(time)));
+        }
+    }
+
     pub(crate) fn shutdown(&self, how: Shutdown) {
         // Fails if the other side has closed.
         let _ = either!(self, socket => socket.shutdown(how));
@@ -104,8 +113,8 @@ impl Socket {
 }
 
 impl Read for &Socket {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => (&mut &*socket).read(room))
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        either!(self, socket => (&mut &*socket).read(buffer))
     }
 
     fn read_vectored(&mut self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {

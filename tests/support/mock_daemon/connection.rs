@@ -11,6 +11,8 @@ use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::net::Shutdown;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 /// Size of the output at which it is written, in bytes.
 const BATCH: usize = 256 << 10;
@@ -18,6 +20,8 @@ const BATCH: usize = 256 << 10;
 const SHARED: usize = 128 << 10;
 /// Size of the output at which other threads wait for the one that writes, in bytes.
 const MAX_QUEUED: usize = 64 << 20;
+/// Time after which a write that makes no progress returns.
+const STALL: Duration = Duration::from_millis(20);
 
 /// A persistent connection. Any thread may append to its output; one at a time writes it. `T` is the token of
 /// a call that the client handles, and `F` tells where a call of the client was forwarded.
@@ -114,6 +118,7 @@ pub(super) const LEFT: &str = "the handler's client left";
 impl<T, F> Connection<T, F> {
     pub(super) fn new(socket: Socket, seed: [u8; 32]) -> Self {
         let limits = ServerLimits::default().with_max_message(MAX_FRAME);
+        socket.limit_writes(STALL);
         Self {
             socket,
             state: Mutex::new(State {
@@ -131,6 +136,38 @@ impl<T, F> Connection<T, F> {
 
     /// Writes the output, unless another thread is writing it. Waits for that thread only if too much is queued.
     pub(super) fn flush(&self) -> io::Result<()> {
+        while let Some(mut output) = self.begin_writing() {
+            while !self.write(&mut output)? {}
+            self.end_writing(output);
+        }
+        Ok(())
+    }
+
+    /// Like `flush`, for the thread that reads this connection. If the client does not read for a while, another
+    /// thread writes the rest: the client may be writing, and so wait until this thread reads.
+    fn flush_own(self: &Arc<Self>) -> io::Result<()>
+    where
+        T: Send + 'static,
+        F: Send + 'static,
+    {
+        while let Some(mut output) = self.begin_writing() {
+            if !self.write(&mut output)? {
+                let this = self.clone();
+                thread::spawn(move || {
+                    while !this.write(&mut output)? {}
+                    this.end_writing(output);
+                    this.flush()
+                });
+                return Ok(());
+            }
+            self.end_writing(output);
+        }
+        Ok(())
+    }
+
+    /// Takes the output to write. `None` if there is none, or another thread writes. `end_writing` must follow,
+    /// unless writing fails.
+    fn begin_writing(&self) -> Option<Output<Buffer>> {
         let mut state = lock(&self.state);
         while state.is_writing && state.output.len() > MAX_QUEUED {
             state.waiting += 1;
@@ -138,39 +175,46 @@ impl<T, F> Connection<T, F> {
             state = waited.unwrap_or_else(PoisonError::into_inner);
             state.waiting -= 1;
         }
-        if state.is_writing {
-            return Ok(());
-        }
-        let mut result = Ok(());
-        while !state.output.is_empty() && !state.is_closed {
-            let spare = std::mem::take(&mut state.spare);
-            let mut output = std::mem::replace(&mut state.output, spare);
-            state.is_writing = true;
-            drop(state);
-            result = self.write(&mut output);
-            state = lock(&self.state);
-            state.is_writing = false;
-            if result.is_err() {
-                // The reading thread sees the end, and fails the calls that wait for this client.
-                state.is_closed = true;
-                self.socket.shutdown(Shutdown::Both);
-            }
-            if state.output.is_empty() {
-                // Reuses the buffer that is in the CPU's cache.
-                std::mem::swap(&mut state.output, &mut output);
-            }
-            state.spare = output;
-            if state.waiting > 0 {
-                self.written.notify_all(); // a system call
-            }
-        }
         if state.is_closed {
             state.output = Output::default();
         }
-        result
+        if state.is_writing || state.output.is_empty() {
+            return None;
+        }
+        let spare = std::mem::take(&mut state.spare);
+        state.is_writing = true;
+        Some(std::mem::replace(&mut state.output, spare))
     }
 
-    fn write(&self, output: &mut Output<Buffer>) -> io::Result<()> {
+    fn end_writing(&self, mut output: Output<Buffer>) {
+        let mut state = lock(&self.state);
+        state.is_writing = false;
+        if state.output.is_empty() {
+            // Reuses the buffer that is in the CPU's cache.
+            std::mem::swap(&mut state.output, &mut output);
+        }
+        state.spare = output;
+        if state.waiting > 0 {
+            self.written.notify_all(); // a system call
+        }
+    }
+
+    /// Writes output. Returns whether all of it was written: not if the client did not read for `STALL`. An error
+    /// closes the connection.
+    fn write(&self, output: &mut Output<Buffer>) -> io::Result<bool> {
+        let written = self.write_until_stall(output);
+        if written.is_err() {
+            let mut state = lock(&self.state);
+            // The reading thread sees the end, and fails the calls that wait for this client.
+            state.is_closed = true;
+            self.socket.shutdown(Shutdown::Both);
+            drop(state);
+            self.end_writing(Output::default());
+        }
+        written
+    }
+
+    fn write_until_stall(&self, output: &mut Output<Buffer>) -> io::Result<bool> {
         while !output.is_empty() {
             let written = match &output.slices()[..] {
                 [all] => (&self.socket).write(all), // cheaper than a vectored write
@@ -180,10 +224,11 @@ impl<T, F> Connection<T, F> {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => drop(output.sent(count)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -230,12 +275,16 @@ impl<T, F> Outbox<T, F> {
         result
     }
 
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(super) fn flush(&mut self) -> io::Result<()>
+    where
+        T: Send + 'static,
+        F: Send + 'static,
+    {
         self.is_full = false;
         for other in self.others.drain(..) {
             // After an error, the thread of that connection sees the end.
             let _ = other.flush();
         }
-        self.own.flush()
+        self.own.flush_own()
     }
 }
