@@ -49,7 +49,8 @@ def run(program: str, args: list[str], *, is_module: bool = False) -> None:
             sys.argv = [program, *args]
             main_module.__file__ = code.co_filename
             main_module.__loader__ = SourceFileLoader("__main__", code.co_filename)
-            main_module.__dict__["__cached__"] = None
+            if sys.version_info < (3, 15):
+                main_module.__dict__["__cached__"] = None
             exec(code, main_module.__dict__)
     except (SystemExit, ScriptNotFound):
         raise
