@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from fake_daemon import IDENTITY, Connection, FakeDaemon, frame
-from forking import CHILD_LIMIT, in_child, run_in_thread
-from support import DaemonProcess, until
+from fake_daemon import IDENTITY, PEER, STREAM_OPENED, Connection, FakeDaemon, frame
+from forking import CHILD_LIMIT, in_child, run_in_thread, with_loop_running_in_child
+from support import BACKENDS, DaemonProcess, until
 
 from p2pclient_rs import (
     Client,
     ForkedClientError,
+    PeerID,
     Stream,
     StreamInfo,
 )
@@ -78,6 +80,56 @@ async def test_client_of_the_parent_is_refused_in_a_forked_child(
         await in_child(lambda: run_in_thread(anyio_backend, use))
         await assert_echoes(stream, b"the parent's")
         assert (await client.identify()).peer_id == pair.alice_daemon.peer_id
+
+
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_client_is_refused_at_once_in_the_task_that_forked(pair: Pair) -> None:
+    """In the child, asyncio no longer has a running loop."""
+    client = pair.alice
+    await client.identify()
+    stream = await opened(pair)
+
+    def use() -> None:
+        for call in (
+            client.identify,
+            lambda: client.call_unary(pair.bob_daemon.peer_id, "echo", b"data"),
+            lambda: client.stream_open(pair.bob_daemon.peer_id, ["/echo"]),
+        ):
+            with pytest.raises(ForkedClientError):
+                call().send(None)
+        # anyio looks up the loop first.
+        for work in (client.identify(timeout=5), stream.receive()):
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                work.send(None)
+
+    async with stream:
+        await in_child(use)
+        await assert_echoes(stream, b"the parent's")
+
+
+@pytest.mark.independent
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_event_loop_running_in_a_forked_child_leaves_data_to_the_parent() -> None:
+    go = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(frame(STREAM_OPENED))
+        go.wait(CHILD_LIMIT)
+        connection.send(b"for the parent")
+        connection.wait_closed()
+
+    def left_it() -> None:
+        assert not received.done() or isinstance(received.exception(), ForkedClientError)
+
+    with FakeDaemon(script) as fake:
+        async with Client(fake.control_maddr) as client:
+            _, stream = await client.stream_open(PeerID(PEER), ["/echo"])
+            async with stream:
+                received = asyncio.ensure_future(stream.receive())
+                await until(lambda: stream._reading)
+                await with_loop_running_in_child(go.set, left_it)
+                assert await received == b"for the parent"
 
 
 async def test_new_client_works_in_a_forked_child(pair: Pair, anyio_backend: Any) -> None:

@@ -28,6 +28,7 @@ import anyio
 import hivemind_tree
 import pytest
 from fake_daemon import OK, PEER, STREAM_OPENED, UPGRADE, Connection, FakeDaemon, decode, frame
+from forking import fork
 from google.protobuf import descriptor_pool
 from support import BACKENDS, DaemonProcess, new_directory, open_descriptors, until
 
@@ -1095,7 +1096,7 @@ def test_close_works_at_any_time_and_in_any_thread(ours: Bindings) -> None:
         thread.join()
         stopped.close()
         stopped.close()
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:

@@ -24,6 +24,7 @@ from textwrap import dedent
 from typing import Any
 
 import anyio
+import forking
 import hivemind_tree
 import pytest
 
@@ -1116,7 +1117,7 @@ def test_forked_child_leaves_its_parents_watchdog_alone(p2p_class: Any) -> None:
     async def main() -> None:
         p2p = await p2p_class.create(BOOTSTRAP)
         (task,) = watchdogs()
-        pid = os.fork()
+        pid = forking.fork()
         if pid == 0:
             p2p._terminate()
             os._exit(task.cancelling() if sys.version_info >= (3, 11) else 0)

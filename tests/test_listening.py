@@ -33,6 +33,7 @@ from fake_daemon import (
     field,
     frame,
 )
+from forking import fork
 from support import connect_to_listener, is_closed, new_directory, open_descriptors, until
 
 from p2pclient_rs import Client, ControlFailure, ForkedClientError, StreamInfo, listening
@@ -414,7 +415,7 @@ def test_tmpdir_too_long_for_a_socket_path_is_not_used(tmp_path: Path) -> None:
 def test_forked_child_keeps_the_private_directory() -> None:
     client = Client()
     path = private_path(client)
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +14,10 @@ import pytest
 import trio
 import trio.testing
 from fake_daemon import (
+    OK,
     PATIENCE,
     PEER,
+    UPGRADE,
     Connection,
     FakeDaemon,
     acknowledgement,
@@ -30,7 +29,7 @@ from fake_daemon import (
     serve_echo,
     unary_echo,
 )
-from forking import in_child
+from forking import in_child, with_loop_running_in_child
 from support import BACKENDS, all_of, until
 
 from p2pclient_rs import (
@@ -524,44 +523,38 @@ async def test_data_may_have_a_finalizer_that_uses_the_client() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
-async def test_event_loop_running_in_a_forked_child_leaves_replies_to_the_parent() -> None:
+@pytest.mark.parametrize("opened", [False, True], ids=["upgrading", "calling"])
+async def test_event_loop_running_in_a_forked_child_leaves_replies_to_the_parent(
+    opened: bool,
+) -> None:
     """Not tested on trio, where the kernel reports each event to only one of the processes."""
     go = threading.Event()
 
     def script(connection: Connection) -> None:
-        connection.upgrade()
-        message = connection.read_message()
-        go.wait(PATIENCE)
+        if opened:
+            connection.upgrade()
+            message = connection.read_message()
+            go.wait(PATIENCE)
+        else:
+            assert connection.read_request() == UPGRADE
+            go.wait(PATIENCE)
+            connection.send(frame(OK))
+            message = connection.read_message()
         connection.send(frame(reply(message.call_id, b"for the parent")))
         connection.wait_closed()
 
+    def left_it() -> None:
+        """In the child. The call must not have succeeded there."""
+        assert not call.done() or call.exception() is not None
+
     with FakeDaemon(script) as fake:
         async with Client(fake.control_maddr) as client:
-            results = []
-
-            async def call() -> None:
-                results.append(await call_echo(client))
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(call)
-                await anyio.wait_all_tasks_blocked()
-                read_end, write_end = os.pipe()
-                pid = os.fork()
-                if pid == 0:
-                    signal.alarm(10)
-                    deadline = time.monotonic() + 0.5
-                    while time.monotonic() < deadline:
-                        await anyio.lowlevel.checkpoint()
-                    os.write(write_end, b"took it" if results else b"left it")
-                    os._exit(0)
-                go.set()
-                # The parent's loop is blocked here, so the child gets the first chance to read.
-                report = os.read(read_end, 100)
-                os.waitpid(pid, 0)
-                os.close(read_end)
-                os.close(write_end)
-            assert report == b"left it"
-            assert results == [b"for the parent"]
+            if opened:
+                await client.unary.open()
+            call = asyncio.ensure_future(call_echo(client))
+            await until(lambda: len(fake.requests) == 1 + opened)
+            await with_loop_running_in_child(go.set, left_it)
+            assert await call == b"for the parent"
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])

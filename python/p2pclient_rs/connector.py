@@ -413,7 +413,7 @@ class DaemonConnector:
 
     def _pool(self) -> Pool:
         """Returns the pool of the running event loop."""
-        loop = current_loop()
+        loop = self.current_loop()
         pool = self._pools.get(loop)
         if pool is None:
             # If something refers to a closed loop, its pool is still here.
@@ -427,6 +427,19 @@ class DaemonConnector:
 
     async def _connect(self) -> PooledConnection:
         return await dial(self._maddr, self._max_message_size)
+
+    def current_loop(self) -> Any:
+        """Returns the running event loop.
+
+        Raises:
+            ForkedClientError: This is a forked child, in which asyncio's loop is not running.
+            RuntimeError: No event loop is running.
+        """
+        try:
+            return current_loop()
+        except RuntimeError:
+            self.check_fork()
+            raise
 
     def check_fork(self) -> None:
         """Raises ForkedClientError in a forked child of the process that made this."""

@@ -355,7 +355,7 @@ class UnaryClient:
 
     def _session(self) -> Session:
         """Returns the session of the running event loop."""
-        loop = current_loop()
+        loop = self.daemon_connector.current_loop()
         session = self._sessions.get(loop)
         if session is None:
             for other, used in list(self._sessions.items()):

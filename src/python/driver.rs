@@ -172,7 +172,12 @@ impl Driver {
         Ok(())
     }
 
+    /// Removes a callback. Does nothing in a forked child that runs the loop on, since the loop's epoll
+    /// instance is also the parent's.
     pub fn remove(&self, py: Python<'_>, way: Way) -> PyResult<()> {
+        if self.is_forked() {
+            return Ok(());
+        }
         let remove = match way {
             Way::Read => intern!(py, "remove_reader"),
             Way::Write => intern!(py, "remove_writer"),
