@@ -180,12 +180,12 @@ impl Name {
 
 impl Drop for Name {
     fn drop(&mut self) {
-        if self.is_taken() {
-            // Nothing else removes an entry with this number. Dropped outside the lock, as it may
-            // hold the last reference to streams.
-            let entry = lock(&self.handlers.by_protocol).remove(&self.protocol);
-            drop(entry);
-        }
+        let mut handlers = lock(&self.handlers.by_protocol);
+        let entry = handlers.get(&self.protocol);
+        let is_taken = entry.is_some_and(|entry| entry.number == self.number);
+        let entry = is_taken.then(|| handlers.remove(&self.protocol));
+        drop(handlers);
+        drop(entry); // outside the lock, as it may hold the last reference to streams
         self.handlers.left.notify_waiters();
     }
 }
