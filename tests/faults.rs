@@ -709,7 +709,7 @@ async fn client_has_one_handler_per_protocol() {
     assert!(matches!(error, Error::AlreadyRegistered { .. }));
     assert_eq!(
         error.to_string(),
-        "there is a handler for this protocol already (request STREAM_HANDLER, protocol /echo)"
+        "there is a handler for this protocol already; drop or remove it first, or use another name (request STREAM_HANDLER, protocol /echo)"
     );
     listening.daemon.nobody_connects();
 }

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
 import anyio
@@ -31,7 +32,7 @@ import pytest
 from support import suspend
 
 import p2pclient_rs.daemon
-from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo
+from p2pclient_rs import Client, Multiaddr, PeerID, Stream, StreamInfo, supervisor
 from p2pclient_rs._native import DaemonProcess, Supervision
 from p2pclient_rs.daemon import Daemon, unused_tcp_port
 from p2pclient_rs.exceptions import (
@@ -1583,6 +1584,22 @@ async def test_restart_replaces_the_control_socket_left_behind(tmp_path: Path) -
         os.kill(pid or 0, signal.SIGKILL)
         await wait_for_restart(daemon, pid)
     assert not (tmp_path / "c.sock").exists()
+
+
+async def test_timeout_of_registering_again_is_logged_with_its_length(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def no_answer() -> None:
+        await anyio.sleep_forever()
+
+    half: Any = SimpleNamespace(register_again=no_answer)
+    client: Any = SimpleNamespace(control=half, unary=half)
+    monkeypatch.setattr(supervisor, "Supervision", SimpleNamespace(REGISTER_TIMEOUT=0.01))
+    await supervisor._register(client)
+    assert len(caplog.messages) == 2
+    assert all(
+        line.endswith("not registered again: no answer within 0.01 s") for line in caplog.messages
+    )
 
 
 @pytest.mark.needs("unary")

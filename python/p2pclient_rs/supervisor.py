@@ -197,7 +197,8 @@ async def _register(client: Client) -> None:
             with anyio.fail_after(Supervision.REGISTER_TIMEOUT):
                 await register_again()
         except (ControlFailure, TimeoutError) as error:
-            logger.warning("the handlers of %r were not registered again: %s", client, error)
+            why = str(error) or f"no answer within {Supervision.REGISTER_TIMEOUT:g} s"
+            logger.warning("the handlers of %r were not registered again: %s", client, why)
 
 
 def _brief(error: DaemonStartError) -> str:

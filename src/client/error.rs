@@ -96,13 +96,19 @@ pub enum Error {
         context: Box<Context>,
     },
     /// This client serves the protocol already.
-    #[error("there is a handler for this protocol already{context}")]
+    #[error(
+        "there is a handler for this protocol already; drop or remove it first, or use another \
+             name{context}"
+    )]
     AlreadyRegistered {
         /// The request that failed.
         context: Box<Context>,
     },
     /// This client does not serve the protocol.
-    #[error("there is no handler for this protocol{context}")]
+    #[error(
+        "there is no handler for this protocol; a client can remove only the handlers that it has \
+             added{context}"
+    )]
     NotRegistered {
         /// The request that failed.
         context: Box<Context>,
