@@ -27,7 +27,7 @@ struct Entry {
     number: u64,
     balanced: bool,
     sender: mpsc::Sender<Stream>,
-    /// Dangling once the caller has dropped the handler. The name will then become free soon.
+    /// Dangling once the program has dropped its `IncomingStreams`. The name will then become free soon.
     wanted: Weak<()>,
 }
 
@@ -64,7 +64,7 @@ impl Handlers {
     /// Takes a name. If the name's handler was dropped, waits until the daemon has removed it.
     ///
     /// # Arguments
-    /// - `wanted`: dangling once the caller has dropped the handler.
+    /// - `wanted`: dangling once the program has dropped its `IncomingStreams`.
     /// - `replace`: whether to take the name from a handler that is still in use.
     ///
     /// # Errors

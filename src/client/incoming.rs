@@ -163,7 +163,7 @@ impl Client {
         balanced: bool,
         replace: bool,
     ) -> Result<IncomingStreams, Error> {
-        let (mut caller, outcome) = oneshot::channel();
+        let (mut sender, outcome) = oneshot::channel();
         let client = self.clone();
         let wanted = Arc::new(());
         let still_wanted = Arc::downgrade(&wanted);
@@ -172,7 +172,7 @@ impl Client {
             // Until the request is sent, giving up leaves nothing to undo.
             let ready = tokio::select! {
                 biased;
-                () = caller.closed() => return,
+                () = sender.closed() => return,
                 ready = async {
                     let addr = inbound.listen(client.pool()).await?;
                     let handlers = &inbound.handlers;
@@ -185,7 +185,7 @@ impl Client {
                 Err(error) => Err(error),
             };
             // If the caller has given up, this drops the handler, which removes it.
-            drop(caller.send(registered));
+            drop(sender.send(registered));
         });
         let mut incoming = outcome
             .await
@@ -321,8 +321,9 @@ impl IncomingStreams {
         let Some(registration) = self.registration.take() else {
             return Ok(());
         };
-        drop(self.wanted.take()); // first, as in `drop`
-                                  // In a task, so that it completes if the caller gives up.
+        // First, as in `drop`.
+        drop(self.wanted.take());
+        // In a task, so that it completes if the caller gives up.
         let removing = tokio::spawn(registration.remove());
         removing
             .await

@@ -273,8 +273,8 @@ impl Connection {
         self.socket.end();
         for token in pending {
             // The session fails its own requests when it learns of the loss.
-            if let Token::Call(caller) = token {
-                complete(caller, Err(error.clone()));
+            if let Token::Call(sender) = token {
+                complete(sender, Err(error.clone()));
             }
         }
         for task in work.into_values().flatten() {
@@ -285,9 +285,9 @@ impl Connection {
     }
 }
 
-/// Gives the outcome to a caller, unless it has cancelled the call.
-pub fn complete(caller: oneshot::Sender<Result<Bytes, Error>>, outcome: Result<Bytes, Error>) {
-    let _ = caller.send(outcome);
+/// Gives the outcome of a call to its caller, unless that has cancelled the call.
+pub fn complete(sender: oneshot::Sender<Result<Bytes, Error>>, outcome: Result<Bytes, Error>) {
+    let _ = sender.send(outcome);
 }
 
 /// A call that waits for its reply. Dropping it cancels the call.

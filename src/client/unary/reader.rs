@@ -199,7 +199,7 @@ impl Reader {
     /// Passes an answer of the daemon to the sender of the request.
     fn answer(&self, token: Token, outcome: Result<Bytes, Error>) {
         let name = match token {
-            Token::Call(caller) => return complete(caller, outcome),
+            Token::Call(sender) => return complete(sender, outcome),
             Token::Register(ref name) | Token::Unregister(ref name) => name,
         };
         let Some(owner) = self.owner.upgrade() else {
