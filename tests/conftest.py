@@ -7,9 +7,7 @@ import functools
 import gc
 import inspect
 import logging
-import multiprocessing.resource_tracker
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -130,9 +128,6 @@ def _pending_tasks() -> list[object]:
 def fails_on_leaks() -> Iterator[None]:
     """Fails a test module that leaks a descriptor, thread, task, process or socket file."""
     uvloop.new_event_loop().close()  # the first uvloop opens a pipe that stays open
-    if sys.version_info >= (3, 14):
-        # Stays alive. The locks of the original hivemind would start it.
-        multiprocessing.resource_tracker.ensure_running()
     gc.collect()
     before = open_descriptors(), _threads(), child_processes()
     yield
