@@ -101,7 +101,6 @@ impl Attempts {
 
 impl Driver {
     pub fn new(event_loop: &Bound<'_, PyAny>, fd: RawFd) -> Self {
-        let _guard = enter(event_loop.py());
         Self {
             event_loop: event_loop.clone().unbind(),
             kind: LoopKind::of(event_loop),

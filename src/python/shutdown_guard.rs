@@ -9,6 +9,7 @@
 //! - in the functions of `driver` that methods of `Pipeline` and `PersistentConnection` call;
 //! - in each method of these two classes and of `Readiness` that calls Python in another way, as its first
 //!   statement;
+//! - where a new type of event loop is tested (`LoopKind::of`);
 //! - in `errors`, around the constructors of exceptions, since any method may fail.
 
 use pyo3::prelude::*;

@@ -7,6 +7,7 @@
 //! the callback itself. `Future._callbacks` is private. Each type of loop is therefore tested first, and
 //! a switch turns the mechanism off.
 
+use super::shutdown_guard::enter;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -59,6 +60,7 @@ impl LoopKind {
         if let Some(kind) = find() {
             return kind;
         }
+        let _guard = enter(event_loop.py());
         let state = match test(event_loop) {
             Ok(true) => UNPROVEN,
             Ok(false) | Err(_) => UNUSABLE,
