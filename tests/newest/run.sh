@@ -41,6 +41,8 @@ done
 
 # The build scripts there need a newer C library than this machine may have.
 export repository root CARGO_TARGET_DIR="$repository/target/newest"
+outcomes=
+failed=0
 for version in $versions; do
     export version
     unshare --mount --propagation private sh -eu -c '
@@ -50,5 +52,9 @@ for version in $versions; do
         done
         exec chroot "$root" make -C "$repository" \
             test-python "PYTHON=python$version" "VENV=.venv-$version" "PYTEST_ARGS=$*"
-    ' sh "$@"
+    ' sh "$@" && outcome=passed || { outcome=failed; failed=1; }
+    outcomes="$outcomes
+== $(chroot "$root" "python$version" --version): $outcome"
 done
+echo "$outcomes"
+exit $failed
