@@ -78,7 +78,6 @@ impl Readiness {
     /// Writes the unsent output of a stream when the descriptor is writable. Keeps `owner` alive until
     /// that is done or has failed.
     fn flush_later(slf: &Bound<'_, Self>, stream: Py<RawStream>, owner: Py<PyAny>) -> PyResult<()> {
-        let _guard = enter(slf.py());
         {
             let mut direction = slf.get().direction(Way::Write);
             if direction.closed || direction.flushing.is_some() {
@@ -138,7 +137,6 @@ impl Readiness {
 
     /// Removes the writer if no task waits for it: most sockets are writable all the time.
     fn remove_idle_writer(&self, py: Python<'_>) -> PyResult<()> {
-        let _guard = enter(py);
         {
             let mut direction = self.direction(Way::Write);
             let busy = direction.flushing.is_some() || !direction.futures.is_empty();
@@ -146,6 +144,7 @@ impl Readiness {
                 return Ok(());
             }
         }
+        let _guard = enter(py);
         self.driver.remove(py, Way::Write)
     }
 
@@ -286,6 +285,7 @@ impl Readiness {
                 return Ok(());
             }
         }
+        let _guard = enter(slf.py());
         let added = this.add(slf, way);
         if added.is_err() {
             this.direction(way).registered = false;

@@ -7,8 +7,9 @@
 //!
 //! A guard is taken where such a call begins, and nowhere below:
 //! - in the functions of `driver` that methods of `Pipeline` and `PersistentConnection` call;
-//! - in each method of these two classes and of `Readiness` that calls Python in another way, as its first
-//!   statement;
+//! - in each method of these two classes that calls Python in another way, as its first statement;
+//! - in the methods of `Readiness`, once it is clear that they will call Python, as most of their calls only
+//!   change its state;
 //! - where a new type of event loop is tested (`LoopKind::of`);
 //! - in `errors`, around the constructors of exceptions, since any method may fail.
 
