@@ -48,7 +48,7 @@ async def _connect(
     address: str | tuple[str, int], max_message_size: int | None
 ) -> PooledConnection:
     delay = 0.001
-    while (raw := ControlConnection.connect(address, max_frame=max_message_size)) is None:
+    while (raw := ControlConnection.connect(address, max_message_size)) is None:
         # The daemon's accept queue is full. There is no event for room in it, so poll.
         await anyio.sleep(delay)
         delay = min(2 * delay, 0.05)

@@ -455,7 +455,7 @@ class Stream(SocketStream):
             self._socket = None
         if not self._raw.closed:
             self._watch.close()
-            self._raw.close(abort=abort, keep_input=self._keep_input)
+            self._raw.close(abort, self._keep_input)
 
     def _family(self) -> socket.AddressFamily:
         return socket.AF_INET6 if ":" in self._raw.local_address[0] else socket.AF_INET

@@ -75,7 +75,7 @@ impl ControlConnection {
     /// Begins to connect to a path or to `(ip, port)`. Returns `None` if the listen queue of a unix
     /// socket is full; the caller must try again later.
     #[staticmethod]
-    #[pyo3(signature = (address, *, max_frame = None))]
+    #[pyo3(signature = (address, max_frame = None))]
     fn connect(
         py: Python<'_>,
         address: Address,
@@ -308,7 +308,7 @@ impl Inner {
         self.flush()?;
         let mut budget = READ_BUDGET;
         loop {
-            match self.next_event(&mut budget)? {
+            match self.exchange.poll().map_err(ConnectionError::protocol)? {
                 Some(Event::Value(value)) => self.values.push(value),
                 Some(Event::Refused(message)) => return Ok(Some(Outcome::Refused(message))),
                 Some(Event::Reply(reply)) => return Ok(Some(Outcome::Reply(reply))),
@@ -323,6 +323,7 @@ impl Inner {
                     }));
                 }
                 Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
+                None if self.read(&mut budget)? => {}
                 None => return Ok(None),
             }
         }
@@ -331,33 +332,26 @@ impl Inner {
     /// Returns the next value of a query's reply, or no values at its end.
     fn next_value(&mut self) -> Result<Option<Outcome>, ConnectionError> {
         let mut budget = READ_BUDGET;
-        Ok(Some(match self.next_event(&mut budget)? {
-            None => return Ok(None),
-            Some(Event::Value(value)) => Outcome::Reply(value),
-            Some(Event::End) => Outcome::Values(Vec::new()),
-            Some(Event::Refused(message)) => Outcome::Refused(message),
-            Some(other) => return Err(ConnectionError::protocol(other.unexpected())),
+        let event = loop {
+            match self.exchange.poll().map_err(ConnectionError::protocol)? {
+                Some(event) => break event,
+                None if self.read(&mut budget)? => {}
+                None => return Ok(None),
+            }
+        };
+        Ok(Some(match event {
+            Event::Value(value) => Outcome::Reply(value),
+            Event::End => Outcome::Values(Vec::new()),
+            Event::Refused(message) => Outcome::Refused(message),
+            other => return Err(ConnectionError::protocol(other.unexpected())),
         }))
     }
 
-    /// Returns the next event, or `None` if too few bytes have arrived or the budget is used up.
-    fn next_event(&mut self, budget: &mut usize) -> Result<Option<Event>, ConnectionError> {
-        loop {
-            if let Some(event) = self.exchange.poll().map_err(ConnectionError::protocol)? {
-                return Ok(Some(event));
-            }
-            if *budget == 0 {
-                return Ok(None);
-            }
-            match self.read()? {
-                Some(count) => *budget = budget.saturating_sub(count),
-                None => return Ok(None),
-            }
+    /// Reads once, unless the budget is used up. Returns whether bytes have arrived.
+    fn read(&mut self, budget: &mut usize) -> Result<bool, ConnectionError> {
+        if *budget == 0 {
+            return Ok(false);
         }
-    }
-
-    /// Reads once. Returns `None` if that would block.
-    fn read(&mut self) -> Result<Option<usize>, ConnectionError> {
         let Self {
             socket, exchange, ..
         } = self;
@@ -366,8 +360,12 @@ impl Inner {
             bytes.len()
         });
         match read {
+            Ok(None) => Ok(false),
             Ok(Some(0)) => Err(ConnectionError::protocol(self.exchange.end_of_file())),
-            Ok(read) => Ok(read),
+            Ok(Some(count)) => {
+                *budget = budget.saturating_sub(count);
+                Ok(true)
+            }
             Err(error) => {
                 let unexecuted = is_unread(&self.socket, &mut self.exchange, &error);
                 Err(ConnectionError::Lost { error, unexecuted })

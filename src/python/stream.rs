@@ -327,7 +327,7 @@ impl RawStream {
     ///
     /// `keep_input` closes as asyncio does: unsent output is written if the socket accepts it, and input
     /// that has arrived, up to a limit, can still be read.
-    #[pyo3(signature = (*, abort = false, keep_input = false))]
+    #[pyo3(signature = (abort = false, keep_input = false))]
     fn close(&self, py: Python<'_>, abort: bool, keep_input: bool) {
         let mut state = self.lock();
         state.release_large(py);
