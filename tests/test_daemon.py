@@ -1298,13 +1298,13 @@ async def test_failed_start_does_not_block_the_event_loop(
 ) -> None:
     (tmp_path / "mute").touch()
     stalls = Stalls()
-    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", start_timeout=0.5)
+    daemon = Daemon(leaves_a_process, control_maddr=f"/unix{tmp_path}/c.sock", start_timeout=2.0)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stalls.watch)
         begun = time.monotonic()
         with pytest.raises(DaemonStartError, match="not ready"):
             await daemon.start()
-        assert time.monotonic() - begun > 0.9
+        assert time.monotonic() - begun > 2.4
         await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
     assert stalls.longest < 0.25
