@@ -18,7 +18,7 @@ from typing import TypeVar
 import anyio
 import get_daemon
 import pytest
-from daemons.features import RACES
+from daemons.features import PANICS, RACES
 
 from p2pclient_rs import Client, DaemonRefused, Multiaddr, PeerID
 from p2pclient_rs.compat.p2pclient.pb import p2pd_pb2
@@ -215,7 +215,8 @@ class DaemonProcess:
     def ended_by_known_race(self) -> bool:
         """Returns whether the daemon has ended because of one of its known race conditions."""
         output = (self.directory / "log").read_text(errors="replace")
-        return self.kind in RACES and re.search(RACES[self.kind], output[-2000:]) is not None
+        patterns = (RACES.get(self.kind), PANICS.get(self.kind))
+        return any(pattern and re.search(pattern, output[-8000:]) for pattern in patterns)
 
     def kill(self) -> None:
         """Kills the daemon, like a crash."""
@@ -251,13 +252,17 @@ async def check_running(*daemons: DaemonProcess) -> None:
     revive(*daemons)
 
 
-def revive(*daemons: DaemonProcess) -> None:
-    """Restarts ended daemons; fails unless they ended because of a known race."""
+def revive(*daemons: DaemonProcess) -> bool:
+    """Restarts ended daemons; fails unless they ended because of a known race.
+
+    Returns whether there were any.
+    """
     ended = [daemon for daemon in daemons if daemon.process.poll() is not None]
     expected = [daemon.ended_by_known_race() for daemon in ended]
     for daemon in ended:
         daemon.restart()
     assert all(expected), "the daemon has ended: see below"
+    return bool(ended)
 
 
 def remove_directories() -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import pytest
 from fake_daemon import field, frame, varint
-from support import BACKENDS, DaemonProcess, all_of, eventually, unknown_peer, until
+from support import BACKENDS, DaemonProcess, all_of, eventually, revive, unknown_peer, until
 
 from p2pclient_rs import (
     AlreadyRegistered,
@@ -84,7 +84,10 @@ class Pair:
 @pytest.fixture
 async def pair(swarm: tuple[DaemonProcess, DaemonProcess]) -> AsyncIterator[Pair]:
     first, second = swarm
+    restarted = revive(first, second)
     async with first.client() as alice, second.client() as bob:
+        if restarted:
+            await alice.connect(second.peer_id, second.addrs)
         pair = Pair(alice, bob, first, second)
         yield pair
         await until(pair.idle)
@@ -522,6 +525,8 @@ class Gate:
         return data
 
 
+# A cancellation can crash the daemon: see PANICS.
+@pytest.mark.flaky(reruns=2)
 async def test_calls_cancelled_right_after_sending_cancel_their_handlers(pair: Pair) -> None:
     """The daemon may read the Cancel before the call, and then does not know the call."""
     gate = Gate()
@@ -612,6 +617,8 @@ async def test_cancelled_handler_may_clean_up_slowly(pair: Pair) -> None:
     await until(pair.idle)
 
 
+# A cancellation can crash the daemon: see PANICS.
+@pytest.mark.flaky(reruns=2)
 async def test_ten_thousand_randomly_cancelled_calls_leave_nothing_pending(pair: Pair) -> None:
     done = {"answered": 0, "cancelled": 0}
     #: Calls refused because of the daemons' limit on streams between them, which a loaded machine
