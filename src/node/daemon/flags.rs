@@ -1,0 +1,1 @@
+//! The command line, in the syntax of Go's flag package.

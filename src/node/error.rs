@@ -1,0 +1,1 @@
+//! Errors of a node, in the words of the Go daemons.

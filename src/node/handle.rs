@@ -1,0 +1,1 @@
+//! What a front end can ask of a node: one method per request.

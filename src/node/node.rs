@@ -1,0 +1,1 @@
+//! Starts a node, and drives its swarm.

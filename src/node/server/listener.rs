@@ -1,0 +1,1 @@
+//! The sockets on which clients connect.

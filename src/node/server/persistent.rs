@@ -1,0 +1,1 @@
+//! One persistent connection of a client.

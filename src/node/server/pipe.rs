@@ -1,0 +1,1 @@
+//! Passes bytes between a peer's stream and a client's socket.

@@ -1,0 +1,1 @@
+//! One control connection of a client.

@@ -1,0 +1,1 @@
+//! Identify and identify-push.

@@ -1,0 +1,1 @@
+//! Streams between local programs and peers.

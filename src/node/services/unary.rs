@@ -1,0 +1,1 @@
+//! Unary calls between local programs and peers.

@@ -1,0 +1,1 @@
+//! The live connections, and the protocols that this node serves.

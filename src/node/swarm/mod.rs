@@ -1,0 +1,8 @@
+//! The network: transports, connections and the negotiation of streams.
+
+mod host;
+mod muxer;
+mod negotiate;
+mod tls;
+mod transport;
+mod yamux;

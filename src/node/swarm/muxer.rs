@@ -1,0 +1,1 @@
+//! A decorator of stream muxers, which owns the negotiation of application streams.

@@ -1,0 +1,1 @@
+//! TCP with noise or TLS, and yamux.

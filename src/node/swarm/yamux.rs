@@ -1,0 +1,1 @@
+//! A stream muxer on the yamux crate.
