@@ -7,3 +7,10 @@ mod node;
 pub mod server;
 mod services;
 mod swarm;
+
+pub use error::{DialCause, DialFailure, NodeError};
+pub use handle::{
+    HandlerError, IncomingCall, NodeHandle, PeerStream, Responder, Substream, UnaryClient,
+    UnaryEvent,
+};
+pub use node::{Config, Node, Security};

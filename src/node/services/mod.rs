@@ -1,5 +1,5 @@
 //! What the node does on its connections for its clients.
 
-mod identify;
-mod streams;
-mod unary;
+pub(crate) mod identify;
+pub(crate) mod streams;
+pub(crate) mod unary;
