@@ -260,6 +260,12 @@ impl<T, P: Payload> PersistentServer<T, P> {
         }
     }
 
+    /// Confirms that a call of the client was [cancelled](ServerEvent::Cancelled), so that the client does
+    /// not repeat its request to cancel it.
+    pub fn confirm_cancel(&self, id: &CallId, out: &mut BytesMut) {
+        put_cancel(out, id);
+    }
+
     /// Passes a peer's call to the client. Appends the head of the frame to `out`; the payload of `len`
     /// bytes must follow. The call gets a new id, so that peers cannot choose ids that collide.
     ///

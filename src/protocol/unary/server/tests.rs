@@ -250,6 +250,12 @@ fn does_not_answer_a_cancelled_call() {
     );
     assert!(!server.reply(&id, 1, &mut BytesMut::new()));
     assert_eq!(server.calls(), 0);
+
+    assert!(client.has_unconfirmed_cancels());
+    let mut out = BytesMut::new();
+    server.confirm_cancel(&id, &mut out);
+    assert_eq!(client.poll(&mut &out[..]), Ok(None));
+    assert!(!client.has_unconfirmed_cancels());
 }
 
 #[test]
