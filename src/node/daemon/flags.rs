@@ -51,9 +51,7 @@ impl Flags {
                 if name == "help" || name == "h" {
                     return Err(Refused::Help(usage(program)));
                 }
-                return Err(invalid(format!(
-                    "flag provided but not defined: -{name}"
-                )));
+                return Err(invalid(format!("flag provided but not defined: -{name}")));
             };
             let value = match (value, flag.kind) {
                 (Some(value), _) => value,

@@ -1,6 +1,98 @@
-//! The control protocol: requests of clients, carried out by a node.
+//! The control protocol: requests of local clients, carried out by a node.
 
 mod listener;
 mod persistent;
-mod pipe;
+pub(crate) mod pipe;
 mod session;
+pub(crate) mod socket;
+
+use crate::handle::NodeHandle;
+use listener::Listener;
+use p2pd_protocol::Multiaddr;
+use std::io;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Settings of a server.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct ServerConfig {
+    /// Largest message of a client, in bytes. Default: 4 MiB.
+    pub max_message: usize,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            max_message: 4 << 20,
+        }
+    }
+}
+
+/// Number of persistent connections.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Persistent {
+    /// Number of those that are open.
+    pub open: usize,
+    /// Number of all since the start.
+    pub opened: usize,
+}
+
+/// A listening server of the control protocol.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+}
+
+/// What all connections of a server share.
+pub(crate) struct Shared {
+    node: NodeHandle,
+    config: ServerConfig,
+    persistent: watch::Sender<Persistent>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Listens at a unix or TCP address; with port 0, at a free port.
+    ///
+    /// # Errors
+    /// The address cannot be listened at; the error has the words of the Go daemons.
+    pub async fn bind(
+        addr: &Multiaddr,
+        node: NodeHandle,
+        config: ServerConfig,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            listener: Listener::bind(addr).await?,
+            shared: Arc::new(Shared {
+                node,
+                config,
+                persistent: watch::Sender::new(Persistent::default()),
+            }),
+        })
+    }
+
+    /// Address at which clients connect, with the assigned port.
+    pub fn addr(&self) -> &Multiaddr {
+        self.listener.addr()
+    }
+
+    /// Number of persistent connections, and its changes.
+    pub fn persistent(&self) -> watch::Receiver<Persistent> {
+        self.shared.persistent.subscribe()
+    }
+
+    /// Serves clients until the future is dropped. Connections that were accepted go on until the
+    /// runtime ends.
+    pub async fn serve(&self) {
+        self.listener.serve(self.shared.clone()).await;
+    }
+}

@@ -42,17 +42,29 @@ fn refuses_in_the_words_of_go() {
     for (argument, words) in [
         ("-x", "flag provided but not defined: -x"),
         ("--x=1", "flag provided but not defined: -x"),
-        ("-dht=7", "invalid boolean value \"7\" for -dht: parse error"),
-        ("-connLo=x", "invalid value \"x\" for flag -connLo: parse error"),
+        (
+            "-dht=7",
+            "invalid boolean value \"7\" for -dht: parse error",
+        ),
+        (
+            "-connLo=x",
+            "invalid value \"x\" for flag -connLo: parse error",
+        ),
         (
             "-connLo=99999999999999999999",
             "invalid value \"99999999999999999999\" for flag -connLo: value out of range",
         ),
-        ("-connGrace=5", "invalid value \"5\" for flag -connGrace: parse error"),
+        (
+            "-connGrace=5",
+            "invalid value \"5\" for flag -connGrace: parse error",
+        ),
         ("-connLo", "flag needs an argument: -connLo"),
         ("-=x", "bad flag syntax: -=x"),
         ("---x", "bad flag syntax: ---x"),
-        ("-pprofPort=-1", "invalid value \"-1\" for flag -pprofPort: parse error"),
+        (
+            "-pprofPort=-1",
+            "invalid value \"-1\" for flag -pprofPort: parse error",
+        ),
     ] {
         assert_eq!(refusal(argument), words);
     }
@@ -72,7 +84,13 @@ fn explains_all_flags_in_the_layout_of_go() {
 #[test]
 fn reads_numbers_and_durations_as_go_does() {
     let number = |text: &str| Value::parse(Kind::Int, text);
-    for (text, expected) in [("0x10", 16), ("1_000", 1000), ("-7", -7), ("010", 8), ("0b11", 3)] {
+    for (text, expected) in [
+        ("0x10", 16),
+        ("1_000", 1000),
+        ("-7", -7),
+        ("010", 8),
+        ("0b11", 3),
+    ] {
         assert_eq!(number(text), Ok(Value::Int(expected)), "{text}");
     }
     for text in ["", "-", "1__0", "_1", "1_", "08", "0x", "1.5", "１"] {
@@ -89,14 +107,33 @@ fn reads_numbers_and_durations_as_go_does() {
     ] {
         assert_eq!(duration(text), Ok(Value::Int(expected)), "{text}");
     }
-    for text in ["", "5", "s", ".s", "1d", "1h2", "9999999999h", "1.2.3s", "é"] {
+    for text in [
+        "",
+        "5",
+        "s",
+        ".s",
+        "1d",
+        "1h2",
+        "9999999999h",
+        "1.2.3s",
+        "é",
+    ] {
         assert!(duration(text).is_err(), "{text}");
     }
 }
 
 #[test]
 fn names_requested_features_that_are_missing() {
-    let flags = parse(&["-dhtServer", "-relay=0", "-autonat=false", "-connLo=256", "-quic"]);
+    let flags = parse(&[
+        "-dhtServer",
+        "-relay=0",
+        "-autonat=false",
+        "-connLo=256",
+        "-quic",
+    ]);
     let lines = flags.unwrap().missing_features();
-    assert_eq!(lines, ["-dhtServer has no effect: this daemon has no DHT yet"]);
+    assert_eq!(
+        lines,
+        ["-dhtServer has no effect: this daemon has no DHT yet"]
+    );
 }
