@@ -6,3 +6,6 @@ mod negotiate;
 mod tls;
 mod transport;
 mod yamux;
+
+pub use host::{Connection, Host, HostEvent, OpenError, Service, Substream};
+pub(crate) use transport::build;

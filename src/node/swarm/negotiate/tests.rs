@@ -1,0 +1,1 @@
+//! Tests of the negotiation, over streams in memory.
