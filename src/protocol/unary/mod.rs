@@ -4,12 +4,14 @@
 //! [`client`] and [`server`] are the two ends as state machines. They encode only the head of a frame;
 //! the driver sends the payload after it. A large incoming payload is received directly into its final
 //! buffer, which the driver provides as a [`Payload`].
+//! [`peer`] has the messages of the streams between daemons.
 
 mod call_id;
 pub mod client;
 mod encode;
 mod message;
 mod payload;
+pub mod peer;
 mod reader;
 mod scan;
 pub mod server;
