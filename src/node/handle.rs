@@ -1,36 +1,64 @@
 //! What a front end can ask of a node: one method per request.
 
+use crate::dial::Dialer;
 use crate::error::NodeError;
+use crate::node::Command;
+use crate::services::identify::Identify;
+use crate::services::open::open;
+use crate::services::peers::AddressBook;
+use crate::services::streams::StreamHandlers;
+use crate::services::unary::{self, UnaryHandlers};
 pub use crate::services::unary::{HandlerError, IncomingCall, Responder, UnaryClient, UnaryEvent};
+pub use crate::stream::PeerStream;
+pub use crate::swarm::Substream;
+use crate::swarm::{Connection, Host};
 use bytes::Bytes;
-pub use libp2p::core::muxing::SubstreamBox as Substream;
-use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo, StreamInfo};
+use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
-/// A stream between a peer and a local client.
-pub struct PeerStream {
-    /// The peer, its address and the protocol.
-    pub info: StreamInfo,
-    /// Whether the peer still reads after it has closed its own direction. A Go peer on yamux does not:
-    /// what it is sent then stalls, so its end of file ends the whole stream.
-    pub half_close: bool,
-    /// The stream.
-    pub stream: Substream,
-}
+/// Time to wait for the connections of a peer to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time between looks at connections that are closing.
+const CLOSE_POLL: Duration = Duration::from_millis(2);
 
 /// A running node. Cheap to clone; the node stops when [`shutdown`](Self::shutdown) is called or all
 /// handles are dropped.
 #[derive(Clone)]
-pub struct NodeHandle;
+pub struct NodeHandle(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    pub(crate) host: Host,
+    pub(crate) book: Arc<AddressBook>,
+    pub(crate) identify: Arc<Identify>,
+    pub(crate) streams: Arc<StreamHandlers>,
+    pub(crate) unary: Arc<UnaryHandlers>,
+    pub(crate) dialer: Arc<Dialer>,
+    pub(crate) max_message: usize,
+    pub(crate) announced: watch::Receiver<Vec<libp2p::Multiaddr>>,
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) stopped: CancellationToken,
+}
 
 impl NodeHandle {
+    pub(crate) fn new(inner: Inner) -> Self {
+        Self(Arc::new(inner))
+    }
+
     /// The node's peer id.
     pub fn peer_id(&self) -> PeerId {
-        todo!()
+        PeerId::from_bytes(self.0.host.local().to_bytes())
     }
 
     /// The node's peer id, and the addresses that it announces to peers, without `/p2p`.
     pub fn identify(&self) -> Identity {
-        todo!()
+        let addrs = self.0.announced.borrow();
+        let addrs = addrs
+            .iter()
+            .map(|addr| Multiaddr::from_bytes(addr.to_vec()));
+        Identity::new(self.peer_id(), addrs.collect())
     }
 
     /// Connects to a peer, and waits until the peer has been identified. Does nothing if a connection
@@ -39,8 +67,13 @@ impl NodeHandle {
     /// # Errors
     /// The peer id or an address is invalid, the peer is this node, or no address can be reached.
     pub async fn connect(&self, peer: &PeerId, addrs: &[Multiaddr]) -> Result<(), NodeError> {
-        let _ = (peer, addrs);
-        todo!()
+        let peer = parse_peer(peer)?;
+        let addrs: Result<Vec<_>, _> = addrs.iter().map(parse_addr).collect();
+        let addrs = addrs?;
+        if !addrs.is_empty() {
+            self.0.book.add(peer, addrs);
+        }
+        self.0.connection(peer).await.map(drop)
     }
 
     /// Closes every connection to a peer, and waits until they are closed.
@@ -48,13 +81,27 @@ impl NodeHandle {
     /// # Errors
     /// The peer id is invalid.
     pub async fn disconnect(&self, peer: &PeerId) -> Result<(), NodeError> {
-        let _ = peer;
-        todo!()
+        let peer = parse_peer(peer)?;
+        let mut connections = self.0.host.connections();
+        connections.retain(|connection| connection.peer() == peer);
+        connections.iter().for_each(Connection::close);
+        let closed = async {
+            while connections.iter().any(Connection::is_open) {
+                tokio::time::sleep(CLOSE_POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
+        Ok(())
     }
 
     /// The connected peers: one entry per connection.
     pub fn list_peers(&self) -> Vec<PeerInfo> {
-        todo!()
+        let connections = self.0.host.connections();
+        let info = |connection: &Connection| PeerInfo {
+            peer_id: PeerId::from_bytes(connection.peer().to_bytes()),
+            addrs: vec![Multiaddr::from_bytes(connection.remote_addr().to_vec())],
+        };
+        connections.iter().map(info).collect()
     }
 
     /// Opens a stream to a peer, and connects to it if necessary. If the peer is known to support one of
@@ -67,8 +114,13 @@ impl NodeHandle {
         peer: &PeerId,
         protocols: Vec<String>,
     ) -> Result<PeerStream, NodeError> {
-        let _ = (peer, protocols);
-        todo!()
+        let connection = self.0.connection(parse_peer(peer)?).await?;
+        if protocols.is_empty() {
+            return Err(NodeError::NoProtocols);
+        }
+        let identify = &self.0.identify;
+        let (protocol, stream) = open(identify, &connection, &protocols).await?;
+        Ok(identify.peer_stream(protocol, stream, &connection))
     }
 
     /// Registers a local address as the handler of a protocol's inbound streams. If there is one already,
@@ -82,8 +134,7 @@ impl NodeHandle {
         addr: &Multiaddr,
         balanced: bool,
     ) -> Result<(), NodeError> {
-        let _ = (protocol, addr, balanced);
-        todo!()
+        self.0.streams.add(protocol, addr, balanced)
     }
 
     /// Removes a handler.
@@ -91,13 +142,12 @@ impl NodeHandle {
     /// # Errors
     /// The protocol has no handler with this address.
     pub fn remove_stream_handler(&self, protocol: &str, addr: &Multiaddr) -> Result<(), NodeError> {
-        let _ = (protocol, addr);
-        todo!()
+        self.0.streams.remove(protocol, addr)
     }
 
     /// Registers a client that handles unary calls: one per persistent connection.
     pub fn register_unary_client(&self) -> UnaryClient {
-        todo!()
+        self.0.unary.register()
     }
 
     /// Calls a peer's unary handler. Dropping the future cancels the call.
@@ -111,12 +161,50 @@ impl NodeHandle {
         protocol: &str,
         payload: Bytes,
     ) -> Result<Result<Bytes, HandlerError>, NodeError> {
-        let _ = (peer, protocol, payload);
-        todo!()
+        let connection = self.0.connection(parse_peer(peer)?).await?;
+        let max_message = self.0.max_message;
+        unary::call(
+            &self.0.identify,
+            &connection,
+            protocol,
+            payload,
+            max_message,
+        )
+        .await
     }
 
     /// Closes all connections and listeners, and waits until the node has stopped.
     pub async fn shutdown(self) {
-        todo!()
+        let _ = self.0.commands.send(Command::Shutdown).await;
+        self.0.stopped.cancelled().await;
     }
+}
+
+impl Inner {
+    /// Returns the newest connection to a peer. Dials the peer if there is none, and then waits until it
+    /// has been identified.
+    async fn connection(&self, peer: libp2p::PeerId) -> Result<Connection, NodeError> {
+        if let Some(connection) = self.host.newest(&peer) {
+            return Ok(connection);
+        }
+        if peer == self.host.local() {
+            return Err(NodeError::DialToSelf);
+        }
+        self.dialer.dial(peer).await?;
+        let connection = self.host.newest(&peer);
+        let connection = connection.ok_or(NodeError::ConnectionFailed)?;
+        self.identify.wait(&connection).await;
+        Ok(connection)
+    }
+}
+
+fn parse_peer(peer: &PeerId) -> Result<libp2p::PeerId, NodeError> {
+    peer.validate().map_err(|error| NodeError::from(&error))?;
+    libp2p::PeerId::from_bytes(peer.as_bytes())
+        .map_err(|error| NodeError::InvalidPeerId(error.to_string()))
+}
+
+fn parse_addr(addr: &Multiaddr) -> Result<libp2p::Multiaddr, NodeError> {
+    let parsed = libp2p::Multiaddr::try_from(addr.as_bytes().to_vec());
+    parsed.map_err(|error| NodeError::InvalidAddress(format!("{addr}: {error}")))
 }

@@ -4,8 +4,8 @@
 //! supports that. Everything that was received before the end of file is delivered first.
 
 use super::socket::Socket;
-use crate::handle::PeerStream;
-use crate::Substream;
+use crate::stream::PeerStream;
+use crate::swarm::Substream;
 use bytes::{Buf, Bytes};
 use futures::{AsyncRead, AsyncWrite};
 use p2pd_protocol::command::streams::encode_stream_info;
@@ -40,7 +40,6 @@ thread_local! {
 ///
 /// # Errors
 /// Gives the stream back, untouched, if the handler does not accept a connection in time.
-#[allow(dead_code)] // until services::streams uses it
 #[allow(clippy::result_large_err)]
 pub(crate) async fn deliver(
     stream: PeerStream,

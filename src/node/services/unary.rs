@@ -1,9 +1,26 @@
 //! Unary calls: the handlers of local clients, and calls to peers' handlers.
 
+mod exchange;
+
+use super::round_robin::RoundRobin;
 use crate::error::NodeError;
+use crate::swarm::{Connection, Host, Service, Substream};
 use bytes::Bytes;
+pub(crate) use exchange::call;
+use exchange::{read_call, reply, until_cancelled};
+use futures::future::BoxFuture;
 use p2pd_protocol::PeerId;
-use tokio::sync::{mpsc, oneshot};
+use std::collections::hash_map::Entry;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, oneshot, OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+/// Largest number of calls that a client has not answered. More go to other clients, or are refused.
+const MAX_CALLS: usize = 16 * 1024;
+/// Largest total size of the payloads of those calls, in KiB.
+const MAX_CALL_KIB: usize = 256 * 1024;
 
 /// A handler's error message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,10 +70,75 @@ impl Responder {
     }
 }
 
+/// The unary handlers of all clients.
+pub(crate) struct UnaryHandlers {
+    host: Host,
+    max_message: usize,
+    clients: AtomicU64,
+    stopped: CancellationToken,
+    handlers: Mutex<HashMap<String, RoundRobin<Client>>>,
+}
+
+/// A registered client, and the room that is left in its queue.
+#[derive(Debug, Clone)]
+struct Client(Arc<ClientQueue>);
+
+#[derive(Debug)]
+struct ClientQueue {
+    id: u64,
+    numbers: AtomicU64,
+    /// Bounded by the semaphores: each event holds a permit until the client takes it.
+    events: mpsc::UnboundedSender<(UnaryEvent, Arc<Room>)>,
+    calls: Arc<Semaphore>,
+    call_kib: Arc<Semaphore>,
+}
+
+/// A call's share of its client's queue.
+#[derive(Debug)]
+struct Room {
+    _call: OwnedSemaphorePermit,
+    _kib: OwnedSemaphorePermit,
+}
+
 /// A client that handles calls. Dropping it removes its handlers, and resets the streams of the calls
 /// that it has not answered.
 pub struct UnaryClient {
-    events: mpsc::UnboundedReceiver<UnaryEvent>,
+    handlers: Arc<UnaryHandlers>,
+    client: Client,
+    events: mpsc::UnboundedReceiver<(UnaryEvent, Arc<Room>)>,
+}
+
+impl UnaryHandlers {
+    pub(crate) fn new(host: Host, max_message: usize, stopped: CancellationToken) -> Arc<Self> {
+        Arc::new(Self {
+            host,
+            max_message,
+            stopped,
+            clients: AtomicU64::new(0),
+            handlers: Mutex::default(),
+        })
+    }
+
+    /// Registers a client.
+    pub(crate) fn register(self: &Arc<Self>) -> UnaryClient {
+        let (sender, events) = mpsc::unbounded_channel();
+        let queue = ClientQueue {
+            id: self.clients.fetch_add(1, Ordering::Relaxed),
+            numbers: AtomicU64::new(0),
+            events: sender,
+            calls: Arc::new(Semaphore::new(MAX_CALLS)),
+            call_kib: Arc::new(Semaphore::new(MAX_CALL_KIB)),
+        };
+        UnaryClient {
+            handlers: self.clone(),
+            client: Client(Arc::new(queue)),
+            events,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, RoundRobin<Client>>> {
+        self.handlers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl UnaryClient {
@@ -65,8 +147,16 @@ impl UnaryClient {
     /// # Errors
     /// The protocol has a handler and this one is not balanced.
     pub fn add_handler(&self, protocol: &str, balanced: bool) -> Result<(), NodeError> {
-        let _ = (protocol, balanced);
-        todo!()
+        let client = self.client.clone();
+        match self.handlers.lock().entry(protocol.to_owned()) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(RoundRobin::new(client));
+                self.handlers.host.serve(protocol, self.handlers.clone());
+            }
+            Entry::Occupied(mut handlers) if balanced => handlers.get_mut().push(client),
+            Entry::Occupied(_) => return Err(NodeError::HandlerExists(protocol.to_owned())),
+        }
+        Ok(())
     }
 
     /// Removes a handler of this client.
@@ -74,13 +164,128 @@ impl UnaryClient {
     /// # Errors
     /// The protocol has no handler, or not one of this client.
     pub fn remove_handler(&self, protocol: &str) -> Result<(), NodeError> {
-        let _ = protocol;
-        todo!()
+        let mut all = self.handlers.lock();
+        let Some(handlers) = all.get_mut(protocol) else {
+            return Err(NodeError::NoHandler(protocol.to_owned()));
+        };
+        if !handlers.remove(|client| client.0.id == self.client.0.id) {
+            return Err(NodeError::HandlerOfOther(protocol.to_owned()));
+        }
+        if handlers.is_empty() {
+            all.remove(protocol);
+            self.handlers.host.withdraw(protocol);
+        }
+        Ok(())
     }
 
     /// Waits for the next event. `None` after the node has stopped. Can be dropped and called again
     /// without loss of events.
     pub async fn next_event(&mut self) -> Option<UnaryEvent> {
-        self.events.recv().await
+        tokio::select! {
+            biased;
+            event = self.events.recv() => event.map(|(event, _)| event),
+            () = self.handlers.stopped.cancelled() => None,
+        }
+    }
+}
+
+impl Drop for UnaryClient {
+    fn drop(&mut self) {
+        let mut all = self.handlers.lock();
+        all.retain(|protocol, handlers| {
+            while handlers.remove(|client| client.0.id == self.client.0.id) {}
+            if handlers.is_empty() {
+                self.handlers.host.withdraw(protocol);
+            }
+            !handlers.is_empty()
+        });
+    }
+}
+
+impl Client {
+    /// Reserves room for a call in the client's queue, if there is enough.
+    fn reserve(&self, payload: usize) -> Option<Arc<Room>> {
+        if self.0.events.is_closed() {
+            return None;
+        }
+        let kib = u32::try_from(payload.div_ceil(1024)).ok()?;
+        let room = Room {
+            _call: self.0.calls.clone().try_acquire_owned().ok()?,
+            _kib: self.0.call_kib.clone().try_acquire_many_owned(kib).ok()?,
+        };
+        Some(Arc::new(room))
+    }
+}
+
+impl Service for UnaryHandlers {
+    /// Passes a peer's call to the client whose turn it is, and sends the reply.
+    fn inbound(
+        &self,
+        protocol: String,
+        mut stream: Substream,
+        from: Connection,
+    ) -> BoxFuture<'static, ()> {
+        let clients = self.lock().get_mut(&protocol).map(RoundRobin::turn);
+        let clients = clients.unwrap_or_default();
+        let max_message = self.max_message;
+        Box::pin(async move {
+            let (id, payload) = match read_call(&mut stream, max_message).await {
+                Ok(call) => call,
+                Err(error) => return log::debug!("cannot read a call of {protocol}: {error}"),
+            };
+            let reserved = clients
+                .iter()
+                .find_map(|client| Some((client, client.reserve(payload.len())?)));
+            let Some((client, room)) = reserved else {
+                return log::debug!("no client accepts the call of {protocol}");
+            };
+            let (sender, mut result) = oneshot::channel();
+            let number = client.0.numbers.fetch_add(1, Ordering::Relaxed);
+            let call = IncomingCall {
+                number,
+                peer: PeerId::from_bytes(from.peer().to_bytes()),
+                protocol,
+                payload,
+                responder: Responder { reply: sender },
+            };
+            let _ = client.0.events.send((UnaryEvent::Call(call), room.clone()));
+            let result = tokio::select! {
+                biased;
+                result = &mut result => result,
+                () = until_cancelled(&mut stream) => {
+                    drop(result);
+                    let _ = client.0.events.send((UnaryEvent::Cancelled(number), room));
+                    return;
+                }
+            };
+            // Without a result, the client has gone: the stream is reset.
+            if let Ok(result) = result {
+                if let Err(error) = reply(&mut stream, &id, result, max_message).await {
+                    log::debug!("cannot send a reply: {error}");
+                }
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn calls_that_wait_for_a_client_are_bounded() {
+        let host = Host::new(libp2p::PeerId::random());
+        let handlers = UnaryHandlers::new(host, 4 << 20, CancellationToken::new());
+        let client = handlers.register();
+        let calls: Vec<_> = std::iter::from_fn(|| client.client.reserve(4 << 20)).collect();
+        assert_eq!(calls.len(), MAX_CALL_KIB / 4096);
+        drop(calls);
+        let calls: Vec<_> = std::iter::from_fn(|| client.client.reserve(1)).collect();
+        assert_eq!(calls.len(), MAX_CALLS);
+        drop(calls);
+        let queue = client.client.clone();
+        assert!(queue.reserve(1).is_some());
+        drop(client);
+        assert!(queue.reserve(1).is_none(), "nobody reads the queue");
     }
 }

@@ -333,6 +333,7 @@ impl fmt::Debug for Connection {
             .field("id", &self.0.id)
             .field("peer", &self.0.peer)
             .field("remote_addr", &self.0.remote_addr)
+            .field("is_dialer", &self.is_dialer())
             .finish_non_exhaustive()
     }
 }

@@ -301,13 +301,15 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let mut answer = BytesMut::new();
     put_line(&mut answer, VERSION);
     for _ in 0..MAX_PROPOSALS {
-        let line = match take_line(&mut unread)? {
-            Some(line) => line,
-            None => {
-                // Some dialers propose nothing before they have received the header.
+        let line = match take_line(&mut unread) {
+            Ok(Some(line)) => line,
+            next => {
+                // Some dialers propose nothing before they have received the header. Others have sent
+                // their payload already, which is no proposal: they must learn of the refusal.
                 stream.write_all(&answer).await?;
                 stream.flush().await?;
                 answer.clear();
+                next?;
                 read_line(&mut stream, &mut unread).await?
             }
         };
@@ -322,7 +324,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
                 put_line(&mut header, VERSION);
                 // The swarm sends a header of its own.
                 let already_sent = match answer.strip_prefix(&header[..]) {
-                    Some(rest) if rest.is_empty() => 0,
+                    Some([]) => 0,
                     _ => header.len(),
                 };
                 if already_sent > 0 {

@@ -2,7 +2,7 @@
 
 use super::host::Host;
 use super::{muxer, tls, yamux};
-use crate::node::Security;
+use crate::config::Security;
 use futures::future::{BoxFuture, Either};
 use futures::{AsyncRead, AsyncWrite, FutureExt, TryFutureExt};
 use libp2p::core::muxing::StreamMuxerBox;
@@ -174,10 +174,13 @@ fn with_ip(addr: &Multiaddr, ip: IpAddr) -> Multiaddr {
     addr.iter().map(replaced).collect()
 }
 
+/// Whether a name stands for an address.
+type Family = fn(&IpAddr) -> bool;
+
 /// Returns the name in an address, and which addresses it stands for.
-fn name_in(addr: &Multiaddr) -> Option<(String, fn(&IpAddr) -> bool)> {
+fn name_in(addr: &Multiaddr) -> Option<(String, Family)> {
     addr.iter().find_map(|protocol| match protocol {
-        Protocol::Dns(name) => Some((name.into_owned(), (|_| true) as fn(&IpAddr) -> bool)),
+        Protocol::Dns(name) => Some((name.into_owned(), (|_| true) as Family)),
         Protocol::Dns4(name) => Some((name.into_owned(), IpAddr::is_ipv4 as _)),
         Protocol::Dns6(name) => Some((name.into_owned(), IpAddr::is_ipv6 as _)),
         _ => None,
