@@ -167,13 +167,16 @@ impl Driver {
 
     /// Closes all connections, and breaks the circle of the host and the services that it serves.
     async fn close(mut self) {
+        let mut closings = self.host.events();
         for connection in self.host.connections() {
             connection.close();
         }
         let closed = async {
             while !self.host.connections().is_empty() {
-                let event = self.swarm.select_next_some().await;
-                self.on_event(event);
+                tokio::select! {
+                    event = self.swarm.select_next_some() => self.on_event(event),
+                    _ = closings.recv() => {}
+                }
             }
         };
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
