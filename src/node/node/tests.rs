@@ -349,6 +349,30 @@ async fn stream_opens_the_connection_itself() {
 }
 
 #[tokio::test]
+async fn each_direction_of_a_stream_ends_by_itself() {
+    // The handler is there before the peers are connected: the first stream waits for identify.
+    let (alice, bob) = (node().await, node().await);
+    let handler = Handler::new();
+    bob.add_stream_handler("halves", &handler.addr, false)
+        .unwrap();
+    connect(&alice, &bob).await;
+    let mut stream = open(&alice, &bob.peer_id(), "halves").await.unwrap();
+    assert!(stream.half_close);
+    stream.stream.write_all(b"request").await.unwrap();
+    stream.stream.close().await.unwrap();
+    let (_, mut socket) = handler.accept().await;
+    let mut request = Vec::new();
+    within(socket.read_to_end(&mut request)).await.unwrap();
+    assert_eq!(request, b"request");
+    tokio::time::sleep(SOON).await;
+    socket.write_all(b"reply").await.unwrap();
+    drop(socket);
+    let mut reply = Vec::new();
+    within(stream.stream.read_to_end(&mut reply)).await.unwrap();
+    assert_eq!(reply, b"reply");
+}
+
+#[tokio::test]
 async fn unsupported_protocols_are_refused() {
     let (alice, bob) = pair().await;
     let names = vec!["nothing".to_owned(), "/no/thing".to_owned()];
