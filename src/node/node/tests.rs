@@ -199,7 +199,7 @@ async fn one_good_address_among_bad_ones_is_enough() {
 
 #[tokio::test]
 async fn both_sides_can_dial_at_once() {
-    for _ in 0..20 {
+    for _ in 0..10 {
         let (alice, bob) = (node().await, node().await);
         tokio::join!(connect(&alice, &bob), connect(&bob, &alice));
         assert!(!alice.list_peers().is_empty());
