@@ -1,4 +1,4 @@
-//! Identify: tells peers where this node listens and what it serves, and learns the same about them.
+//! Identify: sends peers the addresses and protocols of this node, and receives theirs.
 
 mod message;
 

@@ -198,7 +198,7 @@ async fn go_reads_an_identify_in_several_messages() {
         .await
         .unwrap();
     soon(pair.go.disconnect(&node)).await.unwrap();
-    // The signed record, which is in the last message, has replaced what Go was told before.
+    // The signed record, which is in the last message, has replaced the addresses that Go knew.
     soon(pair.go.connect(&node, &[])).await.unwrap();
     let opened = pair.go.stream_open(&node, ["expert.999.forward"]).await;
     opened.unwrap();

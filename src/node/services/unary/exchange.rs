@@ -109,7 +109,7 @@ async fn send(stream: &mut Substream, mut head: BytesMut, payload: &[u8]) -> io:
     stream.flush().await
 }
 
-/// Reads one message. If there is a limit on what is received at once, a large payload waits for room.
+/// Reads one message. A large payload waits for room, if there is a limit.
 async fn read(
     stream: &mut Substream,
     max_message: usize,
