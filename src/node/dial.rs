@@ -1,4 +1,4 @@
-//! Connects to peers, and reports failures with the error messages of the Go daemons.
+//! Connects to peers, and reports failures in the words of the Go daemons.
 
 use crate::error::{DialCause, DialFailure, NodeError};
 use crate::node::Command;
@@ -103,7 +103,7 @@ impl Dialer {
         }
     }
 
-    /// Returns when there is a connection to the peer, dialed by either side.
+    /// Returns when there is a connection to the peer, whoever dialed it.
     async fn connected(&self, peer: &PeerId) {
         let mut events = self.host.events();
         while self.host.newest(peer).is_none() {
@@ -293,7 +293,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn formats_operating_system_errors_as_go_does() {
+    fn operating_system_errors_have_the_words_of_go() {
         let addr: Multiaddr = "/ip4/127.0.0.1/tcp/9".parse().unwrap();
         let refused = io::Error::from_raw_os_error(111);
         let wrapped = TransportError::Other(io::Error::other(io::Error::other(refused)));

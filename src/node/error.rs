@@ -1,4 +1,4 @@
-//! Errors of a node, with the messages of the Go daemons.
+//! Errors of a node, in the words of the Go daemons.
 
 use libp2p::{Multiaddr, PeerId};
 use p2pd_protocol::peer_id::ParsePeerIdError;
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_peer_id_has_the_message_of_go() {
+    fn invalid_peer_id_has_the_words_of_go() {
         let words = |bytes: &'static [u8]| {
             let error = p2pd_protocol::PeerId::from_bytes(bytes).validate();
             NodeError::from(&error.unwrap_err()).to_string()

@@ -11,7 +11,7 @@ use crate::services::unary::{self, UnaryHandlers};
 pub use crate::services::unary::{HandlerError, IncomingCall, Responder, UnaryClient, UnaryEvent};
 pub use crate::stream::PeerStream;
 pub use crate::swarm::Substream;
-use crate::swarm::{Connection, Host, OpenError};
+use crate::swarm::{Connection, Host};
 use bytes::Bytes;
 use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo};
 use std::sync::Arc;
@@ -114,9 +114,13 @@ impl NodeHandle {
         peer: &PeerId,
         protocols: Vec<String>,
     ) -> Result<PeerStream, NodeError> {
-        let peer = parse_peer(peer)?;
-        let (connection, protocol, stream) = self.0.open(peer, &protocols).await?;
-        Ok(self.0.identify.peer_stream(protocol, stream, &connection))
+        let connection = self.0.connection(parse_peer(peer)?).await?;
+        if protocols.is_empty() {
+            return Err(NodeError::NoProtocols);
+        }
+        let identify = &self.0.identify;
+        let (protocol, stream) = open(identify, &connection, &protocols).await?;
+        Ok(identify.peer_stream(protocol, stream, &connection))
     }
 
     /// Registers a local address as the handler of a protocol's inbound streams. If there is one already,
@@ -157,9 +161,16 @@ impl NodeHandle {
         protocol: &str,
         payload: Bytes,
     ) -> Result<Result<Bytes, HandlerError>, NodeError> {
-        let peer = parse_peer(peer)?;
-        let (_, _, stream) = self.0.open(peer, &[protocol.to_owned()]).await?;
-        unary::call(stream, peer, protocol, payload, self.0.max_message).await
+        let connection = self.0.connection(parse_peer(peer)?).await?;
+        let max_message = self.0.max_message;
+        unary::call(
+            &self.0.identify,
+            &connection,
+            protocol,
+            payload,
+            max_message,
+        )
+        .await
     }
 
     /// Closes all connections and listeners, and waits until the node has stopped.
@@ -170,26 +181,6 @@ impl NodeHandle {
 }
 
 impl Inner {
-    /// Opens a stream to a peer. Connects to it if necessary, and again if the connection was just closed.
-    async fn open(
-        &self,
-        peer: libp2p::PeerId,
-        protocols: &[String],
-    ) -> Result<(Connection, String, Substream), NodeError> {
-        let mut is_retry = false;
-        loop {
-            let connection = self.connection(peer).await?;
-            if protocols.is_empty() {
-                return Err(NodeError::NoProtocols);
-            }
-            match open(&self.identify, &connection, protocols).await {
-                Ok((protocol, stream)) => return Ok((connection, protocol, stream)),
-                Err(OpenError::Closed) if !is_retry && !connection.is_open() => is_retry = true,
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
     /// Returns the newest connection to a peer. Dials the peer if there is none, and then waits until it
     /// has been identified.
     async fn connection(&self, peer: libp2p::PeerId) -> Result<Connection, NodeError> {

@@ -7,8 +7,8 @@ use p2pd_protocol::StreamInfo;
 pub struct PeerStream {
     /// The peer, its address and the protocol.
     pub info: StreamInfo,
-    /// Whether the peer keeps reading after it has closed its own direction. A Go peer on yamux does not, and
-    /// further writes to it stall, so its end of file ends the whole stream.
+    /// Whether the peer still reads after it has closed its own direction. A Go peer on yamux does not:
+    /// what it is sent then stalls, so its end of file ends the whole stream.
     pub half_close: bool,
     /// The stream.
     pub stream: Substream,

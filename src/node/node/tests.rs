@@ -139,7 +139,7 @@ async fn connects_once_and_disconnects() {
 }
 
 #[tokio::test]
-async fn failed_dials_have_the_messages_of_go() {
+async fn failed_dials_have_the_words_of_go() {
     let (alice, bob) = (node().await, node().await);
     let carol = Keypair::generate_ed25519().public().to_peer_id();
     let peer = PeerId::from_bytes(carol.to_bytes());
@@ -199,7 +199,7 @@ async fn one_good_address_among_bad_ones_is_enough() {
 
 #[tokio::test]
 async fn both_sides_can_dial_at_once() {
-    for _ in 0..10 {
+    for _ in 0..20 {
         let (alice, bob) = (node().await, node().await);
         tokio::join!(connect(&alice, &bob), connect(&bob, &alice));
         assert!(!alice.list_peers().is_empty());
@@ -346,30 +346,6 @@ async fn stream_opens_the_connection_itself() {
     let stranger = PeerId::from_bytes(Keypair::generate_ed25519().public().to_peer_id().to_bytes());
     let error = open(&alice, &stranger, "auto").await.err().unwrap();
     assert!(error.to_string().ends_with("no addresses"), "{error}");
-}
-
-#[tokio::test]
-async fn each_direction_of_a_stream_ends_by_itself() {
-    // The handler is there before the peers are connected: the first stream waits for identify.
-    let (alice, bob) = (node().await, node().await);
-    let handler = Handler::new();
-    bob.add_stream_handler("halves", &handler.addr, false)
-        .unwrap();
-    connect(&alice, &bob).await;
-    let mut stream = open(&alice, &bob.peer_id(), "halves").await.unwrap();
-    assert!(stream.half_close);
-    stream.stream.write_all(b"request").await.unwrap();
-    stream.stream.close().await.unwrap();
-    let (_, mut socket) = handler.accept().await;
-    let mut request = Vec::new();
-    within(socket.read_to_end(&mut request)).await.unwrap();
-    assert_eq!(request, b"request");
-    tokio::time::sleep(SOON).await;
-    socket.write_all(b"reply").await.unwrap();
-    drop(socket);
-    let mut reply = Vec::new();
-    within(stream.stream.read_to_end(&mut reply)).await.unwrap();
-    assert_eq!(reply, b"reply");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Identify: sends peers the addresses and protocols of this node, and receives theirs.
+//! Identify: tells peers where this node listens and what it serves, and learns the same about them.
 
 mod message;
 

@@ -11,11 +11,6 @@ use p2pd_protocol::{Endpoint, Multiaddr, PeerId, StreamInfo};
 use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use tokio::time::timeout;
-
-/// Time for which an inbound stream waits until its peer has been identified.
-const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The stream handlers of all clients. They outlive their clients, as with the Go daemons.
 pub(crate) struct StreamHandlers {
@@ -95,11 +90,8 @@ impl Service for StreamHandlers {
         from: Connection,
     ) -> BoxFuture<'static, ()> {
         let handlers = self.lock().get_mut(&protocol).map(RoundRobin::turn);
-        let identify = self.identify.clone();
+        let mut stream = self.identify.peer_stream(protocol, stream, &from);
         Box::pin(async move {
-            // Whether the peer half-closes is known only then.
-            let _ = timeout(IDENTIFY_TIMEOUT, identify.wait(&from)).await;
-            let mut stream = identify.peer_stream(protocol, stream, &from);
             for handler in handlers.unwrap_or_default() {
                 match pipe::deliver(stream, &handler.endpoint).await {
                     Ok(()) => return,

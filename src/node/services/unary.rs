@@ -22,9 +22,6 @@ const MAX_CALLS: usize = 16 * 1024;
 /// Largest total size of the payloads of those calls, in KiB.
 const MAX_CALL_KIB: usize = 256 * 1024;
 
-/// Largest total size of the payloads that are being received, in KiB. More wait.
-const MAX_RECEIVED_KIB: usize = 512 * 1024;
-
 /// A handler's error message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -77,8 +74,6 @@ impl Responder {
 pub(crate) struct UnaryHandlers {
     host: Host,
     max_message: usize,
-    /// Room for payloads that are being received, in KiB.
-    room: Arc<Semaphore>,
     clients: AtomicU64,
     stopped: CancellationToken,
     handlers: Mutex<HashMap<String, RoundRobin<Client>>>,
@@ -113,18 +108,12 @@ pub struct UnaryClient {
     events: mpsc::UnboundedReceiver<(UnaryEvent, Arc<Room>)>,
 }
 
-/// Room for payloads that are being received, in KiB: at least one message.
-fn max_kib(max_message: usize) -> usize {
-    MAX_RECEIVED_KIB.max(max_message.div_ceil(1024))
-}
-
 impl UnaryHandlers {
     pub(crate) fn new(host: Host, max_message: usize, stopped: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
             host,
             max_message,
             stopped,
-            room: Arc::new(Semaphore::new(max_kib(max_message))),
             clients: AtomicU64::new(0),
             handlers: Mutex::default(),
         })
@@ -238,9 +227,9 @@ impl Service for UnaryHandlers {
     ) -> BoxFuture<'static, ()> {
         let clients = self.lock().get_mut(&protocol).map(RoundRobin::turn);
         let clients = clients.unwrap_or_default();
-        let (max_message, room) = (self.max_message, self.room.clone());
+        let max_message = self.max_message;
         Box::pin(async move {
-            let (id, payload) = match read_call(&mut stream, max_message, &room).await {
+            let (id, payload) = match read_call(&mut stream, max_message).await {
                 Ok(call) => call,
                 Err(error) => return log::debug!("cannot read a call of {protocol}: {error}"),
             };

@@ -269,3 +269,27 @@ impl ClientCertVerifier for Verifier {
         self.schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    #[tokio::test]
+    async fn two_nodes_agree_on_the_fastest_cipher_suite_and_know_each_other() {
+        let [alice, bob] = [(); 2].map(|()| Keypair::generate_ed25519());
+        let (a, b) = tokio::io::duplex(4096);
+        let dialing = Config::new(&alice).unwrap().outbound(a.compat());
+        let listening = Config::new(&bob).unwrap().inbound(b.compat());
+        let (dialed, accepted) = futures::try_join!(dialing, listening).unwrap();
+        assert_eq!(dialed.0, bob.public().to_peer_id());
+        assert_eq!(accepted.0, alice.public().to_peer_id());
+        let suite = dialed.1.get_ref().1.negotiated_cipher_suite().unwrap();
+        let expected = if has_aes() {
+            TLS13_AES_128_GCM_SHA256
+        } else {
+            TLS13_CHACHA20_POLY1305_SHA256
+        };
+        assert_eq!(suite.suite(), expected.suite());
+    }
+}

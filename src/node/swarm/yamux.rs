@@ -15,9 +15,7 @@ use yamux::{ConnectionError, Mode};
 const MAX_STREAMS: usize = 64 * 1024;
 /// The window of a stream is 256 KiB at first, and grows up to twice what its peer can send in a round trip.
 const WINDOW: usize = 256 * 1024;
-/// Number of bytes that are read from the socket at once.
-const READ: usize = 128 * 1024;
-/// Number of unread bytes above which no more are read ahead.
+/// Number of bytes that are read from the socket before somebody takes them.
 const READ_AHEAD: usize = 256 * 1024;
 
 /// The upgrade of a secured connection to yamux.
@@ -114,54 +112,46 @@ fn into_io(error: ConnectionError) -> io::Error {
 #[derive(Debug)]
 struct ReadAhead<S> {
     socket: S,
-    /// The bytes read, of which the first `taken` were taken.
-    unread: Vec<u8>,
-    taken: usize,
+    /// Contains the unread bytes from `start` to `end`.
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
     /// The end or failure of the socket, once it was met.
-    end: Option<io::Result<()>>,
+    ended: Option<io::Result<()>>,
 }
 
 impl<S: AsyncRead + Unpin> ReadAhead<S> {
     fn new(socket: S) -> Self {
         Self {
             socket,
-            unread: Vec::new(),
-            taken: 0,
-            end: None,
+            buffer: vec![0; READ_AHEAD].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            ended: None,
         }
     }
 
-    fn len(&self) -> usize {
-        self.unread.len() - self.taken
-    }
-
-    /// Reads more bytes. Ready when there are any, or at the end of the socket.
+    /// Reads more bytes. Ready when it has read some, and at the end of the socket. There must be room.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.end.is_some() {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        if self.ended.is_some() {
             return Poll::Ready(());
         }
-        if self.taken > 0 {
-            self.unread.drain(..self.taken);
-            self.taken = 0;
-        }
-        let length = self.unread.len();
-        self.unread.resize(length + READ, 0);
-        let read = Pin::new(&mut self.socket).poll_read(cx, &mut self.unread[length..]);
-        let count = match &read {
-            Poll::Ready(Ok(count)) => *count,
-            _ => 0,
-        };
-        self.unread.truncate(length + count);
-        match ready!(read) {
-            Ok(0) => self.end = Some(Ok(())),
-            Ok(_) => {}
-            Err(error) => self.end = Some(Err(error)),
+        let socket = Pin::new(&mut self.socket);
+        match ready!(socket.poll_read(cx, &mut self.buffer[self.end..])) {
+            Ok(0) => self.ended = Some(Ok(())),
+            Ok(count) => self.end += count,
+            Err(error) => self.ended = Some(Err(error)),
         }
         Poll::Ready(())
     }
 
     fn read_ahead(&mut self, cx: &mut Context<'_>) {
-        while self.end.is_none() && self.len() < READ_AHEAD && self.poll_fill(cx).is_ready() {}
+        while self.ended.is_none() && self.end < self.buffer.len() && self.poll_fill(cx).is_ready()
+        {
+        }
     }
 }
 
@@ -172,22 +162,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.len() == 0 {
-            if buffer.len() >= READ && this.end.is_none() {
-                return Pin::new(&mut this.socket).poll_read(cx, buffer);
-            }
+        if this.start == this.end {
             ready!(this.poll_fill(cx));
         }
-        let unread = &this.unread[this.taken..];
+        let unread = &this.buffer[this.start..this.end];
         if unread.is_empty() {
-            return Poll::Ready(match this.end.replace(Ok(())) {
+            return Poll::Ready(match this.ended.replace(Ok(())) {
                 Some(Err(error)) => Err(error),
                 _ => Ok(0),
             });
         }
         let count = unread.len().min(buffer.len());
         buffer[..count].copy_from_slice(&unread[..count]);
-        this.taken += count;
+        this.start += count;
         Poll::Ready(Ok(count))
     }
 }
@@ -230,5 +217,98 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().socket).poll_close(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::{AsyncReadExt, AsyncWriteExt};
+    use std::future::poll_fn;
+    use std::time::Duration;
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    /// Number of bytes in each direction: many times what all the buffers in between hold.
+    const SIZE: usize = 16 << 20;
+
+    /// Sends `SIZE` bytes on a stream and receives as many, both at once.
+    async fn exchange(stream: yamux::Stream) {
+        let (mut reader, mut writer) = stream.split();
+        let writing = async {
+            let chunk = vec![7; 1 << 20];
+            for _ in 0..SIZE / chunk.len() {
+                writer.write_all(&chunk).await.unwrap();
+            }
+            writer.close().await.unwrap();
+        };
+        let reading = async {
+            let (mut received, mut chunk) = (0, vec![0; 1 << 16]);
+            loop {
+                match reader.read(&mut chunk).await.unwrap() {
+                    0 => return received,
+                    count => received += count,
+                }
+            }
+        };
+        let ((), received) = futures::join!(writing, reading);
+        assert_eq!(received, SIZE);
+    }
+
+    /// yamux does not read while its answer to a ping is unsent. Two such peers would wait for each other.
+    #[tokio::test]
+    async fn peer_that_does_not_read_can_still_write() {
+        let (a, mut peer) = tokio::io::duplex(4096);
+        let mut muxer = Muxer::new(a.compat(), Mode::Server);
+        let driving = tokio::spawn(async move {
+            poll_fn(|cx| Pin::new(&mut muxer).poll_inbound(cx))
+                .await
+                .map(drop)
+        });
+        let ping = [0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 7];
+        let pings = ping.repeat((64 << 10) / ping.len());
+        let writing = tokio::io::AsyncWriteExt::write_all(&mut peer, &pings);
+        let limit = Duration::from_secs(20);
+        tokio::time::timeout(limit, writing).await.unwrap().unwrap();
+        let mut pongs = vec![0; pings.len()];
+        let reading = tokio::io::AsyncReadExt::read_exact(&mut peer, &mut pongs);
+        tokio::time::timeout(limit, reading).await.unwrap().unwrap();
+        drop(peer);
+        let ended = tokio::time::timeout(limit, driving).await.unwrap().unwrap();
+        assert!(ended.is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn two_peers_that_fill_each_others_small_sockets_go_on() {
+        let (a, b) = tokio::io::duplex(4096);
+        let mut client = Muxer::new(a.compat(), Mode::Client);
+        let mut server = Muxer::new(b.compat(), Mode::Server);
+        let serving = tokio::spawn(async move {
+            let mut streams = Vec::new();
+            poll_fn(|cx| loop {
+                match Pin::new(&mut server).poll_inbound(cx) {
+                    Poll::Ready(Ok(stream)) => streams.push(tokio::spawn(exchange(stream))),
+                    Poll::Ready(Err(_)) => return Poll::Ready(()),
+                    Poll::Pending => return Poll::Pending,
+                }
+            })
+            .await;
+            for stream in streams {
+                stream.await.unwrap();
+            }
+        });
+        let opened = poll_fn(|cx| Pin::new(&mut client).poll_outbound(cx));
+        let calling = tokio::spawn(exchange(opened.await.unwrap()));
+        let driving = tokio::spawn(async move {
+            poll_fn(|cx| match calling.is_finished() {
+                true => Pin::new(&mut client).poll_close(cx),
+                false => Pin::new(&mut client).poll_inbound(cx).map_ok(drop),
+            })
+            .await
+        });
+        let limit = Duration::from_secs(120);
+        let both = futures::future::join(driving, serving);
+        let (driven, served) = tokio::time::timeout(limit, both).await.unwrap();
+        driven.unwrap().unwrap();
+        served.unwrap();
     }
 }

@@ -183,28 +183,6 @@ async fn secp256k1_and_ecdsa_identities_connect() {
 }
 
 #[tokio::test]
-async fn go_reads_an_identify_in_several_messages() {
-    let mut key = include_bytes!("rsa-2048.pk8").to_vec();
-    let key = Keypair::rsa_from_pkcs8(&mut key).unwrap();
-    let pair = pair_with(&[Security::Tls, Security::Noise], key, true).await;
-    let client = pair.node.register_unary_client();
-    for i in 0..1000 {
-        let name = format!("expert.{i}.forward");
-        client.add_handler(&name, false).unwrap();
-    }
-    let node = pair.node.peer_id();
-    soon(pair.go.disconnect(&node)).await.unwrap();
-    soon(pair.go.connect(&node, &pair.node.identify().addrs))
-        .await
-        .unwrap();
-    soon(pair.go.disconnect(&node)).await.unwrap();
-    // The signed record, which is in the last message, has replaced the addresses that Go knew.
-    soon(pair.go.connect(&node, &[])).await.unwrap();
-    let opened = pair.go.stream_open(&node, ["expert.999.forward"]).await;
-    opened.unwrap();
-}
-
-#[tokio::test]
 async fn addresses_that_identify_told_are_dialed_again() {
     let pair = pair().await;
     let (go, node) = (pair.daemon.peer_id(), pair.node.peer_id());

@@ -2,18 +2,19 @@
 
 use super::HandlerError;
 use crate::error::NodeError;
-use crate::swarm::{OpenError, Substream};
+use crate::services::identify::Identify;
+use crate::services::open::open;
+use crate::swarm::{Connection, OpenError, Substream};
 use bytes::{Bytes, BytesMut};
 use futures::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use libp2p::PeerId;
 use p2pd_protocol::unary::peer::{
     encode_call, encode_handler_error, encode_reply, reply_size, PeerMessage, PeerReader,
 };
 use p2pd_protocol::unary::CallId;
 use p2pd_protocol::Error;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 /// Time within which a peer's call must arrive.
@@ -23,20 +24,22 @@ const COPIED: usize = 16 * 1024;
 /// Size of the reads of a stream, in bytes.
 const READ_SIZE: usize = 8 * 1024;
 
-/// Calls a peer's handler on a new stream. Dropping the future resets the stream, which cancels the call.
+/// Calls a handler of a connected peer. Dropping the future resets the stream, which cancels the call.
 pub(crate) async fn call(
-    mut stream: Substream,
-    peer: PeerId,
+    identify: &Arc<Identify>,
+    connection: &Connection,
     protocol: &str,
     payload: Bytes,
     max_message: usize,
 ) -> Result<Result<Bytes, HandlerError>, NodeError> {
+    let (_, mut stream) = open(identify, connection, &[protocol.to_owned()]).await?;
     let mut id = CallId::default();
     getrandom::fill(&mut id).map_err(|error| NodeError::Call(error.to_string()))?;
     let mut head = BytesMut::with_capacity(128 + protocol.len() + payload.len().min(COPIED));
-    encode_call(&id, &peer.to_bytes(), protocol, payload.len(), &mut head);
+    let peer = connection.peer().to_bytes();
+    encode_call(&id, &peer, protocol, payload.len(), &mut head);
     send(&mut stream, head, &payload).await.map_err(failure)?;
-    let result = match read(&mut stream, max_message, None).await {
+    let result = match read(&mut stream, max_message).await {
         Ok(PeerMessage::Reply(payload)) => Ok(payload.into()),
         Ok(PeerMessage::HandlerFailed(error)) => Err(HandlerError(error)),
         Ok(PeerMessage::Call { .. }) => {
@@ -49,13 +52,12 @@ pub(crate) async fn call(
     Ok(result)
 }
 
-/// Reads a peer's call. Large payloads wait for `room`, in KiB.
+/// Reads a peer's call.
 pub(super) async fn read_call(
     stream: &mut Substream,
     max_message: usize,
-    room: &Semaphore,
 ) -> io::Result<(CallId, Bytes)> {
-    match timeout(ARRIVAL, read(stream, max_message, Some(room))).await?? {
+    match timeout(ARRIVAL, read(stream, max_message)).await?? {
         PeerMessage::Call { id, payload } => Ok((id, payload.into())),
         _ => Err(io::Error::other("it is a reply")),
     }
@@ -109,22 +111,12 @@ async fn send(stream: &mut Substream, mut head: BytesMut, payload: &[u8]) -> io:
     stream.flush().await
 }
 
-/// Reads one message. A large payload waits for room, if there is a limit.
-async fn read(
-    stream: &mut Substream,
-    max_message: usize,
-    room: Option<&Semaphore>,
-) -> io::Result<PeerMessage<Vec<u8>>> {
+/// Reads one message.
+async fn read(stream: &mut Substream, max_message: usize) -> io::Result<PeerMessage<Vec<u8>>> {
     let mut reader = PeerReader::new(max_message);
     let mut buffer = [0; READ_SIZE];
-    let mut permit = None;
     loop {
         if let Some(unfilled) = reader.payload_buffer() {
-            if let (Some(room), None) = (room, &permit) {
-                let kib = u32::try_from(unfilled.len().div_ceil(1024)).unwrap_or(u32::MAX);
-                let acquired = room.acquire_many(kib).await;
-                permit = Some(acquired.map_err(io::Error::other)?);
-            }
             let count = some(stream.read(unfilled).await?)?;
             reader.payload_filled(count);
             if let Some(message) = reader.poll(&mut &[][..]).map_err(io::Error::other)? {
