@@ -250,3 +250,6 @@ fn written(result: io::Result<usize>) -> io::Result<usize> {
         result => result,
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests;
