@@ -1,8 +1,9 @@
 """Prints the path of a daemon to test on. Downloads or builds it first if necessary.
 
-    python tests/get_daemon.py hivemind|go|js
+    python tests/get_daemon.py hivemind|go|js|native
 
-Uses the ``go`` and ``npm`` commands, with the versions and checksums pinned in ``daemons/``.
+Uses the ``go`` and ``npm`` commands, with the versions and checksums pinned in ``daemons/``, and
+``cargo`` for the native daemon, which is this repository's own.
 """
 
 import functools
@@ -20,7 +21,12 @@ from downloads import cache_dir
 _PINS = Path(__file__).parent / "daemons"
 
 #: Kinds of daemon → the environment variable that can name another binary.
-KINDS = {"hivemind": "P2PD_PATH", "go": "GO_P2PD_PATH", "js": "JSP2PD_PATH"}
+KINDS = {
+    "hivemind": "P2PD_PATH",
+    "go": "GO_P2PD_PATH",
+    "js": "JSP2PD_PATH",
+    "native": "P2PD_RS_PATH",
+}
 
 
 @functools.cache
@@ -30,7 +36,7 @@ def fetch(kind: str) -> Path:
         if not os.access(own, os.X_OK) or not os.path.isfile(own):
             raise SystemExit(f"{KINDS[kind]} must name an executable file, not {own!r}")
         return Path(own)
-    return {"hivemind": get_p2pd.fetch, "go": _go, "js": _js}[kind]()
+    return {"hivemind": get_p2pd.fetch, "go": _go, "js": _js, "native": _native}[kind]()
 
 
 def _go() -> Path:
@@ -50,6 +56,16 @@ def _js() -> Path:
     install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
     made = _build("jsp2pd-0.10.2", "js", ["package.json", "package-lock.json"], install)
     return made / "node_modules" / ".bin" / "jsp2pd"
+
+
+def _native() -> Path:
+    """Builds the native daemon of this repository."""
+    root = Path(__file__).parents[1]
+    command = [_tool("cargo"), "build", "--locked", "--quiet", "--package", "p2pd-node"]
+    if subprocess.run(command, cwd=root).returncode:
+        raise SystemExit("the native daemon could not be built")
+    target = Path(os.environ.get("CARGO_TARGET_DIR") or root / "target")
+    return target / "debug" / "p2pd-rs"
 
 
 def _build(name: str, kind: str, pins: list[str], command: list[str]) -> Path:

@@ -110,7 +110,7 @@ class DaemonProcess:
         transport: The kind of address of its control socket and of its clients' listeners: "unix",
             "tcp", "ip6" or "dns4".
         control_maddr: Control address; by default a new one.
-        kind: "hivemind", "go" or "js"; by default the tested kind.
+        kind: "hivemind", "go", "js" or "native"; by default the tested kind.
     """
 
     def __init__(

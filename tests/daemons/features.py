@@ -17,6 +17,7 @@ DAEMONS = {
     "hivemind": "hivemind's p2pd 0.5 (hivemind 1.1.12)",
     "go": "upstream Go p2pd 0.9.2",
     "js": "jsp2pd 0.10.2",
+    "native": "this project's p2pd-rs (not released yet)",
 }
 
 
@@ -48,6 +49,9 @@ class Entry:
     ends: bool | None = False
 
 
+YES = Entry(State.SUPPORTED)
+
+
 @dataclass(frozen=True)
 class Feature:
     """A feature that a program may want from a daemon."""
@@ -56,14 +60,12 @@ class Feature:
     hivemind: Entry
     go: Entry
     js: Entry
+    native: Entry = YES
 
     def of(self, daemon: str) -> Entry:
         """Returns the entry of a kind of daemon."""
         entry: Entry = getattr(self, daemon)
         return entry
-
-
-YES = Entry(State.SUPPORTED)
 
 
 def _absent(error: str, words: str, why: str) -> Entry:
@@ -78,6 +80,9 @@ _UNKNOWN_TO_GO = _absent(
     "NotSupported", "closed the connection", "closes the connection on a request it does not know"
 )
 _UNKNOWN_TO_JS = _absent("NotSupported", "ERR_INVALID_REQUEST_TYPE", "has no such request")
+_NO_DHT = _absent("NotSupported", "DHT not enabled", "has no DHT yet")
+_NO_PUBSUB = _absent("NotSupported", "PubSub not enabled", "has no pubsub yet")
+_NOT_YET = _absent("NotSupported", "not supported", "has no such request yet")
 _HALF_CLOSE = _broken(
     "Differs", "the answer did not come", "closes both directions when either of them ends"
 )
@@ -168,83 +173,151 @@ FEATURES = {
         YES,
         _absent("Differs", "it has a DHT", "always has a DHT"),
     ),
-    "dht_find_peer": Feature("DHT FIND_PEER", YES, YES, YES),
+    "dht_find_peer": Feature(
+        "DHT FIND_PEER",
+        YES,
+        YES,
+        YES,
+        native=_NO_DHT,
+    ),
     "dht_find_peers_connected_to_peer": Feature(
         "DHT FIND_PEERS_CONNECTED_TO_PEER",
         _absent("NotSupported", "not supported", "removed from its libp2p"),
         _absent("NotSupported", "not supported", "removed from its libp2p"),
         _UNKNOWN_TO_JS,
+        native=_absent("NotSupported", "not supported", "removed from libp2p"),
     ),
-    "dht_closest_peers": Feature("DHT GET_CLOSEST_PEERS", YES, YES, YES),
-    "dht_providers": Feature("DHT PROVIDE, FIND_PROVIDERS", YES, YES, YES),
+    "dht_closest_peers": Feature(
+        "DHT GET_CLOSEST_PEERS",
+        YES,
+        YES,
+        YES,
+        native=_NO_DHT,
+    ),
+    "dht_providers": Feature(
+        "DHT PROVIDE, FIND_PROVIDERS",
+        YES,
+        YES,
+        YES,
+        native=_NO_DHT,
+    ),
     "dht_no_providers": Feature(
         "DHT FIND_PROVIDERS without providers returns none",
         YES,
         YES,
         _broken("DaemonRefused", "not found", "replies with an error instead"),
+        native=_NO_DHT,
     ),
     "dht_values": Feature(
         "DHT PUT_VALUE, GET_VALUE",
         YES,
         YES,
         _broken("DaemonRefused", "Not found", "accepts the value but does not find it again"),
+        native=_NO_DHT,
     ),
     "dht_validation": Feature(
         "DHT PUT_VALUE refuses invalid records",
         YES,
         YES,
         _broken("Differs", "it was taken", "accepts anything but does not find it again"),
+        native=_NO_DHT,
     ),
-    "dht_search_value": Feature("DHT SEARCH_VALUE", YES, YES, _UNKNOWN_TO_JS),
-    "dht_public_key": Feature("DHT GET_PUBLIC_KEY", YES, YES, YES),
+    "dht_search_value": Feature(
+        "DHT SEARCH_VALUE",
+        YES,
+        YES,
+        _UNKNOWN_TO_JS,
+        native=_NO_DHT,
+    ),
+    "dht_public_key": Feature(
+        "DHT GET_PUBLIC_KEY",
+        YES,
+        YES,
+        YES,
+        native=_NO_DHT,
+    ),
     "dht_no_public_key": Feature(
         "DHT GET_PUBLIC_KEY of an unknown peer is refused",
         YES,
         YES,
         _crashes("crashes if there is none"),
+        native=_NO_DHT,
     ),
     "dht_bad_cid": Feature(
-        "DHT PROVIDE of an invalid CID is refused", YES, YES, _crashes("crashes on it")
+        "DHT PROVIDE of an invalid CID is refused",
+        YES,
+        YES,
+        _crashes("crashes on it"),
+        native=_NO_DHT,
     ),
     # --- connection manager ---
-    "connmgr": Feature("CONNMANAGER TAG_PEER, UNTAG_PEER, TRIM", YES, YES, _UNKNOWN_TO_JS),
+    "connmgr": Feature(
+        "CONNMANAGER TAG_PEER, UNTAG_PEER, TRIM",
+        YES,
+        YES,
+        _UNKNOWN_TO_JS,
+        native=_NOT_YET,
+    ),
     # --- pubsub ---
-    "pubsub": Feature("PUBSUB SUBSCRIBE, PUBLISH, GET_TOPICS", YES, YES, YES),
+    "pubsub": Feature(
+        "PUBSUB SUBSCRIBE, PUBLISH, GET_TOPICS",
+        YES,
+        YES,
+        YES,
+        native=_NO_PUBSUB,
+    ),
     "pubsub_own": Feature(
         "a subscription receives what its own daemon publishes",
         YES,
         YES,
         _broken("Differs", "nothing came", "its router does not emit its own messages"),
+        native=_NO_PUBSUB,
     ),
     "pubsub_unsubscribe": Feature(
         "closing a subscription unsubscribes",
         YES,
         YES,
         _broken("Differs", "still subscribed", "does not notice that the connection was closed"),
+        native=_NO_PUBSUB,
     ),
-    "pubsub_list_peers": Feature("PUBSUB LIST_PEERS", YES, YES, _UNKNOWN_TO_JS),
+    "pubsub_list_peers": Feature(
+        "PUBSUB LIST_PEERS",
+        YES,
+        YES,
+        _UNKNOWN_TO_JS,
+        native=_NO_PUBSUB,
+    ),
     "pubsub_off": Feature(
         "a daemon without pubsub refuses it as not supported", YES, YES, _crashes("crashes on it")
     ),
     # --- peerstore ---
     "peerstore_get_protocols": Feature(
-        "PEERSTORE GET_PROTOCOLS", _UNKNOWN_TO_GO, _UNKNOWN_TO_GO, YES
+        "PEERSTORE GET_PROTOCOLS",
+        _UNKNOWN_TO_GO,
+        _UNKNOWN_TO_GO,
+        YES,
+        native=_NOT_YET,
     ),
     "peerstore_unknown": Feature(
         "PEERSTORE GET_PROTOCOLS of an unknown peer is refused",
         _UNKNOWN_TO_GO,
         _UNKNOWN_TO_GO,
         _crashes("crashes on it"),
+        native=_NOT_YET,
     ),
     "peerstore_get_peer_info": Feature(
         "PEERSTORE GET_PEER_INFO",
         _UNKNOWN_TO_GO,
         _UNKNOWN_TO_GO,
         _absent("NotSupported", "ERR_NOT_IMPLEMENTED", "not implemented"),
+        native=_NOT_YET,
     ),
 }
 
 _NO_MUXER = "one supports only yamux, the other only mplex"
+
+_NO_MPLEX = "one supports only mplex, which the other does not have yet"
+_GO_HALF_CLOSE = _broken("Differs", "the answer did not come", "the Go peer closes both directions")
 
 #: The entries for pairs of different kinds of daemon, (caller, peer), if they differ from those
 #: for two daemons of the caller's kind. Upstream Go's p2pd has one muxer at a time: yamux, like
@@ -259,6 +332,14 @@ PAIRS: dict[tuple[str, str], dict[str, Entry]] = {
     ("js", "hivemind"): {
         "connect": _absent("DaemonRefused", "protocol selection failed", _NO_MUXER),
     },
+    ("js", "native"): {
+        "connect": _absent("DaemonRefused", "protocol selection failed", _NO_MPLEX),
+    },
+    ("native", "js"): {
+        "connect": _absent("DaemonRefused", "failed to dial", _NO_MPLEX),
+    },
+    ("native", "hivemind"): {"half_close": _GO_HALF_CLOSE},
+    ("native", "go"): {"half_close": _GO_HALF_CLOSE},
 }
 
 

@@ -5,7 +5,7 @@ use super::socket::Socket;
 use super::{persistent, Shared};
 use crate::error::NodeError;
 use crate::handle::{NodeHandle, PeerStream};
-use p2pd_protocol::command::{connmgr, control, dht, refusal, streams, unary, Command};
+use p2pd_protocol::command::{control, dht, refusal, streams, unary, Command};
 use p2pd_protocol::framing::encode_frame;
 use p2pd_protocol::{Error, Limits, ServerExchange, State};
 use std::future::Future;
@@ -19,6 +19,9 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Refusal of a request whose time is over, in Go's words.
 const TIMED_OUT: &str = "context deadline exceeded";
+
+/// Refusal of a request that this daemon lacks. Clients compare these words.
+const NOT_SUPPORTED: &str = "not supported";
 
 /// Size of one read, in bytes.
 const READ_SIZE: usize = 16 << 10;
@@ -151,17 +154,12 @@ impl Session {
                 return Ok(Some(Outcome::Persistent));
             }
             Command::Dht(dht::Command::FindPeersConnectedToPeer(_)) => {
-                self.exchange.refuse("not supported")
+                self.exchange.refuse(NOT_SUPPORTED)
             }
             Command::Dht(_) => self.exchange.refuse("DHT not enabled"),
             Command::Pubsub(_) => self.exchange.refuse("PubSub not enabled"),
-            Command::ConnManager(connmgr::Command::Trim(_)) => self
-                .exchange
-                .refuse("this daemon has no connection manager yet"),
-            other => {
-                let words = format!("{} is not supported by this daemon yet", other.name());
-                self.exchange.refuse(&words)
-            }
+            // What is missing yet: the connection manager and the peer store.
+            _ => self.exchange.refuse(NOT_SUPPORTED),
         };
         self.socket
             .write_all(&frame.map_err(io::Error::other)?)
@@ -218,7 +216,7 @@ fn remove(node: &NodeHandle, request: &streams::RemoveStreamHandler) -> Result<(
 /// Explains to a client what is wrong with its bytes.
 fn words(error: &Error) -> String {
     match error {
-        Error::UnknownRequest(number) => format!("unknown request type {number}"),
+        Error::UnknownRequest(_) => NOT_SUPPORTED.to_owned(),
         Error::FrameTooLarge { declared, limit } => {
             format!("the request of {declared} bytes exceeds the limit of {limit} bytes")
         }

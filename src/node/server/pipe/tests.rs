@@ -145,7 +145,10 @@ async fn gives_the_stream_back_if_the_handler_refuses() {
     peer.write_all(b"hello").await.unwrap();
     peer.shutdown().await.unwrap();
     let (mut client, mut writer) = client.into_split();
-    assert_eq!(read_all(&mut client).await, [&header[..], b"hello"].concat());
+    assert_eq!(
+        read_all(&mut client).await,
+        [&header[..], b"hello"].concat()
+    );
     writer.shutdown().await.unwrap();
     assert!(task.await.unwrap());
 }
