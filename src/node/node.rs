@@ -13,6 +13,7 @@ use libp2p::core::transport::{ListenerId, TransportError};
 use libp2p::swarm::dial_opts::DialOpts;
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{ping, Multiaddr, Swarm};
+use p2pd_protocol::{endpoint, Endpoint};
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
@@ -123,7 +124,7 @@ impl Driver {
         for addr in addrs {
             match self.swarm.listen_on(addr.clone()) {
                 Ok(id) => listeners.push(id),
-                Err(error) => failures.push((addr, listen_words(&error))),
+                Err(error) => failures.push((addr.clone(), listen_words(&addr, &error))),
             }
         }
         if listeners.is_empty() && !failures.is_empty() {
@@ -259,11 +260,19 @@ impl Driver {
     }
 }
 
-/// Describes why a listen address cannot be used.
-fn listen_words(error: &TransportError<io::Error>) -> String {
-    match error {
-        TransportError::MultiaddrNotSupported(_) => "no transport for protocol".to_owned(),
-        TransportError::Other(error) => format!("bind: {error}"),
+/// Describes why a listen address cannot be used, in the words of the Go daemons.
+fn listen_words(addr: &Multiaddr, error: &TransportError<io::Error>) -> String {
+    let error = match error {
+        TransportError::MultiaddrNotSupported(_) => return "no transport for protocol".to_owned(),
+        TransportError::Other(error) => p2pd_sockets::message_of(error).to_lowercase(),
+    };
+    match p2pd_protocol::Multiaddr::from_bytes(addr.to_vec()).endpoint() {
+        Ok(Endpoint::Tcp { host, port }) => match host {
+            endpoint::Host::Ip4(ip) => format!("listen tcp4 {ip}:{port}: bind: {error}"),
+            endpoint::Host::Ip6(ip) => format!("listen tcp6 [{ip}]:{port}: bind: {error}"),
+            name => format!("listen tcp {name}:{port}: bind: {error}"),
+        },
+        _ => format!("listen {addr}: bind: {error}"),
     }
 }
 

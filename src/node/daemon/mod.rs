@@ -54,15 +54,15 @@ fn start(program: &str, arguments: &[String]) -> i32 {
             return INVALID_FLAG;
         }
     };
-    for line in flags.missing_features() {
-        stderr().push(&line);
-    }
     log::start();
     raise_descriptor_limit();
     let options = match Options::new(&flags) {
         Ok(options) => options,
         Err(words) => return fatal(&words),
     };
+    for line in flags.missing_features() {
+        stderr().push(&line);
+    }
     // One thread is the fastest on small machines: waking another core costs more than a small call.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

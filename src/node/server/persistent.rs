@@ -21,7 +21,7 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
-/// Largest number of handler's events or results that are taken between two writes.
+/// Largest number of events, or of results, that are taken between two writes.
 const BATCH: usize = 64;
 
 /// A payload in a buffer of its own.
@@ -126,13 +126,9 @@ impl Connection {
                     None => return Ok(()), // the node has stopped
                 },
                 Some(result) = self.calls.join_next_with_id() => {
-                    let mut next = Some(result);
-                    for _ in 0..BATCH {
-                        let Some(result) = next else { break };
-                        self.on_result(result);
-                        next = self.calls.try_join_next_with_id();
-                    }
-                    if let Some(result) = next {
+                    self.on_result(result);
+                    for _ in 1..BATCH {
+                        let Some(result) = self.calls.try_join_next_with_id() else { break };
                         self.on_result(result);
                     }
                 }
@@ -303,8 +299,8 @@ impl Connection {
     /// Passes peers' calls to the client: the first event, and those that have arrived as well.
     fn on_events(&mut self, first: UnaryEvent) {
         let mut next = Some(first);
-        for _ in 0..BATCH {
-            let Some(event) = next else { break };
+        let mut count = 0;
+        while let Some(event) = next {
             match event {
                 UnaryEvent::Call(call) => self.handle(call),
                 UnaryEvent::Cancelled(number) => {
@@ -313,7 +309,8 @@ impl Connection {
                     }
                 }
             }
-            if self.output.len() >= HIGH_WATER {
+            count += 1;
+            if count == BATCH || self.output.len() >= HIGH_WATER {
                 return;
             }
             next = self.client.next_event().now_or_never().flatten();

@@ -257,6 +257,26 @@ async fn sixty_four_calls_of_64_kib_at_once_in_all_pairings() {
 }
 
 #[tokio::test]
+async fn thousand_calls_at_once_are_answered_in_all_pairings() {
+    for pairing in WITH_NATIVE {
+        let _limit = Limit::new();
+        let two = Two::connected(pairing).await;
+        let echoing = two.server.add_unary_handler("echo", false, echo);
+        echoing.await.unwrap();
+        let calls = (0..1000).map(|number: usize| {
+            let payload = Bytes::from(number.to_string());
+            let call = two
+                .caller
+                .call_unary(two.far.peer_id(), "echo", payload.clone());
+            async move { call.await.map(|reply| reply == payload) }
+        });
+        for reply in within("the replies", join_all(calls)).await {
+            assert!(reply.unwrap(), "{pairing:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn cancel_reaches_the_handler_in_all_pairings() {
     for pairing in PAIRINGS {
         let _limit = Limit::new();
