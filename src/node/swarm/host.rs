@@ -196,7 +196,7 @@ impl Host {
         let _ = self.0.events.send(HostEvent::Closed(connection.clone()));
     }
 
-    /// Says who serves a protocol.
+    /// Returns which part of the node serves a protocol.
     pub(super) fn offer(&self, protocol: &str) -> Offer {
         let protocols = self.lock_protocols();
         if protocols.services.contains_key(protocol) {

@@ -4,8 +4,8 @@
 //! or answers `na`. A line has its length in front and a newline at its end. See
 //! <https://github.com/multiformats/multistream-select>.
 //!
-//! Nobody waits for more round trips than the first bytes of the stream need: a dialer that knows what its
-//! peer supports sends header and name with its first bytes, and a listener confirms them with its own.
+//! The negotiation costs no round trip of its own: a dialer that knows the peer's protocols sends header and
+//! name with its first bytes, and a listener confirms them with its own.
 
 use super::host::OpenError;
 use bytes::{Buf, BufMut, BytesMut};
@@ -26,18 +26,18 @@ const MAX_PROPOSALS: usize = 256;
 /// Number of bytes of the application that are sent together with the negotiation.
 const TOGETHER: usize = 8 * 1024;
 
-/// Who serves a protocol.
+/// The part of a node that serves a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Offer {
     /// A service of this node.
     Served,
     /// A behaviour of the swarm.
     Delegated,
-    /// Nobody.
+    /// None: the protocol is not supported.
     Unknown,
 }
 
-/// An inbound stream, after the dialer has proposed a protocol that somebody serves.
+/// An inbound stream, after the dialer has proposed a supported protocol.
 #[derive(Debug)]
 pub enum Accepted<S> {
     /// A stream of a service, which confirms the protocol with its first bytes.
@@ -202,7 +202,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Negotiated<S> {
     }
 }
 
-/// An inbound stream that reads as if nobody had read from it, and does not send the header again.
+/// An inbound stream that returns the bytes of the negotiation again, and does not send the header twice.
 #[derive(Debug)]
 pub struct Replayed<S> {
     stream: S,
@@ -284,7 +284,7 @@ pub async fn select<S: AsyncRead + AsyncWrite + Unpin>(
     Err(OpenError::Unsupported(protocols.to_vec()))
 }
 
-/// Reads the dialer's proposals until somebody serves one. `served` returns the names of all.
+/// Reads the dialer's proposals until one is supported. `served` returns the names of all protocols.
 ///
 /// # Errors
 /// The dialer has left, or does not keep to the protocol.

@@ -165,7 +165,7 @@ fn dial<T: Transport<Error = io::Error>>(
     inner.dial(addr, opts)
 }
 
-/// Returns an address with `ip` in the place of its name.
+/// Returns an address with its name replaced by `ip`.
 fn with_ip(addr: &Multiaddr, ip: IpAddr) -> Multiaddr {
     let replaced = |protocol| match protocol {
         Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) => Protocol::from(ip),

@@ -15,7 +15,7 @@ use yamux::{ConnectionError, Mode};
 const MAX_STREAMS: usize = 64 * 1024;
 /// The window of a stream is 256 KiB at first, and grows up to twice what its peer can send in a round trip.
 const WINDOW: usize = 256 * 1024;
-/// Number of bytes that are read from the socket before somebody takes them.
+/// Largest number of bytes that are read from the socket before the connection takes them.
 const READ_AHEAD: usize = 256 * 1024;
 
 /// The upgrade of a secured connection to yamux.

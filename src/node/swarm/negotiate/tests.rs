@@ -150,7 +150,7 @@ async fn listener_confirms_with_its_first_bytes() {
     };
     let mut early = [0; 5];
     {
-        // What has arrived is read, after the confirmation was sent.
+        // The first read sends the confirmation.
         listener.read_exact(&mut early).await.unwrap();
     }
     assert_eq!(&early, b"early");
