@@ -205,8 +205,7 @@ async fn go_opens_lazily_what_the_node_has_pushed() {
     let dir = echo_at(&pair.node, "pushed");
     drop(dir);
     // Opening succeeds without a reply only if Go knows the name; the handler's socket is gone.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let mut stream = pair.go.stream_open(&node, ["pushed"]).await.unwrap();
+    let mut stream = eventually(async || Ok(pair.go.stream_open(&node, ["pushed"]).await?)).await;
     use tokio::io::AsyncReadExt as _;
     let read = soon(stream.read(&mut [0; 9])).await;
     assert!(matches!(read, Ok(0) | Err(_)));
