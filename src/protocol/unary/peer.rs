@@ -193,7 +193,10 @@ mod tests {
             let (first, second) = [0xe9, 0x07].split_at(split);
             let first = reader.poll(&mut &first[..]);
             let error = first.and_then(|_| reader.poll(&mut &second[..]));
-            assert!(matches!(error, Err(Error::FrameTooLarge { .. })), "{error:?}");
+            assert!(
+                matches!(error, Err(Error::FrameTooLarge { .. })),
+                "{error:?}"
+            );
         }
     }
 
