@@ -1,7 +1,7 @@
 //! Connects to peers, and reports failures in the words of the Go daemons.
 
+use crate::command::Command;
 use crate::error::{DialCause, DialFailure, NodeError};
-use crate::node::Command;
 use crate::services::peers::AddressBook;
 use crate::swarm::{Host, HostEvent};
 use futures::future::{BoxFuture, Shared};

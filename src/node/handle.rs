@@ -1,8 +1,8 @@
 //! What a front end can ask of a node: one method per request.
 
+use crate::command::Command;
 use crate::dial::Dialer;
 use crate::error::NodeError;
-use crate::node::Command;
 use crate::services::identify::Identify;
 use crate::services::open::open;
 use crate::services::peers::AddressBook;

@@ -1,5 +1,6 @@
 //! A libp2p daemon: a host on rust-libp2p, and the server's side of the control protocol.
 
+mod command;
 mod config;
 pub mod daemon;
 mod dial;

@@ -1,5 +1,6 @@
 //! Starts a node, and drives its swarm.
 
+use crate::command::Command;
 use crate::config::Config;
 use crate::dial::Dialer;
 use crate::handle::{Inner, NodeHandle};
@@ -93,15 +94,6 @@ impl Node {
             stopped,
         }))
     }
-}
-
-/// A request to the swarm.
-pub(crate) enum Command {
-    Dial {
-        opts: DialOpts,
-        result: oneshot::Sender<Result<(), DialError>>,
-    },
-    Shutdown,
 }
 
 /// Drives the swarm until all handles are dropped or one shuts it down.

@@ -6,7 +6,8 @@ mod tests;
 mod value;
 
 use std::collections::HashMap;
-use table::{Flag, Kind, Support, FLAGS};
+use table::{Flag, Support, FLAGS};
+use value::Kind;
 pub(super) use value::Value;
 
 /// The values of all flags.

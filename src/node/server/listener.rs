@@ -1,8 +1,8 @@
 //! Listens at the control address and serves each connection in a task.
 
 use super::session;
+use super::shared::Shared;
 use super::socket::Socket;
-use super::Shared;
 use p2pd_protocol::endpoint::Host;
 use p2pd_protocol::{Endpoint, Multiaddr};
 use p2pd_sockets::{message_of, SocketFile};

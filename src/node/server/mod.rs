@@ -4,60 +4,23 @@ mod listener;
 mod persistent;
 pub(crate) mod pipe;
 mod session;
+mod shared;
 pub(crate) mod socket;
 
 use crate::handle::NodeHandle;
 use listener::Listener;
 use p2pd_protocol::Multiaddr;
+use shared::Shared;
+pub use shared::{Persistent, ServerConfig};
 use std::io;
 use std::sync::Arc;
 use tokio::sync::watch;
-
-/// Settings of a server.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub struct ServerConfig {
-    /// Largest message of a client, in bytes. Default: 4 MiB.
-    pub max_message: usize,
-}
-
-impl Default for ServerConfig {
-    fn default() -> Self {
-        Self {
-            max_message: 4 << 20,
-        }
-    }
-}
-
-/// Number of persistent connections.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Persistent {
-    /// Number of those that are open.
-    pub open: usize,
-    /// Number of all since the start.
-    pub opened: usize,
-}
 
 /// A listening server of the control protocol.
 #[derive(Debug)]
 pub struct Server {
     listener: Listener,
     shared: Arc<Shared>,
-}
-
-/// What all connections of a server share.
-pub(crate) struct Shared {
-    node: NodeHandle,
-    config: ServerConfig,
-    persistent: watch::Sender<Persistent>,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
-            .field("config", &self.config)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Server {

@@ -4,8 +4,8 @@
 //! client runs in a task of its own. It takes calls for the client's handlers only while the client
 //! reads; the node refuses or skips those that then do not fit the client's queue.
 
+use super::shared::Shared;
 use super::socket::Socket;
-use super::Shared;
 use crate::error::NodeError;
 use crate::handle::{HandlerError, IncomingCall, Responder, UnaryClient, UnaryEvent};
 use bytes::Bytes;

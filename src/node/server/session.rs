@@ -1,8 +1,9 @@
 //! Serves one control connection: reads a request, has the node carry it out, and answers.
 
+use super::persistent;
 use super::pipe::pipe;
+use super::shared::Shared;
 use super::socket::Socket;
-use super::{persistent, Shared};
 use crate::error::NodeError;
 use crate::handle::{NodeHandle, PeerStream};
 use p2pd_protocol::command::{control, dht, refusal, streams, unary, Command};

@@ -7,6 +7,7 @@ use crate::error::NodeError;
 use crate::swarm::{Connection, Host, Service, Substream};
 use bytes::Bytes;
 pub(crate) use exchange::call;
+pub use exchange::HandlerError;
 use exchange::{read_call, reply, until_cancelled};
 use futures::future::BoxFuture;
 use p2pd_protocol::PeerId;
@@ -21,11 +22,6 @@ use tokio_util::sync::CancellationToken;
 const MAX_CALLS: usize = 16 * 1024;
 /// Largest total size of the payloads of those calls, in KiB.
 const MAX_CALL_KIB: usize = 256 * 1024;
-
-/// A handler's error message.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct HandlerError(pub String);
 
 /// Event for a client that handles calls.
 #[derive(Debug)]

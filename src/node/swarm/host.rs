@@ -1,12 +1,11 @@
 //! The live connections, and the protocols that this node serves.
 
-use super::negotiate::{self, Negotiated, Offer};
+use super::negotiate::{self, Negotiated, Offer, OpenError};
 use futures::future::BoxFuture;
 use libp2p::core::muxing::SubstreamBox;
 use libp2p::{Multiaddr, PeerId};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -65,20 +64,6 @@ pub trait Service: Send + Sync {
         stream: Substream,
         from: Connection,
     ) -> BoxFuture<'static, ()>;
-}
-
-/// Reason why a stream was not opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The peer supports none of these protocols.
-    #[error("protocols not supported: [{}]", .0.join(" "))]
-    Unsupported(Vec<String>),
-    /// The connection is closed.
-    #[error("connection closed")]
-    Closed,
-    /// The stream failed during the negotiation.
-    #[error(transparent)]
-    Io(#[from] io::Error),
 }
 
 impl Host {

@@ -7,5 +7,6 @@ mod tls;
 mod transport;
 mod yamux;
 
-pub use host::{Connection, Host, HostEvent, OpenError, Service, Substream};
+pub use host::{Connection, Host, HostEvent, Service, Substream};
+pub use negotiate::OpenError;
 pub(crate) use transport::build;

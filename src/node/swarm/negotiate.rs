@@ -7,7 +7,6 @@
 //! The negotiation costs no round trip of its own: a dialer that knows the peer's protocols sends header and
 //! name with its first bytes, and a listener confirms them with its own.
 
-use super::host::OpenError;
 use bytes::{Buf, BufMut, BytesMut};
 use futures::{ready, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use std::io::{self, ErrorKind};
@@ -25,6 +24,20 @@ const READ: usize = 1024;
 const MAX_PROPOSALS: usize = 256;
 /// Number of bytes of the application that are sent together with the negotiation.
 const TOGETHER: usize = 8 * 1024;
+
+/// Reason why a stream was not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The peer supports none of these protocols.
+    #[error("protocols not supported: [{}]", .0.join(" "))]
+    Unsupported(Vec<String>),
+    /// The connection is closed.
+    #[error("connection closed")]
+    Closed,
+    /// The stream failed during the negotiation.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
 
 /// The part of a node that serves a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

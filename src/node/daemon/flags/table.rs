@@ -1,18 +1,8 @@
 //! The flags of both Go daemons: their kinds, defaults and explanations.
 
-use super::Value;
+use super::value::{Kind, Value};
 use Kind::{Bool, Duration, Int, Text, Uint};
 use Support::{Full, Ignored, Missing};
-
-/// Kind of a flag's value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Bool,
-    Int,
-    Uint,
-    Duration,
-    Text,
-}
 
 /// Whether this daemon does what a flag requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,14 @@
 //! Values of flags, as Go's `flag` package reads them.
 
-use super::table::Kind;
+/// Kind of a flag's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Bool,
+    Int,
+    Uint,
+    Duration,
+    Text,
+}
 
 /// The value of a flag.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,5 @@
 //! One call on its stream: the messages between this node and another daemon.
 
-use super::HandlerError;
 use crate::error::NodeError;
 use crate::services::identify::Identify;
 use crate::services::open::open;
@@ -16,6 +15,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
+
+/// A handler's error message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct HandlerError(pub String);
 
 /// Time within which a peer's call must arrive.
 const ARRIVAL: Duration = Duration::from_secs(60);
