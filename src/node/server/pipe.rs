@@ -7,7 +7,7 @@ use super::socket::Socket;
 use crate::stream::PeerStream;
 use crate::swarm::Substream;
 use bytes::{Buf, Bytes};
-use futures::{AsyncRead, AsyncWrite};
+use futures::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use p2pd_protocol::command::streams::encode_stream_info;
 use p2pd_protocol::Endpoint;
 use std::cell::Cell;
@@ -30,6 +30,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Interval at which a half-closed socket is checked for its client having gone.
 const HANG_UP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Size of one read of what is dropped, and largest size of all of it, in bytes.
+const DRAIN_READ: usize = 16 << 10;
+const MAX_DRAINED: usize = 64 << 20;
 
 thread_local! {
     /// The buffer of the pipe that is being polled, so that idle pipes need none.
@@ -64,29 +68,52 @@ pub(crate) async fn pipe(stream: PeerStream, mut socket: Socket, first: Bytes) {
         half_close,
         mut stream,
     } = stream;
-    match copy(&mut stream, &mut socket, half_close, first).await {
-        Ok(()) => {}
-        // Dropping the stream resets it.
-        Err(error) => log::debug!("the stream of {} failed: {error}", info.protocol),
+    let mut to_peer = Direction::new(first);
+    let mut to_client = Direction::new(Bytes::new());
+    let mut ending = None;
+    let copied = copy(
+        (&mut to_peer, &mut to_client),
+        (&mut stream, &mut socket),
+        half_close,
+        &mut ending,
+    );
+    if let Err(error) = copied.await {
+        log::debug!("the stream of {} failed: {error}", info.protocol);
     }
-    drop(stream);
-    socket.finish().await;
+    if ending == Some(Ending::EndOfFile) && !to_client.is_at_end {
+        socket.finish().await;
+        drain(stream).await;
+    } else {
+        drop(stream); // resets it, unless both ends have closed it
+        socket.finish().await;
+    }
+}
+
+/// How the direction to the peer ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    EndOfFile,
+    /// The stream is reset, since the client has gone and cannot receive what the peer sends. What was sent
+    /// before still arrives at a native peer. A Go peer would drop it, but closes its own direction after
+    /// an end of file.
+    Reset,
 }
 
 async fn copy(
-    stream: &mut Substream,
-    socket: &mut Socket,
+    (to_peer, to_client): (&mut Direction, &mut Direction),
+    (stream, socket): (&mut Substream, &mut Socket),
     half_close: bool,
-    first: Bytes,
+    ending: &mut Option<Ending>,
 ) -> io::Result<()> {
-    let mut to_peer = Direction::new(first);
-    let mut to_client = Direction::new(Bytes::new());
     let mut hang_up = None;
     poll_fn(|cx| {
-        if to_peer
-            .poll(&mut FromClient { stream, socket }, cx)?
-            .is_ready()
-        {
+        let mut from_client = FromClient {
+            stream,
+            socket,
+            may_reset: half_close,
+            ending,
+        };
+        if to_peer.poll(&mut from_client, cx)?.is_ready() {
             // The client has no use for the rest if it has closed its socket.
             if socket.is_hung_up() {
                 return Poll::Ready(io::Result::Ok(()));
@@ -111,6 +138,19 @@ async fn copy(
     Ok(())
 }
 
+/// Drops what a peer still sends to a client that has gone. Our end of file was sent, and yamux cannot reset
+/// a stream after that: without this, the peer would wait for its window for ever.
+async fn drain(mut stream: Substream) {
+    let mut buffer = vec![0; DRAIN_READ];
+    let mut left = MAX_DRAINED;
+    while left > 0 {
+        match stream.read(&mut buffer).await {
+            Ok(count @ 1..) => left = left.saturating_sub(count),
+            _ => return,
+        }
+    }
+}
+
 /// The two ends of one direction.
 trait Ends {
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>>;
@@ -122,6 +162,8 @@ trait Ends {
 struct FromClient<'a> {
     stream: &'a mut Substream,
     socket: &'a mut Socket,
+    may_reset: bool,
+    ending: &'a mut Option<Ending>,
 }
 
 impl Ends for FromClient<'_> {
@@ -140,7 +182,16 @@ impl Ends for FromClient<'_> {
     }
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.stream).poll_close(cx)
+        let resets = self.may_reset && self.socket.is_hung_up();
+        let decided = if resets {
+            Ending::Reset
+        } else {
+            Ending::EndOfFile
+        };
+        match self.ending.get_or_insert(decided) {
+            Ending::EndOfFile => Pin::new(&mut *self.stream).poll_close(cx),
+            Ending::Reset => Pin::new(&mut *self.stream).poll_flush(cx),
+        }
     }
 }
 

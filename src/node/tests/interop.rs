@@ -168,6 +168,35 @@ async fn tails_arrive_in_all_pairings() {
 }
 
 #[tokio::test]
+async fn writer_ends_when_its_peers_client_goes() {
+    for pairing in WITH_NATIVE {
+        for half_closes in [false, true] {
+            let _limit = Limit::new();
+            let two = Two::connected(pairing).await;
+            let mut incoming = two.server.stream_handler("/gone", false).await.unwrap();
+            let opening = two.caller.stream_open(two.far.peer_id(), ["/gone"]);
+            let mut near = opening.await.unwrap();
+            near.write_all(b"begin").await.unwrap();
+            let mut far = within("a stream", incoming.next()).await.unwrap();
+            if half_closes {
+                far.shutdown().await.unwrap();
+                // Go has closed both directions now.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            let payload = vec![7; TAIL];
+            let writing = async {
+                // Fails, or is dropped on the way: it must not wait for ever.
+                let _ = near.write_all(&payload).await;
+            };
+            join!(within("the writer", writing), async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                drop(far);
+            });
+        }
+    }
+}
+
+#[tokio::test]
 async fn bytes_sent_ahead_with_stream_open_reach_the_stream() {
     for far in [Kind::Native, Kind::Go] {
         let _limit = Limit::new();

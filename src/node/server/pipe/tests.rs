@@ -119,12 +119,14 @@ async fn ends_the_stream_when_its_client_goes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn notices_that_a_half_closed_client_goes() {
+async fn peer_is_not_blocked_when_a_half_closed_client_goes() {
     let (task, mut peer, mut client) = start(true, b"");
     client.shutdown().await.unwrap();
     assert_eq!(read_all(&mut peer).await, b"");
     assert!(!task.is_finished());
     drop(client);
+    peer.write_all(&vec![7; TAIL]).await.unwrap();
+    drop(peer);
     task.await.unwrap();
 }
 
