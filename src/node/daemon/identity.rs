@@ -28,7 +28,7 @@ struct PrivateKey {
     data: Option<Vec<u8>>,
 }
 
-/// Reads an identity file. The error has the words of the Go daemons.
+/// Reads an identity file. The error message is that of the Go daemons.
 pub(super) fn read(path: &Path) -> Result<Keypair, String> {
     let failed = |operation: &str, error: &io::Error| {
         let words = p2pd_sockets::message_of(error).to_lowercase();
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refuses_files_in_the_words_of_go() {
+    fn refuses_files_with_the_messages_of_go() {
         for (bytes, words) in [
             (
                 &b""[..],

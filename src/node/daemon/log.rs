@@ -33,7 +33,7 @@ fn filter(levels: &str) -> LevelFilter {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // The libraries below report at these levels what is normal here.
+        // The libraries log normal events at the lower levels.
         metadata.level() <= Level::Error || metadata.target().starts_with("p2pd")
     }
 

@@ -42,7 +42,7 @@ pub(super) struct BootstrapPeer {
 }
 
 impl Options {
-    /// Checks the flags. The error has the words of the Go daemons.
+    /// Checks the flags. The error message is that of the Go daemons.
     pub(super) fn new(flags: &Flags) -> Result<Self, String> {
         let security: Vec<_> = [(Security::Tls, "tls"), (Security::Noise, "noise")]
             .into_iter()

@@ -27,7 +27,7 @@ impl Server {
     /// Listens at a unix or TCP address; with port 0, at a free port.
     ///
     /// # Errors
-    /// The address cannot be listened at; the error has the words of the Go daemons.
+    /// The daemon cannot listen at the address. The message is that of the Go daemons.
     pub async fn bind(
         addr: &Multiaddr,
         node: NodeHandle,

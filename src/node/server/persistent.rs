@@ -155,7 +155,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what is there. Returns false at the end of the connection.
+    /// Reads the available bytes. Returns false at the end of the connection.
     fn read(&mut self, scratch: &mut [u8]) -> io::Result<bool> {
         let mut total = 0;
         while total < READ_BUDGET {

@@ -31,7 +31,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval at which a half-closed socket is checked for its client having gone.
 const HANG_UP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Size of one read of what is dropped, and largest size of all of it, in bytes.
+/// Size of one read of [`drain`], and the largest number of bytes that it reads.
 const DRAIN_READ: usize = 16 << 10;
 const MAX_DRAINED: usize = 64 << 20;
 
@@ -93,7 +93,7 @@ pub(crate) async fn pipe(stream: PeerStream, mut socket: Socket, first: Bytes) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ending {
     EndOfFile,
-    /// The stream is reset, since the client has gone and cannot receive what the peer sends. What was sent
+    /// The stream is reset, since the client has gone and receives no more data. Data sent
     /// before still arrives at a native peer. A Go peer would drop it, but closes its own direction after
     /// an end of file.
     Reset,
@@ -132,14 +132,14 @@ async fn copy(
     })
     .await?;
     if !to_peer.is_done {
-        // The peer has closed both directions: it drops what it is sent.
+        // The peer has closed both directions, and drops all data that it receives.
         poll_fn(|cx| Pin::new(&mut *stream).poll_close(cx)).await?;
     }
     Ok(())
 }
 
-/// Drops what a peer still sends to a client that has gone. Our end of file was sent, and yamux cannot reset
-/// a stream after that: without this, the peer would wait for its window for ever.
+/// Drops the data that a peer still sends to a client that has gone. yamux cannot reset a stream after an
+/// end of file, so the peer would wait forever for its window if nobody read the data.
 async fn drain(mut stream: Substream) {
     let mut buffer = vec![0; DRAIN_READ];
     let mut left = MAX_DRAINED;
@@ -237,7 +237,7 @@ impl Direction {
         }
     }
 
-    /// Copies what it can. Ready once the end of file was passed on.
+    /// Copies the available bytes. Ready once the end of file was passed on.
     fn poll(&mut self, ends: &mut impl Ends, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.is_done {
             return Poll::Ready(Ok(()));

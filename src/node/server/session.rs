@@ -159,7 +159,7 @@ impl Session {
             }
             Command::Dht(_) => self.exchange.refuse("DHT not enabled"),
             Command::Pubsub(_) => self.exchange.refuse("PubSub not enabled"),
-            // What is missing yet: the connection manager and the peer store.
+            // This daemon has neither a connection manager nor a peer store yet.
             _ => self.exchange.refuse(NOT_SUPPORTED),
         };
         self.socket
@@ -168,7 +168,7 @@ impl Session {
         Ok(None)
     }
 
-    /// Carries out a request within its time. Returns `None` if the client went away, and the words of
+    /// Runs a request within its time limit. Returns `None` if the client has gone, and the message of
     /// a refusal if the request failed.
     async fn within<T>(
         &mut self,
@@ -214,7 +214,7 @@ fn remove(node: &NodeHandle, request: &streams::RemoveStreamHandler) -> Result<(
     protocols.try_for_each(|name| node.remove_stream_handler(name, &request.addr))
 }
 
-/// Explains to a client what is wrong with its bytes.
+/// Returns the message for a client whose bytes are not a request.
 fn words(error: &Error) -> String {
     match error {
         Error::UnknownRequest(_) => NOT_SUPPORTED.to_owned(),

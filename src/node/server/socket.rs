@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
 
-/// Time that a TCP client has to read what was sent to it last, before the socket is closed.
+/// Time that a TCP client has to read the last bytes before the socket is closed.
 const LINGER: Duration = Duration::from_secs(5);
 
 /// A connection between the daemon and a local program.
@@ -61,12 +61,12 @@ impl Socket {
         either!(self, socket => socket.ready(interest).await)
     }
 
-    /// Reads what is there, or fails with [`io::ErrorKind::WouldBlock`].
+    /// Reads the available bytes, or fails with [`io::ErrorKind::WouldBlock`].
     pub(crate) fn try_read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         either!(self, socket => socket.try_read_vectored(buffers))
     }
 
-    /// Writes what fits, or fails with [`io::ErrorKind::WouldBlock`].
+    /// Writes as many bytes as fit, or fails with [`io::ErrorKind::WouldBlock`].
     pub(crate) fn try_write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
         either!(self, socket => socket.try_write_vectored(buffers))
     }

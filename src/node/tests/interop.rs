@@ -19,7 +19,7 @@ use support::{dial, read_frame, Kind, RawClient, Two, PAIRINGS, WITH_NATIVE};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::join;
 
-/// Size of a tail: more than all buffers on the way hold, in bytes.
+/// Size of a tail, in bytes: larger than all buffers between the clients.
 const TAIL: usize = 6 << 20;
 
 async fn echo(call: UnaryCall) -> Result<Bytes, Infallible> {
@@ -46,7 +46,7 @@ async fn connected_daemons_list_each_other_until_they_disconnect() {
             .await;
         }
         let peer = two.far.peer_id();
-        // Nothing is to be done the second time.
+        // Does nothing the second time.
         two.caller.connect(peer, two.far.addrs()).await.unwrap();
         two.caller.disconnect(peer).await.unwrap();
         for client in [&two.caller, &two.server] {
@@ -185,7 +185,7 @@ async fn writer_ends_when_its_peers_client_goes() {
             }
             let payload = vec![7; TAIL];
             let writing = async {
-                // Fails, or is dropped on the way: it must not wait for ever.
+                // It may fail, but it must not wait forever.
                 let _ = near.write_all(&payload).await;
             };
             join!(within("the writer", writing), async {

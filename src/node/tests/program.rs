@@ -36,7 +36,7 @@ impl Directory {
 /// A running daemon, killed at the end.
 struct Daemon {
     child: Child,
-    /// What it printed on stdout: `Control socket`, `Peer ID`, and the addresses.
+    /// The fields that it printed on stdout.
     control: String,
     peer_id: String,
     addrs: Vec<String>,
@@ -337,7 +337,7 @@ fn services_that_it_lacks_are_refused() {
 }
 
 #[test]
-fn goes_on_although_nobody_reads_its_output() {
+fn serves_requests_while_its_output_is_not_read() {
     let directory = Directory::new();
     let mut daemon = Daemon::start(&[&directory.listen()]);
     for _ in 0..200 {

@@ -38,7 +38,7 @@ fn has_the_defaults_of_the_go_daemons() {
 }
 
 #[test]
-fn refuses_in_the_words_of_go() {
+fn refuses_with_the_messages_of_go() {
     for (argument, words) in [
         ("-x", "flag provided but not defined: -x"),
         ("--x=1", "flag provided but not defined: -x"),
