@@ -121,8 +121,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Negotiated<S> {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads until the peer has confirmed the protocol.
-    fn poll_confirmed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Proposes the protocol, and reads until the peer has confirmed it.
+    fn poll_negotiated(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.unsent.is_empty() {
+            ready!(self.poll_send(cx))?;
+            ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        }
         loop {
             match &self.awaiting {
                 Awaiting::Nothing => return Poll::Ready(Ok(())),
@@ -160,21 +164,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Negotiated<S> {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if !this.unsent.is_empty() {
-            // The peer may answer nothing before it has received these bytes.
+        if !matches!(this.awaiting, Awaiting::Nothing) {
+            ready!(this.poll_negotiated(cx))?;
+        }
+        if !this.unread.is_empty() {
+            let count = this.unread.len().min(buffer.len());
+            this.unread.copy_to_slice(&mut buffer[..count]);
+            if this.unread.is_empty() {
+                this.unread = BytesMut::new();
+            }
+            return Poll::Ready(Ok(count));
+        }
+        let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
+        if read.is_pending() && !this.unsent.is_empty() {
+            // The peer may send nothing before it has received these bytes.
             ready!(this.poll_send(cx))?;
             ready!(Pin::new(&mut this.stream).poll_flush(cx))?;
         }
-        ready!(this.poll_confirmed(cx))?;
-        if this.unread.is_empty() {
-            return Pin::new(&mut this.stream).poll_read(cx, buffer);
-        }
-        let count = this.unread.len().min(buffer.len());
-        this.unread.copy_to_slice(&mut buffer[..count]);
-        if this.unread.is_empty() {
-            this.unread = BytesMut::new();
-        }
-        Poll::Ready(Ok(count))
+        read
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use futures::io::{AsyncReadExt, AsyncWriteExt};
+use futures::FutureExt;
 use std::time::Duration;
 use tokio::io::{duplex, DuplexStream};
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
@@ -149,14 +150,47 @@ async fn listener_confirms_with_its_first_bytes() {
         panic!("not served");
     };
     let mut early = [0; 5];
-    {
-        // The first read sends the confirmation.
-        listener.read_exact(&mut early).await.unwrap();
-    }
+    listener.read_exact(&mut early).await.unwrap();
     assert_eq!(&early, b"early");
+    assert!(dialer.read(&mut [0]).now_or_never().is_none());
     listener.write_all(b"late").await.unwrap();
     let confirmed = [&lines(&[VERSION, "/echo"])[..], b"late"].concat();
     expect(&mut dialer, &confirmed).await;
+}
+
+#[tokio::test]
+async fn listener_confirms_before_it_waits_for_a_read() {
+    let (mut dialer, listener) = pair();
+    dialer.write_all(&lines(&[VERSION, "/echo"])).await.unwrap();
+    let Ok(Accepted::Served(_, mut listener)) = accepted(listener).await else {
+        panic!("not served");
+    };
+    let mut late = [0; 4];
+    let dialing = async {
+        expect(&mut dialer, &lines(&[VERSION, "/echo"])).await;
+        dialer.write_all(b"late").await
+    };
+    let (read, written) = futures::join!(listener.read_exact(&mut late), dialing);
+    read.unwrap();
+    written.unwrap();
+    assert_eq!(&late, b"late");
+}
+
+#[tokio::test]
+async fn listener_reads_names_that_arrive_byte_by_byte() {
+    let (mut dialer, listener) = pair();
+    let listening = tokio::spawn(accepted(listener));
+    for byte in lines(&[VERSION, "/unknown", "echo"]) {
+        dialer.write_all(&[byte]).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let Ok(Accepted::Served(protocol, mut listener)) = listening.await.unwrap() else {
+        panic!("not served");
+    };
+    assert_eq!(protocol, "echo");
+    listener.write_all(b"hello").await.unwrap();
+    let answer = [&lines(&[VERSION, "na", "echo"])[..], b"hello"].concat();
+    expect(&mut dialer, &answer).await;
 }
 
 #[tokio::test]
