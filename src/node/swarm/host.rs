@@ -2,12 +2,14 @@
 
 use super::negotiate::{self, Negotiated, Offer, OpenError};
 use futures::future::BoxFuture;
+use futures::task::AtomicWaker;
 use libp2p::core::muxing::SubstreamBox;
 use libp2p::{Multiaddr, PeerId};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// A stream to a peer.
@@ -57,7 +59,9 @@ pub enum HostEvent {
 
 /// Serves the inbound streams of a protocol.
 pub trait Service: Send + Sync {
-    /// Serves one stream. The future runs in a task of its own.
+    /// Serves one stream. The future runs in a task of its own. The protocol is confirmed with the first
+    /// bytes that it writes, or as soon as it waits for a read. It must do one of both soon: a peer may let
+    /// only 256 streams wait for their first bytes.
     fn inbound(
         &self,
         protocol: String,
@@ -156,7 +160,8 @@ impl Host {
             is_dialer,
             closed: AtomicBool::new(false),
             requests,
-            close: watch::Sender::new(false),
+            closing: AtomicBool::new(false),
+            muxer: AtomicWaker::new(),
             peer_protocols: Mutex::default(),
         }));
         let of_peer = connections.live.entry(peer).or_default();
@@ -224,7 +229,9 @@ struct ConnectionState {
     is_dialer: bool,
     closed: AtomicBool,
     requests: mpsc::Sender<OpenRequest>,
-    close: watch::Sender<bool>,
+    closing: AtomicBool,
+    /// Wakes the muxer when `closing` changes.
+    muxer: AtomicWaker,
     peer_protocols: Mutex<Arc<Vec<String>>>,
 }
 
@@ -277,7 +284,8 @@ impl Connection {
 
     /// Closes the connection.
     pub fn close(&self) {
-        self.0.close.send_replace(true);
+        self.0.closing.store(true, Ordering::Release);
+        self.0.muxer.wake();
     }
 
     /// The protocols that the peer supports, as far as known.
@@ -299,9 +307,13 @@ impl Connection {
         }
     }
 
-    /// Completes when [`close`](Self::close) was called.
-    pub(super) fn closing(&self) -> watch::Receiver<bool> {
-        self.0.close.subscribe()
+    /// Ready when [`close`](Self::close) was called.
+    pub(super) fn poll_closing(&self, cx: &Context<'_>) -> Poll<()> {
+        self.0.muxer.register(cx.waker());
+        match self.0.closing.load(Ordering::Acquire) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
     }
 
     async fn open_raw(&self) -> Result<Substream, OpenError> {

@@ -10,15 +10,15 @@ use super::negotiate::{self, Accepted};
 use futures::ready;
 use libp2p::core::muxing::{StreamMuxer, StreamMuxerEvent};
 use libp2p::{Multiaddr, PeerId};
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch, Semaphore};
+use tokio::sync::{mpsc, Semaphore};
 
-/// Number of inbound streams of a connection that have named no protocol yet. More are reset.
+/// Number of inbound streams of a connection that have named no protocol yet, or wait for the swarm. More
+/// are reset.
 const MAX_UNNAMED: usize = 1024;
 /// Time that a dialer may take to name a protocol.
 const NAMING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,8 +36,6 @@ pub struct Muxer<M> {
     delegate: mpsc::Sender<Substream>,
     delegated: mpsc::Receiver<Substream>,
     unnamed: Arc<Semaphore>,
-    /// Completes when the application closes the connection.
-    closing: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl<M> Muxer<M>
@@ -56,7 +54,6 @@ where
     ) -> Self {
         let (connection, requests) = host.add(peer, remote_addr, is_dialer);
         let (delegate, delegated) = mpsc::channel(DELEGATED);
-        let closing = Box::pin(closed(connection.closing()));
         Self {
             inner: Box::pin(inner),
             host,
@@ -66,7 +63,6 @@ where
             delegate,
             delegated,
             unnamed: Arc::new(Semaphore::new(MAX_UNNAMED)),
-            closing,
         }
     }
 
@@ -106,10 +102,9 @@ where
                     |protocol| host.offer(protocol),
                     || host.protocols(),
                 );
-                let accepted = tokio::time::timeout(NAMING_TIMEOUT, accepting).await;
-                drop(permit);
-                match accepted {
+                match tokio::time::timeout(NAMING_TIMEOUT, accepting).await {
                     Ok(Ok(Accepted::Served(protocol, stream))) => {
+                        drop(permit);
                         if let Some(service) = host.service(&protocol) {
                             let stream = Substream::new(stream);
                             service.inbound(protocol, stream, connection).await;
@@ -124,10 +119,6 @@ where
             });
         }
     }
-}
-
-async fn closed(mut closing: watch::Receiver<bool>) {
-    let _ = closing.wait_for(|closing| *closing).await;
 }
 
 impl<M> StreamMuxer for Muxer<M>
@@ -166,7 +157,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
         let this = self.get_mut();
-        if this.closing.as_mut().poll(cx).is_ready() {
+        if this.connection.poll_closing(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if let Poll::Ready(Err(error)) = this.poll_requests(cx) {
