@@ -3,6 +3,7 @@
 mod host;
 mod muxer;
 mod negotiate;
+mod socket;
 mod tls;
 mod transport;
 mod yamux;

@@ -1,6 +1,7 @@
 //! TCP with noise or TLS, and yamux.
 
 use super::host::Host;
+use super::socket::ReadAhead;
 use super::{muxer, tls, yamux};
 use crate::config::Security;
 use futures::future::{BoxFuture, Either};
@@ -41,6 +42,7 @@ pub fn build(
     };
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
     Ok(Resolving::new(tcp)
+        .map(|socket, _| ReadAhead::new(socket))
         .upgrade(Version::V1Lazy)
         .authenticate(Secure::new(keypair, security)?)
         .multiplex(yamux::Config)
