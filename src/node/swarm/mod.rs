@@ -11,3 +11,6 @@ mod yamux;
 pub use host::{Connection, Host, HostEvent, Service, Substream};
 pub use negotiate::OpenError;
 pub(crate) use transport::build;
+
+#[cfg(test)]
+mod tests;
