@@ -508,7 +508,8 @@ async fn dropped_call_is_cancelled_at_the_handler() {
     let mut client = bob.register_unary_client();
     client.add_handler("slow", false).unwrap();
     let bob = bob.peer_id();
-    for _ in 0..3 {
+    let mut soonest = Duration::MAX; // of several, since other processes can delay one
+    for _ in 0..5 {
         let call = alice.call(&bob, "slow", Bytes::from_static(b"hi"));
         let call = tokio::select! {
             reply = call => panic!("{reply:?}"),
@@ -519,9 +520,10 @@ async fn dropped_call_is_cancelled_at_the_handler() {
             Some(UnaryEvent::Cancelled(number)) => assert_eq!(number, call.number),
             other => panic!("{other:?}"),
         }
-        assert!(dropped.elapsed() < SOON, "{:?}", dropped.elapsed());
+        soonest = soonest.min(dropped.elapsed());
         call.responder.reply(Bytes::new()); // too late
     }
+    assert!(soonest < SOON, "{soonest:?}");
 }
 
 #[tokio::test]

@@ -202,10 +202,23 @@ async fn addresses_that_identify_told_are_dialed_again() {
 async fn go_opens_lazily_what_the_node_has_pushed() {
     let pair = pair().await;
     let node = pair.node.peer_id();
-    let dir = echo_at(&pair.node, "pushed");
-    drop(dir);
-    // Opening succeeds without a reply only if Go knows the name; the handler's socket is gone.
-    let mut stream = eventually(async || Ok(pair.go.stream_open(&node, ["pushed"]).await?)).await;
+    let mut names: Vec<String> = Vec::new();
+    // Opening succeeds without a reply only if Go knows the name; the handler's socket is gone. Go forgets a
+    // push that overtakes the reply to its own identify request, so that later names are pushed too.
+    let mut stream = eventually(async || {
+        if names.len() < 10 {
+            let name = format!("pushed {}", names.len());
+            drop(echo_at(&pair.node, &name));
+            names.push(name);
+        }
+        for name in &names {
+            if let Ok(stream) = pair.go.stream_open(&node, [name]).await {
+                return Ok(stream);
+            }
+        }
+        Err("Go knows none of the names".into())
+    })
+    .await;
     use tokio::io::AsyncReadExt as _;
     let read = soon(stream.read(&mut [0; 9])).await;
     assert!(matches!(read, Ok(0) | Err(_)));
@@ -253,30 +266,38 @@ async fn cancelled_calls_are_seen_by_the_handler() {
         .add_unary_handler("go.slow", false, handler)
         .await
         .unwrap();
-    tokio::select! {
-        reply = pair.node.call(go, "go.slow", Bytes::new()) => panic!("{reply:?}"),
-        event = events.recv() => assert_eq!(event, Some("begun")),
+    let mut soonest = Duration::MAX; // of several, since other processes can delay one
+    for _ in 0..5 {
+        tokio::select! {
+            reply = pair.node.call(go, "go.slow", Bytes::new()) => panic!("{reply:?}"),
+            event = events.recv() => assert_eq!(event, Some("begun")),
+        }
+        let dropped = Instant::now();
+        assert_eq!(soon(events.recv()).await, Some("given up"));
+        soonest = soonest.min(dropped.elapsed());
     }
-    let dropped = Instant::now();
-    assert_eq!(soon(events.recv()).await, Some("given up"));
-    assert!(dropped.elapsed() < SOON, "{:?}", dropped.elapsed());
+    assert!(soonest < SOON, "{soonest:?}");
 
     let mut client = pair.node.register_unary_client();
     client.add_handler("node.slow", false).unwrap();
-    let call = tokio::select! {
-        reply = pair.go.call_unary(&node, "node.slow", "") => panic!("{reply:?}"),
-        event = client.next_event() => match event {
-            Some(UnaryEvent::Call(call)) => call,
+    let mut soonest = Duration::MAX;
+    for _ in 0..5 {
+        let call = tokio::select! {
+            reply = pair.go.call_unary(&node, "node.slow", "") => panic!("{reply:?}"),
+            event = client.next_event() => match event {
+                Some(UnaryEvent::Call(call)) => call,
+                other => panic!("{other:?}"),
+            },
+        };
+        let dropped = Instant::now();
+        match soon(client.next_event()).await {
+            Some(UnaryEvent::Cancelled(number)) => assert_eq!(number, call.number),
             other => panic!("{other:?}"),
-        },
-    };
-    let dropped = Instant::now();
-    match soon(client.next_event()).await {
-        Some(UnaryEvent::Cancelled(number)) => assert_eq!(number, call.number),
-        other => panic!("{other:?}"),
+        }
+        soonest = soonest.min(dropped.elapsed());
     }
     // Go passes the cancel on itself.
-    assert!(dropped.elapsed() < 2 * SOON, "{:?}", dropped.elapsed());
+    assert!(soonest < 2 * SOON, "{soonest:?}");
 }
 
 #[tokio::test]
