@@ -584,7 +584,7 @@ async def test_unread_output_starts_no_timer(
         connection.upgrade()
         connection.send(frame(acknowledgement(connection.read_message().call_id)))
         calls = (incoming(number.to_bytes(16, "big"), "large", b"") for number in range(40))
-        # In one piece: nobody reads the replies, so a call read after the first ones is refused.
+        # In one piece: the script reads no replies, so a call after the first ones is refused.
         connection.send(b"".join(map(frame, calls)))
         ended.wait(PATIENCE)
 

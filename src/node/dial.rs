@@ -1,7 +1,8 @@
-//! Connects to peers, and reports failures in the words of the Go daemons.
+//! Connects to peers. Failures have the messages of the Go daemons.
 
 use crate::command::Command;
-use crate::error::{DialCause, DialFailure, NodeError};
+use crate::convert::without_peer;
+use crate::error::{os_message, DialCause, DialFailure, NodeError};
 use crate::services::peers::AddressBook;
 use crate::swarm::{Host, HostEvent};
 use futures::future::{BoxFuture, Shared};
@@ -103,7 +104,7 @@ impl Dialer {
         }
     }
 
-    /// Returns when there is a connection to the peer, whoever dialed it.
+    /// Returns when there is a connection to the peer, dialed by either side.
     async fn connected(&self, peer: &PeerId) {
         let mut events = self.host.events();
         while self.host.newest(peer).is_none() {
@@ -210,14 +211,6 @@ fn mismatch(expected: &PeerId, obtained: &PeerId) -> String {
     )
 }
 
-/// Removes the `/p2p` that the swarm appends to an address.
-fn without_peer(mut addr: Multiaddr) -> Multiaddr {
-    if let Some(Protocol::P2p(_)) = addr.iter().last() {
-        addr.pop();
-    }
-    addr
-}
-
 /// Describes why an address could not be dialed.
 fn words(addr: &Multiaddr, error: &TransportError<io::Error>) -> String {
     let error = match error {
@@ -233,7 +226,7 @@ fn words(addr: &Multiaddr, error: &TransportError<io::Error>) -> String {
         return format!("dial {network} {socket}: i/o timeout");
     }
     match os_error(&text).filter(|error| !ends_handshake(error)) {
-        Some(error) => format!("dial {network} {socket}: connect: {}", os_words(&error)),
+        Some(error) => format!("dial {network} {socket}: connect: {}", os_message(&error)),
         None => format!("failed to negotiate security protocol: {text}"),
     }
 }
@@ -252,13 +245,6 @@ fn ends_handshake(error: &io::Error) -> bool {
         error.kind(),
         BrokenPipe | ConnectionAborted | ConnectionReset
     )
-}
-
-/// The text of an operating system's error, as Go writes it.
-fn os_words(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or_default();
-    text.to_lowercase()
 }
 
 /// The texts of an error and its sources.
@@ -293,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn operating_system_errors_have_the_words_of_go() {
+    fn operating_system_errors_have_the_messages_of_go() {
         let addr: Multiaddr = "/ip4/127.0.0.1/tcp/9".parse().unwrap();
         let refused = io::Error::from_raw_os_error(111);
         let wrapped = TransportError::Other(io::Error::other(io::Error::other(refused)));

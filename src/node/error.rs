@@ -1,8 +1,9 @@
-//! Errors of a node, in the words of the Go daemons.
+//! Errors of a node, with the messages of the Go daemons.
 
 use libp2p::{Multiaddr, PeerId};
 use p2pd_protocol::peer_id::ParsePeerIdError;
 use std::fmt;
+use std::io;
 
 /// Failure of a request. Its text is the one that the Go daemons send, since clients compare it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +68,11 @@ pub enum NodeError {
     /// The node is shutting down.
     #[error("swarm closed")]
     ShutDown,
+}
+
+/// The message of an operating system's error, as Go writes it.
+pub(crate) fn os_message(error: &io::Error) -> String {
+    p2pd_sockets::message_of(error).to_lowercase()
 }
 
 impl From<&ParsePeerIdError> for NodeError {
@@ -153,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_peer_id_has_the_words_of_go() {
+    fn invalid_peer_id_has_the_message_of_go() {
         let words = |bytes: &'static [u8]| {
             let error = p2pd_protocol::PeerId::from_bytes(bytes).validate();
             NodeError::from(&error.unwrap_err()).to_string()

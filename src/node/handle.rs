@@ -1,6 +1,7 @@
 //! What a front end can ask of a node: one method per request.
 
 use crate::command::Command;
+use crate::convert::{multiaddr, parse_addr, parse_peer, peer_id};
 use crate::dial::Dialer;
 use crate::error::NodeError;
 use crate::services::identify::Identify;
@@ -13,6 +14,7 @@ pub use crate::stream::PeerStream;
 pub use crate::swarm::Substream;
 use crate::swarm::{Connection, Host};
 use bytes::Bytes;
+use futures::future::join_all;
 use p2pd_protocol::{Identity, Multiaddr, PeerId, PeerInfo};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +23,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Time to wait for the connections of a peer to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time between looks at connections that are closing.
-const CLOSE_POLL: Duration = Duration::from_millis(2);
 
 /// A running node. Cheap to clone; the node stops when [`shutdown`](Self::shutdown) is called or all
 /// handles are dropped.
@@ -49,16 +49,13 @@ impl NodeHandle {
 
     /// The node's peer id.
     pub fn peer_id(&self) -> PeerId {
-        PeerId::from_bytes(self.0.host.local().to_bytes())
+        peer_id(&self.0.host.local())
     }
 
     /// The node's peer id, and the addresses that it announces to peers, without `/p2p`.
     pub fn identify(&self) -> Identity {
         let addrs = self.0.announced.borrow();
-        let addrs = addrs
-            .iter()
-            .map(|addr| Multiaddr::from_bytes(addr.to_vec()));
-        Identity::new(self.peer_id(), addrs.collect())
+        Identity::new(self.peer_id(), addrs.iter().map(multiaddr).collect())
     }
 
     /// Connects to a peer, and waits until the peer has been identified. Does nothing if a connection
@@ -85,11 +82,7 @@ impl NodeHandle {
         let mut connections = self.0.host.connections();
         connections.retain(|connection| connection.peer() == peer);
         connections.iter().for_each(Connection::close);
-        let closed = async {
-            while connections.iter().any(Connection::is_open) {
-                tokio::time::sleep(CLOSE_POLL).await;
-            }
-        };
+        let closed = join_all(connections.iter().map(Connection::closed));
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
         Ok(())
     }
@@ -98,8 +91,8 @@ impl NodeHandle {
     pub fn list_peers(&self) -> Vec<PeerInfo> {
         let connections = self.0.host.connections();
         let info = |connection: &Connection| PeerInfo {
-            peer_id: PeerId::from_bytes(connection.peer().to_bytes()),
-            addrs: vec![Multiaddr::from_bytes(connection.remote_addr().to_vec())],
+            peer_id: peer_id(&connection.peer()),
+            addrs: vec![multiaddr(connection.remote_addr())],
         };
         connections.iter().map(info).collect()
     }
@@ -181,7 +174,7 @@ impl NodeHandle {
 }
 
 impl Inner {
-    /// Returns the newest connection to a peer. Dials the peer if there is none, and then waits until it
+    /// Returns the newest connection to a peer. If the peer is not connected, dials it and waits until it
     /// has been identified.
     async fn connection(&self, peer: libp2p::PeerId) -> Result<Connection, NodeError> {
         if let Some(connection) = self.host.newest(&peer) {
@@ -196,15 +189,4 @@ impl Inner {
         self.identify.wait(&connection).await;
         Ok(connection)
     }
-}
-
-fn parse_peer(peer: &PeerId) -> Result<libp2p::PeerId, NodeError> {
-    peer.validate().map_err(|error| NodeError::from(&error))?;
-    libp2p::PeerId::from_bytes(peer.as_bytes())
-        .map_err(|error| NodeError::InvalidPeerId(error.to_string()))
-}
-
-fn parse_addr(addr: &Multiaddr) -> Result<libp2p::Multiaddr, NodeError> {
-    let parsed = libp2p::Multiaddr::try_from(addr.as_bytes().to_vec());
-    parsed.map_err(|error| NodeError::InvalidAddress(format!("{addr}: {error}")))
 }

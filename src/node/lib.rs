@@ -2,6 +2,7 @@
 
 mod command;
 mod config;
+mod convert;
 pub mod daemon;
 mod dial;
 mod error;

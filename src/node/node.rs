@@ -2,7 +2,9 @@
 
 use crate::command::Command;
 use crate::config::Config;
+use crate::convert::multiaddr;
 use crate::dial::Dialer;
+use crate::error::os_message;
 use crate::handle::{Inner, NodeHandle};
 use crate::services::identify::Identify;
 use crate::services::peers::AddressBook;
@@ -252,13 +254,13 @@ impl Driver {
     }
 }
 
-/// Describes why a listen address cannot be used, in the words of the Go daemons.
+/// Describes why a listen address cannot be used, as the Go daemons do.
 fn listen_words(addr: &Multiaddr, error: &TransportError<io::Error>) -> String {
     let error = match error {
         TransportError::MultiaddrNotSupported(_) => return "no transport for protocol".to_owned(),
-        TransportError::Other(error) => p2pd_sockets::message_of(error).to_lowercase(),
+        TransportError::Other(error) => os_message(error),
     };
-    match p2pd_protocol::Multiaddr::from_bytes(addr.to_vec()).endpoint() {
+    match multiaddr(addr).endpoint() {
         Ok(Endpoint::Tcp { host, port }) => match host {
             endpoint::Host::Ip4(ip) => format!("listen tcp4 {ip}:{port}: bind: {error}"),
             endpoint::Host::Ip6(ip) => format!("listen tcp6 [{ip}]:{port}: bind: {error}"),

@@ -8,7 +8,7 @@ pub struct PeerStream {
     /// The peer, its address and the protocol.
     pub info: StreamInfo,
     /// Whether the peer still reads after it has closed its own direction. A Go peer on yamux does not:
-    /// what it is sent then stalls, so its end of file ends the whole stream.
+    /// data sent to it then stalls, so its end of file ends the whole stream.
     pub half_close: bool,
     /// The stream.
     pub stream: Substream,

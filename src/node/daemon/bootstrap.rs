@@ -2,6 +2,7 @@
 
 use super::options::BootstrapPeer;
 use crate::NodeHandle;
+use p2pd_protocol::policy::backoff::Backoff;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -47,7 +48,7 @@ async fn keep_connected(
     results: mpsc::Sender<Result<(), String>>,
 ) {
     let mut results = Some(results);
-    let mut pause = MIN_PAUSE;
+    let mut backoff = Backoff::new(MIN_PAUSE, MAX_PAUSE);
     loop {
         let connecting = timeout(CONNECT_TIMEOUT, node.connect(&peer.peer, &peer.addrs));
         let result = match connecting.await {
@@ -57,11 +58,10 @@ async fn keep_connected(
         let result = result.map_err(|why| format!("cannot reach {}: {why}", peer.text));
         if let Err(failure) = &result {
             log::info!("{failure}");
-            sleep_after(&mut results, result, pause).await;
-            pause = (2 * pause).min(MAX_PAUSE);
+            sleep_after(&mut results, result, backoff.next(0)).await;
             continue;
         }
-        pause = MIN_PAUSE;
+        backoff.reset();
         sleep_after(&mut results, result, CHECK_INTERVAL).await;
         while node
             .list_peers()

@@ -1,5 +1,6 @@
 //! Identity files: private keys in libp2p's protobuf encoding.
 
+use crate::error::os_message;
 use libp2p::identity::Keypair;
 use prost::Message as _;
 use std::fs::File;
@@ -31,7 +32,7 @@ struct PrivateKey {
 /// Reads an identity file. The error message is that of the Go daemons.
 pub(super) fn read(path: &Path) -> Result<Keypair, String> {
     let failed = |operation: &str, error: &io::Error| {
-        let words = p2pd_sockets::message_of(error).to_lowercase();
+        let words = os_message(error);
         format!("{operation} {}: {words}", path.display())
     };
     let file = File::open(path).map_err(|error| failed("open", &error))?;

@@ -139,7 +139,7 @@ async fn connects_once_and_disconnects() {
 }
 
 #[tokio::test]
-async fn failed_dials_have_the_words_of_go() {
+async fn failed_dials_have_the_messages_of_go() {
     let (alice, bob) = (node().await, node().await);
     let carol = Keypair::generate_ed25519().public().to_peer_id();
     let peer = PeerId::from_bytes(carol.to_bytes());

@@ -3,14 +3,15 @@
 use super::session;
 use super::shared::Shared;
 use super::socket::Socket;
+use crate::error::os_message;
 use p2pd_protocol::endpoint::Host;
+use p2pd_protocol::policy::inbound::ACCEPT_PAUSE;
 use p2pd_protocol::{Endpoint, Multiaddr};
-use p2pd_sockets::{message_of, SocketFile};
+use p2pd_sockets::SocketFile;
 use socket2::SockAddr;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpListener;
 #[cfg(unix)]
 use tokio::net::UnixListener;
@@ -18,9 +19,6 @@ use tokio::sync::Semaphore;
 
 /// Largest number of clients' connections, streams included. Further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 16 * 1024;
-
-/// Pause after a failed accept, for example while no descriptor is free.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening control socket. The file of a unix socket is removed on drop.
 #[derive(Debug)]
@@ -54,7 +52,7 @@ impl Listener {
             }
         };
         let refused = |error: io::Error| {
-            let words = message_of(&error).to_lowercase();
+            let words = os_message(&error);
             io::Error::new(error.kind(), format!("listen {name}: bind: {words}"))
         };
         let (socket, file) = p2pd_sockets::listen(&target).map_err(refused)?;

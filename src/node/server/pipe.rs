@@ -138,8 +138,8 @@ async fn copy(
     Ok(())
 }
 
-/// Drops the data that a peer still sends to a client that has gone. yamux cannot reset a stream after an
-/// end of file, so the peer would wait forever for its window if nobody read the data.
+/// Reads and drops the data that a peer still sends to a client that has gone. yamux cannot reset a stream
+/// after an end of file, so the peer would otherwise wait forever for its window.
 async fn drain(mut stream: Substream) {
     let mut buffer = vec![0; DRAIN_READ];
     let mut left = MAX_DRAINED;

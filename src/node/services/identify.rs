@@ -1,4 +1,4 @@
-//! Identify: tells peers where this node listens and what it serves, and learns the same about them.
+//! Identify: sends peers this node's addresses and protocols, and receives theirs.
 
 mod message;
 

@@ -3,6 +3,7 @@
 pub(crate) mod identify;
 pub(crate) mod open;
 pub(crate) mod peers;
+mod registry;
 mod round_robin;
 pub(crate) mod streams;
 pub(crate) mod unary;

@@ -1,22 +1,20 @@
 //! Stream handlers: local addresses to which inbound streams are passed.
 
 use super::identify::Identify;
-use super::round_robin::RoundRobin;
+use super::registry::Registry;
+use crate::convert::{multiaddr, peer_id};
 use crate::error::NodeError;
 use crate::server::pipe;
 use crate::stream::PeerStream;
 use crate::swarm::{Connection, Host, Service, Substream};
 use futures::future::BoxFuture;
-use p2pd_protocol::{Endpoint, Multiaddr, PeerId, StreamInfo};
-use std::collections::hash_map::Entry;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use p2pd_protocol::{Endpoint, Multiaddr, StreamInfo};
+use std::sync::Arc;
 
 /// The stream handlers of all clients. They outlive their clients, as with the Go daemons.
 pub(crate) struct StreamHandlers {
-    host: Host,
     identify: Arc<Identify>,
-    handlers: Mutex<HashMap<String, RoundRobin<Handler>>>,
+    handlers: Registry<Handler>,
 }
 
 #[derive(Debug, Clone)]
@@ -28,9 +26,8 @@ struct Handler {
 impl StreamHandlers {
     pub(crate) fn new(host: Host, identify: Arc<Identify>) -> Arc<Self> {
         Arc::new(Self {
-            host,
             identify,
-            handlers: Mutex::default(),
+            handlers: Registry::new(host),
         })
     }
 
@@ -45,38 +42,21 @@ impl StreamHandlers {
         let endpoint = addr.endpoint().map_err(|error| invalid(error.reason))?;
         let addr = addr.clone();
         let handler = Handler { addr, endpoint };
-        match self.lock().entry(protocol.to_owned()) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(RoundRobin::new(handler));
-                self.host.serve(protocol, self.clone());
-            }
-            Entry::Occupied(mut handlers) if balanced => handlers.get_mut().push(handler),
-            Entry::Occupied(_) => return Err(NodeError::HandlerExists(protocol.to_owned())),
-        }
-        Ok(())
+        self.handlers.add(protocol, handler, balanced, self.clone())
     }
 
     /// Removes a handler. The last one withdraws the protocol.
     pub(crate) fn remove(&self, protocol: &str, addr: &Multiaddr) -> Result<(), NodeError> {
-        let mut all = self.lock();
-        let Some(handlers) = all.get_mut(protocol) else {
-            return Err(NodeError::NoHandler(protocol.to_owned()));
-        };
-        if !handlers.remove(|handler| handler.addr == *addr) {
-            return Err(NodeError::NoHandlerAt {
+        match self
+            .handlers
+            .remove(protocol, |handler| handler.addr == *addr)?
+        {
+            true => Ok(()),
+            false => Err(NodeError::NoHandlerAt {
                 protocol: protocol.to_owned(),
                 addr: addr.to_string(),
-            });
+            }),
         }
-        if handlers.is_empty() {
-            all.remove(protocol);
-            self.host.withdraw(protocol);
-        }
-        Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, RoundRobin<Handler>>> {
-        self.handlers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -89,10 +69,10 @@ impl Service for StreamHandlers {
         stream: Substream,
         from: Connection,
     ) -> BoxFuture<'static, ()> {
-        let handlers = self.lock().get_mut(&protocol).map(RoundRobin::turn);
+        let handlers = self.handlers.turn(&protocol);
         let mut stream = self.identify.peer_stream(protocol, stream, &from);
         Box::pin(async move {
-            for handler in handlers.unwrap_or_default() {
+            for handler in handlers {
                 match pipe::deliver(stream, &handler.endpoint).await {
                     Ok(()) => return,
                     Err((refused, error)) => {
@@ -115,8 +95,8 @@ impl Identify {
     ) -> PeerStream {
         PeerStream {
             info: StreamInfo {
-                peer_id: PeerId::from_bytes(connection.peer().to_bytes()),
-                addr: Multiaddr::from_bytes(connection.remote_addr().to_vec()),
+                peer_id: peer_id(&connection.peer()),
+                addr: multiaddr(connection.remote_addr()),
                 protocol,
             },
             half_close: self.keeps_reading(connection),

@@ -2,7 +2,8 @@
 
 mod exchange;
 
-use super::round_robin::RoundRobin;
+use super::registry::Registry;
+use crate::convert::peer_id;
 use crate::error::NodeError;
 use crate::swarm::{Connection, Host, Service, Substream};
 use bytes::Bytes;
@@ -11,10 +12,8 @@ pub use exchange::HandlerError;
 use exchange::{read_call, reply, until_cancelled};
 use futures::future::BoxFuture;
 use p2pd_protocol::PeerId;
-use std::collections::hash_map::Entry;
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -68,11 +67,10 @@ impl Responder {
 
 /// The unary handlers of all clients.
 pub(crate) struct UnaryHandlers {
-    host: Host,
     max_message: usize,
     clients: AtomicU64,
     stopped: CancellationToken,
-    handlers: Mutex<HashMap<String, RoundRobin<Client>>>,
+    handlers: Registry<Client>,
 }
 
 /// A registered client, and the room that is left in its queue.
@@ -99,7 +97,7 @@ struct Room {
 /// A client that handles calls. Dropping it removes its handlers, and resets the streams of the calls
 /// that it has not answered.
 pub struct UnaryClient {
-    handlers: Arc<UnaryHandlers>,
+    all: Arc<UnaryHandlers>,
     client: Client,
     events: mpsc::UnboundedReceiver<(UnaryEvent, Arc<Room>)>,
 }
@@ -107,11 +105,10 @@ pub struct UnaryClient {
 impl UnaryHandlers {
     pub(crate) fn new(host: Host, max_message: usize, stopped: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
-            host,
             max_message,
             stopped,
             clients: AtomicU64::new(0),
-            handlers: Mutex::default(),
+            handlers: Registry::new(host),
         })
     }
 
@@ -126,14 +123,10 @@ impl UnaryHandlers {
             call_kib: Arc::new(Semaphore::new(MAX_CALL_KIB)),
         };
         UnaryClient {
-            handlers: self.clone(),
+            all: self.clone(),
             client: Client(Arc::new(queue)),
             events,
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, RoundRobin<Client>>> {
-        self.handlers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -143,16 +136,10 @@ impl UnaryClient {
     /// # Errors
     /// The protocol has a handler and this one is not balanced.
     pub fn add_handler(&self, protocol: &str, balanced: bool) -> Result<(), NodeError> {
-        let client = self.client.clone();
-        match self.handlers.lock().entry(protocol.to_owned()) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(RoundRobin::new(client));
-                self.handlers.host.serve(protocol, self.handlers.clone());
-            }
-            Entry::Occupied(mut handlers) if balanced => handlers.get_mut().push(client),
-            Entry::Occupied(_) => return Err(NodeError::HandlerExists(protocol.to_owned())),
-        }
-        Ok(())
+        let service = self.all.clone();
+        self.all
+            .handlers
+            .add(protocol, self.client.clone(), balanced, service)
     }
 
     /// Removes a handler of this client.
@@ -160,18 +147,11 @@ impl UnaryClient {
     /// # Errors
     /// The protocol has no handler, or not one of this client.
     pub fn remove_handler(&self, protocol: &str) -> Result<(), NodeError> {
-        let mut all = self.handlers.lock();
-        let Some(handlers) = all.get_mut(protocol) else {
-            return Err(NodeError::NoHandler(protocol.to_owned()));
-        };
-        if !handlers.remove(|client| client.0.id == self.client.0.id) {
-            return Err(NodeError::HandlerOfOther(protocol.to_owned()));
+        let is_own = |client: &Client| client.0.id == self.client.0.id;
+        match self.all.handlers.remove(protocol, is_own)? {
+            true => Ok(()),
+            false => Err(NodeError::HandlerOfOther(protocol.to_owned())),
         }
-        if handlers.is_empty() {
-            all.remove(protocol);
-            self.handlers.host.withdraw(protocol);
-        }
-        Ok(())
     }
 
     /// Waits for the next event. `None` after the node has stopped. Can be dropped and called again
@@ -180,21 +160,15 @@ impl UnaryClient {
         tokio::select! {
             biased;
             event = self.events.recv() => event.map(|(event, _)| event),
-            () = self.handlers.stopped.cancelled() => None,
+            () = self.all.stopped.cancelled() => None,
         }
     }
 }
 
 impl Drop for UnaryClient {
     fn drop(&mut self) {
-        let mut all = self.handlers.lock();
-        all.retain(|protocol, handlers| {
-            while handlers.remove(|client| client.0.id == self.client.0.id) {}
-            if handlers.is_empty() {
-                self.handlers.host.withdraw(protocol);
-            }
-            !handlers.is_empty()
-        });
+        let id = self.client.0.id;
+        self.all.handlers.remove_all(|client| client.0.id == id);
     }
 }
 
@@ -221,8 +195,7 @@ impl Service for UnaryHandlers {
         mut stream: Substream,
         from: Connection,
     ) -> BoxFuture<'static, ()> {
-        let clients = self.lock().get_mut(&protocol).map(RoundRobin::turn);
-        let clients = clients.unwrap_or_default();
+        let clients = self.handlers.turn(&protocol);
         let max_message = self.max_message;
         Box::pin(async move {
             let (id, payload) = match read_call(&mut stream, max_message).await {
@@ -239,7 +212,7 @@ impl Service for UnaryHandlers {
             let number = client.0.numbers.fetch_add(1, Ordering::Relaxed);
             let call = IncomingCall {
                 number,
-                peer: PeerId::from_bytes(from.peer().to_bytes()),
+                peer: peer_id(&from.peer()),
                 protocol,
                 payload,
                 responder: Responder { reply: sender },

@@ -288,6 +288,12 @@ impl Connection {
         self.0.muxer.wake();
     }
 
+    /// Waits until the connection is closed.
+    pub async fn closed(&self) {
+        // The muxer drops its end after it has removed the connection from the host.
+        self.0.requests.closed().await;
+    }
+
     /// The protocols that the peer supports, as far as known.
     pub fn peer_protocols(&self) -> Arc<Vec<String>> {
         lock(&self.0.peer_protocols).clone()

@@ -168,12 +168,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Negotiated<S> {
             ready!(this.poll_negotiated(cx))?;
         }
         if !this.unread.is_empty() {
-            let count = this.unread.len().min(buffer.len());
-            this.unread.copy_to_slice(&mut buffer[..count]);
-            if this.unread.is_empty() {
-                this.unread = BytesMut::new();
-            }
-            return Poll::Ready(Ok(count));
+            return Poll::Ready(Ok(take(&mut this.unread, buffer)));
         }
         let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
         if read.is_pending() && !this.unsent.is_empty() {
@@ -241,9 +236,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Replayed<S> {
         if this.unread.is_empty() {
             return Pin::new(&mut this.stream).poll_read(cx, buffer);
         }
-        let count = this.unread.len().min(buffer.len());
-        this.unread.copy_to_slice(&mut buffer[..count]);
-        Poll::Ready(Ok(count))
+        Poll::Ready(Ok(take(&mut this.unread, buffer)))
     }
 }
 
@@ -381,6 +374,16 @@ async fn read_line<S: AsyncRead + Unpin>(
             count => unread.extend_from_slice(&chunk[..count]),
         }
     }
+}
+
+/// Moves bytes off the front of `unread` into `buffer`, and frees `unread` when it is empty.
+fn take(unread: &mut BytesMut, buffer: &mut [u8]) -> usize {
+    let count = unread.len().min(buffer.len());
+    unread.copy_to_slice(&mut buffer[..count]);
+    if unread.is_empty() {
+        *unread = BytesMut::new();
+    }
+    count
 }
 
 /// Takes a line off the front of `bytes`, if they contain one.

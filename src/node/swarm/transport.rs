@@ -4,6 +4,7 @@ use super::host::Host;
 use super::socket::ReadAhead;
 use super::{muxer, tls, yamux};
 use crate::config::Security;
+use crate::convert::without_peer;
 use futures::future::{BoxFuture, Either};
 use futures::{AsyncRead, AsyncWrite, FutureExt, TryFutureExt};
 use libp2p::core::muxing::StreamMuxerBox;
@@ -36,7 +37,7 @@ pub fn build(
 ) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
     let host = host.clone();
     let decorate = move |(peer, muxer), point: ConnectedPoint| {
-        let addr = without_peer(point.get_remote_address());
+        let addr = without_peer(point.get_remote_address().clone());
         let muxer = muxer::Muxer::new(host.clone(), peer, addr, point.is_dialer(), muxer);
         (peer, StreamMuxerBox::new(muxer))
     };
@@ -49,15 +50,6 @@ pub fn build(
         .timeout(TIMEOUT)
         .map(decorate)
         .boxed())
-}
-
-/// Returns an address without the peer id at its end.
-fn without_peer(addr: &Multiaddr) -> Multiaddr {
-    let mut addr = addr.clone();
-    if let Some(Protocol::P2p(_)) = addr.iter().last() {
-        addr.pop();
-    }
-    addr
 }
 
 /// The upgrade of a connection by the security protocol that both sides support.

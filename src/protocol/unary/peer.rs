@@ -2,8 +2,8 @@
 //! `PersistentConnectionRequest`.
 
 use super::call_id::CallId;
-use super::encode::{call_len, cut, head_len, put_call, put_handler_error, put_reply, reply_len};
-use super::message::{empty_reply, Direction, Message, CALL, INVALID_CALL};
+use super::encode::{cut, put_call, put_handler_error, put_reply, reply_len};
+use super::message::{empty_reply, Direction, Message, INVALID_CALL};
 use super::payload::Payload;
 use super::reader::Reader;
 use crate::{framing, Error};
@@ -103,11 +103,6 @@ impl<P: Payload> PeerReader<P> {
     pub fn payload_filled(&mut self, count: usize) {
         self.reader.payload_filled(count);
     }
-}
-
-/// Size of the message with a call, in bytes.
-pub fn call_size(peer: &[u8], protocol: &str, payload: usize) -> usize {
-    head_len(CALL, call_len(peer, protocol, payload))
 }
 
 /// Size of the message with a reply, in bytes.

@@ -165,7 +165,7 @@ impl<T, F> Connection<T, F> {
         Ok(())
     }
 
-    /// Takes the output to write. `None` if there is none, or another thread writes. `end_writing` must follow,
+    /// Takes the output to write. `None` without output, or while another thread writes. `end_writing` must follow,
     /// unless writing fails.
     fn begin_writing(&self) -> Option<Output<Buffer>> {
         let mut state = lock(&self.state);
